@@ -1,0 +1,161 @@
+//! Reading a packet as far as steering needs: addresses, ports and the flags of TCP.
+//!
+//! Nothing is trusted and nothing is assumed to be there: a read beyond the end, a later fragment, an unknown
+//! extension header or a transport other than TCP and UDP all give nothing, and such a packet is left to the host.
+
+use crate::flow::{Address, Flow, Transport};
+
+/// Length of an Ethernet header without tags.
+pub const ETHERNET_LEN: u32 = 14;
+
+const ETHERTYPE_IPV4: u16 = 0x0800;
+const ETHERTYPE_IPV6: u16 = 0x86dd;
+const ETHERTYPE_VLAN: u16 = 0x8100;
+const ETHERTYPE_QINQ: u16 = 0x88a8;
+/// 802.1ad puts one tag around another; more are not in use.
+const MAX_VLAN_TAGS: u32 = 2;
+
+/// RFC 8200 expects each extension header once, and destination options twice.
+const MAX_EXTENSION_HEADERS: u32 = 8;
+const HOP_BY_HOP: u8 = 0;
+const ROUTING: u8 = 43;
+const FRAGMENT: u8 = 44;
+const AUTHENTICATION: u8 = 51;
+const DESTINATION_OPTIONS: u8 = 60;
+
+const TCP_FIN: u8 = 0x01;
+const TCP_SYN: u8 = 0x02;
+const TCP_RST: u8 = 0x04;
+const TCP_ACK: u8 = 0x10;
+
+/// Where the bytes of a packet are read from.
+pub trait Bytes {
+    /// `N` bytes from `offset`, or nothing if the packet ends before.
+    fn bytes<const N: usize>(&self, offset: u32) -> Option<[u8; N]>;
+}
+
+impl Bytes for [u8] {
+    fn bytes<const N: usize>(&self, offset: u32) -> Option<[u8; N]> {
+        let offset = usize::try_from(offset).ok()?;
+        self.get(offset..)?.first_chunk().copied()
+    }
+}
+
+/// What steering needs to know of a packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Packet {
+    /// The sender's address, of the same family as the destination's.
+    pub source: Address,
+    /// The sender's port in host byte order.
+    pub source_port: u16,
+    /// What the sender dialled.
+    pub destination: Flow,
+    /// Whether this asks for a new TCP connection: SYN without ACK, RST and FIN, as the kernel's own
+    /// TPROXY asks (`nf_tproxy_handle_time_wait4`).
+    pub opens_connection: bool,
+}
+
+/// Reads a packet that begins with an Ethernet header, which may carry VLAN tags.
+#[inline(always)]
+pub fn from_ethernet<B: Bytes + ?Sized>(packet: &B) -> Option<Packet> {
+    let mut offset = ETHERNET_LEN;
+    let mut ethertype = u16::from_be_bytes(packet.bytes(offset - 2)?);
+    for _ in 0..MAX_VLAN_TAGS {
+        if ethertype != ETHERTYPE_VLAN && ethertype != ETHERTYPE_QINQ {
+            break;
+        }
+        ethertype = u16::from_be_bytes(packet.bytes(offset + 2)?);
+        offset += 4;
+    }
+    match ethertype {
+        ETHERTYPE_IPV4 => from_ipv4(packet, offset),
+        ETHERTYPE_IPV6 => from_ipv6(packet, offset),
+        _ => None,
+    }
+}
+
+/// Reads a packet that begins with its IP header.
+#[inline(always)]
+pub fn from_ip<B: Bytes + ?Sized>(packet: &B) -> Option<Packet> {
+    let [first] = packet.bytes(0)?;
+    match first >> 4 {
+        4 => from_ipv4(packet, 0),
+        6 => from_ipv6(packet, 0),
+        _ => None,
+    }
+}
+
+#[inline(always)]
+fn from_ipv4<B: Bytes + ?Sized>(packet: &B, offset: u32) -> Option<Packet> {
+    let header: [u8; 20] = packet.bytes(offset)?;
+    let header_len = u32::from(header[0] & 0x0f) * 4;
+    if header[0] >> 4 != 4 || header_len < 20 {
+        return None;
+    }
+    let fragment_offset = u16::from_be_bytes([header[6], header[7]]) & 0x1fff;
+    if fragment_offset != 0 {
+        return None;
+    }
+    let address =
+        |at: usize| Address::v4(u32::from_be_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]]));
+    from_transport(packet, offset + header_len, header[9], address(12), address(16))
+}
+
+#[inline(always)]
+fn from_ipv6<B: Bytes + ?Sized>(packet: &B, offset: u32) -> Option<Packet> {
+    let [version, _, _, _, _, _, mut next, _] = packet.bytes(offset)?;
+    if version >> 4 != 6 {
+        return None;
+    }
+    let half = |at: u32| Some(u64::from_be_bytes(packet.bytes(offset + at)?));
+    let source = Address::v6(half(8)?, half(16)?);
+    let destination = Address::v6(half(24)?, half(32)?);
+    let mut offset = offset + 40;
+    for _ in 0..MAX_EXTENSION_HEADERS {
+        if Transport::from_number(next).is_some() {
+            break;
+        }
+        let [following, length, third, fourth] = packet.bytes(offset)?;
+        let length = u32::from(length);
+        offset += match next {
+            HOP_BY_HOP | DESTINATION_OPTIONS => (length + 1) * 8,
+            // With segments left, the destination in the header is not the one that the sender dialled.
+            ROUTING if fourth == 0 => (length + 1) * 8,
+            FRAGMENT if u16::from_be_bytes([third, fourth]) & 0xfff8 == 0 => 8,
+            AUTHENTICATION => (length + 2) * 4,
+            _ => return None,
+        };
+        next = following;
+    }
+    from_transport(packet, offset, next, source, destination)
+}
+
+#[inline(always)]
+fn from_transport<B: Bytes + ?Sized>(
+    packet: &B,
+    offset: u32,
+    protocol: u8,
+    source: Address,
+    destination: Address,
+) -> Option<Packet> {
+    let transport = Transport::from_number(protocol)?;
+    let (ports, opens_connection) = match transport {
+        Transport::Tcp => {
+            let header: [u8; 14] = packet.bytes(offset)?;
+            let flags = header[13] & (TCP_SYN | TCP_ACK | TCP_RST | TCP_FIN);
+            ([header[0], header[1], header[2], header[3]], flags == TCP_SYN)
+        }
+        Transport::Udp => (packet.bytes(offset)?, false),
+    };
+    let [source_high, source_low, port_high, port_low] = ports;
+    Some(Packet {
+        source,
+        source_port: u16::from_be_bytes([source_high, source_low]),
+        destination: Flow { address: destination, transport, port: u16::from_be_bytes([port_high, port_low]) },
+        opens_connection,
+    })
+}
+
+#[cfg(test)]
+#[path = "packet_tests.rs"]
+mod tests;

@@ -1,0 +1,177 @@
+//! Steering at the ingress of interfaces.
+//!
+//! Sees every packet, so it must find out by itself which ones belong to somebody already, and assign the socket
+//! again for each packet that does not (`bpf_sk_assign` for tc, since Linux 5.7).
+
+use anyport_common::{
+    flow::{Address, Flow, Transport, Version},
+    maps::REFUSE,
+    packet::{self, Bytes, Packet},
+    table::Verdict,
+};
+use aya_ebpf::{
+    EbpfContext as _,
+    bindings::{BPF_F_CURRENT_NETNS, TC_ACT_SHOT, TC_ACT_UNSPEC, bpf_sock},
+    helpers::{bpf_sk_assign, bpf_sk_lookup_udp, bpf_sk_release, bpf_skb_load_bytes, bpf_skc_lookup_tcp},
+    programs::TcContext,
+};
+use aya_log_ebpf::debug;
+use core::{mem::MaybeUninit, ptr::NonNull};
+
+use crate::maps::{count, judge, socket};
+
+const TCP_ESTABLISHED: u32 = 1;
+const TCP_TIME_WAIT: u32 = 6;
+const TCP_LISTEN: u32 = 10;
+
+struct Frame<'a>(&'a TcContext);
+
+impl Bytes for Frame<'_> {
+    #[inline(always)]
+    fn bytes<const N: usize>(&self, offset: u32) -> Option<[u8; N]> {
+        let mut bytes = MaybeUninit::<[u8; N]>::uninit();
+        // SAFETY: the helper writes `N` bytes or fails.
+        unsafe {
+            let failed = bpf_skb_load_bytes(self.0.as_ptr().cast(), offset, bytes.as_mut_ptr().cast(), N as u32);
+            (failed == 0).then(|| bytes.assume_init())
+        }
+    }
+}
+
+pub fn steer_ethernet(ctx: &TcContext) -> i32 {
+    match packet::from_ethernet(&Frame(ctx)) {
+        Some(packet) => steer(ctx, &packet),
+        None => TC_ACT_UNSPEC,
+    }
+}
+
+pub fn steer_ip(ctx: &TcContext) -> i32 {
+    match packet::from_ip(&Frame(ctx)) {
+        Some(packet) => steer(ctx, &packet),
+        None => TC_ACT_UNSPEC,
+    }
+}
+
+/// `TC_ACT_UNSPEC` (`TCX_NEXT` is the same number) leaves the packet to the programs behind this one.
+#[inline(always)]
+fn steer(ctx: &TcContext, packet: &Packet) -> i32 {
+    // SAFETY: the verifier lets a program compare this field of its context with null.
+    if !unsafe { (*ctx.skb.skb).__bindgen_anon_2.sk }.is_null() {
+        // Assigned already: by somebody else, or by us on the interface below this one.
+        return TC_ACT_UNSPEC;
+    }
+    let Verdict::Steer { rule, service } = judge(&packet.destination) else {
+        return TC_ACT_UNSPEC;
+    };
+    if belongs_to_somebody(ctx, packet) {
+        return TC_ACT_UNSPEC;
+    }
+    let flow = &packet.destination;
+    match socket(service, flow) {
+        Some(socket) => match assign(ctx, socket) {
+            0 => {
+                count(rule, |counters| &mut counters.steered);
+                debug!(ctx, "rule {} port {}: steered to service {}", rule, flow.port, service);
+                TC_ACT_UNSPEC
+            }
+            error => {
+                count(rule, |counters| &mut counters.assign_error);
+                debug!(ctx, "rule {} port {}: bpf_sk_assign: {}", rule, flow.port, error);
+                TC_ACT_SHOT
+            }
+        },
+        None => {
+            count(rule, |counters| &mut counters.no_socket);
+            debug!(ctx, "rule {} port {}: service {} has no socket", rule, flow.port, service);
+            refuse(ctx, flow)
+        }
+    }
+}
+
+/// Has the kernel answer with a refusal; without the daemon's sockets for that, drops in silence.
+#[inline(always)]
+fn refuse(ctx: &TcContext, flow: &Flow) -> i32 {
+    match socket(REFUSE, flow) {
+        Some(socket) if assign(ctx, socket) == 0 => TC_ACT_UNSPEC,
+        _ => TC_ACT_SHOT,
+    }
+}
+
+/// Assigns the socket and gives its reference back; returns 0 or a negative error number.
+#[inline(always)]
+fn assign(ctx: &TcContext, socket: NonNull<bpf_sock>) -> i64 {
+    // SAFETY: the socket is referenced until it is released here; both pointers are the kernel's own.
+    unsafe {
+        let error = bpf_sk_assign(ctx.as_ptr(), socket.as_ptr().cast(), 0);
+        bpf_sk_release(socket.as_ptr().cast());
+        error
+    }
+}
+
+/// Whether the packet is to be left to the socket that the kernel itself will find.
+///
+/// An unconnected UDP socket of the host does not count: inside of a rule steering wins over it.
+#[inline(always)]
+fn belongs_to_somebody(ctx: &TcContext, packet: &Packet) -> bool {
+    match state_of_socket(ctx, packet) {
+        None => false,
+        Some(state) => match packet.destination.transport {
+            Transport::Udp => state == TCP_ESTABLISHED,
+            Transport::Tcp if state == TCP_TIME_WAIT => !packet.opens_connection || can_reopen(ctx, packet),
+            Transport::Tcp => state != TCP_LISTEN,
+        },
+    }
+}
+
+/// Whether the kernel can be trusted with a SYN that meets a connection in TIME_WAIT.
+///
+/// TPROXY ends the old connection and goes on with the listener (`nf_tproxy_handle_time_wait4`). A tc program can't
+/// end it, and with the old one there, kernels since 6.11 drop a SYN that is assigned to a listener (commit
+/// ff46e3b44219). Left alone, the kernel looks for a listener at the dialled address. If there is none, its answer
+/// has the client end the old connection, and the next SYN, at most a second later, finds the way free. If there is
+/// one, it would get what is steered, and that must not be.
+#[inline(always)]
+fn can_reopen(ctx: &TcContext, packet: &Packet) -> bool {
+    // No connection has this source port, so what is found is a listener.
+    let from_nobody = Packet { source_port: 0, ..*packet };
+    state_of_socket(ctx, &from_nobody).is_none()
+}
+
+/// The state of the socket that the kernel finds for this packet, if there is one.
+#[inline(always)]
+fn state_of_socket(ctx: &TcContext, packet: &Packet) -> Option<u32> {
+    let (mut tuple, size) = tuple(packet);
+    let netns = BPF_F_CURRENT_NETNS as u64;
+    // SAFETY: the tuple is as long as `size` says; the socket is read only while it is referenced.
+    unsafe {
+        let tuple = tuple.as_mut_ptr().cast();
+        let socket = match packet.destination.transport {
+            Transport::Tcp => bpf_skc_lookup_tcp(ctx.as_ptr(), tuple, size, netns, 0),
+            Transport::Udp => bpf_sk_lookup_udp(ctx.as_ptr(), tuple, size, netns, 0),
+        };
+        let socket = NonNull::new(socket)?;
+        let state = (*socket.as_ptr()).state;
+        bpf_sk_release(socket.as_ptr().cast());
+        Some(state)
+    }
+}
+
+/// The words of a `bpf_sock_tuple` and its length in bytes, which tells the kernel the IP version. All of them are
+/// written for both versions, since the verifier refuses what the compiler makes of words that are not.
+#[inline(always)]
+fn tuple(packet: &Packet) -> ([u32; 9], u32) {
+    let (source, destination) = (packet.source, packet.destination.address);
+    let ports = u32::from(packet.source_port) << 16 | u32::from(packet.destination.port);
+    let [a, b, c, d] = words(source);
+    let [e, f, g, h] = words(destination);
+    match destination.version {
+        Version::V4 => ([d, h, ports.to_be(), 0, 0, 0, 0, 0, 0], 12),
+        Version::V6 => ([a, b, c, d, e, f, g, h, ports.to_be()], 36),
+    }
+}
+
+/// An address as four words in network byte order; IPv4 takes the last one.
+#[inline(always)]
+fn words(Address { high, low, .. }: Address) -> [u32; 4] {
+    [((high >> 32) as u32).to_be(), (high as u32).to_be(), ((low >> 32) as u32).to_be(), (low as u32).to_be()]
+}

@@ -1,0 +1,108 @@
+use std::{
+    io::ErrorKind,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use http_body_util::{BodyExt as _, Full};
+use hyper::{Method, Request, body::Bytes, client::conn::http1};
+use hyper_util::rt::TokioIo;
+use serde::{Serialize, de::DeserializeOwned};
+use tokio::{net::UnixStream, time::timeout};
+
+use super::{Kind, Problem};
+
+/// Longer than any request takes, tproxy with a busy iptables lock included.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// A daemon's control socket, from the other side.
+#[derive(Clone, Debug)]
+pub struct Client {
+    socket: PathBuf,
+}
+
+impl Client {
+    /// Nothing is connected before the first request.
+    pub fn new(socket: PathBuf) -> Self {
+        Self { socket }
+    }
+
+    /// Where the daemon is expected.
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// Asks for something.
+    ///
+    /// # Errors
+    /// The daemon's own, or that none answers.
+    pub async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, Problem> {
+        self.send(Method::GET, path, Vec::new()).await
+    }
+
+    /// Sends a request with a body.
+    ///
+    /// # Errors
+    /// The daemon's own, or that none answers.
+    pub async fn post<T: DeserializeOwned>(&self, path: &str, body: &impl Serialize) -> Result<T, Problem> {
+        self.send(Method::POST, path, to_json(body)?).await
+    }
+
+    /// Removes something; the body says what where the path does not.
+    ///
+    /// # Errors
+    /// The daemon's own, or that none answers.
+    pub async fn delete<T: DeserializeOwned>(&self, path: &str, body: &impl Serialize) -> Result<T, Problem> {
+        self.send(Method::DELETE, path, to_json(body)?).await
+    }
+
+    async fn send<T: DeserializeOwned>(&self, method: Method, path: &str, body: Vec<u8>) -> Result<T, Problem> {
+        match timeout(PATIENCE, self.exchange(method, path, body)).await {
+            Ok(answer) => answer,
+            Err(_) => Err(Problem::new(
+                Kind::NoDaemon,
+                format!("no answer from {} for {} s", self.socket.display(), PATIENCE.as_secs()),
+            )
+            .hint("what it is busy with is in anyportd's log")),
+        }
+    }
+
+    async fn exchange<T: DeserializeOwned>(&self, method: Method, path: &str, body: Vec<u8>) -> Result<T, Problem> {
+        let broken = |error: &dyn std::error::Error| {
+            Problem::new(Kind::NoDaemon, format!("talk to anyportd at {}: {error}", self.socket.display()))
+                .hint("anyportd's log may say more")
+        };
+        let stream = UnixStream::connect(&self.socket).await.map_err(|error| self.unreachable(&error))?;
+        let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(|e| broken(&e))?;
+        tokio::spawn(connection);
+        let request = Request::builder()
+            .method(method)
+            .uri(path)
+            .header("host", "anyport")
+            .header("content-type", "application/json")
+            .body(Full::new(Bytes::from(body)))
+            .map_err(|error| broken(&error))?;
+        let response = sender.send_request(request).await.map_err(|error| broken(&error))?;
+        let status = response.status();
+        let body = response.into_body().collect().await.map_err(|error| broken(&error))?.to_bytes();
+        if status.is_success() {
+            return serde_json::from_slice(&body).map_err(|error| broken(&error));
+        }
+        let problem: Problem = serde_json::from_slice(&body).map_err(|error| broken(&error))?;
+        Err(Problem { kind: Kind::from_http_status(status.as_u16()), ..problem })
+    }
+
+    fn unreachable(&self, error: &std::io::Error) -> Problem {
+        let socket = self.socket.display();
+        if error.kind() == ErrorKind::PermissionDenied {
+            return Problem::new(Kind::NotPermitted, format!("connect to {socket}: {error}"))
+                .hint("become root or a member of the group anyport");
+        }
+        Problem::new(Kind::NoDaemon, format!("no anyportd answers at {socket}: {error}"))
+            .hint("start anyportd, or name its socket with --socket")
+    }
+}
+
+fn to_json(body: &impl Serialize) -> Result<Vec<u8>, Problem> {
+    serde_json::to_vec(body).map_err(|error| Problem::new(Kind::Failed, format!("write the request: {error}")))
+}

@@ -1,0 +1,90 @@
+use serde::{Deserialize, Serialize};
+
+/// Why a request was not carried out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// The request makes no sense. Status 400, exit status 2.
+    Invalid,
+    /// The caller may not do this. Status 403, exit status 4.
+    NotPermitted,
+    /// What the request speaks of is not there. Status 404, exit status 1.
+    NotFound,
+    /// The request contradicts what is there. Status 409, exit status 1.
+    Conflict,
+    /// It would do harm; the hint names the flag that overrides. Status 428, exit status 5.
+    Unsafe,
+    /// It was tried and did not work. Status 500, exit status 1.
+    Failed,
+    /// No daemon answers. Exit status 3; never sent.
+    NoDaemon,
+}
+
+impl Kind {
+    const SENT: [Self; 6] =
+        [Self::Invalid, Self::NotPermitted, Self::NotFound, Self::Conflict, Self::Unsafe, Self::Failed];
+
+    /// The HTTP status that stands for it.
+    pub fn http_status(self) -> u16 {
+        match self {
+            Self::Invalid => 400,
+            Self::NotPermitted => 403,
+            Self::NotFound => 404,
+            Self::Conflict => 409,
+            Self::Unsafe => 428,
+            Self::Failed | Self::NoDaemon => 500,
+        }
+    }
+
+    /// What a status stands for.
+    pub fn from_http_status(status: u16) -> Self {
+        Self::SENT.into_iter().find(|kind| kind.http_status() == status).unwrap_or(Self::Failed)
+    }
+
+    /// The exit status of `anyportctl`.
+    pub fn exit_status(self) -> u8 {
+        match self {
+            Self::NotFound | Self::Conflict | Self::Failed => 1,
+            Self::Invalid => 2,
+            Self::NoDaemon => 3,
+            Self::NotPermitted => 4,
+            Self::Unsafe => 5,
+        }
+    }
+}
+
+/// An error as the API sends it and as `anyportctl --json` prints it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+#[error("{error}")]
+pub struct Problem {
+    /// Decides about the status codes.
+    #[serde(skip, default = "failed")]
+    pub kind: Kind,
+    /// What was attempted and why it did not work.
+    pub error: String,
+    /// What to do next; may be empty.
+    pub hint: String,
+}
+
+fn failed() -> Kind {
+    Kind::Failed
+}
+
+impl Problem {
+    /// A problem without a hint.
+    pub fn new(kind: Kind, error: impl Into<String>) -> Self {
+        Self { kind, error: error.into(), hint: String::new() }
+    }
+
+    /// Adds what to do next.
+    #[must_use]
+    pub fn hint(mut self, hint: impl Into<String>) -> Self {
+        self.hint = hint.into();
+        self
+    }
+}
+
+impl From<anyhow::Error> for Problem {
+    fn from(error: anyhow::Error) -> Self {
+        Self::new(Kind::Failed, format!("{error:#}"))
+    }
+}

@@ -1,0 +1,53 @@
+//! The daemon's client.
+#![expect(clippy::print_stderr, reason = "errors go to standard error")]
+
+use std::{env, io::stdout, process::ExitCode};
+
+use anyport::{
+    api::{Kind, Problem},
+    cli::Cli,
+};
+use clap::{Parser as _, error::ErrorKind};
+
+fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return usage(&error),
+    };
+    let json = cli.json;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let result = match runtime {
+        Ok(runtime) => runtime.block_on(cli.run(&mut stdout())),
+        Err(error) => Err(Problem::new(Kind::Failed, format!("start: {error}"))),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(problem) => fail(&problem, json),
+    }
+}
+
+/// Help and versions are asked for; everything else is a mistake.
+fn usage(error: &clap::Error) -> ExitCode {
+    let is_mistake = !matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion);
+    if is_mistake && env::args().any(|argument| argument == "--json") {
+        let text = error.to_string();
+        let (what, hint) = text.split_once("\n\n").unwrap_or((&text, ""));
+        let what = what.trim_start_matches("error: ").trim();
+        return fail(&Problem::new(Kind::Invalid, what).hint(hint.trim()), true);
+    }
+    // Where standard output is closed, nobody reads the help.
+    error.print().ok();
+    ExitCode::from(if is_mistake { Kind::Invalid.exit_status() } else { 0 })
+}
+
+fn fail(problem: &Problem, json: bool) -> ExitCode {
+    if json {
+        eprintln!("{}", serde_json::to_string(problem).unwrap_or_else(|_| problem.error.clone()));
+    } else {
+        eprintln!("anyportctl: {}", problem.error);
+        if !problem.hint.is_empty() {
+            eprintln!("hint: {}", problem.hint);
+        }
+    }
+    ExitCode::from(problem.kind.exit_status())
+}

@@ -1,0 +1,105 @@
+//! `anyportctl`: one file a verb.
+
+mod prefixes;
+mod services;
+mod show;
+mod status;
+
+use std::{io::Write, path::PathBuf};
+
+use clap::{Parser, Subcommand};
+use serde::Serialize;
+
+use crate::{
+    api::{Changed, Client, Kind, Problem},
+    config::DEFAULT_SOCKET,
+};
+
+/// Controls anyportd, which steers whole prefixes to one socket.
+#[derive(Debug, Parser)]
+#[command(
+    name = "anyportctl",
+    version,
+    after_help = "Exit status: 0 done; 1 failed; 2 wrong usage or invalid input; 3 no daemon answers; \
+                  4 not permitted; 5 refused for safety (the message names the flag that overrides)."
+)]
+pub struct Cli {
+    /// Control socket of the daemon
+    #[arg(long, global = true, env = "ANYPORT_SOCKET", value_name = "PATH", default_value = DEFAULT_SOCKET)]
+    socket: PathBuf,
+    /// Print JSON, errors included
+    #[arg(long, global = true)]
+    pub json: bool,
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Steer prefixes to a service
+    AddPrefix(prefixes::Add),
+    /// Stop steering prefixes; established connections go on
+    RemovePrefix(prefixes::Remove),
+    /// List the rules in order of precedence, with counters
+    Prefixes,
+    /// Open a new service
+    AddService(services::Add),
+    /// Close a service that no rule steers to
+    RemoveService(services::Remove),
+    /// List the services with their sockets and counters
+    Services,
+    /// Show the back end, the generation, totals, and what is degraded
+    Status,
+}
+
+impl Cli {
+    /// Carries the verb out and prints to `out`.
+    ///
+    /// # Errors
+    /// Why it was not carried out.
+    pub async fn run(self, out: &mut dyn Write) -> Result<(), Problem> {
+        let Self { socket, json, verb } = self;
+        let client = Client::new(socket);
+        let out = &mut Output { out, json };
+        match verb {
+            Verb::AddPrefix(add) => add.run(&client, out).await,
+            Verb::RemovePrefix(remove) => remove.run(&client, out).await,
+            Verb::Prefixes => prefixes::list(&client, out).await,
+            Verb::AddService(add) => add.run(&client, out).await,
+            Verb::RemoveService(remove) => remove.run(&client, out).await,
+            Verb::Services => services::list(&client, out).await,
+            Verb::Status => status::show(&client, out).await,
+        }
+    }
+}
+
+/// Where answers are printed, and how.
+struct Output<'a> {
+    out: &'a mut dyn Write,
+    json: bool,
+}
+
+impl Output<'_> {
+    /// Prints the answer as JSON, or as the text that `human` makes of it.
+    fn print<T: Serialize>(&mut self, answer: &T, human: impl FnOnce(&T) -> String) -> Result<(), Problem> {
+        let text = if self.json {
+            serde_json::to_string_pretty(answer)
+                .map_err(|error| Problem::new(Kind::Failed, format!("write the answer as JSON: {error}")))?
+        } else {
+            human(answer)
+        };
+        match writeln!(self.out, "{text}").and_then(|()| self.out.flush()) {
+            // Whoever reads, such as head, has had enough.
+            Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
+            written => written.map_err(|error| Problem::new(Kind::Failed, format!("print the answer: {error}"))),
+        }
+    }
+
+    fn print_change(&mut self, answer: &Changed, done: String) -> Result<(), Problem> {
+        self.print(answer, |answer| {
+            let what = if answer.changed == 0 { "nothing to do, it is so already".into() } else { done };
+            let notes = answer.notes.iter().map(|note| format!("\nnote: {note}"));
+            format!("{what} (generation {}){}", answer.generation, notes.collect::<String>())
+        })
+    }
+}

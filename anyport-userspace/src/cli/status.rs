@@ -1,0 +1,48 @@
+use std::fmt::Write as _;
+
+use super::{Output, show::list_of};
+use crate::api::{BackEndView, Client, Problem, StatusView};
+
+pub(super) async fn show(client: &Client, out: &mut Output<'_>) -> Result<(), Problem> {
+    let view: StatusView = client.get("/v1/status").await?;
+    out.print(&view, text)
+}
+
+fn text(view: &StatusView) -> String {
+    let mut lines =
+        vec![format!("anyportd {}, pid {}", view.version, view.pid), format!("back end    {}", view.backend)];
+    lines.extend(view.backends.iter().map(back_end));
+    if !view.interfaces.is_empty() {
+        lines.push(format!("interfaces  {}", view.interfaces.join(", ")));
+    }
+    lines.push(format!("generation  {}: {} rules, {} services", view.generation, view.rules, view.services));
+    lines.push(format!("workers     {}", view.workers));
+    let totals = view.totals;
+    lines.push(format!(
+        "totals      {} steered, {} dropped, {} connections open",
+        totals.steered, totals.dropped, totals.active
+    ));
+    if !view.draining.is_empty() {
+        lines.push(format!("draining    {}", list_of(&view.draining)));
+    }
+    let mut text = lines.join("\n");
+    match view.degraded.as_slice() {
+        [] => text.push_str("\nall is well"),
+        degraded => {
+            for what in degraded {
+                // Writing to a string does not fail.
+                write!(text, "\nDEGRADED    {what}").ok();
+            }
+        }
+    }
+    text
+}
+
+fn back_end(view: &BackEndView) -> String {
+    let mark = match view.usable {
+        Some(true) => "in use",
+        Some(false) => "passed over",
+        None => "unused",
+    };
+    format!("  {:<10}{mark}: {}", view.name.to_string(), view.reason.replace('\n', "\n            "))
+}

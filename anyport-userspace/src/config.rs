@@ -1,0 +1,306 @@
+//! Options of the daemon, from the command line, the environment and the configuration file.
+
+use std::{
+    fmt, fs, io,
+    num::NonZeroUsize,
+    path::{Path, PathBuf},
+    thread,
+};
+
+use anyhow::{Context as _, bail};
+use serde::Deserialize;
+use toml::Spanned;
+
+use crate::{
+    rules::{Origin, Rule, RuleSet, ServiceName},
+    service::{HandlerKind, ServiceConfig},
+    steering::BackEnd,
+};
+
+/// Where the daemon listens for `anyportctl`, unless told otherwise.
+pub const DEFAULT_SOCKET: &str = "/run/anyport/anyportd.sock";
+const DEFAULT_FILE: &str = "/etc/anyport/anyport.toml";
+/// Far more than any machine has use for, and far less than makes the kernel's groups slow.
+const MAX_WORKERS: usize = 1024;
+
+/// Which back end to use.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Choice {
+    /// The first that works here.
+    #[default]
+    Auto,
+    /// See [`BackEnd::SkLookup`].
+    SkLookup,
+    /// See [`BackEnd::Tc`].
+    Tc,
+    /// See [`BackEnd::Tproxy`].
+    Tproxy,
+}
+
+impl Choice {
+    /// The back end that was asked for, unless any will do.
+    pub fn back_end(self) -> Option<BackEnd> {
+        match self {
+            Self::Auto => None,
+            Self::SkLookup => Some(BackEnd::SkLookup),
+            Self::Tc => Some(BackEnd::Tc),
+            Self::Tproxy => Some(BackEnd::Tproxy),
+        }
+    }
+}
+
+/// How much the daemon logs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+#[expect(missing_docs, reason = "the names say it all")]
+pub enum LogLevel {
+    Error,
+    Warn,
+    #[default]
+    Info,
+    Debug,
+    Trace,
+}
+
+impl fmt::Display for LogLevel {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", format!("{self:?}").to_lowercase())
+    }
+}
+
+/// How the daemon logs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    /// A line for a human.
+    #[default]
+    Text,
+    /// A JSON object a line.
+    Json,
+}
+
+/// The options, as the command line, the environment and `[daemon]` in the file give them.
+#[derive(Clone, Debug, Default, Deserialize, clap::Args)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
+pub struct Settings {
+    /// Unix socket for anyportctl [default: /run/anyport/anyportd.sock]
+    #[arg(long, env = "ANYPORT_SOCKET", value_name = "PATH")]
+    pub socket: Option<PathBuf>,
+    /// Where rules and services that were added by hand are kept [default: /var/lib/anyport]
+    #[arg(long, env = "ANYPORT_STATE_DIR", value_name = "DIR")]
+    pub state_dir: Option<PathBuf>,
+    /// Where BPF maps and links are pinned; a BPF file system is mounted where there is none
+    /// [default: /sys/fs/bpf/anyport]
+    #[arg(long, env = "ANYPORT_BPFFS", value_name = "DIR")]
+    pub bpffs: Option<PathBuf>,
+    /// How packets reach the sockets [default: auto]
+    #[arg(long, env = "ANYPORT_STEERING", value_name = "BACK-END")]
+    pub steering: Option<Choice>,
+    /// Interface that tc watches; may be repeated [default: every interface that is up, also later]
+    #[arg(long, env = "ANYPORT_INTERFACE", value_name = "NAME", value_delimiter = ',')]
+    pub interface: Vec<String>,
+    /// Listening sockets for each service, transport and family [default: number of CPUs]
+    #[arg(long, env = "ANYPORT_WORKERS", value_name = "N")]
+    pub workers: Option<NonZeroUsize>,
+    /// How much to log; from debug on, the BPF programs log too [default: info]
+    #[arg(long, env = "ANYPORT_LOG_LEVEL", value_name = "LEVEL")]
+    pub log_level: Option<LogLevel>,
+    /// How to log [default: text]
+    #[arg(long, env = "ANYPORT_LOG_FORMAT", value_name = "FORMAT")]
+    pub log_format: Option<LogFormat>,
+}
+
+impl Settings {
+    /// What is given here, and else what is given there.
+    fn or(self, other: Self) -> Self {
+        Self {
+            socket: self.socket.or(other.socket),
+            state_dir: self.state_dir.or(other.state_dir),
+            bpffs: self.bpffs.or(other.bpffs),
+            steering: self.steering.or(other.steering),
+            interface: if self.interface.is_empty() { other.interface } else { self.interface },
+            workers: self.workers.or(other.workers),
+            log_level: self.log_level.or(other.log_level),
+            log_format: self.log_format.or(other.log_format),
+        }
+    }
+}
+
+/// Everything that the daemon is told at its start.
+#[derive(Clone, Debug)]
+#[expect(missing_docs, reason = "the fields are those of Settings, with the defaults filled in")]
+pub struct Config {
+    pub socket: PathBuf,
+    pub state_dir: PathBuf,
+    pub bpffs: PathBuf,
+    pub steering: Choice,
+    pub interfaces: Vec<String>,
+    pub workers: NonZeroUsize,
+    pub log_level: LogLevel,
+    pub log_format: LogFormat,
+    /// The services of the file, and the service `default` where the file has none of that name.
+    pub services: Vec<ServiceConfig>,
+    /// The rules of the file.
+    pub rules: RuleSet,
+}
+
+impl Config {
+    /// Puts options and file together. Without `file`, the usual one is read if it is there.
+    ///
+    /// # Errors
+    /// The file can't be read or something in it is wrong: says where and what.
+    pub fn new(options: Settings, file: Option<&Path>) -> anyhow::Result<Self> {
+        let path = file.unwrap_or(Path::new(DEFAULT_FILE));
+        let text = match fs::read_to_string(path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound && file.is_none() => String::new(),
+            text => text.with_context(|| format!("read the configuration {}", path.display()))?,
+        };
+        Self::parse(options, &text).with_context(|| format!("in the configuration {}", path.display()))
+    }
+
+    fn parse(options: Settings, text: &str) -> anyhow::Result<Self> {
+        let file: ConfigFile = toml::from_str(text)?;
+        let services = services(file.service, text)?;
+        let rules = rules(file.rule, &services, text)?;
+        let settings = options.or(file.daemon);
+        let workers = settings.workers.unwrap_or_else(|| thread::available_parallelism().unwrap_or(NonZeroUsize::MIN));
+        if workers.get() > MAX_WORKERS {
+            bail!("workers = {workers}: the limit is {MAX_WORKERS}");
+        }
+        Ok(Self {
+            socket: settings.socket.unwrap_or_else(|| DEFAULT_SOCKET.into()),
+            state_dir: settings.state_dir.unwrap_or_else(|| "/var/lib/anyport".into()),
+            bpffs: settings.bpffs.unwrap_or_else(|| "/sys/fs/bpf/anyport".into()),
+            steering: settings.steering.unwrap_or_default(),
+            interfaces: settings.interface,
+            workers,
+            log_level: settings.log_level.unwrap_or_default(),
+            log_format: settings.log_format.unwrap_or_default(),
+            services,
+            rules,
+        })
+    }
+}
+
+#[derive(Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct ConfigFile {
+    daemon: Settings,
+    service: Vec<Spanned<ServiceConfig>>,
+    rule: Vec<Spanned<Rule>>,
+}
+
+fn services(tables: Vec<Spanned<ServiceConfig>>, text: &str) -> anyhow::Result<Vec<ServiceConfig>> {
+    let mut services: Vec<ServiceConfig> = Vec::new();
+    for table in tables {
+        let at = place(text, table.span().start);
+        let service = table.into_inner();
+        service.validate().with_context(|| at.clone())?;
+        if services.iter().any(|other| other.name == service.name) {
+            bail!("{at}: there is a second service {}", service.name);
+        }
+        services.push(service);
+    }
+    let default = ServiceName::default_service();
+    if !services.iter().any(|service| service.name == default) {
+        services.push(ServiceConfig { name: default, handler: HandlerKind::Hello, banner: None });
+    }
+    Ok(services)
+}
+
+fn rules(tables: Vec<Spanned<Rule>>, services: &[ServiceConfig], text: &str) -> anyhow::Result<RuleSet> {
+    let mut rules = RuleSet::default();
+    for table in tables {
+        let at = place(text, table.span().start);
+        let rule = Rule { origin: Origin::Config, ..table.into_inner() };
+        rule.validate().with_context(|| at.clone())?;
+        if !services.iter().any(|service| service.name == rule.service) {
+            bail!("{at}: there is no [[service]] with the name {}", rule.service);
+        }
+        rules.insert(rule).with_context(|| at)?;
+    }
+    Ok(rules)
+}
+
+/// Line and column of an offset, as editors count them.
+fn place(text: &str, offset: usize) -> String {
+    let before = &text[..offset];
+    let line = before.matches('\n').count() + 1;
+    let column = before.rsplit('\n').next().unwrap_or_default().chars().count() + 1;
+    format!("line {line}, column {column}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Choice, Config, LogLevel, Settings};
+
+    const EXAMPLE: &str = r#"
+        [daemon]
+        steering = "tc"
+        workers = 3
+        interface = ["lo"]
+
+        [[service]]
+        name = "trap"
+        handler = "discard"
+        banner = "220 ready\r\n"
+
+        [[rule]]
+        prefix = "192.0.2.0/24"
+        ports = "1-65535"
+        except = "22,179"
+        service = "trap"
+
+        [[rule]]
+        prefix = "2001:db8::/64"
+        protocol = "both"
+        route = false
+    "#;
+
+    #[test]
+    fn options_win_over_the_file() {
+        let options = Settings { steering: Some(Choice::Tproxy), ..Settings::default() };
+        let config = Config::parse(options, EXAMPLE).unwrap();
+        assert_eq!(config.steering, Choice::Tproxy);
+        assert_eq!((config.workers.get(), config.log_level), (3, LogLevel::Info));
+        assert_eq!(config.interfaces, ["lo"]);
+        let rules: Vec<String> = config.rules.iter().map(ToString::to_string).collect();
+        assert_eq!(
+            rules,
+            ["192.0.2.0/24 tcp ports 1-65535 except 22,179 -> trap", "2001:db8::/64 both ports 1-65535 -> default"]
+        );
+    }
+
+    #[test]
+    fn says_where_and_what() {
+        for (text, wanted) in [
+            ("[daemon]\nworkers = 0", ["line 2", "nonzero"]),
+            ("[daemon]\nworkers = 9999", ["9999", "1024"]),
+            ("[daemon]\nworker = 1", ["line 2, column 1", "worker"]),
+            ("[daemon]\nsteering = \"ebpf\"", ["line 2", "sk-lookup"]),
+            ("[daemons]", ["line 1", "daemons"]),
+            ("[[rule]]\nport = \"1\"", ["line 2", "port"]),
+            ("[[rule]]\nports = \"1\"", ["line 1", "prefix"]),
+            ("[[rule]]\nprefix = \"192.0.2.1/24\"", ["line 2", "did you mean 192.0.2.0/24"]),
+            ("[[rule]]\nprefix = \"192.0.2.0/24\"\nports = \"0\"", ["line 3", "not a port"]),
+            ("[[rule]]\nprefix = \"192.0.2.0/24\"\nports = \"\"", ["line 1", "no ports"]),
+            ("[[rule]]\nprefix = \"192.0.2.0/24\"\nprotocol = \"sctp\"", ["line 3", "udp"]),
+            ("[[rule]]\nprefix = \"192.0.2.0/24\"\nservice = \"x\"", ["line 1", "no [[service]]"]),
+            ("[[service]]\nname = \"X\"\nhandler = \"echo\"", ["line 2", "lower-case"]),
+            ("[[service]]\nname = \"x\"\nhandler = \"nope\"", ["line 3", "discard"]),
+            ("[[service]]\nname = \"x\"\nhandler = \"echo\"\nbanner = \"y\"", ["line 1", "banner"]),
+            ("[[rule]]\nprefix = 7", ["line 2", "string"]),
+            ("prefix", ["line 1", "="]),
+        ] {
+            let error = format!("{:#}", Config::parse(Settings::default(), text).unwrap_err());
+            for word in wanted {
+                assert!(error.contains(word), "{text:?} lacks {word:?}: {error}");
+            }
+        }
+        let rule = |service| format!("[[rule]]\nprefix = \"192.0.2.0/24\"\nservice = \"{service}\"\n");
+        let twice = format!("[[service]]\nname = \"a\"\nhandler = \"echo\"\n{}{}", rule("a"), rule("default"));
+        let error = format!("{:#}", Config::parse(Settings::default(), &twice).unwrap_err());
+        assert!(error.contains("line 7") && error.contains("contradicts"), "{error}");
+    }
+}

@@ -1,0 +1,158 @@
+use std::{
+    collections::HashMap,
+    net::{TcpListener, UdpSocket},
+};
+
+use anyport_common::flow::Transport;
+
+use super::{Host, Listener, Owner, addresses, describe, listeners, objections, owners, read_table, shadowed};
+use crate::rules::{Origin, PortSet, Protocol, Rule, ServiceName};
+
+fn rule(prefix: &str, ports: &str, except: &str) -> Rule {
+    Rule {
+        prefix: prefix.parse().unwrap(),
+        protocol: Protocol::Tcp,
+        ports: if ports == "all" { PortSet::all() } else { ports.parse().unwrap() },
+        except: except.parse().unwrap(),
+        service: ServiceName::default_service(),
+        route: true,
+        origin: Origin::Added,
+    }
+}
+
+fn listener(transport: Transport, local: &str, inode: u64) -> Listener {
+    Listener { transport, local: local.parse().unwrap(), inode }
+}
+
+fn host() -> Host {
+    Host {
+        addresses: [("127.0.0.1", "lo"), ("192.0.2.1", "eth0"), ("::1", "lo"), ("2001:db8::1", "eth0")]
+            .map(|(address, interface)| (address.parse().unwrap(), interface.to_owned()))
+            .to_vec(),
+        gateways: ["192.0.2.254", "fe80::1"].map(|gateway| gateway.parse().unwrap()).to_vec(),
+        listeners: vec![
+            listener(Transport::Tcp, "0.0.0.0:22", 1),
+            listener(Transport::Tcp, "[::]:80", 2),
+            listener(Transport::Tcp, "192.0.2.1:443", 3),
+            listener(Transport::Udp, "0.0.0.0:53", 4),
+            listener(Transport::Tcp, "127.0.0.1:9464", 5),
+            listener(Transport::Tcp, "198.51.100.9:8080", 6),
+        ],
+    }
+}
+
+#[test]
+fn harmless_rules_pass() {
+    let mut without_route = rule("192.0.2.240/28", "all", "");
+    without_route.route = false;
+    for rule in [
+        rule("203.0.113.0/24", "all", ""),
+        rule("192.0.2.128/26", "all", ""),
+        rule("2001:db8:1::/64", "all", ""),
+        without_route,
+    ] {
+        assert_eq!(objections(&rule, &host()), [""; 0], "{rule}");
+    }
+}
+
+#[test]
+fn harm_is_described() {
+    for (rule, expected) in [
+        (
+            rule("192.0.2.0/24", "1-100,443", "22"),
+            &[
+                "192.0.2.0/24 contains 192.0.2.254, the way to the host's gateway",
+                "192.0.2.0/24 contains addresses of the host itself: 192.0.2.1 on eth0",
+                "these sockets would be reached no more at addresses of 192.0.2.0/24: \
+                 tcp 192.0.2.1:443, tcp [::]:80",
+            ][..],
+        ),
+        (
+            rule("127.0.0.0/8", "9464", ""),
+            &[
+                "127.0.0.0/8 contains addresses of the host itself: 127.0.0.1 on lo",
+                "these sockets would be reached no more at addresses of 127.0.0.0/8: \
+                 tcp 127.0.0.1:9464",
+            ],
+        ),
+        (
+            rule("2001:db8::1", "all", ""),
+            &[
+                "2001:db8::1/128 contains addresses of the host itself: 2001:db8::1 on eth0",
+                "these sockets would be reached no more at addresses of 2001:db8::1/128: \
+                 tcp [::]:80",
+            ],
+        ),
+        (
+            rule("198.51.100.0/24", "all", ""),
+            &["these sockets would be reached no more at addresses of 198.51.100.0/24: \
+               tcp 198.51.100.9:8080"],
+        ),
+        (rule("fe80::/10", "1", ""), &["fe80::/10 contains fe80::1, the way to the host's gateway"]),
+    ] {
+        let host = host();
+        let shadowed = shadowed(&rule, &host);
+        assert_eq!(describe(&rule, &host, &shadowed, &HashMap::new()), expected);
+    }
+    let everything = objections(&rule("0.0.0.0/0", "1", ""), &host());
+    assert_eq!(everything[0], "a local route to 0.0.0.0/0 would replace the default route and cut the host off");
+}
+
+#[test]
+fn own_sockets_are_not_listed() {
+    let rule = rule("127.0.0.0/8", "all", "");
+    let host = host();
+    let owner = Owner { pid: std::process::id(), name: "anyportd".into() };
+    let lines = |owners| describe(&rule, &host, &shadowed(&rule, &host), owners).pop().unwrap();
+    let own = HashMap::from([(5, owner.clone())]);
+    assert!(!lines(&own).contains("9464"));
+    let others = HashMap::from([(5, Owner { pid: 1, name: "init".into() }), (1, owner)]);
+    let line = lines(&others);
+    assert!(line.contains("tcp 127.0.0.1:9464 of init (pid 1)"), "{line}");
+    assert!(line.contains("tcp 0.0.0.0:22 of anyportd (pid"), "{line}");
+}
+
+#[test]
+fn reads_the_kernels_tables() {
+    let tables = "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode
+   0: 0100007F:1F90 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 11 1 0 100 0 0 10 0
+   1: B80D0120000000000000000001000000:0016 00000000000000000000000000000000:0000 0A 0:0 00:0 0 0 0 12 1 0
+   2: 0000000000000000FFFF000002020AC0:0016 00000000000000000000000000000000:0000 0A 0:0 00:0 0 0 0 13 1 0
+   3: 0100007F:1F91 0100007F:1F90 01 00000000:00000000 00:00000000 00000000     0        0 14 1 0 100 0 0 10 0
+   4: 0100007F:1F92 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 15 1 0 100 0 0 10 0";
+    let mut found = Vec::new();
+    let lines = tables.lines().map(|line| Ok(line.to_owned()));
+    read_table(lines, Transport::Tcp, &mut found).unwrap();
+    if cfg!(target_endian = "little") {
+        assert_eq!(
+            found,
+            [
+                listener(Transport::Tcp, "127.0.0.1:8080", 11),
+                listener(Transport::Tcp, "[2001:db8::1]:22", 12),
+                listener(Transport::Tcp, "192.10.2.2:22", 13),
+            ]
+        );
+    }
+}
+
+#[test]
+fn finds_real_sockets_and_their_process() {
+    let tcp = TcpListener::bind("127.0.0.1:0").unwrap();
+    let udp = UdpSocket::bind("127.0.0.1:0").unwrap();
+    let connected = UdpSocket::bind("127.0.0.1:0").unwrap();
+    connected.connect(udp.local_addr().unwrap()).unwrap();
+    let listeners = listeners().unwrap();
+    for (transport, local, is_listed) in [
+        (Transport::Tcp, tcp.local_addr().unwrap(), true),
+        (Transport::Udp, udp.local_addr().unwrap(), true),
+        (Transport::Udp, connected.local_addr().unwrap(), false),
+    ] {
+        let found = listeners.iter().find(|l| (l.transport, l.local) == (transport, local));
+        assert_eq!(found.is_some(), is_listed, "{local}");
+        if let Some(found) = found {
+            assert_eq!(owners(&[found.inode].into())[&found.inode].pid, std::process::id());
+        }
+    }
+    let lo = addresses().unwrap().into_iter().find(|(_, interface)| interface == "lo");
+    assert!(lo.is_some_and(|(address, _)| address.is_loopback()));
+}

@@ -1,0 +1,226 @@
+//! The daemon's own services: groups of sockets, and handlers for what arrives on them.
+
+mod config;
+mod datagram;
+mod descriptors;
+mod handlers;
+mod reply;
+mod sockets;
+mod stats;
+mod tcp;
+#[cfg(test)]
+mod tests;
+mod udp;
+
+use std::{
+    fmt,
+    net::SocketAddr,
+    num::NonZeroUsize,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use anyhow::Context as _;
+use anyport_common::{flow::Transport, maps::SOCKETS_PER_SERVICE};
+use socket2::Socket;
+use tokio::{
+    net::{TcpListener, UdpSocket},
+    runtime::Handle,
+    sync::Notify,
+    task::JoinSet,
+};
+
+pub use config::{HandlerKind, ServiceConfig};
+pub use descriptors::DescriptorPool;
+pub use sockets::{Family, SocketInfo};
+pub use stats::ServiceStats;
+pub use tcp::Connections;
+
+use self::{
+    sockets::Group,
+    tcp::{Acceptor, TcpWorker},
+    udp::{Receiver, UdpWorker},
+};
+use crate::steering::GroupSocket;
+
+/// Whether a source of datagrams is itself steered, so that an answer to it would come back to us. Asked for each
+/// datagram that is to be answered.
+pub type LoopGuard = Arc<dyn Fn(SocketAddr) -> bool + Send + Sync>;
+
+/// What all services of a daemon have in common.
+#[derive(Clone)]
+pub struct Commons {
+    /// Runs the services.
+    pub runtime: Handle,
+    /// Sockets of each group.
+    pub workers: NonZeroUsize,
+    /// Descriptors for what clients bring about.
+    pub descriptors: DescriptorPool,
+    /// Tells which sources are steered.
+    pub loop_guard: LoopGuard,
+}
+
+impl fmt::Debug for Commons {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Commons").field("workers", &self.workers).finish_non_exhaustive()
+    }
+}
+
+/// A service at work: its sockets are open and tasks wait at them. Ends when dropped.
+#[derive(Debug)]
+pub struct Service {
+    config: Arc<ServiceConfig>,
+    groups: [Option<GroupSocket>; SOCKETS_PER_SERVICE as usize],
+    sockets: Vec<SocketInfo>,
+    connections: Connections,
+    udp: Vec<Arc<UdpWorker>>,
+    /// They own the listening sockets.
+    tasks: JoinSet<()>,
+}
+
+impl Service {
+    /// Opens the service's sockets and serves what arrives there.
+    pub fn start(config: ServiceConfig, commons: &Commons) -> anyhow::Result<Self> {
+        config.validate()?;
+        let name = config.name.clone();
+        Start::new(config, commons).finish().with_context(|| format!("start the service {name}"))
+    }
+
+    /// What the service was made of.
+    pub fn config(&self) -> &ServiceConfig {
+        &self.config
+    }
+
+    /// One socket of each group: TCP and UDP over IPv4, then TCP and UDP over IPv6. None where the host has no such
+    /// family. A group receives for as long as anyone holds this, even after the service has ended.
+    pub fn groups(&self) -> [Option<GroupSocket>; SOCKETS_PER_SERVICE as usize] {
+        self.groups.clone()
+    }
+
+    /// All sockets.
+    pub fn sockets(&self) -> &[SocketInfo] {
+        &self.sockets
+    }
+
+    /// The connections that were accepted.
+    pub fn connections(&self) -> &Connections {
+        &self.connections
+    }
+
+    /// What has been counted so far.
+    pub fn stats(&self) -> ServiceStats {
+        let mut stats = ServiceStats { active: self.connections.active(), ..ServiceStats::default() };
+        for worker in self.connections.0.iter() {
+            stats.add_tcp(&worker.counts);
+        }
+        for worker in &self.udp {
+            stats.add_udp(&worker.counts);
+        }
+        stats
+    }
+
+    /// Closes the sockets that answers were sent from, so that they are in nobody's way. To be called whenever
+    /// the kernel has new rules.
+    pub fn forget_replies(&self) {
+        for worker in &self.udp {
+            let retired = lock(&worker.replies).forget();
+            drop(retired);
+        }
+    }
+
+    /// Closes the service's sockets; they are closed when this returns. Connections go on until they end by
+    /// themselves, but those that wait to be accepted are refused.
+    pub async fn stop(self) {
+        let Self { mut tasks, groups, .. } = self;
+        drop(groups);
+        tasks.shutdown().await;
+    }
+}
+
+/// A service that is about to start.
+struct Start<'a> {
+    config: Arc<ServiceConfig>,
+    commons: &'a Commons,
+    tcp: Vec<Arc<TcpWorker>>,
+    udp: Vec<Arc<UdpWorker>>,
+    reply_opened: Arc<Notify>,
+    tasks: JoinSet<()>,
+}
+
+impl<'a> Start<'a> {
+    fn new(config: ServiceConfig, commons: &'a Commons) -> Self {
+        Self {
+            config: Arc::new(config),
+            commons,
+            tcp: Vec::new(),
+            udp: Vec::new(),
+            reply_opened: Arc::default(),
+            tasks: JoinSet::new(),
+        }
+    }
+
+    fn finish(mut self) -> anyhow::Result<Service> {
+        let _context = self.commons.runtime.enter();
+        let mut groups = [const { None }; SOCKETS_PER_SERVICE as usize];
+        let mut sockets = Vec::new();
+        // In the order of `Flow::socket_offset`.
+        let kinds = [Family::Ipv4, Family::Ipv6]
+            .into_iter()
+            .flat_map(|family| Transport::ALL.map(|transport| (family, transport)));
+        for (handle, (family, transport)) in groups.iter_mut().zip(kinds) {
+            let Some(group) = Group::open(family, transport, self.commons.workers)? else {
+                continue;
+            };
+            *handle = Some(group.handle()?);
+            sockets.extend(group.info()?);
+            for socket in group.sockets {
+                match transport {
+                    Transport::Tcp => self.accept(socket)?,
+                    Transport::Udp => self.receive(socket, group.bound)?,
+                }
+            }
+        }
+        let ageing = udp::age_replies(self.udp.clone(), self.reply_opened);
+        self.tasks.spawn(ageing);
+        Ok(Service {
+            config: self.config,
+            groups,
+            sockets,
+            connections: Connections(self.tcp.into()),
+            udp: self.udp,
+            tasks: self.tasks,
+        })
+    }
+
+    fn accept(&mut self, socket: Socket) -> anyhow::Result<()> {
+        let worker = Arc::<TcpWorker>::default();
+        let acceptor = Acceptor {
+            listener: TcpListener::from_std(socket.into()).context("watch a listening socket")?,
+            config: Arc::clone(&self.config),
+            worker: Arc::clone(&worker),
+            descriptors: self.commons.descriptors.clone(),
+        };
+        self.tcp.push(worker);
+        self.tasks.spawn(acceptor.run());
+        Ok(())
+    }
+
+    fn receive(&mut self, socket: Socket, bound: SocketAddr) -> anyhow::Result<()> {
+        let worker = Arc::new(UdpWorker::new(self.commons.descriptors.clone()));
+        let receiver = Receiver {
+            socket: UdpSocket::from_std(socket.into()).context("watch a UDP socket")?,
+            bound,
+            config: Arc::clone(&self.config),
+            worker: Arc::clone(&worker),
+            loop_guard: Arc::clone(&self.commons.loop_guard),
+            reply_opened: Arc::clone(&self.reply_opened),
+        };
+        self.udp.push(worker);
+        self.tasks.spawn(receiver.run());
+        Ok(())
+    }
+}
+
+/// Locks what no panic can leave half done.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,260 @@
+//! Sockets that answer from the address and port that a client wrote to.
+
+use std::{
+    collections::HashMap,
+    io,
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use socket2::{Domain, SockAddr, Socket, Type};
+
+use super::{
+    Family,
+    descriptors::{Descriptor, DescriptorPool},
+    sockets::set_transparent,
+    stats::UdpCounts,
+};
+
+/// Most sockets in one generation; two are kept.
+const GENERATION: usize = 128;
+/// At most one complaint in this time.
+const COMPLAINT_INTERVAL: Duration = Duration::from_secs(10);
+
+type Generation = HashMap<SocketAddr, Reply>;
+
+/// Reply sockets of one worker, by the address and port that they answer from.
+///
+/// The least recently used go first, by generations: what is used stands in or moves to the young one; when that is
+/// full, or [`ReplySockets::age`] says so, the old one is closed and the young one becomes old.
+#[derive(Debug)]
+pub(super) struct ReplySockets {
+    young: Generation,
+    old: Generation,
+    descriptors: DescriptorPool,
+    counts: Arc<UdpCounts>,
+    complained: Option<Instant>,
+}
+
+/// Reply sockets that are closed when this is dropped.
+#[derive(Debug)]
+#[must_use]
+pub(super) struct Retired(#[expect(dead_code, reason = "held for its drop")] [Generation; 2]);
+
+impl ReplySockets {
+    pub(super) fn new(descriptors: DescriptorPool, counts: Arc<UdpCounts>) -> Self {
+        Self { young: Generation::new(), old: Generation::new(), descriptors, counts, complained: None }
+    }
+
+    /// Sends an answer from `from` to `to`.
+    pub(super) fn send(&mut self, from: SocketAddr, to: SocketAddr, answer: &[u8]) -> io::Result<()> {
+        if let Some(reply) = self.young.get(&from) {
+            return reply.send(to, answer);
+        }
+        let reply = match self.old.remove(&from) {
+            Some(reply) => reply,
+            None => self.open(from)?,
+        };
+        let sent = reply.send(to, answer);
+        if reply.descriptor.is_some() {
+            if self.young.len() == GENERATION {
+                drop(self.age());
+            }
+            self.young.insert(from, reply);
+        }
+        sent
+    }
+
+    /// Whether there are none.
+    pub(super) fn is_empty(&self) -> bool {
+        self.young.is_empty() && self.old.is_empty()
+    }
+
+    /// Retires what was not used since this was last called, or the one time before.
+    pub(super) fn age(&mut self) -> Retired {
+        let retired = std::mem::replace(&mut self.old, std::mem::take(&mut self.young));
+        Retired([retired, Generation::new()])
+    }
+
+    /// Retires all.
+    pub(super) fn forget(&mut self) -> Retired {
+        Retired([std::mem::take(&mut self.young), std::mem::take(&mut self.old)])
+    }
+
+    fn open(&mut self, from: SocketAddr) -> io::Result<Reply> {
+        let opened = Reply::open(from, self.descriptors.try_take(), Arc::clone(&self.counts));
+        if let Err(error) = &opened
+            && self.complained.is_none_or(|last| last.elapsed() > COMPLAINT_INTERVAL)
+        {
+            self.complained = Some(Instant::now());
+            tracing::warn!("no answer from {from}: {error}{}", advice(error));
+        }
+        opened
+    }
+}
+
+fn advice(error: &io::Error) -> &'static str {
+    match error.raw_os_error() {
+        Some(libc::EADDRINUSE) => {
+            "; a socket of this host has the port for itself (see ss -lunp): leave the port to the host (--except), \
+             or bind that socket to one address"
+        }
+        Some(libc::EMFILE | libc::ENFILE) => "; raise the limit of open files",
+        _ => "",
+    }
+}
+
+/// A socket to answer from one address and port.
+///
+/// It must stay unconnected: a connected socket comes before steering and would take the client's next datagrams.
+/// An unconnected one comes after steering on all back ends. It can get a datagram only where nothing steers:
+/// between the end of a rule and [`ReplySockets::forget`], at an interface that `tc` does not watch, or as
+/// fragments, which `tc` can't assign. Such a datagram would have been refused; here it is counted, at the latest
+/// when the socket is closed.
+#[derive(Debug)]
+struct Reply {
+    socket: Socket,
+    counts: Arc<UdpCounts>,
+    /// None for a socket that must not be kept, as the pool is empty.
+    descriptor: Option<Descriptor>,
+}
+
+impl Reply {
+    fn open(from: SocketAddr, descriptor: Option<Descriptor>, counts: Arc<UdpCounts>) -> io::Result<Self> {
+        let family = if from.is_ipv4() { Family::Ipv4 } else { Family::Ipv6 };
+        let socket = Socket::new(Domain::for_address(from), Type::DGRAM.nonblocking(), None)?;
+        set_transparent(&socket, family)?;
+        // Several workers answer from one address. Not SO_REUSEPORT: it would make this one of the receivers
+        // where another socket with that option is bound to the very address and port.
+        socket.set_reuse_address(true)?;
+        // It is not meant to receive; one datagram is always kept, which is enough to notice.
+        socket.set_recv_buffer_size(0)?;
+        socket.bind(&from.into())?;
+        Ok(Self { socket, counts, descriptor })
+    }
+
+    fn send(&self, to: SocketAddr, answer: &[u8]) -> io::Result<()> {
+        self.socket.send_to(answer, &SockAddr::from(to)).map(drop)
+    }
+}
+
+impl Drop for Reply {
+    fn drop(&mut self) {
+        while self.socket.recv(&mut []).is_ok() {
+            self.counts.strayed.raise();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        collections::HashSet,
+        net::{SocketAddr, UdpSocket},
+        sync::Arc,
+        time::Duration,
+    };
+
+    use super::{DescriptorPool, GENERATION, ReplySockets, UdpCounts};
+
+    fn replies(descriptors: usize) -> (ReplySockets, Arc<UdpCounts>) {
+        let counts = Arc::new(UdpCounts::default());
+        (ReplySockets::new(DescriptorPool::new(descriptors), Arc::clone(&counts)), counts)
+    }
+
+    fn client(address: &str) -> (UdpSocket, SocketAddr) {
+        let client = UdpSocket::bind(address).unwrap();
+        client.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+        let address = client.local_addr().unwrap();
+        (client, address)
+    }
+
+    fn next(client: &UdpSocket) -> (String, SocketAddr) {
+        let mut buffer = [0; 64];
+        let (length, from) = client.recv_from(&mut buffer).unwrap();
+        (String::from_utf8_lossy(&buffer[..length]).into(), from)
+    }
+
+    #[test]
+    fn answers_leave_from_any_address_and_port() {
+        for (local, from) in [
+            ("127.0.0.1:0", "203.0.113.77:31337"),
+            ("127.0.0.1:0", "127.9.9.9:1"),
+            ("127.0.0.1:0", "203.0.113.255:65535"),
+            ("[::1]:0", "[2001:db8::77]:31337"),
+            ("[::1]:0", "[2001:db8::]:1"),
+        ] {
+            let (client, to) = client(local);
+            let from = from.parse().unwrap();
+            // Two workers may answer from one address at a time.
+            let (mut one, mut other) = (replies(9).0, replies(9).0);
+            one.send(from, to, b"one").unwrap();
+            other.send(from, to, b"other").unwrap();
+            one.send(from, to, b"again").unwrap();
+            for text in ["one", "other", "again"] {
+                assert_eq!(next(&client), (text.into(), from));
+            }
+        }
+    }
+
+    #[test]
+    fn there_are_never_more_than_two_generations() {
+        let (client, to) = client("127.0.0.1:0");
+        let (mut replies, _) = replies(10_000);
+        let favourite: SocketAddr = "127.9.9.9:9".parse().unwrap();
+        let mut cookies = HashSet::new();
+        for port in 20_000..21_000 {
+            replies.send(favourite, to, b"").unwrap();
+            replies.send(SocketAddr::new(favourite.ip(), port), to, b"").unwrap();
+            for _ in 0..2 {
+                next(&client);
+            }
+            assert!(replies.young.len() + replies.old.len() <= 2 * GENERATION);
+            let reply = replies.young.get(&favourite).or(replies.old.get(&favourite)).unwrap();
+            cookies.insert(reply.socket.cookie().unwrap());
+        }
+        assert_eq!(cookies.len(), 1, "what is in use stays open");
+        drop(replies.age());
+        assert!(!replies.is_empty());
+        drop(replies.age());
+        assert!(replies.is_empty());
+    }
+
+    #[test]
+    fn answers_are_sent_even_when_no_socket_can_be_kept() {
+        let (client, to) = client("127.0.0.1:0");
+        let (mut replies, _) = replies(1);
+        for port in [1001, 1002, 1003] {
+            let from = SocketAddr::from(([127, 9, 9, 8], port));
+            replies.send(from, to, b"hi").unwrap();
+            assert_eq!(next(&client).1, from);
+        }
+        assert_eq!((replies.young.len(), replies.old.len()), (1, 0));
+    }
+
+    #[test]
+    fn forgetting_frees_the_port_and_counts_what_strayed() {
+        let (client, to) = client("127.0.0.1:0");
+        let (mut replies, counts) = replies(9);
+        let from = "127.9.9.7:7777".parse().unwrap();
+        replies.send(from, to, b"hi").unwrap();
+        client.send_to(b"nobody steers this", from).unwrap();
+        assert!(UdpSocket::bind(from).is_err());
+        drop(replies.forget());
+        assert_eq!(counts.strayed.get(), 1);
+        UdpSocket::bind(from).unwrap();
+    }
+
+    #[test]
+    fn a_taken_port_is_an_error() {
+        let (_client, to) = client("127.0.0.1:0");
+        let (owner, taken) = client("0.0.0.0:0");
+        let (mut replies, _) = replies(9);
+        let from = SocketAddr::from(([127, 9, 9, 6], taken.port()));
+        let error = replies.send(from, to, b"hi").unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EADDRINUSE));
+        drop(owner);
+        replies.send(from, to, b"hi").unwrap();
+    }
+}

@@ -1,0 +1,231 @@
+//! Opening the groups of transparent sockets that packets are steered to.
+
+use std::{
+    fmt, io,
+    net::{Ipv4Addr, Ipv6Addr, SocketAddr},
+    num::NonZeroUsize,
+    os::fd::OwnedFd,
+    process,
+    sync::Arc,
+    time::Duration,
+};
+
+use anyhow::Context as _;
+use anyport_common::flow::Transport;
+use nix::sys::socket::{setsockopt, sockopt};
+use serde::{Deserialize, Serialize};
+use socket2::{Domain, Socket, TcpKeepalive, Type};
+
+use crate::{rules::Protocol, steering::GroupSocket};
+
+/// Room for datagrams that wait for a worker, in bytes as the kernel counts them (a small datagram is about 800):
+/// one socket stands in for millions, and the usual 208 KiB are gone after 270 datagrams.
+const RECEIVE_BUFFER: usize = 4 << 20;
+/// A peer that went away without a word is noticed after this time and nine probes, 75 seconds apart.
+const KEEP_ALIVE: Duration = Duration::from_mins(5);
+
+/// An address family.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Family {
+    /// IPv4.
+    Ipv4,
+    /// IPv6.
+    Ipv6,
+}
+
+impl fmt::Display for Family {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Ipv4 => "IPv4",
+            Self::Ipv6 => "IPv6",
+        })
+    }
+}
+
+/// One of a service's sockets.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SocketInfo {
+    /// Its address family.
+    pub family: Family,
+    /// Its transport, `tcp` or `udp`.
+    pub protocol: Protocol,
+    /// Where it is bound.
+    pub local: SocketAddr,
+    /// The kernel's name for it, as `ss --extended` shows it.
+    pub cookie: u64,
+    /// The process that serves it.
+    pub pid: u32,
+}
+
+/// Sockets that share one address and port: the kernel spreads over them what is steered to any of them.
+#[derive(Debug)]
+pub(super) struct Group {
+    pub(super) family: Family,
+    pub(super) transport: Transport,
+    pub(super) bound: SocketAddr,
+    /// At least one.
+    pub(super) sockets: Vec<Socket>,
+}
+
+impl Group {
+    /// Opens a group of `size` sockets, non-blocking, on a free port of the loopback address. None if the host
+    /// does not have the family.
+    pub(super) fn open(family: Family, transport: Transport, size: NonZeroUsize) -> anyhow::Result<Option<Self>> {
+        let what = || format!("open {size} {} sockets over {family}", protocol(transport));
+        let first = match transparent(family, transport) {
+            Err(error) if error.raw_os_error() == Some(libc::EAFNOSUPPORT) => return Ok(None),
+            first => first.map_err(explain).with_context(what)?,
+        };
+        let group = Self::around(family, transport, first, size);
+        group.map(Some).map_err(explain).with_context(what)
+    }
+
+    fn around(family: Family, transport: Transport, first: Socket, size: NonZeroUsize) -> io::Result<Self> {
+        let loopback = match family {
+            Family::Ipv4 => SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
+            Family::Ipv6 => SocketAddr::from((Ipv6Addr::LOCALHOST, 0)),
+        };
+        // The first socket takes its port alone and opens it for sharing afterwards. With SO_REUSEPORT from the
+        // start the kernel may choose a UDP port that another group of ours has, and the two would become one.
+        first.bind(&loopback.into())?;
+        first.set_reuse_port(true)?;
+        let bound = first.local_addr()?.as_socket().ok_or(io::ErrorKind::InvalidData)?;
+        let mut sockets = vec![first];
+        for _ in 1..size.get() {
+            let socket = transparent(family, transport)?;
+            socket.set_reuse_port(true)?;
+            socket.bind(&bound.into())?;
+            sockets.push(socket);
+        }
+        if transport == Transport::Tcp {
+            for socket in &sockets {
+                // The kernel takes as much as net.core.somaxconn allows.
+                socket.listen(i32::MAX)?;
+            }
+        }
+        Ok(Self { family, transport, bound, sockets })
+    }
+
+    /// The group as back ends see it.
+    pub(super) fn handle(&self) -> anyhow::Result<GroupSocket> {
+        let first = self.sockets[0].try_clone().context("duplicate a socket")?;
+        Ok(GroupSocket { socket: Arc::new(OwnedFd::from(first)), bound: self.bound })
+    }
+
+    /// The group's sockets as people see them.
+    pub(super) fn info(&self) -> anyhow::Result<Vec<SocketInfo>> {
+        let info = self.sockets.iter().map(|socket| {
+            Ok(SocketInfo {
+                family: self.family,
+                protocol: protocol(self.transport),
+                local: self.bound,
+                cookie: socket.cookie().context("read the cookie of a socket")?,
+                pid: process::id(),
+            })
+        });
+        info.collect()
+    }
+}
+
+fn protocol(transport: Transport) -> Protocol {
+    match transport {
+        Transport::Tcp => Protocol::Tcp,
+        Transport::Udp => Protocol::Udp,
+    }
+}
+
+/// A socket, not bound yet, that may have foreign addresses for its own.
+pub(super) fn transparent(family: Family, transport: Transport) -> io::Result<Socket> {
+    let domain = match family {
+        Family::Ipv4 => Domain::IPV4,
+        Family::Ipv6 => Domain::IPV6,
+    };
+    let kind = match transport {
+        Transport::Tcp => Type::STREAM,
+        Transport::Udp => Type::DGRAM,
+    };
+    let socket = Socket::new(domain, kind.nonblocking(), None)?;
+    set_transparent(&socket, family)?;
+    if family == Family::Ipv6 {
+        socket.set_only_v6(true)?;
+    }
+    match (transport, family) {
+        (Transport::Tcp, _) => {
+            // Accepted connections inherit these, which spares two system calls for each.
+            socket.set_tcp_nodelay(true)?;
+            socket.set_tcp_keepalive(&TcpKeepalive::new().with_time(KEEP_ALIVE))?;
+        }
+        (Transport::Udp, Family::Ipv4) => {
+            setsockopt(&socket, sockopt::Ipv4OrigDstAddr, &true)?;
+            setsockopt(&socket, sockopt::Ipv4PacketInfo, &true)?;
+        }
+        (Transport::Udp, Family::Ipv6) => setsockopt(&socket, sockopt::Ipv6OrigDstAddr, &true)?,
+    }
+    if transport == Transport::Udp && setsockopt(&socket, sockopt::RcvBufForce, &RECEIVE_BUFFER).is_err() {
+        // Not privileged enough to go beyond net.core.rmem_max, such as in a container.
+        socket.set_recv_buffer_size(RECEIVE_BUFFER)?;
+    }
+    Ok(socket)
+}
+
+/// Lets a socket be bound to, and be found by, addresses that are not the host's.
+pub(super) fn set_transparent(socket: &Socket, family: Family) -> io::Result<()> {
+    match family {
+        Family::Ipv4 => socket.set_ip_transparent_v4(true),
+        Family::Ipv6 => socket.set_ip_transparent_v6(true),
+    }
+}
+
+/// Adds what to do about it.
+fn explain(error: io::Error) -> anyhow::Error {
+    let hint = match error.raw_os_error() {
+        Some(libc::EPERM) => "transparent sockets need CAP_NET_ADMIN: run as root or give the daemon that capability",
+        Some(libc::EMFILE) => "raise the daemon's limit of open files (LimitNOFILE=) or use fewer workers",
+        Some(libc::ENFILE) => "raise the sysctl fs.file-max",
+        Some(libc::EADDRINUSE) => "no port is free: widen the sysctl net.ipv4.ip_local_port_range",
+        _ => return error.into(),
+    };
+    anyhow::Error::from(error).context(hint)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{io, num::NonZeroUsize};
+
+    use anyport_common::flow::Transport;
+
+    use super::{Family, Group, explain};
+
+    #[test]
+    fn a_group_shares_one_port_and_lets_go_of_it() {
+        for family in [Family::Ipv4, Family::Ipv6] {
+            for transport in [Transport::Tcp, Transport::Udp] {
+                let size = NonZeroUsize::new(3).unwrap();
+                let group = Group::open(family, transport, size).unwrap().unwrap();
+                let other = Group::open(family, transport, size).unwrap().unwrap();
+                assert_ne!(group.bound, other.bound);
+                assert!(group.bound.ip().is_loopback());
+                for socket in &group.sockets {
+                    assert_eq!(socket.local_addr().unwrap().as_socket(), Some(group.bound));
+                    assert!(socket.reuse_port().unwrap() && socket.nonblocking().unwrap());
+                    assert_eq!(socket.is_listener().unwrap(), transport == Transport::Tcp);
+                    match family {
+                        Family::Ipv4 => assert!(socket.ip_transparent_v4().unwrap()),
+                        Family::Ipv6 => assert!(socket.ip_transparent_v6().unwrap() && socket.only_v6().unwrap()),
+                    }
+                }
+                let info = group.info().unwrap();
+                assert_eq!(info.len(), 3);
+                assert!(info[0].cookie != info[1].cookie && info[1].cookie != info[2].cookie);
+            }
+        }
+    }
+
+    #[test]
+    fn failures_say_what_to_do() {
+        let error = explain(io::Error::from_raw_os_error(libc::EPERM)).context("open sockets");
+        let text = format!("{error:#}");
+        assert!(text.contains("CAP_NET_ADMIN") && text.contains("os error 1"), "{text}");
+    }
+}

@@ -1,0 +1,84 @@
+//! What services count.
+
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+
+use serde::{Deserialize, Serialize};
+
+/// What became of the connections and datagrams of a service since it was started.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ServiceStats {
+    /// Connections that are open now.
+    pub active: u64,
+    /// Connections accepted.
+    pub accepted: u64,
+    /// Failed attempts to accept.
+    pub accept_errors: u64,
+    /// Datagrams received.
+    pub datagrams: u64,
+    /// Datagrams answered.
+    pub answered: u64,
+    /// Not answered: the source is steered itself, or is the very destination.
+    pub refused_loop: u64,
+    /// Not answered: the answer would be too large for the question.
+    pub refused_size: u64,
+    /// Not answered: to a group of hosts (broadcast, multicast), from port 0, cut off, or to nobody knows whom.
+    pub unanswerable: u64,
+    /// Not answered: the destination could not be taken as source, or the kernel would not send.
+    pub unsent: u64,
+    /// Datagrams, at least, that the kernel gave to a socket meant for answers, and so were lost.
+    pub strayed: u64,
+}
+
+/// A count that one task raises and others read.
+#[derive(Debug, Default)]
+pub(super) struct Count(AtomicU64);
+
+impl Count {
+    pub(super) fn raise(&self) {
+        self.0.fetch_add(1, Relaxed);
+    }
+
+    pub(super) fn get(&self) -> u64 {
+        self.0.load(Relaxed)
+    }
+}
+
+/// What a worker counts for one listening socket. Aligned so that workers share no cache line.
+#[derive(Debug, Default)]
+#[repr(align(128))]
+pub(super) struct TcpCounts {
+    pub(super) accepted: Count,
+    pub(super) accept_errors: Count,
+}
+
+/// What a worker counts for one UDP socket. Aligned so that workers share no cache line.
+#[derive(Debug, Default)]
+#[repr(align(128))]
+pub(super) struct UdpCounts {
+    pub(super) datagrams: Count,
+    pub(super) answered: Count,
+    pub(super) refused_loop: Count,
+    pub(super) refused_size: Count,
+    pub(super) unanswerable: Count,
+    pub(super) unsent: Count,
+    pub(super) strayed: Count,
+}
+
+impl ServiceStats {
+    pub(super) fn add_tcp(&mut self, counts: &TcpCounts) {
+        let TcpCounts { accepted, accept_errors } = counts;
+        self.accepted += accepted.get();
+        self.accept_errors += accept_errors.get();
+    }
+
+    pub(super) fn add_udp(&mut self, counts: &UdpCounts) {
+        let UdpCounts { datagrams, answered, refused_loop, refused_size, unanswerable, unsent, strayed } = counts;
+        self.datagrams += datagrams.get();
+        self.answered += answered.get();
+        self.refused_loop += refused_loop.get();
+        self.refused_size += refused_size.get();
+        self.unanswerable += unanswerable.get();
+        self.unsent += unsent.get();
+        self.strayed += strayed.get();
+    }
+}

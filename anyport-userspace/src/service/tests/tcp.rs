@@ -1,0 +1,130 @@
+//! Conversations over TCP.
+
+use std::{
+    io::{Read as _, Write as _},
+    net::{Shutdown, TcpStream},
+    thread::{self, sleep},
+    time::Duration,
+};
+
+use socket2::SockRef;
+use tokio::{net, runtime::Runtime};
+
+use super::{DescriptorPool, HandlerKind, Scene, ServiceConfig, TCP, eventually, rest};
+use crate::service::handlers::converse;
+
+#[test]
+fn hello_over_tcp() {
+    let scene = Scene::new(HandlerKind::Hello, None);
+    for group in TCP {
+        // More than one worker's share.
+        for _ in 0..20 {
+            let mut stream = scene.dial(group);
+            let line =
+                format!("hello {}, you reached {} over tcp\n", stream.local_addr().unwrap(), scene.address(group));
+            // Unread words of the client must not cost it the answer.
+            stream.write_all(&[b'x'; 3000]).unwrap();
+            assert_eq!(rest(&mut stream), line);
+        }
+    }
+    assert_eq!(scene.service.stats().accepted, 40);
+    eventually("connections end", || scene.service.stats().active == 0);
+    assert!(scene.service.connections().addresses().is_empty());
+}
+
+#[test]
+fn hello_waits_for_no_client_for_long() {
+    let scene = Scene::new(HandlerKind::Hello, None);
+    let mut stream = scene.dial(0);
+    assert!(rest(&mut stream).starts_with("hello "));
+    eventually("the service closes", || scene.service.stats().active == 0);
+}
+
+#[test]
+fn echo_over_tcp() {
+    let scene = Scene::new(HandlerKind::Echo, None);
+    let sent: Vec<u8> = (0..1_000_000_u32).map(|i| i.to_le_bytes()[0]).collect();
+    for group in TCP {
+        let mut stream = scene.dial(group);
+        stream.write_all(b"one").unwrap();
+        let mut three = [0; 3];
+        stream.read_exact(&mut three).unwrap();
+        assert_eq!(&three, b"one");
+        let mut writer = stream.try_clone().unwrap();
+        let mut received = Vec::new();
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                writer.write_all(&sent).unwrap();
+                writer.shutdown(Shutdown::Write).unwrap();
+            });
+            stream.read_to_end(&mut received).unwrap();
+        });
+        assert!(received == sent);
+    }
+}
+
+#[test]
+fn discard_after_a_banner() {
+    let scene = Scene::new(HandlerKind::Discard, Some("SSH-2.0-x\r\n"));
+    for group in TCP {
+        let mut stream = scene.dial(group);
+        let mut banner = [0; 11];
+        stream.read_exact(&mut banner).unwrap();
+        assert_eq!(&banner, b"SSH-2.0-x\r\n");
+        stream.write_all(&vec![b'x'; 1_000_000]).unwrap();
+        stream.shutdown(Shutdown::Write).unwrap();
+        assert_eq!(rest(&mut stream), "");
+    }
+}
+
+#[test]
+fn accepted_connections_are_set_up_by_their_listener() {
+    let scene = Scene::new(HandlerKind::Echo, None);
+    for group in TCP {
+        let handle = scene.service.groups()[group].clone().unwrap();
+        let listener = SockRef::from(&handle.socket);
+        // The workers accept too; one of many connections is left for the test.
+        listener.set_nonblocking(false).unwrap();
+        listener.set_read_timeout(Some(Duration::from_millis(50))).unwrap();
+        let accepted = (0..200).find_map(|_| {
+            let _client = scene.dial(group);
+            listener.accept().ok()
+        });
+        let (accepted, _) = accepted.expect("one of 200 connections");
+        assert!(accepted.tcp_nodelay().unwrap() && accepted.keepalive().unwrap());
+        assert_eq!(accepted.tcp_keepalive_time().unwrap(), Duration::from_mins(5));
+    }
+}
+
+#[test]
+fn connections_wait_while_the_pool_is_empty() {
+    let scene = Scene::with(HandlerKind::Echo, None, DescriptorPool::new(2), |_| false);
+    let mut streams: Vec<TcpStream> = (0..6).map(|_| scene.dial(0)).collect();
+    eventually("two are served", || scene.service.stats().active == 2);
+    sleep(Duration::from_millis(50));
+    assert_eq!(scene.service.stats().active, 2);
+    // Each that ends lets another one in; in which order is up to the workers.
+    let threads = streams.drain(..).map(|mut stream| {
+        thread::spawn(move || {
+            stream.write_all(b"my turn").unwrap();
+            stream.shutdown(Shutdown::Write).unwrap();
+            rest(&mut stream)
+        })
+    });
+    for thread in threads.collect::<Vec<_>>() {
+        assert_eq!(thread.join().unwrap(), "my turn");
+    }
+}
+
+#[test]
+fn a_connection_takes_little_memory() {
+    let config = ServiceConfig { name: "test".parse().unwrap(), handler: HandlerKind::Echo, banner: None };
+    let runtime = Runtime::new().unwrap();
+    let size = runtime.block_on(async {
+        let listener = net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let stream = net::TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let (client, dialled) = (stream.local_addr().unwrap(), stream.peer_addr().unwrap());
+        size_of_val(&converse(&config, stream, client, dialled))
+    });
+    assert!(size <= 1024, "{size} bytes for each connection");
+}

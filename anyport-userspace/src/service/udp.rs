@@ -1,0 +1,221 @@
+//! Serving datagrams, and judging which to answer.
+
+use std::{
+    io,
+    net::SocketAddr,
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use anyport_common::flow::Transport;
+use socket2::{SockAddr, SockRef};
+use tokio::{io::Interest, net::UdpSocket, sync::Notify, task::yield_now, time::sleep};
+
+use super::{
+    HandlerKind, LoopGuard, ServiceConfig,
+    datagram::{self, Datagram, Ends},
+    descriptors::DescriptorPool,
+    handlers::Line,
+    lock,
+    reply::ReplySockets,
+    stats::UdpCounts,
+};
+
+/// Datagrams taken before other tasks have their turn.
+const BATCH: usize = 64;
+/// An answer may be so many times the question, IP and UDP headers counted on both sides.
+const AMPLIFICATION: usize = 4;
+/// An idle reply socket lives between one and two times this. It is short, since the host can't bind a reply
+/// socket's port for that long, and a client that comes back later costs some microseconds only.
+const REPLY_AGE: Duration = Duration::from_secs(1);
+/// Pause after an error that is not of one datagram.
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// What others may know of one UDP socket.
+#[derive(Debug)]
+pub(super) struct UdpWorker {
+    pub(super) counts: Arc<UdpCounts>,
+    pub(super) replies: Mutex<ReplySockets>,
+}
+
+impl UdpWorker {
+    pub(super) fn new(descriptors: DescriptorPool) -> Self {
+        let counts = Arc::default();
+        let replies = ReplySockets::new(descriptors, Arc::clone(&counts));
+        Self { counts, replies: Mutex::new(replies) }
+    }
+}
+
+/// Closes reply sockets that are not in use. Sleeps until `opened` while there are none.
+pub(super) async fn age_replies(workers: Vec<Arc<UdpWorker>>, opened: Arc<Notify>) {
+    loop {
+        opened.notified().await;
+        while workers.iter().any(|worker| !lock(&worker.replies).is_empty()) {
+            sleep(REPLY_AGE).await;
+            for worker in &workers {
+                // The lock is free again when the sockets are closed.
+                let retired = lock(&worker.replies).age();
+                drop(retired);
+            }
+        }
+    }
+}
+
+/// One UDP socket at work.
+pub(super) struct Receiver {
+    pub(super) socket: UdpSocket,
+    pub(super) bound: SocketAddr,
+    pub(super) config: Arc<ServiceConfig>,
+    pub(super) worker: Arc<UdpWorker>,
+    pub(super) loop_guard: LoopGuard,
+    pub(super) reply_opened: Arc<Notify>,
+}
+
+impl Receiver {
+    /// Receives and answers for ever.
+    pub(super) async fn run(self) {
+        let mut buffer = vec![0; datagram::LARGEST];
+        let mut control = datagram::control_buffer();
+        loop {
+            let batch = async {
+                self.socket.readable().await?;
+                for _ in 0..BATCH {
+                    let receive = || datagram::receive(&self.socket, &mut buffer, &mut control);
+                    let datagram = self.socket.try_io(Interest::READABLE, receive)?;
+                    self.handle(&datagram, &buffer[..datagram.length]);
+                }
+                io::Result::Ok(())
+            };
+            match batch.await {
+                Ok(()) => yield_now().await,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) => self.complain(&error).await,
+            }
+        }
+    }
+
+    async fn complain(&self, error: &io::Error) {
+        tracing::warn!("service {}: receive: {error}", self.config.name);
+        sleep(PAUSE).await;
+    }
+
+    fn handle(&self, datagram: &Datagram, question: &[u8]) {
+        let counts = &self.worker.counts;
+        counts.datagrams.raise();
+        let Some(ends) = datagram.ends else {
+            return counts.unanswerable.raise();
+        };
+        let line;
+        let answer = match self.config.handler {
+            HandlerKind::Discard => return,
+            HandlerKind::Echo => question,
+            HandlerKind::Hello => {
+                line = Line::hello(ends.client, ends.dialled, Transport::Udp);
+                line.as_bytes()
+            }
+        };
+        match refusal(ends, question.len(), answer.len(), &self.loop_guard) {
+            Some(Refusal::Unanswerable) => counts.unanswerable.raise(),
+            Some(Refusal::Loop) => counts.refused_loop.raise(),
+            Some(Refusal::Size) => counts.refused_size.raise(),
+            None => match self.answer(ends, answer) {
+                Ok(()) => counts.answered.raise(),
+                Err(error) => {
+                    counts.unsent.raise();
+                    tracing::debug!("service {}: answer {ends:?}: {error}", self.config.name);
+                }
+            },
+        }
+    }
+
+    fn answer(&self, ends: Ends, answer: &[u8]) -> io::Result<()> {
+        let Ends { client, dialled } = ends;
+        if dialled == self.bound {
+            // The group has that address and port already.
+            let to = SockAddr::from(client);
+            return SockRef::from(&self.socket).send_to(answer, &to).map(drop);
+        }
+        let mut replies = lock(&self.worker.replies);
+        if replies.is_empty() {
+            self.reply_opened.notify_one();
+        }
+        replies.send(dialled, client, answer)
+    }
+}
+
+/// Why a datagram is not answered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Refusal {
+    Unanswerable,
+    Loop,
+    Size,
+}
+
+fn refusal(ends: Ends, question: usize, answer: usize, loop_guard: &LoopGuard) -> Option<Refusal> {
+    let Ends { client, dialled } = ends;
+    let headers = if client.is_ipv4() { 20 + 8 } else { 40 + 8 };
+    if client.port() == 0 {
+        Some(Refusal::Unanswerable)
+    } else if headers + answer > AMPLIFICATION * (headers + question) {
+        Some(Refusal::Size)
+    } else if client == dialled || loop_guard(client) {
+        Some(Refusal::Loop)
+    } else {
+        None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{net::SocketAddr, sync::Arc};
+
+    use anyport_common::flow::Transport;
+
+    use super::{Ends, LoopGuard, Refusal, refusal};
+    use crate::service::handlers::Line;
+
+    fn ends(client: &str, dialled: &str) -> Ends {
+        Ends { client: client.parse().unwrap(), dialled: dialled.parse().unwrap() }
+    }
+
+    fn steered(port: u16) -> LoopGuard {
+        Arc::new(move |source: SocketAddr| source.port() == port)
+    }
+
+    #[test]
+    fn the_longest_hello_may_answer_an_empty_question() {
+        for end in ["255.255.255.255:65535", "[ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff]:65535"] {
+            let ends = ends(end, end.replace("65535", "65534").as_str());
+            let line = Line::hello(ends.client, ends.dialled, Transport::Udp);
+            assert_eq!(refusal(ends, 0, line.as_bytes().len(), &steered(1)), None);
+        }
+    }
+
+    #[test]
+    fn answers_are_no_more_than_four_times_the_question() {
+        for (client, dialled, headers) in
+            [("198.51.100.1:9", "192.0.2.1:7", 28), ("[2001:db8::1]:9", "[2001:db8::2]:7", 48)]
+        {
+            for question in [0, 1, 100] {
+                let most = 4 * (headers + question) - headers;
+                let ends = ends(client, dialled);
+                assert_eq!(refusal(ends, question, most, &steered(1)), None);
+                assert_eq!(refusal(ends, question, most + 1, &steered(1)), Some(Refusal::Size));
+            }
+        }
+    }
+
+    #[test]
+    fn nobody_talks_to_himself() {
+        let guard = steered(7);
+        for (client, dialled, expected) in [
+            ("198.51.100.1:9", "192.0.2.1:7", None),
+            ("192.0.2.2:7", "192.0.2.1:8", Some(Refusal::Loop)),
+            ("192.0.2.1:8", "192.0.2.1:8", Some(Refusal::Loop)),
+            ("[2001:db8::1]:7", "[2001:db8::1]:8", Some(Refusal::Loop)),
+            ("198.51.100.1:0", "192.0.2.1:7", Some(Refusal::Unanswerable)),
+        ] {
+            assert_eq!(refusal(ends(client, dialled), 9, 9, &guard), expected, "{client} {dialled}");
+        }
+    }
+}

@@ -1,0 +1,347 @@
+//! The tc programs at the ingress of each interface.
+
+use std::{
+    collections::{BTreeMap, HashSet},
+    thread,
+};
+
+use anyhow::{Context as _, bail};
+use aya::{
+    Ebpf,
+    programs::{
+        LinkOrder, ProgramError, SchedClassifier, TcAttachType,
+        links::FdLink,
+        tc::{NlOptions, SchedClassifierLink, TcAttachOptions, TcError, qdisc_add_clsact, qdisc_detach_program},
+    },
+};
+use netlink_packet_route::tc::TcHandle;
+use nix::{ifaddrs::getifaddrs, libc, net::if_::InterfaceFlags};
+use tracing::{debug, info, warn};
+
+use super::{
+    hooks::{Hook, MaybePinned, program},
+    pins::{PinDirectory, remove_pin},
+};
+use crate::steering::BackEnd;
+
+/// For interfaces whose packets begin with an Ethernet header.
+const ETHERNET_PROGRAM: &str = "anyport_eth";
+/// For interfaces whose packets begin with the IP header.
+const IP_PROGRAM: &str = "anyport_ip";
+
+#[derive(Debug)]
+pub(super) struct TcHook {
+    ebpf: Ebpf,
+    /// The interfaces to watch; every one that is up if empty.
+    selected: Vec<String>,
+    /// tcx links where the kernel has them (6.6), else clsact filters.
+    attach_by: AttachBy,
+    attached: BTreeMap<u32, Attached>,
+    failures: BTreeMap<u32, String>,
+}
+
+/// How a program gets to the ingress of an interface.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum AttachBy {
+    Tcx,
+    Clsact,
+}
+
+#[derive(Debug)]
+struct Attached {
+    interface: Interface,
+    link: TcLink,
+}
+
+#[derive(Debug)]
+enum TcLink {
+    Tcx(MaybePinned),
+    Clsact { filter: SchedClassifierLink, is_qdisc_ours: bool },
+}
+
+#[derive(Clone, Debug, PartialEq)]
+struct Interface {
+    index: u32,
+    name: String,
+    program: &'static str,
+}
+
+impl TcHook {
+    /// `attach_by` is found out by trying unless it is given.
+    pub(super) fn attach(mut ebpf: Ebpf, selected: Vec<String>, attach_by: Option<AttachBy>) -> anyhow::Result<Self> {
+        for name in [ETHERNET_PROGRAM, IP_PROGRAM] {
+            let program: &mut SchedClassifier = program(&mut ebpf, name)?;
+            program.load().context("load the tc program (Linux 5.8 or later is needed)")?;
+        }
+        let interfaces = interfaces()?;
+        if let Some(missing) = selected.iter().find(|name| !interfaces.iter().any(|it| it.name == **name)) {
+            bail!("watch the interface {missing}: there is none of that name that is up (ip link lists them)");
+        }
+        let Some(first) = interfaces.first() else {
+            bail!("attach the tc program: no interface is up; try: ip link set lo up");
+        };
+        let attach_by = attach_by.map_or_else(|| probe(&mut ebpf, first), Ok)?;
+        let mut hook = Self { ebpf, selected, attach_by, attached: BTreeMap::new(), failures: BTreeMap::new() };
+        hook.refresh()?;
+        match hook.failures.pop_first() {
+            Some((_, failure)) if hook.attached.is_empty() => bail!("{failure}"),
+            Some((index, failure)) => {
+                hook.failures.insert(index, failure);
+                Ok(hook)
+            }
+            None => Ok(hook),
+        }
+    }
+
+    fn attach_to(&mut self, interface: &Interface) -> anyhow::Result<TcLink> {
+        let link = match self.attach_by {
+            AttachBy::Tcx => attach_tcx(&mut self.ebpf, interface)
+                .map(|link| TcLink::Tcx(MaybePinned::new(link)))
+                .map_err(anyhow::Error::from),
+            AttachBy::Clsact => attach_clsact(&mut self.ebpf, interface),
+        };
+        link.with_context(|| format!("attach the tc program to {} ({:?})", interface.name, self.attach_by))
+    }
+}
+
+impl Hook for TcHook {
+    fn back_end(&self) -> BackEnd {
+        BackEnd::Tc
+    }
+
+    fn pin(&mut self, pins: &PinDirectory) -> anyhow::Result<()> {
+        for (index, attached) in &mut self.attached {
+            if let TcLink::Tcx(link) = &mut attached.link {
+                let name = pin_name(*index);
+                if link.is_unpinned() {
+                    // An interface that went may have left its pin, and the number comes again.
+                    remove_pin(&pins.link(&name))?;
+                }
+                link.pin(pins, &name)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Attaches to the interfaces that came and forgets those that went.
+    fn refresh(&mut self) -> anyhow::Result<()> {
+        let wanted: BTreeMap<u32, Interface> = interfaces()?
+            .into_iter()
+            .filter(|it| self.selected.is_empty() || self.selected.contains(&it.name))
+            .map(|it| (it.index, it))
+            .collect();
+        self.attached.retain(|index, attached| wanted.get(index) == Some(&attached.interface));
+        self.failures.clear();
+        for (index, interface) in wanted {
+            if self.attached.contains_key(&index) {
+                continue;
+            }
+            match self.attach_to(&interface) {
+                Ok(link) => {
+                    debug!("watching {}", interface.name);
+                    self.attached.insert(index, Attached { interface, link });
+                }
+                Err(error) => {
+                    warn!("{error:#}");
+                    self.failures.insert(index, format!("{error:#}"));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn interfaces(&self) -> Vec<String> {
+        self.attached.values().map(|attached| attached.interface.name.clone()).collect()
+    }
+
+    fn degraded(&self) -> Vec<String> {
+        self.failures.values().cloned().collect()
+    }
+
+    fn detach(self: Box<Self>) -> anyhow::Result<()> {
+        for (index, Attached { interface, link }) in self.attached {
+            if let TcLink::Clsact { filter, is_qdisc_ours } = link {
+                drop(filter);
+                if is_qdisc_ours {
+                    remove_clsact(index).with_context(|| format!("remove the clsact qdisc from {}", interface.name))?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Takes away the clsact filters that a daemon left. A qdisc that it added stays: whose it was is not known.
+pub(super) fn remove_leftovers() -> anyhow::Result<()> {
+    for interface in interfaces()? {
+        for program in [ETHERNET_PROGRAM, IP_PROGRAM] {
+            // There is nothing to remove as a rule.
+            drop(qdisc_detach_program(&interface.name, TcAttachType::Ingress, program));
+        }
+    }
+    Ok(())
+}
+
+/// Finds out whether the kernel has tcx links by making one.
+fn probe(ebpf: &mut Ebpf, interface: &Interface) -> anyhow::Result<AttachBy> {
+    match attach_tcx(ebpf, interface) {
+        Ok(_) => Ok(AttachBy::Tcx),
+        // The attach type is unknown to kernels before 6.6.
+        Err(ProgramError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::EINVAL) => {
+            info!("the kernel has no tcx links; using clsact filters");
+            Ok(AttachBy::Clsact)
+        }
+        Err(error) => Err(error).with_context(|| format!("attach the tc program to {} (tcx)", interface.name)),
+    }
+}
+
+fn attach_tcx(ebpf: &mut Ebpf, interface: &Interface) -> Result<FdLink, ProgramError> {
+    let program = classifier(ebpf, interface)?;
+    // In front: programs behind this one still see every packet, while one in front of it may keep some back.
+    let options = TcAttachOptions::TcxOrder(LinkOrder::first());
+    let id = program.attach_with_options(&interface.name, TcAttachType::Ingress, options)?;
+    program.take_link(id)?.try_into().map_err(|_| ProgramError::NotAttached)
+}
+
+fn attach_clsact(ebpf: &mut Ebpf, interface: &Interface) -> anyhow::Result<TcLink> {
+    let is_qdisc_ours = match qdisc_add_clsact(&interface.name) {
+        Ok(()) => true,
+        Err(TcError::NetlinkError(error)) if error.raw_os_error() == Some(libc::EEXIST) => false,
+        Err(error) => return Err(error).context("add the clsact qdisc"),
+    };
+    let program = classifier(ebpf, interface)?;
+    let options = TcAttachOptions::Netlink(NlOptions::default());
+    let id = program.attach_with_options(&interface.name, TcAttachType::Ingress, options)?;
+    Ok(TcLink::Clsact { filter: program.take_link(id)?, is_qdisc_ours })
+}
+
+fn classifier<'a>(ebpf: &'a mut Ebpf, interface: &Interface) -> Result<&'a mut SchedClassifier, ProgramError> {
+    ebpf.program_mut(interface.program).ok_or(ProgramError::NotLoaded)?.try_into()
+}
+
+fn remove_clsact(index: u32) -> anyhow::Result<()> {
+    let remove = async move {
+        let (connection, handle, _) = rtnetlink::new_connection()?;
+        tokio::spawn(connection);
+        let mut request = handle.qdisc().del(index.cast_signed());
+        request.message_mut().header.parent = TcHandle::CLSACT;
+        request.execute().await?;
+        anyhow::Ok(())
+    };
+    // The caller may be on a runtime of its own, on which nothing may block.
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    thread::scope(|scope| scope.spawn(|| runtime.block_on(remove)).join())
+        .unwrap_or_else(|_| bail!("the thread that removes a qdisc panicked"))
+}
+
+/// The interfaces that are up and whose packets the programs can read, `lo` among them.
+fn interfaces() -> anyhow::Result<Vec<Interface>> {
+    let mut seen = HashSet::new();
+    let interfaces = getifaddrs()
+        .context("list the interfaces")?
+        .filter(|it| it.flags.contains(InterfaceFlags::IFF_UP))
+        .filter_map(|it| {
+            let link = *it.address.as_ref()?.as_link_addr()?;
+            Some(Interface {
+                index: u32::try_from(link.ifindex()).ok()?,
+                name: it.interface_name,
+                program: match link.hatype() {
+                    // Loopback has an Ethernet header too, all zeros but for the type.
+                    libc::ARPHRD_ETHER | libc::ARPHRD_LOOPBACK => ETHERNET_PROGRAM,
+                    libc::ARPHRD_NONE | libc::ARPHRD_PPP | libc::ARPHRD_TUNNEL | libc::ARPHRD_TUNNEL6 => IP_PROGRAM,
+                    _ => return None,
+                },
+            })
+        })
+        .filter(|it| seen.insert(it.index))
+        .collect();
+    Ok(interfaces)
+}
+
+fn pin_name(index: u32) -> String {
+    format!("tc-{index}")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{process::Command, thread};
+
+    use nix::sched::{CloneFlags, unshare};
+
+    use super::{super::load, AttachBy, Hook, TcHook, remove_leftovers};
+
+    /// Runs on a thread that has a network namespace of its own, with `lo` up.
+    fn in_new_namespace(test: impl FnOnce() + Send + 'static) {
+        let thread = thread::spawn(|| {
+            unshare(CloneFlags::CLONE_NEWNET).unwrap();
+            output("ip", "link set lo up");
+            test();
+        });
+        thread.join().unwrap();
+    }
+
+    fn output(program: &str, arguments: &str) -> String {
+        let output = Command::new(program).args(arguments.split(' ')).output().unwrap();
+        assert!(output.status.success(), "{program} {arguments}: {output:?}");
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    fn filters() -> String {
+        output("tc", "filter show dev lo ingress")
+    }
+
+    #[test]
+    fn clsact_filters_come_and_go_with_their_qdisc() {
+        in_new_namespace(|| {
+            let hook = TcHook::attach(load(false).unwrap(), Vec::new(), Some(AttachBy::Clsact)).unwrap();
+            assert_eq!(hook.interfaces(), ["lo"]);
+            assert!(filters().contains("anyport_eth"), "{}", filters());
+            Box::new(hook).detach().unwrap();
+            assert!(!output("tc", "qdisc show dev lo").contains("clsact"));
+        });
+    }
+
+    #[test]
+    fn a_qdisc_that_was_there_stays() {
+        in_new_namespace(|| {
+            output("tc", "qdisc add dev lo clsact");
+            let hook = TcHook::attach(load(false).unwrap(), Vec::new(), Some(AttachBy::Clsact)).unwrap();
+            Box::new(hook).detach().unwrap();
+            assert!(output("tc", "qdisc show dev lo").contains("clsact"));
+            assert!(!filters().contains("anyport"), "{}", filters());
+        });
+    }
+
+    #[test]
+    fn filters_of_a_daemon_that_was_killed_are_removed() {
+        in_new_namespace(|| {
+            let hook = TcHook::attach(load(false).unwrap(), Vec::new(), Some(AttachBy::Clsact)).unwrap();
+            std::mem::forget(hook);
+            assert!(filters().contains("anyport_eth"));
+            remove_leftovers().unwrap();
+            assert!(!filters().contains("anyport_eth"), "{}", filters());
+        });
+    }
+
+    #[test]
+    fn tcx_is_found_and_interfaces_are_followed() {
+        in_new_namespace(|| {
+            let mut hook = TcHook::attach(load(false).unwrap(), Vec::new(), None).unwrap();
+            assert_eq!(hook.attach_by, AttachBy::Tcx);
+            output("ip", "link add later0 up type veth peer name later1");
+            hook.refresh().unwrap();
+            assert_eq!(hook.interfaces(), ["lo", "later0"]);
+            output("ip", "link del later0");
+            hook.refresh().unwrap();
+            assert_eq!(hook.interfaces(), ["lo"]);
+        });
+    }
+
+    #[test]
+    fn an_interface_that_is_not_there_is_named() {
+        in_new_namespace(|| {
+            let error = TcHook::attach(load(false).unwrap(), vec!["nope0".into()], None).unwrap_err();
+            assert!(error.to_string().contains("nope0"), "{error:#}");
+        });
+    }
+}

@@ -1,0 +1,259 @@
+//! Our chains in the table mangle of one family, through the tools of iptables.
+
+use std::{
+    collections::HashMap,
+    fmt::Write as _,
+    fs,
+    io::{ErrorKind, Write as _},
+    process::{Command, Output, Stdio},
+};
+
+use anyhow::{Context as _, bail};
+use anyport_common::maps::Counters;
+use nix::libc;
+
+use super::{
+    lines::{COMMENT, Family},
+    nftables,
+};
+
+const TABLE: &str = "mangle";
+const HOOK: &str = "PREROUTING";
+/// What PREROUTING jumps to: it sorts out what is no business of the rules.
+const CHAIN: &str = "ANYPORT";
+/// The rules in order of precedence.
+pub(super) const RULES_CHAIN: &str = "ANYPORT-RULES";
+/// These stand for a moment, and no packet comes to them.
+const PROBE_CHAIN: &str = "ANYPORT-PROBE";
+const PROBE_TARGET: &str = "ANYPORT-PROBE-2";
+const OUR_CHAINS: [&str; 4] = [CHAIN, RULES_CHAIN, PROBE_CHAIN, PROBE_TARGET];
+
+/// iptables makes the table and the hook's chain of `nf_tables` as it needs them but never takes them away. A line
+/// without effect keeps in mind that we had it make them, also for the one who comes after a crash.
+const MADE_TABLE: &str = "anyport made this table";
+const MADE_HOOK: &str = "anyport made the chain PREROUTING";
+
+/// The table mangle of one family.
+#[derive(Debug)]
+pub(super) struct Table {
+    family: Family,
+    is_legacy: bool,
+}
+
+impl Table {
+    /// Looks which flavour of iptables is installed; nothing if there is none.
+    pub(super) fn find(family: Family) -> anyhow::Result<Option<Self>> {
+        let tool = restore_tool(family);
+        let output = match Command::new(tool).arg("--version").output() {
+            Ok(output) => output,
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(error).with_context(|| format!("running {tool}")),
+        };
+        // Before 1.8 there was only the legacy flavour, and it did not say so.
+        let is_legacy = !String::from_utf8_lossy(&output.stdout).contains("nf_tables");
+        Ok(Some(Self { family, is_legacy }))
+    }
+
+    /// Shows that the kernel takes all that rules are made of, and leaves no trace of that.
+    pub(super) fn probe(&self) -> anyhow::Result<()> {
+        let to = match self.family {
+            Family::V4 => "127.0.0.1",
+            Family::V6 => "::1",
+        };
+        let lines = [
+            format!("-p tcp -m socket --transparent -g {PROBE_TARGET}"),
+            "-p udp -m multiport --dports 1,2 -m comment --comment anyport -j RETURN".to_owned(),
+            format!("-p tcp -m tcp --dport 1 -j TPROXY --on-ip {to} --on-port 1"),
+        ];
+        let tried = self.write(&self.save()?, PROBE_CHAIN, &[(PROBE_TARGET, &[]), (PROBE_CHAIN, &lines)], false);
+        let removed = self.save().and_then(|saved| self.remove(&saved));
+        tried?;
+        removed
+    }
+
+    /// Makes our chains consist of these lines, whatever they were before, in one transaction.
+    pub(super) fn replace(&self, saved: &str, guards: &[String], rules: &[String]) -> anyhow::Result<()> {
+        let mut entry = guards.to_vec();
+        entry.push(format!("-g {RULES_CHAIN}"));
+        self.write(saved, CHAIN, &[(RULES_CHAIN, rules), (CHAIN, &entry)], true)
+    }
+
+    fn write(&self, saved: &str, entry: &str, chains: &[(&str, &[String])], with_jump: bool) -> anyhow::Result<()> {
+        let mut script = format!("*{TABLE}\n");
+        for (chain, _) in chains {
+            // Makes the chain or empties it.
+            let _ = writeln!(script, ":{chain} - [0:0]");
+        }
+        if let Some(mark) = self.mark(saved)? {
+            let _ = writeln!(script, "-A {entry} -m comment --comment \"{mark}\"");
+        }
+        for (chain, lines) in chains {
+            for line in *lines {
+                let _ = writeln!(script, "-A {chain} {line}");
+            }
+        }
+        if with_jump {
+            script.extend(deletions_of_jumps(saved));
+            let _ = writeln!(script, "-I {HOOK} 1 -j {CHAIN}");
+        }
+        script.push_str("COMMIT\n");
+        self.restore(&script)
+    }
+
+    /// Takes away everything of ours, and what iptables made for it if it is empty now.
+    pub(super) fn remove(&self, saved: &str) -> anyhow::Result<()> {
+        let chains: Vec<_> = our_chains(saved).collect();
+        if chains.is_empty() {
+            return Ok(());
+        }
+        let mut script = format!("*{TABLE}\n");
+        script.extend(deletions_of_jumps(saved));
+        for command in ["-F", "-X"] {
+            for chain in &chains {
+                let _ = writeln!(script, "{command} {chain}");
+            }
+        }
+        script.push_str("COMMIT\n");
+        self.restore(&script)?;
+        let kernel = self.in_kernel();
+        let removed = if saved.contains(MADE_TABLE) {
+            let has_hook = kernel.has_chain(HOOK);
+            let hook = has_hook.map(|has_hook| if has_hook { &[HOOK][..] } else { &[] });
+            hook.and_then(|hook| kernel.delete_if_empty(hook))
+        } else if saved.contains(MADE_HOOK) {
+            kernel.delete_empty_chains(&[HOOK])
+        } else {
+            Ok(())
+        };
+        removed.with_context(|| format!("removing the empty table {TABLE} of nf_tables"))
+    }
+
+    /// What of the table and its hook's chain would not be there without us.
+    fn mark(&self, saved: &str) -> anyhow::Result<Option<&'static str>> {
+        let marks = [MADE_TABLE, MADE_HOOK];
+        if let Some(mark) = marks.into_iter().find(|mark| saved.contains(mark)) {
+            return Ok(Some(mark));
+        }
+        if self.is_legacy {
+            return Ok(None);
+        }
+        let kernel = self.in_kernel();
+        let exists = kernel.exists().and_then(|table| Ok((table, kernel.has_chain(HOOK)?)));
+        Ok(match exists.context("asking nf_tables for the table mangle")? {
+            (false, _) => Some(MADE_TABLE),
+            (true, false) => Some(MADE_HOOK),
+            (true, true) => None,
+        })
+    }
+
+    fn in_kernel(&self) -> nftables::Table {
+        let family = match self.family {
+            Family::V4 => libc::NFPROTO_IPV4,
+            Family::V6 => libc::NFPROTO_IPV6,
+        };
+        nftables::Table { family, name: TABLE }
+    }
+
+    /// The table as `iptables-save` shows it, with counters.
+    pub(super) fn save(&self) -> anyhow::Result<String> {
+        // The legacy tool would make the table only to show that it is empty, and it can't be taken away again.
+        if self.is_legacy && !self.is_legacy_table_loaded() {
+            return Ok(String::new());
+        }
+        let tool = match self.family {
+            Family::V4 => "iptables-save",
+            Family::V6 => "ip6tables-save",
+        };
+        let output = Command::new(tool)
+            .args(["--counters", "--table", TABLE])
+            .output()
+            .with_context(|| format!("running {tool}"))?;
+        check(tool, &output)?;
+        String::from_utf8(output.stdout).with_context(|| format!("reading what {tool} wrote"))
+    }
+
+    fn is_legacy_table_loaded(&self) -> bool {
+        let names = match self.family {
+            Family::V4 => "ip_tables_names",
+            Family::V6 => "ip6_tables_names",
+        };
+        match fs::read_to_string(format!("/proc/thread-self/net/{names}")) {
+            Ok(names) => names.lines().any(|name| name == TABLE),
+            Err(error) => error.kind() != ErrorKind::NotFound,
+        }
+    }
+
+    fn restore(&self, script: &str) -> anyhow::Result<()> {
+        let tool = restore_tool(self.family);
+        let mut child = Command::new(tool)
+            .args(["--wait", "5", "--noflush"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .with_context(|| format!("running {tool}"))?;
+        // A tool that gives up early says why on its standard error, which is worth more than a broken pipe.
+        let written = child.stdin.take().map(|mut stdin| stdin.write_all(script.as_bytes()));
+        let output = child.wait_with_output().with_context(|| format!("running {tool}"))?;
+        check(tool, &output)?;
+        written.transpose().with_context(|| format!("writing rules to {tool}"))?;
+        Ok(())
+    }
+}
+
+fn restore_tool(family: Family) -> &'static str {
+    match family {
+        Family::V4 => "iptables-restore",
+        Family::V6 => "ip6tables-restore",
+    }
+}
+
+fn check(tool: &str, output: &Output) -> anyhow::Result<()> {
+    if output.status.success() {
+        return Ok(());
+    }
+    let said = String::from_utf8_lossy(&output.stderr);
+    let said: Vec<_> = said.lines().filter(|line| !line.starts_with('#')).map(str::trim).collect();
+    bail!("{tool} failed ({}): {}", output.status, said.join(" "))
+}
+
+fn our_chains(saved: &str) -> impl Iterator<Item = &str> {
+    let names = saved.lines().filter_map(|line| line.strip_prefix(':')?.split(' ').next());
+    names.filter(|name| OUR_CHAINS.contains(name))
+}
+
+/// Commands that take away every jump from elsewhere into our chain, however it came there.
+fn deletions_of_jumps(saved: &str) -> impl Iterator<Item = String> {
+    saved.lines().filter_map(|line| {
+        let (_, rule) = line.split_once("] -A ")?;
+        let leads_to_us = ["-j", "-g"].iter().any(|verb| rule.ends_with(&format!(" {verb} {CHAIN}")));
+        leads_to_us.then(|| format!("-D {rule}\n"))
+    })
+}
+
+/// What the rules' lines have counted, by rule number, given what [`Table::save`] showed.
+pub(super) fn counters(saved: &str) -> HashMap<u32, Counters> {
+    let mut counters: HashMap<u32, Counters> = HashMap::new();
+    for (rule, packets, target) in saved.lines().filter_map(counted_line) {
+        let rule = counters.entry(rule).or_default();
+        match target {
+            "TPROXY" => rule.steered += packets,
+            "DROP" => rule.no_socket += packets,
+            _ => {}
+        }
+    }
+    counters
+}
+
+/// The rule's number, the packets and the target of a line such as
+/// `[3:180] -A ANYPORT-RULES … --comment "anyport rule 7" -j TPROXY …`.
+fn counted_line(line: &str) -> Option<(u32, u64, &str)> {
+    let (packets, rest) = line.strip_prefix('[')?.split_once(':')?;
+    let (_, rest) = rest.split_once(COMMENT)?;
+    let (rule, rest) = rest.split_once('"')?;
+    let target = rest.strip_prefix(" -j ")?.split(' ').next()?;
+    Some((rule.parse().ok()?, packets.parse().ok()?, target))
+}
+
+#[cfg(test)]
+mod tests;

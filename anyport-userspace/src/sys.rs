@@ -1,0 +1,90 @@
+//! Every raw system call, and so every `unsafe` of user space.
+#![expect(unsafe_code, reason = "the one module in which system calls without a safe wrapper are made")]
+
+use std::{
+    io,
+    os::fd::{AsFd, AsRawFd},
+    ptr::NonNull,
+    slice,
+    sync::atomic::AtomicU64,
+    thread,
+    time::Duration,
+};
+
+use tokio::io::{Interest, unix::AsyncFd};
+
+/// Registers a descriptor with the runtime, for reading.
+///
+/// # Errors
+/// The kernel's error, such as `EPERM` for a descriptor that can't be polled.
+pub fn watch_readable<T: AsFd + AsRawFd>(owner: T) -> io::Result<AsyncFd<T>> {
+    // SAFETY: what implements `AsFd` owns or borrows its descriptor, so that it stays open and the same for as long
+    // as `owner` lives, which the `AsyncFd` does not outlive.
+    unsafe { AsyncFd::register_with_interest(owner, Interest::READABLE) }.map_err(Into::into)
+}
+
+/// The values of a BPF array map that was created with `BPF_F_MMAPABLE` (Linux 5.5), shared with the programs.
+#[derive(Debug)]
+pub struct MappedWords {
+    start: NonNull<AtomicU64>,
+    words: usize,
+}
+
+// SAFETY: the mapping belongs to this value alone, and its words are only ever accessed atomically.
+unsafe impl Send for MappedWords {}
+// SAFETY: as above.
+unsafe impl Sync for MappedWords {}
+
+impl MappedWords {
+    /// Maps the first `words` 8-byte words of the map behind `fd`.
+    ///
+    /// # Errors
+    /// The kernel's error, such as `EPERM` for a map without `BPF_F_MMAPABLE`.
+    pub fn new(fd: impl AsFd, words: usize) -> io::Result<Self> {
+        // SAFETY: a new mapping at an address of the kernel's choice touches no memory of ours.
+        let start = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                words * size_of::<AtomicU64>(),
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_SHARED,
+                fd.as_fd().as_raw_fd(),
+                0,
+            )
+        };
+        if start == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let start = NonNull::new(start.cast()).ok_or(io::ErrorKind::InvalidData)?;
+        Ok(Self { start, words })
+    }
+
+    /// The words. BPF programs may read them at any time.
+    pub fn words(&self) -> &[AtomicU64] {
+        // SAFETY: the mapping is that long, page-aligned, and lives as long as `self`.
+        unsafe { slice::from_raw_parts(self.start.as_ptr(), self.words) }
+    }
+}
+
+impl Drop for MappedWords {
+    fn drop(&mut self) {
+        // SAFETY: this is the mapping that `new` made, and nothing borrows from it any more.
+        unsafe {
+            libc::munmap(self.start.as_ptr().cast(), self.words * size_of::<AtomicU64>());
+        }
+    }
+}
+
+/// Waits until every BPF program that runs now has ended.
+///
+/// Programs run under RCU's read lock, and `MEMBARRIER_CMD_GLOBAL` (Linux 4.3) is a grace period of RCU, 8 to 16 ms
+/// where it was measured. Kernels that run with `nohz_full` refuse it (`kernel/sched/membarrier.c`); there a wait of
+/// a second stands in for it, a million times what a program takes.
+pub fn wait_for_running_programs() {
+    const MEMBARRIER_CMD_GLOBAL: libc::c_int = 1;
+    // SAFETY: the call takes plain numbers and touches no memory of ours.
+    let failed = unsafe { libc::syscall(libc::SYS_membarrier, MEMBARRIER_CMD_GLOBAL, 0, 0) };
+    if failed != 0 {
+        thread::sleep(Duration::from_secs(1));
+    }
+}

@@ -1,0 +1,281 @@
+//! Choosing a back end, what each needs, and what an operator sees of it.
+
+use std::{fs, process::Command, time::Duration};
+
+use anyport_tests::{
+    daemon::{Daemon, Setup},
+    dial::{expect_tcp_hello, expect_tcp_refused, expect_udp_hello},
+    ground::{path_with, scratch, xtables},
+    host::{Outcome, wait_for},
+    netns::Netns,
+    topology::Topology,
+};
+use libtest_mimic::Trial;
+use serde_json::Value;
+
+use crate::cases::{Family, Lab, at, on_each_back_end, trial};
+
+/// Takes what BPF needs from a process that root starts.
+const WITHOUT_BPF: [&str; 4] =
+    ["setpriv", "--bounding-set=-bpf,-sys_admin,-perfmon", "--inh-caps=-bpf,-sys_admin,-perfmon", "--"];
+
+pub(crate) fn trials() -> Vec<Trial> {
+    let mut trials = vec![
+        trial("backends::auto takes sk-lookup", auto),
+        trial("backends::auto without CAP_BPF takes tproxy", without_bpf),
+        trial("backends::a chosen back end that can't work", chosen_but_unusable),
+        trial("backends::a bpffs is mounted where there is none", mounts_bpffs),
+        trial("tc::backends::interfaces that appear later", later_interfaces),
+        trial("tc::backends::--interface", one_interface),
+    ];
+    for flavour in ["nft", "legacy"] {
+        trials.push(trial(format!("tproxy::backends::iptables of the {flavour} flavour"), move || tproxy(flavour)));
+    }
+    for backend in ["sk-lookup", "tc"] {
+        trials.push(trial(format!("{backend}::backends::bpftool shows the rules"), move || operator(backend)));
+    }
+    trials.extend(on_each_back_end("backends::rp_filter and src_valid_mark", reverse_path));
+    trials.extend(on_each_back_end("backends::a local route of someone else's", foreign_route));
+    trials
+}
+
+/// The entry of `status` for a back end.
+fn tried(daemon: &Daemon, name: &str) -> Value {
+    let status = daemon.json("status");
+    let all = status["backends"].as_array().expect("the back ends that were tried");
+    all.iter().find(|backend| backend["name"] == name).unwrap_or_else(|| panic!("no {name} in {status}")).clone()
+}
+
+fn auto() {
+    let daemon = Daemon::start(&Netns::new(), "auto");
+    assert_eq!(daemon.json("status")["backend"], "sk-lookup", "the choice of `auto`");
+    assert_eq!(tried(&daemon, "sk-lookup")["usable"], true);
+    let log = daemon.log();
+    assert!(log.contains("sk-lookup") && log.contains("add-prefix"), "choice and what to type next: {log}");
+    assert!(daemon.ok("status").contains("sk-lookup"), "status for people names the back end");
+}
+
+fn without_bpf() {
+    let topology = Topology::new();
+    let daemon = Setup::new(&topology.host, "auto").through(WITHOUT_BPF).start();
+    assert_eq!(daemon.json("status")["backend"], "tproxy", "the choice of `auto` without CAP_BPF");
+    for name in ["sk-lookup", "tc"] {
+        let entry = tried(&daemon, name);
+        let reason = entry["reason"].as_str().expect("a reason");
+        assert!(entry["usable"] == false && reason.contains("CAP_BPF"), "{name}: {entry}");
+        assert!(daemon.log().contains(name), "the log about {name}: {}", daemon.log());
+    }
+    daemon.ok("add-prefix 192.0.2.0/24 2001:db8:0:a::/64 --protocol both");
+    for address in ["192.0.2.3", "2001:db8:0:a::3"] {
+        topology.client.enter(|| expect_tcp_hello(at(address, 3)));
+        topology.client.enter(|| expect_udp_hello(at(address, 3)));
+    }
+}
+
+/// The message says what failed and what to do; nothing stays behind.
+fn chosen_but_unusable() {
+    let namespace = Netns::new();
+    let expect_failure = |what: &str, outcome: &Outcome, part: &str| {
+        assert!(outcome.status == 1 && outcome.stderr.contains(part), "{what}, with {part:?}: {outcome}");
+        let routes = namespace.ip("route show table local proto 165");
+        assert!(routes.is_empty(), "routes after {what}: {routes}");
+    };
+    for backend in ["sk-lookup", "tc"] {
+        let outcome = Setup::new(&namespace, backend).through(WITHOUT_BPF).run_to_end();
+        expect_failure(&format!("{backend} without CAP_BPF"), &outcome, "CAP_BPF");
+    }
+    let empty = scratch();
+    let outcome = Setup::new(&namespace, "tproxy").env("PATH", only_setpriv(empty.path())).run_to_end();
+    expect_failure("tproxy without iptables", &outcome, "iptables-restore");
+    let through = ["setpriv", "--bounding-set=-net_admin", "--inh-caps=-net_admin", "--"];
+    let outcome = Setup::new(&namespace, "tproxy").through(through).run_to_end();
+    expect_failure("tproxy without CAP_NET_ADMIN", &outcome, "CAP_NET_ADMIN");
+    let outcome = Setup::new(&namespace, "sk-lookup").bpffs("/proc/nowhere").run_to_end();
+    expect_failure("sk-lookup without a bpffs", &outcome, "/proc/nowhere");
+}
+
+/// A search path with nothing but what starts the daemon.
+fn only_setpriv(directory: &std::path::Path) -> &std::path::Path {
+    let setpriv = Outcome::of(Command::new("sh").args(["-c", "command -v setpriv"])).stdout;
+    std::os::unix::fs::symlink(setpriv.trim(), directory.join("setpriv")).expect("a link to setpriv");
+    directory
+}
+
+fn mounts_bpffs() {
+    let directory = scratch();
+    let path = directory.path().join("bpf");
+    let mounted =
+        || fs::read_to_string("/proc/thread-self/mounts").expect("mounts").contains(&path.display().to_string());
+    let mut daemon = Setup::new(&Netns::new(), "sk-lookup").bpffs(&path).start();
+    daemon.ok("add-prefix 192.0.2.0/24");
+    assert!(mounted(), "no bpffs at {}", path.display());
+    daemon.namespace().run("bpftool", ["map", "dump", "pinned", &path.join("rules").display().to_string()]);
+    daemon.stop();
+    assert!(!mounted(), "the bpffs at {} is left", path.display());
+}
+
+/// Cables that are plugged in, pulled and plugged in again, while the daemon runs.
+fn later_interfaces() {
+    let lab = Lab::new("tc");
+    lab.daemon.ok("add-prefix 192.0.2.0/24 2001:db8:0:a::/64 --protocol both");
+    for round in 0..3 {
+        let late = Netns::new();
+        late.join(
+            &lab.topology.host,
+            ("eth0", &["198.51.100.129/30", "2001:db8:e::1/64"]),
+            ("late", &["198.51.100.130/30", "2001:db8:e::2/64"]),
+        );
+        late.ip("route add default via 198.51.100.130");
+        late.ip("-6 route add default via 2001:db8:e::2");
+        wait_for("steering on a new interface", Duration::from_secs(5), || {
+            late.enter(|| anyport_tests::dial::tcp_text(at("192.0.2.3", 3)))
+                .map_err(|error| format!("round {round}: {error}"))
+        });
+        for address in ["192.0.2.3", "2001:db8:0:a::3"] {
+            late.enter(|| expect_tcp_hello(at(address, 3)));
+            late.enter(|| expect_udp_hello(at(address, 3)));
+            lab.topology.client.enter(|| expect_tcp_hello(at(address, 3)));
+        }
+        lab.topology.host.ip("link delete late");
+    }
+    assert_eq!(lab.daemon.json("status")["degraded"], Value::Array(vec![]), "degraded after interfaces came and went");
+}
+
+fn one_interface() {
+    let lab = Lab::with("tc", |setup| setup.args(["--interface", "client"]));
+    lab.daemon.ok("add-prefix 192.0.2.0/24");
+    lab.topology.client.enter(|| expect_tcp_hello(at("192.0.2.3", 3)));
+    for other in [&lab.topology.server, &lab.topology.host] {
+        other.enter(|| expect_tcp_refused(at("192.0.2.3", 3)));
+    }
+}
+
+/// Works with this flavour alone, in one chain of its own, and touches no rule of others.
+fn tproxy(flavour: &str) {
+    let topology = Topology::new();
+    let tools = xtables(flavour);
+    let path = path_with(tools.path());
+    let run = |line: &str| {
+        let outcome = topology.host.output(Command::new("sh").args(["-c", line]).env("PATH", &path));
+        assert!(outcome.status == 0, "{line}: {outcome}");
+        outcome.stdout
+    };
+    for family in ["iptables", "ip6tables"] {
+        run(&format!(
+            "{family} -t mangle -N OTHERS && {family} -t mangle -A OTHERS -p tcp --dport 9 -j MARK --set-mark 9"
+        ));
+        run(&format!("{family} -t mangle -A PREROUTING -j OTHERS && {family} -t mangle -A FORWARD -p udp -j ACCEPT"));
+    }
+    let saved = || {
+        ["iptables", "ip6tables"].map(|family| {
+            let all = run(&format!("{family}-save -t mangle"));
+            all.lines().filter(|line| line.starts_with('-')).collect::<Vec<_>>().join("\n")
+        })
+    };
+    let before = saved();
+    let mut daemon = Setup::new(&topology.host, "tproxy").env("PATH", &path).start();
+    daemon.ok("add-prefix 192.0.2.0/24 2001:db8:0:a::/64 --protocol both --except 22");
+    daemon.ok("add-prefix 203.0.113.128/25 --ports 80,443,8000-8999");
+    for _ in 0..2 {
+        for address in ["192.0.2.3", "2001:db8:0:a::3"] {
+            for namespace in [&topology.client, &topology.host] {
+                namespace.enter(|| expect_tcp_hello(at(address, 3)));
+                namespace.enter(|| expect_udp_hello(at(address, 3)));
+                namespace.enter(|| expect_tcp_refused(at(address, 22)));
+            }
+        }
+        let now = saved();
+        for (now, before) in now.iter().zip(&before) {
+            assert!(before.lines().all(|rule| now.contains(rule)), "rules of others:\n{before}and now:\n{now}");
+            let jumps =
+                now.lines().filter(|line| line.starts_with("-A PREROUTING") && line.contains("ANYPORT")).count();
+            assert!(jumps == 1, "{jumps} jumps to the chain ANYPORT:\n{now}");
+        }
+        daemon.kill();
+        daemon.restart();
+    }
+    // Someone else adds a rule meanwhile; the next change of ours keeps it.
+    run("iptables -t mangle -A OTHERS -p tcp --dport 10 -j MARK --set-mark 10");
+    daemon.ok("remove-prefix 203.0.113.128/25");
+    assert!(saved()[0].contains("--dport 10"), "a rule that came meanwhile is gone: {}", saved()[0]);
+    run("iptables -t mangle -D OTHERS -p tcp --dport 10 -j MARK --set-mark 10");
+    daemon.stop();
+    assert_eq!(saved(), before, "rules after the end");
+}
+
+/// Map names, and fields by name, in the words of the documentation.
+fn operator(backend: &'static str) {
+    let lab = Lab::new(backend);
+    lab.daemon.ok("add-prefix 192.0.2.0/24 --ports 80-90 --except 85");
+    lab.daemon.ok("add-prefix 2001:db8:0:a::/64 --protocol udp --ports 53");
+    let maps = lab.topology.host.run("bpftool", ["map", "show"]);
+    assert!(maps.contains("anyport_rules"), "`bpftool map show`: {maps}");
+    let pins: Vec<String> = fs::read_dir(lab.daemon.bpffs())
+        .expect("pins")
+        .flatten()
+        .map(|pin| pin.file_name().to_string_lossy().into_owned())
+        .collect();
+    for pin in ["rules", "table", "control", "counts", "sockets"] {
+        assert!(pins.iter().any(|name| name == pin), "no pin {pin} among {pins:?}");
+    }
+    assert!(pins.iter().any(|name| name.starts_with("link-")), "no link among the pins {pins:?}");
+    let pin = lab.daemon.bpffs().join("rules").display().to_string();
+    let dump: Value =
+        serde_json::from_str(&lab.topology.host.run("bpftool", ["-j", "map", "dump", "pinned", &pin])).expect("JSON");
+    let entries: Vec<&Value> =
+        dump.as_array().expect("entries").iter().map(|entry| &entry["formatted"]["value"]).collect();
+    let find = |version: u64, action: u64| {
+        let fits = |entry: &&&Value| entry["ip_version"] == version && entry["action"] == action;
+        *entries.iter().find(fits).unwrap_or_else(|| panic!("no IPv{version} rule with action {action} in {dump}"))
+    };
+    let number = |entry: &Value, field: &str| entry[field].as_u64().unwrap_or_else(|| panic!("{field} of {entry}"));
+    for (version, action, expected, head) in
+        [(4, 1, [24, 6], [192, 0, 2, 0]), (4, 2, [24, 6], [192, 0, 2, 0]), (6, 1, [64, 17], [0x20, 0x01, 0x0d, 0xb8])]
+    {
+        let entry = find(version, action);
+        assert_eq!(["prefix_len", "protocol"].map(|field| number(entry, field)), expected, "{entry}");
+        let bytes = entry["prefix"].as_array().expect("the prefix's bytes");
+        assert_eq!(bytes[..4], head.map(Value::from), "{entry}");
+    }
+    let ports = |entry: &Value| ["first_port", "last_port"].map(|field| number(entry, field));
+    assert_eq!([ports(find(4, 2)), ports(find(6, 1))], [[85, 85], [53, 53]], "ports in {dump}");
+    let plain = lab.topology.host.run("bpftool", ["map", "dump", "pinned", &pin]);
+    assert!(plain.contains("\"prefix_len\""), "the dump for people: {plain}");
+}
+
+/// Steering works whatever the host thinks of where packets should come from.
+fn reverse_path(backend: &'static str) {
+    let lab = Lab::new(backend);
+    lab.daemon.ok("add-prefix 192.0.2.0/24 --protocol both");
+    for rp_filter in ["0", "1", "2"] {
+        for src_valid_mark in ["0", "1"] {
+            for interface in ["all", "lo", "client"] {
+                lab.topology.host.sysctl(&format!("net.ipv4.conf.{interface}.rp_filter"), rp_filter);
+                lab.topology.host.sysctl(&format!("net.ipv4.conf.{interface}.src_valid_mark"), src_valid_mark);
+            }
+            for client in ["remote", "local"] {
+                lab.at(client).enter(|| expect_tcp_hello(at("192.0.2.3", 3)));
+                lab.at(client).enter(|| expect_udp_hello(at("192.0.2.3", 3)));
+            }
+        }
+    }
+}
+
+/// A route that was there before is used, never changed, and stays.
+fn foreign_route(backend: &'static str) {
+    let lab = Lab::new(backend);
+    let host = &lab.topology.host;
+    host.ip("route add local 192.0.2.0/24 dev lo proto static");
+    host.ip("-6 route add local 2001:db8:0:a::/64 dev lo proto static metric 77");
+    let shown = |family: Family| host.ip(&format!("-{family} route show table local proto static"));
+    let before = Family::ALL.map(shown);
+    lab.daemon.ok("add-prefix 192.0.2.0/24 2001:db8:0:a::/64");
+    for client in ["remote", "local"] {
+        lab.at(client).enter(|| expect_tcp_hello(at("2001:db8:0:a::3", 3)));
+    }
+    lab.topology.client.enter(|| expect_tcp_hello(at("192.0.2.3", 3)));
+    lab.daemon.ok("remove-prefix 192.0.2.0/24 2001:db8:0:a::/64");
+    assert_eq!(Family::ALL.map(shown), before, "routes of someone else's after remove-prefix");
+    let ours = Family::ALL.map(|family| host.ip(&format!("-{family} route show table local proto 165"))).concat();
+    assert!(ours.is_empty(), "routes of ours beside them: {ours}");
+}

@@ -1,0 +1,99 @@
+//! What all subjects share: how a case becomes a trial, and hosts with a daemon.
+
+use std::{
+    fmt,
+    net::{IpAddr, SocketAddr},
+    sync::{Arc, LazyLock},
+};
+
+use anyport_tests::{
+    daemon::{Daemon, Setup},
+    netns::Netns,
+    topology::Topology,
+};
+use libtest_mimic::Trial;
+
+/// The back ends, each of which meets the same contract.
+pub(crate) const BACKENDS: [&str; 3] = ["sk-lookup", "tc", "tproxy"];
+
+/// A trial that fails when `case` panics.
+pub(crate) fn trial(name: impl Into<String>, case: impl FnOnce() + Send + 'static) -> Trial {
+    Trial::test(name, move || {
+        case();
+        Ok(())
+    })
+}
+
+/// A trial of `case` for each back end.
+pub(crate) fn on_each_back_end(name: &str, case: fn(&'static str)) -> impl Iterator<Item = Trial> {
+    BACKENDS.into_iter().map(move |backend| trial(format!("{backend}::{name}"), move || case(backend)))
+}
+
+/// An IP version.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Family {
+    V4,
+    V6,
+}
+
+impl Family {
+    /// Both.
+    pub(crate) const ALL: [Self; 2] = [Self::V4, Self::V6];
+
+    /// Of a pair, the one for this version.
+    pub(crate) fn of<T>(self, [v4, v6]: [T; 2]) -> T {
+        match self {
+            Self::V4 => v4,
+            Self::V6 => v6,
+        }
+    }
+}
+
+impl fmt::Display for Family {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.of(["4", "6"]))
+    }
+}
+
+/// A host with a daemon, a client and a server.
+pub(crate) struct Lab {
+    pub(crate) topology: Topology,
+    pub(crate) daemon: Daemon,
+}
+
+impl Lab {
+    /// New hosts, and a daemon with default options.
+    pub(crate) fn new(backend: &str) -> Self {
+        Self::with(backend, |setup| setup)
+    }
+
+    /// New hosts, and a daemon with options by `adapt`.
+    pub(crate) fn with(backend: &str, adapt: impl FnOnce(Setup) -> Setup) -> Self {
+        let topology = Topology::new();
+        let daemon = adapt(Setup::new(&topology.host, backend)).start();
+        Self { topology, daemon }
+    }
+
+    /// The namespace of the `remote` or the `local` client.
+    pub(crate) fn at(&self, client: &str) -> &Netns {
+        match client {
+            "remote" => &self.topology.client,
+            "local" => &self.topology.host,
+            other => panic!("no client is called {other}"),
+        }
+    }
+}
+
+/// A [`Lab`] that several trials use at the same time; the first one starts it, the last one ends it.
+pub(crate) type Shared = Arc<LazyLock<Lab, Box<dyn FnOnce() -> Lab + Send>>>;
+
+/// A [`Lab`] to be shared, made by `start` when it is first needed.
+pub(crate) fn shared(start: impl FnOnce() -> Lab + Send + 'static) -> Shared {
+    Arc::new(LazyLock::new(Box::new(start)))
+}
+
+/// The socket address of texts and ports that the tests are written with.
+pub(crate) fn at(address: &str, port: u16) -> SocketAddr {
+    let address: IpAddr = address.parse().expect("an address");
+    (address, port).into()
+}

@@ -1,0 +1,62 @@
+//! The end-to-end tests: real programs, real packets, in namespaces of their own.
+//!
+//! What this machine lacks for them is printed, a line each. With `ANYPORT_REQUIRE=all` or `CI=true` that is a
+//! failure; otherwise all tests count as ignored. Run by `cargo xtask test`.
+#![expect(clippy::print_stderr, reason = "says what is missing and which seed repeats the run")]
+
+mod backends;
+mod cases;
+mod control;
+mod crash;
+mod differential;
+mod malformed;
+mod rules;
+mod selftests;
+mod state;
+mod steer;
+mod udp;
+mod wire;
+
+use std::{env, process::ExitCode};
+
+use anyport_tests::{ground, random};
+use libtest_mimic::Arguments;
+
+/// Tests at a time. They wait for daemons to start more than they compute.
+const THREADS: usize = 4;
+
+fn main() -> ExitCode {
+    let mut arguments = Arguments::from_args();
+    arguments.test_threads.get_or_insert(THREADS);
+    let mut ignored = false;
+    if !arguments.list {
+        let missing = ground::missing();
+        for what in &missing {
+            eprintln!("missing: {what}");
+        }
+        let required = env::var_os("ANYPORT_REQUIRE").is_some_and(|what| what == "all")
+            || env::var_os("CI").is_some_and(|value| value == "true");
+        if required && !missing.is_empty() {
+            return ExitCode::FAILURE;
+        }
+        ignored = !missing.is_empty();
+        if !ignored {
+            ground::isolate();
+            eprintln!("random choices: repeat them with ANYPORT_SEED={}", random::seed());
+        }
+    }
+    let mut trials = Vec::new();
+    trials.extend(steer::trials());
+    trials.extend(udp::trials());
+    trials.extend(rules::trials());
+    trials.extend(differential::trials());
+    trials.extend(selftests::trials());
+    trials.extend(wire::trials());
+    trials.extend(control::trials());
+    trials.extend(state::trials());
+    trials.extend(malformed::trials());
+    trials.extend(crash::trials());
+    trials.extend(backends::trials());
+    let trials = trials.into_iter().map(|trial| trial.with_ignored_flag(ignored)).collect();
+    libtest_mimic::run(&arguments, trials).exit_code()
+}

@@ -1,0 +1,122 @@
+//! What the daemon keeps: rules and services over restarts, configuration, routes; many clients at once.
+
+use std::{ffi::OsStr, fs, thread, time::Duration};
+
+use anyport_tests::{
+    daemon::{Daemon, Setup},
+    dial::expect_tcp_hello,
+    ground::scratch,
+    host::wait_for,
+    netns::Netns,
+};
+use libtest_mimic::Trial;
+
+use crate::{
+    cases::{at, on_each_back_end, trial},
+    control::{contains, start},
+};
+
+pub(crate) fn trials() -> Vec<Trial> {
+    let mut trials = vec![
+        trial("state::many clients at once", concurrent),
+        trial("state::rules survive a restart", restart),
+        trial("state::an unreadable file stops the start", unreadable_state),
+        trial("state::rules and services of the configuration", configuration),
+    ];
+    trials.extend(on_each_back_end("state::routes come and go with the rules", routes));
+    trials
+}
+
+fn concurrent() {
+    let daemon = start();
+    thread::scope(|scope| {
+        for client in 0..8 {
+            let daemon = &daemon;
+            scope.spawn(move || {
+                for number in 0..8 {
+                    daemon.ok(&format!("add-prefix 192.0.2.{} 2001:db8:0:a::{client}:{number}", client * 8 + number));
+                }
+            });
+        }
+    });
+    assert!(daemon.rules().len() == 128, "{} rules instead of 128", daemon.rules().len());
+    for host in [0, 21, 63] {
+        daemon.namespace().enter(|| expect_tcp_hello(at(&format!("192.0.2.{host}"), 5)));
+    }
+}
+
+fn restart() {
+    let mut daemon = start();
+    daemon.ok("add-service one --handler discard --banner welcome");
+    daemon.ok("add-prefix 192.0.2.0/24 --ports 80,443 --protocol both --service one");
+    daemon.ok("add-prefix 2001:db8:0:a::/64 --except 22 --no-route");
+    let before = (daemon.rules(), daemon.namespace().ip("route show table local proto 165"));
+    daemon.stop();
+    daemon.restart();
+    let after = (daemon.rules(), daemon.namespace().ip("route show table local proto 165"));
+    assert_eq!(after, before, "rules and routes after a restart");
+}
+
+fn unreadable_state() {
+    let mut daemon = start();
+    daemon.ok("add-prefix 192.0.2.0/24");
+    daemon.stop();
+    let files: Vec<_> =
+        fs::read_dir(daemon.state()).expect("the state").map(|file| file.expect("a file").path()).collect();
+    assert!(!files.is_empty(), "the state directory is empty after add-prefix");
+    for file in files.iter().filter(|path| path.is_file()) {
+        fs::write(file, "no state at all {").expect("spoiling the state");
+    }
+    let setup =
+        Setup::new(daemon.namespace(), "sk-lookup").args([OsStr::new("--state-dir"), daemon.state().as_os_str()]);
+    let outcome = setup.run_to_end();
+    assert!(outcome.status == 1, "a start with an unreadable state: {outcome}");
+    contains(&outcome.stderr, &[&daemon.state().display().to_string()]);
+    for file in files.iter().filter(|path| path.is_file()) {
+        assert_eq!(fs::read_to_string(file).expect("the state"), "no state at all {", "{} was changed", file.display());
+    }
+}
+
+fn configuration() {
+    let directory = scratch();
+    let file = directory.path().join("anyport.toml");
+    let text = "[daemon]\nworkers = 3\n\n[[service]]\nname = \"one\"\nhandler = \"echo\"\n\n\
+        [[rule]]\nprefix = \"192.0.2.0/24\"\nports = \"80,443\"\nexcept = \"443\"\nprotocol = \"both\"\nservice = \"one\"\n\n\
+        [[rule]]\nprefix = \"2001:db8:0:a::/64\"\n";
+    fs::write(&file, text).expect("a configuration");
+    let daemon = Setup::new(&Netns::new(), "sk-lookup").config(file).start();
+    daemon.ok("add-prefix 203.0.113.0/24");
+    let rules = daemon.json("prefixes");
+    let origin = |prefix: &str| {
+        let all = rules.as_array().expect("an array");
+        all.iter().find(|rule| rule["prefix"] == prefix).unwrap_or_else(|| panic!("{prefix} in {rules}"))["origin"]
+            .clone()
+    };
+    assert_eq!(
+        [origin("192.0.2.0/24"), origin("2001:db8:0:a::/64"), origin("203.0.113.0/24")],
+        ["config", "config", "added"]
+    );
+    daemon.namespace().enter(|| expect_tcp_hello(at("2001:db8:0:a::1", 1)));
+}
+
+fn routes(backend: &'static str) {
+    let daemon = Daemon::start(&Netns::new(), backend);
+    let ours =
+        || ["-4", "-6"].map(|family| daemon.namespace().ip(&format!("{family} route show table local proto 165")));
+    daemon.ok("add-prefix 192.0.2.0/24 2001:db8:0:a::/64 --ports 80");
+    daemon.ok("add-prefix 192.0.2.0/24 2001:db8:0:a::/64 --ports 443");
+    daemon.ok("add-prefix 203.0.113.0/24 2001:db8:0:b::/64 --no-route");
+    for step in ["with two rules", "with one rule left"] {
+        let [v4, v6] = ours();
+        assert!(v4.contains("192.0.2.0/24") && v6.contains("2001:db8:0:a::/64"), "routes {step}: {v4}{v6}");
+        assert!(!v4.contains("203.0.113") && !v6.contains("2001:db8:0:b"), "routes in spite of --no-route: {v4}{v6}");
+        if step == "with two rules" {
+            daemon.ok("remove-prefix 192.0.2.0/24 2001:db8:0:a::/64 --ports 80");
+        }
+    }
+    daemon.ok("remove-prefix 192.0.2.0/24 2001:db8:0:a::/64");
+    wait_for("end of the routes", Duration::from_secs(5), || {
+        let left = ours().concat();
+        if left.is_empty() { Ok(()) } else { Err(left) }
+    });
+}

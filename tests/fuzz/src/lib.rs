@@ -1,0 +1,83 @@
+//! What the fuzz targets do with an input. The inputs in `corpus/` are replayed as ordinary tests; `cargo xtask fuzz`
+//! looks for new ones.
+
+use anyport::{
+    api::{AddPrefixes, Problem, RemovePrefixes, parse},
+    service::ServiceConfig,
+};
+use anyport_common::{
+    flow::{Address, Version},
+    packet::{self, Packet},
+};
+use serde::{Serialize, de::DeserializeOwned};
+
+/// Reads the input as a frame and as an IP packet. Beyond not panicking, what was read must be in the input: both
+/// addresses, and the ports one after the other.
+pub fn packet(input: &[u8]) {
+    for packet in [packet::from_ethernet(input), packet::from_ip(input)].into_iter().flatten() {
+        let Packet { source, source_port, destination, opens_connection: _ } = packet;
+        let ports = [source_port.to_be_bytes(), destination.port.to_be_bytes()].concat();
+        assert!(contains(input, &ports), "ports of {packet:?}");
+        for address in [source, destination.address] {
+            assert!(contains(input, &bytes(address)), "{address:?} of {packet:?}");
+        }
+    }
+}
+
+/// Reads the input as the body of each request. A refused one is refused with a message; an accepted one is the same
+/// after it has been written and read again, so that the client and the daemon mean the same by it.
+pub fn api(input: &[u8]) {
+    body::<AddPrefixes>(input);
+    body::<RemovePrefixes>(input);
+    body::<ServiceConfig>(input);
+}
+
+fn body<T: Serialize + DeserializeOwned>(input: &[u8]) {
+    let write = |body: &T| serde_json::to_string(body).expect("a body can be written");
+    match parse::<T>(input) {
+        Ok(body) => {
+            let written = write(&body);
+            let again = parse(written.as_bytes());
+            assert_eq!(again.map(|body| write(&body)), Ok(written));
+        }
+        Err(Problem { error, .. }) => assert!(!error.is_empty()),
+    }
+}
+
+fn bytes(address: Address) -> Vec<u8> {
+    let Address { version, high, low } = address;
+    let all = [high.to_be_bytes(), low.to_be_bytes()].concat();
+    match version {
+        Version::V4 => all[12..].to_vec(),
+        Version::V6 => all,
+    }
+}
+
+fn contains(input: &[u8], part: &[u8]) -> bool {
+    input.windows(part.len()).any(|window| window == part)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs, path::Path};
+
+    fn replay(name: &str, target: fn(&[u8])) {
+        let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("corpus").join(name);
+        let mut inputs = 0;
+        for entry in fs::read_dir(&corpus).expect("the corpus is a directory") {
+            target(&fs::read(entry.expect("an input").path()).expect("an input is readable"));
+            inputs += 1;
+        }
+        assert!(inputs > 0, "{} has no inputs", corpus.display());
+    }
+
+    #[test]
+    fn packet_corpus() {
+        replay("packet", super::packet);
+    }
+
+    #[test]
+    fn api_corpus() {
+        replay("api", super::api);
+    }
+}

@@ -1,0 +1,132 @@
+//! The ground that the laboratory stands on: what the machine must offer, and the process's own mounts.
+
+use std::{
+    env,
+    ffi::OsString,
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use nix::{
+    mount::{MsFlags, mount},
+    sched::{CloneFlags, unshare},
+    unistd::geteuid,
+};
+
+use crate::{host::Outcome, netns::Netns};
+
+/// Where the bpffs of the process is mounted after [`isolate`].
+pub const BPFFS: &str = "/sys/fs/bpf";
+
+/// The number of the group `anyport` after [`isolate`]. Its only member is the user `daemon`.
+pub const GROUP: u32 = 64_999;
+
+/// What the tests need and this machine lacks, a line each.
+pub fn missing() -> Vec<String> {
+    let mut missing = Vec::new();
+    for name in ["anyportd", "anyportctl"] {
+        missing.extend(program(name).err());
+    }
+    let search: Vec<PathBuf> = env::split_paths(&env::var_os("PATH").unwrap_or_default()).collect();
+    for tool in [
+        "ip",
+        "ss",
+        "tc",
+        "setpriv",
+        "sh",
+        "bpftool",
+        "nft",
+        "ipset",
+        "iptables-save",
+        "iptables-restore",
+        "ip6tables-restore",
+        "xtables-nft-multi",
+        "xtables-legacy-multi",
+    ] {
+        if !search.iter().any(|directory| directory.join(tool).is_file()) {
+            missing.push(format!("the program `{tool}`"));
+        }
+    }
+    if !geteuid().is_root() {
+        missing.push("root: namespaces, mounts and BPF programs are made".to_owned());
+    } else if missing.is_empty() {
+        missing.extend(lacking_features());
+    }
+    missing
+}
+
+/// What the kernel lacks, tried out in a namespace.
+fn lacking_features() -> Vec<String> {
+    let trials = [
+        ("veth interfaces", "ip link add one type veth peer name two"),
+        ("xt_TPROXY for IPv4", "iptables -t mangle -A PREROUTING -p tcp -j TPROXY --on-port 1"),
+        ("xt_TPROXY for IPv6", "ip6tables -t mangle -A PREROUTING -p tcp -j TPROXY --on-port 1"),
+        ("sk_lookup programs", "bpftool feature probe kernel | grep -q 'sk_lookup is available'"),
+        ("BPF type information (/sys/kernel/btf/vmlinux)", "test -r /sys/kernel/btf/vmlinux"),
+    ];
+    let namespace = Netns::new();
+    let failed = trials.into_iter().filter_map(|(what, line)| {
+        let outcome = namespace.output(Command::new("sh").args(["-c", line]));
+        (outcome.status != 0).then(|| format!("{what}: `{line}` ended with {outcome}"))
+    });
+    failed.collect()
+}
+
+/// The program under test: `ANYPORTD` or `ANYPORTCTL` of the environment, else what stands beside this executable.
+pub fn program(name: &str) -> Result<PathBuf, String> {
+    let variable = name.to_uppercase();
+    let candidates = match env::var_os(&variable) {
+        Some(path) => vec![PathBuf::from(path)],
+        None => env::current_exe()
+            .map_err(|error| error.to_string())?
+            .ancestors()
+            .skip(1)
+            .take(2)
+            .map(|directory| directory.join(name))
+            .collect(),
+    };
+    candidates.iter().find(|path| path.is_file()).cloned().ok_or_else(|| {
+        format!("{name}, looked for at {candidates:?}: run `cargo xtask test`, which builds it, or set {variable}")
+    })
+}
+
+/// Gives the process mounts of its own: an empty `/run` (no lock file of iptables is shared with the host) and a
+/// bpffs at [`BPFFS`]. They end with the process. To be called before there is a second thread.
+pub fn isolate() {
+    unshare(CloneFlags::CLONE_NEWNS).expect("a mount namespace of its own");
+    let none = None::<&Path>;
+    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).expect("private mounts");
+    mount(Some("tmpfs"), "/run", Some("tmpfs"), MsFlags::empty(), none).expect("an own /run");
+    // The machine may have no group `anyport`, whose members may use the control socket.
+    let groups = fs::read_to_string("/etc/group").expect("the groups of this machine");
+    let others: Vec<&str> = groups.lines().filter(|line| !line.starts_with("anyport:")).collect();
+    fs::write("/run/group", format!("{}\nanyport:x:{GROUP}:daemon\n", others.join("\n"))).expect("a file of groups");
+    mount(Some("/run/group"), "/etc/group", none, MsFlags::MS_BIND, none).expect("own groups");
+    mount(Some("bpf"), BPFFS, Some("bpf"), MsFlags::empty(), none).expect("a bpffs");
+}
+
+/// A directory that goes with its handle, on the process's own `/run`.
+pub fn scratch() -> tempfile::TempDir {
+    tempfile::Builder::new().prefix("anyport-").tempdir_in("/run").expect("a directory in /run")
+}
+
+/// A directory of links that makes `iptables` and its relatives those of `flavour`: `nft` or `legacy`.
+pub fn xtables(flavour: &str) -> tempfile::TempDir {
+    let directory = scratch();
+    let target = Outcome::of(Command::new("sh").args(["-c", &format!("command -v xtables-{flavour}-multi")])).stdout;
+    for family in ["iptables", "ip6tables"] {
+        for suffix in ["", "-save", "-restore"] {
+            let link = directory.path().join(format!("{family}{suffix}"));
+            std::os::unix::fs::symlink(target.trim(), link).expect("a link to xtables-multi");
+        }
+    }
+    directory
+}
+
+/// `PATH` with `directory` in front.
+pub fn path_with(directory: &Path) -> OsString {
+    let rest = env::var_os("PATH").unwrap_or_default();
+    let all = std::iter::once(directory.to_owned()).chain(env::split_paths(&rest));
+    env::join_paths(all).expect("a search path")
+}

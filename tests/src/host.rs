@@ -1,0 +1,58 @@
+//! Programs of the host, run to their end, and waiting for what they show.
+
+use std::{
+    fmt,
+    process::{Command, Stdio},
+    thread::sleep,
+    time::{Duration, Instant},
+};
+
+/// What a program left behind.
+#[derive(Clone, Debug)]
+pub struct Outcome {
+    /// The exit status; 128 and the signal's number for one that was killed.
+    pub status: i32,
+    /// Standard output.
+    pub stdout: String,
+    /// Standard error.
+    pub stderr: String,
+}
+
+impl Outcome {
+    /// Runs `command` to its end in the calling thread's namespaces.
+    pub fn of(command: &mut Command) -> Self {
+        use std::os::unix::process::ExitStatusExt as _;
+        let output = command.stdin(Stdio::null()).output();
+        let output = output.unwrap_or_else(|error| panic!("can't run {command:?}: {error}"));
+        Self {
+            status: output.status.code().unwrap_or_else(|| 128 + output.status.signal().unwrap_or(0)),
+            stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
+            stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+        }
+    }
+}
+
+impl fmt::Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { status, stdout, stderr } = self;
+        write!(f, "exit status {status}")?;
+        for (name, text) in [("stdout", stdout), ("stderr", stderr)] {
+            if !text.is_empty() {
+                write!(f, "\n{name}: {}", text.trim_end())?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Asks `probe` until it answers, and panics with `what` and its last complaint when `limit` is over.
+pub fn wait_for<T>(what: &str, limit: Duration, mut probe: impl FnMut() -> Result<T, String>) -> T {
+    let end = Instant::now() + limit;
+    loop {
+        match probe() {
+            Ok(value) => return value,
+            Err(last) => assert!(Instant::now() < end, "no {what} within {limit:?}; last: {last}"),
+        }
+        sleep(Duration::from_millis(10));
+    }
+}

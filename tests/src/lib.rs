@@ -1,0 +1,18 @@
+//! The laboratory: private network namespaces, the hosts in them, a daemon under test and ways to dial it.
+//!
+//! Nothing here touches the network of the machine: [`ground::isolate`] gives the process a mount namespace of
+//! its own, every [`netns::Netns`] is anonymous and ends with its handle, and no namespace has a way out. Only
+//! addresses from documentation prefixes and 127.0.0.0/8 appear.
+//!
+//! Functions panic with what was expected and what was seen: they serve tests, where the line that
+//! panicked is the best message.
+
+pub mod daemon;
+pub mod dial;
+pub mod ground;
+pub mod host;
+pub mod http;
+pub mod netns;
+pub mod packet;
+pub mod random;
+pub mod topology;

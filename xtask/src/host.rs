@@ -1,0 +1,95 @@
+//! Programs that a host may lack, and the packages that have them.
+
+use std::{
+    env,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use anyhow::{Result, bail};
+
+use crate::process;
+
+/// A program, and the packages that install it.
+#[derive(Clone, Copy)]
+pub(crate) struct Tool {
+    program: &'static str,
+    debian: &'static str,
+    fedora: &'static str,
+    purpose: &'static str,
+}
+
+/// For the `tproxy` back end.
+pub(crate) const IPTABLES: Tool =
+    Tool { program: "iptables-restore", debian: "iptables", fedora: "iptables-nft", purpose: "the tproxy back end" };
+/// To look at the maps.
+pub(crate) const BPFTOOL: Tool =
+    Tool { program: "bpftool", debian: "bpftool", fedora: "bpftool", purpose: "looking at what the kernel holds" };
+/// To look at the routes, and to build the networks of the tests.
+pub(crate) const IP: Tool = Tool {
+    program: "ip",
+    debian: "iproute2",
+    fedora: "iproute",
+    purpose: "looking at routes, and the networks of tests and demo",
+};
+/// The rest of what the tests use.
+pub(crate) const FOR_TESTS: [Tool; 4] = [
+    Tool { program: "ss", debian: "iproute2", fedora: "iproute", purpose: "tests" },
+    Tool { program: "ipset", debian: "ipset", fedora: "ipset", purpose: "tests" },
+    Tool { program: "curl", debian: "curl", fedora: "curl", purpose: "tests" },
+    Tool { program: "nsenter", debian: "util-linux", fedora: "util-linux", purpose: "tests" },
+];
+
+/// Those that are not there.
+pub(crate) fn missing(tools: &[Tool]) -> Vec<Tool> {
+    tools.iter().filter(|tool| find(tool.program).is_none()).copied().collect()
+}
+
+/// Prints which packages would bring what is missing; nothing if nothing is.
+pub(crate) fn recommend(tools: &[Tool]) {
+    for tool in missing(tools) {
+        println!(
+            "This host has no {} ({}). Debian: apt-get install {}   Fedora: dnf install {}",
+            tool.program, tool.purpose, tool.debian, tool.fedora
+        );
+    }
+}
+
+/// Installs what is missing where that can be done without asking, and else fails with what to type.
+pub(crate) fn require(tools: &[Tool]) -> Result<()> {
+    let missing = missing(tools);
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let programs = join(&missing, |tool| tool.program);
+    let debian = join(&missing, |tool| tool.debian);
+    if !process::is_root() || find("apt-get").is_none() {
+        bail!(
+            "this host lacks {programs}.\n  Debian: apt-get install {debian}\n  Fedora: dnf install {}",
+            join(&missing, |tool| tool.fedora)
+        );
+    }
+    println!("This host lacks {programs}: installing {debian}.");
+    let apt_get = || {
+        let mut command = Command::new("apt-get");
+        command.env("DEBIAN_FRONTEND", "noninteractive").arg("--quiet=2");
+        command
+    };
+    process::exec(apt_get().arg("update"))?;
+    process::exec(apt_get().args(["install", "--yes", "--no-install-recommends"]).args(debian.split(' ')))
+}
+
+fn join(tools: &[Tool], name: impl Fn(&Tool) -> &'static str) -> String {
+    let mut names: Vec<&str> = tools.iter().map(name).collect();
+    names.dedup();
+    names.join(" ")
+}
+
+/// Looks where root would, too: an ordinary user's PATH often lacks the `sbin` directories.
+fn find(program: &str) -> Option<PathBuf> {
+    let path = env::var_os("PATH").unwrap_or_default();
+    env::split_paths(&path)
+        .chain(["/usr/sbin", "/sbin"].map(PathBuf::from))
+        .map(|directory| directory.join(program))
+        .find(|candidate| Path::is_file(candidate))
+}

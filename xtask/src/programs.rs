@@ -1,0 +1,86 @@
+//! Building anyportd and anyportctl, and `cargo xtask demo` and `bench`, which show and measure them.
+
+use std::{
+    ffi::OsString,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use anyhow::Result;
+
+use crate::{
+    host,
+    process::{self, exec},
+};
+
+/// Options of `cargo xtask demo`.
+#[derive(clap::Args)]
+pub(crate) struct DemoOptions {
+    /// Arguments for the demonstration.
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    arguments: Vec<OsString>,
+}
+
+/// Options of `cargo xtask bench`.
+#[derive(clap::Args)]
+pub(crate) struct BenchOptions {
+    /// What to measure.
+    name: OsString,
+    /// Further arguments for the measurement.
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    arguments: Vec<OsString>,
+}
+
+/// anyportd and anyportctl as cargo built them.
+pub(crate) struct Programs {
+    /// Where both are.
+    pub(crate) directory: PathBuf,
+}
+
+impl Programs {
+    /// Builds them as users get them.
+    pub(crate) fn build(root: &Path) -> Result<Self> {
+        let mut cargo = process::cargo(root, "build");
+        exec(cargo.args(["--release", "--package", "anyport-userspace", "--bins"]))?;
+        Ok(Self::built(root, "release"))
+    }
+
+    /// Those that cargo has built already.
+    pub(crate) fn built(root: &Path, profile_directory: &str) -> Self {
+        Self { directory: process::target_dir(root).join(profile_directory) }
+    }
+
+    /// The daemon.
+    pub(crate) fn daemon(&self) -> PathBuf {
+        self.directory.join("anyportd")
+    }
+
+    /// Tells tests, demonstration and measurements which programs are meant.
+    pub(crate) fn name_to(&self, command: &mut Command) {
+        command.env("ANYPORTD", self.daemon()).env("ANYPORTCTL", self.directory.join("anyportctl"));
+    }
+}
+
+/// Builds and runs the demonstration.
+pub(crate) fn demo(options: &DemoOptions) -> Result<()> {
+    host::require(&[host::IP, host::BPFTOOL, host::IPTABLES])?;
+    show("demo", &options.arguments)
+}
+
+/// Builds and runs a measurement.
+pub(crate) fn bench(options: &BenchOptions) -> Result<()> {
+    host::require(&[host::IP, host::IPTABLES])?;
+    let mut arguments = vec![options.name.clone()];
+    arguments.extend_from_slice(&options.arguments);
+    show("bench", &arguments)
+}
+
+fn show(binary: &str, arguments: &[OsString]) -> Result<()> {
+    let root = process::workspace()?;
+    let programs = Programs::build(&root)?;
+    let mut cargo = process::cargo(&root, "run");
+    cargo.args(["--quiet", "--release", "--package", "anyport-tests", "--bin", binary, "--"]);
+    programs.name_to(cargo.args(arguments));
+    process::run_as_root(&mut cargo)?;
+    Err(process::become_command(&mut cargo))
+}

@@ -1,0 +1,149 @@
+//! `cargo xtask test`: formatting, lints, tests of every kind and the object, counted in one closing line.
+
+use std::{
+    env,
+    path::Path,
+    process::{Command, ExitCode},
+};
+
+use anyhow::{Result, bail};
+
+use crate::{
+    build_ebpf, host,
+    process::{self, exec},
+    programs::Programs,
+    tally::Tally,
+    toolchain::Toolchain,
+};
+
+/// Options of `cargo xtask test`.
+#[derive(clap::Args)]
+pub(crate) struct Options {
+    /// Run only the tests whose names contain this, and no other checks.
+    filter: Option<String>,
+}
+
+/// Runs everything, whatever fails, and prints the sum as the last line.
+pub(crate) fn run(options: &Options) -> Result<ExitCode> {
+    let root = process::workspace()?;
+    let mut session = Session::default();
+    let packages = [&[host::IP, host::IPTABLES, host::BPFTOOL][..], &host::FOR_TESTS].concat();
+    if let Err(error) = host::require(&packages) {
+        session.check("programs that the tests use", || Err(error));
+    }
+    if options.filter.is_none() {
+        checks(&mut session, &root);
+    }
+    // In one go, so that the dependencies are built once; the tests only run then.
+    let built =
+        session.check("building tests and programs", || exec(host_crates(&root, "build").args(["--bins", "--tests"])));
+    if built {
+        tests(&mut session, &root, options.filter.as_deref())?;
+    }
+    Ok(session.finish())
+}
+
+/// All that needs no test to run.
+fn checks(session: &mut Session, root: &Path) {
+    session.check("formatting", || exec(Command::new("cargo").current_dir(root).args(["fmt", "--all", "--check"])));
+    session.check("lints", || exec(host_crates(root, "clippy").args(["--all-targets", "--", "--deny", "warnings"])));
+    match Toolchain::find() {
+        Ok(toolchain) => {
+            session.check("lints of the BPF programs", || {
+                let mut clippy = build_ebpf::cargo(root, "clippy", &toolchain)?;
+                exec(clippy.args(["--", "--deny", "warnings"]))
+            });
+            session.check("the BPF object", || build_ebpf::check(root, &toolchain));
+        }
+        Err(error) if nothing_may_be_left_out() => {
+            session.check("the BPF object", || Err(error));
+        }
+        Err(error) => session.leave_out("lints of the BPF programs, the BPF object", 2, &error),
+    }
+}
+
+fn tests(session: &mut Session, root: &Path, filter: Option<&str>) -> Result<()> {
+    let runner = |targets: &[&str]| {
+        let mut cargo = host_crates(root, "test");
+        cargo.arg("--no-fail-fast").args(targets).arg("--").args(filter);
+        cargo
+    };
+    session.tests("unit and property tests", &mut runner(&["--lib", "--bins"]))?;
+    if filter.is_none() {
+        session.tests("documentation tests", &mut runner(&["--doc"]))?;
+    }
+    let mut end_to_end = runner(&["--test", "*"]);
+    Programs::built(root, "debug").name_to(end_to_end.env("ANYPORT_REQUIRE", "all"));
+    process::run_as_root(&mut end_to_end)?;
+    session.tests("end-to-end tests", &mut end_to_end)?;
+    if let Some(filter) = filter
+        && session.tests == 0
+    {
+        session.check("the filter", || bail!("no test has `{filter}` in its name"));
+    }
+    Ok(())
+}
+
+/// A cargo command on all crates but the one that is for the BPF target only.
+fn host_crates(root: &Path, subcommand: &str) -> Command {
+    let mut cargo = process::cargo(root, subcommand);
+    cargo.args(["--workspace", "--exclude", "anyport-ebpf"]);
+    cargo
+}
+
+fn nothing_may_be_left_out() -> bool {
+    env::var_os("CI").is_some_and(|ci| ci == "true")
+        || env::var_os("ANYPORT_REQUIRE").is_some_and(|required| required == "all")
+}
+
+/// What came out so far.
+#[derive(Default)]
+struct Session {
+    tally: Tally,
+    /// Tests that ran or were skipped: the tally without the checks.
+    tests: usize,
+    /// What failed or was left out, to be said at the end.
+    notes: Vec<String>,
+}
+
+impl Session {
+    /// Counts as one: passed or failed.
+    fn check(&mut self, name: &str, check: impl FnOnce() -> Result<()>) -> bool {
+        println!("\n=== {name}");
+        let result = check();
+        match &result {
+            Ok(()) => self.tally.passed += 1,
+            Err(error) => {
+                self.tally.failed += 1;
+                self.notes.push(format!("FAILED: {name}: {error:#}"));
+            }
+        }
+        result.is_ok()
+    }
+
+    /// Counts as many as the runner counted.
+    fn tests(&mut self, name: &str, runner: &mut Command) -> Result<()> {
+        println!("\n=== {name}");
+        let tally = Tally::of(runner)?;
+        self.tally.add(&tally);
+        self.tests += tally.passed + tally.failed + tally.skipped;
+        if tally.failed > 0 {
+            self.notes.push(format!("FAILED: {name}: {tally}"));
+        }
+        Ok(())
+    }
+
+    fn leave_out(&mut self, name: &str, checks: usize, why: &anyhow::Error) {
+        self.tally.skipped += checks;
+        self.notes.push(format!("LEFT OUT: {name}: {why:#}"));
+    }
+
+    fn finish(self) -> ExitCode {
+        println!();
+        for note in &self.notes {
+            println!("{note}");
+        }
+        println!("{}", self.tally);
+        if self.tally.failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    }
+}
