@@ -87,7 +87,7 @@ pub struct Counters {
     pub steered: u64,
     /// Packets dropped since the service had no live socket.
     pub no_socket: u64,
-    /// Packets dropped since the kernel would not assign the socket.
+    /// Packets dropped since the socket could not be assigned, fragments at tc among them.
     pub assign_error: u64,
 }
 

@@ -15,6 +15,11 @@ const ETHERTYPE_QINQ: u16 = 0x88a8;
 /// 802.1ad puts one tag around another; more are not in use.
 const MAX_VLAN_TAGS: u32 = 2;
 
+const IPV4_MORE_FRAGMENTS: u16 = 0x2000;
+const IPV4_FRAGMENT_OFFSET: u16 = 0x1fff;
+const IPV6_MORE_FRAGMENTS: u16 = 0x0001;
+const IPV6_FRAGMENT_OFFSET: u16 = 0xfff8;
+
 /// RFC 8200 expects each extension header once, and destination options twice.
 const MAX_EXTENSION_HEADERS: u32 = 8;
 const HOP_BY_HOP: u8 = 0;
@@ -53,6 +58,8 @@ pub struct Packet {
     /// Whether this asks for a new TCP connection: SYN without ACK, RST and FIN, as the kernel's own
     /// TPROXY asks (`nf_tproxy_handle_time_wait4`).
     pub opens_connection: bool,
+    /// Whether this is the first of several fragments.
+    pub is_fragmented: bool,
 }
 
 /// Reads a packet that begins with an Ethernet header, which may carry VLAN tags.
@@ -92,13 +99,14 @@ fn from_ipv4<B: Bytes + ?Sized>(packet: &B, offset: u32) -> Option<Packet> {
     if header[0] >> 4 != 4 || header_len < 20 {
         return None;
     }
-    let fragment_offset = u16::from_be_bytes([header[6], header[7]]) & 0x1fff;
-    if fragment_offset != 0 {
+    let fragment = u16::from_be_bytes([header[6], header[7]]);
+    if fragment & IPV4_FRAGMENT_OFFSET != 0 {
         return None;
     }
     let address =
         |at: usize| Address::v4(u32::from_be_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]]));
-    from_transport(packet, offset + header_len, header[9], address(12), address(16))
+    let read = from_transport(packet, offset + header_len, header[9], address(12), address(16))?;
+    Some(Packet { is_fragmented: fragment & IPV4_MORE_FRAGMENTS != 0, ..read })
 }
 
 #[inline(always)]
@@ -111,6 +119,7 @@ fn from_ipv6<B: Bytes + ?Sized>(packet: &B, offset: u32) -> Option<Packet> {
     let source = Address::v6(half(8)?, half(16)?);
     let destination = Address::v6(half(24)?, half(32)?);
     let mut offset = offset + 40;
+    let mut is_fragmented = false;
     for _ in 0..MAX_EXTENSION_HEADERS {
         if Transport::from_number(next).is_some() {
             break;
@@ -121,13 +130,21 @@ fn from_ipv6<B: Bytes + ?Sized>(packet: &B, offset: u32) -> Option<Packet> {
             HOP_BY_HOP | DESTINATION_OPTIONS => (length + 1) * 8,
             // With segments left, the destination in the header is not the one that the sender dialled.
             ROUTING if fourth == 0 => (length + 1) * 8,
-            FRAGMENT if u16::from_be_bytes([third, fourth]) & 0xfff8 == 0 => 8,
+            FRAGMENT => {
+                let fragment = u16::from_be_bytes([third, fourth]);
+                if fragment & IPV6_FRAGMENT_OFFSET != 0 {
+                    return None;
+                }
+                is_fragmented |= fragment & IPV6_MORE_FRAGMENTS != 0;
+                8
+            }
             AUTHENTICATION => (length + 2) * 4,
             _ => return None,
         };
         next = following;
     }
-    from_transport(packet, offset, next, source, destination)
+    let read = from_transport(packet, offset, next, source, destination)?;
+    Some(Packet { is_fragmented, ..read })
 }
 
 #[inline(always)]
@@ -153,6 +170,7 @@ fn from_transport<B: Bytes + ?Sized>(
         source_port: u16::from_be_bytes([source_high, source_low]),
         destination: Flow { address: destination, transport, port: u16::from_be_bytes([port_high, port_low]) },
         opens_connection,
+        is_fragmented: false,
     })
 }
 

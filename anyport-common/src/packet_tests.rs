@@ -58,6 +58,7 @@ fn expected_v4(transport: Transport, opens_connection: bool) -> Packet {
         source_port: 1000,
         destination: Flow { address: Address::v4(V4_DESTINATION), transport, port: 443 },
         opens_connection,
+        is_fragmented: false,
     }
 }
 
@@ -67,6 +68,7 @@ fn expected_v6(transport: Transport) -> Packet {
         source_port: 1000,
         destination: Flow { address: Address::v6(V6_HIGH, 7), transport, port: 443 },
         opens_connection: false,
+        is_fragmented: false,
     }
 }
 
@@ -92,11 +94,15 @@ fn only_a_bare_syn_opens_a_connection() {
 fn reads_the_first_fragment_only() {
     let more_fragments = 0x2000;
     let dont_fragment = 0x4000;
-    for (fragment, is_read) in
-        [(0, true), (dont_fragment, true), (more_fragments, true), (1, false), (more_fragments | 0xb9, false)]
-    {
+    for (fragment, is_fragmented) in [
+        (0, Some(false)),
+        (dont_fragment, Some(false)),
+        (more_fragments, Some(true)),
+        (1, None),
+        (more_fragments | 0xb9, None),
+    ] {
         let packet = ipv4(17, &[], fragment, &transport(0));
-        assert_eq!(from_ip(packet.as_slice()).is_some(), is_read, "{fragment:#x}");
+        assert_eq!(from_ip(packet.as_slice()).map(|it| it.is_fragmented), is_fragmented, "{fragment:#x}");
     }
 }
 
@@ -139,7 +145,8 @@ fn walks_ipv6_extension_headers() {
         (0, chain(&vec![&hop_by_hop_to(0)[..]; 20]), false),
     ] {
         let packet = ipv6(next, &payload);
-        let expected = expected.filter(|_| is_read);
+        let is_fragmented = next == 44 && payload[3] == 1;
+        let expected = expected.filter(|_| is_read).map(|it| Packet { is_fragmented, ..it });
         assert_eq!(from_ip(packet.as_slice()), expected, "next header {next}: {payload:x?}");
         assert_eq!(from_ethernet(ethernet(&[], 0x86dd, &packet).as_slice()), expected);
     }

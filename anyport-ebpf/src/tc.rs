@@ -55,11 +55,6 @@ pub fn steer_ip(ctx: &TcContext) -> i32 {
 /// `TC_ACT_UNSPEC` (`TCX_NEXT` is the same number) leaves the packet to the programs behind this one.
 #[inline(always)]
 fn steer(ctx: &TcContext, packet: &Packet) -> i32 {
-    // SAFETY: the verifier lets a program compare this field of its context with null.
-    if !unsafe { (*ctx.skb.skb).__bindgen_anon_2.sk }.is_null() {
-        // Assigned already: by somebody else, or by us on the interface below this one.
-        return TC_ACT_UNSPEC;
-    }
     let Verdict::Steer { rule, service } = judge(&packet.destination) else {
         return TC_ACT_UNSPEC;
     };
@@ -67,6 +62,12 @@ fn steer(ctx: &TcContext, packet: &Packet) -> i32 {
         return TC_ACT_UNSPEC;
     }
     let flow = &packet.destination;
+    if packet.is_fragmented {
+        // Reassembly forgets the assignment, and the whole datagram could reach a socket of the host.
+        count(rule, |counters| &mut counters.assign_error);
+        debug!(ctx, "rule {} port {}: dropped a fragment", rule, flow.port);
+        return TC_ACT_SHOT;
+    }
     match socket(service, flow) {
         Some(socket) => match assign(ctx, socket) {
             0 => {

@@ -1,6 +1,11 @@
 //! Choosing a back end, what each needs, and what an operator sees of it.
 
-use std::{fs, process::Command, time::Duration};
+use std::{
+    fs::{self, File},
+    path::Path,
+    process::Command,
+    time::Duration,
+};
 
 use anyport_tests::{
     daemon::{Daemon, Setup},
@@ -10,6 +15,7 @@ use anyport_tests::{
     netns::Netns,
     topology::Topology,
 };
+use aya::{Ebpf, programs::SkLookup};
 use libtest_mimic::Trial;
 use serde_json::Value;
 
@@ -23,6 +29,7 @@ pub(crate) fn trials() -> Vec<Trial> {
     let mut trials = vec![
         trial("backends::auto takes sk-lookup", auto),
         trial("backends::auto without CAP_BPF takes tproxy", without_bpf),
+        trial("backends::auto takes tc where sk_lookup programs are at their limit", sk_lookup_full),
         trial("backends::a chosen back end that can't work", chosen_but_unusable),
         trial("backends::a bpffs is mounted where there is none", mounts_bpffs),
         trial("tc::backends::interfaces that appear later", later_interfaces),
@@ -72,6 +79,31 @@ fn without_bpf() {
     }
 }
 
+/// The kernel lets a namespace have 64 `sk_lookup` programs; here somebody has attached them all.
+fn sk_lookup_full() {
+    let namespace = Netns::new();
+    let object = Path::new(env!("CARGO_MANIFEST_DIR")).join("../anyport-ebpf/prebuilt/anyport.o");
+    // Without rules in its maps, anyport's own program does for one that lets everything pass.
+    let mut foreign = Ebpf::load_file(object).expect("the BPF object");
+    let program: &mut SkLookup = foreign.program_mut("anyport_sk").expect("a program").try_into().expect("sk_lookup");
+    program.load().expect("loading the program");
+    let file = File::open(namespace.path()).expect("the namespace's file");
+    let attached = (0..1_000).take_while(|_| program.attach(&file).is_ok()).count();
+    assert!((64..1_000).contains(&attached), "{attached} programs could be attached");
+    let daemon = Daemon::start(&namespace, "auto");
+    assert_eq!(daemon.json("status")["backend"], "tc", "the choice of `auto` beside {attached} programs");
+    let entry = tried(&daemon, "sk-lookup");
+    let reason = entry["reason"].as_str().expect("a reason");
+    assert!(entry["usable"] == false && reason.contains("too long"), "what the kernel said about sk-lookup: {entry}");
+    daemon.ok("add-prefix 192.0.2.0/24 2001:db8:0:a::/64");
+    for address in ["192.0.2.3", "2001:db8:0:a::3"] {
+        namespace.enter(|| expect_tcp_hello(at(address, 3)));
+    }
+    drop(daemon);
+    let outcome = Setup::new(&namespace, "sk-lookup").run_to_end();
+    assert!(outcome.status == 1 && outcome.stderr.contains("too long"), "--steering sk-lookup: {outcome}");
+}
+
 /// The message says what failed and what to do; nothing stays behind.
 fn chosen_but_unusable() {
     let namespace = Netns::new();
@@ -95,7 +127,7 @@ fn chosen_but_unusable() {
 }
 
 /// A search path with nothing but what starts the daemon.
-fn only_setpriv(directory: &std::path::Path) -> &std::path::Path {
+fn only_setpriv(directory: &Path) -> &Path {
     let setpriv = Outcome::of(Command::new("sh").args(["-c", "command -v setpriv"])).stdout;
     std::os::unix::fs::symlink(setpriv.trim(), directory.join("setpriv")).expect("a link to setpriv");
     directory

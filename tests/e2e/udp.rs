@@ -219,19 +219,17 @@ fn amplification(backend: &'static str) {
 /// the fragments, of which only the first has ports; whatever becomes of those, nobody else gets them.
 fn fragments(backend: &'static str) {
     let lab = lab(backend, "echo");
-    let own = lab.topology.host.enter(|| shared_udp(at("::", 5_000))).expect("a UDP socket");
+    let own = lab.topology.host.enter(|| shared_udp(at("::", 5_001))).expect("a UDP socket");
     for family in Family::ALL {
-        let to = at(family.of(ONE), 5_000);
         // On `lo` nothing is cut.
-        lab.topology.host.enter(|| expect_udp_echo(to, &vec![5; 20_000]));
-        lab.topology.client.enter(|| {
-            let socket = UdpSocket::bind(any(to.ip())).expect("a UDP socket");
-            socket.connect(to).expect("a connected UDP socket");
-            match udp_over(&socket, &[5; 4_000], Duration::from_secs(1)) {
-                Ok(answer) => assert!(answer == [5; 4_000], "4,000 bytes came back as {}", answer.len()),
-                Err(error) => assert!(backend == "tc", "no answer to a datagram in fragments to {to}: {error}"),
-            }
-        });
+        lab.topology.host.enter(|| expect_udp_echo(at(family.of(ONE), 5_000), &vec![5; 20_000]));
+        let to = at(family.of(ONE), 5_001);
+        let socket = lab.topology.client.enter(|| UdpSocket::bind(any(to.ip()))).expect("a UDP socket");
+        socket.connect(to).expect("a connected UDP socket");
+        match udp_over(&socket, &[5; 4_000], Duration::from_secs(1)) {
+            Ok(answer) => assert!(answer == [5; 4_000], "4,000 bytes came back as {}", answer.len()),
+            Err(error) => assert!(backend == "tc", "no answer to a datagram in fragments to {to}: {error}"),
+        }
     }
     own.set_nonblocking(true).expect("a non-blocking socket");
     let got = own.recv_from(&mut [0; 8_192]);

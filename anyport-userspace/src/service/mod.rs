@@ -4,6 +4,7 @@ mod config;
 mod datagram;
 mod descriptors;
 mod handlers;
+mod raw;
 mod reply;
 mod sockets;
 mod stats;

@@ -13,6 +13,7 @@ use socket2::{Domain, SockAddr, Socket, Type};
 use super::{
     Family,
     descriptors::{Descriptor, DescriptorPool},
+    raw,
     sockets::set_transparent,
     stats::UdpCounts,
 };
@@ -54,7 +55,13 @@ impl ReplySockets {
         }
         let reply = match self.old.remove(&from) {
             Some(reply) => reply,
-            None => self.open(from)?,
+            None => match self.open(from) {
+                // Somebody has the port for himself.
+                Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
+                    return raw::send(from, to, answer).inspect_err(|error| self.complain(from, error));
+                }
+                opened => opened.inspect_err(|error| self.complain(from, error))?,
+            },
         };
         let sent = reply.send(to, answer);
         if reply.descriptor.is_some() {
@@ -82,23 +89,23 @@ impl ReplySockets {
         Retired([std::mem::take(&mut self.young), std::mem::take(&mut self.old)])
     }
 
-    fn open(&mut self, from: SocketAddr) -> io::Result<Reply> {
-        let opened = Reply::open(from, self.descriptors.try_take(), Arc::clone(&self.counts));
-        if let Err(error) = &opened
-            && self.complained.is_none_or(|last| last.elapsed() > COMPLAINT_INTERVAL)
-        {
+    fn open(&self, from: SocketAddr) -> io::Result<Reply> {
+        Reply::open(from, self.descriptors.try_take(), Arc::clone(&self.counts))
+    }
+
+    fn complain(&mut self, from: SocketAddr, error: &io::Error) {
+        if self.complained.is_none_or(|last| last.elapsed() > COMPLAINT_INTERVAL) {
             self.complained = Some(Instant::now());
             tracing::warn!("no answer from {from}: {error}{}", advice(error));
         }
-        opened
     }
 }
 
 fn advice(error: &io::Error) -> &'static str {
     match error.raw_os_error() {
-        Some(libc::EADDRINUSE) => {
-            "; a socket of this host has the port for itself (see ss -lunp): leave the port to the host (--except), \
-             or bind that socket to one address"
+        Some(libc::EPERM) => {
+            "; a socket of this host has the port for itself (see ss -lunp), and answering all the same needs \
+             CAP_NET_RAW: grant that, or leave the port to the host (--except)"
         }
         Some(libc::EMFILE | libc::ENFILE) => "; raise the limit of open files",
         _ => "",
@@ -247,14 +254,13 @@ mod tests {
     }
 
     #[test]
-    fn a_taken_port_is_an_error() {
-        let (_client, to) = client("127.0.0.1:0");
-        let (owner, taken) = client("0.0.0.0:0");
+    fn a_taken_port_is_no_obstacle() {
+        let (client_socket, to) = client("127.0.0.1:0");
+        let (_owner, taken) = client("0.0.0.0:0");
         let (mut replies, _) = replies(9);
         let from = SocketAddr::from(([127, 9, 9, 6], taken.port()));
-        let error = replies.send(from, to, b"hi").unwrap_err();
-        assert_eq!(error.raw_os_error(), Some(libc::EADDRINUSE));
-        drop(owner);
         replies.send(from, to, b"hi").unwrap();
+        assert!(replies.is_empty(), "no socket can be kept for that port");
+        assert_eq!(next(&client_socket), ("hi".into(), from));
     }
 }

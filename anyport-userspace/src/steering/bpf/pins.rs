@@ -9,7 +9,7 @@ use std::{
 use anyhow::{Context as _, bail};
 use nix::{
     fcntl::{Flock, FlockArg},
-    mount::{MsFlags, mount},
+    mount::{MsFlags, mount, umount},
     sys::statfs::{BPF_FS_MAGIC, statfs},
 };
 
@@ -26,7 +26,9 @@ pub(super) const MAPS: [&str; 5] = ["control", "table", "rules", "counts", "sock
 #[derive(Debug)]
 pub(super) struct PinDirectory {
     path: PathBuf,
-    _lock: Flock<File>,
+    lock: Flock<File>,
+    /// Whether the file system is there only for us.
+    is_mount_ours: bool,
 }
 
 impl PinDirectory {
@@ -37,16 +39,17 @@ impl PinDirectory {
         }
         fs::create_dir_all(path)
             .with_context(|| format!("create the directory {} for pinned maps and links", path.display()))?;
-        if !is_bpffs(path) {
+        let is_mount_ours = !is_bpffs(path);
+        if is_mount_ours {
             mount_bpffs(path)?;
         }
-        Self::lock(path)
+        Self::lock(path, is_mount_ours)
     }
 
-    fn lock(path: &Path) -> anyhow::Result<Self> {
+    fn lock(path: &Path, is_mount_ours: bool) -> anyhow::Result<Self> {
         let directory = File::open(path).with_context(|| format!("open {}", path.display()))?;
         match Flock::lock(directory, FlockArg::LockExclusiveNonblock) {
-            Ok(lock) => Ok(Self { path: path.to_owned(), _lock: lock }),
+            Ok(lock) => Ok(Self { path: path.to_owned(), lock, is_mount_ours }),
             Err((_, nix::errno::Errno::EWOULDBLOCK)) => {
                 bail!("{} is in use by another anyportd; give each its own directory with --bpffs", path.display())
             }
@@ -81,8 +84,15 @@ impl PinDirectory {
     /// Removes the pins, and the directory where nothing else is in it.
     pub(super) fn remove(self) -> anyhow::Result<()> {
         self.clear()?;
+        let Self { path, lock, is_mount_ours } = self;
+        drop(lock);
+        if is_mount_ours {
+            umount(&path)
+                .map_err(io::Error::from)
+                .with_context(|| format!("unmount the BPF file system from {}", path.display()))?;
+        }
         // Somebody else's pins, or the root of a mounted file system: it may stay.
-        drop(fs::remove_dir(&self.path));
+        fs::remove_dir(&path).ok();
         Ok(())
     }
 }
@@ -93,7 +103,7 @@ impl PinDirectory {
 /// A daemon is at work there, or the kernel would not remove a pin.
 pub(super) fn remove_leftovers(path: &Path) -> anyhow::Result<()> {
     if is_bpffs(path) {
-        PinDirectory::lock(path)?.remove()?;
+        PinDirectory::lock(path, false)?.remove()?;
     }
     Ok(())
 }
