@@ -75,6 +75,33 @@ impl Drop for MappedWords {
     }
 }
 
+/// The groups, beside its primary one, of the process at the other end of a Unix socket, as they were when it
+/// connected (`SO_PEERGROUPS`, Linux 4.13).
+///
+/// # Errors
+/// The kernel's error.
+pub fn peer_groups(socket: impl AsFd) -> io::Result<Vec<libc::gid_t>> {
+    // setgroups(2) takes no more.
+    const NGROUPS_MAX: usize = 65_536;
+    let mut groups: Vec<libc::gid_t> = vec![0; NGROUPS_MAX];
+    let mut length = libc::socklen_t::try_from(size_of_val(groups.as_slice())).map_err(io::Error::other)?;
+    // SAFETY: the kernel writes at most `length` bytes to the buffer, which is that long, and how many to `length`.
+    let failed = unsafe {
+        libc::getsockopt(
+            socket.as_fd().as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_PEERGROUPS,
+            groups.as_mut_ptr().cast(),
+            &raw mut length,
+        )
+    };
+    if failed != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    groups.truncate(length as usize / size_of::<libc::gid_t>());
+    Ok(groups)
+}
+
 /// Waits until every BPF program that runs now has ended.
 ///
 /// Programs run under RCU's read lock, and `MEMBARRIER_CMD_GLOBAL` (Linux 4.3) is a grace period of RCU, 8 to 16 ms

@@ -109,9 +109,12 @@ fn not_permitted() {
     }
     assert_eq!(daemon.rules(), before, "rules after attempts by nobody");
     open_to_all(&daemon.socket(), 0o660);
-    let group = format!("--regid={GROUP}");
-    for member in [&["--reuid=daemon", "--regid=daemon", "--init-groups"], &["--reuid=65534", &group, "--clear-groups"]]
-    {
+    let (primary, supplementary) = (format!("--regid={GROUP}"), format!("--groups={GROUP}"));
+    for member in [
+        &["--reuid=daemon", "--regid=daemon", "--init-groups"],
+        &["--reuid=65534", &primary, "--clear-groups"],
+        &["--reuid=65534", "--regid=65534", &supplementary],
+    ] {
         let outcome = ask(member, "add-prefix 192.0.2.0/24");
         assert!(outcome.status == 0, "add-prefix by a member of the group anyport, {member:?}: {outcome}");
     }

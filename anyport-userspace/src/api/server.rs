@@ -19,7 +19,7 @@ use axum::{
 };
 use nix::{
     sys::socket::{getsockopt, sockopt::PeerCredentials},
-    unistd::{Gid, Group, Uid, User, chown},
+    unistd::{Group, Uid, chown},
 };
 use serde::Serialize;
 use tokio::{
@@ -29,7 +29,7 @@ use tokio::{
 use tracing::{info, warn};
 
 use super::{Kind, Problem, parse};
-use crate::engine::Engine;
+use crate::{engine::Engine, sys::peer_groups};
 
 /// Members of this group may use the API, as root may.
 const GROUP: &str = "anyport";
@@ -92,32 +92,34 @@ pub async fn serve(listener: UnixListener, engine: Shared, mut stop: watch::Rece
 }
 
 /// Who is at the other end, as the kernel says.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 struct Peer {
     uid: Uid,
-    gid: Gid,
+    groups: Vec<u32>,
 }
 
 impl Connected<IncomingStream<'_, UnixListener>> for Peer {
     fn connect_info(stream: IncomingStream<'_, UnixListener>) -> Self {
-        match stream.io().peer_cred() {
-            Ok(peer) => Self { uid: Uid::from_raw(peer.uid()), gid: Gid::from_raw(peer.gid()) },
+        let peer = stream.io().peer_cred();
+        match peer.and_then(|peer| Ok((peer, peer_groups(stream.io())?))) {
+            Ok((peer, mut groups)) => {
+                groups.push(peer.gid());
+                Self { uid: Uid::from_raw(peer.uid()), groups }
+            }
             Err(error) => {
                 warn!("ask the kernel who is at the control socket: {error}");
-                Self { uid: Uid::from_raw(u32::MAX), gid: Gid::from_raw(u32::MAX) }
+                Self { uid: Uid::from_raw(u32::MAX), groups: Vec::new() }
             }
         }
     }
 }
 
 impl Peer {
-    fn is_permitted(self) -> bool {
-        if self.uid.is_root() || self.uid == Uid::effective() {
-            return true;
-        }
-        let Ok(Some(group)) = Group::from_name(GROUP) else { return false };
-        let is_member = |user: User| group.mem.contains(&user.name);
-        self.gid == group.gid || User::from_uid(self.uid).ok().flatten().is_some_and(is_member)
+    fn is_permitted(&self) -> bool {
+        let is_member = |group: Group| self.groups.contains(&group.gid.as_raw());
+        self.uid.is_root()
+            || self.uid == Uid::effective()
+            || Group::from_name(GROUP).ok().flatten().is_some_and(is_member)
     }
 }
 

@@ -15,7 +15,7 @@ use serde::{Serialize, de::DeserializeOwned};
 /// addresses, and the ports one after the other.
 pub fn packet(input: &[u8]) {
     for packet in [packet::from_ethernet(input), packet::from_ip(input)].into_iter().flatten() {
-        let Packet { source, source_port, destination, opens_connection: _ } = packet;
+        let Packet { source, source_port, destination, .. } = packet;
         let ports = [source_port.to_be_bytes(), destination.port.to_be_bytes()].concat();
         assert!(contains(input, &ports), "ports of {packet:?}");
         for address in [source, destination.address] {

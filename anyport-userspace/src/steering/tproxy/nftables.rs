@@ -12,6 +12,8 @@ const REQUEST: i32 = libc::NLM_F_REQUEST | libc::NLM_F_ACK;
 const NON_RECURSIVE: i32 = 0x100;
 
 const TABLE_NAME: u16 = 1;
+const RULE_TABLE: u16 = 1;
+const RULE_CHAIN: u16 = 2;
 const CHAIN_TABLE: u16 = 1;
 const CHAIN_NAME: u16 = 3;
 
@@ -32,21 +34,22 @@ impl Table {
         existence(&self.chain_message(libc::NFT_MSG_GETCHAIN, REQUEST, chain))
     }
 
-    /// Deletes the table with the named chains, unless there are rules or other chains. All or nothing.
-    pub(super) fn delete_if_empty(self, chains: &[&str]) -> nix::Result<()> {
-        let mut messages = self.chain_deletions(chains);
-        messages.push(self.message(libc::NFT_MSG_DELTABLE, REQUEST | NON_RECURSIVE));
-        spare_what_is_used(batch(&messages))
-    }
-
-    /// Deletes these chains unless there are rules in them. All or nothing.
-    pub(super) fn delete_empty_chains(self, chains: &[&str]) -> nix::Result<()> {
-        spare_what_is_used(batch(&self.chain_deletions(chains)))
-    }
-
-    fn chain_deletions(self, chains: &[&str]) -> Vec<Vec<u8>> {
-        let deletion = |chain| self.chain_message(libc::NFT_MSG_DELCHAIN, REQUEST | NON_RECURSIVE, chain);
-        chains.iter().map(|chain| deletion(chain)).collect()
+    /// Deletes a chain with its rules, then other chains and, on request, the table, which must be empty by then. All
+    /// or nothing: says whether it was done, and not that something is still in use.
+    pub(super) fn delete(self, chain: &str, empty_chains: &[&str], with_table: bool) -> nix::Result<bool> {
+        let rules = libc::NFNL_SUBSYS_NFTABLES << 8 | libc::NFT_MSG_DELRULE;
+        let mut messages =
+            vec![message(rules, REQUEST, self.family, 0, &[(RULE_TABLE, self.name), (RULE_CHAIN, chain)])];
+        let chains = [chain].into_iter().chain(empty_chains.iter().copied());
+        messages.extend(chains.map(|chain| self.chain_message(libc::NFT_MSG_DELCHAIN, REQUEST | NON_RECURSIVE, chain)));
+        if with_table {
+            messages.push(self.message(libc::NFT_MSG_DELTABLE, REQUEST | NON_RECURSIVE));
+        }
+        match batch(&messages) {
+            Ok(()) => Ok(true),
+            Err(Errno::EBUSY) => Ok(false),
+            Err(error) => Err(error),
+        }
     }
 
     fn message(self, kind: i32, flags: i32) -> Vec<u8> {
@@ -66,13 +69,6 @@ fn existence(query: &[u8]) -> nix::Result<bool> {
         Ok(()) => Ok(true),
         Err(Errno::ENOENT) => Ok(false),
         Err(error) => Err(error),
-    }
-}
-
-fn spare_what_is_used(result: nix::Result<()>) -> nix::Result<()> {
-    match result {
-        Err(Errno::EBUSY | Errno::ENOENT) => Ok(()),
-        result => result,
     }
 }
 

@@ -101,31 +101,47 @@ impl Table {
     }
 
     /// Takes away everything of ours, and what iptables made for it if it is empty now.
+    ///
+    /// Whoever is killed half-way leaves the mark behind, by which the next one goes on.
     pub(super) fn remove(&self, saved: &str) -> anyhow::Result<()> {
         let chains: Vec<_> = our_chains(saved).collect();
         if chains.is_empty() {
             return Ok(());
         }
+        let marked = [MADE_TABLE, MADE_HOOK].into_iter().find_map(|mark| Some((mark, chain_with(saved, mark)?)));
+        let unmarked = chains.iter().filter(|chain| marked.is_none_or(|(_, marked)| **chain != marked));
         let mut script = format!("*{TABLE}\n");
         script.extend(deletions_of_jumps(saved));
-        for command in ["-F", "-X"] {
-            for chain in &chains {
-                let _ = writeln!(script, "{command} {chain}");
-            }
+        for chain in &chains {
+            let _ = writeln!(script, "-F {chain}");
+        }
+        for chain in unmarked {
+            let _ = writeln!(script, "-X {chain}");
+        }
+        if let Some((mark, chain)) = marked {
+            let _ = writeln!(script, "-A {chain} -m comment --comment \"{mark}\"");
         }
         script.push_str("COMMIT\n");
         self.restore(&script)?;
+        match marked {
+            Some((mark, chain)) => self.remove_marked(mark, chain),
+            None => Ok(()),
+        }
+    }
+
+    /// Takes away the chain with the mark together with what the mark speaks of.
+    fn remove_marked(&self, mark: &str, chain: &str) -> anyhow::Result<()> {
         let kernel = self.in_kernel();
-        let removed = if saved.contains(MADE_TABLE) {
-            let has_hook = kernel.has_chain(HOOK);
-            let hook = has_hook.map(|has_hook| if has_hook { &[HOOK][..] } else { &[] });
-            hook.and_then(|hook| kernel.delete_if_empty(hook))
-        } else if saved.contains(MADE_HOOK) {
-            kernel.delete_empty_chains(&[HOOK])
-        } else {
-            Ok(())
-        };
-        removed.with_context(|| format!("removing the empty table {TABLE} of nf_tables"))
+        let has_hook = kernel.has_chain(HOOK).context("asking nf_tables for the chain PREROUTING")?;
+        let hook = if has_hook { &[HOOK][..] } else { &[] };
+        let is_done = kernel
+            .delete(chain, hook, mark == MADE_TABLE)
+            .with_context(|| format!("removing the empty table {TABLE} of nf_tables"))?;
+        if is_done {
+            return Ok(());
+        }
+        // Somebody else has rules there by now, so it stays.
+        self.restore(&format!("*{TABLE}\n-F {chain}\n-X {chain}\nCOMMIT\n"))
     }
 
     /// What of the table and its hook's chain would not be there without us.
@@ -220,6 +236,13 @@ fn check(tool: &str, output: &Output) -> anyhow::Result<()> {
 fn our_chains(saved: &str) -> impl Iterator<Item = &str> {
     let names = saved.lines().filter_map(|line| line.strip_prefix(':')?.split(' ').next());
     names.filter(|name| OUR_CHAINS.contains(name))
+}
+
+/// The chain of ours that has a line with this mark.
+fn chain_with<'a>(saved: &'a str, mark: &str) -> Option<&'a str> {
+    let line = saved.lines().find(|line| line.contains(mark))?;
+    let (_, rule) = line.split_once("-A ")?;
+    rule.split(' ').next()
 }
 
 /// Commands that take away every jump from elsewhere into our chain, however it came there.
