@@ -27,14 +27,14 @@ const MAX_WORKERS: usize = 1024;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum Choice {
-    /// The first that works here.
+    /// The first of them that works here.
     #[default]
     Auto,
-    /// See [`BackEnd::SkLookup`].
+    /// A BPF program where the kernel looks sockets up.
     SkLookup,
-    /// See [`BackEnd::Tc`].
+    /// A BPF program at the ingress of interfaces.
     Tc,
-    /// See [`BackEnd::Tproxy`].
+    /// The TPROXY target of iptables.
     Tproxy,
 }
 

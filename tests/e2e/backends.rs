@@ -40,6 +40,7 @@ pub(crate) fn trials() -> Vec<Trial> {
     }
     for backend in ["sk-lookup", "tc"] {
         trials.push(trial(format!("{backend}::backends::bpftool shows the rules"), move || operator(backend)));
+        trials.push(trial(format!("{backend}::backends::programs log on request"), move || programs_log(backend)));
     }
     trials.extend(on_each_back_end("backends::rp_filter and src_valid_mark", reverse_path));
     trials.extend(on_each_back_end("backends::a local route of someone else's", foreign_route));
@@ -179,6 +180,24 @@ fn one_interface() {
     lab.topology.client.enter(|| expect_tcp_hello(at("192.0.2.3", 3)));
     for other in [&lab.topology.server, &lab.topology.host] {
         other.enter(|| expect_tcp_refused(at("192.0.2.3", 3)));
+    }
+}
+
+/// What a program decides is in the log from debug on, and not before.
+fn programs_log(backend: &str) {
+    const DECISION: &str = "port 31337: steered to service";
+    for (level, is_logged) in [("info", false), ("debug", true)] {
+        let daemon = Setup::new(&Netns::new(), backend).args(["--log-level", level]).start();
+        daemon.ok("add-prefix 192.0.2.0/24");
+        daemon.namespace().enter(|| expect_tcp_hello(at("192.0.2.77", 31_337)));
+        if is_logged {
+            wait_for("line of the program", Duration::from_secs(3), || {
+                let log = daemon.log();
+                if log.contains(DECISION) { Ok(()) } else { Err(log) }
+            });
+        } else {
+            assert!(!daemon.log().contains(DECISION), "{}", daemon.log());
+        }
     }
 }
 

@@ -352,3 +352,31 @@ fn entries_of(NumberedRule { rule, .. }: &NumberedRule, slot: u16) -> impl Itera
         })
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use aya::programs::Program;
+
+    use super::load;
+
+    /// With and without the log calls, which are dead code when logging is off.
+    #[test]
+    fn the_verifier_takes_every_program() {
+        for debug in [false, true] {
+            let mut ebpf = load(debug).unwrap();
+            let mut names: Vec<String> = Vec::new();
+            for (name, program) in ebpf.programs_mut() {
+                let loaded = match program {
+                    Program::SkLookup(program) => program.load(),
+                    Program::SchedClassifier(program) => program.load(),
+                    Program::SkReuseport(program) => program.load(),
+                    other => panic!("{name} is an unexpected {:?}", other.prog_type()),
+                };
+                loaded.unwrap_or_else(|error| panic!("{name}, debug {debug}: {error}"));
+                names.push(name.to_owned());
+            }
+            names.sort();
+            assert_eq!(names, ["anyport_eth", "anyport_ip", "anyport_refuse", "anyport_sk"]);
+        }
+    }
+}

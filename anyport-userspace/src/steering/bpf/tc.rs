@@ -131,7 +131,7 @@ impl Hook for TcHook {
             .map(|it| (it.index, it))
             .collect();
         self.attached.retain(|index, attached| wanted.get(index) == Some(&attached.interface));
-        self.failures.clear();
+        let known = std::mem::take(&mut self.failures);
         for (index, interface) in wanted {
             if self.attached.contains_key(&index) {
                 continue;
@@ -142,8 +142,11 @@ impl Hook for TcHook {
                     self.attached.insert(index, Attached { interface, link });
                 }
                 Err(error) => {
-                    warn!("{error:#}");
-                    self.failures.insert(index, format!("{error:#}"));
+                    let failure = format!("{error:#}");
+                    if known.get(&index) != Some(&failure) {
+                        warn!("{failure}");
+                    }
+                    self.failures.insert(index, failure);
                 }
             }
         }
