@@ -24,6 +24,7 @@ pub(crate) fn trials() -> Vec<Trial> {
         trial("state::rules and services of the configuration", configuration),
     ];
     trials.extend(on_each_back_end("state::routes come and go with the rules", routes));
+    trials.extend(on_each_back_end("state::what can't be kept is not done", unwritable_state));
     trials
 }
 
@@ -75,6 +76,38 @@ fn unreadable_state() {
     for file in files.iter().filter(|path| path.is_file()) {
         assert_eq!(fs::read_to_string(file).expect("the state"), "no state at all {", "{} was changed", file.display());
     }
+}
+
+/// Each verb fails as a whole, and what was there is still served.
+fn unwritable_state(backend: &'static str) {
+    let daemon = Daemon::start(&Netns::new(), backend);
+    daemon.ok("add-service one --handler echo");
+    daemon.ok("add-prefix 192.0.2.0/24");
+    let sockets = || {
+        let services = daemon.json("services");
+        let all = services.as_array().expect("an array").iter();
+        all.map(|service| format!("{} {}", service["name"], service["sockets"])).collect::<Vec<_>>()
+    };
+    let held = || (daemon.rules(), sockets(), daemon.namespace().ip("route show table local proto 165"));
+    let known = held();
+    // A directory in the place of the file that is written first.
+    let obstacle = daemon.state().join("state.json.new");
+    fs::create_dir(&obstacle).expect("an obstacle");
+    for words in [
+        "add-prefix 203.0.113.0/24",
+        "remove-prefix 192.0.2.0/24",
+        "add-service two --handler echo",
+        "remove-service one",
+    ] {
+        let said = daemon.refused(words, 1);
+        contains(&said, &["state.json"]);
+        assert_eq!(held(), known, "after {words}");
+        daemon.namespace().enter(|| expect_tcp_hello(at("192.0.2.1", 1)));
+    }
+    fs::remove_dir(&obstacle).expect("no obstacle any more");
+    daemon.ok("add-prefix 203.0.113.0/24 --service one");
+    daemon.ok("remove-prefix 203.0.113.0/24");
+    daemon.ok("remove-service one");
 }
 
 fn configuration() {

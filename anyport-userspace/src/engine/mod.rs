@@ -225,6 +225,7 @@ impl Engine {
             if let Some(running) = self.services.remove(&name) {
                 running.service.stop().await;
             }
+            self.go_back_to(self.rules.clone()).await;
             return Err(problem);
         }
         Ok(Changed { generation: self.generation, changed: 1, notes: Vec::new() })
@@ -254,6 +255,7 @@ impl Engine {
         };
         if let Err(problem) = self.change(self.rules.clone()).await {
             self.services.insert(name.clone(), removed);
+            self.go_back_to(self.rules.clone()).await;
             return Err(problem);
         }
         self.departed.push(removed.service.connections().clone());
@@ -296,10 +298,14 @@ impl Engine {
             Err(error) => Err(error),
         };
         let Err(error) = result else { return Ok(()) };
-        if let Err(second) = self.put_in_force(former).await {
-            error!("go back to the rules before: {second:#}");
-        }
+        self.go_back_to(former).await;
         Err(error.into())
+    }
+
+    async fn go_back_to(&mut self, former: RuleSet) {
+        if let Err(error) = self.put_in_force(former).await {
+            error!("go back to the rules before: {error:#}");
+        }
     }
 
     async fn put_in_force(&mut self, rules: RuleSet) -> anyhow::Result<()> {
