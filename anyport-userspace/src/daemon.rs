@@ -12,7 +12,10 @@ use std::{
 
 use anyhow::{Context as _, bail};
 use futures_util::StreamExt as _;
-use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
+use nix::sys::{
+    resource::{Resource, getrlimit, setrlimit},
+    socket::{getsockopt, sockopt::PeerCredentials},
+};
 use tokio::{
     runtime,
     signal::unix::{SignalKind, signal},
@@ -37,6 +40,7 @@ const NAMESPACE_LOCK: &str = "anyportd";
 /// What kept the daemon from starting, or what could not be removed at its end.
 pub fn run(config: &Config) -> anyhow::Result<()> {
     let _lock = lock_namespace()?;
+    raise_descriptor_limit();
     let data = runtime::Builder::new_multi_thread()
         .worker_threads(config.workers.get())
         .thread_name("anyport-data")
@@ -128,6 +132,15 @@ fn lock_namespace() -> anyhow::Result<UnixListener> {
             )
         }
         Err(error) => Err(error).context("take the lock of this network namespace"),
+    }
+}
+
+/// Each connection takes a descriptor, and the usual soft limit of 1024 is there for programs that use select(2).
+fn raise_descriptor_limit() {
+    let raised =
+        getrlimit(Resource::RLIMIT_NOFILE).and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
+    if let Err(error) = raised {
+        warn!("raise the limit of open files to its maximum: {error}");
     }
 }
 

@@ -1,6 +1,8 @@
 //! The BPF back ends, `sk-lookup` and `tc`: one object and one set of maps, two hooks.
 
 mod compile;
+#[cfg(test)]
+mod frames;
 mod hooks;
 mod pins;
 mod refuse;
