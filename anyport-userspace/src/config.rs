@@ -13,7 +13,7 @@ use toml::Spanned;
 
 use crate::{
     rules::{Origin, Rule, RuleSet, ServiceName},
-    service::{HandlerKind, ServiceConfig},
+    service::ServiceConfig,
     steering::BackEnd,
 };
 
@@ -139,7 +139,7 @@ pub struct Config {
     pub workers: NonZeroUsize,
     pub log_level: LogLevel,
     pub log_format: LogFormat,
-    /// The services of the file, and the service `default` where the file has none of that name.
+    /// The services of the file.
     pub services: Vec<ServiceConfig>,
     /// The rules of the file.
     pub rules: RuleSet,
@@ -202,10 +202,6 @@ fn services(tables: Vec<Spanned<ServiceConfig>>, text: &str) -> anyhow::Result<V
         }
         services.push(service);
     }
-    let default = ServiceName::default_service();
-    if !services.iter().any(|service| service.name == default) {
-        services.push(ServiceConfig { name: default, handler: HandlerKind::Hello, banner: None });
-    }
     Ok(services)
 }
 
@@ -215,7 +211,9 @@ fn rules(tables: Vec<Spanned<Rule>>, services: &[ServiceConfig], text: &str) -> 
         let at = place(text, table.span().start);
         let rule = Rule { origin: Origin::Config, ..table.into_inner() };
         rule.validate().with_context(|| at.clone())?;
-        if !services.iter().any(|service| service.name == rule.service) {
+        let is_known = rule.service == ServiceName::default_service()
+            || services.iter().any(|service| service.name == rule.service);
+        if !is_known {
             bail!("{at}: there is no [[service]] with the name {}", rule.service);
         }
         rules.insert(rule).with_context(|| at)?;

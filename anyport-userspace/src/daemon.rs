@@ -4,7 +4,7 @@ use std::{
     io::ErrorKind,
     os::{
         linux::net::SocketAddrExt as _,
-        unix::net::{SocketAddr, UnixListener, UnixStream},
+        unix::net::{SocketAddr, UnixListener},
     },
     sync::Arc,
     time::Duration,
@@ -14,12 +14,15 @@ use anyhow::{Context as _, bail};
 use futures_util::StreamExt as _;
 use nix::sys::{
     resource::{Resource, getrlimit, setrlimit},
-    socket::{getsockopt, sockopt::PeerCredentials},
+    socket::{UnixCredentials, getsockopt, sockopt::PeerCredentials},
 };
+use nix::unistd::Uid;
+use socket2::{Domain, SockAddr, Socket, Type};
 use tokio::{
     runtime,
     signal::unix::{SignalKind, signal},
     sync::{Mutex, watch},
+    task::JoinHandle,
     time::{MissedTickBehavior, interval},
 };
 use tracing::{info, warn};
@@ -28,6 +31,8 @@ use crate::{api, config::Config, engine::Engine, routes};
 
 /// How often the engine looks for interfaces and for connections that have ended.
 const REFRESH: Duration = Duration::from_secs(1);
+/// How long answers may take to leave after everything else is done.
+const LAST_ANSWERS: Duration = Duration::from_millis(200);
 /// Held by the daemon of a network namespace: names that begin with a NUL byte are the namespace's own, and go with
 /// the process however it ends (unix(7), since Linux 2.2; by namespace since 2.6.29).
 const NAMESPACE_LOCK: &str = "anyportd";
@@ -39,7 +44,7 @@ const NAMESPACE_LOCK: &str = "anyportd";
 /// # Errors
 /// What kept the daemon from starting, or what could not be removed at its end.
 pub fn run(config: &Config) -> anyhow::Result<()> {
-    let _lock = lock_namespace()?;
+    let lock = lock_namespace()?;
     raise_descriptor_limit();
     let data = runtime::Builder::new_multi_thread()
         .worker_threads(config.workers.get())
@@ -48,17 +53,18 @@ pub fn run(config: &Config) -> anyhow::Result<()> {
         .build()
         .context("start the threads that serve connections")?;
     let control = runtime::Builder::new_current_thread().enable_all().build().context("start the control thread")?;
-    let result = control.block_on(control_loop(config, data.handle().clone()));
+    let result = control.block_on(control_loop(config, data.handle().clone(), lock));
     data.shutdown_background();
     result
 }
 
-async fn control_loop(config: &Config, data: runtime::Handle) -> anyhow::Result<()> {
+async fn control_loop(config: &Config, data: runtime::Handle, lock: Option<UnixListener>) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate()).context("wait for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("wait for SIGINT")?;
+    let _lock = lock.map(answer_at).transpose()?;
     let listener = api::bind(&config.socket)?;
-    let engine = match Engine::start(config, data).await {
-        Ok(engine) => Arc::new(Mutex::new(engine)),
+    let engine: api::Shared = match Engine::start(config, data).await {
+        Ok(engine) => Arc::new(Mutex::new(Some(engine))),
         Err(error) => {
             remove_socket(config);
             return Err(error);
@@ -74,31 +80,19 @@ async fn control_loop(config: &Config, data: runtime::Handle) -> anyhow::Result<
         _ = interrupt.recv() => info!("SIGINT: stopping"),
     }
     remove_socket(config);
-    watcher.abort();
-    // A request under way is finished first; a client that only sits there is not waited for.
     stop.send_replace(true);
-    if tokio::time::timeout(REFRESH, server).await.is_err() {
-        warn!("a client still has its connection to the control socket; closing it");
-    }
-    take_engine(engine).await?.stop().await.context("remove everything from the kernel")?;
+    // A command under way holds the lock, so it is finished first. Later ones find nothing.
+    let engine = engine.lock().await.take().context("the engine went away")?;
+    watcher.abort();
+    engine.stop().await.context("remove everything from the kernel")?;
     info!("stopped; nothing is left in the kernel");
+    // The last answers are on their way; a client that only sits there is not waited for.
+    tokio::time::timeout(LAST_ANSWERS, server).await.ok();
     Ok(())
 }
 
-/// The engine, once no request holds it any more.
-async fn take_engine(mut engine: Arc<Mutex<Engine>>) -> anyhow::Result<Engine> {
-    for _ in 0..100 {
-        match Arc::try_unwrap(engine) {
-            Ok(engine) => return Ok(engine.into_inner()),
-            Err(shared) => engine = shared,
-        }
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
-    bail!("a request holds the engine for too long; the next start removes what is left in the kernel")
-}
-
 /// Tells the engine to look again when an interface changes, and from time to time.
-async fn keep_looking(engine: Arc<Mutex<Engine>>) {
+async fn keep_looking(engine: api::Shared) {
     let mut timer = interval(REFRESH);
     timer.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut changes = match routes::link_changes() {
@@ -113,19 +107,26 @@ async fn keep_looking(engine: Arc<Mutex<Engine>>) {
             _ = timer.tick() => {}
             _ = changes.next() => {}
         }
-        engine.lock().await.refresh().await;
+        match engine.lock().await.as_mut() {
+            Some(engine) => engine.refresh().await,
+            None => return,
+        }
     }
 }
 
-/// Makes sure that this is the only daemon of its network namespace.
-fn lock_namespace() -> anyhow::Result<UnixListener> {
+/// Makes sure that this is the only daemon of its network namespace. Nothing is returned if somebody else has the name
+/// of the lock, as any local user may.
+fn lock_namespace() -> anyhow::Result<Option<UnixListener>> {
     let address = SocketAddr::from_abstract_name(NAMESPACE_LOCK).context("name the lock")?;
     match UnixListener::bind_addr(&address) {
-        Ok(lock) => Ok(lock),
+        Ok(lock) => Ok(Some(lock)),
         Err(error) if error.kind() == ErrorKind::AddrInUse => {
-            let pid = UnixStream::connect_addr(&address)
-                .and_then(|peer| Ok(getsockopt(&peer, PeerCredentials)?.pid()))
-                .map_or_else(|_| "unknown".into(), |pid| pid.to_string());
+            let Some(holder) = holder_of_lock().filter(|it| it.uid() == 0 || it.uid() == Uid::effective().as_raw())
+            else {
+                warn!("another user's process holds the socket name @{NAMESPACE_LOCK}; going on without that lock");
+                return Ok(None);
+            };
+            let pid = holder.pid();
             bail!(
                 "another anyportd is at work in this network namespace, with pid {pid}; \
                  control that one with anyportctl, or stop it first: kill {pid}"
@@ -133,6 +134,26 @@ fn lock_namespace() -> anyhow::Result<UnixListener> {
         }
         Err(error) => Err(error).context("take the lock of this network namespace"),
     }
+}
+
+/// Who holds the lock, as the kernel says. A daemon answers at once; whoever does not is none.
+fn holder_of_lock() -> Option<UnixCredentials> {
+    let socket = Socket::new(Domain::UNIX, Type::STREAM.nonblocking(), None).ok()?;
+    socket.connect(&SockAddr::unix(format!("\0{NAMESPACE_LOCK}")).ok()?).ok()?;
+    getsockopt(&socket, PeerCredentials).ok()
+}
+
+/// Keeps room in the lock's queue for those who ask who holds it.
+fn answer_at(lock: UnixListener) -> anyhow::Result<JoinHandle<()>> {
+    lock.set_nonblocking(true).context("listen at the lock")?;
+    let lock = tokio::net::UnixListener::from_std(lock).context("listen at the lock")?;
+    Ok(tokio::spawn(async move {
+        loop {
+            if lock.accept().await.is_err() {
+                tokio::time::sleep(REFRESH).await;
+            }
+        }
+    }))
 }
 
 /// Each connection takes a descriptor, and the usual soft limit of 1024 is there for programs that use select(2).

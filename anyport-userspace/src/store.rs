@@ -8,6 +8,7 @@ use std::{
 
 use anyhow::{Context as _, bail};
 use serde::{Deserialize, Serialize};
+use tracing::warn;
 
 use crate::{rules::Rule, service::ServiceConfig};
 
@@ -83,11 +84,14 @@ impl Store {
             let mut file = File::create(&aside)?;
             file.write_all(&text)?;
             file.sync_all()?;
-            fs::rename(&aside, &path)?;
-            File::open(&self.directory)?.sync_all()?;
-            anyhow::Ok(())
+            anyhow::Ok(fs::rename(&aside, &path)?)
         };
-        write().with_context(|| format!("write the state file {}", path.display()))
+        write().with_context(|| format!("write the state file {}", path.display()))?;
+        // The new state is in place; a loss of power could only bring the old one back.
+        if let Err(error) = File::open(&self.directory).and_then(|directory| directory.sync_all()) {
+            warn!("make sure that the state file in {} outlives a loss of power: {error}", self.directory.display());
+        }
+        Ok(())
     }
 }
 

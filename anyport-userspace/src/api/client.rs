@@ -63,7 +63,7 @@ impl Client {
                 Kind::NoDaemon,
                 format!("no answer from {} for {} s", self.socket.display(), PATIENCE.as_secs()),
             )
-            .hint("what it is busy with is in anyportd's log")),
+            .hint("it may still carry the command out; anyportd's log says what it is busy with")),
         }
     }
 
@@ -88,8 +88,11 @@ impl Client {
         if status.is_success() {
             return serde_json::from_slice(&body).map_err(|error| broken(&error));
         }
-        let problem: Problem = serde_json::from_slice(&body).map_err(|error| broken(&error))?;
-        Err(Problem { kind: Kind::from_http_status(status.as_u16()), ..problem })
+        let kind = Kind::from_http_status(status.as_u16());
+        Err(match serde_json::from_slice::<Problem>(&body) {
+            Ok(problem) => Problem { kind, ..problem },
+            Err(_) => Problem::new(kind, format!("anyportd answered {status}: {}", String::from_utf8_lossy(&body))),
+        })
     }
 
     fn unreachable(&self, error: &std::io::Error) -> Problem {

@@ -7,7 +7,7 @@ mod types;
 
 pub use client::Client;
 pub use problem::{Kind, Problem};
-pub use server::{bind, serve};
+pub use server::{Shared, bind, serve};
 pub use types::{
     AddPrefixes, BackEndView, Changed, PrefixView, RemovePrefixes, ServiceView, StatusView, Totals, parse,
 };

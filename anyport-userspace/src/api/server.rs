@@ -1,7 +1,10 @@
 use std::{
     fs,
     io::ErrorKind,
-    os::unix::{fs::PermissionsExt as _, net::UnixStream},
+    os::unix::{
+        fs::{FileTypeExt as _, PermissionsExt as _},
+        net::UnixStream,
+    },
     path::Path,
     sync::Arc,
 };
@@ -10,18 +13,22 @@ use anyhow::{Context as _, bail};
 use axum::{
     Json, Router,
     body::Bytes,
-    extract::{ConnectInfo, DefaultBodyLimit, Path as UrlPath, Request, State, connect_info::Connected},
+    extract::{
+        ConnectInfo, DefaultBodyLimit, Path as UrlPath, Request, State, connect_info::Connected,
+        rejection::BytesRejection,
+    },
     http::StatusCode,
     middleware::{self, Next},
     response::{IntoResponse, Response},
     routing::{delete, get},
     serve::IncomingStream,
 };
+use futures_util::{FutureExt as _, future::BoxFuture};
 use nix::{
     sys::socket::{getsockopt, sockopt::PeerCredentials},
     unistd::{Group, Uid, chown},
 };
-use serde::Serialize;
+use serde::de::DeserializeOwned;
 use tokio::{
     net::UnixListener,
     sync::{Mutex, watch},
@@ -29,14 +36,19 @@ use tokio::{
 use tracing::{info, warn};
 
 use super::{Kind, Problem, parse};
-use crate::{engine::Engine, sys::peer_groups};
+use crate::{
+    engine::Engine,
+    rules::{InvalidText, ServiceName},
+    sys::peer_groups,
+};
 
 /// Members of this group may use the API, as root may.
 const GROUP: &str = "anyport";
 /// Requests are a few lines of JSON.
 const MAX_BODY: usize = 1 << 20;
 
-type Shared = Arc<Mutex<Engine>>;
+/// The engine, until the daemon stops.
+pub type Shared = Arc<Mutex<Option<Engine>>>;
 
 /// Opens the control socket, for root and the group `anyport`.
 ///
@@ -49,8 +61,11 @@ pub fn bind(path: &Path) -> anyhow::Result<UnixListener> {
             let pid = getsockopt(&peer, PeerCredentials).map_or(0, |it| it.pid());
             bail!("{}: another anyportd answers there, with pid {pid}; give each its own with --socket", attempt());
         }
-        // A daemon that was killed leaves its socket behind.
+        // A daemon that was killed leaves its socket behind. Any other file gives the same error.
         Err(error) if error.kind() == ErrorKind::ConnectionRefused => {
+            if !fs::symlink_metadata(path).with_context(attempt)?.file_type().is_socket() {
+                bail!("{}: there is a file of that name which is not a socket; it is left alone", attempt());
+            }
             fs::remove_file(path).with_context(attempt)?;
         }
         Err(_) => {}
@@ -141,9 +156,42 @@ impl IntoResponse for Problem {
 }
 
 type Answer<T> = Result<Json<T>, Problem>;
+type Body = Result<Bytes, BytesRejection>;
 
-fn answer<T: Serialize>(result: Result<T, Problem>) -> Answer<T> {
-    result.map(Json)
+/// Asks the engine.
+async fn ask<T>(engine: &Shared, question: impl FnOnce(&mut Engine) -> Result<T, Problem>) -> Answer<T> {
+    question(engine.lock().await.as_mut().ok_or_else(stopping)?).map(Json)
+}
+
+/// Has the engine carry out a command, to its end even if the client goes away: the connection's own task would be
+/// dropped in the middle of it.
+async fn command<T: Send + 'static>(
+    engine: Shared,
+    command: impl for<'a> FnOnce(&'a mut Engine) -> BoxFuture<'a, Result<T, Problem>> + Send + 'static,
+) -> Answer<T> {
+    let task = tokio::spawn(async move {
+        match engine.lock().await.as_mut() {
+            Some(engine) => command(engine).await,
+            None => Err(stopping()),
+        }
+    });
+    match task.await {
+        Ok(result) => result.map(Json),
+        Err(error) => Err(Problem::new(Kind::Failed, format!("carry the command out: {error}"))),
+    }
+}
+
+fn stopping() -> Problem {
+    Problem::new(Kind::Failed, "anyportd is stopping").hint("try again when it runs again")
+}
+
+/// Reads a request's body.
+fn read<T: DeserializeOwned>(body: Body) -> Result<T, Problem> {
+    let body = body.map_err(|rejection| {
+        Problem::new(Kind::Invalid, format!("read the body of the request: {rejection}"))
+            .hint(format!("a body may have {MAX_BODY} bytes; send more than one request"))
+    })?;
+    parse(&body)
 }
 
 async fn no_such_thing(request: Request) -> Problem {
@@ -152,34 +200,34 @@ async fn no_such_thing(request: Request) -> Problem {
 }
 
 async fn status(State(engine): State<Shared>) -> Answer<super::StatusView> {
-    answer(engine.lock().await.status())
+    ask(&engine, Engine::status).await
 }
 
 async fn prefixes(State(engine): State<Shared>) -> Answer<Vec<super::PrefixView>> {
-    answer(engine.lock().await.prefixes())
+    ask(&engine, Engine::prefixes).await
 }
 
-async fn services(State(engine): State<Shared>) -> Json<Vec<super::ServiceView>> {
-    Json(engine.lock().await.services())
+async fn services(State(engine): State<Shared>) -> Answer<Vec<super::ServiceView>> {
+    ask(&engine, |engine| Ok(engine.services())).await
 }
 
-async fn add_prefixes(State(engine): State<Shared>, body: Bytes) -> Answer<super::Changed> {
-    let request = parse(&body)?;
-    answer(engine.lock().await.add_prefixes(request).await)
+async fn add_prefixes(State(engine): State<Shared>, body: Body) -> Answer<super::Changed> {
+    let request = read(body)?;
+    command(engine, |engine| engine.add_prefixes(request).boxed()).await
 }
 
-async fn remove_prefixes(State(engine): State<Shared>, body: Bytes) -> Answer<super::Changed> {
-    let request = parse(&body)?;
-    answer(engine.lock().await.remove_prefixes(&request).await)
+async fn remove_prefixes(State(engine): State<Shared>, body: Body) -> Answer<super::Changed> {
+    let request = read(body)?;
+    command(engine, |engine| engine.remove_prefixes(request).boxed()).await
 }
 
-async fn add_service(State(engine): State<Shared>, body: Bytes) -> Answer<super::Changed> {
-    let request = parse(&body)?;
-    answer(engine.lock().await.add_service(request).await)
+async fn add_service(State(engine): State<Shared>, body: Body) -> Answer<super::Changed> {
+    let request = read(body)?;
+    command(engine, |engine| engine.add_service(request).boxed()).await
 }
 
 async fn remove_service(State(engine): State<Shared>, UrlPath(name): UrlPath<String>) -> Answer<super::Changed> {
-    let name =
-        name.parse().map_err(|error: crate::rules::InvalidText| Problem::new(Kind::Invalid, error.to_string()))?;
-    answer(engine.lock().await.remove_service(&name).await)
+    let name: ServiceName =
+        name.parse().map_err(|error: InvalidText| Problem::new(Kind::Invalid, error.to_string()))?;
+    command(engine, |engine| engine.remove_service(name).boxed()).await
 }

@@ -13,7 +13,7 @@ use std::{
     sync::Arc,
 };
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
 use anyport_common::{
     flow::Transport,
     maps::{MAX_RULES, MAX_SERVICES},
@@ -29,7 +29,7 @@ use crate::{
     host::{self, Host},
     routes::Routes,
     rules::{Conflict, Decision, Origin, Prefix, Rule, RuleSet, ServiceName, decide},
-    service::{Commons, Connections, DescriptorPool, LoopGuard, Service, ServiceConfig},
+    service::{Commons, DescriptorPool, LoopGuard, Service, ServiceConfig},
     steering::{
         NumberedRule, Plan, ServiceSockets, Steering, bpf,
         choose::{Outcome, choose, remove_leftovers},
@@ -54,8 +54,8 @@ pub struct Engine {
     foreign_routes: Vec<Prefix>,
     /// Addresses that keep their route for connections that outlive their rule.
     draining: HashSet<Prefix>,
-    /// Connections of services that were removed.
-    departed: Vec<Connections>,
+    /// Why the kernel may not hold the rules that it should.
+    broken: Option<String>,
     store: Store,
     commons: Commons,
 }
@@ -74,7 +74,7 @@ impl Engine {
     /// What does not work, and nothing is left behind.
     pub async fn start(config: &Config, data: Handle) -> anyhow::Result<Self> {
         let (store, state) = Store::open(&config.state_dir)?;
-        let rules = all_rules(config, &state)?;
+        let (services, rules) = desired(config, &state)?;
         let routes = Routes::open()?;
         let options = bpf::Options {
             bpffs: config.bpffs.clone(),
@@ -103,29 +103,26 @@ impl Engine {
             routes,
             foreign_routes: Vec::new(),
             draining: HashSet::new(),
-            departed: Vec::new(),
+            broken: None,
             store,
             commons,
         };
-        let services = config.services.iter().map(|it| (it, Origin::Config));
-        let added = state.services.iter().map(|it| (it, Origin::Added));
-        match engine.bring_up(services.chain(added), rules).await {
+        match engine.bring_up(services, rules).await {
             Ok(()) => Ok(engine),
             Err(error) => {
-                engine.stop().await.context("clean up after a start that failed")?;
+                if let Err(second) = engine.stop().await {
+                    error!("clean up after a start that failed: {second:#}");
+                }
                 Err(error)
             }
         }
     }
 
-    async fn bring_up(
-        &mut self,
-        services: impl Iterator<Item = (&ServiceConfig, Origin)>,
-        rules: RuleSet,
-    ) -> anyhow::Result<()> {
+    async fn bring_up(&mut self, services: Vec<(ServiceConfig, Origin)>, rules: RuleSet) -> anyhow::Result<()> {
         for (config, origin) in services {
-            let service = Service::start(config.clone(), &self.commons)?;
-            self.services.insert(config.name.clone(), Running { service, origin });
+            let name = config.name.clone();
+            let service = Service::start(config, &self.commons)?;
+            self.services.insert(name, Running { service, origin });
         }
         self.put_in_force(rules).await
     }
@@ -173,7 +170,7 @@ impl Engine {
     ///
     /// # Errors
     /// See [`Kind`]; a prefix without such a rule is one. Nothing has changed.
-    pub async fn remove_prefixes(&mut self, request: &RemovePrefixes) -> Result<Changed, Problem> {
+    pub async fn remove_prefixes(&mut self, request: RemovePrefixes) -> Result<Changed, Problem> {
         if request.prefixes.is_empty() {
             return Err(Problem::new(Kind::Invalid, "remove prefixes: there are none in the request"));
         }
@@ -235,10 +232,10 @@ impl Engine {
     ///
     /// # Errors
     /// See [`Kind`]; that a rule steers to it is one.
-    pub async fn remove_service(&mut self, name: &ServiceName) -> Result<Changed, Problem> {
-        self.expect_service(name)?;
+    pub async fn remove_service(&mut self, name: ServiceName) -> Result<Changed, Problem> {
+        self.expect_service(&name)?;
         let users: Vec<String> =
-            self.rules.iter().filter(|rule| rule.service == *name).map(ToString::to_string).collect();
+            self.rules.iter().filter(|rule| rule.service == name).map(ToString::to_string).collect();
         if let Some(first) = users.first() {
             return Err(Problem::new(
                 Kind::Conflict,
@@ -246,35 +243,43 @@ impl Engine {
             )
             .hint("remove those prefixes first, or steer them to another service"));
         }
-        let Some(removed) = self.services.remove(name) else {
+        let Some(removed) = self.services.remove(&name) else {
             return Err(Problem::new(Kind::Failed, format!("the service {name} went away")));
         };
         let notes = match removed.origin {
-            Origin::Config => vec![format!("{name} is in the configuration and comes back with the next start")],
+            Origin::Config => vec![format!("{name} comes back with the next start, as configured")],
             Origin::Added => Vec::new(),
         };
         if let Err(problem) = self.change(self.rules.clone()).await {
-            self.services.insert(name.clone(), removed);
+            self.services.insert(name, removed);
             self.go_back_to(self.rules.clone()).await;
             return Err(problem);
         }
-        self.departed.push(removed.service.connections().clone());
         removed.service.stop().await;
         Ok(Changed { generation: self.generation, changed: 1, notes })
     }
 
-    /// Looks again at what may have changed outside: interfaces, and connections whose address can be given up.
+    /// Looks again at what may have changed outside: interfaces, and connections whose address can be given up. Tries
+    /// again what could not be undone.
     pub async fn refresh(&mut self) {
+        if self.broken.is_some() {
+            self.go_back_to(self.rules.clone()).await;
+        }
         if let Err(error) = self.steering.refresh() {
             error!("look again at the interfaces: {error:#}");
         }
-        self.departed.retain(|connections| connections.active() > 0);
-        if !self.draining.is_empty() {
-            self.draining = self.draining_addresses(&self.rules, &self.draining);
-            if let Err(error) = self.routes.remove_unwanted(&self.wanted_routes(&self.rules)).await {
-                error!("remove the routes of connections that have ended: {error:#}");
-            }
+        if let Err(error) = self.end_draining().await {
+            error!("remove the routes of connections that have ended: {error:#}");
         }
+    }
+
+    async fn end_draining(&mut self) -> anyhow::Result<()> {
+        if self.draining.is_empty() {
+            return Ok(());
+        }
+        let connected = host::connected_addresses()?;
+        self.draining.retain(|prefix| connected.contains(&prefix.address()));
+        self.routes.remove_unwanted(&self.wanted_routes(&self.rules)).await
     }
 
     /// Takes everything out of the kernel. The state file stays.
@@ -303,25 +308,24 @@ impl Engine {
     }
 
     async fn go_back_to(&mut self, former: RuleSet) {
-        if let Err(error) = self.put_in_force(former).await {
-            error!("go back to the rules before: {error:#}");
-        }
+        self.broken = self.put_in_force(former).await.err().map(|error| {
+            error!("go back to the rules before, which is tried again: {error:#}");
+            format!("the kernel may not hold these rules: {error:#}")
+        });
     }
 
     async fn put_in_force(&mut self, rules: RuleSet) -> anyhow::Result<()> {
-        let plan = self.plan(&rules)?;
-        let had_routes: HashSet<Prefix> = self.wanted_routes(&self.rules);
-        self.draining = self.draining_addresses(&rules, &had_routes);
-        let wanted = self.wanted_routes(&rules);
-        if !self.draining.is_empty() {
-            self.routes.add_missing(&self.draining).await?;
-        }
-        self.routes.remove_unwanted(&wanted).await?;
         // Before the first datagram can arrive that is to be seen as a loop.
         self.published.store(Arc::new(rules.clone()));
+        let given_up = self.given_up(&rules);
+        if !given_up.is_empty() {
+            self.keep_connections_of(&rules, &given_up).await?;
+        }
+        let wanted = self.wanted_routes(&rules);
+        self.routes.remove_unwanted(&wanted).await?;
+        let plan = self.plan(&rules, &[])?;
         self.steering.apply(&plan)?;
         self.foreign_routes = self.routes.add_missing(&wanted).await?;
-        self.generation = plan.generation;
         self.rule_numbers.keep(rules.iter());
         self.service_slots.keep(self.services.keys());
         self.rules = rules;
@@ -332,35 +336,55 @@ impl Engine {
         Ok(())
     }
 
-    fn plan(&mut self, rules: &RuleSet) -> anyhow::Result<Plan> {
-        let numbered = rules.iter().map(|rule| {
+    /// The rules in force whose prefixes will not be local any more.
+    fn given_up(&self, rules: &RuleSet) -> Vec<Rule> {
+        let remains_local = |prefix: &Prefix| {
+            rules
+                .iter()
+                .any(|rule| rule.route && rule.prefix.contains(prefix.address()) && rule.prefix.len() <= prefix.len())
+        };
+        self.rules.iter().filter(|rule| rule.route && !remains_local(&rule.prefix)).cloned().collect()
+    }
+
+    /// Gives the connections of prefixes that are given up a route of their own.
+    ///
+    /// First everybody new is refused there, so that whoever is in can be found: established, waiting to be
+    /// accepted, or in the middle of its handshake.
+    async fn keep_connections_of(&mut self, rules: &RuleSet, given_up: &[Rule]) -> anyhow::Result<()> {
+        let plan = self.plan(rules, given_up)?;
+        self.steering.apply(&plan)?;
+        let is_given_up = |address: &IpAddr| given_up.iter().any(|rule| rule.prefix.contains(*address));
+        let connected = host::connected_addresses()?;
+        self.draining.extend(connected.into_iter().filter(is_given_up).map(Prefix::host));
+        self.routes.add_missing(&self.draining).await?;
+        Ok(())
+    }
+
+    /// A plan under a new number: these rules, and refusals in the place of those that are given up.
+    fn plan(&mut self, rules: &RuleSet, refused: &[Rule]) -> anyhow::Result<Plan> {
+        self.generation += 1;
+        let mut numbered = Vec::with_capacity(rules.len() + refused.len());
+        for rule in rules {
             let number = self.rule_numbers.get(rule).context("there are too many rules")?;
-            Ok(NumberedRule { number, rule: rule.clone() })
-        });
-        let rules = numbered.collect::<anyhow::Result<_>>()?;
-        let services = self.services.iter().map(|(name, running)| {
+            numbered.push(NumberedRule { number, rule: rule.clone() });
+        }
+        let mut services = vec![ServiceSockets::refusing()];
+        for rule in refused {
+            let number = self.rule_numbers.get(rule).context("there are too many rules")?;
+            let rule = Rule { service: services[0].name.clone(), ..rule.clone() };
+            numbered.push(NumberedRule { number, rule });
+        }
+        numbered.sort_by(|a, b| a.rule.precedence().cmp(&b.rule.precedence()));
+        for (name, running) in &self.services {
             let slot = self.service_slots.get(name).context("there are too many services")?;
-            Ok(ServiceSockets { slot: slot.try_into()?, name: name.clone(), groups: running.service.groups() })
-        });
-        Ok(Plan { generation: self.generation + 1, rules, services: services.collect::<anyhow::Result<_>>()? })
+            let groups = running.service.groups();
+            services.push(ServiceSockets { slot: slot.try_into()?, name: name.clone(), groups });
+        }
+        Ok(Plan { generation: self.generation, rules: numbered, services })
     }
 
     fn wanted_routes(&self, rules: &RuleSet) -> HashSet<Prefix> {
         rules.iter().filter(|rule| rule.route).map(|rule| rule.prefix).chain(self.draining.iter().copied()).collect()
-    }
-
-    /// The addresses of open connections that had a route of ours and would have none by these rules.
-    fn draining_addresses(&self, rules: &RuleSet, had_routes: &HashSet<Prefix>) -> HashSet<Prefix> {
-        let has_route = |address: IpAddr| rules.iter().any(|rule| rule.route && rule.prefix.contains(address));
-        self.services
-            .values()
-            .map(|running| running.service.connections())
-            .chain(&self.departed)
-            .flat_map(Connections::addresses)
-            .filter(|address| had_routes.iter().any(|prefix| prefix.contains(*address)))
-            .filter(|address| !has_route(*address))
-            .map(Prefix::host)
-            .collect()
     }
 
     fn state(&self) -> State {
@@ -413,15 +437,33 @@ fn loop_guard(published: &Arc<ArcSwap<RuleSet>>) -> LoopGuard {
     })
 }
 
-fn all_rules(config: &Config, state: &State) -> anyhow::Result<RuleSet> {
+/// What configuration and state file say together. They must not contradict each other.
+fn desired(config: &Config, state: &State) -> anyhow::Result<(Vec<(ServiceConfig, Origin)>, RuleSet)> {
+    const ADVICE: &str = "change the configuration, or what was added by hand: state.json in the state directory";
+    let mut services: Vec<_> = config.services.iter().map(|it| (it.clone(), Origin::Config)).collect();
+    for added in &state.services {
+        match services.iter().find(|(service, _)| service.name == added.name) {
+            Some((configured, _)) if configured == added => {}
+            Some(_) => bail!("the service {} was added by hand with other settings; {ADVICE}", added.name),
+            None => services.push((added.clone(), Origin::Added)),
+        }
+    }
+    let default = ServiceConfig::default_service();
+    if !services.iter().any(|(service, _)| service.name == default.name) {
+        services.push((default, Origin::Config));
+    }
     let mut rules = config.rules.clone();
     for rule in &state.rules {
-        rules.insert(rule.clone()).context(
-            "a rule that was added by hand does not go with the configuration; change one of them \
-             (the added ones are in state.json in the state directory)",
-        )?;
+        rule.validate().context(ADVICE)?;
+        if !services.iter().any(|(service, _)| service.name == rule.service) {
+            bail!(
+                "there is no service {} any more, to which a rule that was added by hand steers: {rule}; {ADVICE}",
+                rule.service
+            );
+        }
+        rules.insert(rule.clone()).context(ADVICE)?;
     }
-    Ok(rules)
+    Ok((services, rules))
 }
 
 fn conflict_problem(conflict: &Conflict) -> Problem {

@@ -69,7 +69,7 @@ impl Engine {
                 dropped: counters.iter().map(|it| it.no_socket + it.assign_error).sum(),
                 active: self.services.values().map(|it| it.service.stats().active).sum(),
             },
-            degraded: self.steering.degraded(),
+            degraded: self.broken.iter().cloned().chain(self.steering.degraded()).collect(),
         })
     }
 

@@ -152,6 +152,28 @@ pub fn listeners() -> anyhow::Result<Vec<Listener>> {
     Ok(listeners)
 }
 
+/// The local addresses of the TCP connections of the thread's network namespace, from the first SYN on until both sides
+/// have closed; what is in `TIME_WAIT` is left out.
+pub fn connected_addresses() -> anyhow::Result<HashSet<IpAddr>> {
+    const TIME_WAIT_CLOSE_LISTEN: [&str; 3] = ["06", "07", "0A"];
+    let mut addresses = HashSet::new();
+    for file in ["tcp", "tcp6"] {
+        let path = Path::new("/proc/thread-self/net").join(file);
+        let text = match fs::read_to_string(&path) {
+            // A kernel without IPv6.
+            Err(error) if error.kind() == ErrorKind::NotFound => continue,
+            text => text.with_context(|| format!("reading {}", path.display()))?,
+        };
+        let sockets = text.lines().skip(1).map(|line| line.split_ascii_whitespace().skip(1));
+        addresses.extend(sockets.filter_map(|mut fields| {
+            let (local, state) = (fields.next()?, fields.nth(1)?);
+            let is_connection = !TIME_WAIT_CLOSE_LISTEN.contains(&state);
+            is_connection.then(|| socket_address(local)).flatten().map(|local| local.ip())
+        }));
+    }
+    Ok(addresses)
+}
+
 fn read_table(
     lines: impl Iterator<Item = std::io::Result<String>>,
     transport: Transport,

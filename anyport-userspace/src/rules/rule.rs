@@ -57,6 +57,12 @@ impl ServiceName {
         Self("default".into())
     }
 
+    /// A name that no service can have. It sorts behind all others, so that of rules that are equally specific one of
+    /// another service decides.
+    pub(crate) fn nobody() -> Self {
+        Self("~".into())
+    }
+
     /// The name as text.
     pub fn as_str(&self) -> &str {
         &self.0

@@ -45,6 +45,11 @@ pub struct ServiceConfig {
 }
 
 impl ServiceConfig {
+    /// The service that is there when nobody has made one of its name: it greets.
+    pub fn default_service() -> Self {
+        Self { name: ServiceName::default_service(), handler: HandlerKind::Hello, banner: None }
+    }
+
     /// Whether the settings fit each other.
     pub fn validate(&self) -> Result<(), InvalidText> {
         let Self { name, handler, banner } = self;

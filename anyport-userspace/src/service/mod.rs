@@ -34,11 +34,11 @@ pub use config::{HandlerKind, ServiceConfig};
 pub use descriptors::DescriptorPool;
 pub use sockets::{Family, SocketInfo};
 pub use stats::ServiceStats;
-pub use tcp::Connections;
 
 use self::{
     sockets::Group,
-    tcp::{Acceptor, TcpWorker},
+    stats::TcpCounts,
+    tcp::Acceptor,
     udp::{Receiver, UdpWorker},
 };
 use crate::steering::GroupSocket;
@@ -72,7 +72,7 @@ pub struct Service {
     config: Arc<ServiceConfig>,
     groups: [Option<GroupSocket>; SOCKETS_PER_SERVICE as usize],
     sockets: Vec<SocketInfo>,
-    connections: Connections,
+    tcp: Vec<Arc<TcpCounts>>,
     udp: Vec<Arc<UdpWorker>>,
     /// They own the listening sockets.
     tasks: JoinSet<()>,
@@ -102,16 +102,11 @@ impl Service {
         &self.sockets
     }
 
-    /// The connections that were accepted.
-    pub fn connections(&self) -> &Connections {
-        &self.connections
-    }
-
     /// What has been counted so far.
     pub fn stats(&self) -> ServiceStats {
-        let mut stats = ServiceStats { active: self.connections.active(), ..ServiceStats::default() };
-        for worker in self.connections.0.iter() {
-            stats.add_tcp(&worker.counts);
+        let mut stats = ServiceStats::default();
+        for counts in &self.tcp {
+            stats.add_tcp(counts);
         }
         for worker in &self.udp {
             stats.add_udp(&worker.counts);
@@ -141,7 +136,7 @@ impl Service {
 struct Start<'a> {
     config: Arc<ServiceConfig>,
     commons: &'a Commons,
-    tcp: Vec<Arc<TcpWorker>>,
+    tcp: Vec<Arc<TcpCounts>>,
     udp: Vec<Arc<UdpWorker>>,
     reply_opened: Arc<Notify>,
     tasks: JoinSet<()>,
@@ -182,25 +177,18 @@ impl<'a> Start<'a> {
         }
         let ageing = udp::age_replies(self.udp.clone(), self.reply_opened);
         self.tasks.spawn(ageing);
-        Ok(Service {
-            config: self.config,
-            groups,
-            sockets,
-            connections: Connections(self.tcp.into()),
-            udp: self.udp,
-            tasks: self.tasks,
-        })
+        Ok(Service { config: self.config, groups, sockets, tcp: self.tcp, udp: self.udp, tasks: self.tasks })
     }
 
     fn accept(&mut self, socket: Socket) -> anyhow::Result<()> {
-        let worker = Arc::<TcpWorker>::default();
+        let counts = Arc::<TcpCounts>::default();
         let acceptor = Acceptor {
             listener: TcpListener::from_std(socket.into()).context("watch a listening socket")?,
             config: Arc::clone(&self.config),
-            worker: Arc::clone(&worker),
+            counts: Arc::clone(&counts),
             descriptors: self.commons.descriptors.clone(),
         };
-        self.tcp.push(worker);
+        self.tcp.push(counts);
         self.tasks.spawn(acceptor.run());
         Ok(())
     }

@@ -48,6 +48,10 @@ impl Count {
 #[repr(align(128))]
 pub(super) struct TcpCounts {
     pub(super) accepted: Count,
+    /// Of the accepted ones, those that have found a free descriptor.
+    pub(super) served: Count,
+    /// Of the served ones, those that are over.
+    pub(super) ended: Count,
     pub(super) accept_errors: Count,
 }
 
@@ -66,7 +70,10 @@ pub(super) struct UdpCounts {
 
 impl ServiceStats {
     pub(super) fn add_tcp(&mut self, counts: &TcpCounts) {
-        let TcpCounts { accepted, accept_errors } = counts;
+        let TcpCounts { accepted, served, ended, accept_errors } = counts;
+        // First those that ended: one that comes and goes in between must not make it negative.
+        let ended = ended.get();
+        self.active += served.get() - ended;
         self.accepted += accepted.get();
         self.accept_errors += accept_errors.get();
     }

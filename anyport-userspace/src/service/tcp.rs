@@ -1,12 +1,6 @@
-//! Accepting connections, and knowing which are still open.
+//! Accepting connections.
 
-use std::{
-    collections::{HashMap, HashSet, hash_map::Entry},
-    io,
-    net::{IpAddr, SocketAddr},
-    sync::{Arc, Mutex},
-    time::Duration,
-};
+use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
 use tokio::{
     net::{TcpListener, TcpStream},
@@ -16,61 +10,22 @@ use tokio::{
 use super::{
     ServiceConfig,
     descriptors::{Descriptor, DescriptorPool},
-    handlers, lock,
+    handlers,
     stats::TcpCounts,
 };
 
 const FIRST_PAUSE: Duration = Duration::from_millis(10);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
-/// What others may know of one listening socket.
-#[derive(Debug, Default)]
-pub(super) struct TcpWorker {
-    pub(super) counts: TcpCounts,
-    /// How many connections are open, by the address that their clients dialled.
-    dialled: Mutex<HashMap<IpAddr, u64>>,
-}
-
-/// The TCP connections that a service has accepted. Stays valid after the service has stopped.
-#[derive(Clone, Debug)]
-pub struct Connections(pub(super) Arc<[Arc<TcpWorker>]>);
-
-impl Connections {
-    /// How many are open.
-    pub fn active(&self) -> u64 {
-        let of_worker = |worker: &Arc<TcpWorker>| lock(&worker.dialled).values().sum::<u64>();
-        self.0.iter().map(of_worker).sum()
-    }
-
-    /// The addresses that the clients of open connections dialled: each needs its local route for as long.
-    pub fn addresses(&self) -> HashSet<IpAddr> {
-        let of_worker = |worker: &Arc<TcpWorker>| lock(&worker.dialled).keys().copied().collect::<Vec<_>>();
-        self.0.iter().flat_map(of_worker).collect()
-    }
-}
-
-/// An entry among the open connections, taken out when dropped.
+/// A connection that is open until this is dropped.
 struct Open {
-    worker: Arc<TcpWorker>,
-    address: IpAddr,
+    counts: Arc<TcpCounts>,
     _descriptor: Descriptor,
-}
-
-impl Open {
-    fn new(worker: &Arc<TcpWorker>, address: IpAddr, descriptor: Descriptor) -> Self {
-        *lock(&worker.dialled).entry(address).or_default() += 1;
-        Self { worker: Arc::clone(worker), address, _descriptor: descriptor }
-    }
 }
 
 impl Drop for Open {
     fn drop(&mut self) {
-        if let Entry::Occupied(mut entry) = lock(&self.worker.dialled).entry(self.address) {
-            *entry.get_mut() -= 1;
-            if *entry.get() == 0 {
-                entry.remove();
-            }
-        }
+        self.counts.ended.raise();
     }
 }
 
@@ -79,7 +34,7 @@ impl Drop for Open {
 pub(super) struct Acceptor {
     pub(super) listener: TcpListener,
     pub(super) config: Arc<ServiceConfig>,
-    pub(super) worker: Arc<TcpWorker>,
+    pub(super) counts: Arc<TcpCounts>,
     pub(super) descriptors: DescriptorPool,
 }
 
@@ -94,7 +49,7 @@ impl Acceptor {
                     self.start(stream, client).await;
                 }
                 Err(error) => {
-                    self.worker.counts.accept_errors.raise();
+                    self.counts.accept_errors.raise();
                     pause = pause_after(&error, pause);
                     if pause > Duration::ZERO {
                         let name = &self.config.name;
@@ -107,7 +62,7 @@ impl Acceptor {
     }
 
     async fn start(&self, stream: TcpStream, client: SocketAddr) {
-        self.worker.counts.accepted.raise();
+        self.counts.accepted.raise();
         let Ok(dialled) = stream.local_addr() else { return };
         // While the pool is empty one connection waits here and the others in the kernel's queue. Listening
         // sockets that wait for connections take nothing from the pool, however many there are.
@@ -115,7 +70,8 @@ impl Acceptor {
             Some(descriptor) => descriptor,
             None => self.wait_for_descriptor().await,
         };
-        let open = Open::new(&self.worker, dialled.ip(), descriptor);
+        self.counts.served.raise();
+        let open = Open { counts: Arc::clone(&self.counts), _descriptor: descriptor };
         let config = Arc::clone(&self.config);
         tokio::spawn(async move {
             if let Err(error) = handlers::converse(&config, stream, client, dialled).await {

@@ -6,7 +6,7 @@ pub mod tproxy;
 
 use std::{collections::HashMap, fmt, net::SocketAddr, os::fd::OwnedFd, sync::Arc};
 
-use anyport_common::maps::{Counters, SOCKETS_PER_SERVICE};
+use anyport_common::maps::{Counters, REFUSE, SOCKETS_PER_SERVICE};
 use serde::{Deserialize, Serialize};
 
 use crate::rules::{Rule, ServiceName};
@@ -59,13 +59,20 @@ pub struct GroupSocket {
 /// A service as the back ends see it.
 #[derive(Clone, Debug)]
 pub struct ServiceSockets {
-    /// The service's slot, from 1 to below [`anyport_common::maps::MAX_SERVICES`].
+    /// The service's slot, from 1 to below [`anyport_common::maps::MAX_SERVICES`]; or [`REFUSE`].
     pub slot: u16,
     /// Its name.
     pub name: ServiceName,
     /// One socket a group, in the order of [`anyport_common::flow::Flow::socket_offset`]: TCP and UDP over IPv4,
     /// then TCP and UDP over IPv6. None where the host has no such family.
     pub groups: [Option<GroupSocket>; SOCKETS_PER_SERVICE as usize],
+}
+
+impl ServiceSockets {
+    /// What has no sockets, so that whatever is steered there is refused.
+    pub fn refusing() -> Self {
+        Self { slot: REFUSE, name: ServiceName::nobody(), groups: [const { None }; 4] }
+    }
 }
 
 /// Everything that a back end has to put into the kernel.

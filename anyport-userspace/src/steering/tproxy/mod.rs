@@ -29,7 +29,8 @@ pub struct Tproxy {
     v4: Chains,
     /// Or why IPv6 can't be steered here.
     v6: Result<Chains, String>,
-    rules: Vec<NumberedRule>,
+    /// What was applied last.
+    plan: Plan,
 }
 
 /// Our chains of one family, which are there only while there are rules.
@@ -38,6 +39,8 @@ struct Chains {
     family: Family,
     table: Table,
     is_in_use: bool,
+    /// The sockets of others that the guards name.
+    waiting: Vec<SocketAddr>,
     /// What was counted before the chains were last replaced, which sets the kernel's counters to zero.
     counted: HashMap<u32, Counters>,
 }
@@ -53,7 +56,7 @@ impl Tproxy {
         if let Err(error) = &v6 {
             tracing::warn!("tproxy can't steer IPv6: {error}");
         }
-        Ok(Self { v4, v6, rules: Vec::new() })
+        Ok(Self { v4, v6, plan: Plan::default() })
     }
 
     fn chains(&self) -> impl Iterator<Item = &Chains> {
@@ -70,7 +73,7 @@ impl Steering for Tproxy {
         let v4 = lines::lines(plan, Family::V4)?;
         let v6 = lines::lines(plan, Family::V6)?;
         // A number may be another rule's now, which begins at zero.
-        let before: HashMap<_, _> = self.rules.iter().map(|it| (it.number, &it.rule)).collect();
+        let before: HashMap<_, _> = self.plan.rules.iter().map(|it| (it.number, &it.rule)).collect();
         let stays = |it: &&NumberedRule| before.get(&it.number).is_some_and(|rule| rule.says_the_same_as(&it.rule));
         let staying = plan.rules.iter().filter(stays).map(|it| it.number).collect();
         self.v4.apply(&v4, &staying)?;
@@ -79,8 +82,18 @@ impl Steering for Tproxy {
             Err(_) if v6.is_empty() => {}
             Err(error) => return Err(anyhow!("rules for IPv6: {error}")),
         }
-        self.rules.clone_from(&plan.rules);
+        self.plan.clone_from(plan);
         Ok(())
+    }
+
+    /// Steers past the UDP sockets of others that have come since.
+    fn refresh(&mut self) -> anyhow::Result<()> {
+        let mut is_new = false;
+        for chains in self.chains() {
+            let lines = lines::lines(&self.plan, chains.family)?;
+            is_new |= waiting_sockets(&lines)? != chains.waiting;
+        }
+        if is_new { self.apply(&self.plan.clone()) } else { Ok(()) }
     }
 
     fn degraded(&self) -> Vec<String> {
@@ -131,23 +144,25 @@ impl Chains {
                  `modprobe -a xt_TPROXY xt_socket xt_multiport xt_comment`"
             )
         })?;
-        Ok(Self { family, table, is_in_use: false, counted: HashMap::new() })
+        Ok(Self { family, table, is_in_use: false, waiting: Vec::new(), counted: HashMap::new() })
     }
 
     /// Makes the chains consist of these lines. Counts go on for the rules that stay.
     fn apply(&mut self, lines: &[Line], staying: &HashSet<u32>) -> anyhow::Result<()> {
         let saved = self.table.save()?;
+        let waiting = waiting_sockets(lines)?;
         let mut counted = self.count_on(&saved);
         counted.retain(|number, _| staying.contains(number));
         if lines.is_empty() {
             self.table.remove(&saved)
         } else {
             let rules: Vec<_> = lines.iter().map(ToString::to_string).collect();
-            let guards = lines::guards(lines, &waiting_sockets(lines)?, RULES_CHAIN);
+            let guards = lines::guards(lines, &waiting, RULES_CHAIN);
             self.table.replace(&saved, &guards, &rules)
         }
         .with_context(|| format!("handing {} lines for {:?} to iptables", lines.len(), self.family))?;
         self.is_in_use = !lines.is_empty();
+        self.waiting = waiting;
         self.counted = counted;
         Ok(())
     }
