@@ -71,9 +71,8 @@ pub(super) struct UdpCounts {
 impl ServiceStats {
     pub(super) fn add_tcp(&mut self, counts: &TcpCounts) {
         let TcpCounts { accepted, served, ended, accept_errors } = counts;
-        // First those that ended: one that comes and goes in between must not make it negative.
-        let ended = ended.get();
-        self.active += served.get() - ended;
+        // Not read at one moment, so one that comes and goes in between must not make it negative.
+        self.active += served.get().saturating_sub(ended.get());
         self.accepted += accepted.get();
         self.accept_errors += accept_errors.get();
     }
