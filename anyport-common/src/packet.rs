@@ -1,7 +1,8 @@
 //! Reading a packet as far as steering needs: addresses, ports and the flags of TCP.
 //!
-//! Nothing is trusted and nothing is assumed to be there: a read beyond the end, a later fragment, an unknown
-//! extension header or a transport other than TCP and UDP all give nothing, and such a packet is left to the host.
+//! Nothing is trusted and nothing is assumed to be there. What is nobody's business here gives nothing and is left to
+//! the host: a later fragment, another transport than TCP and UDP, a header that the kernel refuses as well. A packet
+//! whose ports are out of reach, but not out of the kernel's, is told apart from that: see [`Packet::is_unreadable`].
 
 use crate::flow::{Address, Flow, Transport};
 
@@ -20,7 +21,7 @@ const IPV4_FRAGMENT_OFFSET: u16 = 0x1fff;
 const IPV6_MORE_FRAGMENTS: u16 = 0x0001;
 const IPV6_FRAGMENT_OFFSET: u16 = 0xfff8;
 
-/// RFC 8200 expects each extension header once, and destination options twice.
+/// RFC 8200 expects each extension header once, and destination options twice. The kernel walks on.
 const MAX_EXTENSION_HEADERS: u32 = 8;
 const HOP_BY_HOP: u8 = 0;
 const ROUTING: u8 = 43;
@@ -56,10 +57,16 @@ pub struct Packet {
     /// What the sender dialled.
     pub destination: Flow,
     /// Whether this asks for a new TCP connection: SYN without ACK, RST and FIN, as the kernel's own
-    /// TPROXY asks (`nf_tproxy_handle_time_wait4`).
+    /// TPROXY asks (`nf_tproxy_handle_time_wait4`). So may a fragment that ends before the flags.
     pub opens_connection: bool,
     /// Whether this is the first of several fragments.
     pub is_fragmented: bool,
+    /// Whether only the addresses could be read, though the kernel may come to deliver the packet: it walks longer
+    /// chains of extension headers, and the ports may follow in a later fragment. The ports are 0 then and the
+    /// transport means nothing.
+    ///
+    /// A flag and not an enum, for the reason that [`Address`] gives.
+    pub is_unreadable: bool,
 }
 
 /// Reads a packet that begins with an Ethernet header, which may carry VLAN tags.
@@ -103,15 +110,22 @@ fn from_ipv4<B: Bytes + ?Sized>(packet: &B, offset: u32) -> Option<Packet> {
     if fragment & IPV4_FRAGMENT_OFFSET != 0 {
         return None;
     }
+    let transport = Transport::from_number(header[9])?;
     let address =
         |at: usize| Address::v4(u32::from_be_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]]));
-    let read = from_transport(packet, offset + header_len, header[9], address(12), address(16))?;
-    Some(Packet { is_fragmented: fragment & IPV4_MORE_FRAGMENTS != 0, ..read })
+    let end = offset + u32::from(u16::from_be_bytes([header[2], header[3]]));
+    let is_fragmented = fragment & IPV4_MORE_FRAGMENTS != 0;
+    Some(with_ports(
+        packet,
+        offset + header_len,
+        end,
+        only_addresses(address(12), address(16), transport, is_fragmented),
+    ))
 }
 
 #[inline(always)]
 fn from_ipv6<B: Bytes + ?Sized>(packet: &B, offset: u32) -> Option<Packet> {
-    let [version, _, _, _, _, _, mut next, _] = packet.bytes(offset)?;
+    let [version, _, _, _, length_high, length_low, mut next, _] = packet.bytes(offset)?;
     if version >> 4 != 6 {
         return None;
     }
@@ -119,17 +133,22 @@ fn from_ipv6<B: Bytes + ?Sized>(packet: &B, offset: u32) -> Option<Packet> {
     let source = Address::v6(half(8)?, half(16)?);
     let destination = Address::v6(half(24)?, half(32)?);
     let mut offset = offset + 40;
+    let end = offset + u32::from(u16::from_be_bytes([length_high, length_low]));
     let mut is_fragmented = false;
     for _ in 0..MAX_EXTENSION_HEADERS {
         if Transport::from_number(next).is_some() {
             break;
         }
-        let [following, length, third, fourth] = packet.bytes(offset)?;
+        if !is_extension_header(next) {
+            return None;
+        }
+        let Some([following, length, third, fourth]) = packet.bytes(offset) else {
+            break;
+        };
         let length = u32::from(length);
         offset += match next {
-            HOP_BY_HOP | DESTINATION_OPTIONS => (length + 1) * 8,
             // With segments left, the destination in the header is not the one that the sender dialled.
-            ROUTING if fourth == 0 => (length + 1) * 8,
+            ROUTING if fourth != 0 => return None,
             FRAGMENT => {
                 let fragment = u16::from_be_bytes([third, fourth]);
                 if fragment & IPV6_FRAGMENT_OFFSET != 0 {
@@ -139,39 +158,65 @@ fn from_ipv6<B: Bytes + ?Sized>(packet: &B, offset: u32) -> Option<Packet> {
                 8
             }
             AUTHENTICATION => (length + 2) * 4,
-            _ => return None,
+            _ => (length + 1) * 8,
         };
         next = following;
     }
-    let read = from_transport(packet, offset, next, source, destination)?;
-    Some(Packet { is_fragmented, ..read })
+    match Transport::from_number(next) {
+        Some(transport) => {
+            Some(with_ports(packet, offset, end, only_addresses(source, destination, transport, is_fragmented)))
+        }
+        None if is_extension_header(next) => Some(only_addresses(source, destination, Transport::Tcp, is_fragmented)),
+        None => None,
+    }
 }
 
+/// Whether something follows behind this IPv6 header; every other protocol ends the chain.
 #[inline(always)]
-fn from_transport<B: Bytes + ?Sized>(
-    packet: &B,
-    offset: u32,
-    protocol: u8,
-    source: Address,
-    destination: Address,
-) -> Option<Packet> {
-    let transport = Transport::from_number(protocol)?;
-    let (ports, opens_connection) = match transport {
-        Transport::Tcp => {
-            let header: [u8; 14] = packet.bytes(offset)?;
-            let flags = header[13] & (TCP_SYN | TCP_ACK | TCP_RST | TCP_FIN);
-            ([header[0], header[1], header[2], header[3]], flags == TCP_SYN)
-        }
-        Transport::Udp => (packet.bytes(offset)?, false),
-    };
-    let [source_high, source_low, port_high, port_low] = ports;
-    Some(Packet {
+const fn is_extension_header(number: u8) -> bool {
+    matches!(number, HOP_BY_HOP | ROUTING | FRAGMENT | AUTHENTICATION | DESTINATION_OPTIONS)
+}
+
+/// What is known of a packet before its ports are.
+#[inline(always)]
+fn only_addresses(source: Address, destination: Address, transport: Transport, is_fragmented: bool) -> Packet {
+    Packet {
         source,
+        source_port: 0,
+        destination: Flow { address: destination, transport, port: 0 },
+        opens_connection: false,
+        is_fragmented,
+        is_unreadable: true,
+    }
+}
+
+/// Adds what the transport header at `offset` says. By its IP header the packet ends at `end`; what stands behind that
+/// in a frame is no part of it, and may be there to mislead.
+#[inline(always)]
+fn with_ports<B: Bytes + ?Sized>(packet: &B, offset: u32, end: u32, known: Packet) -> Packet {
+    // Only a fragment comes to life with less than a header. Of other packets the length is not asked, as it is 0 where
+    // the kernel has merged them into one of more than 64 KiB.
+    let is_there = |len: u32| !known.is_fragmented || offset + len <= end;
+    let (ports, opens_connection) = match known.destination.transport {
+        Transport::Tcp => match packet.bytes::<14>(offset) {
+            Some(header) => {
+                let flags = header[13] & (TCP_SYN | TCP_ACK | TCP_RST | TCP_FIN);
+                (Some([header[0], header[1], header[2], header[3]]), flags == TCP_SYN || !is_there(14))
+            }
+            None => (packet.bytes(offset), true),
+        },
+        Transport::Udp => (packet.bytes(offset), false),
+    };
+    let Some([source_high, source_low, port_high, port_low]) = ports.filter(|_| is_there(4)) else {
+        return known;
+    };
+    Packet {
         source_port: u16::from_be_bytes([source_high, source_low]),
-        destination: Flow { address: destination, transport, port: u16::from_be_bytes([port_high, port_low]) },
+        destination: Flow { port: u16::from_be_bytes([port_high, port_low]), ..known.destination },
         opens_connection,
-        is_fragmented: false,
-    })
+        is_unreadable: false,
+        ..known
+    }
 }
 
 #[cfg(test)]

@@ -21,7 +21,10 @@ fn transport(flags: u8) -> Vec<u8> {
 
 fn ipv4(protocol: u8, options: &[u8], fragment: u16, payload: &[u8]) -> Vec<u8> {
     let words = 5 + u8::try_from(options.len() / 4).unwrap();
-    let mut packet = vec![0x40 | words, 0, 0, 0, 0, 0];
+    let length = u16::try_from(20 + options.len() + payload.len()).unwrap();
+    let mut packet = vec![0x40 | words, 0];
+    packet.extend(length.to_be_bytes());
+    packet.extend([0, 0]);
     packet.extend(fragment.to_be_bytes());
     packet.extend([64, protocol, 0, 0]);
     packet.extend(V4_SOURCE.to_be_bytes());
@@ -32,7 +35,9 @@ fn ipv4(protocol: u8, options: &[u8], fragment: u16, payload: &[u8]) -> Vec<u8> 
 }
 
 fn ipv6(next: u8, payload: &[u8]) -> Vec<u8> {
-    let mut packet = vec![0x60, 0, 0, 0, 0, 0, next, 64];
+    let mut packet = vec![0x60, 0, 0, 0];
+    packet.extend(u16::try_from(payload.len()).unwrap().to_be_bytes());
+    packet.extend([next, 64]);
     for low in [1u64, 7] {
         packet.extend(V6_HIGH.to_be_bytes());
         packet.extend(low.to_be_bytes());
@@ -59,6 +64,7 @@ fn expected_v4(transport: Transport, opens_connection: bool) -> Packet {
         destination: Flow { address: Address::v4(V4_DESTINATION), transport, port: 443 },
         opens_connection,
         is_fragmented: false,
+        is_unreadable: false,
     }
 }
 
@@ -69,6 +75,7 @@ fn expected_v6(transport: Transport) -> Packet {
         destination: Flow { address: Address::v6(V6_HIGH, 7), transport, port: 443 },
         opens_connection: false,
         is_fragmented: false,
+        is_unreadable: false,
     }
 }
 
@@ -77,6 +84,17 @@ fn reads_ipv4_with_and_without_options() {
     for options in [&[][..], &[1; 4], &[1; 40]] {
         let packet = ipv4(17, options, 0, &transport(0));
         assert_eq!(from_ip(packet.as_slice()), Some(expected_v4(Transport::Udp, false)));
+    }
+}
+
+/// Of the packet that `expected` is otherwise, only the addresses.
+fn unreadable(expected: Packet, transport: Transport) -> Packet {
+    Packet {
+        source_port: 0,
+        destination: Flow { transport, port: 0, ..expected.destination },
+        opens_connection: false,
+        is_unreadable: true,
+        ..expected
     }
 }
 
@@ -142,7 +160,6 @@ fn walks_ipv6_extension_headers() {
         (50, chain(&[]), false),
         (59, chain(&[]), false),
         (58, chain(&[]), false),
-        (0, chain(&vec![&hop_by_hop_to(0)[..]; 20]), false),
     ] {
         let packet = ipv6(next, &payload);
         let is_fragmented = next == 44 && payload[3] == 1;
@@ -152,14 +169,73 @@ fn walks_ipv6_extension_headers() {
     }
 }
 
+/// The kernel walks chains of any length, so what is behind a long one is not nobody's.
 #[test]
-fn gives_nothing_for_what_is_cut_off() {
-    for whole in
-        [ipv4(6, &[1; 8], 0, &transport(2)[..14]), ipv6(0, &[&[6, 0, 1, 4, 0, 0, 0, 0], &transport(0)[..14]].concat())]
-    {
-        assert!(from_ip(whole.as_slice()).is_some());
+fn tells_apart_what_it_walks_from_what_the_kernel_walks() {
+    let options_to = |next| [next, 0, 1, 4, 0, 0, 0, 0];
+    for (headers, is_read) in [(1, true), (8, true), (9, false), (20, false)] {
+        let mut payload = [options_to(60)].repeat(headers - 1).concat();
+        payload.extend(options_to(17));
+        payload.extend(transport(0));
+        let expected = expected_v6(Transport::Udp);
+        let expected = if is_read { expected } else { unreadable(expected, Transport::Tcp) };
+        assert_eq!(from_ip(ipv6(60, &payload).as_slice()), Some(expected), "{headers} headers");
+        if is_read {
+            payload[headers * 8 - 8] = 58;
+            assert_eq!(from_ip(ipv6(60, &payload).as_slice()), None, "ICMPv6 behind {headers} headers");
+        }
+    }
+}
+
+/// The smallest fragment that the kernel puts together again has eight bytes: the ports, but not the flags. Whatever a
+/// frame has behind the packet is not believed.
+#[test]
+fn reads_the_ports_of_the_smallest_fragments() {
+    let ack = transport(0x10);
+    let expected =
+        |is_whole_enough: bool| Packet { is_fragmented: true, ..expected_v4(Transport::Tcp, !is_whole_enough) };
+    for (len, is_whole_enough) in [(8, false), (16, true)] {
+        let fragment = ipv4(6, &[], 0x2000, &ack[..len]);
+        assert_eq!(from_ip(fragment.as_slice()), Some(expected(is_whole_enough)), "{len} bytes");
+        let padded = [fragment, ack[len..].to_vec()].concat();
+        assert_eq!(from_ip(padded.as_slice()), Some(expected(is_whole_enough)), "{len} bytes and padding");
+    }
+    let fragment = ipv4(17, &[], 0x2000, &transport(0)[..8]);
+    let expected = Packet { is_fragmented: true, ..expected_v4(Transport::Udp, false) };
+    assert_eq!(from_ip(fragment.as_slice()), Some(expected));
+
+    // Of IPv6, a fragment may end where the chain goes on, or where the ports would be.
+    let first = [60, 0, 0, 1, 0, 0, 0, 0];
+    let options = [6, 0, 1, 4, 0, 0, 0, 0];
+    let expected = Packet { is_fragmented: true, ..expected_v6(Transport::Tcp) };
+    for payload in [first.to_vec(), [first, options].concat()] {
+        let fragment = ipv6(44, &payload);
+        let nothing = Some(unreadable(expected, Transport::Tcp));
+        assert_eq!(from_ip(fragment.as_slice()), nothing, "{payload:x?}");
+        let rest = [first, options].concat()[payload.len()..].to_vec();
+        let padded = [fragment, rest, ack.clone()].concat();
+        assert_eq!(from_ip(padded.as_slice()), nothing, "{payload:x?} and padding");
+    }
+}
+
+#[test]
+fn gives_no_ports_of_what_is_cut_off() {
+    for (whole, readable_from, ports_at) in [
+        (ipv4(6, &[1; 8], 0, &transport(2)[..14]), 20, 28),
+        (ipv6(0, &[&[6, 0, 1, 4, 0, 0, 0, 0], &transport(0)[..14]].concat()), 40, 48),
+    ] {
+        let complete = from_ip(whole.as_slice()).unwrap();
         for len in 0..whole.len() {
-            assert_eq!(from_ip(&whole[..len]), None, "{len} of {} bytes", whole.len());
+            let read = from_ip(&whole[..len]);
+            let expected = if len < readable_from {
+                None
+            } else if len < ports_at + 4 {
+                Some(unreadable(complete, Transport::Tcp))
+            } else {
+                // The kernel refuses what has no flags. Until it does, that counts as what must not get through.
+                Some(Packet { opens_connection: true, ..complete })
+            };
+            assert_eq!(read, expected, "{len} of {} bytes", whole.len());
         }
     }
 }

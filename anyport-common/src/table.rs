@@ -120,6 +120,13 @@ pub fn lookup<S: Store + ?Sized>(store: &S, root: u32, flow: &Flow) -> Option<Ve
     })
 }
 
+/// Whether a rule of the generation at `root` has an opinion on any port of an address. Nothing is returned only for a
+/// table that is damaged.
+#[inline(always)]
+pub fn covers<S: Store + ?Sized>(store: &S, root: u32, address: Address) -> Option<bool> {
+    Some(policy(store, root, address)? != 0)
+}
+
 #[inline(always)]
 fn policy<S: Store + ?Sized>(store: &S, root: u32, address: Address) -> Option<u32> {
     match address.version {
@@ -191,7 +198,7 @@ mod tests {
     use proptest::prelude::*;
     use std::vec::Vec;
 
-    use super::{SERVICE_HOST, SERVICE_NONE, Span, Verdict, lookup, port_range, v4_range};
+    use super::{SERVICE_HOST, SERVICE_NONE, Span, Verdict, covers, lookup, port_range, v4_range};
     use crate::flow::{Address, Flow, Transport};
 
     /// A table with nothing but 192.0.2.0/24, TCP, ports 80 to 90 steered and 85 left to the host, at word 5.
@@ -241,6 +248,8 @@ mod tests {
         ] {
             let verdict = judge(&table, Address::v4(address), Transport::Tcp, port);
             assert_eq!(verdict, Some(expected), "{address:x}:{port}");
+            let is_covered = (0xc000_0200..0xc000_0300).contains(&address);
+            assert_eq!(covers(table.as_slice(), 5, Address::v4(address)), Some(is_covered), "{address:x}");
         }
         let udp = judge(&table, Address::v4(0xc000_0200), Transport::Udp, 80);
         assert_eq!(udp, Some(Verdict::Unmatched));

@@ -1,7 +1,7 @@
 //! The maps, and what both programs do with them.
 
 use anyport_common::{
-    flow::Flow,
+    flow::{Address, Flow},
     maps::{
         Control, Counters, MAX_RULE_ENTRIES, MAX_RULES, MAX_SERVICES, RuleEntry, RuleKey, SOCKETS_PER_SERVICE,
         TABLE_WORDS,
@@ -47,16 +47,23 @@ impl Store for Table {
 /// Judges a flow by the generation in force.
 #[inline(always)]
 pub fn judge(flow: &Flow) -> Verdict {
+    root().and_then(|root| table::lookup(&Table, root, flow)).unwrap_or(Verdict::Unmatched)
+}
+
+/// Whether a rule of the generation in force has an opinion on any port of an address.
+#[inline(always)]
+pub fn covers(address: Address) -> bool {
+    root().and_then(|root| table::covers(&Table, root, address)).unwrap_or(false)
+}
+
+/// The generation in force, if there is one.
+#[inline(always)]
+fn root() -> Option<u32> {
     // The daemon replaces the root while programs run; it is read once, so that one generation judges.
-    let Some(control) = CONTROL.get_ptr(0) else {
-        return Verdict::Unmatched;
-    };
+    let control = CONTROL.get_ptr(0)?;
     // SAFETY: the pointer is to the map's only value and aligned as the map's values are.
     let root = unsafe { ptr::read_volatile(&raw const (*control).root) };
-    if root == 0 {
-        return Verdict::Unmatched;
-    }
-    table::lookup(&Table, root, flow).unwrap_or(Verdict::Unmatched)
+    (root != 0).then_some(root)
 }
 
 /// Adds one to a counter of a rule.

@@ -18,7 +18,7 @@ use aya_ebpf::{
 use aya_log_ebpf::debug;
 use core::{mem::MaybeUninit, ptr::NonNull};
 
-use crate::maps::{count, judge, socket};
+use crate::maps::{count, covers, judge, socket};
 
 const TCP_ESTABLISHED: u32 = 1;
 const TCP_TIME_WAIT: u32 = 6;
@@ -55,6 +55,11 @@ pub fn steer_ip(ctx: &TcContext) -> i32 {
 /// `TC_ACT_UNSPEC` (`TCX_NEXT` is the same number) leaves the packet to the programs behind this one.
 #[inline(always)]
 fn steer(ctx: &TcContext, packet: &Packet) -> i32 {
+    if packet.is_unreadable {
+        // Left alone, it could reach a socket of the host at a port that is steered. Which rule would have decided
+        // is not known, so none counts it.
+        return if covers(packet.destination.address) { TC_ACT_SHOT } else { TC_ACT_UNSPEC };
+    }
     let Verdict::Steer { rule, service } = judge(&packet.destination) else {
         return TC_ACT_UNSPEC;
     };
@@ -111,9 +116,13 @@ fn assign(ctx: &TcContext, socket: NonNull<bpf_sock>) -> i64 {
 
 /// Whether the packet is to be left to the socket that the kernel itself will find.
 ///
-/// An unconnected UDP socket of the host does not count: inside of a rule steering wins over it.
+/// An unconnected UDP socket of the host does not count: inside of a rule steering wins over it. Neither does any socket
+/// for a fragment that may become a SYN: by then it may be gone, and a listener of the host is found.
 #[inline(always)]
 fn belongs_to_somebody(ctx: &TcContext, packet: &Packet) -> bool {
+    if packet.is_fragmented && packet.opens_connection {
+        return false;
+    }
     match state_of_socket(ctx, packet) {
         None => false,
         Some(state) => match packet.destination.transport {

@@ -5,7 +5,7 @@ use std::{fs, os::unix::fs::PermissionsExt as _, process::Command};
 use anyport_tests::{
     daemon::Daemon,
     dial::{expect_tcp_hello, tcp_server},
-    ground::{GROUP, program, scratch},
+    ground::{GROUP, program, public_copy, scratch},
     host::Outcome,
     netns::Netns,
     topology::Topology,
@@ -87,7 +87,7 @@ fn not_permitted() {
     // Wherever the programs were built, this copy can be run by everyone.
     let public = scratch();
     let ctl = public.path().join("anyportctl");
-    fs::copy(program("anyportctl").expect("the client"), &ctl).expect("a copy of the client");
+    public_copy(&program("anyportctl").expect("the client"), &ctl);
     let open_to_all = |path: &std::path::Path, mode| {
         fs::set_permissions(path, fs::Permissions::from_mode(mode)).expect("changing a mode");
     };

@@ -33,7 +33,7 @@ pub(crate) fn trials() -> Vec<Trial> {
 }
 
 /// What the host holds: routes, rules, chains, hooks, interfaces and pins, but no counters.
-fn snapshot(namespace: &Netns) -> BTreeMap<String, String> {
+pub(crate) fn snapshot(namespace: &Netns) -> BTreeMap<String, String> {
     let mut lines: Vec<String> = [
         "ip -4 route show table all",
         "ip -6 route show table all",
@@ -70,7 +70,7 @@ fn snapshot(namespace: &Netns) -> BTreeMap<String, String> {
 }
 
 /// Asserts that `namespace` holds what it held `before`. The kernel frees some of it a little later.
-fn assert_same(namespace: &Netns, before: &BTreeMap<String, String>) {
+pub(crate) fn assert_same(namespace: &Netns, before: &BTreeMap<String, String>) {
     wait_for("return to the state before", Duration::from_secs(5), || {
         let after = snapshot(namespace);
         match before.iter().find(|(line, text)| after.get(*line) != Some(*text)) {
@@ -110,7 +110,7 @@ fn assert_freed(objects: &BTreeSet<(&'static str, String)>) {
     });
 }
 
-fn assert_no_pins(daemon: &Daemon) {
+pub(crate) fn assert_no_pins(daemon: &Daemon) {
     let left: Vec<_> =
         fs::read_dir(daemon.bpffs()).map(|all| all.flatten().map(|pin| pin.path()).collect()).unwrap_or_default();
     assert!(left.is_empty(), "pins that are left: {left:?}");

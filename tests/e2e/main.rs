@@ -9,9 +9,12 @@ mod cases;
 mod control;
 mod crash;
 mod differential;
+mod interrupted;
+mod load;
 mod malformed;
 mod rules;
 mod selftests;
+mod starts;
 mod state;
 mod steer;
 mod udp;
@@ -26,6 +29,10 @@ use libtest_mimic::Arguments;
 const THREADS: usize = 4;
 
 fn main() -> ExitCode {
+    if let Some(name) = starts::name_to_hold() {
+        starts::hold(&name);
+        return ExitCode::SUCCESS;
+    }
     let mut arguments = Arguments::from_args();
     arguments.test_threads.get_or_insert(THREADS);
     let mut ignored = false;
@@ -56,6 +63,9 @@ fn main() -> ExitCode {
     trials.extend(state::trials());
     trials.extend(malformed::trials());
     trials.extend(crash::trials());
+    trials.extend(interrupted::trials());
+    trials.extend(starts::trials());
+    trials.extend(load::trials());
     trials.extend(backends::trials());
     let trials = trials.into_iter().map(|trial| trial.with_ignored_flag(ignored)).collect();
     libtest_mimic::run(&arguments, trials).exit_code()

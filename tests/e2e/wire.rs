@@ -2,13 +2,13 @@
 
 use std::{
     io::Read as _,
-    net::{SocketAddr, UdpSocket},
+    net::{SocketAddr, TcpListener, UdpSocket},
     time::{Duration, Instant},
 };
 
 use anyport_tests::{
     daemon::LogOnPanic,
-    dial::{PATIENCE, QUESTION, expect_tcp_hello, hello, read_text, tcp_from, tcp_text},
+    dial::{PATIENCE, QUESTION, SILENCE, expect_tcp_hello, hello, read_text, tcp_from, tcp_text},
     packet::{Extra, send_udp, shake_hands},
     random::Random,
     topology::CLIENT,
@@ -33,6 +33,12 @@ const SHAPES: [(&str, Extra); 9] = [
     ("IPv6 with four extension headers", Extra::Chain(&[0, 60, 44, 60])),
 ];
 
+/// Shapes that `tc` can't steer. The others can, and none may leave them to the host.
+const HIDDEN: [(&str, Extra); 2] = [
+    ("a SYN in fragments of eight bytes", Extra::Fragments(8)),
+    ("a SYN behind nine extension headers", Extra::Chain(&[60; 9])),
+];
+
 pub(crate) fn trials() -> Vec<Trial> {
     let mut trials = Vec::new();
     for backend in BACKENDS {
@@ -46,6 +52,9 @@ pub(crate) fn trials() -> Vec<Trial> {
             trials.push(trial(format!("{backend}::wire::{name}"), move || shape(&lab, extra)));
         }
         trials.push(trial(format!("{backend}::wire::v4-mapped clients"), move || mapped(&lab)));
+        for (name, extra) in HIDDEN {
+            trials.push(trial(format!("{backend}::wire::{name}"), move || hidden(backend, extra)));
+        }
     }
     trials.extend(on_each_back_end("wire::TIME_WAIT is taken over", time_wait));
     trials.extend(on_each_back_end("wire::SYN cookies", syn_cookies));
@@ -67,8 +76,34 @@ fn shape(lab: &Shared, extra: Extra) {
         let mut buffer = [0; 2_048];
         let length = socket.recv(&mut buffer).expect("an answer to a datagram of this shape");
         assert_eq!(String::from_utf8_lossy(&buffer[..length]), hello(from, to, "udp"));
-        shake_hands(from, to, extra).expect("a handshake after a SYN of this shape");
+        shake_hands(from, to, extra, PATIENCE).expect("a handshake after a SYN of this shape");
     });
+}
+
+/// What can't be read at the interface is steered or dropped, but reaches no listener of the host.
+fn hidden(backend: &str, extra: Extra) {
+    let lab = Lab::new(backend);
+    let host = &lab.topology.host;
+    let family = if matches!(extra, Extra::Chain(_)) { Family::V6 } else { Family::V4 };
+    let port = 2_222;
+    // Addresses with a listener that are the host's own, by another's route.
+    let (others, route) =
+        (family.of(["192.0.3.3", "2001:db8:0:b::3"]), family.of(["192.0.3.0/24", "2001:db8:0:b::/64"]));
+    let listener = host.enter(|| TcpListener::bind(at(family.of(["0.0.0.0", "::"]), port))).expect("a listener");
+    host.ip(&format!("route add local {route} dev lo"));
+    lab.daemon.ok("add-prefix 192.0.2.0/24 2001:db8:0:a::/64 --force");
+    let dial = |to: &str, own: u16, patience| {
+        let from = at(family.of(CLIENT), own);
+        lab.topology.client.enter(|| shake_hands(from, at(to, port), extra, patience))
+    };
+    dial(others, 40_001, PATIENCE).expect("a SYN of this shape reaches a listener of the host's where no rule is");
+    let is_dropped = backend == "tc";
+    let patience = if is_dropped { SILENCE } else { PATIENCE };
+    let outcome = dial(family.of(STEERED), 40_002, patience);
+    assert!(outcome.is_err() == is_dropped, "a SYN of this shape to a steered address: {outcome:?}");
+    let prefix = family.of(["192.0.2.0/24", "2001:db8:0:a::/64"]);
+    assert_eq!(lab.daemon.count(prefix, "steered") > 0, !is_dropped, "whether a rule counts it as steered");
+    drop(listener);
 }
 
 /// An IPv6 socket that dials `::ffff:192.0.2.3` sends IPv4, and is told so.

@@ -140,15 +140,17 @@ impl Daemon {
         let mut command = Command::new("setpriv");
         command.args(["--pdeathsig", "KILL", "--"]).args(wrapper);
         command.arg(program("anyportd").unwrap_or_else(|missing| panic!("{missing}")));
-        command.arg("--socket").arg(self.socket()).arg("--bpffs").arg(&self.bpffs);
+        command.arg("--bpffs").arg(&self.bpffs);
         let config = self.setup.config.clone().unwrap_or_else(|| {
             let empty = self.directory.path().join("anyport.toml");
             fs::write(&empty, "").expect("an empty configuration");
             empty
         });
         command.arg("--config").arg(config);
-        if !arguments.iter().any(|argument| argument == "--state-dir") {
-            command.arg("--state-dir").arg(self.state());
+        for (option, path) in [("--socket", self.socket()), ("--state-dir", self.state())] {
+            if !arguments.iter().any(|argument| argument == option) {
+                command.arg(option).arg(path);
+            }
         }
         command.args(arguments);
         command.envs(environment.iter().map(|(name, value)| (name, value))).stdin(Stdio::null());
@@ -266,9 +268,14 @@ impl Daemon {
 
     /// Ends the daemon as systemd would, and asserts that it ends by itself and well.
     pub fn stop(&mut self) {
-        kill(self.pid(), Signal::SIGTERM).expect("SIGTERM to the daemon");
-        let status = self.wait_for_end(Duration::from_secs(20));
+        let status = self.terminate(Duration::from_secs(20));
         assert!(status == 0, "the daemon ended with status {status} on SIGTERM:\n{}", self.log());
+    }
+
+    /// Asks the daemon to end, which it must do within `limit`, and returns its exit status.
+    pub fn terminate(&mut self, limit: Duration) -> i32 {
+        kill(self.pid(), Signal::SIGTERM).expect("SIGTERM to the daemon");
+        self.wait_for_end(limit)
     }
 
     /// Kills the daemon without a chance to clean up.

@@ -11,6 +11,7 @@ use std::{
 use nix::{
     mount::{MsFlags, mount},
     sched::{CloneFlags, unshare},
+    sys::resource::{Resource, getrlimit, setrlimit},
     unistd::geteuid,
 };
 
@@ -92,7 +93,8 @@ pub fn program(name: &str) -> Result<PathBuf, String> {
 }
 
 /// Gives the process mounts of its own: an empty `/run` (no lock file of iptables is shared with the host) and a
-/// bpffs at [`BPFFS`]. They end with the process. To be called before there is a second thread.
+/// bpffs at [`BPFFS`]. They end with the process. To be called before there is a second thread. Also raises the limit of
+/// open files, since some tests hold thousands of connections.
 pub fn isolate() {
     unshare(CloneFlags::CLONE_NEWNS).expect("a mount namespace of its own");
     let none = None::<&Path>;
@@ -104,6 +106,15 @@ pub fn isolate() {
     fs::write("/run/group", format!("{}\nanyport:x:{GROUP}:daemon\n", others.join("\n"))).expect("a file of groups");
     mount(Some("/run/group"), "/etc/group", none, MsFlags::MS_BIND, none).expect("own groups");
     mount(Some("bpf"), BPFFS, Some("bpf"), MsFlags::empty(), none).expect("a bpffs");
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).expect("the limit of open files");
+    setrlimit(Resource::RLIMIT_NOFILE, hard, hard).expect("a higher limit of open files");
+}
+
+/// Copies a program to where everyone can run it. By a process of its own: a descriptor that is open for writing in this one
+/// could be inherited by what other threads start, and the program would be busy.
+pub fn public_copy(program: &Path, to: &Path) {
+    let status = Command::new("install").args(["-m", "755"]).args([program, to]).status().expect("install(1)");
+    assert!(status.success(), "copying {} to {}: {status}", program.display(), to.display());
 }
 
 /// A directory that goes with its handle, on the process's own `/run`.

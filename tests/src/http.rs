@@ -9,15 +9,20 @@ use std::{
 
 /// Sends one request with `body` and returns the status code and the body of the answer.
 pub fn request(socket: &Path, method: &str, target: &str, body: &[u8]) -> (u16, String) {
+    let answer = raw(socket, &bytes(method, target, body));
+    let status = answer.split(' ').nth(1).and_then(|code| code.parse().ok());
+    let (_, content) = answer.split_once("\r\n\r\n").unwrap_or_default();
+    (status.unwrap_or_else(|| panic!("no HTTP answer to {method} {target}, but {answer:?}")), content.to_owned())
+}
+
+/// One request with `body`, as it is sent.
+pub fn bytes(method: &str, target: &str, body: &[u8]) -> Vec<u8> {
     let head = format!(
         "{method} {target} HTTP/1.1\r\nHost: anyport\r\nConnection: close\r\nContent-Type: application/json\r\n\
          Content-Length: {}\r\n\r\n",
         body.len(),
     );
-    let answer = raw(socket, &[head.as_bytes(), body].concat());
-    let status = answer.split(' ').nth(1).and_then(|code| code.parse().ok());
-    let (_, content) = answer.split_once("\r\n\r\n").unwrap_or_default();
-    (status.unwrap_or_else(|| panic!("no HTTP answer to {method} {target}, but {answer:?}")), content.to_owned())
+    [head.as_bytes(), body].concat()
 }
 
 /// Sends `bytes` and returns all that comes back.

@@ -3,12 +3,10 @@
 use std::{
     io::{self, Read as _},
     net::{IpAddr, SocketAddr},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use socket2::{Domain, Protocol, Socket, Type};
-
-use crate::dial::PATIENCE;
 
 /// `IPPROTO_RAW`: the caller brings the IP header.
 const RAW: i32 = 255;
@@ -26,6 +24,8 @@ pub enum Extra {
     Options(&'static [u8]),
     /// IPv6 extension headers by their protocol numbers, each of eight bytes.
     Chain(&'static [u8]),
+    /// IPv4 fragments with this many bytes, a multiple of eight.
+    Fragments(usize),
 }
 
 /// Sends a UDP datagram with `payload`, to be called in the namespace of `from`.
@@ -36,17 +36,17 @@ pub fn send_udp(from: SocketAddr, to: SocketAddr, extra: Extra, payload: &[u8]) 
     send(from, to, extra, UDP, segment, 6)
 }
 
-/// Sends a SYN and waits for the peer's SYN and acknowledgement, to be called in the namespace of `from`. The
-/// kernel there knows of no such connection and resets it.
-pub fn shake_hands(from: SocketAddr, to: SocketAddr, extra: Extra) -> io::Result<()> {
+/// Sends a SYN and waits for the peer's SYN and acknowledgement as long as `patience`, to be called in the namespace of
+/// `from`. The kernel there knows of no such connection and resets it.
+pub fn shake_hands(from: SocketAddr, to: SocketAddr, extra: Extra, patience: Duration) -> io::Result<()> {
     let inbox = Socket::new(Domain::for_address(from), Type::RAW, Some(Protocol::TCP))?;
-    inbox.set_read_timeout(Some(PATIENCE))?;
+    inbox.set_read_timeout(Some(patience))?;
     let mut segment = [from.port().to_be_bytes(), to.port().to_be_bytes()].concat();
     segment.extend_from_slice(&SEQUENCE.to_be_bytes());
     segment.extend_from_slice(&[0, 0, 0, 0, 0x50, SYN, 0xff, 0xff, 0, 0, 0, 0]);
     send(from, to, extra, TCP, segment, 16)?;
     let expected = [to.port().to_be_bytes(), from.port().to_be_bytes()].concat();
-    let end = Instant::now() + PATIENCE;
+    let end = Instant::now() + patience;
     let mut buffer = [0; 2_048];
     while Instant::now() < end {
         let length = (&inbox).read(&mut buffer)?;
@@ -72,7 +72,7 @@ fn send(
 ) -> io::Result<()> {
     let sum = !folded(&[pseudo_header(from.ip(), to.ip(), transport, segment.len()), segment.clone()].concat());
     segment[checksum..checksum + 2].copy_from_slice(&sum.to_be_bytes());
-    let packet = match (from.ip(), to.ip(), extra) {
+    let headers = match (from.ip(), to.ip(), extra) {
         (IpAddr::V4(from), IpAddr::V4(to), Extra::Options(options)) => {
             let words = u8::try_from(5 + options.len() / 4).expect("at most ten words of options");
             // The kernel fills in the total length, the identification and the checksum.
@@ -93,11 +93,28 @@ fn send(
             packet.extend_from_slice(&headers);
             packet
         }
+        (IpAddr::V4(from), IpAddr::V4(to), Extra::Fragments(_)) => {
+            // Unlike the identification of a whole packet, that of a fragment is not filled in.
+            let mut packet = vec![0x45, 0, 0, 0, 0x12, 0x34, 0, 0, 64, transport, 0, 0];
+            packet.extend_from_slice(&from.octets());
+            packet.extend_from_slice(&to.octets());
+            packet
+        }
         mixed => panic!("one IP version is needed throughout: {mixed:?}"),
     };
     let outbox = Socket::new(Domain::for_address(from), Type::RAW, Some(Protocol::from(RAW)))?;
-    let sent = outbox.send_to(&[packet, segment].concat(), &SocketAddr::new(to.ip(), 0).into())?;
-    assert!(sent > 0, "nothing was sent");
+    let size = if let Extra::Fragments(size) = extra { size } else { segment.len() };
+    let last = segment.len().div_ceil(size) - 1;
+    for (number, part) in segment.chunks(size).enumerate() {
+        let mut packet = [headers.as_slice(), part].concat();
+        if let Extra::Fragments(size) = extra {
+            let more = if number == last { 0 } else { 0x2000 };
+            let offset = u16::try_from(number * size / 8).expect("a short packet") | more;
+            packet[6..8].copy_from_slice(&offset.to_be_bytes());
+        }
+        let sent = outbox.send_to(&packet, &SocketAddr::new(to.ip(), 0).into())?;
+        assert!(sent > 0, "nothing was sent");
+    }
     Ok(())
 }
 

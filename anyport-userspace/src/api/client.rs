@@ -10,7 +10,7 @@ use hyper_util::rt::TokioIo;
 use serde::{Serialize, de::DeserializeOwned};
 use tokio::{net::UnixStream, time::timeout};
 
-use super::{Kind, Problem};
+use super::{Kind, Problem, types::MAX_BODY};
 
 /// Longer than any request takes, tproxy with a busy iptables lock included.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -57,6 +57,11 @@ impl Client {
     }
 
     async fn send<T: DeserializeOwned>(&self, method: Method, path: &str, body: Vec<u8>) -> Result<T, Problem> {
+        // The daemon would say so too, but not wait until all of it is written.
+        if body.len() > MAX_BODY {
+            return Err(Problem::new(Kind::TooLarge, format!("the request has {} bytes", body.len()))
+                .hint(format!("{MAX_BODY} bytes are the limit; send several requests")));
+        }
         match timeout(PATIENCE, self.exchange(method, path, body)).await {
             Ok(answer) => answer,
             Err(_) => Err(Problem::new(

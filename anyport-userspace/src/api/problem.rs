@@ -11,6 +11,8 @@ pub enum Kind {
     NotFound,
     /// The request contradicts what is there. Status 409, exit status 1.
     Conflict,
+    /// The request is larger than requests may be. Status 413, exit status 2.
+    TooLarge,
     /// It would do harm; the hint names the flag that overrides. Status 428, exit status 5.
     Unsafe,
     /// It was tried and did not work. Status 500, exit status 1.
@@ -20,8 +22,8 @@ pub enum Kind {
 }
 
 impl Kind {
-    const SENT: [Self; 6] =
-        [Self::Invalid, Self::NotPermitted, Self::NotFound, Self::Conflict, Self::Unsafe, Self::Failed];
+    const SENT: [Self; 7] =
+        [Self::Invalid, Self::NotPermitted, Self::NotFound, Self::Conflict, Self::TooLarge, Self::Unsafe, Self::Failed];
 
     /// The HTTP status that stands for it.
     pub fn http_status(self) -> u16 {
@@ -30,6 +32,7 @@ impl Kind {
             Self::NotPermitted => 403,
             Self::NotFound => 404,
             Self::Conflict => 409,
+            Self::TooLarge => 413,
             Self::Unsafe => 428,
             Self::Failed | Self::NoDaemon => 500,
         }
@@ -44,7 +47,7 @@ impl Kind {
     pub fn exit_status(self) -> u8 {
         match self {
             Self::NotFound | Self::Conflict | Self::Failed => 1,
-            Self::Invalid => 2,
+            Self::Invalid | Self::TooLarge => 2,
             Self::NoDaemon => 3,
             Self::NotPermitted => 4,
             Self::Unsafe => 5,

@@ -35,7 +35,7 @@ use tokio::{
 };
 use tracing::{info, warn};
 
-use super::{Kind, Problem, parse};
+use super::{Kind, Problem, parse, types::MAX_BODY};
 use crate::{
     engine::Engine,
     rules::{InvalidText, ServiceName},
@@ -44,8 +44,6 @@ use crate::{
 
 /// Members of this group may use the API, as root may.
 const GROUP: &str = "anyport";
-/// Requests are a few lines of JSON.
-const MAX_BODY: usize = 1 << 20;
 
 /// The engine, until the daemon stops.
 pub type Shared = Arc<Mutex<Option<Engine>>>;
@@ -188,8 +186,12 @@ fn stopping() -> Problem {
 /// Reads a request's body.
 fn read<T: DeserializeOwned>(body: Body) -> Result<T, Problem> {
     let body = body.map_err(|rejection| {
-        Problem::new(Kind::Invalid, format!("read the body of the request: {rejection}"))
-            .hint(format!("a body may have {MAX_BODY} bytes; send more than one request"))
+        let kind = match rejection.status() {
+            StatusCode::PAYLOAD_TOO_LARGE => Kind::TooLarge,
+            _ => Kind::Invalid,
+        };
+        Problem::new(kind, format!("read the body of the request: {}", rejection.body_text()))
+            .hint(format!("{MAX_BODY} bytes are the limit; send several requests"))
     })?;
     parse(&body)
 }

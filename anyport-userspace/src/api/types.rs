@@ -7,6 +7,9 @@ use crate::{
     steering::BackEnd,
 };
 
+/// Bytes of the largest body. Most requests are a few lines.
+pub(super) const MAX_BODY: usize = 1 << 20;
+
 /// Reads a request's body.
 ///
 /// # Errors

@@ -29,7 +29,7 @@ fn main() -> ExitCode {
 /// Help and versions are asked for; everything else is a mistake.
 fn usage(error: &clap::Error) -> ExitCode {
     let is_mistake = !matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion);
-    if is_mistake && env::args().any(|argument| argument == "--json") {
+    if is_mistake && env::args_os().any(|argument| argument == "--json") {
         let text = error.to_string();
         let (what, hint) = text.split_once("\n\n").unwrap_or((&text, ""));
         let what = what.trim_start_matches("error: ").trim();

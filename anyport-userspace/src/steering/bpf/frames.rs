@@ -54,6 +54,20 @@ fn ethernet(tags: &[u16], ethertype: u16, packet: &[u8]) -> Vec<u8> {
     [0; 12].into_iter().chain(tags).chain(ethertype.to_be_bytes()).chain(packet.iter().copied()).collect()
 }
 
+/// The first fragment of a SYN, of which there are `len` bytes.
+fn small_fragment(len: usize, destination: [u8; 4]) -> Vec<u8> {
+    let mut packet = ipv4(6, 0, 0x2000, destination, 443);
+    packet.truncate(20 + len);
+    packet[3] = u8::try_from(packet.len()).unwrap();
+    packet
+}
+
+/// This many headers of destination options, the last of which leads to `next`.
+fn chain(headers: usize, next: u8) -> Vec<u8> {
+    let header_to = |next| [next, 0, 1, 4, 0, 0, 0, 0];
+    [[header_to(60)].repeat(headers - 1).concat(), header_to(next).to_vec()].concat()
+}
+
 fn ipv4(protocol: u8, options: usize, fragment: u16, destination: [u8; 4], port: u16) -> Vec<u8> {
     let words = 5 + u8::try_from(options).unwrap();
     let mut packet = vec![0x40 | words, 0, 0, 60, 0, 0];
@@ -89,6 +103,10 @@ fn tc_judges_every_shape_of_frame() {
     let plain = ipv4(17, 0, 0, V4_DESTINATION, 443);
     let hop_by_hop = [17, 0, 1, 4, 0, 0, 0, 0];
     let fragment = |offset: u8| [17, 0, 0, offset, 0, 0, 0, 0];
+    let long = |destination| ethernet(&[], 0x86dd, &ipv6(60, &chain(9, 6), destination, 443));
+    // The fragment ends with its header and the first one of the chain; what follows is padding of the frame.
+    let mut short_chain = ipv6(44, &[[60, 0, 0, 1, 0, 0, 0, 0].to_vec(), chain(1, 6)].concat(), 0, 22);
+    short_chain[5] = 16;
     for (what, expected, frame) in [
         ("UDP", STEERED, ethernet(&[], 0x0800, &plain)),
         ("TCP", STEERED, ethernet(&[], 0x0800, &ipv4(6, 0, 0, V4_DESTINATION, 443))),
@@ -110,7 +128,17 @@ fn tc_judges_every_shape_of_frame() {
         ("hop-by-hop", STEERED, ethernet(&[], 0x86dd, &ipv6(0, &hop_by_hop, 0, 443))),
         ("IPv6, first fragment", STEERED, ethernet(&[], 0x86dd, &ipv6(44, &fragment(1), 0, 443))),
         ("IPv6, later fragment", LEFT, ethernet(&[], 0x86dd, &ipv6(44, &fragment(8), 0, 443))),
-        ("cut off", LEFT, ethernet(&[], 0x0800, &plain[..21])),
+        ("eight bytes of a SYN", STEERED, ethernet(&[], 0x0800, &small_fragment(8, V4_DESTINATION))),
+        ("eight bytes, other address", LEFT, ethernet(&[], 0x0800, &small_fragment(8, [192, 0, 3, 1]))),
+        ("eight extension headers", STEERED, ethernet(&[], 0x86dd, &ipv6(60, &chain(8, 6), 0, 443))),
+        ("eight extension headers, exception", LEFT, ethernet(&[], 0x86dd, &ipv6(60, &chain(8, 6), 0, 22))),
+        ("nine extension headers", STEERED, long(0)),
+        ("nine extension headers, other address", LEFT, long(8)),
+        ("nothing but extension headers in a fragment", STEERED, ethernet(&[], 0x86dd, &short_chain)),
+        ("ICMPv6", LEFT, ethernet(&[], 0x86dd, &ipv6(58, &[], 0, 443))),
+        ("ICMPv6 behind options", LEFT, ethernet(&[], 0x86dd, &ipv6(60, &chain(1, 58), 0, 443))),
+        ("cut off", STEERED, ethernet(&[], 0x0800, &plain[..21])),
+        ("cut off, other address", LEFT, ethernet(&[], 0x0800, &ipv4(17, 0, 0, [192, 0, 3, 1], 443)[..21])),
     ] {
         assert_eq!(verdict(&mut ebpf, &frame), expected, "{what}");
     }

@@ -11,73 +11,65 @@ use aya::{
     },
 };
 
-use super::pins::PinDirectory;
+use super::pins::{PinDirectory, remove_pin};
 use crate::steering::BackEnd;
 
 /// An attached program.
 pub(super) trait Hook: Send + Sync + fmt::Debug {
     fn back_end(&self) -> BackEnd;
-    /// Keeps the program attached when this process ends.
+    /// Keeps the program attached when this process ends. What can't be pinned stays attached as it was.
     fn pin(&mut self, pins: &PinDirectory) -> anyhow::Result<()>;
-    fn refresh(&mut self) -> anyhow::Result<()> {
-        Ok(())
-    }
+    /// Attaches where the program should be and is not.
+    fn refresh(&mut self) -> anyhow::Result<()>;
     fn interfaces(&self) -> Vec<String> {
         Vec::new()
     }
     fn degraded(&self) -> Vec<String> {
         Vec::new()
     }
-    /// Detaches the program; pins of it go with the directory.
+    /// Detaches the program, as far as that can be done; pins of it go with the directory.
     fn detach(self: Box<Self>) -> anyhow::Result<()>;
 }
 
 /// A link until it is pinned, and afterwards.
 #[derive(Debug)]
 pub(super) enum MaybePinned {
-    /// Taken out only while it is pinned.
-    No(Option<FdLink>),
+    No(FdLink),
     Yes(#[expect(dead_code, reason = "keeps the link attached")] PinnedLink),
 }
 
 impl MaybePinned {
-    pub(super) fn new(link: FdLink) -> Self {
-        Self::No(Some(link))
-    }
-
-    pub(super) fn is_unpinned(&self) -> bool {
-        matches!(self, Self::No(_))
-    }
-
-    pub(super) fn pin(&mut self, pins: &PinDirectory, name: &str) -> anyhow::Result<()> {
-        if let Self::No(link) = self
-            && let Some(link) = link.take()
-        {
-            let path = pins.link(name);
-            let pinned = link.pin(&path).with_context(|| format!("pin a link as {}", path.display()))?;
-            *self = Self::Yes(pinned);
-        }
-        Ok(())
+    /// Pins the link, or does nothing if it is pinned. One that can't be pinned is lost (aya gives it back to nobody),
+    /// so that the caller has to attach anew.
+    pub(super) fn pin(self, pins: &PinDirectory, name: &str) -> anyhow::Result<Self> {
+        let link = match self {
+            Self::No(link) => link,
+            pinned @ Self::Yes(_) => return Ok(pinned),
+        };
+        let path = pins.link(name);
+        // An interface that went may have left its pin, and the number comes again.
+        remove_pin(&path)?;
+        link.pin(&path).map(Self::Yes).with_context(|| format!("pin a link as {}", path.display()))
     }
 }
+
+const SK_LOOKUP_PROGRAM: &str = "anyport_sk";
 
 /// The program of `sk-lookup`, attached to the network namespace.
 #[derive(Debug)]
 pub(super) struct SkLookupHook {
-    link: MaybePinned,
+    ebpf: Ebpf,
+    /// None only when a link was lost that could not be pinned.
+    link: Option<MaybePinned>,
 }
 
 impl SkLookupHook {
-    pub(super) fn attach(ebpf: &mut Ebpf) -> anyhow::Result<Self> {
-        let program: &mut SkLookup = program(ebpf, "anyport_sk")?;
+    pub(super) fn attach(mut ebpf: Ebpf) -> anyhow::Result<Self> {
+        let program: &mut SkLookup = program(&mut ebpf, SK_LOOKUP_PROGRAM)?;
         program.load().context("load the sk_lookup program (Linux 5.9 or later is needed)")?;
-        let netns = File::open("/proc/thread-self/ns/net").context("open the network namespace")?;
-        let link = program.attach(netns).context(
-            "attach the sk_lookup program to the network namespace (which takes 64 such programs at most; \
-             bpftool net lists them)",
-        )?;
-        let link = program.take_link(link).context("take the sk_lookup link over")?;
-        Ok(Self { link: MaybePinned::new(link.into()) })
+        let mut hook = Self { ebpf, link: None };
+        hook.refresh()?;
+        Ok(hook)
     }
 }
 
@@ -87,7 +79,30 @@ impl Hook for SkLookupHook {
     }
 
     fn pin(&mut self, pins: &PinDirectory) -> anyhow::Result<()> {
-        self.link.pin(pins, "sk-lookup")
+        if let Some(link) = self.link.take() {
+            match link.pin(pins, "sk-lookup") {
+                Ok(link) => self.link = Some(link),
+                Err(error) => {
+                    self.refresh()?;
+                    return Err(error);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn refresh(&mut self) -> anyhow::Result<()> {
+        if self.link.is_none() {
+            let program: &mut SkLookup = program(&mut self.ebpf, SK_LOOKUP_PROGRAM)?;
+            let netns = File::open("/proc/thread-self/ns/net").context("open the network namespace")?;
+            let link = program.attach(netns).context(
+                "attach the sk_lookup program to the network namespace (which takes 64 such programs at most; \
+                 bpftool net lists them)",
+            )?;
+            let link = program.take_link(link).context("take the sk_lookup link over")?;
+            self.link = Some(MaybePinned::No(link.into()));
+        }
+        Ok(())
     }
 
     fn detach(self: Box<Self>) -> anyhow::Result<()> {
@@ -101,4 +116,36 @@ where
 {
     let program = ebpf.program_mut(name).with_context(|| format!("the BPF object has no program {name}"))?;
     program.try_into().with_context(|| format!("the BPF program {name} is not of its type"))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::{
+        super::{load, tests::in_new_namespace},
+        Hook as _, PinDirectory, SkLookupHook,
+    };
+
+    /// The program is attached anew, and pinned when that can be done.
+    #[test]
+    fn a_link_that_can_not_be_pinned_is_made_anew() {
+        in_new_namespace(|| {
+            let parent = tempfile::tempdir().unwrap();
+            let path = parent.path().join("bpf");
+            let pins = PinDirectory::open(&path).unwrap();
+            let mut hook = SkLookupHook::attach(load(false).unwrap()).unwrap();
+            // A directory is in the way.
+            let pin = path.join("link-sk-lookup");
+            fs::create_dir(&pin).unwrap();
+            hook.pin(&pins).unwrap_err();
+            assert!(hook.link.is_some());
+            fs::remove_dir(&pin).unwrap();
+            for _ in 0..2 {
+                hook.pin(&pins).unwrap();
+                assert!(pin.is_file());
+            }
+            pins.remove().unwrap();
+        });
+    }
 }

@@ -14,6 +14,7 @@ use std::{
     fmt,
     os::fd::{AsFd as _, AsRawFd as _},
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use anyhow::{Context as _, bail};
@@ -88,6 +89,7 @@ impl Bpf {
     /// # Errors
     /// What the kernel refused. Nothing is left behind.
     pub fn open(back_end: BackEnd, options: &Options) -> anyhow::Result<Self> {
+        // Gives back what it took when it is dropped, as it is where something fails below.
         let pins = PinDirectory::open(&options.bpffs)?;
         let mut ebpf = load(options.debug)?;
         if options.debug {
@@ -102,8 +104,10 @@ impl Bpf {
             [&control, &table, &rules, &counts, &sockets].into_iter().map(duplicate).collect::<anyhow::Result<_>>()?;
         let mut sockets = SockMap::try_from(sockets)?;
         let mut refuse = None;
+        // Filters have no pins to replace, and those of a daemon that was killed go by the names that ours will have.
+        tc::remove_leftovers()?;
         let hook: Box<dyn Hook> = match back_end {
-            BackEnd::SkLookup => Box::new(SkLookupHook::attach(&mut ebpf)?),
+            BackEnd::SkLookup => Box::new(SkLookupHook::attach(ebpf)?),
             BackEnd::Tc => {
                 refuse = Some(RefuseSockets::open(&mut ebpf, &mut sockets)?);
                 Box::new(TcHook::attach(ebpf, options.interfaces.clone(), None)?)
@@ -182,8 +186,8 @@ impl Steering for Bpf {
 
     fn detach(self: Box<Self>) -> anyhow::Result<()> {
         let Self { hook, pins, .. } = *self;
-        hook.detach()?;
-        pins.remove()
+        let detached = hook.detach();
+        detached.and(pins.remove())
     }
 }
 
@@ -193,7 +197,7 @@ impl Bpf {
             for (offset, group) in (0..).zip(&service.groups) {
                 let index = u32::from(service.slot) * SOCKETS_PER_SERVICE + offset;
                 let Some(group) = group else { continue };
-                if self.held.sockets.get(&index).is_some_and(|held| held.bound == group.bound) {
+                if self.held.sockets.get(&index).is_some_and(|held| Arc::ptr_eq(&held.socket, &group.socket)) {
                     continue;
                 }
                 self.sockets.set(index, &group.socket.as_raw_fd(), 0).with_context(|| {
@@ -357,9 +361,32 @@ fn entries_of(NumberedRule { rule, .. }: &NumberedRule, slot: u16) -> impl Itera
 
 #[cfg(test)]
 mod tests {
+    use std::{process::Command, thread};
+
     use aya::programs::Program;
+    use nix::{
+        mount::{MsFlags, mount},
+        sched::{CloneFlags, unshare},
+    };
 
     use super::load;
+
+    /// Runs on a thread that has a network namespace of its own, with `lo` up, and mounts of its own.
+    pub(super) fn in_new_namespace(test: impl FnOnce() + Send + 'static) {
+        let thread = thread::spawn(|| {
+            unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS).unwrap();
+            mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>).unwrap();
+            output("ip", "link set lo up");
+            test();
+        });
+        thread.join().unwrap();
+    }
+
+    pub(super) fn output(program: &str, arguments: &str) -> String {
+        let output = Command::new(program).args(arguments.split(' ')).output().unwrap();
+        assert!(output.status.success(), "{program} {arguments}: {output:?}");
+        String::from_utf8(output.stdout).unwrap()
+    }
 
     /// With and without the log calls, which are dead code when logging is off.
     #[test]

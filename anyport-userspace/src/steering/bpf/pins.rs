@@ -18,15 +18,20 @@ const USUAL_MOUNT_POINT: &str = "/sys/fs/bpf";
 /// Beginning of the names of pinned links.
 const LINK: &str = "link-";
 const NEW: &str = ".new";
+/// What the kernel itself puts into the root of a BPF file system.
+const KERNELS: [&str; 2] = ["maps.debug", "progs.debug"];
+/// What stands for a device in the list of mounts, by which a later daemon knows our mount again.
+const SOURCE: &str = "anyport";
 
 /// Names of the pinned maps.
 pub(super) const MAPS: [&str; 5] = ["control", "table", "rules", "counts", "sockets"];
 
-/// The directory, locked against other daemons for as long as this lives.
+/// The directory, locked against other daemons for as long as this lives. If nothing is pinned in it by then, it goes.
 #[derive(Debug)]
 pub(super) struct PinDirectory {
     path: PathBuf,
-    lock: Flock<File>,
+    /// Given back before the file system goes, which it keeps busy.
+    lock: Option<Flock<File>>,
     /// Whether the file system is there only for us.
     is_mount_ours: bool,
 }
@@ -35,21 +40,33 @@ impl PinDirectory {
     /// Creates the directory, and mounts a BPF file system where there is none.
     pub(super) fn open(path: &Path) -> anyhow::Result<Self> {
         if path.starts_with(USUAL_MOUNT_POINT) && !is_bpffs(Path::new(USUAL_MOUNT_POINT)) {
-            mount_bpffs(Path::new(USUAL_MOUNT_POINT))?;
+            mount_bpffs(Path::new(USUAL_MOUNT_POINT), "bpf")?;
         }
         fs::create_dir_all(path)
             .with_context(|| format!("create the directory {} for pinned maps and links", path.display()))?;
-        let is_mount_ours = !is_bpffs(path);
-        if is_mount_ours {
-            mount_bpffs(path)?;
+        if !is_bpffs(path)
+            && let Err(error) = mount_bpffs(path, SOURCE)
+        {
+            fs::remove_dir(path).ok();
+            return Err(error);
         }
-        Self::lock(path, is_mount_ours)
+        Self::lock(path)
     }
 
-    fn lock(path: &Path, is_mount_ours: bool) -> anyhow::Result<Self> {
+    /// Locks a directory that is on a BPF file system.
+    fn lock(path: &Path) -> anyhow::Result<Self> {
+        let is_mount_ours = match mount_at(path)? {
+            Some(mount) if mount.source == SOURCE => true,
+            Some(mount) if mount.is_root => bail!(
+                "{0} is the root of a BPF file system, where others may have pins; use a directory below, such as \
+                 --bpffs {0}/anyport",
+                path.display()
+            ),
+            _ => false,
+        };
         let directory = File::open(path).with_context(|| format!("open {}", path.display()))?;
         match Flock::lock(directory, FlockArg::LockExclusiveNonblock) {
-            Ok(lock) => Ok(Self { path: path.to_owned(), lock, is_mount_ours }),
+            Ok(lock) => Ok(Self { path: path.to_owned(), lock: Some(lock), is_mount_ours }),
             Err((_, nix::errno::Errno::EWOULDBLOCK)) => {
                 bail!("{} is in use by another anyportd; give each its own directory with --bpffs", path.display())
             }
@@ -69,12 +86,19 @@ impl PinDirectory {
 
     /// Removes every pin of ours. A link that nobody else holds is detached by that.
     pub(super) fn clear(&self) -> anyhow::Result<()> {
-        let entries = fs::read_dir(&self.path).with_context(|| format!("list the pins in {}", self.path.display()))?;
-        for entry in entries {
-            let entry = entry.with_context(|| format!("list the pins in {}", self.path.display()))?;
-            let name = entry.file_name();
-            let name = name.to_string_lossy();
-            if name.starts_with(LINK) || MAPS.contains(&name.trim_end_matches(NEW)) {
+        self.remove_if(|name| name.starts_with(LINK) || MAPS.contains(&name.trim_end_matches(NEW)))
+    }
+
+    /// Removes the pins of links whose names begin with `prefix` and for which `is_in_use` does not hold.
+    pub(super) fn remove_stale_links(&self, prefix: &str, is_in_use: impl Fn(&str) -> bool) -> anyhow::Result<()> {
+        self.remove_if(|pin| pin.strip_prefix(LINK).is_some_and(|name| name.starts_with(prefix) && !is_in_use(name)))
+    }
+
+    fn remove_if(&self, is_unwanted: impl Fn(&str) -> bool) -> anyhow::Result<()> {
+        let list = || format!("list the pins in {}", self.path.display());
+        for entry in fs::read_dir(&self.path).with_context(list)? {
+            let entry = entry.with_context(list)?;
+            if is_unwanted(&entry.file_name().to_string_lossy()) {
                 remove_pin(&entry.path())?;
             }
         }
@@ -82,18 +106,33 @@ impl PinDirectory {
     }
 
     /// Removes the pins, and the directory where nothing else is in it.
-    pub(super) fn remove(self) -> anyhow::Result<()> {
+    pub(super) fn remove(mut self) -> anyhow::Result<()> {
         self.clear()?;
-        let Self { path, lock, is_mount_ours } = self;
-        drop(lock);
-        if is_mount_ours {
-            umount(&path)
-                .map_err(io::Error::from)
-                .with_context(|| format!("unmount the BPF file system from {}", path.display()))?;
+        self.close().with_context(|| format!("unmount the BPF file system from {}", self.path.display()))
+    }
+
+    /// Gives back what [`Self::open`] took, unless somebody has pins there.
+    fn close(&mut self) -> io::Result<()> {
+        let is_empty = fs::read_dir(&self.path)?.flatten().all(|it| KERNELS.iter().any(|own| it.file_name() == *own));
+        self.lock = None;
+        if is_empty && self.is_mount_ours {
+            self.is_mount_ours = false;
+            umount(&self.path)?;
         }
-        // Somebody else's pins, or the root of a mounted file system: it may stay.
-        fs::remove_dir(&path).ok();
+        if is_empty {
+            // It may be in use as something else, such as a mount point of somebody else's.
+            fs::remove_dir(&self.path).ok();
+        }
         Ok(())
+    }
+}
+
+impl Drop for PinDirectory {
+    /// A start that fails leaves no directory; what a daemon has pinned outlives it.
+    fn drop(&mut self) {
+        if self.lock.is_some() {
+            self.close().ok();
+        }
     }
 }
 
@@ -103,7 +142,7 @@ impl PinDirectory {
 /// A daemon is at work there, or the kernel would not remove a pin.
 pub(super) fn remove_leftovers(path: &Path) -> anyhow::Result<()> {
     if is_bpffs(path) {
-        PinDirectory::lock(path, false)?.remove()?;
+        PinDirectory::lock(path)?.remove()?;
     }
     Ok(())
 }
@@ -121,12 +160,105 @@ fn is_bpffs(path: &Path) -> bool {
     statfs(path).is_ok_and(|it| it.filesystem_type() == BPF_FS_MAGIC)
 }
 
-fn mount_bpffs(at: &Path) -> anyhow::Result<()> {
-    mount(Some("bpf"), at, Some("bpf"), MsFlags::empty(), None::<&str>).map_err(io::Error::from).with_context(|| {
+/// What is mounted exactly at a path.
+struct Mount {
+    source: String,
+    /// Whether it shows the file system from its root on, and not a directory of it.
+    is_root: bool,
+}
+
+/// The uppermost mount at a path, by `proc_pid_mountinfo(5)`.
+fn mount_at(path: &Path) -> anyhow::Result<Option<Mount>> {
+    let path = path.canonicalize().with_context(|| format!("look up {}", path.display()))?;
+    // The list has blanks and the like as octal numbers.
+    let escaped: String = path
+        .to_string_lossy()
+        .chars()
+        .map(|it| if " \t\n\\".contains(it) { format!("\\{:03o}", u32::from(it)) } else { it.into() })
+        .collect();
+    let mounts = fs::read_to_string("/proc/thread-self/mountinfo").context("list the mounts")?;
+    Ok(mounts.lines().rev().find_map(|line| {
+        let (fields, of_file_system) = line.split_once(" - ")?;
+        let mut fields = fields.split(' ').skip(3);
+        let (root, at) = (fields.next()?, fields.next()?);
+        let source = of_file_system.split(' ').nth(1)?;
+        (at == escaped).then(|| Mount { source: source.to_owned(), is_root: root == "/" })
+    }))
+}
+
+fn mount_bpffs(at: &Path, source: &str) -> anyhow::Result<()> {
+    mount(Some(source), at, Some("bpf"), MsFlags::empty(), None::<&str>).map_err(io::Error::from).with_context(|| {
         format!(
             "mount a BPF file system on {0}, where there is none (needs CAP_SYS_ADMIN; or mount one \
-                 beforehand: mount -t bpf bpf {0})",
+             beforehand: mount -t bpf {source} {0})",
             at.display()
         )
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs, path::Path};
+
+    use nix::mount::{MntFlags, umount2};
+
+    use super::{PinDirectory, SOURCE, is_bpffs, mount_at, mount_bpffs, remove_leftovers};
+    use crate::steering::bpf::tests::in_new_namespace;
+
+    #[test]
+    fn a_mount_goes_as_it_came() {
+        in_new_namespace(|| {
+            let parent = tempfile::tempdir().unwrap();
+            let path = parent.path().join("with blank");
+            drop(PinDirectory::open(&path).unwrap());
+            assert!(!path.exists(), "nothing was pinned");
+            PinDirectory::open(&path).unwrap().remove().unwrap();
+            assert!(!path.exists());
+        });
+    }
+
+    /// After a crash, too, whichever way the next daemon ends.
+    #[test]
+    fn a_mount_is_known_again() {
+        in_new_namespace(|| {
+            let parent = tempfile::tempdir().unwrap();
+            let path = parent.path().join("with blank");
+            for remove in [|path: &Path| PinDirectory::open(path)?.remove(), remove_leftovers] {
+                fs::create_dir(&path).unwrap();
+                mount_bpffs(&path, SOURCE).unwrap();
+                remove(&path).unwrap();
+                assert!(!path.exists());
+            }
+        });
+    }
+
+    #[test]
+    fn the_root_of_somebody_elses_file_system_is_refused() {
+        in_new_namespace(|| {
+            let root = tempfile::tempdir().unwrap();
+            mount_bpffs(root.path(), "bpf").unwrap();
+            for result in [PinDirectory::open(root.path()).map(drop), remove_leftovers(root.path())] {
+                let error = result.unwrap_err().to_string();
+                assert!(error.contains("directory below"), "{error}");
+            }
+            let below = root.path().join("anyport");
+            PinDirectory::open(&below).unwrap().remove().unwrap();
+            assert!(!below.exists());
+            assert!(is_bpffs(root.path()) && mount_at(root.path()).unwrap().unwrap().is_root);
+            umount2(root.path(), MntFlags::MNT_DETACH).unwrap();
+        });
+    }
+
+    #[test]
+    fn what_others_have_there_stays() {
+        in_new_namespace(|| {
+            let parent = tempfile::tempdir().unwrap();
+            let path = parent.path().join("bpf");
+            let pins = PinDirectory::open(&path).unwrap();
+            fs::create_dir(path.join("foreign")).unwrap();
+            pins.remove().unwrap();
+            assert!(path.join("foreign").exists());
+            umount2(&path, MntFlags::MNT_DETACH).unwrap();
+        });
+    }
 }

@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeMap, HashSet},
-    thread,
+    mem, thread,
 };
 
 use anyhow::{Context as _, bail};
@@ -15,15 +15,24 @@ use aya::{
     },
 };
 use netlink_packet_route::tc::TcHandle;
-use nix::{ifaddrs::getifaddrs, libc, net::if_::InterfaceFlags};
+use nix::{
+    ifaddrs::getifaddrs,
+    libc,
+    net::if_::{InterfaceFlags, if_nameindex},
+};
 use tracing::{debug, info, warn};
 
 use super::{
     hooks::{Hook, MaybePinned, program},
-    pins::{PinDirectory, remove_pin},
+    pins::PinDirectory,
 };
 use crate::steering::BackEnd;
 
+// Of `linux/if_arp.h`, which libc has in part.
+const ARPHRD_RAWIP: u16 = 519;
+const ARPHRD_IP6GRE: u16 = 823;
+/// Beginning of the names of pinned links, before the interface's index.
+const PIN: &str = "tc-";
 /// For interfaces whose packets begin with an Ethernet header.
 const ETHERNET_PROGRAM: &str = "anyport_eth";
 /// For interfaces whose packets begin with the IP header.
@@ -63,7 +72,9 @@ enum TcLink {
 struct Interface {
     index: u32,
     name: String,
-    program: &'static str,
+    link_type: u16,
+    /// None for a kind that no program can read.
+    program: Option<&'static str>,
 }
 
 impl TcHook {
@@ -77,26 +88,30 @@ impl TcHook {
         if let Some(missing) = selected.iter().find(|name| !interfaces.iter().any(|it| it.name == **name)) {
             bail!("watch the interface {missing}: there is none of that name that is up (ip link lists them)");
         }
-        let Some(first) = interfaces.first() else {
-            bail!("attach the tc program: no interface is up; try: ip link set lo up");
+        if let Some(unknown) = interfaces.iter().find(|it| selected.contains(&it.name) && it.program.is_none()) {
+            bail!("watch the interface {}: {}", unknown.name, unknown_kind(unknown));
+        }
+        let Some(first) = interfaces.iter().find(|it| it.program.is_some()) else {
+            bail!("attach the tc program: no interface of a known kind is up; try: ip link set lo up");
         };
         let attach_by = attach_by.map_or_else(|| probe(&mut ebpf, first), Ok)?;
         let mut hook = Self { ebpf, selected, attach_by, attached: BTreeMap::new(), failures: BTreeMap::new() };
         hook.refresh()?;
-        match hook.failures.pop_first() {
-            Some((_, failure)) if hook.attached.is_empty() => bail!("{failure}"),
-            Some((index, failure)) => {
-                hook.failures.insert(index, failure);
-                Ok(hook)
-            }
-            None => Ok(hook),
+        if hook.attached.is_empty()
+            && let Some(failure) = hook.failures.values().next()
+        {
+            bail!("{failure}");
         }
+        Ok(hook)
     }
 
     fn attach_to(&mut self, interface: &Interface) -> anyhow::Result<TcLink> {
+        if interface.program.is_none() {
+            bail!("{} is not watched: {}", interface.name, unknown_kind(interface));
+        }
         let link = match self.attach_by {
             AttachBy::Tcx => attach_tcx(&mut self.ebpf, interface)
-                .map(|link| TcLink::Tcx(MaybePinned::new(link)))
+                .map(|link| TcLink::Tcx(MaybePinned::No(link)))
                 .map_err(anyhow::Error::from),
             AttachBy::Clsact => attach_clsact(&mut self.ebpf, interface),
         };
@@ -110,17 +125,23 @@ impl Hook for TcHook {
     }
 
     fn pin(&mut self, pins: &PinDirectory) -> anyhow::Result<()> {
-        for (index, attached) in &mut self.attached {
-            if let TcLink::Tcx(link) = &mut attached.link {
-                let name = pin_name(*index);
-                if link.is_unpinned() {
-                    // An interface that went may have left its pin, and the number comes again.
-                    remove_pin(&pins.link(&name))?;
-                }
-                link.pin(pins, &name)?;
+        // An interface that went leaves a pin that keeps a link to nothing, or to one that is down.
+        let mut result =
+            pins.remove_stale_links(PIN, |name| self.attached.keys().any(|index| name == pin_name(*index)));
+        for (index, Attached { interface, link }) in mem::take(&mut self.attached) {
+            let link = match link {
+                TcLink::Tcx(link) => link.pin(pins, &pin_name(index)).map(TcLink::Tcx),
+                clsact @ TcLink::Clsact { .. } => Ok(clsact),
+            };
+            match link {
+                Ok(link) => drop(self.attached.insert(index, Attached { interface, link })),
+                Err(error) => result = result.and(Err(error)),
             }
         }
-        Ok(())
+        if result.is_err() {
+            self.refresh()?;
+        }
+        result
     }
 
     /// Attaches to the interfaces that came and forgets those that went.
@@ -131,7 +152,7 @@ impl Hook for TcHook {
             .map(|it| (it.index, it))
             .collect();
         self.attached.retain(|index, attached| wanted.get(index) == Some(&attached.interface));
-        let known = std::mem::take(&mut self.failures);
+        let known = mem::take(&mut self.failures);
         for (index, interface) in wanted {
             if self.attached.contains_key(&index) {
                 continue;
@@ -162,24 +183,28 @@ impl Hook for TcHook {
     }
 
     fn detach(self: Box<Self>) -> anyhow::Result<()> {
+        let mut result = Ok(());
         for (index, Attached { interface, link }) in self.attached {
             if let TcLink::Clsact { filter, is_qdisc_ours } = link {
                 drop(filter);
                 if is_qdisc_ours {
-                    remove_clsact(index).with_context(|| format!("remove the clsact qdisc from {}", interface.name))?;
+                    let removed = remove_clsact(index);
+                    result =
+                        result.and(removed.with_context(|| format!("remove the clsact qdisc from {}", interface.name)));
                 }
             }
         }
-        Ok(())
+        result
     }
 }
 
-/// Takes away the clsact filters that a daemon left. A qdisc that it added stays: whose it was is not known.
+/// Takes away the clsact filters that a daemon left, also from interfaces that are down by now. A qdisc that it added
+/// stays: whose it was is not known.
 pub(super) fn remove_leftovers() -> anyhow::Result<()> {
-    for interface in interfaces()? {
+    for interface in &if_nameindex().context("list the interfaces")? {
         for program in [ETHERNET_PROGRAM, IP_PROGRAM] {
             // There is nothing to remove as a rule.
-            drop(qdisc_detach_program(&interface.name, TcAttachType::Ingress, program));
+            drop(qdisc_detach_program(&interface.name().to_string_lossy(), TcAttachType::Ingress, program));
         }
     }
     Ok(())
@@ -219,7 +244,8 @@ fn attach_clsact(ebpf: &mut Ebpf, interface: &Interface) -> anyhow::Result<TcLin
 }
 
 fn classifier<'a>(ebpf: &'a mut Ebpf, interface: &Interface) -> Result<&'a mut SchedClassifier, ProgramError> {
-    ebpf.program_mut(interface.program).ok_or(ProgramError::NotLoaded)?.try_into()
+    let program = interface.program.and_then(|program| ebpf.program_mut(program));
+    program.ok_or(ProgramError::NotLoaded)?.try_into()
 }
 
 fn remove_clsact(index: u32) -> anyhow::Result<()> {
@@ -237,7 +263,7 @@ fn remove_clsact(index: u32) -> anyhow::Result<()> {
         .unwrap_or_else(|_| bail!("the thread that removes a qdisc panicked"))
 }
 
-/// The interfaces that are up and whose packets the programs can read, `lo` among them.
+/// The interfaces that are up, `lo` among them.
 fn interfaces() -> anyhow::Result<Vec<Interface>> {
     let mut seen = HashSet::new();
     let interfaces = getifaddrs()
@@ -248,12 +274,8 @@ fn interfaces() -> anyhow::Result<Vec<Interface>> {
             Some(Interface {
                 index: u32::try_from(link.ifindex()).ok()?,
                 name: it.interface_name,
-                program: match link.hatype() {
-                    // Loopback has an Ethernet header too, all zeros but for the type.
-                    libc::ARPHRD_ETHER | libc::ARPHRD_LOOPBACK => ETHERNET_PROGRAM,
-                    libc::ARPHRD_NONE | libc::ARPHRD_PPP | libc::ARPHRD_TUNNEL | libc::ARPHRD_TUNNEL6 => IP_PROGRAM,
-                    _ => return None,
-                },
+                link_type: link.hatype(),
+                program: program_for(link.hatype()),
             })
         })
         .filter(|it| seen.insert(it.index))
@@ -261,33 +283,43 @@ fn interfaces() -> anyhow::Result<Vec<Interface>> {
     Ok(interfaces)
 }
 
+/// The program that can read the packets of interfaces of this type (`ARPHRD_…`).
+fn program_for(link_type: u16) -> Option<&'static str> {
+    match link_type {
+        // Loopback has an Ethernet header too, all zeros but for the type.
+        libc::ARPHRD_ETHER | libc::ARPHRD_LOOPBACK => Some(ETHERNET_PROGRAM),
+        libc::ARPHRD_NONE
+        | libc::ARPHRD_PPP
+        | ARPHRD_RAWIP
+        | libc::ARPHRD_TUNNEL
+        | libc::ARPHRD_TUNNEL6
+        | libc::ARPHRD_SIT
+        | libc::ARPHRD_IPGRE
+        | ARPHRD_IP6GRE => Some(IP_PROGRAM),
+        _ => None,
+    }
+}
+
+fn unknown_kind(interface: &Interface) -> String {
+    let file = format!("/sys/class/net/{}/type", interface.name);
+    format!("its kind is not known (link type {} in {file}), so its packets can't be read", interface.link_type)
+}
+
 fn pin_name(index: u32) -> String {
-    format!("tc-{index}")
+    format!("{PIN}{index}")
 }
 
 #[cfg(test)]
 mod tests {
-    use std::{process::Command, thread};
+    use std::{fs, path::Path};
 
-    use nix::sched::{CloneFlags, unshare};
-
-    use super::{super::load, AttachBy, Hook, TcHook, remove_leftovers};
-
-    /// Runs on a thread that has a network namespace of its own, with `lo` up.
-    fn in_new_namespace(test: impl FnOnce() + Send + 'static) {
-        let thread = thread::spawn(|| {
-            unshare(CloneFlags::CLONE_NEWNET).unwrap();
-            output("ip", "link set lo up");
-            test();
-        });
-        thread.join().unwrap();
-    }
-
-    fn output(program: &str, arguments: &str) -> String {
-        let output = Command::new(program).args(arguments.split(' ')).output().unwrap();
-        assert!(output.status.success(), "{program} {arguments}: {output:?}");
-        String::from_utf8(output.stdout).unwrap()
-    }
+    use super::{
+        super::{
+            Bpf, Options, Steering as _, load,
+            tests::{in_new_namespace, output},
+        },
+        AttachBy, BackEnd, ETHERNET_PROGRAM, Hook, IP_PROGRAM, Interface, PinDirectory, TcHook, program_for,
+    };
 
     fn filters() -> String {
         output("tc", "filter show dev lo ingress")
@@ -321,8 +353,99 @@ mod tests {
             let hook = TcHook::attach(load(false).unwrap(), Vec::new(), Some(AttachBy::Clsact)).unwrap();
             std::mem::forget(hook);
             assert!(filters().contains("anyport_eth"));
-            remove_leftovers().unwrap();
+            output("ip", "link set lo down");
+            let bpffs = tempfile::tempdir().unwrap();
+            let options = Options { bpffs: bpffs.path().join("bpf"), interfaces: Vec::new(), debug: false };
+            let opened = Bpf::open(BackEnd::SkLookup, &options).unwrap();
             assert!(!filters().contains("anyport_eth"), "{}", filters());
+            Box::new(opened).detach().unwrap();
+        });
+    }
+
+    #[test]
+    fn a_start_that_fails_leaves_nothing() {
+        in_new_namespace(|| {
+            let bpffs = tempfile::tempdir().unwrap();
+            let options = Options { bpffs: bpffs.path().join("bpf"), interfaces: vec!["nope0".into()], debug: false };
+            Bpf::open(BackEnd::Tc, &options).unwrap_err();
+            assert!(!options.bpffs.exists());
+        });
+    }
+
+    fn links(directory: &Path) -> usize {
+        let pins = fs::read_dir(directory).unwrap();
+        pins.filter(|pin| pin.as_ref().unwrap().file_name().to_string_lossy().starts_with("link-")).count()
+    }
+
+    #[test]
+    fn pins_go_with_their_interfaces() {
+        in_new_namespace(|| {
+            let parent = tempfile::tempdir().unwrap();
+            let path = parent.path().join("bpf");
+            let pins = PinDirectory::open(&path).unwrap();
+            let mut hook = TcHook::attach(load(false).unwrap(), Vec::new(), None).unwrap();
+            for _ in 0..3 {
+                output("ip", "link add later0 up type veth peer name later1");
+                hook.refresh().unwrap();
+                hook.pin(&pins).unwrap();
+                assert_eq!(links(&path), 2);
+                output("ip", "link del later0");
+                hook.refresh().unwrap();
+                hook.pin(&pins).unwrap();
+                assert_eq!(links(&path), 1);
+            }
+            pins.remove().unwrap();
+        });
+    }
+
+    /// Where nothing can be pinned, the programs stay attached and are pinned later.
+    #[test]
+    fn what_can_not_be_pinned_stays_attached() {
+        in_new_namespace(|| {
+            let parent = tempfile::tempdir().unwrap();
+            let path = parent.path().join("bpf");
+            let pins = PinDirectory::open(&path).unwrap();
+            let mut hook = TcHook::attach(load(false).unwrap(), Vec::new(), None).unwrap();
+            // A directory is in the way.
+            let pin = path.join("link-tc-1");
+            fs::create_dir(&pin).unwrap();
+            let error = hook.pin(&pins).unwrap_err();
+            assert!(error.to_string().contains("link-tc-1"), "{error:#}");
+            assert_eq!(hook.interfaces(), ["lo"]);
+            fs::remove_dir(&pin).unwrap();
+            for _ in 0..2 {
+                hook.pin(&pins).unwrap();
+                assert!(pin.is_file());
+            }
+            pins.remove().unwrap();
+        });
+    }
+
+    #[test]
+    fn kinds_of_interfaces() {
+        for (link_type, program) in [
+            (1, Some(ETHERNET_PROGRAM)),
+            (772, Some(ETHERNET_PROGRAM)),
+            (519, Some(IP_PROGRAM)),
+            (768, Some(IP_PROGRAM)),
+            (776, Some(IP_PROGRAM)),
+            (778, Some(IP_PROGRAM)),
+            (823, Some(IP_PROGRAM)),
+            (0xfffe, Some(IP_PROGRAM)),
+            (32, None),
+            (280, None),
+        ] {
+            assert_eq!(program_for(link_type), program, "{link_type}");
+        }
+    }
+
+    #[test]
+    fn a_kind_that_is_not_known_is_named() {
+        in_new_namespace(|| {
+            let mut hook = TcHook::attach(load(false).unwrap(), Vec::new(), None).unwrap();
+            let interface = Interface { index: 7, name: "ib0".into(), link_type: 32, program: None };
+            let error = hook.attach_to(&interface).unwrap_err().to_string();
+            assert!(error.contains("ib0") && error.contains("link type 32"), "{error}");
         });
     }
 
