@@ -10,7 +10,10 @@ use hyper_util::rt::TokioIo;
 use serde::{Serialize, de::DeserializeOwned};
 use tokio::{net::UnixStream, time::timeout};
 
-use super::{Kind, Problem, types::MAX_BODY};
+use super::{
+    Kind, Problem,
+    types::{MAX_BODY, too_large},
+};
 
 /// Longer than any request takes, tproxy with a busy iptables lock included.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -59,8 +62,7 @@ impl Client {
     async fn send<T: DeserializeOwned>(&self, method: Method, path: &str, body: Vec<u8>) -> Result<T, Problem> {
         // The daemon would say so too, but not wait until all of it is written.
         if body.len() > MAX_BODY {
-            return Err(Problem::new(Kind::TooLarge, format!("the request has {} bytes", body.len()))
-                .hint(format!("{MAX_BODY} bytes are the limit; send several requests")));
+            return Err(too_large(format!("the request has {} bytes", body.len())));
         }
         match timeout(PATIENCE, self.exchange(method, path, body)).await {
             Ok(answer) => answer,

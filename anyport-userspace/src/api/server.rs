@@ -35,7 +35,10 @@ use tokio::{
 };
 use tracing::{info, warn};
 
-use super::{Kind, Problem, parse, types::MAX_BODY};
+use super::{
+    Kind, Problem, parse,
+    types::{MAX_BODY, too_large},
+};
 use crate::{
     engine::Engine,
     rules::{InvalidText, ServiceName},
@@ -186,12 +189,11 @@ fn stopping() -> Problem {
 /// Reads a request's body.
 fn read<T: DeserializeOwned>(body: Body) -> Result<T, Problem> {
     let body = body.map_err(|rejection| {
-        let kind = match rejection.status() {
-            StatusCode::PAYLOAD_TOO_LARGE => Kind::TooLarge,
-            _ => Kind::Invalid,
-        };
-        Problem::new(kind, format!("read the body of the request: {}", rejection.body_text()))
-            .hint(format!("{MAX_BODY} bytes are the limit; send several requests"))
+        let error = format!("read the body of the request: {}", rejection.body_text());
+        match rejection.status() {
+            StatusCode::PAYLOAD_TOO_LARGE => too_large(error),
+            _ => Problem::new(Kind::Invalid, error),
+        }
     })?;
     parse(&body)
 }

@@ -10,6 +10,11 @@ use crate::{
 /// Bytes of the largest body. Most requests are a few lines.
 pub(super) const MAX_BODY: usize = 1 << 20;
 
+/// The problem of a request beyond [`MAX_BODY`].
+pub(super) fn too_large(error: String) -> Problem {
+    Problem::new(Kind::TooLarge, error).hint(format!("{MAX_BODY} bytes are the limit; send several requests"))
+}
+
 /// Reads a request's body.
 ///
 /// # Errors

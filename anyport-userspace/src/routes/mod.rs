@@ -79,7 +79,8 @@ impl Routes {
     }
 
     /// The prefixes that our routes make local.
-    pub async fn observe(&self) -> anyhow::Result<HashSet<Prefix>> {
+    #[cfg(test)]
+    async fn observe(&self) -> anyhow::Result<HashSet<Prefix>> {
         let found = self.local().await?;
         let ours = found.into_iter().filter(|(_, owners)| owners.ours);
         Ok(ours.map(|(prefix, _)| prefix).collect())

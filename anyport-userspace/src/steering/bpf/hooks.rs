@@ -123,17 +123,14 @@ mod tests {
     use std::fs;
 
     use super::{
-        super::{load, tests::in_new_namespace},
-        Hook as _, PinDirectory, SkLookupHook,
+        super::{load, tests::with_pins},
+        Hook as _, SkLookupHook,
     };
 
     /// The program is attached anew, and pinned when that can be done.
     #[test]
     fn a_link_that_can_not_be_pinned_is_made_anew() {
-        in_new_namespace(|| {
-            let parent = tempfile::tempdir().unwrap();
-            let path = parent.path().join("bpf");
-            let pins = PinDirectory::open(&path).unwrap();
+        with_pins(|pins, path| {
             let mut hook = SkLookupHook::attach(load(false).unwrap()).unwrap();
             // A directory is in the way.
             let pin = path.join("link-sk-lookup");

@@ -361,7 +361,7 @@ fn entries_of(NumberedRule { rule, .. }: &NumberedRule, slot: u16) -> impl Itera
 
 #[cfg(test)]
 mod tests {
-    use std::{process::Command, thread};
+    use std::{path::Path, process::Command, thread};
 
     use aya::programs::Program;
     use nix::{
@@ -369,7 +369,7 @@ mod tests {
         sched::{CloneFlags, unshare},
     };
 
-    use super::load;
+    use super::{PinDirectory, load};
 
     /// Runs on a thread that has a network namespace of its own, with `lo` up, and mounts of its own.
     pub(super) fn in_new_namespace(test: impl FnOnce() + Send + 'static) {
@@ -380,6 +380,15 @@ mod tests {
             test();
         });
         thread.join().unwrap();
+    }
+
+    /// Runs with a directory of pins on a BPF file system of its own, at this path.
+    pub(super) fn with_pins(test: impl FnOnce(PinDirectory, &Path) + Send + 'static) {
+        in_new_namespace(|| {
+            let parent = tempfile::tempdir().unwrap();
+            let path = parent.path().join("bpf");
+            test(PinDirectory::open(&path).unwrap(), &path);
+        });
     }
 
     pub(super) fn output(program: &str, arguments: &str) -> String {

@@ -203,7 +203,7 @@ mod tests {
     use nix::mount::{MntFlags, umount2};
 
     use super::{PinDirectory, SOURCE, is_bpffs, mount_at, mount_bpffs, remove_leftovers};
-    use crate::steering::bpf::tests::in_new_namespace;
+    use crate::steering::bpf::tests::{in_new_namespace, with_pins};
 
     #[test]
     fn a_mount_goes_as_it_came() {
@@ -251,14 +251,11 @@ mod tests {
 
     #[test]
     fn what_others_have_there_stays() {
-        in_new_namespace(|| {
-            let parent = tempfile::tempdir().unwrap();
-            let path = parent.path().join("bpf");
-            let pins = PinDirectory::open(&path).unwrap();
+        with_pins(|pins, path| {
             fs::create_dir(path.join("foreign")).unwrap();
             pins.remove().unwrap();
             assert!(path.join("foreign").exists());
-            umount2(&path, MntFlags::MNT_DETACH).unwrap();
+            umount2(path, MntFlags::MNT_DETACH).unwrap();
         });
     }
 }

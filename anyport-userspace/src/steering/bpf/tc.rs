@@ -316,9 +316,9 @@ mod tests {
     use super::{
         super::{
             Bpf, Options, Steering as _, load,
-            tests::{in_new_namespace, output},
+            tests::{in_new_namespace, output, with_pins},
         },
-        AttachBy, BackEnd, ETHERNET_PROGRAM, Hook, IP_PROGRAM, Interface, PinDirectory, TcHook, program_for,
+        AttachBy, BackEnd, ETHERNET_PROGRAM, Hook, IP_PROGRAM, Interface, TcHook, program_for,
     };
 
     fn filters() -> String {
@@ -379,20 +379,17 @@ mod tests {
 
     #[test]
     fn pins_go_with_their_interfaces() {
-        in_new_namespace(|| {
-            let parent = tempfile::tempdir().unwrap();
-            let path = parent.path().join("bpf");
-            let pins = PinDirectory::open(&path).unwrap();
+        with_pins(|pins, path| {
             let mut hook = TcHook::attach(load(false).unwrap(), Vec::new(), None).unwrap();
             for _ in 0..3 {
                 output("ip", "link add later0 up type veth peer name later1");
                 hook.refresh().unwrap();
                 hook.pin(&pins).unwrap();
-                assert_eq!(links(&path), 2);
+                assert_eq!(links(path), 2);
                 output("ip", "link del later0");
                 hook.refresh().unwrap();
                 hook.pin(&pins).unwrap();
-                assert_eq!(links(&path), 1);
+                assert_eq!(links(path), 1);
             }
             pins.remove().unwrap();
         });
@@ -401,10 +398,7 @@ mod tests {
     /// Where nothing can be pinned, the programs stay attached and are pinned later.
     #[test]
     fn what_can_not_be_pinned_stays_attached() {
-        in_new_namespace(|| {
-            let parent = tempfile::tempdir().unwrap();
-            let path = parent.path().join("bpf");
-            let pins = PinDirectory::open(&path).unwrap();
+        with_pins(|pins, path| {
             let mut hook = TcHook::attach(load(false).unwrap(), Vec::new(), None).unwrap();
             // A directory is in the way.
             let pin = path.join("link-tc-1");

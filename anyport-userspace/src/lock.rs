@@ -1,0 +1,132 @@
+//! One daemon per network namespace.
+
+use std::{
+    fs::{self, File},
+    io::{self, ErrorKind, Read as _, Write as _},
+    os::{
+        linux::net::SocketAddrExt as _,
+        unix::{
+            fs::MetadataExt as _,
+            net::{SocketAddr, UnixListener},
+        },
+    },
+    path::Path,
+    thread,
+    time::Duration,
+};
+
+use anyhow::{Context as _, anyhow};
+use nix::{
+    errno::Errno,
+    fcntl::{Flock, FlockArg},
+    sys::{
+        signal::kill,
+        socket::{UnixCredentials, getsockopt, sockopt::PeerCredentials},
+    },
+    unistd::{Pid, Uid},
+};
+use socket2::{Domain, SockAddr, Socket, Type};
+use tracing::warn;
+
+/// Held by the daemon of a network namespace: names that begin with a NUL byte are the namespace's own, and go with
+/// the process however it ends (unix(7), since Linux 2.2; by namespace since 2.6.29).
+const NAME: &str = "anyportd";
+const DIRECTORY: &str = "/run/anyport";
+const ATTEMPTS: u32 = 40;
+const PAUSE: Duration = Duration::from_millis(50);
+
+/// What shows that this is the only daemon of its network namespace, for as long as it is held.
+#[derive(Debug)]
+pub enum Lock {
+    /// Seen from all mount namespaces, so the first choice.
+    Name(UnixListener),
+    /// Where somebody else has the name, as any local user may.
+    File(Flock<File>),
+}
+
+impl Lock {
+    /// Takes the lock of the thread's network namespace.
+    ///
+    /// # Errors
+    /// A daemon has it: names its pid.
+    pub fn take() -> anyhow::Result<Self> {
+        let address = SocketAddr::from_abstract_name(NAME).context("name the lock")?;
+        let is_daemon = |it: &UnixCredentials| it.uid() == 0 || it.uid() == Uid::effective().as_raw();
+        for _ in 0..ATTEMPTS {
+            match UnixListener::bind_addr(&address) {
+                Ok(lock) => return Ok(Lock::Name(lock)),
+                Err(error) if error.kind() == ErrorKind::AddrInUse => {}
+                Err(error) => return Err(error).context("take the lock of this network namespace"),
+            }
+            match holder_of_lock().filter(is_daemon) {
+                // A daemon was killed while it was starting a tool, which has its descriptors for a moment more.
+                Some(holder) if is_gone(holder.pid()) => thread::sleep(PAUSE),
+                Some(holder) => return Err(already_running(&holder.pid().to_string())),
+                None => {
+                    warn!("another user's process holds the socket name @{NAME}; locking a file instead");
+                    return lock_file();
+                }
+            }
+        }
+        Err(anyhow!("take the lock of this network namespace: children of a daemon that is gone still hold it"))
+    }
+
+    /// Keeps room in the lock's queue for those who ask who holds it. Must be called within a tokio runtime.
+    ///
+    /// # Errors
+    /// The socket can't be watched.
+    pub fn answer(&self) -> anyhow::Result<()> {
+        let Self::Name(name) = self else { return Ok(()) };
+        let queue = name.try_clone().and_then(|queue| {
+            queue.set_nonblocking(true)?;
+            tokio::net::UnixListener::from_std(queue)
+        });
+        let queue = queue.context("listen at the lock")?;
+        tokio::spawn(async move {
+            loop {
+                if queue.accept().await.is_err() {
+                    tokio::time::sleep(PAUSE).await;
+                }
+            }
+        });
+        Ok(())
+    }
+}
+
+fn is_gone(pid: i32) -> bool {
+    // Processes of other namespaces show as 0.
+    pid != 0 && kill(Pid::from_raw(pid), None) == Err(Errno::ESRCH)
+}
+
+fn lock_file() -> anyhow::Result<Lock> {
+    let namespace = fs::metadata("/proc/thread-self/ns/net").context("find the network namespace")?.ino();
+    let path = Path::new(DIRECTORY).join(format!("netns-{namespace}.lock"));
+    let attempt = || format!("take the lock {}", path.display());
+    fs::create_dir_all(DIRECTORY).with_context(attempt)?;
+    let file = File::options().read(true).write(true).create(true).truncate(false).open(&path).with_context(attempt)?;
+    let mut lock = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+        Ok(lock) => lock,
+        Err((mut file, Errno::EWOULDBLOCK)) => {
+            let mut pid = String::new();
+            file.read_to_string(&mut pid).with_context(attempt)?;
+            return Err(already_running(pid.trim()));
+        }
+        Err((_, errno)) => return Err(io::Error::from(errno)).with_context(attempt),
+    };
+    lock.set_len(0).and_then(|()| writeln!(lock, "{}", std::process::id())).with_context(attempt)?;
+    Ok(Lock::File(lock))
+}
+
+fn already_running(pid: &str) -> anyhow::Error {
+    anyhow!(
+        "another anyportd is at work in this network namespace, with pid {pid}; \
+         control that one with anyportctl, or stop it first: kill {pid}"
+    )
+}
+
+/// Who holds the lock, as the kernel says. A daemon answers at once; whoever does not is none.
+fn holder_of_lock() -> Option<UnixCredentials> {
+    let socket = Socket::new(Domain::UNIX, Type::STREAM.nonblocking(), None).ok()?;
+    socket.connect(&SockAddr::unix(format!("\0{NAME}")).ok()?).ok()?;
+    getsockopt(&socket, PeerCredentials).ok()
+}
