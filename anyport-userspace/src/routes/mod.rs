@@ -1,22 +1,29 @@
 //! `AnyIP`: `local` routes that make whole prefixes addresses of this host.
 //!
 //! They stand in the table `local` with a protocol number of our own, so that `ip route show table local proto 165`
-//! lists them, and only those are ever removed.
+//! lists them, and only those are ever removed. There are as few of them as cover the addresses.
+
+mod coverage;
+mod netlink;
+mod wire;
 
 use std::{
-    collections::{BTreeSet, HashMap, HashSet},
-    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    collections::{BTreeSet, HashSet},
+    net::IpAddr,
+    sync::{Arc, Mutex, PoisonError},
 };
 
 use anyhow::Context as _;
-use futures_util::{Stream, StreamExt as _, TryStreamExt as _, future::join_all};
-use netlink_packet_route::{
-    AddressFamily,
-    route::{RouteAddress, RouteAttribute, RouteMessage, RouteProtocol, RouteScope, RouteType, RouteVia},
-};
+use futures_util::{Stream, StreamExt as _};
 use nix::errno::Errno;
-use rtnetlink::{Handle, MulticastGroup, RouteMessageBuilder};
+use rtnetlink::MulticastGroup;
 
+pub use self::coverage::{Coverage, Difference, Edits};
+use self::{
+    coverage::position,
+    netlink::Netlink,
+    wire::{Change, RouteHeader, destination, family},
+};
 use crate::rules::Prefix;
 
 /// The route protocol that marks anyport's routes. Unassigned in `/etc/iproute2/rt_protos`.
@@ -25,148 +32,172 @@ pub const ROUTE_PROTOCOL: u8 = 165;
 /// `lo` has this index in every network namespace.
 const LOOPBACK_INDEX: u32 = 1;
 
-/// Requests that are under way at a time. Their acknowledgements must fit into the socket's receive buffer.
-const PIPELINE: usize = 64;
-
-/// Whose routes the table `local` holds for a prefix.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct Owners {
-    ours: bool,
-    others: bool,
-}
-
-/// What has to be done so that the wanted prefixes, and no others of ours, are local.
-#[derive(Debug, Default, PartialEq, Eq)]
-struct Difference {
-    unwanted: Vec<Prefix>,
-    missing: Vec<Prefix>,
-    left_as_found: Vec<Prefix>,
-}
-
-fn difference(found: &HashMap<Prefix, Owners>, wanted: &HashSet<Prefix>) -> Difference {
-    let mut difference = Difference {
-        unwanted: found
-            .iter()
-            .filter(|(prefix, owners)| owners.ours && !wanted.contains(prefix))
-            .map(|(prefix, _)| *prefix)
-            .collect(),
-        ..Difference::default()
-    };
-    for prefix in wanted {
-        match found.get(prefix) {
-            Some(Owners { ours: true, .. }) => {}
-            Some(Owners { others: true, .. }) => difference.left_as_found.push(*prefix),
-            _ => difference.missing.push(*prefix),
-        }
-    }
-    difference
+/// A route as the kernel holds it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Route {
+    /// Where it leads to.
+    pub block: Prefix,
+    /// Whether it ends at this host.
+    pub is_local: bool,
+    /// Who made it, see `/etc/iproute2/rt_protos`.
+    pub protocol: u8,
 }
 
 /// The routes of one network namespace, seen through a netlink socket.
+///
+/// A change that has begun goes on to its end, even if nobody waits for it any more; what comes next waits.
 #[derive(Debug)]
 pub struct Routes {
-    handle: Handle,
+    netlink: Arc<Mutex<Netlink>>,
 }
 
 impl Routes {
-    /// Opens a netlink socket in the thread's network namespace. Must be called within a tokio runtime.
+    /// Opens a netlink socket in the thread's network namespace.
     pub fn open() -> anyhow::Result<Self> {
-        // The strict check is what makes the kernel filter dumps by table and type: a router may hold a million routes.
-        let (connection, handle, _) =
-            rtnetlink::new_connection_with_strict_check().context("opening a netlink socket for routes")?;
-        tokio::spawn(connection);
-        Ok(Self { handle })
+        let netlink = Netlink::open().context("opening a netlink socket for routes")?;
+        Ok(Self { netlink: Arc::new(Mutex::new(netlink)) })
     }
 
-    /// The prefixes that our routes make local.
-    #[cfg(test)]
-    async fn observe(&self) -> anyhow::Result<HashSet<Prefix>> {
-        let found = self.local().await?;
-        let ours = found.into_iter().filter(|(_, owners)| owners.ours);
-        Ok(ours.map(|(prefix, _)| prefix).collect())
+    /// The prefixes that our routes make local, in order.
+    pub async fn ours(&self) -> anyhow::Result<Vec<Prefix>> {
+        self.with(|netlink| Ok(local(netlink)?.ours)).await
     }
 
-    /// Takes away those of our routes that are not wanted.
-    pub async fn remove_unwanted(&self, wanted: &HashSet<Prefix>) -> anyhow::Result<()> {
-        let unwanted = difference(&self.local().await?, wanted).unwanted;
-        for chunk in unwanted.chunks(PIPELINE) {
-            let removals = chunk.iter().map(async |prefix| {
-                let result = self.handle.route().del(named(prefix)).execute().await;
-                match result.map_err(errno) {
-                    Ok(()) | Err(Errno::ESRCH) => Ok(()),
-                    Err(errno) => Err(refused("removing", prefix, errno)),
-                }
-            });
-            join_all(removals).await.into_iter().collect::<Result<(), _>>()?;
-        }
-        Ok(())
+    /// Makes exactly these addresses local by routes of ours, whatever was there before. Reads all local routes, and
+    /// changes what differs. Returns what was left as found, as [`Self::add`] does.
+    ///
+    /// No address that was local and remains so is without a route in between.
+    pub async fn set(&self, coverage: &Coverage) -> anyhow::Result<Vec<Prefix>> {
+        let wanted: Vec<Prefix> = coverage.blocks().collect();
+        self.with(move |netlink| {
+            let Local { ours, others } = local(netlink)?;
+            let Difference { removed, added } = Difference::between(ours.into_iter(), wanted.into_iter());
+            let (mut left_as_found, missing) = added.into_iter().partition::<Vec<_>, _>(|it| others.contains(it));
+            left_as_found.extend(add(netlink, &missing)?);
+            remove(netlink, &removed)?;
+            Ok(left_as_found)
+        })
+        .await
     }
 
-    /// Adds the routes that are missing. Returns the prefixes that were left as found, since somebody else's route
-    /// of the table `local` leads there already.
-    pub async fn add_missing(&self, wanted: &HashSet<Prefix>) -> anyhow::Result<Vec<Prefix>> {
-        let Difference { missing, mut left_as_found, .. } = difference(&self.local().await?, wanted);
-        for chunk in missing.chunks(PIPELINE) {
-            let additions = chunk.iter().map(async |prefix| {
-                let result = self.handle.route().add(complete(prefix)).execute().await;
-                match result.map_err(errno) {
-                    Ok(()) => Ok(None),
-                    Err(Errno::EEXIST) => Ok(Some(*prefix)),
-                    Err(errno) => Err(refused("adding", prefix, errno)),
-                }
-            });
-            for addition in join_all(additions).await {
-                left_as_found.extend(addition?);
-            }
-        }
-        Ok(left_as_found)
+    /// Adds the routes that came, and then removes those that went, without a look at the others. Returns what was
+    /// left as found, as [`Self::add`] does.
+    ///
+    /// No address that was local and remains so is without a route in between. After an error,
+    /// [`Difference::reversed`] leads back.
+    pub async fn apply(&self, difference: &Difference) -> anyhow::Result<Vec<Prefix>> {
+        let Difference { removed, added } = difference.clone();
+        self.with(move |netlink| {
+            let left_as_found = add(netlink, &added)?;
+            remove(netlink, &removed)?;
+            Ok(left_as_found)
+        })
+        .await
+    }
+
+    /// Adds routes. Returns the prefixes that were left as found, since the table `local` holds the same route
+    /// already. After an error, some may have been added.
+    pub async fn add(&self, prefixes: &[Prefix]) -> anyhow::Result<Vec<Prefix>> {
+        let prefixes = prefixes.to_vec();
+        self.with(move |netlink| add(netlink, &prefixes)).await
+    }
+
+    /// Removes routes of ours, if they are there. After an error, some may have been removed.
+    pub async fn remove(&self, prefixes: &[Prefix]) -> anyhow::Result<()> {
+        let prefixes = prefixes.to_vec();
+        self.with(move |netlink| remove(netlink, &prefixes)).await
+    }
+
+    /// The route that packets to this address take.
+    pub async fn to(&self, address: IpAddr) -> anyhow::Result<Option<Route>> {
+        self.with(move |netlink| {
+            let found = netlink.find(address).with_context(|| format!("looking up the route to {address}"))?;
+            Ok(found.map(|(block, header)| Route {
+                block,
+                is_local: header.kind == libc::RTN_LOCAL,
+                protocol: header.protocol,
+            }))
+        })
+        .await
     }
 
     /// The gateways of all routes of all tables.
     pub async fn gateways(&self) -> anyhow::Result<Vec<IpAddr>> {
-        let mut gateways = BTreeSet::new();
-        for family in [AddressFamily::Inet, AddressFamily::Inet6] {
-            let routes = self.dump(family, libc::RT_TABLE_UNSPEC, RouteType::Unicast).await?;
-            for route in routes {
-                collect_gateways(&route.attributes, &mut gateways);
-            }
-        }
-        Ok(gateways.into_iter().collect())
+        self.with(|netlink| {
+            let mut gateways = BTreeSet::new();
+            list(netlink, libc::RT_TABLE_UNSPEC, libc::RTN_UNICAST, |_, attributes| {
+                wire::gateways(attributes, &mut |gateway| {
+                    gateways.insert(gateway);
+                });
+            })?;
+            Ok(gateways.into_iter().collect())
+        })
+        .await
     }
 
-    async fn local(&self) -> anyhow::Result<HashMap<Prefix, Owners>> {
-        let mut found: HashMap<Prefix, Owners> = HashMap::new();
-        for family in [AddressFamily::Inet, AddressFamily::Inet6] {
-            let routes = self.dump(family, libc::RT_TABLE_LOCAL, RouteType::Local).await?;
-            for route in routes {
-                let Some(prefix) = destination(&route) else { continue };
-                let owners = found.entry(prefix).or_default();
-                match route.header.protocol {
-                    RouteProtocol::Other(ROUTE_PROTOCOL) => owners.ours = true,
-                    _ => owners.others = true,
-                }
-            }
-        }
-        Ok(found)
+    async fn with<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&mut Netlink) -> anyhow::Result<T> + Send + 'static,
+    ) -> anyhow::Result<T> {
+        let netlink = Arc::clone(&self.netlink);
+        // A request holds no state on the socket that could be left half done.
+        let work = move || work(&mut netlink.lock().unwrap_or_else(PoisonError::into_inner));
+        tokio::task::spawn_blocking(work).await.context("changing routes")?
     }
+}
 
-    async fn dump(&self, family: AddressFamily, table: u8, kind: RouteType) -> anyhow::Result<Vec<RouteMessage>> {
-        let mut query = RouteMessage::default();
-        query.header.address_family = family;
-        query.header.table = table;
-        query.header.kind = kind;
-        let routes = self.handle.route().get(query).execute();
-        match routes.try_collect::<Vec<_>>().await.map_err(errno) {
-            // A kernel without IPv6 answers with the routes of the families that it has.
-            Ok(mut routes) => {
-                routes.retain(|route| route.header.address_family == family);
-                Ok(routes)
-            }
-            // The table comes into being with its first route.
-            Err(Errno::ENOENT) => Ok(Vec::new()),
-            Err(errno) => Err(errno).with_context(|| format!("listing the routes of {family:?}")),
+fn add(netlink: &mut Netlink, prefixes: &[Prefix]) -> anyhow::Result<Vec<Prefix>> {
+    let mut left_as_found = Vec::new();
+    netlink.change(Change::Add, prefixes, |prefix, errno| match errno {
+        Errno::EEXIST => {
+            left_as_found.push(*prefix);
+            Ok(())
         }
+        _ => Err(refused("adding", prefix, errno)),
+    })?;
+    Ok(left_as_found)
+}
+
+fn remove(netlink: &mut Netlink, prefixes: &[Prefix]) -> anyhow::Result<()> {
+    netlink.change(Change::Remove, prefixes, |prefix, errno| match errno {
+        Errno::ESRCH => Ok(()),
+        _ => Err(refused("removing", prefix, errno)),
+    })
+}
+
+/// The prefixes that the table `local` makes local.
+struct Local {
+    /// In order, each once.
+    ours: Vec<Prefix>,
+    others: HashSet<Prefix>,
+}
+
+fn local(netlink: &mut Netlink) -> anyhow::Result<Local> {
+    let mut local = Local { ours: Vec::new(), others: HashSet::new() };
+    list(netlink, libc::RT_TABLE_LOCAL, libc::RTN_LOCAL, |route, attributes| {
+        let Some(prefix) = destination(route, attributes) else { return };
+        if route.protocol == ROUTE_PROTOCOL {
+            local.ours.push(prefix);
+        } else {
+            local.others.insert(prefix);
+        }
+    })?;
+    local.ours.sort_unstable_by_key(position);
+    local.ours.dedup();
+    Ok(local)
+}
+
+fn list(
+    netlink: &mut Netlink,
+    table: u8,
+    kind: u8,
+    mut found: impl FnMut(&RouteHeader, wire::Attributes<'_>),
+) -> anyhow::Result<()> {
+    for (name, is_ipv4) in [("IPv4", true), ("IPv6", false)] {
+        let like = RouteHeader { family: family(is_ipv4), table, kind, ..RouteHeader::default() };
+        netlink.list(&like, &mut found).with_context(|| format!("listing the routes of {name}"))?;
     }
+    Ok(())
 }
 
 /// Gives an item whenever a network interface appears, changes or goes. Must be called within a tokio runtime.
@@ -178,91 +209,6 @@ pub fn link_changes() -> anyhow::Result<impl Stream<Item = ()> + Send + Unpin> {
         // The connection would end with its last handle.
         let _keep = &handle;
     }))
-}
-
-/// What tells our route to a prefix from any other, for its removal.
-fn named(prefix: &Prefix) -> RouteMessage {
-    builder(prefix).build()
-}
-
-/// Our route to a prefix. Its source hint makes local clients use a loopback address rather than one of the prefix
-/// itself, so that a rule for the prefix sees what they send and never what they are sent.
-fn complete(prefix: &Prefix) -> RouteMessage {
-    let mut builder = builder(prefix);
-    let source = match prefix.address() {
-        IpAddr::V4(_) => RouteAddress::Inet(Ipv4Addr::LOCALHOST),
-        IpAddr::V6(_) => RouteAddress::Inet6(Ipv6Addr::LOCALHOST),
-    };
-    builder.get_mut().attributes.push(RouteAttribute::PrefSource(source));
-    builder.build()
-}
-
-fn builder(prefix: &Prefix) -> RouteMessageBuilder<IpAddr> {
-    let mut builder = RouteMessageBuilder::<IpAddr>::new()
-        .table_id(libc::RT_TABLE_LOCAL.into())
-        .protocol(RouteProtocol::Other(ROUTE_PROTOCOL))
-        .kind(RouteType::Local)
-        .scope(RouteScope::Host)
-        .output_interface(LOOPBACK_INDEX);
-    let (family, destination) = match prefix.address() {
-        IpAddr::V4(address) => (AddressFamily::Inet, RouteAddress::Inet(address)),
-        IpAddr::V6(address) => (AddressFamily::Inet6, RouteAddress::Inet6(address)),
-    };
-    let message = builder.get_mut();
-    message.header.address_family = family;
-    message.header.destination_prefix_length = prefix.len();
-    message.attributes.push(RouteAttribute::Destination(destination));
-    builder
-}
-
-fn destination(route: &RouteMessage) -> Option<Prefix> {
-    let address = route.attributes.iter().find_map(|attribute| match attribute {
-        RouteAttribute::Destination(address) => Some(address),
-        _ => None,
-    });
-    // The route to everything has no destination.
-    let address = match (address, route.header.address_family) {
-        (Some(address), _) => ip_address(address)?,
-        (None, AddressFamily::Inet) => Ipv4Addr::UNSPECIFIED.into(),
-        (None, _) => Ipv6Addr::UNSPECIFIED.into(),
-    };
-    format!("{address}/{}", route.header.destination_prefix_length).parse().ok()
-}
-
-fn collect_gateways(attributes: &[RouteAttribute], gateways: &mut BTreeSet<IpAddr>) {
-    for attribute in attributes {
-        match attribute {
-            RouteAttribute::Gateway(address) => gateways.extend(ip_address(address)),
-            RouteAttribute::Via(RouteVia::Inet(address)) => {
-                gateways.insert(IpAddr::V4(*address));
-            }
-            RouteAttribute::Via(RouteVia::Inet6(address)) => {
-                gateways.insert(IpAddr::V6(*address));
-            }
-            RouteAttribute::MultiPath(next_hops) => {
-                for next_hop in next_hops {
-                    collect_gateways(&next_hop.attributes, gateways);
-                }
-            }
-            _ => {}
-        }
-    }
-}
-
-fn ip_address(address: &RouteAddress) -> Option<IpAddr> {
-    match address {
-        RouteAddress::Inet(address) => Some(IpAddr::V4(*address)),
-        RouteAddress::Inet6(address) => Some(IpAddr::V6(*address)),
-        _ => None,
-    }
-}
-
-/// The kernel's answer; a connection that broke is an I/O error.
-fn errno(error: rtnetlink::Error) -> Errno {
-    match error {
-        rtnetlink::Error::NetlinkError(message) => Errno::from_raw(-message.raw_code()),
-        _ => Errno::EIO,
-    }
 }
 
 fn refused(doing: &str, prefix: &Prefix, errno: Errno) -> anyhow::Error {

@@ -1,42 +1,20 @@
-use std::{
-    collections::{HashMap, HashSet},
-    process::Command,
-};
+use std::{collections::HashSet, fs, process::Command, time::Duration};
 
+use futures_util::StreamExt as _;
+use netlink_packet_route::{RouteNetlinkMessage, route::RouteMessage};
 use nix::sched::{CloneFlags, unshare};
+use rtnetlink::{MulticastGroup, packet_core::NetlinkPayload};
+use tokio::time::timeout;
 
-use super::{Difference, Owners, Routes, difference, link_changes};
+use super::{Coverage, Edits, ROUTE_PROTOCOL, Route, Routes, link_changes};
 use crate::rules::Prefix;
 
 fn prefix(text: &str) -> Prefix {
     text.parse().unwrap()
 }
 
-fn prefixes(texts: &[&str]) -> HashSet<Prefix> {
+fn prefixes<T: FromIterator<Prefix>>(texts: &[&str]) -> T {
     texts.iter().map(|text| prefix(text)).collect()
-}
-
-#[test]
-fn difference_spares_what_is_not_ours() {
-    let owners = |ours, others| Owners { ours, others };
-    let found = HashMap::from([
-        (prefix("192.0.2.0/24"), owners(true, false)),
-        (prefix("198.51.100.0/24"), owners(true, false)),
-        (prefix("203.0.113.0/24"), owners(false, true)),
-        (prefix("203.0.113.7/32"), owners(false, true)),
-        (prefix("2001:db8::/64"), owners(true, true)),
-    ]);
-    let wanted = prefixes(&["192.0.2.0/24", "203.0.113.0/24", "192.0.2.0/25"]);
-    let mut difference = difference(&found, &wanted);
-    difference.unwanted.sort_by_key(Prefix::len);
-    assert_eq!(
-        difference,
-        Difference {
-            unwanted: vec![prefix("198.51.100.0/24"), prefix("2001:db8::/64")],
-            missing: vec![prefix("192.0.2.0/25")],
-            left_as_found: vec![prefix("203.0.113.0/24")],
-        }
-    );
 }
 
 /// Runs `test` in a network namespace of its own, which goes with the thread. Needs root.
@@ -57,6 +35,37 @@ fn ip(arguments: &str) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
+fn all_routes() -> String {
+    ip("route show table all") + &ip("-6 route show table all")
+}
+
+#[test]
+fn finds_the_one_route_to_an_address() {
+    in_namespace(async || {
+        ip("link set lo up");
+        ip("route add local 198.51.100.0/24 dev lo");
+        ip("route add 203.0.113.0/24 dev lo");
+        let routes = Routes::open().unwrap();
+        assert_eq!(routes.to("192.0.2.7".parse().unwrap()).await.unwrap(), None);
+        routes.add(&prefixes::<Vec<_>>(&["192.0.2.0/24", "2001:db8::/64"])).await.unwrap();
+        ip("route add blackhole 192.0.0.0/16");
+        for (address, block, is_local, protocol) in [
+            ("192.0.2.7", "192.0.2.0/24", true, ROUTE_PROTOCOL),
+            ("2001:db8::7", "2001:db8::/64", true, ROUTE_PROTOCOL),
+            // `boot` and `kernel`
+            ("198.51.100.7", "198.51.100.0/24", true, 3),
+            ("203.0.113.7", "203.0.113.0/24", false, 3),
+            ("127.0.0.1", "127.0.0.1/32", true, 2),
+        ] {
+            let expected = Route { block: prefix(block), is_local, protocol };
+            assert_eq!(routes.to(address.parse().unwrap()).await.unwrap(), Some(expected), "{address}");
+        }
+        for address in ["192.0.3.7", "2001:db8:1::7"] {
+            assert_eq!(routes.to(address.parse().unwrap()).await.unwrap(), None, "{address}");
+        }
+    });
+}
+
 #[test]
 fn adds_and_removes_only_ours() {
     in_namespace(async || {
@@ -64,48 +73,126 @@ fn adds_and_removes_only_ours() {
         ip("route add local 198.51.100.0/24 dev lo");
         ip("-6 route add local 2001:db8:1::/64 dev lo metric 9");
         ip("route add 203.0.113.0/24 dev lo proto 165");
-        let before = ip("route show table all") + &ip("-6 route show table all");
+        let before = all_routes();
         let routes = Routes::open().unwrap();
-        let wanted = prefixes(&[
+        let wanted: Coverage = prefixes(&[
             "192.0.2.0/24",
             "192.0.2.7",
-            "0.0.0.0/0",
             "198.51.100.0/24",
             "2001:db8::/64",
             "2001:db8::7",
-            "::/0",
             "2001:db8:1::/64",
+            "192.0.3.0/24",
+            "2001:db8:2::/64",
         ]);
+        let ours: Vec<Prefix> = prefixes(&["192.0.2.0/23", "2001:db8::/64", "2001:db8:2::/64"]);
         for _ in 0..2 {
-            let left_as_found = routes.add_missing(&wanted).await.unwrap();
-            assert_eq!(HashSet::from_iter(left_as_found), prefixes(&["198.51.100.0/24", "2001:db8:1::/64"]));
-            assert_eq!(routes.observe().await.unwrap().len(), 6);
+            let left_as_found = routes.set(&wanted).await.unwrap();
+            assert_eq!(left_as_found, prefixes::<Vec<_>>(&["198.51.100.0/24", "2001:db8:1::/64"]));
+            assert_eq!(routes.ours().await.unwrap(), ours);
         }
         assert!(ip("route get 192.0.2.77").contains("src 127.0.0.1"));
         assert!(ip("route get 2001:db8::77").contains("src ::1"));
         // A route of somebody else to the same destination outlives ours.
         ip("-6 route add local 2001:db8::/64 dev lo metric 2000 table local");
-        routes.remove_unwanted(&wanted).await.unwrap();
-        assert_eq!(routes.observe().await.unwrap().len(), 6);
+        routes.set(&wanted).await.unwrap();
+        assert_eq!(routes.ours().await.unwrap(), ours);
         for _ in 0..2 {
-            routes.remove_unwanted(&HashSet::new()).await.unwrap();
-            assert!(routes.observe().await.unwrap().is_empty());
+            routes.set(&Coverage::default()).await.unwrap();
+            assert!(routes.ours().await.unwrap().is_empty());
         }
         ip("-6 route del local 2001:db8::/64 dev lo metric 2000 table local");
-        assert_eq!(ip("route show table all") + &ip("-6 route show table all"), before);
+        assert_eq!(all_routes(), before);
     });
 }
 
 #[test]
-fn adds_more_than_the_socket_can_buffer() {
+fn everything_may_be_local() {
+    in_namespace(async || {
+        ip("link set lo up");
+        let before = all_routes();
+        let routes = Routes::open().unwrap();
+        routes.set(&prefixes(&["0.0.0.0/1", "128.0.0.0/1", "::/0"])).await.unwrap();
+        assert_eq!(routes.ours().await.unwrap(), prefixes::<Vec<_>>(&["0.0.0.0/0", "::/0"]));
+        routes.set(&Coverage::default()).await.unwrap();
+        assert_eq!(all_routes(), before);
+    });
+}
+
+#[test]
+fn small_changes_mind_what_is_there() {
+    in_namespace(async || {
+        ip("link set lo up");
+        ip("route add local 198.51.100.0/24 dev lo");
+        ip("-6 route add local 2001:db8:0:1::/64 dev lo");
+        let before = all_routes();
+        let routes = Routes::open().unwrap();
+        let foreign: Vec<Prefix> = prefixes(&["198.51.100.0/24", "2001:db8:0:1::/64"]);
+        let mut coverage = Coverage::default();
+        let mut edits = Edits::default();
+        for prefix in foreign.iter().copied().chain(prefixes::<Vec<_>>(&["192.0.2.0/24", "2001:db8::/64"])) {
+            coverage.add(&prefix, &mut edits);
+        }
+        let there_and_back = edits.difference();
+        // Two of these are one block, of which somebody else has but a half.
+        assert_eq!(routes.apply(&there_and_back).await.unwrap(), prefixes::<Vec<_>>(&["198.51.100.0/24"]));
+        assert_eq!(routes.ours().await.unwrap(), prefixes::<Vec<_>>(&["192.0.2.0/24", "2001:db8::/63"]));
+        // That somebody was faster is no harm.
+        ip("route del local 192.0.2.0/24 dev lo proto 165 table local");
+        routes.apply(&there_and_back.reversed()).await.unwrap();
+        assert_eq!(all_routes(), before);
+        assert_eq!(routes.add(&foreign).await.unwrap(), foreign);
+        routes.remove(&foreign).await.unwrap();
+        assert_eq!(all_routes(), before);
+    });
+}
+
+#[test]
+fn only_the_difference_is_changed_and_first_what_comes() {
     in_namespace(async || {
         ip("link set lo up");
         let routes = Routes::open().unwrap();
-        let wanted = (0..5000u32).map(|i| prefix(&format!("10.{}.{}.0/24", i >> 8, i & 0xff))).collect();
-        routes.add_missing(&wanted).await.unwrap();
-        assert_eq!(routes.observe().await.unwrap(), wanted);
-        routes.remove_unwanted(&HashSet::new()).await.unwrap();
-        assert!(routes.observe().await.unwrap().is_empty());
+        routes.set(&prefixes(&["192.0.2.0/24", "198.51.100.0/24", "2001:db8::/64"])).await.unwrap();
+        let groups = [MulticastGroup::Ipv4Route, MulticastGroup::Ipv6Route];
+        let (connection, _handle, mut news) = rtnetlink::new_multicast_connection(&groups).unwrap();
+        tokio::spawn(connection);
+        let latter = prefixes(&["192.0.2.0/25", "198.51.100.0/24", "2001:db8::/63"]);
+        for _ in 0..2 {
+            routes.set(&latter).await.unwrap();
+        }
+        let mut changes = Vec::new();
+        while let Ok(Some((message, _))) = timeout(Duration::from_millis(200), news.next()).await {
+            changes.push(match message.payload {
+                NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewRoute(route)) => ('+', len(&route)),
+                NetlinkPayload::InnerMessage(RouteNetlinkMessage::DelRoute(route)) => ('-', len(&route)),
+                other => panic!("{other:?}"),
+            });
+        }
+        assert_eq!(changes, [('+', 25), ('+', 63), ('-', 24), ('-', 64)]);
+    });
+}
+
+fn len(route: &RouteMessage) -> u8 {
+    route.header.destination_prefix_length
+}
+
+#[test]
+fn answers_to_large_batches_are_not_lost() {
+    in_namespace(async || {
+        ip("link set lo up");
+        let routes = Routes::open().unwrap();
+        let every_other = |is_ipv4, base: u128, len| {
+            (0..5_000u128).map(move |i| Prefix::from_bits(is_ipv4, base | i << 9, len)).collect::<Vec<_>>()
+        };
+        let prefixes = [every_other(true, 0x7f80_0000, 24), every_other(false, 0x2001_0db8 << 96, 120)].concat();
+        assert!(routes.add(&prefixes).await.unwrap().is_empty());
+        assert_eq!(routes.ours().await.unwrap(), prefixes);
+        // Each of these is refused.
+        let refused: HashSet<Prefix> = routes.add(&prefixes).await.unwrap().into_iter().collect();
+        assert_eq!(refused, prefixes.iter().copied().collect());
+        routes.remove(&prefixes).await.unwrap();
+        routes.remove(&prefixes).await.unwrap();
+        assert!(routes.ours().await.unwrap().is_empty());
     });
 }
 
@@ -114,9 +201,24 @@ fn a_loopback_that_is_down_is_named() {
     in_namespace(async || {
         let routes = Routes::open().unwrap();
         for text in ["192.0.2.0/24", "2001:db8::/64"] {
-            let error = routes.add_missing(&prefixes(&[text])).await.unwrap_err().to_string();
+            let error = routes.add(&[prefix(text)]).await.unwrap_err().to_string();
             assert!(error.contains(text) && error.contains("ip link set lo up"), "{error}");
         }
+    });
+}
+
+#[test]
+fn ipv6_that_is_off_is_named() {
+    in_namespace(async || {
+        ip("link set lo up");
+        fs::write("/proc/sys/net/ipv6/conf/lo/disable_ipv6", "1").unwrap();
+        let routes = Routes::open().unwrap();
+        // The one that is refused is told from the others of its batch.
+        let prefixes: Vec<Prefix> = prefixes(&["192.0.2.0/24", "2001:db8::/64", "198.51.100.0/24"]);
+        let error = routes.add(&prefixes).await.unwrap_err().to_string();
+        assert!(error.contains("2001:db8::/64") && error.contains("disable_ipv6"), "{error}");
+        routes.set(&Coverage::default()).await.unwrap();
+        assert!(routes.ours().await.unwrap().is_empty());
     });
 }
 
@@ -143,11 +245,10 @@ fn finds_gateways_of_every_kind() {
 
 #[test]
 fn tells_of_new_interfaces() {
-    use futures_util::StreamExt as _;
     in_namespace(async || {
         let mut changes = link_changes().unwrap();
         ip("link add port0 type veth peer port1");
-        let change = tokio::time::timeout(std::time::Duration::from_secs(5), changes.next());
+        let change = timeout(Duration::from_secs(5), changes.next());
         assert_eq!(change.await.unwrap(), Some(()));
     });
 }
