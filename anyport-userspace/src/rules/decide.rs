@@ -2,27 +2,27 @@ use std::net::IpAddr;
 
 use anyport_common::flow::Transport;
 
-use super::{Rule, RuleSet, rule::Target};
+use super::{Prefix, RuleSet, rule::Target, set::Numbered};
 
 /// What a rule set says of a packet.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug)]
 pub enum Decision<'a> {
     /// No rule has an opinion: the packet is the host's.
     Unmatched,
     /// This rule leaves it to the host.
-    Host(&'a Rule),
+    Host(Numbered<'a>),
     /// This rule steers it to its service.
-    Steer(&'a Rule),
+    Steer(Numbered<'a>),
 }
 
 /// The reference decision, which every back end must agree with: the first rule in order of precedence that has
 /// an opinion on the packet.
-pub fn decide(rules: &RuleSet, address: IpAddr, transport: Transport, port: u16) -> Decision<'_> {
+pub fn decide(rules: &RuleSet, address: IpAddr, transport: Transport, port: u16, source: IpAddr) -> Decision<'_> {
     rules
-        .iter()
-        .filter(|rule| rule.protocol.transports().contains(&transport))
-        .filter(|rule| rule.prefix.contains(address))
-        .find_map(|rule| match rule.target(port)? {
+        .around(Prefix::host(address))
+        .flat_map(|(prefix, rules)| rules.numbered(prefix))
+        .filter(|rule| rule.terms.protocol.transports().contains(&transport) && rule.terms.is_about(source))
+        .find_map(|rule| match rule.terms.target(port)? {
             Target::Host => Some(Decision::Host(rule)),
             Target::Service(_) => Some(Decision::Steer(rule)),
         })

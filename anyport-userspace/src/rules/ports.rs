@@ -35,6 +35,14 @@ impl PortSet {
         after > 0 && port <= self.0[after - 1].1
     }
 
+    /// Whether every port of this set is in the other.
+    pub fn is_subset(&self, other: &Self) -> bool {
+        self.0.iter().all(|(first, last)| {
+            let after = other.0.partition_point(|(begin, _)| begin <= first);
+            after > 0 && *last <= other.0[after - 1].1
+        })
+    }
+
     /// The ports in either set.
     #[must_use]
     pub fn union(&self, other: &Self) -> Self {
@@ -160,6 +168,9 @@ mod tests {
                 let expected = ranges.iter().any(|(first, len)| (*first..=first + len).contains(&port));
                 prop_assert_eq!(ports.contains(port), expected);
             }
+            let some: PortSet = text.iter().take(2).cloned().collect::<Vec<_>>().join(",").parse().unwrap();
+            prop_assert!(some.is_subset(&ports) && PortSet::default().is_subset(&some));
+            prop_assert_eq!(ports.is_subset(&some), (0..=400).all(|port| some.contains(port) || !ports.contains(port)));
             prop_assert_eq!(ports.to_string().parse::<PortSet>().unwrap(), ports);
         }
     }

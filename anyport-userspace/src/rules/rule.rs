@@ -1,4 +1,4 @@
-use std::{cmp::Reverse, fmt, net::IpAddr, str::FromStr};
+use std::{cmp::Reverse, fmt, net::IpAddr, str::FromStr, sync::Arc};
 
 use anyport_common::flow::Transport;
 use serde::{Deserialize, Deserializer, Serialize, de::Error as _};
@@ -30,19 +30,33 @@ impl Protocol {
         }
     }
 
+    /// The protocol as text.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Tcp => "tcp",
+            Self::Udp => "udp",
+            Self::Both => "both",
+        }
+    }
+
     /// Whether the two have a transport in common.
     pub fn overlaps(self, other: Self) -> bool {
         self == other || self == Self::Both || other == Self::Both
     }
 }
 
+impl From<Transport> for Protocol {
+    fn from(transport: Transport) -> Self {
+        match transport {
+            Transport::Tcp => Self::Tcp,
+            Transport::Udp => Self::Udp,
+        }
+    }
+}
+
 impl fmt::Display for Protocol {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Tcp => "tcp",
-            Self::Udp => "udp",
-            Self::Both => "both",
-        })
+        f.write_str(self.as_str())
     }
 }
 
@@ -101,55 +115,113 @@ impl<'de> Deserialize<'de> for ServiceName {
 }
 
 /// Where a rule or a service came from.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Origin {
     /// The configuration file.
     Config,
+    /// `anyportctl apply`.
+    Applied,
     /// `anyportctl add-prefix` or `add-service`.
     #[default]
     Added,
 }
 
-impl fmt::Display for Origin {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
+impl Origin {
+    /// The origin as text.
+    pub fn as_str(self) -> &'static str {
+        match self {
             Self::Config => "config",
+            Self::Applied => "applied",
             Self::Added => "added",
-        })
+        }
     }
 }
 
-/// Steer the ports of a prefix to a service, and leave the excepted ones to the host.
-///
-/// This is also what stands under `[[rule]]` in the configuration, and in the state file.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Rule {
-    /// The destination addresses.
-    pub prefix: Prefix,
-    /// The transports.
-    #[serde(default)]
-    pub protocol: Protocol,
-    /// The destination ports that are steered.
-    #[serde(default = "PortSet::all")]
-    pub ports: PortSet,
-    /// The destination ports that are left to the host, also where `ports` has them.
-    #[serde(default)]
-    pub except: PortSet,
-    /// Who receives what is steered.
-    #[serde(default = "ServiceName::default_service")]
-    pub service: ServiceName,
-    /// Whether anyport makes the prefix local.
-    #[serde(default = "yes")]
-    pub route: bool,
-    /// Where the rule came from.
-    #[serde(skip)]
-    pub origin: Origin,
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
 }
 
-fn yes() -> bool {
-    true
+/// The origins of a rule: it stays for as long as one of them holds it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Origins(u8);
+
+impl Origins {
+    const fn bit(origin: Origin) -> u8 {
+        1 << origin as u8
+    }
+
+    /// Whether this is one of them.
+    pub fn contains(self, origin: Origin) -> bool {
+        self.0 & Self::bit(origin) != 0
+    }
+
+    /// With this one too.
+    #[must_use]
+    pub fn with(self, origin: Origin) -> Self {
+        Self(self.0 | Self::bit(origin))
+    }
+
+    /// Without this one.
+    #[must_use]
+    pub fn without(self, origin: Origin) -> Self {
+        Self(self.0 & !Self::bit(origin))
+    }
+
+    /// These and those.
+    #[must_use]
+    pub fn union(self, other: Self) -> Self {
+        Self(self.0 | other.0)
+    }
+
+    /// Whether none is left.
+    pub fn is_empty(self) -> bool {
+        self.0 == 0
+    }
+
+    /// The one that is shown: configuration before `apply` before what was added by hand.
+    pub fn first(self) -> Origin {
+        let all = [Origin::Config, Origin::Applied, Origin::Added];
+        all.into_iter().find(|it| self.contains(*it)).unwrap_or_default()
+    }
+}
+
+impl From<Origin> for Origins {
+    fn from(origin: Origin) -> Self {
+        Self(Self::bit(origin))
+    }
+}
+
+/// What a rule says of a prefix. Many rules say the same, so they share it.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Terms {
+    /// The transports.
+    pub protocol: Protocol,
+    /// The destination ports that are steered.
+    pub ports: PortSet,
+    /// The destination ports that are left to the host, also where `ports` has them.
+    pub except: PortSet,
+    /// The clients that the rule is about; all of them if there is none.
+    pub source: Option<Prefix>,
+    /// Who receives what is steered.
+    pub service: ServiceName,
+    /// Whether anyport makes the prefix local.
+    pub route: bool,
+}
+
+impl Default for Terms {
+    fn default() -> Self {
+        Self {
+            protocol: Protocol::default(),
+            ports: PortSet::all(),
+            except: PortSet::default(),
+            source: None,
+            service: ServiceName::default_service(),
+            route: true,
+        }
+    }
 }
 
 /// What a rule does with a port that it has an opinion on.
@@ -159,8 +231,8 @@ pub(super) enum Target<'a> {
     Service(&'a ServiceName),
 }
 
-impl Rule {
-    /// The ports that this rule has an opinion on: those it steers and those it leaves to the host.
+impl Terms {
+    /// The ports that the rule has an opinion on: those it steers and those it leaves to the host.
     pub fn opinion(&self) -> PortSet {
         self.ports.union(&self.except)
     }
@@ -168,20 +240,24 @@ impl Rule {
     /// Checks what the types leave open.
     ///
     /// # Errors
-    /// There is no port to steer.
-    pub fn validate(&self) -> Result<(), InvalidText> {
+    /// There is no port to steer, or prefix and source are of different families.
+    pub fn validate(&self, prefix: &Prefix) -> Result<(), InvalidText> {
         if self.ports.is_empty() {
             return Err(InvalidText(format!(
-                "{}: there are no ports to steer; leave ports away for all of them",
-                self.prefix
+                "{prefix}: there are no ports to steer; leave ports away for all of them"
             )));
         }
-        Ok(())
+        match &self.source {
+            Some(source) if source.is_ipv4() != prefix.is_ipv4() => Err(InvalidText(format!(
+                "{prefix}: no client from {source} can come there; prefix and source must be of the same IP version"
+            ))),
+            _ => Ok(()),
+        }
     }
 
-    /// Whether the two say the same of the same packets, wherever they came from.
-    pub fn says_the_same_as(&self, other: &Self) -> bool {
-        self.precedence() == other.precedence()
+    /// Whether the rule speaks of clients at this address.
+    pub fn is_about(&self, source: IpAddr) -> bool {
+        self.source.is_none_or(|it| it.contains(source))
     }
 
     pub(super) fn target(&self, port: u16) -> Option<Target<'_>> {
@@ -194,34 +270,107 @@ impl Rule {
         }
     }
 
-    /// Sorts rules so that of those with an opinion on a packet the first one decides: longer prefixes first, and
-    /// within a prefix those with fewer ports. What follows only makes the order total, so that it never depends
-    /// on who came first.
+    /// Sorts the rules of a prefix so that of those with an opinion on a packet the first one decides: those with
+    /// fewer ports first, and among them those with a longer source. What follows only makes the order total, so that
+    /// it never depends on who came first.
     pub fn precedence(&self) -> impl Ord + use<'_> {
-        let address = match self.prefix.address() {
-            IpAddr::V4(address) => (4, u128::from(address.to_bits())),
-            IpAddr::V6(address) => (6, address.to_bits()),
-        };
-        (
-            address.0,
-            Reverse(self.prefix.len()),
-            address.1,
-            self.opinion().count(),
-            self.protocol,
-            &self.ports,
-            &self.except,
-            &self.service,
-        )
+        // Where nothing is excepted, which is the rule, no set has to be made to count it.
+        let ports = if self.except.is_empty() { self.ports.count() } else { self.opinion().count() };
+        (ports, Reverse(self.source_len()), self.protocol, &self.ports, &self.except, self.source, &self.service)
+    }
+
+    /// How specific the source is: -1 without one.
+    pub(super) fn source_len(&self) -> i16 {
+        self.source.map_or(-1, |it| i16::from(it.len()))
+    }
+}
+
+impl fmt::Display for Terms {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} ports {}", self.protocol, self.ports)?;
+        if !self.except.is_empty() {
+            write!(f, " except {}", self.except)?;
+        }
+        if let Some(source) = &self.source {
+            write!(f, " from {source}")?;
+        }
+        write!(f, " -> {}", self.service)
+    }
+}
+
+/// Steer the ports of a prefix to a service, and leave the excepted ones to the host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Rule {
+    /// The destination addresses.
+    pub prefix: Prefix,
+    /// What becomes of them.
+    pub terms: Arc<Terms>,
+    /// Who wants it so.
+    pub origins: Origins,
+}
+
+impl Rule {
+    /// Whether the two say the same of the same packets, whoever wants it so.
+    pub fn says_the_same_as(&self, other: &Self) -> bool {
+        self.prefix == other.prefix && self.terms == other.terms
+    }
+
+    /// Sorts rules so that of those with an opinion on a packet the first one decides: longer prefixes first, and
+    /// within a prefix as [`Terms::precedence`] says.
+    pub fn precedence(&self) -> impl Ord + use<'_> {
+        (self.prefix, self.terms.precedence())
     }
 }
 
 impl fmt::Display for Rule {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} {} ports {}", self.prefix, self.protocol, self.ports)?;
-        if !self.except.is_empty() {
-            write!(f, " except {}", self.except)?;
-        }
-        write!(f, " -> {}", self.service)
+        write!(f, "{} {}", self.prefix, self.terms)
+    }
+}
+
+/// A rule as it stands under `[[rule]]` in a file, and in the state file.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RuleText {
+    /// The destination addresses.
+    pub prefix: Prefix,
+    /// The transports.
+    #[serde(default)]
+    pub protocol: Protocol,
+    /// The destination ports that are steered.
+    #[serde(default = "PortSet::all")]
+    pub ports: PortSet,
+    /// The destination ports that are left to the host.
+    #[serde(default)]
+    pub except: PortSet,
+    /// The clients that the rule is about; all of them if there is none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source: Option<Prefix>,
+    /// Who receives what is steered.
+    #[serde(default = "ServiceName::default_service")]
+    pub service: ServiceName,
+    /// Whether anyport makes the prefix local.
+    #[serde(default = "yes")]
+    pub route: bool,
+}
+
+fn yes() -> bool {
+    true
+}
+
+impl RuleText {
+    /// The rule that is meant.
+    pub fn into_rule(self, origin: Origin) -> Rule {
+        let Self { prefix, protocol, ports, except, source, service, route } = self;
+        let terms = Arc::new(Terms { protocol, ports, except, source, service, route });
+        Rule { prefix, terms, origins: origin.into() }
+    }
+}
+
+impl From<&Rule> for RuleText {
+    fn from(rule: &Rule) -> Self {
+        let Terms { protocol, ports, except, source, service, route } = Terms::clone(&rule.terms);
+        Self { prefix: rule.prefix, protocol, ports, except, source, service, route }
     }
 }
 

@@ -1,10 +1,58 @@
-use std::ops::Range;
+use std::{
+    collections::{BTreeMap, HashMap},
+    mem,
+    sync::Arc,
+};
 
-use super::{Prefix, Rule};
+use smallvec::SmallVec;
+
+use super::{Origin, Origins, Prefix, Rule, Terms};
 
 /// Rules in order of precedence, without contradictions.
+#[derive(Clone, Debug, Default)]
+pub struct RuleSet {
+    prefixes: BTreeMap<Prefix, PrefixRules>,
+    rules: usize,
+}
+
+/// The rules of one prefix, in order of precedence; at least one.
+///
+/// They are numbered in this order, one after the other, and stand under these numbers in the kernel.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct RuleSet(Vec<Rule>);
+pub struct PrefixRules {
+    /// The number of the first one, once they are numbered.
+    pub first_number: u32,
+    rules: SmallVec<[Held; 1]>,
+}
+
+/// A rule without its prefix.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Held {
+    /// What it says.
+    pub terms: Arc<Terms>,
+    /// Who wants it so.
+    pub origins: Origins,
+}
+
+/// A rule and its number.
+#[derive(Clone, Copy, Debug)]
+pub struct Numbered<'a> {
+    /// The prefix.
+    pub prefix: Prefix,
+    /// What the rule says.
+    pub terms: &'a Arc<Terms>,
+    /// Who wants it so.
+    pub origins: Origins,
+    /// Its number.
+    pub number: u32,
+}
+
+impl Numbered<'_> {
+    /// The rule by itself.
+    pub fn to_rule(self) -> Rule {
+        Rule { prefix: self.prefix, terms: Arc::clone(self.terms), origins: self.origins }
+    }
+}
 
 /// Two rules that can't both hold.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
@@ -23,77 +71,317 @@ pub enum Conflict {
         port: u16,
     },
     /// The same rule, once with a local route and once without.
-    #[error("{0} is there already, but {there}", there = if .0.route { "with a local route" } else { "without a local route" })]
+    #[error("{0} is there already, but {there}", there = if .0.terms.route { "with a local route" } else { "without a local route" })]
     Route(Box<Rule>),
 }
 
-impl RuleSet {
-    /// The rules in order of precedence.
-    pub fn iter(&self) -> std::slice::Iter<'_, Rule> {
-        self.0.iter()
+impl PrefixRules {
+    /// The rules.
+    pub fn iter(&self) -> std::slice::Iter<'_, Held> {
+        self.rules.iter()
     }
 
-    /// How many rules there are.
+    /// How many there are.
     pub fn len(&self) -> usize {
-        self.0.len()
+        self.rules.len()
     }
 
-    /// Whether there are none.
+    /// Whether there is none, which is so only while they are being changed.
     pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
+        self.rules.is_empty()
     }
 
-    /// Adds a rule. Returns whether the set changed: it does not if a rule that says the same is there.
+    /// Whether anyport makes the prefix local.
+    pub fn is_routed(&self) -> bool {
+        self.rules.iter().any(|it| it.terms.route)
+    }
+
+    /// Whether these say the same in the same order, whoever wants it so.
+    pub fn say_the_same_as(&self, other: &Self) -> bool {
+        self.len() == other.len() && self.iter().zip(other.iter()).all(|(a, b)| a.terms == b.terms)
+    }
+
+    /// The rules with their numbers.
+    pub fn numbered(&self, prefix: Prefix) -> impl Iterator<Item = Numbered<'_>> {
+        let numbers = self.first_number..;
+        numbers.zip(&self.rules).map(move |(number, Held { terms, origins })| Numbered {
+            prefix,
+            terms,
+            origins: *origins,
+            number,
+        })
+    }
+
+    /// Adds a rule, or an origin to the one that says the same. Returns whether that made a difference.
     ///
     /// # Errors
-    /// The rule contradicts one that is there; the set is as before.
-    pub fn insert(&mut self, rule: Rule) -> Result<bool, Conflict> {
-        let at = self.0.partition_point(|old| old.precedence() < rule.precedence());
-        if let Some(old) = self.0.get(at)
-            && old.says_the_same_as(&rule)
+    /// The rule contradicts one that is there; nothing has changed.
+    pub fn insert(&mut self, rule: &Rule) -> Result<bool, Conflict> {
+        let Rule { prefix, terms, origins } = rule;
+        let at = self.rules.partition_point(|old| old.terms.precedence() < terms.precedence());
+        if let Some(old) = self.rules.get_mut(at)
+            && old.terms.precedence() == terms.precedence()
         {
-            return if old.route == rule.route { Ok(false) } else { Err(Conflict::Route(Box::new(old.clone()))) };
+            if old.terms.route != terms.route {
+                let old = Rule { prefix: *prefix, terms: Arc::clone(&old.terms), origins: old.origins };
+                return Err(Conflict::Route(Box::new(old)));
+            }
+            let before = old.origins;
+            old.origins = before.union(*origins);
+            return Ok(before != old.origins);
         }
-        for old in &self.0[self.range_of(&rule.prefix)] {
-            if let Some(port) = contradiction(&rule, old) {
-                return Err(Conflict::Targets { new: Box::new(rule), old: Box::new(old.clone()), port });
+        for old in &self.rules {
+            if let Some(port) = contradiction(terms, &old.terms) {
+                let old = Rule { prefix: *prefix, terms: Arc::clone(&old.terms), origins: old.origins };
+                return Err(Conflict::Targets { new: Box::new(rule.clone()), old: Box::new(old), port });
             }
         }
-        self.0.insert(at, rule);
+        self.rules.insert(at, Held { terms: Arc::clone(terms), origins: *origins });
         Ok(true)
     }
 
+    /// Adds many rules of this prefix, as [`Self::insert`] would one after the other.
+    ///
+    /// # Errors
+    /// A rule contradicts another one, and what is here is of no use any more.
+    pub fn extend(&mut self, prefix: Prefix, rules: impl Iterator<Item = Held>) -> Result<(), Conflict> {
+        self.rules.extend(rules);
+        // Stable, so that what was here stays where the same comes again.
+        self.rules.sort_by(|a, b| a.terms.precedence().cmp(&b.terms.precedence()));
+        let to_rule = |held: &Held| Box::new(Rule { prefix, terms: Arc::clone(&held.terms), origins: held.origins });
+        let mut merged: SmallVec<[Held; 1]> = SmallVec::with_capacity(self.rules.len());
+        for held in mem::take(&mut self.rules) {
+            match merged.last_mut() {
+                Some(last) if last.terms.precedence() == held.terms.precedence() => {
+                    if last.terms.route != held.terms.route {
+                        return Err(Conflict::Route(to_rule(last)));
+                    }
+                    last.origins = last.origins.union(held.origins);
+                }
+                _ => merged.push(held),
+            }
+        }
+        self.rules = merged;
+        match self.contradictory() {
+            None => Ok(()),
+            Some((old, new, port)) => Err(Conflict::Targets { new: to_rule(new), old: to_rule(old), port }),
+        }
+    }
+
+    /// Two rules that contradict each other, and the port, found by going through the ports once.
+    fn contradictory(&self) -> Option<(&Held, &Held, u16)> {
+        if self.rules.len() < 2 {
+            return None;
+        }
+        // Where the rules begin to have an opinion, and where they end.
+        let mut edges: Vec<(u32, bool, usize)> = Vec::new();
+        let counts: Vec<u32> = self.rules.iter().map(|held| held.terms.opinion().count()).collect();
+        for (place, held) in self.rules.iter().enumerate() {
+            for (first, last) in held.terms.opinion().ranges() {
+                edges.push((u32::from(*first), true, place));
+                edges.push((u32::from(*last) + 1, false, place));
+            }
+        }
+        edges.sort_unstable();
+        let mut open: HashMap<(u32, Option<Prefix>), Vec<usize>> = HashMap::new();
+        for (_, begins, place) in edges {
+            let new = &self.rules[place];
+            let rivals = open.entry((counts[place], new.terms.source)).or_default();
+            if !begins {
+                rivals.retain(|it| *it != place);
+                continue;
+            }
+            for rival in rivals.iter() {
+                let old = &self.rules[*rival];
+                if let Some(port) = contradiction(&new.terms, &old.terms) {
+                    return Some((old, new, port));
+                }
+            }
+            rivals.push(place);
+        }
+        None
+    }
+
+    /// Adds a rule where it belongs, whatever it contradicts.
+    pub(crate) fn insert_unchecked(&mut self, terms: &Arc<Terms>, origins: Origins) {
+        let at = self.rules.partition_point(|old| old.terms.precedence() < terms.precedence());
+        self.rules.insert(at, Held { terms: Arc::clone(terms), origins });
+    }
+
     /// Takes out the rules for which `select` holds and returns them.
-    pub fn remove(&mut self, mut select: impl FnMut(&Rule) -> bool) -> Vec<Rule> {
-        self.0.extract_if(.., |rule| select(rule)).collect()
+    pub fn remove(&mut self, mut select: impl FnMut(&Held) -> bool) -> Vec<Held> {
+        let (gone, kept): (Vec<_>, Vec<_>) = mem::take(&mut self.rules).into_iter().partition(|it| select(it));
+        self.rules = kept.into();
+        gone
     }
 
-    /// The rules of exactly this prefix.
-    pub fn of_prefix(&self, prefix: &Prefix) -> &[Rule] {
-        &self.0[self.range_of(prefix)]
-    }
-
-    fn range_of(&self, prefix: &Prefix) -> Range<usize> {
-        let key = |prefix: &Prefix| (!prefix.is_ipv4(), std::cmp::Reverse(prefix.len()), prefix.bounds().0);
-        let first = self.0.partition_point(|rule| key(&rule.prefix) < key(prefix));
-        let last = self.0.partition_point(|rule| key(&rule.prefix) <= key(prefix));
-        first..last
+    /// Takes this origin away from all rules, and out those that have no other.
+    pub fn remove_origin(&mut self, origin: Origin) {
+        for held in &mut self.rules {
+            held.origins = held.origins.without(origin);
+        }
+        self.rules.retain(|held| !held.origins.is_empty());
     }
 }
 
-impl<'a> IntoIterator for &'a RuleSet {
-    type Item = &'a Rule;
-    type IntoIter = std::slice::Iter<'a, Rule>;
+impl<'a> IntoIterator for &'a PrefixRules {
+    type Item = &'a Held;
+    type IntoIter = std::slice::Iter<'a, Held>;
 
     fn into_iter(self) -> Self::IntoIter {
         self.iter()
     }
 }
 
+impl RuleSet {
+    /// The rules in order of precedence.
+    pub fn iter(&self) -> impl Iterator<Item = Numbered<'_>> {
+        self.prefixes.iter().flat_map(|(prefix, rules)| rules.numbered(*prefix))
+    }
+
+    /// The prefixes in order of precedence, each with its rules.
+    pub fn prefixes(&self) -> impl ExactSizeIterator<Item = (&Prefix, &PrefixRules)> {
+        self.prefixes.iter()
+    }
+
+    /// How many rules there are.
+    pub fn len(&self) -> usize {
+        self.rules
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.rules == 0
+    }
+
+    /// The rules of exactly this prefix.
+    pub fn of_prefix(&self, prefix: &Prefix) -> Option<&PrefixRules> {
+        self.prefixes.get(prefix)
+    }
+
+    /// The prefixes around this one, itself included, in order of precedence.
+    pub fn around(&self, prefix: Prefix) -> impl Iterator<Item = (Prefix, &PrefixRules)> {
+        let lengths = (0..=prefix.len()).rev();
+        lengths.map(move |len| prefix.truncated(len)).filter_map(|it| Some((it, self.prefixes.get(&it)?)))
+    }
+
+    /// The prefixes inside of this one, itself included, in order of precedence.
+    pub fn within(&self, prefix: Prefix) -> impl Iterator<Item = (Prefix, &PrefixRules)> {
+        let bits = if prefix.is_ipv4() { 32 } else { 128 };
+        let (first, last) = prefix.bounds();
+        (prefix.len()..=bits).rev().flat_map(move |len| {
+            let at = |address| Prefix::from_bits(prefix.is_ipv4(), address, len);
+            self.prefixes.range(at(first)..=at(last)).map(|(prefix, rules)| (*prefix, rules))
+        })
+    }
+
+    /// Adds a rule, or an origin to the one that says the same. Returns whether that made a difference.
+    ///
+    /// # Errors
+    /// The rule contradicts one that is there; the set is as before.
+    pub fn insert(&mut self, rule: &Rule) -> Result<bool, Conflict> {
+        let rules = self.prefixes.entry(rule.prefix).or_default();
+        let before = rules.len();
+        let is_new = rules.insert(rule)?;
+        self.rules += rules.len() - before;
+        Ok(is_new)
+    }
+
+    /// Carries a change out that was made for this set.
+    pub fn apply(&mut self, change: &Change) {
+        let before: usize = change.removed.iter().map(|(_, rules)| rules.len()).sum();
+        let after: usize = change.added.iter().map(|(_, rules)| rules.len()).sum();
+        self.rules = self.rules + after - before;
+        for (prefix, _) in &change.removed {
+            self.prefixes.remove(prefix);
+        }
+        if self.prefixes.is_empty() {
+            // From a sorted sequence a tree is made much faster than by one insertion after the other.
+            self.prefixes = change.added.iter().cloned().collect();
+        } else {
+            self.prefixes.extend(change.added.iter().cloned());
+        }
+    }
+}
+
+/// From one rule set to another: what each prefix concerned had before and what it has afterwards.
+#[derive(Clone, Debug, Default)]
+pub struct Change {
+    /// What goes or is replaced, sorted by prefix.
+    pub removed: Vec<(Prefix, PrefixRules)>,
+    /// What comes or replaces, sorted by prefix.
+    pub added: Vec<(Prefix, PrefixRules)>,
+}
+
+impl Change {
+    /// Whether nothing changes.
+    pub fn is_empty(&self) -> bool {
+        self.removed.is_empty() && self.added.is_empty()
+    }
+
+    /// The way back.
+    #[must_use]
+    pub fn inverse(self) -> Self {
+        Self { removed: self.added, added: self.removed }
+    }
+
+    /// The prefixes concerned, each once, in order of precedence.
+    pub fn prefixes(&self) -> Vec<Prefix> {
+        let both = self.removed.iter().chain(&self.added);
+        let mut prefixes: Vec<_> = both.map(|(prefix, _)| *prefix).collect();
+        prefixes.sort_unstable();
+        prefixes.dedup();
+        prefixes
+    }
+}
+
+/// A change in the making.
+#[derive(Debug)]
+pub struct Draft<'a> {
+    base: &'a RuleSet,
+    touched: BTreeMap<Prefix, PrefixRules>,
+}
+
+impl<'a> Draft<'a> {
+    /// Begins with no change.
+    pub fn of(base: &'a RuleSet) -> Self {
+        Self { base, touched: BTreeMap::new() }
+    }
+
+    /// The rules of a prefix, to be changed.
+    pub fn prefix(&mut self, prefix: Prefix) -> &mut PrefixRules {
+        let former = || self.base.of_prefix(&prefix).cloned().unwrap_or_default();
+        self.touched.entry(prefix).or_insert_with(former)
+    }
+
+    /// The rules of a prefix as they are by now.
+    pub fn of_prefix(&self, prefix: &Prefix) -> Option<&PrefixRules> {
+        self.touched.get(prefix).or_else(|| self.base.of_prefix(prefix)).filter(|it| !it.is_empty())
+    }
+
+    /// What has changed in all.
+    pub fn finish(self) -> Change {
+        let mut change = Change::default();
+        for (prefix, after) in self.touched {
+            let before = self.base.of_prefix(&prefix);
+            if before.is_none_or(|before| *before != after) {
+                change.removed.extend(before.map(|before| (prefix, before.clone())));
+                if !after.is_empty() {
+                    change.added.push((prefix, after));
+                }
+            }
+        }
+        change
+    }
+}
+
 /// The lowest port on which two rules of one prefix disagree although neither is more specific.
-fn contradiction(new: &Rule, old: &Rule) -> Option<u16> {
+fn contradiction(new: &Terms, old: &Terms) -> Option<u16> {
+    if !new.protocol.overlaps(old.protocol) || new.source != old.source {
+        return None;
+    }
     let (ports, old_ports) = (new.opinion(), old.opinion());
-    if !new.protocol.overlaps(old.protocol) || ports.count() != old_ports.count() {
+    if ports.count() != old_ports.count() {
         return None;
     }
     // What a rule says changes only where one of its ranges begins or ends.
@@ -110,113 +398,4 @@ fn contradiction(new: &Rule, old: &Rule) -> Option<u16> {
 }
 
 #[cfg(test)]
-mod tests {
-    use anyport_common::flow::Transport;
-
-    use super::{Conflict, RuleSet};
-    use crate::rules::{Decision, Origin, PortSet, Protocol, Rule, decide};
-
-    fn rule(prefix: &str, protocol: Protocol, ports: &str, except: &str, service: &str) -> Rule {
-        Rule {
-            prefix: prefix.parse().unwrap(),
-            protocol,
-            ports: if ports == "all" { PortSet::all() } else { ports.parse().unwrap() },
-            except: except.parse().unwrap(),
-            service: service.parse().unwrap(),
-            route: true,
-            origin: Origin::Added,
-        }
-    }
-
-    fn tcp(prefix: &str, ports: &str, except: &str, service: &str) -> Rule {
-        rule(prefix, Protocol::Tcp, ports, except, service)
-    }
-
-    fn set(rules: &[Rule]) -> RuleSet {
-        let mut set = RuleSet::default();
-        for rule in rules {
-            set.insert(rule.clone()).unwrap();
-        }
-        set
-    }
-
-    fn answer(set: &RuleSet, address: &str, port: u16) -> String {
-        match decide(set, address.parse().unwrap(), Transport::Tcp, port) {
-            Decision::Unmatched => "unmatched".into(),
-            Decision::Host(_) => "host".into(),
-            Decision::Steer(rule) => rule.service.to_string(),
-        }
-    }
-
-    #[test]
-    fn specific_before_general() {
-        let mut rules = vec![
-            tcp("192.0.2.0/24", "all", "22", "wide"),
-            tcp("192.0.2.0/24", "80", "", "web"),
-            tcp("192.0.2.0/24", "8000-8999", "8080", "range"),
-            tcp("192.0.2.128/25", "443", "", "half"),
-            tcp("192.0.2.200/32", "1-1024", "443", "one"),
-            rule("192.0.2.0/24", Protocol::Udp, "all", "", "udp"),
-            tcp("2001:db8::/32", "all", "", "six"),
-        ];
-        for _ in 0..rules.len() {
-            rules.rotate_left(1);
-            let set = set(&rules);
-            for (address, port, expected) in [
-                ("192.0.2.1", 1, "wide"),
-                ("192.0.2.1", 22, "host"),
-                ("192.0.2.1", 80, "web"),
-                ("192.0.2.1", 8001, "range"),
-                ("192.0.2.1", 8080, "host"),
-                ("192.0.2.129", 443, "half"),
-                ("192.0.2.129", 444, "wide"),
-                ("192.0.2.200", 443, "host"),
-                ("192.0.2.200", 1024, "one"),
-                ("192.0.2.200", 1025, "wide"),
-                ("192.0.2.200", 0, "unmatched"),
-                ("192.0.3.1", 80, "unmatched"),
-                ("2001:db8::1", 80, "six"),
-            ] {
-                assert_eq!(answer(&set, address, port), expected, "{address}:{port}");
-            }
-        }
-    }
-
-    #[test]
-    fn contradictions_are_named() {
-        let mut set = set(&[tcp("192.0.2.0/24", "80,443", "", "a")]);
-        let conflict = set.insert(tcp("192.0.2.0/24", "80-81", "", "b")).unwrap_err();
-        assert!(matches!(conflict, Conflict::Targets { port: 80, .. }));
-        let both = rule("192.0.2.0/24", Protocol::Both, "443,444", "", "b");
-        assert!(set.insert(both).is_err());
-        assert!(set.insert(tcp("192.0.2.0/24", "80", "443", "a")).is_err());
-        // Another size, another protocol, another prefix, or the same target: no contradiction.
-        for rule in [
-            tcp("192.0.2.0/24", "80", "", "b"),
-            rule("192.0.2.0/24", Protocol::Udp, "80-81", "", "b"),
-            tcp("192.0.2.0/25", "80-81", "", "b"),
-            tcp("192.0.2.0/24", "80-81", "", "a"),
-        ] {
-            assert_eq!(set.insert(rule), Ok(true));
-        }
-    }
-
-    #[test]
-    fn the_same_again_changes_nothing() {
-        let mut set = set(&[tcp("192.0.2.0/24", "80,443", "", "a")]);
-        assert_eq!(set.insert(tcp("192.0.2.0/24", "443,80", "", "a")), Ok(false));
-        let mut without_route = tcp("192.0.2.0/24", "80,443", "", "a");
-        without_route.route = false;
-        assert!(matches!(set.insert(without_route), Err(Conflict::Route(_))));
-        assert_eq!(set.len(), 1);
-    }
-
-    #[test]
-    fn removes_what_is_selected() {
-        let mut set = set(&[tcp("192.0.2.0/24", "80", "", "a"), tcp("192.0.2.0/25", "80", "", "a")]);
-        let prefix = "192.0.2.0/24".parse().unwrap();
-        assert_eq!(set.of_prefix(&prefix).len(), 1);
-        assert_eq!(set.remove(|rule| rule.prefix == prefix).len(), 1);
-        assert_eq!(set.len(), 1);
-    }
-}
+mod tests;
