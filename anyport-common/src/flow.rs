@@ -9,7 +9,8 @@ pub enum Version {
     V6,
 }
 
-/// An IPv4 or IPv6 address as a number in host byte order; IPv4 takes the last 32 bits.
+/// An IPv4 or IPv6 address as a number in host byte order; IPv4 takes the first 32 bits, so that prefixes of both
+/// versions are ranges of the same kind.
 ///
 /// Two halves, since the BPF target has no 128-bit arithmetic. And not an enum of both versions: where the compiler
 /// merges the branches of one it moves registers that only the other has written, which the verifier refuses.
@@ -17,9 +18,9 @@ pub enum Version {
 pub struct Address {
     /// The version.
     pub version: Version,
-    /// The first 64 bits; 0 for IPv4.
+    /// The first 64 bits.
     pub high: u64,
-    /// The last 64 bits.
+    /// The last 64 bits; 0 for IPv4.
     pub low: u64,
 }
 
@@ -27,7 +28,7 @@ impl Address {
     /// An IPv4 address.
     #[inline(always)]
     pub const fn v4(address: u32) -> Self {
-        Self { version: Version::V4, high: 0, low: address as u64 }
+        Self { version: Version::V4, high: (address as u64) << 32, low: 0 }
     }
 
     /// An IPv6 address.
@@ -70,9 +71,11 @@ impl Transport {
     }
 }
 
-/// What a client dialled.
+/// What a client dialled, and from where.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Flow {
+    /// The client's address, of the same version.
+    pub source: Address,
     /// The destination address.
     pub address: Address,
     /// The transport protocol.

@@ -2,29 +2,39 @@
 
 use bytemuck::{Pod, Zeroable};
 
+use crate::table::{NUMBER_BITS, OFFSET_BITS, SEGMENT_BITS};
+
 /// Changes whenever programs and user space of different versions could misunderstand each other's maps.
-pub const ABI: u32 = 1;
+pub const ABI: u32 = 2;
 
 /// Names of the maps in the kernel, where 15 characters are the limit.
 pub mod names {
     /// One [`super::Control`].
     pub const CONTROL: &str = "anyport_control";
-    /// The words that [`crate::table`] describes.
+    /// Segments of the words that [`crate::table`] describes.
     pub const TABLE: &str = "anyport_table";
-    /// A [`super::RuleEntry`] for each port range of each rule: the rule set for a human reader.
+    /// A [`super::RuleEntry`] by rule number: the rule set for a human reader.
     pub const RULES: &str = "anyport_rules";
-    /// [`super::Counters`] by rule, per CPU.
+    /// The [`super::PortEntry`]s of the rules that have more than one range.
+    pub const PORTS: &str = "anyport_ports";
+    /// Packets that were handed to a socket, by rule number, in portions and by CPU.
     pub const COUNTS: &str = "anyport_counts";
+    /// [`super::Drops`] by rule number, in portions.
+    pub const DROPS: &str = "anyport_drops";
+    /// A portion of the drops, of which only the type matters.
+    pub const PORTION: &str = "anyport_portion";
+    /// [`super::Totals`], per CPU.
+    pub const TOTALS: &str = "anyport_totals";
     /// The services' sockets.
     pub const SOCKETS: &str = "anyport_sockets";
+    /// One [`super::Explained`].
+    pub const EXPLAINED: &str = "anyport_explain";
 }
 
-/// Words of the table map: room for the generation in force and the one that replaces it. 4 MiB.
-pub const TABLE_WORDS: u32 = 1 << 19;
-/// Most rules at a time. Counters are 24 bytes a rule and CPU.
-pub const MAX_RULES: u32 = 1 << 14;
-/// Most port ranges of all rules together.
-pub const MAX_RULE_ENTRIES: u32 = 1 << 16;
+/// Most segments of the table, of 512 KiB each: 512 MiB. They are made as they are needed.
+pub const MAX_SEGMENTS: u32 = 1 << 10;
+/// Most rules at a time that the maps can hold; the daemon's own limit is lower.
+pub const MAX_RULES: u32 = 1 << NUMBER_BITS;
 /// Sockets of a service: one for each transport and family, see [`crate::flow::Flow::socket_offset`].
 pub const SOCKETS_PER_SERVICE: u32 = 4;
 /// Most services at a time, the [`REFUSE`] slot included.
@@ -32,56 +42,106 @@ pub const MAX_SERVICES: u32 = 1 << 10;
 /// The slot of the sockets that answer with a refusal, for hooks that can't refuse by themselves.
 pub const REFUSE: u16 = 0;
 
+/// Rules that are counted in one portion.
+pub const PORTION_RULES: u32 = 1 << 15;
+/// Portions that cover [`MAX_RULES`].
+pub const PORTIONS: u32 = MAX_RULES / PORTION_RULES;
+/// Sets of counters: the first one is shared by all CPUs that have none of their own, the others are those of the
+/// first CPUs.
+pub const COUNTER_SETS: u32 = 33;
+
+/// Generations whose roots stand side by side, so that one store switches between them.
+pub const GENERATIONS: usize = 64;
+
 /// The single entry of the control map.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]
 pub struct Control {
     /// [`ABI`] of the programs and maps.
     pub abi: u32,
-    /// The table word at which the generation in force begins; 0 while there is none.
-    pub root: u32,
+    /// Which of the generations is in force.
+    pub current: u32,
+    /// The process that has a program explain a decision; 0 while there is none.
+    pub explain: u32,
+    /// Nothing.
+    pub reserved: u32,
+    /// The generations.
+    pub generations: [Generation; GENERATIONS],
 }
 
-/// Says that a [`RuleEntry`] steers to its service.
+/// A generation: [`crate::table::Slot`]s that cover the address space of each family.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct Generation {
+    /// Counts the generations.
+    pub number: u64,
+    /// For IPv4.
+    pub v4: u64,
+    /// For IPv6.
+    pub v6: u64,
+}
+
+/// Says that a [`PortEntry`] or the ports of a [`RuleEntry`] are steered.
 pub const ACTION_STEER: u8 = 1;
-/// Says that a [`RuleEntry`] leaves its ports to the host.
+/// Says that a [`PortEntry`] is left to the host.
 pub const ACTION_EXCEPT: u8 = 2;
 
-/// Key of the rules map.
+/// A rule, at its number in the map of rules; `ip_version` is 0 where there is none.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Pod, Zeroable)]
-pub struct RuleKey {
-    /// The rule's number, by which it is counted.
-    pub rule: u32,
-    /// Counts the rule's entries from 0.
-    pub part: u32,
-}
-
-/// One port range of one rule for one transport.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
 pub struct RuleEntry {
     /// The prefix in network byte order; IPv4 takes the first four bytes.
     pub prefix: [u8; 16],
+    /// The clients that the rule is about, likewise.
+    pub source: [u8; 16],
     /// 4 or 6.
     pub ip_version: u8,
     /// The prefix length.
     pub prefix_len: u8,
-    /// IP protocol number: 6 or 17.
+    /// The length of the source; 0 if the rule is about all clients.
+    pub source_len: u8,
+    /// IP protocol number, 6 or 17; 0 for both.
     pub protocol: u8,
-    /// [`ACTION_STEER`] or [`ACTION_EXCEPT`].
-    pub action: u8,
+    /// First port that is steered, in host byte order; where there are several ranges, of the first one.
+    pub first_port: u16,
+    /// Last port that is steered; where there are several ranges, of the last one.
+    pub last_port: u16,
+    /// Where the ranges stand in the map of ports, if there are several or some are left to the host; else 0.
+    pub ports_at: u32,
+    /// How many stand there.
+    pub ports: u32,
+    /// The service's slot: its sockets stand at four times this in the sockets map.
+    pub service: u32,
+    /// Nothing.
+    pub reserved: u32,
+}
+
+/// One port range of a rule.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct PortEntry {
     /// First port of the range, in host byte order.
     pub first_port: u16,
     /// Last port of the range, in host byte order.
     pub last_port: u16,
-    /// The service's slot: its sockets stand at four times this in the sockets map.
-    pub service: u32,
+    /// [`ACTION_STEER`] or [`ACTION_EXCEPT`].
+    pub action: u8,
+    /// Nothing.
+    pub reserved: [u8; 3],
+}
+
+/// What became of the packets that a rule could not hand to a socket.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct Drops {
+    /// Packets dropped since the service had no live socket.
+    pub no_socket: u64,
+    /// Packets dropped since the socket could not be assigned, fragments at tc among them.
+    pub assign_error: u64,
 }
 
 /// What became of the packets that a rule decided about.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counters {
     /// Lookups that ended at the service's socket.
     pub steered: u64,
@@ -91,9 +151,51 @@ pub struct Counters {
     pub assign_error: u64,
 }
 
+/// What became of the packets that no rule steers.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct Totals {
+    /// No rule had an opinion.
+    pub unmatched: u64,
+    /// A rule leaves them to the host.
+    pub excepted: u64,
+}
+
+/// What a program writes down when it is asked to explain a decision.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct Explained {
+    /// The generation that judged.
+    pub generation: u64,
+    /// The destination address that was judged, as [`crate::flow::Address`] has it.
+    pub address: [u64; 2],
+    /// The destination port.
+    pub port: u32,
+    /// One of the constants below.
+    pub verdict: u32,
+    /// The deciding rule's number.
+    pub rule: u32,
+    /// The service's slot.
+    pub service: u32,
+}
+
+/// In [`Explained`]: nothing was written.
+pub const EXPLAINED_NOTHING: u32 = 0;
+/// In [`Explained`]: no rule has an opinion.
+pub const EXPLAINED_UNMATCHED: u32 = 1;
+/// In [`Explained`]: the rule leaves it to the host.
+pub const EXPLAINED_HOST: u32 = 2;
+/// In [`Explained`]: the rule steers to the service, and its socket was assigned.
+pub const EXPLAINED_STEER: u32 = 3;
+/// In [`Explained`]: the rule steers to the service, which has no socket for this.
+pub const EXPLAINED_NO_SOCKET: u32 = 4;
+/// In [`Explained`]: the rule steers to the service, but its socket could not be assigned.
+pub const EXPLAINED_ASSIGN_ERROR: u32 = 5;
+
 const _: () = {
-    assert!(size_of::<Control>() == 8);
-    assert!(size_of::<RuleKey>() == 8);
-    assert!(size_of::<RuleEntry>() == 28);
-    assert!(size_of::<Counters>() == 24);
+    assert!(size_of::<Control>() == 16 + 24 * GENERATIONS);
+    assert!(size_of::<RuleEntry>() == 56);
+    assert!(size_of::<PortEntry>() == 8);
+    assert!(size_of::<Drops>() == 16);
+    assert!(MAX_SEGMENTS << SEGMENT_BITS <= 1 << OFFSET_BITS);
 };

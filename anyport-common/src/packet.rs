@@ -50,12 +50,10 @@ impl Bytes for [u8] {
 /// What steering needs to know of a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Packet {
-    /// The sender's address, of the same family as the destination's.
-    pub source: Address,
+    /// Who sends, and what he dialled.
+    pub flow: Flow,
     /// The sender's port in host byte order.
     pub source_port: u16,
-    /// What the sender dialled.
-    pub destination: Flow,
     /// Whether this asks for a new TCP connection: SYN without ACK, RST and FIN, as the kernel's own
     /// TPROXY asks (`nf_tproxy_handle_time_wait4`). So may a fragment that ends before the flags.
     pub opens_connection: bool,
@@ -181,9 +179,8 @@ const fn is_extension_header(number: u8) -> bool {
 #[inline(always)]
 fn only_addresses(source: Address, destination: Address, transport: Transport, is_fragmented: bool) -> Packet {
     Packet {
-        source,
+        flow: Flow { source, address: destination, transport, port: 0 },
         source_port: 0,
-        destination: Flow { address: destination, transport, port: 0 },
         opens_connection: false,
         is_fragmented,
         is_unreadable: true,
@@ -197,7 +194,7 @@ fn with_ports<B: Bytes + ?Sized>(packet: &B, offset: u32, end: u32, known: Packe
     // Only a fragment comes to life with less than a header. Of other packets the length is not asked, as it is 0 where
     // the kernel has merged them into one of more than 64 KiB.
     let is_there = |len: u32| !known.is_fragmented || offset + len <= end;
-    let (ports, opens_connection) = match known.destination.transport {
+    let (ports, opens_connection) = match known.flow.transport {
         Transport::Tcp => match packet.bytes::<14>(offset) {
             Some(header) => {
                 let flags = header[13] & (TCP_SYN | TCP_ACK | TCP_RST | TCP_FIN);
@@ -212,7 +209,7 @@ fn with_ports<B: Bytes + ?Sized>(packet: &B, offset: u32, end: u32, known: Packe
     };
     Packet {
         source_port: u16::from_be_bytes([source_high, source_low]),
-        destination: Flow { port: u16::from_be_bytes([port_high, port_low]), ..known.destination },
+        flow: Flow { port: u16::from_be_bytes([port_high, port_low]), ..known.flow },
         opens_connection,
         is_unreadable: false,
         ..known

@@ -59,9 +59,8 @@ fn ethernet(tags: &[u16], ethertype: u16, packet: &[u8]) -> Vec<u8> {
 
 fn expected_v4(transport: Transport, opens_connection: bool) -> Packet {
     Packet {
-        source: Address::v4(V4_SOURCE),
+        flow: Flow { source: Address::v4(V4_SOURCE), address: Address::v4(V4_DESTINATION), transport, port: 443 },
         source_port: 1000,
-        destination: Flow { address: Address::v4(V4_DESTINATION), transport, port: 443 },
         opens_connection,
         is_fragmented: false,
         is_unreadable: false,
@@ -70,9 +69,8 @@ fn expected_v4(transport: Transport, opens_connection: bool) -> Packet {
 
 fn expected_v6(transport: Transport) -> Packet {
     Packet {
-        source: Address::v6(V6_HIGH, 1),
+        flow: Flow { source: Address::v6(V6_HIGH, 1), address: Address::v6(V6_HIGH, 7), transport, port: 443 },
         source_port: 1000,
-        destination: Flow { address: Address::v6(V6_HIGH, 7), transport, port: 443 },
         opens_connection: false,
         is_fragmented: false,
         is_unreadable: false,
@@ -91,7 +89,7 @@ fn reads_ipv4_with_and_without_options() {
 fn unreadable(expected: Packet, transport: Transport) -> Packet {
     Packet {
         source_port: 0,
-        destination: Flow { transport, port: 0, ..expected.destination },
+        flow: Flow { transport, port: 0, ..expected.flow },
         opens_connection: false,
         is_unreadable: true,
         ..expected

@@ -1,48 +1,56 @@
 //! The lookup: from what a client dialled to the rule that decides.
 //!
-//! A generation is one region of 64-bit words in a flat array. It divides the address space of each family into
-//! ranges, sorted by their first address, and the port space of each policy into ranges, sorted by their first
-//! port; both begin at 0 and leave no gap. So each of the two steps is the same question, "which is the last
-//! range that begins at or before this?", answered by a binary search.
+//! A generation is a tree of nodes in a flat array of words, made of [`Slot`]s. What it divides into ranges is the
+//! space of a 64-bit key: the first half of the address (IPv4 stands in its first 32 bits), then the second half where
+//! a prefix is longer than 64 bits, then the port (in its first 16 bits), then the client's address where a rule asks
+//! for it. There are two kinds of nodes, and the compiler takes the one that divides the ranges at hand best:
 //!
-//! ```text
-//! root + 0   generation number
-//! root + 1   IPv4 ranges   (span)       range: first address << 32 | policy
-//! root + 2   IPv6 ranges   (span)       range: three words: first address high, low; policy
-//! policy + 0 TCP ports     (span)       port range: first port << 48 | service << 32 | rule
-//! policy + 1 UDP ports     (span)
-//! span       word offset from the root << 32 | number of ranges
-//! ```
+//! - an *index* takes up to 12 bits of the key as the place of the next slot: one load;
+//! - a *sorted node* has up to 8 slots and the keys at which all but the first begin: two cache lines at most.
 //!
-//! A policy is an offset from the root, 0 for none. The program that reads a generation took its root once, so a
-//! packet is judged by one generation whole.
+//! Whatever the rules are, each step leaves a fraction of the ranges, so that a lookup ends after few steps. Nodes are
+//! never changed once a program can see them: a change copies those on the way to what is new, and a root replaces the
+//! other. The program that reads a generation took its root once, so a packet is judged by one generation whole.
 
-use crate::flow::{Address, Flow, Transport, Version};
+use crate::flow::{Address, Flow, Transport};
 
-/// Words of a generation's header.
-pub const HEADER_WORDS: u32 = 3;
-/// Words of an IPv6 range.
-pub const V6_RANGE_WORDS: u32 = 3;
-/// In place of a service: the ports of this range are nobody's.
-pub const SERVICE_NONE: u16 = 0xffff;
-/// In place of a service: a rule leaves the ports of this range to the host.
-pub const SERVICE_HOST: u16 = 0xfffe;
+/// Words of a segment are counted by this many bits.
+pub const SEGMENT_BITS: u32 = 16;
+/// Words of a segment; a node lies in one segment whole.
+pub const SEGMENT_WORDS: usize = 1 << SEGMENT_BITS;
+/// Bits of the key that an index takes at most.
+pub const MAX_INDEX_WIDTH: u32 = 12;
+/// Slots of the largest sorted node.
+pub const MAX_SORTED: usize = 8;
+/// Bits of a node's offset, in words.
+pub const OFFSET_BITS: u32 = 27;
+/// Bits of a rule's number.
+pub const NUMBER_BITS: u32 = 21;
 
-/// Searches of up to 2^19 ranges, which is as many as the table map has words.
-const ADDRESS_STEPS: u32 = 20;
-/// Searches of up to 2^16 ranges.
-const PORT_STEPS: u32 = 17;
+/// Steps to what holds for an address, and again from there to the verdict, at most. It bounds the loop for the verifier.
+pub const STEPS: u32 = 28;
 
-/// Where the words of a table are read from.
+/// Where the nodes of a table are read from.
 pub trait Store {
-    /// The word at `index`, or nothing outside of the table.
-    fn word(&self, index: u32) -> Option<u64>;
+    /// A segment.
+    type Segment<'a>: Words
+    where
+        Self: 'a;
+
+    /// The segment of this number, or nothing if there is none.
+    fn segment(&self, number: u32) -> Option<Self::Segment<'_>>;
+
+    /// Goes from node to node until there is none, see [`descend`]. A store may have this done elsewhere.
+    #[inline(always)]
+    fn descend(&self, root: Slot, keys: Keys) -> Option<Slot> {
+        descend(self, root, keys)
+    }
 }
 
-impl Store for [u64] {
-    fn word(&self, index: u32) -> Option<u64> {
-        self.get(usize::try_from(index).ok()?).copied()
-    }
+/// The words of a segment.
+pub trait Words {
+    /// The word at `index`, of which the last [`SEGMENT_BITS`] bits count.
+    fn word(&self, index: u32) -> u64;
 }
 
 /// What the rules say about a flow.
@@ -64,127 +72,258 @@ pub enum Verdict {
     },
 }
 
-/// An offset and a count in one word.
-#[derive(Clone, Copy, Debug)]
-pub struct Span {
-    /// Words from the root.
-    pub offset: u32,
-    /// Number of ranges.
-    pub count: u32,
+/// What holds for a range of keys: a verdict, the ports that have to be looked at, or a node that divides it further.
+/// The number 0 is the verdict that no rule has an opinion.
+///
+/// ```text
+/// bits     0-2      3-4    5-7                8-15   16-31        32-63
+/// verdict  VERDICT  -      kind, is relative  -      service      rule's number
+///          0-2      3-4    5-6     7-10  11-15  16-42             43-63
+/// sorted   SORTED   turn   order   -     -      offset            -
+/// index    INDEX    turn   shift (5-10)  width  offset            -
+/// ports    PORTS    -      -       -     -      offset            number of the prefix's first rule
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Slot(pub u64);
+
+/// What a slot is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// The end of the way.
+    Verdict,
+    /// A node with sorted keys.
+    Sorted,
+    /// A node that is indexed by bits of the key.
+    Index,
+    /// Two slots, for the ports of TCP and UDP.
+    Ports,
 }
 
-impl Span {
-    /// As it stands in the table.
-    pub const fn to_word(self) -> u64 {
-        (self.offset as u64) << 32 | self.count as u64
+/// Which key a node goes on with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Turn {
+    /// The one of the node before.
+    Same = 0,
+    /// The second half of the address.
+    Low = 1,
+    /// The client's address.
+    Source = 2,
+}
+
+const VERDICT: u64 = 0;
+const SORTED: u64 = 1;
+const INDEX: u64 = 2;
+const PORTS: u64 = 3;
+
+const UNMATCHED: u64 = 0;
+const HOST: u64 = 1;
+const STEER: u64 = 2;
+
+impl Slot {
+    /// No rule has an opinion.
+    pub const UNMATCHED: Self = Self(0);
+
+    /// A verdict. The number of a rule that `is_relative` counts from the first rule of the prefix.
+    pub const fn verdict(verdict: Verdict, is_relative: bool) -> Self {
+        let (kind, service, rule) = match verdict {
+            Verdict::Unmatched => return Self::UNMATCHED,
+            Verdict::Host { rule } => (HOST, 0, rule),
+            Verdict::Steer { rule, service } => (STEER, service, rule),
+        };
+        Self(VERDICT | kind << 5 | (is_relative as u64) << 7 | (service as u64) << 16 | (rule as u64) << 32)
     }
 
+    /// A sorted node: 2^`order` slots, `order` from 1 to 3. Its words are the keys, of which the last is unused, and
+    /// the slots. Unused places repeat the last slot, under the highest key.
+    pub const fn sorted(order: u32, offset: u32, turn: Turn) -> Self {
+        Self(SORTED | (turn as u64) << 3 | (order as u64) << 5 | (offset as u64) << 16)
+    }
+
+    /// An index of 2^`width` slots by the bits of the key above the last `shift`.
+    pub const fn index(shift: u32, width: u32, offset: u32, turn: Turn) -> Self {
+        Self(INDEX | (turn as u64) << 3 | (shift as u64) << 5 | (width as u64) << 11 | (offset as u64) << 16)
+    }
+
+    /// The ports of a prefix whose first rule has this number.
+    pub const fn ports(offset: u32, number: u32) -> Self {
+        Self(PORTS | (offset as u64) << 16 | (number as u64) << 43)
+    }
+
+    /// What this is; nothing for a word that is damaged.
     #[inline(always)]
-    const fn from_word(word: u64) -> Self {
-        Self { offset: high_half(word), count: low_half(word) }
+    pub const fn kind(self) -> Option<Kind> {
+        match self.0 & 7 {
+            VERDICT => Some(Kind::Verdict),
+            SORTED => Some(Kind::Sorted),
+            INDEX => Some(Kind::Index),
+            PORTS => Some(Kind::Ports),
+            _ => None,
+        }
+    }
+
+    /// Which key a node goes on with.
+    pub const fn turn(self) -> Turn {
+        match self.0 >> 3 & 3 {
+            1 => Turn::Low,
+            2 => Turn::Source,
+            _ => Turn::Same,
+        }
+    }
+
+    /// The node, going on with another key.
+    #[must_use]
+    pub const fn with_turn(self, turn: Turn) -> Self {
+        Self(self.0 & !(3 << 3) | (turn as u64) << 3)
+    }
+
+    /// The node, or whatever it is, going on with the same key.
+    #[must_use]
+    pub const fn without_turn(self) -> Self {
+        self.with_turn(Turn::Same)
+    }
+
+    /// Where the words of a node begin.
+    #[inline(always)]
+    pub const fn offset(self) -> u32 {
+        (self.0 >> 16 & ((1 << OFFSET_BITS) - 1)) as u32
+    }
+
+    /// The order of a sorted node.
+    #[inline(always)]
+    pub const fn order(self) -> u32 {
+        (self.0 >> 5 & 3) as u32
+    }
+
+    /// How far the key of an index is shifted.
+    #[inline(always)]
+    pub const fn shift(self) -> u32 {
+        (self.0 >> 5 & 63) as u32
+    }
+
+    /// How many bits of the key an index takes.
+    #[inline(always)]
+    pub const fn width(self) -> u32 {
+        (self.0 >> 11 & 31) as u32
+    }
+
+    /// The number of the first rule of the prefix whose ports these are.
+    #[inline(always)]
+    pub const fn first_number(self) -> u32 {
+        (self.0 >> 43) as u32
+    }
+
+    /// The verdict of a slot that is one. `first_number` is that of the prefix's first rule.
+    #[inline(always)]
+    pub const fn to_verdict(self, first_number: u32) -> Verdict {
+        let is_relative = self.0 >> 7 & 1 != 0;
+        let rule = (self.0 >> 32) as u32;
+        let rule = if is_relative { rule.wrapping_add(first_number) } else { rule };
+        match self.0 >> 5 & 3 {
+            HOST => Verdict::Host { rule },
+            STEER => Verdict::Steer { rule, service: (self.0 >> 16 & 0xffff) as u16 },
+            _ => Verdict::Unmatched,
+        }
     }
 }
 
-/// The word of an IPv4 range.
-pub const fn v4_range(first: u32, policy: u32) -> u64 {
-    (first as u64) << 32 | policy as u64
-}
+const _: () = assert!(UNMATCHED == 0 && VERDICT == 0, "a word of zeros says that no rule has an opinion");
 
-/// The word of a port range.
-pub const fn port_range(first: u16, service: u16, rule: u32) -> u64 {
-    (first as u64) << 48 | (service as u64) << 32 | rule as u64
-}
-
-/// Judges a flow by the generation at `root`. Nothing is returned only for a table that is damaged.
+/// A port as a key.
 #[inline(always)]
-pub fn lookup<S: Store + ?Sized>(store: &S, root: u32, flow: &Flow) -> Option<Verdict> {
-    let policy = policy(store, root, flow.address)?;
-    if policy == 0 {
+pub const fn port_key(port: u16) -> u64 {
+    (port as u64) << 48
+}
+
+/// Judges a flow by the generation whose slot for the flow's IP version is `root`. Nothing is returned only for a
+/// table that is damaged.
+#[inline(always)]
+pub fn lookup<S: Store + ?Sized>(store: &S, root: Slot, flow: &Flow) -> Option<Verdict> {
+    // No rule speaks of port 0.
+    if flow.port == 0 {
         return Some(Verdict::Unmatched);
+    }
+    let policy = policy(store, root, flow.address)?;
+    if let Some(Kind::Verdict) = policy.kind() {
+        return Some(policy.to_verdict(0));
     }
     let transport = match flow.transport {
         Transport::Tcp => 0,
         Transport::Udp => 1,
     };
-    let ports = Span::from_word(store.word(root.wrapping_add(policy).wrapping_add(transport))?);
-    let first = root.wrapping_add(ports.offset);
-    let range = last_at_or_before(ports.count, PORT_STEPS, |range| {
-        Some(store.word(first.wrapping_add(range))? >> 48 <= u64::from(flow.port))
-    })?;
-    let word = store.word(first.wrapping_add(range))?;
-    let rule = low_half(word);
-    Some(match third_quarter(word) {
-        SERVICE_NONE => Verdict::Unmatched,
-        SERVICE_HOST => Verdict::Host { rule },
-        service => Verdict::Steer { rule, service },
-    })
+    let at = policy.offset();
+    let ports = Slot(store.segment(at >> SEGMENT_BITS)?.word(at.wrapping_add(transport)));
+    let keys = Keys { key: port_key(flow.port), low: flow.source.low, source: flow.source.high };
+    let verdict = store.descend(ports, keys)?;
+    Some(verdict.to_verdict(policy.first_number()))
 }
 
-/// Whether a rule of the generation at `root` has an opinion on any port of an address. Nothing is returned only for a
-/// table that is damaged.
+/// Whether a rule of a generation has an opinion on any port of an address. Nothing is returned only for a table that
+/// is damaged.
 #[inline(always)]
-pub fn covers<S: Store + ?Sized>(store: &S, root: u32, address: Address) -> Option<bool> {
-    Some(policy(store, root, address)? != 0)
+pub fn covers<S: Store + ?Sized>(store: &S, root: Slot, address: Address) -> Option<bool> {
+    Some(policy(store, root, address)? != Slot::UNMATCHED)
 }
 
+/// What holds for an address.
 #[inline(always)]
-fn policy<S: Store + ?Sized>(store: &S, root: u32, address: Address) -> Option<u32> {
-    match address.version {
-        Version::V4 => {
-            let ranges = Span::from_word(store.word(root.wrapping_add(1))?);
-            let first = root.wrapping_add(ranges.offset);
-            let range = last_at_or_before(ranges.count, ADDRESS_STEPS, |range| {
-                Some(store.word(first.wrapping_add(range))? >> 32 <= address.low)
-            })?;
-            Some(low_half(store.word(first.wrapping_add(range))?))
-        }
-        Version::V6 => {
-            let ranges = Span::from_word(store.word(root.wrapping_add(2))?);
-            let first = root.wrapping_add(ranges.offset);
-            let at = |range: u32| first.wrapping_add(range.wrapping_mul(V6_RANGE_WORDS));
-            let range = last_at_or_before(ranges.count, ADDRESS_STEPS, |range| {
-                let first_high = store.word(at(range))?;
-                Some(if first_high == address.high {
-                    store.word(at(range).wrapping_add(1))? <= address.low
-                } else {
-                    first_high < address.high
-                })
-            })?;
-            Some(low_half(store.word(at(range).wrapping_add(2))?))
-        }
-    }
+fn policy<S: Store + ?Sized>(store: &S, root: Slot, Address { high, low, .. }: Address) -> Option<Slot> {
+    store.descend(root, Keys { key: high, low, source: 0 })
 }
 
-/// Finds the last of `count` sorted ranges for which `begins_by` holds, given that it holds for the first.
-/// `steps` bounds the loop for the verifier.
+/// What the nodes on a way ask for.
+#[derive(Clone, Copy, Debug)]
+pub struct Keys {
+    /// Of the first node.
+    pub key: u64,
+    /// At [`Turn::Low`].
+    pub low: u64,
+    /// At [`Turn::Source`].
+    pub source: u64,
+}
+
+/// Goes from node to node until there is none. Nothing is returned only for a table that is damaged.
+///
+/// There is as little branching as can be: what the verifier has to walk grows with it, and a processor can't guess
+/// where random keys lead.
 #[inline(always)]
-fn last_at_or_before(count: u32, steps: u32, begins_by: impl Fn(u32) -> Option<bool>) -> Option<u32> {
-    let mut range = 0;
-    let mut left = count;
-    for _ in 0..steps {
-        if left <= 1 {
-            break;
+pub fn descend<S: Store + ?Sized>(store: &S, root: Slot, Keys { mut key, low, source }: Keys) -> Option<Slot> {
+    let mut slot = root;
+    for _ in 0..STEPS {
+        let kind = slot.kind()?;
+        if let Kind::Verdict | Kind::Ports = kind {
+            return Some(slot);
         }
-        let half = left / 2;
-        if begins_by(range + half)? {
-            range += half;
-            left -= half;
+        let (is_low, is_source) = (slot.0 >> 3 & 1, slot.0 >> 4 & 1);
+        key ^= (key ^ low) & is_low.wrapping_neg();
+        key ^= (key ^ source) & is_source.wrapping_neg();
+        let at = slot.offset();
+        let segment = store.segment(at >> SEGMENT_BITS)?;
+        let word = |index: u32| segment.word(at.wrapping_add(index));
+        let place = if let Kind::Index = kind {
+            let mask = (1_u32 << slot.width()).wrapping_sub(1);
+            low_half(key >> slot.shift()) & mask
         } else {
-            left = half;
-        }
+            // A binary search in three steps; those that a smaller node has no need of add 0.
+            let slots = 1_u32 << slot.order();
+            let mut half = slots >> 1;
+            let mut place = 0_u32;
+            for _ in 0..3 {
+                let begins = word(place.wrapping_add(half).wrapping_sub(1));
+                place += half & is_at_most(begins, key).wrapping_neg();
+                half >>= 1;
+            }
+            slots + place
+        };
+        slot = Slot(word(place));
     }
-    Some(range)
+    None
 }
 
+/// 1 if `a <= b`, else 0, without a branch: the carry out of `b - a`.
 #[inline(always)]
-#[expect(clippy::cast_possible_truncation, reason = "these 16 bits are what is asked for")]
-const fn third_quarter(word: u64) -> u16 {
-    (word >> 32) as u16
-}
-
-#[inline(always)]
-const fn high_half(word: u64) -> u32 {
-    (word >> 32) as u32
+const fn is_at_most(a: u64, b: u64) -> u32 {
+    let borrow = (!b & a) | (!(b ^ a) & b.wrapping_sub(a));
+    (borrow >> 63) as u32 ^ 1
 }
 
 #[inline(always)]
@@ -198,63 +337,81 @@ mod tests {
     use proptest::prelude::*;
     use std::vec::Vec;
 
-    use super::{SERVICE_HOST, SERVICE_NONE, Span, Verdict, covers, lookup, port_range, v4_range};
+    use super::{SEGMENT_WORDS, Slot, Store, Turn, Verdict, Words, covers, lookup, port_key};
     use crate::flow::{Address, Flow, Transport};
 
-    /// A table with nothing but 192.0.2.0/24, TCP, ports 80 to 90 steered and 85 left to the host, at word 5.
-    fn table() -> Vec<u64> {
-        let root = [
-            1,
-            Span { offset: 3, count: 3 }.to_word(),
-            Span { offset: 13, count: 1 }.to_word(),
-            v4_range(0, 0),
-            v4_range(0xc000_0200, 6),
-            v4_range(0xc000_0300, 0),
-            Span { offset: 8, count: 5 }.to_word(),
-            Span { offset: 8, count: 1 }.to_word(),
-            port_range(0, SERVICE_NONE, 0),
-            port_range(80, 3, 9),
-            port_range(85, SERVICE_HOST, 9),
-            port_range(86, 3, 9),
-            port_range(91, SERVICE_NONE, 0),
-            0,
-            0,
-            0,
-        ];
-        [0; 5].into_iter().chain(root).collect()
+    /// Segments one after the other.
+    struct Segments(Vec<u64>);
+
+    impl Store for Segments {
+        type Segment<'a> = &'a [u64];
+
+        fn segment(&self, number: u32) -> Option<&[u64]> {
+            self.0.chunks(SEGMENT_WORDS).nth(number as usize)
+        }
     }
 
-    fn judge(words: &[u64], address: Address, transport: Transport, port: u16) -> Option<Verdict> {
-        lookup(words, 5, &Flow { address, transport, port })
+    impl Words for &[u64] {
+        fn word(&self, index: u32) -> u64 {
+            self.get(index as usize % SEGMENT_WORDS).copied().unwrap_or_default()
+        }
+    }
+
+    const STEER: Verdict = Verdict::Steer { rule: 9, service: 3 };
+    const HOST: Verdict = Verdict::Host { rule: 9 };
+
+    /// Nothing but 192.0.2.0/24, TCP, ports 80 to 90 steered and 85 left to the host, by rule 9, and only for clients
+    /// below 198.51.100.0.
+    fn table() -> (Segments, Slot) {
+        let steer = Slot::verdict(Verdict::Steer { rule: 2, service: 3 }, true).0;
+        let host = Slot::verdict(HOST, false).0;
+        let words = [
+            // 0: addresses
+            &[0xc000_0200 << 32, 0xc000_0300 << 32, u64::MAX, 0, 0, Slot::ports(8, 7).0, 0, 0][..],
+            // 8: ports of TCP, from 64 to 127, and of UDP
+            &[Slot::index(64 - 10, 3, 16, Turn::Same).0, 0, 0, 0, 0, 0, 0, 0],
+            // 16: ports by the bits above the last 6, of which 1 is 64 to 127
+            &[0, Slot::sorted(3, 24, Turn::Same).0, 0, 0, 0, 0, 0, 0],
+            // 24: ports from 64 on
+            &[80, 85, 86, 91].map(port_key),
+            &[u64::MAX; 4],
+            &[0, Slot::sorted(1, 40, Turn::Source).0, host, steer, 0, 0, 0, 0],
+            // 40: clients
+            &[0xc633_6400 << 32, 0, steer, 0],
+        ];
+        (Segments(words.concat()), Slot::sorted(2, 0, Turn::Same))
+    }
+
+    fn flow(source: u32, address: u32, transport: Transport, port: u16) -> Flow {
+        Flow { source: Address::v4(source), address: Address::v4(address), transport, port }
     }
 
     #[test]
     fn finds_ranges_and_their_edges() {
-        let table = table();
-        let steer = Verdict::Steer { rule: 9, service: 3 };
-        let host = Verdict::Host { rule: 9 };
-        for (address, port, expected) in [
-            (0xc000_01ff, 80, Verdict::Unmatched),
-            (0xc000_0200, 80, steer),
-            (0xc000_02ff, 80, steer),
-            (0xc000_0300, 80, Verdict::Unmatched),
-            (0xc000_0207, 0, Verdict::Unmatched),
-            (0xc000_0207, 79, Verdict::Unmatched),
-            (0xc000_0207, 84, steer),
-            (0xc000_0207, 85, host),
-            (0xc000_0207, 90, steer),
-            (0xc000_0207, 91, Verdict::Unmatched),
-            (0xc000_0207, 65_535, Verdict::Unmatched),
+        let (table, root) = table();
+        for (source, address, port, expected) in [
+            (0, 0xc000_01ff, 80, Verdict::Unmatched),
+            (0, 0xc000_0200, 80, STEER),
+            (0, 0xc000_02ff, 80, STEER),
+            (0, 0xc000_0300, 80, Verdict::Unmatched),
+            (0, 0xc000_0207, 0, Verdict::Unmatched),
+            (0, 0xc000_0207, 79, Verdict::Unmatched),
+            (0, 0xc000_0207, 84, STEER),
+            (0xc633_6400, 0xc000_0207, 84, Verdict::Unmatched),
+            (0xc633_63ff, 0xc000_0207, 84, STEER),
+            (0xc633_6400, 0xc000_0207, 86, STEER),
+            (0, 0xc000_0207, 85, HOST),
+            (0, 0xc000_0207, 90, STEER),
+            (0, 0xc000_0207, 91, Verdict::Unmatched),
+            (0, 0xc000_0207, 65_535, Verdict::Unmatched),
         ] {
-            let verdict = judge(&table, Address::v4(address), Transport::Tcp, port);
+            let verdict = lookup(&table, root, &flow(source, address, Transport::Tcp, port));
             assert_eq!(verdict, Some(expected), "{address:x}:{port}");
             let is_covered = (0xc000_0200..0xc000_0300).contains(&address);
-            assert_eq!(covers(table.as_slice(), 5, Address::v4(address)), Some(is_covered), "{address:x}");
+            assert_eq!(covers(&table, root, Address::v4(address)), Some(is_covered), "{address:x}");
         }
-        let udp = judge(&table, Address::v4(0xc000_0200), Transport::Udp, 80);
+        let udp = lookup(&table, root, &flow(0, 0xc000_0200, Transport::Udp, 80));
         assert_eq!(udp, Some(Verdict::Unmatched));
-        let v6 = judge(&table, Address::v6(u64::MAX, u64::MAX), Transport::Tcp, 80);
-        assert_eq!(v6, Some(Verdict::Unmatched));
     }
 
     proptest! {
@@ -262,16 +419,12 @@ mod tests {
         #[test]
         fn survives_damage(
             words in prop::collection::vec(any::<u64>(), 0..40),
-            root in any::<u32>(),
-            address in any::<u32>(),
+            root in any::<u64>(),
             high in any::<u64>(),
             port in any::<u16>(),
         ) {
-            for root in [0, root] {
-                for address in [Address::v4(address), Address::v6(high, 0)] {
-                    lookup(words.as_slice(), root, &Flow { address, transport: Transport::Udp, port });
-                }
-            }
+            let (source, address) = (Address::v6(!high, 0), Address::v6(high, 0));
+            lookup(&Segments(words), Slot(root), &Flow { source, address, transport: Transport::Udp, port });
         }
     }
 }

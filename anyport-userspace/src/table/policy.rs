@@ -1,0 +1,346 @@
+//! Policies: what holds for the ports, and where rules ask for it the clients, of an address.
+
+use std::{
+    collections::{BTreeSet, HashMap, HashSet},
+    mem,
+    sync::Arc,
+};
+
+use anyhow::bail;
+use anyport_common::{
+    flow::Transport,
+    table::{STEPS, Slot, Turn, Verdict, port_key},
+};
+use smallvec::SmallVec;
+
+use super::{
+    arena::{Arena, Block},
+    tree::{Halves, Piece, build, build_addresses, by_first_half},
+};
+use crate::rules::{PortSet, Prefix, PrefixRules, ServiceName, Terms};
+
+/// Gives a service's slot.
+pub type ServiceSlots<'a> = dyn Fn(&ServiceName) -> anyhow::Result<u16> + 'a;
+
+/// The policies of a table. Prefixes share one where they say the same inside of the same.
+#[derive(Debug, Default)]
+pub(super) struct Policies {
+    known: HashMap<Key, Policy>,
+    next_id: u32,
+    /// What was added since the last commit.
+    created: Vec<Key>,
+    /// While everything is made anew: what was known.
+    aside: Option<HashMap<Key, Policy>>,
+    /// Words of all policies, and how many of them were in use when that was last looked at.
+    words: u64,
+    words_in_use: u64,
+}
+
+/// Terms are compared by their place in memory, which a policy holds.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct Key {
+    own: SmallVec<[usize; 1]>,
+    outer: Option<Outer>,
+}
+
+/// The policy of the prefix around, and its first rule's number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct Outer {
+    policy: u32,
+    first_number: u32,
+}
+
+#[derive(Debug)]
+struct Policy {
+    id: u32,
+    offset: u32,
+    blocks: Vec<Block>,
+    speaks_of: Arc<PortsOfTransports>,
+    #[expect(dead_code, reason = "keeps the places in memory from being another's")]
+    terms: SmallVec<[Arc<Terms>; 1]>,
+}
+
+/// A prefix on the way from the outside to the inside.
+#[derive(Clone, Debug)]
+pub(super) struct Level<'a> {
+    pub(super) rules: &'a PrefixRules,
+    outer: Outer,
+    /// Its ports.
+    pub(super) slot: Slot,
+    /// The ports that it or a level around it speaks of.
+    speaks_of: Arc<PortsOfTransports>,
+}
+
+/// In the order of [`Transport::ALL`].
+type PortsOfTransports = [PortSet; 2];
+
+/// A rule and its number, which counts from the prefix's first one if it is one of the prefix's own.
+#[derive(Clone, Copy)]
+struct Opinion<'a> {
+    terms: &'a Terms,
+    number: u32,
+    is_relative: bool,
+}
+
+impl Policies {
+    /// The policy of a prefix inside of those around it.
+    pub(super) fn level<'a>(
+        &mut self,
+        arena: &mut Arena,
+        around: &[Level<'a>],
+        rules: &'a PrefixRules,
+        services: &ServiceSlots<'_>,
+    ) -> anyhow::Result<Level<'a>> {
+        // Where the prefix has an opinion on everything that is spoken of around it, that is never asked.
+        let is_asked = around.last().is_some_and(|it| !closes(rules, &it.speaks_of));
+        let around = if is_asked { around } else { &[] };
+        let key = Key {
+            own: rules.iter().map(|it| Arc::as_ptr(&it.terms) as usize).collect(),
+            outer: around.last().map(|it| it.outer),
+        };
+        if !self.known.contains_key(&key) {
+            self.create(arena, key.clone(), around, rules, services)?;
+        }
+        let Policy { id, offset, speaks_of, .. } =
+            self.known.get(&key).ok_or_else(|| anyhow::anyhow!("a policy that was made is not there"))?;
+        Ok(Level {
+            rules,
+            outer: Outer { policy: *id, first_number: rules.first_number },
+            slot: Slot::ports(*offset, rules.first_number),
+            speaks_of: Arc::clone(speaks_of),
+        })
+    }
+
+    fn create(
+        &mut self,
+        arena: &mut Arena,
+        key: Key,
+        around: &[Level<'_>],
+        rules: &PrefixRules,
+        services: &ServiceSlots<'_>,
+    ) -> anyhow::Result<()> {
+        let own = (0..).zip(rules.iter()).map(|(number, it)| Opinion { terms: &it.terms, number, is_relative: true });
+        let others = around.iter().rev().flat_map(|level| {
+            let numbers = level.rules.first_number..;
+            numbers.zip(level.rules.iter()).map(|(number, it)| Opinion { terms: &it.terms, number, is_relative: false })
+        });
+        let opinions: Vec<_> = own.chain(others).collect();
+        let mark = arena.mark();
+        let mut slots = [Slot::UNMATCHED; 2];
+        for (transport, slot) in Transport::ALL.iter().zip(&mut slots) {
+            let about: Vec<_> =
+                opinions.iter().copied().filter(|it| it.terms.protocol.transports().contains(transport)).collect();
+            *slot = ports(arena, &about, services)?;
+        }
+        let offset = arena.put(1, slots.map(|it| it.0))?;
+        let blocks = arena.taken_since(mark);
+        let id = self.next_id;
+        self.next_id = self.next_id.wrapping_add(1);
+        self.words += words(&blocks);
+        let terms = rules.iter().map(|it| Arc::clone(&it.terms)).collect();
+        let own: Vec<&Terms> = rules.iter().map(|it| &*it.terms).collect();
+        let mut speaks_of: PortsOfTransports = Transport::ALL.map(|transport| opinion(&own, transport));
+        if let Some(outer) = around.last() {
+            for (own, outer) in speaks_of.iter_mut().zip(&*outer.speaks_of) {
+                *own = own.union(outer);
+            }
+        }
+        self.known.insert(key.clone(), Policy { id, offset, blocks, speaks_of: Arc::new(speaks_of), terms });
+        self.created.push(key);
+        Ok(())
+    }
+
+    /// From here on nothing of what is known is used.
+    pub(super) fn begin_anew(&mut self) {
+        self.aside = Some(mem::take(&mut self.known));
+        self.words = 0;
+    }
+
+    pub(super) fn commit(&mut self) {
+        self.created.clear();
+        if self.aside.take().is_some() {
+            self.words_in_use = self.words;
+        }
+    }
+
+    pub(super) fn abort(&mut self) {
+        for key in self.created.drain(..) {
+            if let Some(policy) = self.known.remove(&key) {
+                self.words -= words(&policy.blocks);
+            }
+        }
+        if let Some(known) = self.aside.take() {
+            self.words = known.values().map(|it| words(&it.blocks)).sum();
+            self.known = known;
+        }
+    }
+
+    /// Whether there is so much that may not be in use any more that it is worth looking.
+    pub(super) fn has_much_to_forget(&self) -> bool {
+        const LITTLE: u64 = 1 << 15;
+        self.words > 2 * self.words_in_use + LITTLE
+    }
+
+    /// Forgets the policies whose offset is not among these. To be called between changes.
+    pub(super) fn forget_all_but(&mut self, arena: &mut Arena, in_use: &HashSet<u32>) {
+        for (_, policy) in self.known.extract_if(|_, policy| !in_use.contains(&policy.offset)) {
+            self.words -= words(&policy.blocks);
+            for block in policy.blocks {
+                arena.give_up(block);
+            }
+        }
+        self.words_in_use = self.words;
+    }
+}
+
+/// The ports of a transport that any of these terms speak of.
+fn opinion(terms: &[&Terms], transport: Transport) -> PortSet {
+    let about = terms.iter().filter(|it| it.protocol.transports().contains(&transport));
+    about.fold(PortSet::default(), |all, it| all.union(&it.opinion()))
+}
+
+/// Whether the rules have an opinion on all of these ports, whoever the client is.
+fn closes(rules: &PrefixRules, ports: &PortsOfTransports) -> bool {
+    Transport::ALL.iter().zip(ports).all(|(transport, ports)| {
+        let total = || rules.iter().map(|it| &*it.terms).filter(|it| it.source.is_none());
+        // One rule is all there is, most of the time.
+        let is_in_one = total().any(|it| it.protocol.transports().contains(transport) && ports.is_subset(&it.ports));
+        ports.is_empty() || is_in_one || ports.is_subset(&opinion(&total().collect::<Vec<_>>(), *transport))
+    })
+}
+
+fn words(blocks: &[Block]) -> u64 {
+    blocks.iter().map(|it| 1 << it.order).sum()
+}
+
+/// The tree of the ports for opinions in order of precedence.
+fn ports(arena: &mut Arena, opinions: &[Opinion<'_>], services: &ServiceSlots<'_>) -> anyhow::Result<Slot> {
+    // What a rule says changes only where one of its ranges begins or ends.
+    let mut begins: Vec<(u16, usize)> = Vec::new();
+    let mut ends: Vec<(u16, usize)> = Vec::new();
+    let mut edges: Vec<u16> = vec![0];
+    for (place, Opinion { terms, .. }) in opinions.iter().enumerate() {
+        for (first, last) in terms.opinion().ranges() {
+            begins.push((*first, place));
+            ends.extend(last.checked_add(1).map(|next| (next, place)));
+        }
+        for (first, last) in terms.ports.ranges().iter().chain(terms.except.ranges()) {
+            edges.push(*first);
+            edges.extend(last.checked_add(1));
+        }
+    }
+    begins.sort_unstable();
+    ends.sort_unstable();
+    edges.sort_unstable();
+    edges.dedup();
+    let (mut begins, mut ends) = (begins.into_iter().peekable(), ends.into_iter().peekable());
+    let mut active: BTreeSet<usize> = BTreeSet::new();
+    let mut clients = Clients::default();
+    let mut pieces: Vec<Piece> = Vec::with_capacity(edges.len());
+    for port in edges {
+        while let Some((_, place)) = ends.next_if(|(at, _)| *at <= port) {
+            active.remove(&place);
+        }
+        while let Some((_, place)) = begins.next_if(|(at, _)| *at <= port) {
+            active.insert(place);
+        }
+        let slot = clients.slot(arena, active.iter().map(|place| &opinions[*place]), port, services)?;
+        if pieces.last().is_none_or(|before| before.slot != slot) {
+            pieces.push(Piece { first: port_key(port), slot });
+        }
+    }
+    let built = build(arena, &pieces, u64::MAX, Turn::Same)?;
+    if built.depth + clients.depth >= STEPS {
+        bail!("the ports and sources of the rules need more steps than a lookup takes; use fewer of them");
+    }
+    Ok(built.slot)
+}
+
+/// The trees of clients that the ports of one policy lead to.
+#[derive(Default)]
+struct Clients {
+    known: HashMap<Vec<(Option<Prefix>, Slot)>, Slot>,
+    depth: u32,
+}
+
+impl Clients {
+    /// What holds at a port, given the rules with an opinion on it in order of precedence.
+    fn slot<'a>(
+        &mut self,
+        arena: &mut Arena,
+        opinions: impl Iterator<Item = &'a Opinion<'a>>,
+        port: u16,
+        services: &ServiceSlots<'_>,
+    ) -> anyhow::Result<Slot> {
+        let mut by_source = Vec::new();
+        for opinion in opinions {
+            let verdict = opinion.verdict(port, services)?;
+            by_source.push((opinion.terms.source, verdict));
+            if opinion.terms.source.is_none() {
+                break;
+            }
+        }
+        if let [(None, verdict)] = by_source[..] {
+            return Ok(verdict);
+        }
+        if by_source.is_empty() {
+            return Ok(Slot::UNMATCHED);
+        }
+        if let Some(slot) = self.known.get(&by_source) {
+            return Ok(*slot);
+        }
+        let mut pieces = vec![Piece { first: (0, 0), slot: Slot::UNMATCHED }];
+        // The first one decides, so it is painted last.
+        for (source, verdict) in by_source.iter().rev() {
+            match source {
+                Some(source) => paint(&mut pieces, halves(source), *verdict),
+                None => pieces = vec![Piece { first: (0, 0), slot: *verdict }],
+            }
+        }
+        let built = build_addresses(arena, &pieces, Turn::Source)?;
+        self.depth = self.depth.max(built.depth);
+        self.known.insert(by_source, built.slot);
+        Ok(built.slot)
+    }
+}
+
+impl Opinion<'_> {
+    fn verdict(&self, port: u16, services: &ServiceSlots<'_>) -> anyhow::Result<Slot> {
+        let rule = self.number;
+        let verdict = if self.terms.except.contains(port) {
+            Verdict::Host { rule }
+        } else {
+            Verdict::Steer { rule, service: services(&self.terms.service)? }
+        };
+        Ok(Slot::verdict(verdict, self.is_relative))
+    }
+}
+
+/// The first and the last address of a prefix.
+pub(super) fn halves(prefix: &Prefix) -> (Halves, Halves) {
+    let first = prefix.first();
+    let hosts = |len: u8| u64::MAX.checked_shr(u32::from(len)).unwrap_or_default();
+    let low = if prefix.is_ipv4() { 0 } else { prefix.len().saturating_sub(64) };
+    ((first.high, first.low), (first.high | hosts(prefix.len().min(64)), first.low | hosts(low)))
+}
+
+/// The address behind this one.
+pub(super) fn next((high, low): Halves) -> Option<Halves> {
+    match low.checked_add(1) {
+        Some(low) => Some((high, low)),
+        None => Some((high.checked_add(1)?, 0)),
+    }
+}
+
+fn paint(pieces: &mut Vec<Piece<Halves>>, (first, last): (Halves, Halves), slot: Slot) {
+    let from = pieces.partition_point(|it| it.first < first);
+    let to = pieces.partition_point(|it| it.first <= last);
+    let behind = next(last).filter(|next| pieces.get(to).is_none_or(|it| it.first != *next));
+    let behind = behind.map(|first| Piece { first, slot: pieces[to - 1].slot });
+    pieces.splice(from..to, [Piece { first, slot }].into_iter().chain(behind));
+}
+
+/// Pieces for a tree of the first halves of addresses.
+pub(super) fn firsts(arena: &mut Arena, pieces: &[Piece<Halves>]) -> anyhow::Result<Vec<Piece>> {
+    Ok(by_first_half(arena, pieces)?.0)
+}

@@ -1,0 +1,191 @@
+use std::collections::HashMap;
+
+use anyport_common::{flow::Flow, table::Verdict};
+use proptest::prelude::*;
+
+use super::{OwnSegments, Table};
+use crate::rules::{
+    Change, Decision, Draft, Origin, Prefix, PrefixRules, Rule, RuleSet, RuleText, ServiceName,
+    arbitrary::{SERVICES, flow, rule, rules},
+    decide, from_address,
+};
+
+fn service(name: &ServiceName) -> anyhow::Result<u16> {
+    let slot = (1..).zip(SERVICES).find(|(_, it)| *it == name.as_str());
+    slot.map(|(slot, _)| slot).ok_or_else(|| anyhow::anyhow!("no service {name}"))
+}
+
+/// Gives each prefix that has changed new numbers, as the engine does.
+fn number(change: &mut Change, next: &mut u32) {
+    for (_, rules) in &mut change.added {
+        rules.first_number = *next;
+        *next += u32::try_from(rules.len()).unwrap();
+    }
+}
+
+fn numbered(set: &RuleSet) -> (RuleSet, u32) {
+    let mut change =
+        Change { added: set.prefixes().map(|(prefix, rules)| (*prefix, rules.clone())).collect(), ..Change::default() };
+    let mut next = 1;
+    number(&mut change, &mut next);
+    let mut set = RuleSet::default();
+    set.apply(&change);
+    (set, next)
+}
+
+fn expected(rules: &RuleSet, flow: &Flow) -> Verdict {
+    if flow.port == 0 {
+        return Verdict::Unmatched;
+    }
+    match decide(rules, from_address(flow.address), flow.transport, flow.port, from_address(flow.source)) {
+        Decision::Unmatched => Verdict::Unmatched,
+        Decision::Host(rule) => Verdict::Host { rule: rule.number },
+        Decision::Steer(rule) => Verdict::Steer { rule: rule.number, service: service(&rule.terms.service).unwrap() },
+    }
+}
+
+fn check(table: &Table, rules: &RuleSet, flows: &[Flow]) -> Result<(), TestCaseError> {
+    let reader = table.reader();
+    for flow in flows {
+        prop_assert_eq!(
+            reader.lookup(flow),
+            expected(rules, flow),
+            "{:?} under {:#?}",
+            flow,
+            rules.iter().map(|it| format!("{} {}", it.number, it.to_rule())).collect::<Vec<_>>()
+        );
+    }
+    Ok(())
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(1_000))]
+
+    #[test]
+    fn decides_as_the_reference(set in rules(30), flows in prop::collection::vec(flow(), 100)) {
+        let (set, _) = numbered(&set);
+        let mut table = Table::new(Box::new(OwnSegments::default()));
+        table.make(&set, &service).unwrap();
+        table.commit();
+        check(&table, &set, &flows)?;
+    }
+
+    /// Change after change, some of which are given up, on the same table.
+    #[test]
+    fn changes_decide_as_the_reference(
+        set in rules(60),
+        steps in prop::collection::vec((prop::collection::vec((rule(), any::<bool>()), 1..4), any::<bool>()), 1..30),
+        flows in prop::collection::vec(flow(), 60),
+    ) {
+        let (mut set, mut next) = numbered(&set);
+        let mut table = Table::new(Box::new(OwnSegments::default()));
+        table.make(&set, &service).unwrap();
+        table.commit();
+        for (rules, is_kept) in steps {
+            let mut draft = Draft::of(&set);
+            for (rule, is_added) in rules {
+                let of_prefix = draft.prefix(rule.prefix);
+                if is_added {
+                    drop(of_prefix.insert(&rule));
+                } else {
+                    of_prefix.remove(|_| true);
+                }
+            }
+            let mut change = draft.finish();
+            number(&mut change, &mut next);
+            let prefixes = change.prefixes();
+            set.apply(&change);
+            table.change(&set, &prefixes, &service).unwrap();
+            check(&table, &set, &flows)?;
+            if is_kept {
+                table.commit();
+            } else {
+                table.abort();
+                set.apply(&change.inverse());
+                check(&table, &set, &flows)?;
+            }
+        }
+    }
+}
+
+/// A generator of numbers that are the same each time.
+fn numbers(mut state: u64) -> impl FnMut() -> u64 {
+    move || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state.wrapping_mul(0x2545_f491_4f6c_dd1d)
+    }
+}
+
+fn simple(prefix: Prefix, service: &str) -> Rule {
+    let json = format!("{{\"prefix\": \"{prefix}\", \"service\": \"{service}\"}}");
+    serde_json::from_str::<RuleText>(&json).unwrap().into_rule(Origin::Added)
+}
+
+/// Thousands of prefixes of one shape, half of them made at once and half one by one, in order and at random.
+#[test]
+fn large_sets_decide_as_a_map() {
+    let mut number_of = numbers(7);
+    let shapes: [(&str, &dyn Fn(u64) -> Prefix); 5] = [
+        ("scattered /32", &|n| Prefix::from_bits(true, u128::from(n >> 32), 32)),
+        ("dense /32", &|n| Prefix::from_bits(true, 0xc000_0000 | u128::from(n % 8192), 32)),
+        ("scattered /128", &|n| Prefix::from_bits(false, u128::from(n) << 64 | u128::from(!n), 128)),
+        ("one /64", &|n| Prefix::from_bits(false, 0x2001_0db8_u128 << 96 | u128::from(n), 128)),
+        ("clusters", &|n| Prefix::from_bits(false, 1 << (n % 120) | u128::from(n >> 59), 128)),
+    ];
+    for (name, shape) in shapes {
+        for is_sequential in [false, true] {
+            let mut prefixes: Vec<Prefix> = (0..6_000).map(|_| shape(number_of())).collect();
+            if is_sequential {
+                prefixes.sort_by_key(Prefix::bounds);
+            }
+            let mut set = RuleSet::default();
+            let rules: HashMap<Prefix, Rule> = prefixes
+                .iter()
+                .map(|it| (*it, simple(*it, SERVICES[usize::try_from(number_of() % 3).unwrap()])))
+                .collect();
+            for prefix in &prefixes[..3_000] {
+                set.insert(&rules[prefix]).unwrap();
+            }
+            let (mut set, mut next) = numbered(&set);
+            let mut table = Table::new(Box::new(OwnSegments::default()));
+            table.make(&set, &service).unwrap();
+            table.commit();
+            for prefix in &prefixes[3_000..] {
+                let mut draft = Draft::of(&set);
+                draft.prefix(*prefix).insert(&rules[prefix]).unwrap();
+                let mut change = draft.finish();
+                number(&mut change, &mut next);
+                set.apply(&change);
+                table.change(&set, &change.prefixes(), &service).unwrap();
+                table.commit();
+            }
+            let reader = table.reader();
+            let judge = |prefix: &Prefix| {
+                let flow = Flow {
+                    source: prefix.first(),
+                    address: prefix.first(),
+                    transport: anyport_common::flow::Transport::Tcp,
+                    port: 80,
+                };
+                reader.lookup(&flow)
+            };
+            for (prefix, rule) in &rules {
+                let of_prefix: &PrefixRules = set.of_prefix(prefix).unwrap();
+                let service = service(&rule.terms.service).unwrap();
+                let expected = Verdict::Steer { rule: of_prefix.first_number, service };
+                assert_eq!(judge(prefix), expected, "{name}: {prefix}");
+                let (first, last) = prefix.bounds();
+                for beside in [first.wrapping_sub(1), last.wrapping_add(1)] {
+                    let beside = Prefix::from_bits(prefix.is_ipv4(), beside, prefix.len());
+                    if !rules.contains_key(&beside) {
+                        assert_eq!(judge(&beside), Verdict::Unmatched, "{name}: {beside}");
+                    }
+                }
+            }
+            let (used, all) = table.bytes();
+            assert!(all <= used * 4 + (4 << 20), "{name}: {used} of {all} bytes are in use");
+        }
+    }
+}
