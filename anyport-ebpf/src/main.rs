@@ -2,6 +2,8 @@
 
 #![no_std]
 #![no_main]
+#![feature(core_intrinsics)]
+#![expect(internal_features, reason = "atomic addition, which the standard library has only where there is also CAS")]
 
 mod maps;
 mod sk_lookup;

@@ -1,36 +1,63 @@
 //! The maps, and what both programs do with them.
 
 use anyport_common::{
-    flow::{Address, Flow},
+    flow::{Address, Flow, Version},
     maps::{
-        Control, Counters, MAX_RULE_ENTRIES, MAX_RULES, MAX_SERVICES, RuleEntry, RuleKey, SOCKETS_PER_SERVICE,
-        TABLE_WORDS,
+        COUNTER_SETS, Control, Drops, EXPLAINED_HOST, EXPLAINED_STEER, EXPLAINED_UNMATCHED, Explained, GENERATIONS,
+        Generation, MAX_SEGMENTS, MAX_SERVICES, PORTION_RULES, PORTIONS, PortEntry, RuleEntry, SOCKETS_PER_SERVICE,
+        Totals,
     },
-    table::{self, Store, Verdict},
+    table::{self, Keys, SEGMENT_WORDS, Slot, Store, Verdict, Words},
 };
 use aya_ebpf::{
-    bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC, bpf_sock},
-    btf_maps::{Array, HashMap, PerCpuArray, SockMap},
-    helpers::bpf_map_lookup_elem,
+    bindings::{BPF_F_MMAPABLE, bpf_sock},
+    btf_maps::{Array, ArrayOfMaps, PerCpuArray, SockMap},
+    helpers::{bpf_get_current_pid_tgid, bpf_get_smp_processor_id, bpf_map_lookup_elem},
     macros::btf_map,
 };
-use core::ptr::{self, NonNull};
+use core::{
+    intrinsics::{AtomicOrdering, atomic_xadd},
+    ptr::{self, NonNull},
+};
 
 const MMAPABLE: usize = BPF_F_MMAPABLE as usize;
 
 #[btf_map(name = "anyport_control")]
 static CONTROL: Array<Control, 1, MMAPABLE> = Array::new();
 
+/// Each segment is the one value of a map, so that the words of a node are found by a single look-up.
+#[repr(transparent)]
+struct Segment([u64; SEGMENT_WORDS]);
+
 #[btf_map(name = "anyport_table")]
-static TABLE: Array<u64, { TABLE_WORDS as usize }, MMAPABLE> = Array::new();
+static TABLE: ArrayOfMaps<Array<Segment, 1, MMAPABLE>, { MAX_SEGMENTS as usize }> = ArrayOfMaps::new();
 
-/// Not read here: the rule set for a human reader, kept in step with the table by user space.
-#[btf_map(name = "anyport_rules")]
-static RULES: HashMap<RuleKey, RuleEntry, { MAX_RULE_ENTRIES as usize }, { BPF_F_NO_PREALLOC as usize }> =
-    HashMap::new();
-
+/// By set of counters, and within a set by portion. The numbers of packets that were handed to a socket stand by
+/// themselves, close to each other, since they are what is counted all the time.
 #[btf_map(name = "anyport_counts")]
-static COUNTS: PerCpuArray<Counters, { MAX_RULES as usize }> = PerCpuArray::new();
+static COUNTS: ArrayOfMaps<Array<u64, { PORTION_RULES as usize }, MMAPABLE>, { (COUNTER_SETS * PORTIONS) as usize }> =
+    ArrayOfMaps::new();
+
+#[btf_map(name = "anyport_drops")]
+static DROPS: ArrayOfMaps<Array<Drops, { PORTION_RULES as usize }, MMAPABLE>, { PORTIONS as usize }> =
+    ArrayOfMaps::new();
+
+/// Not read here, and made anew by user space as large as they have to be: what they hold is for human readers.
+#[btf_map(name = "anyport_rules")]
+static RULES: Array<RuleEntry, 1, MMAPABLE> = Array::new();
+
+#[btf_map(name = "anyport_ports")]
+static PORTS: Array<PortEntry, 1, MMAPABLE> = Array::new();
+
+/// Not read here either: shows user space the type of a portion.
+#[btf_map(name = "anyport_portion")]
+static PORTION: Array<Drops, 1, MMAPABLE> = Array::new();
+
+#[btf_map(name = "anyport_totals")]
+static TOTALS: PerCpuArray<Totals, 1> = PerCpuArray::new();
+
+#[btf_map(name = "anyport_explain")]
+static EXPLAINED: Array<Explained, 1, MMAPABLE> = Array::new();
 
 #[btf_map(name = "anyport_sockets")]
 static SOCKETS: SockMap<{ (MAX_SERVICES * SOCKETS_PER_SERVICE) as usize }> = SockMap::new();
@@ -38,40 +65,163 @@ static SOCKETS: SockMap<{ (MAX_SERVICES * SOCKETS_PER_SERVICE) as usize }> = Soc
 struct Table;
 
 impl Store for Table {
+    type Segment<'a> = &'a Segment;
+
     #[inline(always)]
-    fn word(&self, index: u32) -> Option<u64> {
-        TABLE.get(index).copied()
+    fn segment(&self, number: u32) -> Option<&Segment> {
+        TABLE.get_value(number, &0)
+    }
+
+    #[inline(always)]
+    fn descend(&self, root: Slot, Keys { key, low, source }: Keys) -> Option<Slot> {
+        let slot = Slot(anyport_descend(root.0, key, low, source));
+        (slot != NOWHERE).then_some(slot)
     }
 }
 
-/// Judges a flow by the generation in force.
+/// What no slot is.
+const NOWHERE: Slot = Slot(u64::MAX);
+
+/// A global function, which the verifier walks once, whoever calls it (Linux 5.6).
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn anyport_descend(root: u64, key: u64, low: u64, source: u64) -> u64 {
+    table::descend(&Table, Slot(root), Keys { key, low, source }).unwrap_or(NOWHERE).0
+}
+
+impl Words for &Segment {
+    #[inline(always)]
+    fn word(&self, index: u32) -> u64 {
+        self.0[index as usize % SEGMENT_WORDS]
+    }
+}
+
+/// What is known of a packet once it has been judged.
+#[derive(Clone, Copy)]
+pub struct Judged {
+    /// What the rules say.
+    pub verdict: Verdict,
+    /// Whether somebody only wants to know: nothing is counted or logged.
+    pub is_asked: bool,
+}
+
+/// Judges a flow by the generation in force, and counts the flows that are not steered.
 #[inline(always)]
-pub fn judge(flow: &Flow) -> Verdict {
-    root().and_then(|root| table::lookup(&Table, root, flow)).unwrap_or(Verdict::Unmatched)
+pub fn judge(flow: &Flow) -> Judged {
+    let mut judged = Judged { verdict: Verdict::Unmatched, is_asked: false };
+    let Some(control) = CONTROL.get(0) else {
+        return judged;
+    };
+    let generation = in_force(control);
+    judged.verdict = table::lookup(&Table, root(generation, flow.address), flow).unwrap_or(Verdict::Unmatched);
+    // SAFETY: the reference is valid; user space may change the value at any time.
+    let explain = unsafe { ptr::read_volatile(&raw const control.explain) };
+    if explain != 0 && explain == (bpf_get_current_pid_tgid() >> 32) as u32 {
+        judged.is_asked = true;
+        write_down(generation.number, flow, judged.verdict);
+    } else {
+        match judged.verdict {
+            Verdict::Unmatched => count_total(|totals| &mut totals.unmatched),
+            Verdict::Host { .. } => count_total(|totals| &mut totals.excepted),
+            Verdict::Steer { .. } => {}
+        }
+    }
+    judged
 }
 
 /// Whether a rule of the generation in force has an opinion on any port of an address.
 #[inline(always)]
 pub fn covers(address: Address) -> bool {
-    root().and_then(|root| table::covers(&Table, root, address)).unwrap_or(false)
+    CONTROL.get(0).and_then(|control| table::covers(&Table, root(in_force(control), address), address)).unwrap_or(false)
 }
 
-/// The generation in force, if there is one.
+/// The generation in force.
 #[inline(always)]
-fn root() -> Option<u32> {
-    // The daemon replaces the root while programs run; it is read once, so that one generation judges.
-    let control = CONTROL.get_ptr(0)?;
-    // SAFETY: the pointer is to the map's only value and aligned as the map's values are.
-    let root = unsafe { ptr::read_volatile(&raw const (*control).root) };
-    (root != 0).then_some(root)
+fn in_force(control: &Control) -> &Generation {
+    // The daemon replaces the number while programs run; it is read once, so that one generation judges.
+    // SAFETY: the reference is valid.
+    let current = unsafe { ptr::read_volatile(&raw const control.current) };
+    &control.generations[current as usize % GENERATIONS]
 }
 
-/// Adds one to a counter of a rule.
 #[inline(always)]
-pub fn count(rule: u32, counter: impl Fn(&mut Counters) -> &mut u64) {
-    if let Some(counters) = COUNTS.get_ptr_mut(rule) {
-        // SAFETY: the slot is this CPU's own, and no other reference to it lives in this program.
-        *counter(unsafe { &mut *counters }) += 1;
+fn root(generation: &Generation, address: Address) -> Slot {
+    Slot(match address.version {
+        Version::V4 => generation.v4,
+        Version::V6 => generation.v6,
+    })
+}
+
+#[inline(always)]
+fn count_total(counter: impl Fn(&mut Totals) -> &mut u64) {
+    if let Some(totals) = TOTALS.get_ptr_mut(0) {
+        // SAFETY: the value is this CPU's own, and no other reference to it lives in this program.
+        *counter(unsafe { &mut *totals }) += 1;
+    }
+}
+
+/// Counts a packet that was handed to a socket.
+#[inline(always)]
+pub fn count_steered(rule: u32) {
+    // SAFETY: the helper only reads which CPU this is.
+    let set = unsafe { bpf_get_smp_processor_id() } + 1;
+    let (portion, place) = (rule / PORTION_RULES % PORTIONS, rule % PORTION_RULES);
+    if let Some(own) = COUNTS.get_value_ptr_mut(set * PORTIONS + portion, &place) {
+        // SAFETY: the value is valid and aligned, and only programs on this CPU write to it.
+        unsafe { *own += 1 };
+        return;
+    }
+    // There are very many rules or CPUs.
+    if let Some(shared) = COUNTS.get_value_ptr_mut(portion, &place) {
+        // SAFETY: the value is valid and aligned.
+        unsafe { add_one(shared) };
+    }
+}
+
+/// Counts a packet that a rule could not hand to a socket.
+#[inline(always)]
+pub fn count_drop(rule: u32, counter: impl Fn(*mut Drops) -> *mut u64) {
+    let (portion, place) = (rule / PORTION_RULES % PORTIONS, rule % PORTION_RULES);
+    if let Some(drops) = DROPS.get_value_ptr_mut(portion, &place) {
+        // SAFETY: the value is valid and aligned.
+        unsafe { add_one(counter(drops)) };
+    }
+}
+
+/// Programs on other CPUs and the daemon change the value by atomic operations, too. The target has no compare-and-swap,
+/// without which the standard library offers no atomic addition.
+///
+/// # Safety
+/// The counter is valid and aligned.
+#[inline(always)]
+unsafe fn add_one(counter: *mut u64) {
+    // SAFETY: as the caller says.
+    unsafe { atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(counter, 1) };
+}
+
+#[inline(always)]
+fn write_down(generation: u64, flow: &Flow, verdict: Verdict) {
+    let (verdict, rule, service) = match verdict {
+        Verdict::Unmatched => (EXPLAINED_UNMATCHED, 0, 0),
+        Verdict::Host { rule } => (EXPLAINED_HOST, rule, 0),
+        Verdict::Steer { rule, service } => (EXPLAINED_STEER, rule, u32::from(service)),
+    };
+    let Address { high, low, .. } = flow.address;
+    if let Some(explained) = EXPLAINED.get_ptr_mut(0) {
+        // SAFETY: the pointer is to the map's only value and aligned as the map's values are.
+        unsafe {
+            *explained =
+                Explained { generation, address: [high, low], port: u32::from(flow.port), verdict, rule, service };
+        }
+    }
+}
+
+/// Corrects what was written down: the rules say steer, but it did not come to that.
+#[inline(always)]
+pub fn write_down_failure(verdict: u32) {
+    if let Some(explained) = EXPLAINED.get_ptr_mut(0) {
+        // SAFETY: as above.
+        unsafe { (*explained).verdict = verdict };
     }
 }
 

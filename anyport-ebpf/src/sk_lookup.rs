@@ -5,6 +5,7 @@
 
 use anyport_common::{
     flow::{Address, Flow, Transport},
+    maps::{EXPLAINED_ASSIGN_ERROR, EXPLAINED_NO_SOCKET},
     table::Verdict,
 };
 use aya_ebpf::{
@@ -15,7 +16,7 @@ use aya_ebpf::{
 };
 use aya_log_ebpf::debug;
 
-use crate::maps::{count, judge, socket};
+use crate::maps::{Judged, count_drop, count_steered, judge, socket, write_down_failure};
 
 const AF_INET: u32 = 2;
 
@@ -23,17 +24,23 @@ pub fn steer(ctx: &SkLookupContext) -> u32 {
     let Some(flow) = flow(ctx) else {
         return SK_PASS;
     };
-    match judge(&flow) {
+    let Judged { verdict, is_asked } = judge(&flow);
+    match verdict {
         Verdict::Unmatched | Verdict::Host { .. } => SK_PASS,
-        Verdict::Steer { rule, service } => assign(ctx, &flow, rule, service),
+        Verdict::Steer { rule, service } => assign(ctx, &flow, rule, service, is_asked),
     }
 }
 
 #[inline(always)]
-fn assign(ctx: &SkLookupContext, flow: &Flow, rule: u32, service: u16) -> u32 {
+fn assign(ctx: &SkLookupContext, flow: &Flow, rule: u32, service: u16, is_asked: bool) -> u32 {
     let Some(socket) = socket(service, flow) else {
-        count(rule, |counters| &mut counters.no_socket);
-        debug!(ctx, "rule {} port {}: service {} has no socket", rule, flow.port, service);
+        if is_asked {
+            write_down_failure(EXPLAINED_NO_SOCKET);
+        } else {
+            // SAFETY: only the place of the field is taken.
+            count_drop(rule, |drops| unsafe { &raw mut (*drops).no_socket });
+            debug!(ctx, "rule {} port {}: service {} has no socket", rule, flow.port, service);
+        }
         return SK_DROP;
     };
     // SAFETY: the socket is referenced until it is released below; both pointers are the kernel's own.
@@ -43,12 +50,19 @@ fn assign(ctx: &SkLookupContext, flow: &Flow, rule: u32, service: u16) -> u32 {
         error
     };
     if error != 0 {
-        count(rule, |counters| &mut counters.assign_error);
-        debug!(ctx, "rule {} port {}: bpf_sk_assign: {}", rule, flow.port, error);
+        if is_asked {
+            write_down_failure(EXPLAINED_ASSIGN_ERROR);
+        } else {
+            // SAFETY: only the place of the field is taken.
+            count_drop(rule, |drops| unsafe { &raw mut (*drops).assign_error });
+            debug!(ctx, "rule {} port {}: bpf_sk_assign: {}", rule, flow.port, error);
+        }
         return SK_DROP;
     }
-    count(rule, |counters| &mut counters.steered);
-    debug!(ctx, "rule {} port {}: steered to service {}", rule, flow.port, service);
+    if !is_asked {
+        count_steered(rule);
+        debug!(ctx, "rule {} port {}: steered to service {}", rule, flow.port, service);
+    }
     SK_PASS
 }
 
@@ -59,17 +73,22 @@ fn flow(ctx: &SkLookupContext) -> Option<Flow> {
         let lookup = ctx.lookup;
         ((*lookup).family, (*lookup).protocol, (*lookup).local_port)
     };
-    let address = if family == AF_INET {
+    let (address, source) = if family == AF_INET {
         // SAFETY: as above.
-        Address::v4(u32::from_be(unsafe { (*ctx.lookup).local_ip4 }))
+        let (local, remote) = unsafe { ((*ctx.lookup).local_ip4, (*ctx.lookup).remote_ip4) };
+        (Address::v4(u32::from_be(local)), Address::v4(u32::from_be(remote)))
     } else {
-        // SAFETY: as above; the kernel allows 32-bit reads of this field only.
-        let [a, b, c, d] = unsafe {
-            let words = &raw const (*ctx.lookup).local_ip6;
-            [(*words)[0], (*words)[1], (*words)[2], (*words)[3]]
+        // SAFETY: as above; the kernel allows 32-bit reads of these fields only.
+        let ([a, b, c, d], [e, f, g, h]) = unsafe {
+            let local = &raw const (*ctx.lookup).local_ip6;
+            let remote = &raw const (*ctx.lookup).remote_ip6;
+            (
+                [(*local)[0], (*local)[1], (*local)[2], (*local)[3]],
+                [(*remote)[0], (*remote)[1], (*remote)[2], (*remote)[3]],
+            )
         };
         let half = |first, second| u64::from(u32::from_be(first)) << 32 | u64::from(u32::from_be(second));
-        Address::v6(half(a, b), half(c, d))
+        (Address::v6(half(a, b), half(c, d)), Address::v6(half(e, f), half(g, h)))
     };
-    Some(Flow { address, transport: Transport::from_number(protocol as u8)?, port: port as u16 })
+    Some(Flow { source, address, transport: Transport::from_number(protocol as u8)?, port: port as u16 })
 }

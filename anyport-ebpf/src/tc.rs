@@ -5,7 +5,7 @@
 
 use anyport_common::{
     flow::{Address, Flow, Transport, Version},
-    maps::REFUSE,
+    maps::{EXPLAINED_NO_SOCKET, REFUSE},
     packet::{self, Bytes, Packet},
     table::Verdict,
 };
@@ -18,11 +18,12 @@ use aya_ebpf::{
 use aya_log_ebpf::debug;
 use core::{mem::MaybeUninit, ptr::NonNull};
 
-use crate::maps::{count, covers, judge, socket};
+use crate::maps::{Judged, count_drop, count_steered, covers, judge, socket, write_down_failure};
 
 const TCP_ESTABLISHED: u32 = 1;
 const TCP_TIME_WAIT: u32 = 6;
 const TCP_LISTEN: u32 = 10;
+const NETNS: u64 = BPF_F_CURRENT_NETNS as u64;
 
 struct Frame<'a>(&'a TcContext);
 
@@ -58,40 +59,48 @@ fn steer(ctx: &TcContext, packet: &Packet) -> i32 {
     if packet.is_unreadable {
         // Left alone, it could reach a socket of the host at a port that is steered. Which rule would have decided
         // is not known, so none counts it.
-        return if covers(packet.destination.address) { TC_ACT_SHOT } else { TC_ACT_UNSPEC };
+        return if covers(packet.flow.address) { TC_ACT_SHOT } else { TC_ACT_UNSPEC };
     }
-    let Verdict::Steer { rule, service } = judge(&packet.destination) else {
+    let Judged { verdict, is_asked } = judge(&packet.flow);
+    let Verdict::Steer { rule, service } = verdict else {
         return TC_ACT_UNSPEC;
     };
+    let flow = &packet.flow;
+    if is_asked {
+        // A frame that no interface received can't be assigned a socket, so it is only looked for.
+        match socket(service, flow) {
+            // SAFETY: the reference is given back, and nothing else is done with the socket.
+            Some(socket) => drop(unsafe { bpf_sk_release(socket.as_ptr().cast()) }),
+            None => write_down_failure(EXPLAINED_NO_SOCKET),
+        }
+        return TC_ACT_UNSPEC;
+    }
     if belongs_to_somebody(ctx, packet) {
         return TC_ACT_UNSPEC;
     }
-    let flow = &packet.destination;
     if packet.is_fragmented {
         // Reassembly forgets the assignment, and the whole datagram could reach a socket of the host.
-        count(rule, |counters| &mut counters.assign_error);
+        // SAFETY: only the place of the field is taken.
+        count_drop(rule, |drops| unsafe { &raw mut (*drops).assign_error });
         debug!(ctx, "rule {} port {}: dropped a fragment", rule, flow.port);
         return TC_ACT_SHOT;
     }
-    match socket(service, flow) {
-        Some(socket) => match assign(ctx, socket) {
-            0 => {
-                count(rule, |counters| &mut counters.steered);
-                debug!(ctx, "rule {} port {}: steered to service {}", rule, flow.port, service);
-                TC_ACT_UNSPEC
-            }
-            error => {
-                count(rule, |counters| &mut counters.assign_error);
-                debug!(ctx, "rule {} port {}: bpf_sk_assign: {}", rule, flow.port, error);
-                TC_ACT_SHOT
-            }
-        },
-        None => {
-            count(rule, |counters| &mut counters.no_socket);
-            debug!(ctx, "rule {} port {}: service {} has no socket", rule, flow.port, service);
-            refuse(ctx, flow)
-        }
+    let Some(socket) = socket(service, flow) else {
+        // SAFETY: only the place of the field is taken.
+        count_drop(rule, |drops| unsafe { &raw mut (*drops).no_socket });
+        debug!(ctx, "rule {} port {}: service {} has no socket", rule, flow.port, service);
+        return refuse(ctx, flow);
+    };
+    let error = assign(ctx, socket);
+    if error != 0 {
+        // SAFETY: only the place of the field is taken.
+        count_drop(rule, |drops| unsafe { &raw mut (*drops).assign_error });
+        debug!(ctx, "rule {} port {}: bpf_sk_assign: {}", rule, flow.port, error);
+        return TC_ACT_SHOT;
     }
+    count_steered(rule);
+    debug!(ctx, "rule {} port {}: steered to service {}", rule, flow.port, service);
+    TC_ACT_UNSPEC
 }
 
 /// Has the kernel answer with a refusal; without the daemon's sockets for that, drops in silence.
@@ -123,12 +132,13 @@ fn belongs_to_somebody(ctx: &TcContext, packet: &Packet) -> bool {
     if packet.is_fragmented && packet.opens_connection {
         return false;
     }
-    match state_of_socket(ctx, packet) {
-        None => false,
-        Some(state) => match packet.destination.transport {
-            Transport::Udp => state == TCP_ESTABLISHED,
-            Transport::Tcp if state == TCP_TIME_WAIT => !packet.opens_connection || can_reopen(ctx, packet),
-            Transport::Tcp => state != TCP_LISTEN,
+    // The two look for the socket apart, since the verifier takes no instruction that reads sockets of two types.
+    match packet.flow.transport {
+        Transport::Udp => state_of_udp(ctx, packet) == Some(TCP_ESTABLISHED),
+        Transport::Tcp => match state_of_tcp(ctx, packet) {
+            None | Some(TCP_LISTEN) => false,
+            Some(TCP_TIME_WAIT) => !packet.opens_connection || can_reopen(ctx, packet),
+            Some(_) => true,
         },
     }
 }
@@ -144,22 +154,31 @@ fn belongs_to_somebody(ctx: &TcContext, packet: &Packet) -> bool {
 fn can_reopen(ctx: &TcContext, packet: &Packet) -> bool {
     // No connection has this source port, so what is found is a listener.
     let from_nobody = Packet { source_port: 0, ..*packet };
-    state_of_socket(ctx, &from_nobody).is_none()
+    state_of_tcp(ctx, &from_nobody).is_none()
 }
 
-/// The state of the socket that the kernel finds for this packet, if there is one.
+/// The state of the socket that the kernel finds for this packet of TCP, if there is one.
 #[inline(always)]
-fn state_of_socket(ctx: &TcContext, packet: &Packet) -> Option<u32> {
+fn state_of_tcp(ctx: &TcContext, packet: &Packet) -> Option<u32> {
     let (mut tuple, size) = tuple(packet);
-    let netns = BPF_F_CURRENT_NETNS as u64;
     // SAFETY: the tuple is as long as `size` says; the socket is read only while it is referenced.
     unsafe {
         let tuple = tuple.as_mut_ptr().cast();
-        let socket = match packet.destination.transport {
-            Transport::Tcp => bpf_skc_lookup_tcp(ctx.as_ptr(), tuple, size, netns, 0),
-            Transport::Udp => bpf_sk_lookup_udp(ctx.as_ptr(), tuple, size, netns, 0),
-        };
-        let socket = NonNull::new(socket)?;
+        let socket = NonNull::new(bpf_skc_lookup_tcp(ctx.as_ptr(), tuple, size, NETNS, 0))?;
+        let state = (*socket.as_ptr()).state;
+        bpf_sk_release(socket.as_ptr().cast());
+        Some(state)
+    }
+}
+
+/// The same for UDP.
+#[inline(always)]
+fn state_of_udp(ctx: &TcContext, packet: &Packet) -> Option<u32> {
+    let (mut tuple, size) = tuple(packet);
+    // SAFETY: as above.
+    unsafe {
+        let tuple = tuple.as_mut_ptr().cast();
+        let socket = NonNull::new(bpf_sk_lookup_udp(ctx.as_ptr(), tuple, size, NETNS, 0))?;
         let state = (*socket.as_ptr()).state;
         bpf_sk_release(socket.as_ptr().cast());
         Some(state)
@@ -170,17 +189,17 @@ fn state_of_socket(ctx: &TcContext, packet: &Packet) -> Option<u32> {
 /// written for both versions, since the verifier refuses what the compiler makes of words that are not.
 #[inline(always)]
 fn tuple(packet: &Packet) -> ([u32; 9], u32) {
-    let (source, destination) = (packet.source, packet.destination.address);
-    let ports = u32::from(packet.source_port) << 16 | u32::from(packet.destination.port);
+    let Flow { source, address: destination, .. } = packet.flow;
+    let ports = u32::from(packet.source_port) << 16 | u32::from(packet.flow.port);
     let [a, b, c, d] = words(source);
     let [e, f, g, h] = words(destination);
     match destination.version {
-        Version::V4 => ([d, h, ports.to_be(), 0, 0, 0, 0, 0, 0], 12),
+        Version::V4 => ([a, e, ports.to_be(), 0, 0, 0, 0, 0, 0], 12),
         Version::V6 => ([a, b, c, d, e, f, g, h, ports.to_be()], 36),
     }
 }
 
-/// An address as four words in network byte order; IPv4 takes the last one.
+/// An address as four words in network byte order; IPv4 takes the first one.
 #[inline(always)]
 fn words(Address { high, low, .. }: Address) -> [u32; 4] {
     [((high >> 32) as u32).to_be(), (high as u32).to_be(), ((low >> 32) as u32).to_be(), (low as u32).to_be()]

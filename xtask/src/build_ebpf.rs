@@ -1,4 +1,4 @@
-//! `cargo xtask build-ebpf`: the object in `anyport-ebpf/prebuilt`, the same bytes wherever it is built.
+//! `cargo xtask build-ebpf`: the objects in `anyport-ebpf/prebuilt`, the same bytes wherever they are built.
 
 use std::{
     env,
@@ -14,36 +14,39 @@ use sha2::{Digest as _, Sha256};
 use crate::{object, process, source_hash, toolchain::Toolchain};
 
 const TARGET: &str = "bpfel-unknown-none";
+/// The crate's binaries and where they are kept: the daemon's programs, and those that they are measured against.
+const OBJECTS: [(&str, &str); 2] =
+    [("anyport", source_hash::OBJECT), ("baselines", "anyport-ebpf/prebuilt/baselines.o")];
 
 /// Options of `cargo xtask build-ebpf`.
 #[derive(clap::Args)]
 pub(crate) struct Options {
-    /// Build it, compare it with the one in the repository and write nothing.
+    /// Build them, compare them with those in the repository and write nothing.
     #[arg(long)]
     check: bool,
 }
 
-/// Builds or checks the object.
+/// Builds or checks the objects.
 pub(crate) fn run(options: &Options) -> Result<()> {
     let root = process::workspace()?;
     let toolchain = Toolchain::find()?;
     if options.check {
         return check(&root, &toolchain);
     }
-    let object = build(&root, &toolchain)?;
+    let objects = build(&root, &toolchain)?;
     let sources = source_hash::of(&root).map_err(anyhow::Error::msg)?;
-    write(&root.join(source_hash::OBJECT), &object)?;
+    for (path, object) in &objects {
+        write(&root.join(path), object)?;
+        println!("{path}: {}", describe(object));
+    }
     write(&root.join(source_hash::RECORD), format!("{sources}\n").as_bytes())?;
-    println!("{}: {}", source_hash::OBJECT, describe(&object));
     println!("{}: {sources}", source_hash::RECORD);
     Ok(())
 }
 
-/// Fails unless the committed object is what the sources give.
+/// Fails unless the committed objects are what the sources give.
 pub(crate) fn check(root: &Path, toolchain: &Toolchain) -> Result<()> {
     let remedy = "Run `cargo xtask build-ebpf` and commit anyport-ebpf/prebuilt.";
-    let committed = fs::read(root.join(source_hash::OBJECT))
-        .with_context(|| format!("{} can't be read. {remedy}", source_hash::OBJECT))?;
     let recorded = fs::read_to_string(root.join(source_hash::RECORD))
         .with_context(|| format!("{} can't be read. {remedy}", source_hash::RECORD))?;
     let sources = source_hash::of(root).map_err(anyhow::Error::msg)?;
@@ -54,17 +57,18 @@ pub(crate) fn check(root: &Path, toolchain: &Toolchain) -> Result<()> {
             recorded.trim_end()
         );
     }
-    let built = build(root, toolchain)?;
-    if built != committed {
-        bail!(
-            "{} is not what the sources give, though it was recorded for them.\n  \
-             in the repository: {}\n  built from sources: {}\n{remedy}",
-            source_hash::OBJECT,
-            describe(&committed),
-            describe(&built)
-        );
+    for (path, built) in build(root, toolchain)? {
+        let committed = fs::read(root.join(path)).with_context(|| format!("{path} can't be read. {remedy}"))?;
+        if built != committed {
+            bail!(
+                "{path} is not what the sources give, though it was recorded for them.\n  \
+                 in the repository: {}\n  built from sources: {}\n{remedy}",
+                describe(&committed),
+                describe(&built)
+            );
+        }
+        println!("{path} is what the sources give: {}", describe(&built));
     }
-    println!("{} is what the sources give: {}", source_hash::OBJECT, describe(&built));
     Ok(())
 }
 
@@ -72,7 +76,7 @@ pub(crate) fn check(root: &Path, toolchain: &Toolchain) -> Result<()> {
 pub(crate) fn cargo(root: &Path, subcommand: &str, toolchain: &Toolchain) -> Result<Command> {
     let mut cargo = process::cargo(root, subcommand);
     cargo
-        .args(["--package", "anyport-ebpf", "--bin", "anyport", "--release"])
+        .args(["--package", "anyport-ebpf", "--bins", "--release"])
         .args(["--target", TARGET, "-Z", "build-std=core", "--target-dir"])
         .arg(target_dir(root))
         .env("RUSTC_BOOTSTRAP", "1")
@@ -83,11 +87,16 @@ pub(crate) fn cargo(root: &Path, subcommand: &str, toolchain: &Toolchain) -> Res
     Ok(cargo)
 }
 
-fn build(root: &Path, toolchain: &Toolchain) -> Result<Vec<u8>> {
+/// Each object with the path that it belongs at.
+fn build(root: &Path, toolchain: &Toolchain) -> Result<Vec<(&'static str, Vec<u8>)>> {
     process::exec(&mut cargo(root, "build", toolchain)?)?;
-    let linked = target_dir(root).join(TARGET).join("release/anyport");
-    let linked = fs::read(&linked).with_context(|| format!("cargo left no {}", linked.display()))?;
-    object::canonical(&linked)
+    let directory = target_dir(root).join(TARGET).join("release");
+    let objects = OBJECTS.into_iter().map(|(name, path)| {
+        let linked = directory.join(name);
+        let linked = fs::read(&linked).with_context(|| format!("cargo left no {}", linked.display()))?;
+        Ok((path, object::canonical(&linked)?))
+    });
+    objects.collect()
 }
 
 fn target_dir(root: &Path) -> PathBuf {

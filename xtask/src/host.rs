@@ -22,6 +22,9 @@ pub(crate) struct Tool {
 /// For the `tproxy` back end.
 pub(crate) const IPTABLES: Tool =
     Tool { program: "iptables-restore", debian: "iptables", fedora: "iptables-nft", purpose: "the tproxy back end" };
+/// For the `tproxy` back end with many prefixes.
+pub(crate) const IPSET: Tool =
+    Tool { program: "ipset", debian: "ipset", fedora: "ipset", purpose: "many prefixes in the tproxy back end" };
 /// To look at the maps.
 pub(crate) const BPFTOOL: Tool =
     Tool { program: "bpftool", debian: "bpftool", fedora: "bpftool", purpose: "looking at what the kernel holds" };
@@ -35,7 +38,7 @@ pub(crate) const IP: Tool = Tool {
 /// The rest of what the tests use.
 pub(crate) const FOR_TESTS: [Tool; 4] = [
     Tool { program: "ss", debian: "iproute2", fedora: "iproute", purpose: "tests" },
-    Tool { program: "ipset", debian: "ipset", fedora: "ipset", purpose: "tests" },
+    IPSET,
     Tool { program: "curl", debian: "curl", fedora: "curl", purpose: "tests" },
     Tool { program: "nsenter", debian: "util-linux", fedora: "util-linux", purpose: "tests" },
 ];

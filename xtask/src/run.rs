@@ -27,7 +27,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     if wants_tproxy {
         host::require(&[host::IPTABLES])?;
     }
-    host::recommend(&[host::IPTABLES, host::BPFTOOL, host::IP]);
+    host::recommend(&[host::IPTABLES, host::IPSET, host::BPFTOOL, host::IP]);
 
     let programs = Programs::build(&root)?;
     println!("\nIn another terminal:\n");

@@ -4,12 +4,18 @@ pub mod bpf;
 pub mod choose;
 pub mod tproxy;
 
-use std::{collections::HashMap, fmt, net::SocketAddr, os::fd::OwnedFd, sync::Arc};
+use std::{fmt, net::SocketAddr, ops::Range, os::fd::OwnedFd, sync::Arc};
 
-use anyport_common::maps::{Counters, REFUSE, SOCKETS_PER_SERVICE};
+use anyport_common::{
+    flow::Flow,
+    maps::{Counters, REFUSE, SOCKETS_PER_SERVICE},
+};
 use serde::{Deserialize, Serialize};
 
-use crate::rules::{Rule, ServiceName};
+use crate::{
+    rules::{Prefix, RuleSet, ServiceName},
+    table::Reader,
+};
 
 /// A way to hand packets to sockets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
@@ -36,15 +42,6 @@ impl fmt::Display for BackEnd {
             Self::Tproxy => "tproxy",
         })
     }
-}
-
-/// A rule with the number under which the kernel knows and counts it. A rule that stays keeps its number.
-#[derive(Clone, Debug)]
-pub struct NumberedRule {
-    /// Below [`anyport_common::maps::MAX_RULES`].
-    pub number: u32,
-    /// The rule.
-    pub rule: Rule,
 }
 
 /// One socket out of a service's group for one transport and family; the kernel finds the others by it.
@@ -76,17 +73,26 @@ impl ServiceSockets {
 }
 
 /// Everything that a back end has to put into the kernel.
-#[derive(Clone, Debug, Default)]
-pub struct Plan {
+#[derive(Clone, Debug)]
+pub struct Plan<'a> {
     /// The number of this rule set.
     pub generation: u64,
-    /// The rules in order of precedence.
-    pub rules: Vec<NumberedRule>,
+    /// The rules, numbered.
+    pub rules: &'a RuleSet,
+    /// The prefixes whose rules are not those of the plan that was applied last; nothing if that is not known, and
+    /// everything has to be looked at.
+    pub changed: Option<&'a [Prefix]>,
+    /// Numbers that were no rule's before, or another's: their counters begin at zero.
+    pub fresh: &'a [Range<u32>],
+    /// Numbers that are no rule's any more.
+    pub freed: &'a [Range<u32>],
+    /// Rules that stay under another number, the old one first: their counters go on.
+    pub moved: &'a [(u32, u32)],
     /// The services that rules may name.
-    pub services: Vec<ServiceSockets>,
+    pub services: &'a [ServiceSockets],
 }
 
-impl Plan {
+impl Plan<'_> {
     /// The service of a rule. Rules of a plan only name services of the plan.
     pub fn service(&self, name: &ServiceName) -> anyhow::Result<&ServiceSockets> {
         self.services
@@ -94,6 +100,34 @@ impl Plan {
             .find(|service| service.name == *name)
             .ok_or_else(|| anyhow::anyhow!("the plan has no service {name}"))
     }
+}
+
+/// What becomes of a packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fate {
+    /// It goes to a service's socket.
+    Steer,
+    /// A rule leaves it to the host.
+    Host,
+    /// It is refused, since the service has no socket for it.
+    Drop,
+    /// No rule has an opinion.
+    Unmatched,
+}
+
+/// What the kernel decides about a packet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Decided {
+    /// What becomes of it.
+    pub fate: Fate,
+    /// The number of the rule by which that is so.
+    pub rule: Option<u32>,
+    /// The cookie of the socket that was found, where the kernel tells it; another one of the same group may get it.
+    pub cookie: Option<u64>,
+    /// Where the socket is bound that will be looked for, where the kernel tells that.
+    pub bound: Option<SocketAddr>,
+    /// The generation that decided, where the kernel tells it.
+    pub generation: Option<u64>,
 }
 
 /// A back end at work.
@@ -105,7 +139,7 @@ pub trait Steering: Send + Sync + fmt::Debug {
     ///
     /// # Errors
     /// What was attempted and what the kernel said; the caller applies the former plan again.
-    fn apply(&mut self, plan: &Plan) -> anyhow::Result<()>;
+    fn apply(&mut self, plan: &Plan<'_>) -> anyhow::Result<()>;
 
     /// Looks again at what may have changed outside, such as new interfaces.
     fn refresh(&mut self) -> anyhow::Result<()> {
@@ -122,8 +156,30 @@ pub trait Steering: Send + Sync + fmt::Debug {
         Vec::new()
     }
 
-    /// What became of the packets, by rule number.
-    fn counters(&self) -> anyhow::Result<HashMap<u32, Counters>>;
+    /// What became of the packets: gives the counters of a rule by its number.
+    fn counters(&self) -> anyhow::Result<Box<dyn Fn(u32) -> Counters + '_>>;
+
+    /// Packets about which no rule had an opinion.
+    fn unmatched(&self) -> anyhow::Result<u64>;
+
+    /// Adds to the counters of rules, by number, what was counted before this back end was at work.
+    fn count_on(&mut self, counted: &[(u32, Counters)]) -> anyhow::Result<()>;
+
+    /// What the kernel decides about the first packet of a flow, asked of what it holds at this moment.
+    ///
+    /// # Errors
+    /// The kernel can't be asked.
+    fn decide(&self, flow: &Flow, source_port: u16) -> anyhow::Result<Decided>;
+
+    /// The lookup table that was applied last, where this back end has one that the daemon can read too.
+    fn reader(&self) -> Option<Reader> {
+        None
+    }
+
+    /// Bytes of the kernel's memory that rules and counters take.
+    fn bytes(&self) -> u64 {
+        0
+    }
 
     /// Takes everything out of the kernel.
     fn detach(self: Box<Self>) -> anyhow::Result<()>;

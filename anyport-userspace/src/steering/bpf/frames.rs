@@ -1,15 +1,17 @@
 //! Crafted frames run through the loaded tc program (`BPF_PROG_TEST_RUN`), also of shapes that no device here makes,
 //! such as VLAN tags.
 
+use std::sync::Arc;
+
 use aya::{
     Ebpf,
     programs::{SchedClassifier, TestRun as _, TestRunOptions},
 };
 
-use super::{compile::compile, hooks::program, load, names, table::Table, take_map};
+use super::{hooks::program, load, names, table::BpfTable, take_map};
 use crate::{
-    rules::{Origin, Rule, RuleSet},
-    steering::{NumberedRule, Plan, ServiceSockets},
+    rules::{Origin, RuleSet, RuleText},
+    steering::{Plan, ServiceSockets},
 };
 
 /// There are no sockets in the map, so what is to be steered is dropped (`TC_ACT_SHOT`).
@@ -21,25 +23,30 @@ const V4_DESTINATION: [u8; 4] = [192, 0, 2, 77];
 
 /// The program with the rules `192.0.2.0/24` and `2001:db8::/64`, UDP and TCP, except port 22. What is returned
 /// beside it keeps the generation in force.
-fn steering() -> (Ebpf, Table) {
-    let rule = |prefix: &str| Rule {
-        origin: Origin::Added,
-        ..serde_json::from_str(&format!(r#"{{"prefix": "{prefix}", "protocol": "both", "except": "22"}}"#)).unwrap()
-    };
+fn steering() -> (Ebpf, BpfTable) {
     let mut rules = RuleSet::default();
-    rules.insert(rule("192.0.2.0/24")).unwrap();
-    rules.insert(rule("2001:db8::/64")).unwrap();
-    let services = vec![ServiceSockets { slot: 1, name: "default".parse().unwrap(), groups: [const { None }; 4] }];
-    let rules = (0..).zip(&rules).map(|(number, rule)| NumberedRule { number, rule: rule.clone() }).collect();
-    let words = compile(&Plan { generation: 1, rules, services }).unwrap();
+    for prefix in ["192.0.2.0/24", "2001:db8::/64"] {
+        let rule = format!(r#"{{"prefix": "{prefix}", "protocol": "both", "except": "22"}}"#);
+        rules.insert(&serde_json::from_str::<RuleText>(&rule).unwrap().into_rule(Origin::Added)).unwrap();
+    }
+    let services = [ServiceSockets { slot: 1, name: "default".parse().unwrap(), groups: [const { None }; 4] }];
 
     let mut ebpf = load(false).unwrap();
     // Before the maps' descriptors go.
     program::<SchedClassifier>(&mut ebpf, "anyport_eth").unwrap().load().unwrap();
-    let maps = [names::TABLE, names::CONTROL].map(|name| take_map(&mut ebpf, name).unwrap());
-    let [table, control] = maps;
-    let mut table = Table::new(table, control).unwrap();
-    table.publish(&words).unwrap();
+    let [table, control] = [names::TABLE, names::CONTROL].map(|name| take_map(&mut ebpf, name).unwrap());
+    let mut table = BpfTable::new(table, control, Arc::default()).unwrap();
+    let numbers = 0..2;
+    let plan = Plan {
+        generation: 1,
+        rules: &rules,
+        changed: None,
+        fresh: std::slice::from_ref(&numbers),
+        freed: &[],
+        moved: &[],
+        services: &services,
+    };
+    table.publish(&plan).unwrap();
     (ebpf, table)
 }
 

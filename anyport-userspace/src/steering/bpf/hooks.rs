@@ -1,8 +1,9 @@
 //! Where the programs run.
 
-use std::{fmt, fs::File};
+use std::{fmt, fs::File, os::fd::AsFd as _};
 
 use anyhow::Context as _;
+use anyport_common::flow::Flow;
 use aya::{
     Ebpf,
     programs::{
@@ -11,8 +12,11 @@ use aya::{
     },
 };
 
-use super::pins::{PinDirectory, remove_pin};
-use crate::steering::BackEnd;
+use super::{
+    explain,
+    pins::{PinDirectory, remove_pin},
+};
+use crate::{steering::BackEnd, sys::bpf::run_sk_lookup};
 
 /// An attached program.
 pub(super) trait Hook: Send + Sync + fmt::Debug {
@@ -21,6 +25,8 @@ pub(super) trait Hook: Send + Sync + fmt::Debug {
     fn pin(&mut self, pins: &PinDirectory) -> anyhow::Result<()>;
     /// Attaches where the program should be and is not.
     fn refresh(&mut self) -> anyhow::Result<()>;
+    /// Runs the program on the first packet of a flow.
+    fn run(&self, flow: &Flow, source_port: u16) -> anyhow::Result<()>;
     fn interfaces(&self) -> Vec<String> {
         Vec::new()
     }
@@ -105,9 +111,29 @@ impl Hook for SkLookupHook {
         Ok(())
     }
 
+    fn run(&self, flow: &Flow, source_port: u16) -> anyhow::Result<()> {
+        let program: &SkLookup = loaded(&self.ebpf, SK_LOOKUP_PROGRAM)?;
+        let mut context = explain::sk_lookup(flow, source_port);
+        let program = program.fd().context("find the loaded sk_lookup program")?;
+        match run_sk_lookup(program.as_fd(), &mut context, 1) {
+            // The program ran, and selected a socket out of a group, of which the kernel can't name the one in the end.
+            Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => Ok(()),
+            ran => ran.map(drop).context("run the sk_lookup program (Linux 5.13 or later)"),
+        }
+    }
+
     fn detach(self: Box<Self>) -> anyhow::Result<()> {
         Ok(())
     }
+}
+
+/// A program that only is to be looked at.
+pub(super) fn loaded<'a, P>(ebpf: &'a Ebpf, name: &str) -> anyhow::Result<&'a P>
+where
+    &'a P: TryFrom<&'a Program, Error = ProgramError>,
+{
+    let program = ebpf.program(name).with_context(|| format!("the BPF object has no program {name}"))?;
+    program.try_into().with_context(|| format!("the BPF program {name} is not of its type"))
 }
 
 pub(super) fn program<'a, P>(ebpf: &'a mut Ebpf, name: &str) -> anyhow::Result<&'a mut P>

@@ -1,9 +1,13 @@
 //! The BPF back ends, `sk-lookup` and `tc`: one object and one set of maps, two hooks.
 
-mod compile;
+mod counts;
+#[cfg(test)]
+mod differential;
+mod explain;
 #[cfg(test)]
 mod frames;
 mod hooks;
+mod listing;
 mod pins;
 mod refuse;
 mod table;
@@ -12,33 +16,39 @@ mod tc;
 use std::{
     collections::{HashMap, HashSet},
     fmt,
-    os::fd::{AsFd as _, AsRawFd as _},
+    os::fd::{AsFd as _, AsRawFd as _, OwnedFd},
     path::{Path, PathBuf},
     sync::Arc,
 };
 
 use anyhow::{Context as _, bail};
-use anyport_common::maps::{
-    ACTION_EXCEPT, ACTION_STEER, Counters, MAX_RULE_ENTRIES, RuleEntry, RuleKey, SOCKETS_PER_SERVICE, names,
+use anyport_common::{
+    flow::Flow,
+    maps::{Counters, SOCKETS_PER_SERVICE, names},
 };
 use aya::{
     Ebpf, EbpfLoader, include_bytes_aligned,
-    maps::{HashMap as BpfHashMap, Map, MapData, PerCpuArray, PerCpuValues, SockMap},
-    util::nr_cpus,
+    maps::{Map, MapData, PerCpuArray, SockMap},
 };
 use aya_log::EbpfLogger;
 use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
 use tracing::warn;
 
 use self::{
+    counts::Counts,
+    explain::EXPLAINED_WORDS,
     hooks::{Hook, SkLookupHook},
-    pins::{MAPS, PinDirectory},
+    listing::Listing,
+    pins::{PINNED_AT_ONCE, PinDirectory},
     refuse::RefuseSockets,
-    table::Table,
+    table::BpfTable,
     tc::TcHook,
 };
-use super::{BackEnd, GroupSocket, NumberedRule, Plan, Steering};
-use crate::sys;
+use super::{BackEnd, Decided, GroupSocket, Plan, Steering};
+use crate::{
+    sys::{self, MappedWords},
+    table::{Published, Reader},
+};
 
 static OBJECT: &[u8] = include_bytes_aligned!("../../../../anyport-ebpf/prebuilt/anyport.o");
 
@@ -51,29 +61,28 @@ pub struct Options {
     pub interfaces: Vec<String>,
     /// Whether the programs log what they decide.
     pub debug: bool,
+    /// Who of this process reads the lookup table.
+    pub readers: Arc<Published>,
 }
 
 /// A BPF back end at work.
 pub struct Bpf {
     hook: Box<dyn Hook>,
-    table: Table,
-    rules: BpfHashMap<MapData, [u8; size_of::<RuleKey>()], [u8; size_of::<RuleEntry>()]>,
-    counts: PerCpuArray<MapData, [u64; 3]>,
+    table: BpfTable,
+    listing: Listing,
+    counts: Counts,
+    totals: PerCpuArray<MapData, [u64; 2]>,
     sockets: SockMap<MapData>,
-    /// What the maps beside the table hold.
-    held: Held,
+    sockets_fd: OwnedFd,
+    /// Where programs write down what they are asked.
+    explained: MappedWords,
+    /// What the map of sockets holds.
+    held: HashMap<u32, GroupSocket>,
     pins: PinDirectory,
-    /// Handles for pinning the maps, in the order of [`MAPS`], until that is done.
-    unpinned_maps: Vec<MapData>,
+    /// Handles for pinning the maps, each with its name, until that is done.
+    unpinned_maps: Vec<(&'static str, MapData)>,
     #[expect(dead_code, reason = "keeps the sockets open that a hook needs which can't refuse by itself")]
     refuse: Option<RefuseSockets>,
-}
-
-#[derive(Default)]
-struct Held {
-    entries: HashMap<RuleKey, RuleEntry>,
-    numbers: HashSet<u32>,
-    sockets: HashMap<u32, GroupSocket>,
 }
 
 impl fmt::Debug for Bpf {
@@ -97,11 +106,20 @@ impl Bpf {
         }
         let control = take_map(&mut ebpf, names::CONTROL)?;
         let table = take_map(&mut ebpf, names::TABLE)?;
-        let rules = take_map(&mut ebpf, names::RULES)?;
         let counts = take_map(&mut ebpf, names::COUNTS)?;
+        let drops = take_map(&mut ebpf, names::DROPS)?;
+        let totals = take_map(&mut ebpf, names::TOTALS)?;
         let sockets = take_map(&mut ebpf, names::SOCKETS)?;
-        let unpinned_maps =
-            [&control, &table, &rules, &counts, &sockets].into_iter().map(duplicate).collect::<anyhow::Result<_>>()?;
+        // The maps have to stay open until the programs that use them are loaded.
+        let explained = take_map(&mut ebpf, names::EXPLAINED)?;
+        let sockets_fd = fd_of(&sockets)?;
+        let [rules, ports, portion] =
+            [names::RULES, names::PORTS, names::PORTION].map(|name| take_map(&mut ebpf, name));
+        let unpinned_maps = PINNED_AT_ONCE
+            .into_iter()
+            .zip([&control, &table, &counts, &drops, &totals, &sockets])
+            .map(|(name, map)| Ok((name, duplicate(map)?)))
+            .collect::<anyhow::Result<_>>()?;
         let mut sockets = SockMap::try_from(sockets)?;
         let mut refuse = None;
         // Filters have no pins to replace, and those of a daemon that was killed go by the names that ours will have.
@@ -116,11 +134,15 @@ impl Bpf {
         };
         Ok(Self {
             hook,
-            table: Table::new(table, control)?,
-            rules: BpfHashMap::try_from(rules)?,
-            counts: PerCpuArray::try_from(counts)?,
+            table: BpfTable::new(table, control, Arc::clone(&options.readers))?,
+            listing: Listing::new(rules?, ports?)?,
+            counts: Counts::new(counts, drops, portion?)?,
+            totals: PerCpuArray::try_from(totals)?,
             sockets,
-            held: Held::default(),
+            sockets_fd,
+            explained: MappedWords::new(fd_of(&explained)?, EXPLAINED_WORDS)
+                .context("map the map of explanations into memory")?,
+            held: HashMap::new(),
             pins,
             unpinned_maps,
             refuse,
@@ -143,20 +165,21 @@ impl Steering for Bpf {
     }
 
     /// What a generation needs is there before it is in force, and what only the former one needs goes afterwards.
-    fn apply(&mut self, plan: &Plan) -> anyhow::Result<()> {
-        let words = compile::compile(plan)?;
-        let entries = entries(plan)?;
+    fn apply(&mut self, plan: &Plan<'_>) -> anyhow::Result<()> {
         self.add_sockets(plan)?;
-        self.reset_counters(plan)?;
-        self.add_entries(&entries)?;
-        self.table.publish(&words)?;
-        self.remove_entries(&entries)?;
+        self.counts.begin(plan.fresh)?;
+        self.table.publish(plan)?;
+        for (before, now) in plan.moved {
+            self.counts.add(*now, self.counts.get(*before));
+        }
         self.remove_sockets(plan)?;
         self.hook.refresh()?;
-        self.pin()
+        self.pin()?;
+        self.listing.apply(plan)
     }
 
     fn refresh(&mut self) -> anyhow::Result<()> {
+        self.table.trim()?;
         self.hook.refresh()?;
         self.hook.pin(&self.pins)
     }
@@ -169,19 +192,32 @@ impl Steering for Bpf {
         self.hook.degraded()
     }
 
-    fn counters(&self) -> anyhow::Result<HashMap<u32, Counters>> {
-        let mut counters = HashMap::with_capacity(self.held.numbers.len());
-        for number in &self.held.numbers {
-            let by_cpu = self.counts.get(number, 0).context("read the counters of a rule")?;
-            let mut sum = Counters::default();
-            for [steered, no_socket, assign_error] in by_cpu.iter() {
-                sum.steered += steered;
-                sum.no_socket += no_socket;
-                sum.assign_error += assign_error;
-            }
-            counters.insert(*number, sum);
+    fn counters(&self) -> anyhow::Result<Box<dyn Fn(u32) -> Counters + '_>> {
+        Ok(Box::new(|number| self.counts.get(number)))
+    }
+
+    fn unmatched(&self) -> anyhow::Result<u64> {
+        let by_cpu = self.totals.get(&0, 0).context("read how many packets no rule speaks of")?;
+        Ok(by_cpu.iter().map(|[unmatched, _]| unmatched).sum())
+    }
+
+    fn count_on(&mut self, counted: &[(u32, Counters)]) -> anyhow::Result<()> {
+        for (number, counters) in counted {
+            self.counts.add(*number, *counters);
         }
-        Ok(counters)
+        Ok(())
+    }
+
+    fn decide(&self, flow: &Flow, source_port: u16) -> anyhow::Result<Decided> {
+        Self::decide(self, flow, source_port)
+    }
+
+    fn reader(&self) -> Option<Reader> {
+        Some(self.table.reader())
+    }
+
+    fn bytes(&self) -> u64 {
+        self.table.bytes() + self.counts.bytes() + self.listing.bytes()
     }
 
     fn detach(self: Box<Self>) -> anyhow::Result<()> {
@@ -192,24 +228,24 @@ impl Steering for Bpf {
 }
 
 impl Bpf {
-    fn add_sockets(&mut self, plan: &Plan) -> anyhow::Result<()> {
-        for service in &plan.services {
+    fn add_sockets(&mut self, plan: &Plan<'_>) -> anyhow::Result<()> {
+        for service in plan.services {
             for (offset, group) in (0..).zip(&service.groups) {
                 let index = u32::from(service.slot) * SOCKETS_PER_SERVICE + offset;
                 let Some(group) = group else { continue };
-                if self.held.sockets.get(&index).is_some_and(|held| Arc::ptr_eq(&held.socket, &group.socket)) {
+                if self.held.get(&index).is_some_and(|held| Arc::ptr_eq(&held.socket, &group.socket)) {
                     continue;
                 }
                 self.sockets.set(index, &group.socket.as_raw_fd(), 0).with_context(|| {
                     format!("put the socket {} of service {} into the BPF map", group.bound, service.name)
                 })?;
-                self.held.sockets.insert(index, group.clone());
+                self.held.insert(index, group.clone());
             }
         }
         Ok(())
     }
 
-    fn remove_sockets(&mut self, plan: &Plan) -> anyhow::Result<()> {
+    fn remove_sockets(&mut self, plan: &Plan<'_>) -> anyhow::Result<()> {
         let wanted: HashSet<u32> = plan
             .services
             .iter()
@@ -218,41 +254,9 @@ impl Bpf {
                 (first..).zip(&service.groups).filter(|(_, group)| group.is_some()).map(|(index, _)| index)
             })
             .collect();
-        let unwanted = self.held.sockets.extract_if(|index, _| !wanted.contains(index));
+        let unwanted = self.held.extract_if(|index, _| !wanted.contains(index));
         for (index, _) in unwanted {
             self.sockets.clear_index(&index).context("take a socket out of the BPF map")?;
-        }
-        Ok(())
-    }
-
-    /// A number that was another rule's before begins at zero.
-    fn reset_counters(&mut self, plan: &Plan) -> anyhow::Result<()> {
-        let numbers: HashSet<u32> = plan.rules.iter().map(|it| it.number).collect();
-        let cpus = nr_cpus().map_err(|(_, error)| error).context("count the CPUs")?;
-        for number in numbers.difference(&self.held.numbers) {
-            let zeros = PerCpuValues::try_from(vec![[0; 3]; cpus]).context("reset the counters of a rule")?;
-            self.counts.set(*number, zeros, 0).context("reset the counters of a rule")?;
-        }
-        self.held.numbers = numbers;
-        Ok(())
-    }
-
-    fn add_entries(&mut self, wanted: &HashMap<RuleKey, RuleEntry>) -> anyhow::Result<()> {
-        for (key, entry) in wanted {
-            if self.held.entries.get(key) != Some(entry) {
-                self.rules
-                    .insert(bytemuck::cast::<_, [u8; _]>(*key), bytemuck::cast::<_, [u8; _]>(*entry), 0)
-                    .context("write a rule into the BPF map of rules")?;
-                self.held.entries.insert(*key, *entry);
-            }
-        }
-        Ok(())
-    }
-
-    fn remove_entries(&mut self, wanted: &HashMap<RuleKey, RuleEntry>) -> anyhow::Result<()> {
-        let unwanted = self.held.entries.extract_if(|key, _| !wanted.contains_key(key));
-        for (key, _) in unwanted {
-            self.rules.remove(&bytemuck::cast(key)).context("remove a rule from the BPF map of rules")?;
         }
         Ok(())
     }
@@ -261,10 +265,11 @@ impl Bpf {
     fn pin(&mut self) -> anyhow::Result<()> {
         if !self.unpinned_maps.is_empty() {
             self.pins.clear()?;
-            for (name, map) in MAPS.iter().zip(self.unpinned_maps.drain(..)) {
+            for (name, map) in self.unpinned_maps.drain(..) {
                 let path = self.pins.map(name);
                 map.pin(&path).with_context(|| format!("pin a map as {}", path.display()))?;
             }
+            self.listing.pin(self.pins.map("rules"), self.pins.map("ports"))?;
         }
         self.hook.pin(&self.pins)
     }
@@ -304,59 +309,15 @@ fn take_map(ebpf: &mut Ebpf, name: &str) -> anyhow::Result<Map> {
 
 /// Another handle of a map, for pinning it later.
 fn duplicate(map: &Map) -> anyhow::Result<MapData> {
-    let (Map::Array(data) | Map::HashMap(data) | Map::PerCpuArray(data) | Map::SockMap(data)) = map else {
+    MapData::from_fd(fd_of(map)?).context("duplicate the handle of a BPF map")
+}
+
+/// Another descriptor of a map.
+fn fd_of(map: &Map) -> anyhow::Result<OwnedFd> {
+    let (Map::Array(data) | Map::ArrayOfMaps(data) | Map::PerCpuArray(data) | Map::SockMap(data)) = map else {
         bail!("the BPF object has a map of an unexpected type: {map:?}");
     };
-    let fd = data.fd().as_fd().try_clone_to_owned().context("duplicate the descriptor of a BPF map")?;
-    MapData::from_fd(fd).context("duplicate the handle of a BPF map")
-}
-
-/// The rule set as an operator reads it in the map of rules.
-fn entries(plan: &Plan) -> anyhow::Result<HashMap<RuleKey, RuleEntry>> {
-    let mut entries = HashMap::new();
-    for numbered in &plan.rules {
-        let slot = plan.service(&numbered.rule.service)?.slot;
-        entries.extend(
-            (0..).zip(entries_of(numbered, slot)).map(|(part, entry)| (RuleKey { rule: numbered.number, part }, entry)),
-        );
-    }
-    if entries.len() > MAX_RULE_ENTRIES as usize {
-        bail!(
-            "the rules have {} port ranges, counted for each transport; the limit is {MAX_RULE_ENTRIES}",
-            entries.len()
-        );
-    }
-    Ok(entries)
-}
-
-fn entries_of(NumberedRule { rule, .. }: &NumberedRule, slot: u16) -> impl Iterator<Item = RuleEntry> {
-    let mut prefix = [0; 16];
-    let address = rule.prefix.address();
-    let ip_version = match address {
-        std::net::IpAddr::V4(address) => {
-            prefix[..4].copy_from_slice(&address.octets());
-            4
-        }
-        std::net::IpAddr::V6(address) => {
-            prefix = address.octets();
-            6
-        }
-    };
-    let ranges = [(ACTION_EXCEPT, &rule.except), (ACTION_STEER, &rule.ports)];
-    rule.protocol.transports().iter().flat_map(move |transport| {
-        ranges.into_iter().flat_map(move |(action, ports)| {
-            ports.ranges().iter().map(move |(first_port, last_port)| RuleEntry {
-                prefix,
-                ip_version,
-                prefix_len: rule.prefix.len(),
-                protocol: transport.number(),
-                action,
-                first_port: *first_port,
-                last_port: *last_port,
-                service: slot.into(),
-            })
-        })
-    })
+    data.fd().as_fd().try_clone_to_owned().context("duplicate the descriptor of a BPF map")
 }
 
 #[cfg(test)]

@@ -17,14 +17,16 @@ use nix::{
 const USUAL_MOUNT_POINT: &str = "/sys/fs/bpf";
 /// Beginning of the names of pinned links.
 const LINK: &str = "link-";
-const NEW: &str = ".new";
+/// End of the names of pins that are about to replace others. The file system takes no dots in names.
+pub(super) const NEW: &str = "-new";
 /// What the kernel itself puts into the root of a BPF file system.
 const KERNELS: [&str; 2] = ["maps.debug", "progs.debug"];
 /// What stands for a device in the list of mounts, by which a later daemon knows our mount again.
 const SOURCE: &str = "anyport";
 
-/// Names of the pinned maps.
-pub(super) const MAPS: [&str; 5] = ["control", "table", "rules", "counts", "sockets"];
+/// Names of the maps that are pinned once, and of those that are replaced.
+pub(super) const PINNED_AT_ONCE: [&str; 6] = ["control", "table", "counts", "drops", "totals", "sockets"];
+const PINNED_AGAIN: [&str; 2] = ["rules", "ports"];
 
 /// The directory, locked against other daemons for as long as this lives. If nothing is pinned in it by then, it goes.
 #[derive(Debug)]
@@ -74,7 +76,7 @@ impl PinDirectory {
         }
     }
 
-    /// Where a map of [`MAPS`] is pinned.
+    /// Where a map is pinned.
     pub(super) fn map(&self, name: &str) -> PathBuf {
         self.path.join(name)
     }
@@ -86,7 +88,10 @@ impl PinDirectory {
 
     /// Removes every pin of ours. A link that nobody else holds is detached by that.
     pub(super) fn clear(&self) -> anyhow::Result<()> {
-        self.remove_if(|name| name.starts_with(LINK) || MAPS.contains(&name.trim_end_matches(NEW)))
+        self.remove_if(|name| {
+            let map = name.trim_end_matches(NEW);
+            name.starts_with(LINK) || PINNED_AT_ONCE.contains(&map) || PINNED_AGAIN.contains(&map)
+        })
     }
 
     /// Removes the pins of links whose names begin with `prefix` and for which `is_in_use` does not hold.

@@ -1,82 +1,160 @@
-//! The table map: where generations live, and the one word that says which is in force.
+//! The lookup table in BPF maps, and the one word that says which generation is in force.
 
-use std::{ops::Range, sync::atomic::Ordering};
+use std::{
+    collections::HashMap,
+    os::fd::{AsFd as _, OwnedFd},
+    sync::{Arc, atomic::Ordering},
+};
 
-use anyhow::{Context as _, bail};
-use anyport_common::maps::{ABI, Control, TABLE_WORDS};
-use aya::maps::{Array, IterableMap as _, Map, MapData};
+use anyhow::Context as _;
+use anyport_common::{
+    maps::{ABI, Control, GENERATIONS, Generation},
+    table::SEGMENT_WORDS,
+};
+use aya::maps::Map;
 
-use crate::sys::{MappedWords, wait_for_running_programs};
+use crate::{
+    rules::RuleSet,
+    steering::Plan,
+    sys::{self, MappedWords, wait_for_running_programs},
+    table::{Published, Reader, Segment, Segments, Table},
+};
 
-/// Word 0 is never a root: a root of 0 says that there is no generation.
-const FIRST: u32 = 1;
+/// Words of the control map.
+const CONTROL_WORDS: usize = size_of::<Control>() / 8;
+/// Where the generations begin among them, and how many words each has.
+const FIRST_GENERATION: usize = 2;
+const GENERATION_WORDS: usize = size_of::<Generation>() / 8;
 
+/// The table that the programs read.
 #[derive(Debug)]
-pub(super) struct Table {
-    words: MappedWords,
+pub(super) struct BpfTable {
+    table: Table,
     control: MappedWords,
-    /// The generation in force.
-    live: Range<u32>,
-    /// Generations that a program which began before they were replaced may still read.
-    retired: Vec<Range<u32>>,
+    current: usize,
+    /// The slots of the services when the rules were compiled last.
+    slots: Vec<(String, u16)>,
 }
 
-impl Table {
-    pub(super) fn new(table: Map, control: Map) -> anyhow::Result<Self> {
-        let map = |map: Map, words, what| {
-            let array: Array<MapData, u64> = Array::try_from(map)?;
-            MappedWords::new(array.map().fd(), words)
-                .with_context(|| format!("map the BPF map of the {what} into memory"))
-        };
-        Ok(Self {
-            words: map(table, TABLE_WORDS as usize, "table")?,
-            control: map(control, 1, "table's root")?,
-            live: 0..0,
-            retired: Vec::new(),
-        })
+impl BpfTable {
+    pub(super) fn new(table: Map, control: Map, readers: Arc<Published>) -> anyhow::Result<Self> {
+        let Map::Array(control) = control else { anyhow::bail!("the control map is no array") };
+        let control = MappedWords::new(control.fd(), CONTROL_WORDS).context("map the control map into memory")?;
+        control.words()[0].store(word(ABI, 0), Ordering::Release);
+        let Map::ArrayOfMaps(table) = table else { anyhow::bail!("the map of the table is no array of maps") };
+        let outer = table.fd().as_fd().try_clone_to_owned().context("duplicate the descriptor of the table")?;
+        let segments = BpfSegments { outer, made: HashMap::new(), apart: Vec::new(), readers };
+        Ok(Self { table: Table::new(Box::new(segments)), control, current: 0, slots: Vec::new() })
     }
 
-    /// Puts a generation in force: written aside first, then switched to by a single store.
-    pub(super) fn publish(&mut self, generation: &[u64]) -> anyhow::Result<()> {
-        let region = self.reserve(generation.len())?;
-        let words = &self.words.words()[region.start as usize..region.end as usize];
-        for (word, value) in words.iter().zip(generation) {
-            word.store(*value, Ordering::Relaxed);
+    /// Puts a plan in force: made aside first, then switched to by a single store.
+    pub(super) fn publish(&mut self, plan: &Plan<'_>) -> anyhow::Result<()> {
+        let slots: Vec<_> = plan.services.iter().map(|it| (it.name.to_string(), it.slot)).collect();
+        // A service under another slot changes what every rule for it says. Others may come and go.
+        let stays = |(name, slot): &(String, u16)| slots.iter().all(|(it, now)| it != name || now == slot);
+        let are_slots_kept = self.slots.iter().all(stays);
+        let made = self.make(plan.rules, plan, are_slots_kept).and_then(|()| self.table.connect());
+        if let Err(error) = made {
+            self.table.abort();
+            return Err(error);
         }
-        let control = Control { abi: ABI, root: region.start };
-        self.control.words()[0].store(bytemuck::cast(control), Ordering::Release);
-        self.retired.push(std::mem::replace(&mut self.live, region));
+        self.switch_to(self.table.generation(plan.generation));
+        self.table.commit();
+        self.slots = slots;
         Ok(())
     }
 
-    /// Finds room that no running program reads. Waits for them only when the table has been gone through once.
-    fn reserve(&mut self, len: usize) -> anyhow::Result<Range<u32>> {
-        if let Some(region) = self.free_region(len) {
-            return Ok(region);
-        }
-        wait_for_running_programs();
-        self.retired.clear();
-        match self.free_region(len) {
-            Some(region) => Ok(region),
-            None => bail!(
-                "the rules need {len} words of the lookup table, which has {TABLE_WORDS} for the rules in force \
-                 and their successors together; use fewer prefixes or port ranges"
-            ),
+    fn make(&mut self, rules: &RuleSet, plan: &Plan<'_>, are_slots_kept: bool) -> anyhow::Result<()> {
+        let slots: HashMap<_, _> = plan.services.iter().map(|it| (&it.name, it.slot)).collect();
+        let slot = |name: &_| slots.get(name).copied().with_context(|| format!("the plan has no service {name}"));
+        match plan.changed {
+            Some(prefixes) if are_slots_kept => self.table.change(rules, prefixes, &slot),
+            _ => self.table.make(rules, &slot),
         }
     }
 
-    fn free_region(&self, len: usize) -> Option<Range<u32>> {
-        let len = u32::try_from(len).ok()?;
-        let mut used: Vec<&Range<u32>> = self.retired.iter().chain([&self.live]).collect();
-        used.sort_by_key(|region| region.start);
-        let mut start = FIRST;
-        for region in used {
-            if region.start.saturating_sub(start) >= len {
-                break;
-            }
-            start = start.max(region.end);
+    fn switch_to(&mut self, generation: Generation) {
+        let next = (self.current + 1) % GENERATIONS;
+        // A program that began when the other half of the places was written may still read one of this half.
+        if next.is_multiple_of(GENERATIONS / 2) {
+            wait_for_running_programs();
         }
-        let end = start.checked_add(len)?;
-        (end <= TABLE_WORDS).then_some(start..end)
+        let at = FIRST_GENERATION + next * GENERATION_WORDS;
+        let words = &self.control.words()[at..at + GENERATION_WORDS];
+        for (to, from) in words.iter().zip([generation.number, generation.v4, generation.v6]) {
+            to.store(from, Ordering::Relaxed);
+        }
+        self.control.words()[0].store(word(ABI, u32::try_from(next).unwrap_or_default()), Ordering::Release);
+        self.current = next;
+    }
+
+    /// Has programs that this process runs say what they decide, while `run` runs.
+    pub(super) fn explained<T>(&self, run: impl FnOnce() -> T) -> T {
+        self.control.words()[1].store(word(std::process::id(), 0), Ordering::SeqCst);
+        let result = run();
+        self.control.words()[1].store(0, Ordering::SeqCst);
+        result
+    }
+
+    pub(super) fn reader(&self) -> Reader {
+        self.table.reader()
+    }
+
+    pub(super) fn trim(&mut self) -> anyhow::Result<()> {
+        self.table.trim()
+    }
+
+    /// Bytes of the segments.
+    pub(super) fn bytes(&self) -> u64 {
+        self.table.bytes().1
+    }
+}
+
+/// Two neighbours in a map, as one word.
+fn word(first: u32, second: u32) -> u64 {
+    bytemuck::cast([first, second])
+}
+
+/// Segments as maps within the map of the table.
+#[derive(Debug)]
+struct BpfSegments {
+    outer: OwnedFd,
+    made: HashMap<u32, OwnedFd>,
+    /// Those that are not in the map yet.
+    apart: Vec<u32>,
+    readers: Arc<Published>,
+}
+
+impl Segments for BpfSegments {
+    fn create(&mut self, number: u32) -> anyhow::Result<Segment> {
+        let context = "make a segment of the lookup table";
+        let map: OwnedFd = sys::bpf::create_array("anyport_segment", SEGMENT_WORDS * 8, 1, None).context(context)?;
+        let words = MappedWords::new(&map, SEGMENT_WORDS).context(context)?;
+        self.made.insert(number, map);
+        self.apart.push(number);
+        Ok(Segment::Mapped(words))
+    }
+
+    fn connect(&mut self) -> anyhow::Result<()> {
+        let apart: Vec<_> = self.apart.iter().map(|number| (*number, &self.made[number])).collect();
+        sys::bpf::set_inner(&self.outer, &apart).context("put segments into the lookup table")?;
+        self.apart.clear();
+        Ok(())
+    }
+
+    /// What takes their places is one that stays, since the kernel waits for programs at each that is taken out.
+    fn remove(&mut self, numbers: &[u32]) -> anyhow::Result<()> {
+        let Some(other) = self.made.keys().find(|number| !numbers.contains(number)).copied() else {
+            return Ok(());
+        };
+        let others: Vec<_> = numbers.iter().map(|number| (*number, &self.made[&other])).collect();
+        sys::bpf::set_inner(&self.outer, &others).context("take segments out of the lookup table")?;
+        self.made.retain(|number, _| !numbers.contains(number));
+        Ok(())
+    }
+
+    fn wait_for_readers(&mut self) {
+        wait_for_running_programs();
+        self.readers.wait_for_readers();
     }
 }

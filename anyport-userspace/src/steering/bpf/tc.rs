@@ -6,10 +6,11 @@ use std::{
 };
 
 use anyhow::{Context as _, bail};
+use anyport_common::flow::Flow;
 use aya::{
     Ebpf,
     programs::{
-        LinkOrder, ProgramError, SchedClassifier, TcAttachType,
+        LinkOrder, ProgramError, SchedClassifier, TcAttachType, TestRun as _, TestRunOptions,
         links::FdLink,
         tc::{NlOptions, SchedClassifierLink, TcAttachOptions, TcError, qdisc_add_clsact, qdisc_detach_program},
     },
@@ -23,7 +24,8 @@ use nix::{
 use tracing::{debug, info, warn};
 
 use super::{
-    hooks::{Hook, MaybePinned, program},
+    explain,
+    hooks::{Hook, MaybePinned, loaded, program},
     pins::PinDirectory,
 };
 use crate::steering::BackEnd;
@@ -120,6 +122,14 @@ impl TcHook {
 }
 
 impl Hook for TcHook {
+    fn run(&self, flow: &Flow, source_port: u16) -> anyhow::Result<()> {
+        let program: &SchedClassifier = loaded(&self.ebpf, ETHERNET_PROGRAM)?;
+        let frame = explain::frame(flow, source_port);
+        let options = TestRunOptions { data_in: Some(&frame), ..TestRunOptions::new() };
+        program.test_run(options).context("run the tc program")?;
+        Ok(())
+    }
+
     fn back_end(&self) -> BackEnd {
         BackEnd::Tc
     }
@@ -311,7 +321,7 @@ fn pin_name(index: u32) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::{fs, path::Path};
+    use std::{fs, path::Path, sync::Arc};
 
     use super::{
         super::{
@@ -355,7 +365,12 @@ mod tests {
             assert!(filters().contains("anyport_eth"));
             output("ip", "link set lo down");
             let bpffs = tempfile::tempdir().unwrap();
-            let options = Options { bpffs: bpffs.path().join("bpf"), interfaces: Vec::new(), debug: false };
+            let options = Options {
+                bpffs: bpffs.path().join("bpf"),
+                interfaces: Vec::new(),
+                debug: false,
+                readers: Arc::default(),
+            };
             let opened = Bpf::open(BackEnd::SkLookup, &options).unwrap();
             assert!(!filters().contains("anyport_eth"), "{}", filters());
             Box::new(opened).detach().unwrap();
@@ -366,7 +381,12 @@ mod tests {
     fn a_start_that_fails_leaves_nothing() {
         in_new_namespace(|| {
             let bpffs = tempfile::tempdir().unwrap();
-            let options = Options { bpffs: bpffs.path().join("bpf"), interfaces: vec!["nope0".into()], debug: false };
+            let options = Options {
+                bpffs: bpffs.path().join("bpf"),
+                interfaces: vec!["nope0".into()],
+                debug: false,
+                readers: Arc::default(),
+            };
             Bpf::open(BackEnd::Tc, &options).unwrap_err();
             assert!(!options.bpffs.exists());
         });

@@ -1,6 +1,8 @@
 //! Every raw system call, and so every `unsafe` of user space.
 #![expect(unsafe_code, reason = "the one module in which system calls without a safe wrapper are made")]
 
+pub mod bpf;
+
 use std::{
     io,
     os::fd::{AsFd, AsRawFd},

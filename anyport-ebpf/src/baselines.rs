@@ -1,0 +1,150 @@
+//! What anyport's lookup is measured against: a program that does nothing, and one that asks an LPM trie. They are for
+//! `cargo xtask bench lookup` only; anyportd does not have them.
+
+#![no_std]
+#![no_main]
+
+use anyport_common::maps::{MAX_SERVICES, SOCKETS_PER_SERVICE};
+use aya_ebpf::{
+    EbpfContext as _,
+    bindings::sk_action::{SK_DROP, SK_PASS},
+    btf_maps::{LpmTrie, PerCpuArray, SockMap, lpm_trie::Key},
+    helpers::{bpf_map_lookup_elem, bpf_sk_assign, bpf_sk_release},
+    macros::{btf_map, sk_lookup},
+    programs::SkLookupContext,
+};
+use core::ptr::{self, NonNull};
+
+const AF_INET: u32 = 2;
+
+/// What a rule of the trie speaks of: everything up to the port is part of the prefix.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Dialled {
+    protocol: u8,
+    /// In network byte order; 0 stands for all ports.
+    port: [u8; 2],
+    /// IPv4 as a mapped address.
+    address: [u8; 16],
+    /// Nothing; no prefix is so long.
+    reserved: u8,
+}
+
+const FULL: u32 = 8 + 16 + 128;
+
+/// To which service a prefix is steered, and how long it is.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Binding {
+    service: u32,
+    prefix_len: u32,
+}
+
+/// What is counted for a service.
+#[repr(C)]
+struct Counts {
+    steered: u64,
+    errors: u64,
+}
+
+#[btf_map(name = "baseline_trie")]
+static TRIE: LpmTrie<Dialled, Binding, 1> = LpmTrie::new();
+
+#[btf_map(name = "baseline_sock")]
+static SOCKETS: SockMap<{ (MAX_SERVICES * SOCKETS_PER_SERVICE) as usize }> = SockMap::new();
+
+#[btf_map(name = "baseline_count")]
+static COUNTS: PerCpuArray<Counts, { MAX_SERVICES as usize }> = PerCpuArray::new();
+
+/// What the statistics themselves cost.
+#[sk_lookup]
+pub fn baseline_empty(_ctx: SkLookupContext) -> u32 {
+    SK_PASS
+}
+
+/// The usual design: one trie for all rules, asked for the port and for all ports; the longer prefix wins.
+#[sk_lookup]
+pub fn baseline_lpm(ctx: SkLookupContext) -> u32 {
+    let (dialled, offset) = dialled(&ctx);
+    let Some(Binding { service, .. }) = binding(dialled) else {
+        return SK_PASS;
+    };
+    let Some(socket) = socket(service * SOCKETS_PER_SERVICE + offset) else {
+        count(service, |counts| &mut counts.errors);
+        return SK_DROP;
+    };
+    // SAFETY: the socket is referenced until it is released below; both pointers are the kernel's own.
+    let error = unsafe {
+        let error = bpf_sk_assign(ctx.as_ptr(), socket.as_ptr(), 0);
+        bpf_sk_release(socket.as_ptr());
+        error
+    };
+    if error != 0 {
+        count(service, |counts| &mut counts.errors);
+        return SK_DROP;
+    }
+    count(service, |counts| &mut counts.steered);
+    SK_PASS
+}
+
+#[inline(always)]
+fn binding(dialled: Dialled) -> Option<Binding> {
+    let exact = TRIE.get(&Key::new(FULL, dialled)).copied();
+    let any = TRIE.get(&Key::new(FULL, Dialled { port: [0; 2], ..dialled })).copied();
+    match (exact, any) {
+        (Some(exact), Some(any)) if any.prefix_len > exact.prefix_len => Some(any),
+        (Some(exact), _) => Some(exact),
+        (None, any) => any,
+    }
+}
+
+/// What was dialled, and which of a service's sockets serves it.
+#[inline(always)]
+fn dialled(ctx: &SkLookupContext) -> (Dialled, u32) {
+    // SAFETY: the verifier lets a program read these fields of its context; of the addresses 32 bits at a time.
+    let (family, protocol, port, words) = unsafe {
+        let lookup = ctx.lookup;
+        let family = (*lookup).family;
+        let words = if family == AF_INET {
+            // Volatile, else the compiler has both branches read from one pointer, which the verifier does not like.
+            [0, 0, 0xffff_u32.to_be(), ptr::read_volatile(&raw const (*lookup).local_ip4)]
+        } else {
+            let local = &raw const (*lookup).local_ip6;
+            [(*local)[0], (*local)[1], (*local)[2], (*local)[3]]
+        };
+        (family, (*lookup).protocol as u8, (*lookup).local_port as u16, words)
+    };
+    let mut address = [0; 16];
+    for (bytes, word) in address.chunks_exact_mut(4).zip(words) {
+        bytes.copy_from_slice(&word.to_ne_bytes());
+    }
+    let is_udp = u32::from(protocol == 17);
+    let offset = if family == AF_INET { is_udp } else { 2 + is_udp };
+    (Dialled { protocol, port: port.to_be_bytes(), address, reserved: 0 }, offset)
+}
+
+#[inline(always)]
+fn socket(index: u32) -> Option<NonNull<core::ffi::c_void>> {
+    // SAFETY: the map's address is what the loader replaces by the map; the key outlives the call.
+    let socket =
+        unsafe { bpf_map_lookup_elem(ptr::from_ref(&SOCKETS).cast_mut().cast(), ptr::from_ref(&index).cast()) };
+    NonNull::new(socket.cast())
+}
+
+#[inline(always)]
+fn count(service: u32, counter: impl Fn(&mut Counts) -> &mut u64) {
+    if let Some(counts) = COUNTS.get_ptr_mut(service) {
+        // SAFETY: the value is this CPU's own, and no other reference to it lives in this program.
+        *counter(unsafe { &mut *counts }) += 1;
+    }
+}
+
+#[panic_handler]
+fn panic(_info: &core::panic::PanicInfo<'_>) -> ! {
+    // Never compiled in: the verifier refuses a program with an endless loop.
+    loop {}
+}
+
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

@@ -1,0 +1,114 @@
+//! Random rules and random packets: the loaded programs decide as the reference does.
+//!
+//! `ANYPORT_DECISIONS` says how many decisions each program makes; that many more are made by the table on the host.
+
+use std::{
+    cell::{Cell, RefCell},
+    env,
+    ops::Range,
+    path::Path,
+    sync::Arc,
+};
+
+use anyport_common::flow::Flow;
+use proptest::{
+    prelude::*,
+    test_runner::{Config, TestRunner},
+};
+
+use super::{Bpf, Options, tests::in_new_namespace};
+use crate::{
+    rules::{
+        Change, Decision, RuleSet,
+        arbitrary::{SERVICES, flow, rules},
+        decide, from_address,
+    },
+    steering::{BackEnd, Decided, Fate, Plan, ServiceSockets, Steering as _},
+};
+
+/// Decisions of each program, unless told otherwise.
+const DECISIONS: u32 = 100_000;
+/// Flows for each set of rules.
+const FLOWS: u32 = 500;
+
+fn decisions() -> u32 {
+    env::var("ANYPORT_DECISIONS").map_or(DECISIONS, |text| text.parse().expect("ANYPORT_DECISIONS is a number"))
+}
+
+/// The rules with numbers, of which none is 0.
+fn numbered(rules: &RuleSet) -> (RuleSet, Range<u32>) {
+    let mut next = 1;
+    let mut added: Vec<_> = rules.prefixes().map(|(prefix, rules)| (*prefix, rules.clone())).collect();
+    for (_, rules) in &mut added {
+        rules.first_number = next;
+        next += u32::try_from(rules.len()).unwrap();
+    }
+    let mut set = RuleSet::default();
+    set.apply(&Change { removed: Vec::new(), added });
+    (set, 1..next)
+}
+
+/// The services have no sockets, so that what they should get is dropped.
+fn expected(rules: &RuleSet, flow: &Flow) -> (Fate, Option<u32>) {
+    match decide(rules, from_address(flow.address), flow.transport, flow.port, from_address(flow.source)) {
+        Decision::Unmatched => (Fate::Unmatched, None),
+        Decision::Host(rule) => (Fate::Host, Some(rule.number)),
+        Decision::Steer(rule) => (Fate::Drop, Some(rule.number)),
+    }
+}
+
+fn open(back_end: BackEnd, bpffs: &Path) -> Bpf {
+    let options = Options { bpffs: bpffs.to_owned(), interfaces: Vec::new(), debug: false, readers: Arc::default() };
+    Bpf::open(back_end, &options).unwrap()
+}
+
+fn agrees(back_end: BackEnd) {
+    in_new_namespace(move || {
+        let directory = tempfile::tempdir().unwrap();
+        let bpf = RefCell::new(open(back_end, &directory.path().join("bpf")));
+        let services: Vec<_> = (1..)
+            .zip(SERVICES)
+            .map(|(slot, name)| ServiceSockets { slot, name: name.parse().unwrap(), groups: [const { None }; 4] })
+            .collect();
+        let generations = Cell::new(0);
+        let cases = Config { cases: decisions() / FLOWS, failure_persistence: None, ..Config::default() };
+        let strategy = (rules(40), prop::collection::vec(flow(), FLOWS as usize));
+        TestRunner::new(cases)
+            .run(&strategy, |(rules, flows)| {
+                let (rules, numbers) = numbered(&rules);
+                let generation = generations.get() + 1;
+                generations.set(generation);
+                let mut bpf = bpf.borrow_mut();
+                let plan = Plan {
+                    generation,
+                    rules: &rules,
+                    changed: None,
+                    fresh: &[numbers],
+                    freed: &[],
+                    moved: &[],
+                    services: &services,
+                };
+                bpf.apply(&plan).unwrap();
+                for flow in &flows {
+                    let Decided { fate, rule, generation: judged_by, .. } = bpf.decide(flow, 40_000).unwrap();
+                    let listed =
+                        || rules.iter().map(|it| format!("{} {}", it.number, it.to_rule())).collect::<Vec<_>>();
+                    prop_assert_eq!((fate, rule), expected(&rules, flow), "{:?} under {:#?}", flow, listed());
+                    prop_assert_eq!(judged_by, Some(generation));
+                }
+                Ok(())
+            })
+            .unwrap();
+        Box::new(bpf.into_inner()).detach().unwrap();
+    });
+}
+
+#[test]
+fn sk_lookup_decides_as_the_reference() {
+    agrees(BackEnd::SkLookup);
+}
+
+#[test]
+fn tc_decides_as_the_reference() {
+    agrees(BackEnd::Tc);
+}

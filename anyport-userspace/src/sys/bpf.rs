@@ -1,0 +1,305 @@
+//! What of `bpf(2)` aya has no function for. The attributes are those of `union bpf_attr` in `linux/bpf.h`.
+
+use std::{
+    ffi::{c_long, c_void},
+    io,
+    os::fd::{AsFd, AsRawFd, FromRawFd as _, OwnedFd, RawFd},
+    ptr,
+};
+
+use bytemuck::{Pod, Zeroable};
+
+const MAP_CREATE: c_long = 0;
+const MAP_LOOKUP_ELEM: c_long = 1;
+const MAP_UPDATE_ELEM: c_long = 2;
+const PROG_TEST_RUN: c_long = 10;
+const OBJ_GET_INFO_BY_FD: c_long = 15;
+const BTF_GET_FD_BY_ID: c_long = 19;
+const MAP_UPDATE_BATCH: c_long = 26;
+
+const MAP_TYPE_ARRAY: u32 = 2;
+const F_MMAPABLE: u32 = 1 << 10;
+
+/// The types of a map's keys and values, by which `bpftool` shows them with the names of their fields.
+#[derive(Debug)]
+pub struct Types {
+    btf: OwnedFd,
+    key: u32,
+    value: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Default, Pod, Zeroable)]
+struct MapCreate {
+    map_type: u32,
+    key_size: u32,
+    value_size: u32,
+    max_entries: u32,
+    map_flags: u32,
+    inner_map_fd: u32,
+    numa_node: u32,
+    name: [u8; 16],
+    ifindex: u32,
+    btf_fd: u32,
+    btf_key_type_id: u32,
+    btf_value_type_id: u32,
+    reserved: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Default, Pod, Zeroable)]
+struct MapElement {
+    map_fd: u32,
+    reserved: u32,
+    key: u64,
+    value: u64,
+    flags: u64,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Default, Pod, Zeroable)]
+struct Batch {
+    begin: u64,
+    end: u64,
+    keys: u64,
+    values: u64,
+    count: u32,
+    map_fd: u32,
+    elem_flags: u64,
+    flags: u64,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Default, Pod, Zeroable)]
+struct GetInfo {
+    fd: u32,
+    len: u32,
+    info: u64,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Default, Pod, Zeroable)]
+struct TestRun {
+    prog_fd: u32,
+    retval: u32,
+    data_size_in: u32,
+    data_size_out: u32,
+    data_in: u64,
+    data_out: u64,
+    repeat: u32,
+    duration: u32,
+    ctx_size_in: u32,
+    ctx_size_out: u32,
+    ctx_in: u64,
+    ctx_out: u64,
+    flags: u32,
+    cpu: u32,
+    batch_size: u32,
+    reserved: u32,
+}
+
+/// `struct bpf_map_info` up to the types.
+#[repr(C)]
+#[derive(Clone, Copy, Default, Pod, Zeroable)]
+struct MapInfo {
+    map_type: u32,
+    id: u32,
+    key_size: u32,
+    value_size: u32,
+    max_entries: u32,
+    map_flags: u32,
+    name: [u8; 16],
+    ifindex: u32,
+    btf_vmlinux_value_type_id: u32,
+    netns_dev: u64,
+    netns_ino: u64,
+    btf_id: u32,
+    btf_key_type_id: u32,
+    btf_value_type_id: u32,
+    reserved: u32,
+}
+
+/// `struct bpf_sk_lookup`: what an `sk_lookup` program is asked.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, Pod, Zeroable)]
+pub struct SkLookup {
+    /// Afterwards the cookie of the socket that was selected, 0 if none was.
+    pub cookie: u64,
+    /// `AF_INET` or `AF_INET6`.
+    pub family: u32,
+    /// IP protocol number.
+    pub protocol: u32,
+    /// The client's IPv4 address in network byte order.
+    pub remote_ip4: u32,
+    /// The client's IPv6 address in network byte order.
+    pub remote_ip6: [u32; 4],
+    /// The client's port in network byte order.
+    pub remote_port: u16,
+    /// Nothing.
+    pub reserved: u16,
+    /// The dialled IPv4 address in network byte order.
+    pub local_ip4: u32,
+    /// The dialled IPv6 address in network byte order.
+    pub local_ip6: [u32; 4],
+    /// The dialled port in host byte order.
+    pub local_port: u32,
+    /// The interface, which the kernel sets by itself: 0 here.
+    pub ingress_ifindex: u32,
+    /// Nothing.
+    pub end: u32,
+}
+
+/// What came of a test run.
+#[derive(Clone, Copy, Debug)]
+pub struct Ran {
+    /// What the program returned.
+    pub returned: u32,
+    /// Nanoseconds of one run, the mean of all.
+    pub nanoseconds: u32,
+}
+
+/// Makes an array map that can be mapped into memory.
+///
+/// # Errors
+/// The kernel's, such as `ENOMEM`.
+pub fn create_array(name: &str, value_size: usize, entries: u32, types: Option<&Types>) -> io::Result<OwnedFd> {
+    let mut attr = MapCreate {
+        map_type: MAP_TYPE_ARRAY,
+        key_size: 4,
+        value_size: size(value_size)?,
+        max_entries: entries,
+        map_flags: F_MMAPABLE,
+        ..MapCreate::default()
+    };
+    // The last byte stays 0.
+    for (to, from) in attr.name[..15].iter_mut().zip(name.bytes()) {
+        *to = from;
+    }
+    if let Some(Types { btf, key, value }) = types {
+        attr.btf_fd = number(btf.as_raw_fd())?;
+        attr.btf_key_type_id = *key;
+        attr.btf_value_type_id = *value;
+    }
+    let fd = call(MAP_CREATE, &mut attr)?;
+    owned(fd)
+}
+
+/// The types of a map, if it has any.
+///
+/// # Errors
+/// The kernel's.
+pub fn types_of(map: impl AsFd) -> io::Result<Option<Types>> {
+    let mut info = MapInfo::default();
+    let mut attr = GetInfo {
+        fd: number(map.as_fd().as_raw_fd())?,
+        len: size(size_of::<MapInfo>())?,
+        info: address(ptr::from_mut(&mut info).cast()),
+    };
+    call(OBJ_GET_INFO_BY_FD, &mut attr)?;
+    if info.btf_id == 0 {
+        return Ok(None);
+    }
+    let mut id = [info.btf_id, 0, 0, 0];
+    let btf = owned(call(BTF_GET_FD_BY_ID, &mut id)?)?;
+    Ok(Some(Types { btf, key: info.btf_key_type_id, value: info.btf_value_type_id }))
+}
+
+/// Puts maps into a map of maps. For each call the kernel waits until all programs that run have ended, some 10 ms; so
+/// many maps at once are better than one after the other.
+///
+/// # Errors
+/// The kernel's, such as `EINVAL` for a map that is not of the type and size that are expected there.
+pub fn set_inner<F: AsFd>(outer: impl AsFd, inner: &[(u32, F)]) -> io::Result<()> {
+    if inner.is_empty() {
+        return Ok(());
+    }
+    let map_fd = number(outer.as_fd().as_raw_fd())?;
+    let keys: Vec<u32> = inner.iter().map(|(key, _)| *key).collect();
+    let values = inner.iter().map(|(_, map)| number(map.as_fd().as_raw_fd())).collect::<io::Result<Vec<u32>>>()?;
+    let mut attr = Batch {
+        keys: address(keys.as_ptr().cast()),
+        values: address(values.as_ptr().cast()),
+        count: size(inner.len())?,
+        map_fd,
+        ..Batch::default()
+    };
+    if call(MAP_UPDATE_BATCH, &mut attr).is_ok() {
+        return Ok(());
+    }
+    // Kernels before 5.13 have no batches for this.
+    for (key, value) in keys.iter().zip(&values) {
+        let mut attr = MapElement {
+            map_fd,
+            key: address(ptr::from_ref(key).cast()),
+            value: address(ptr::from_ref(value).cast()),
+            ..MapElement::default()
+        };
+        call(MAP_UPDATE_ELEM, &mut attr)?;
+    }
+    Ok(())
+}
+
+/// Reads the cookie of a socket in a socket map with 64-bit values (Linux 5.7); nothing where there is no socket, or
+/// where the values have no room for a cookie.
+///
+/// # Errors
+/// The kernel's.
+pub fn socket_cookie(map: impl AsFd, key: u32) -> io::Result<Option<u64>> {
+    let mut cookie = 0_u64;
+    let mut attr = MapElement {
+        map_fd: number(map.as_fd().as_raw_fd())?,
+        key: address(ptr::from_ref(&key).cast()),
+        value: address(ptr::from_mut(&mut cookie).cast()),
+        ..MapElement::default()
+    };
+    match call(MAP_LOOKUP_ELEM, &mut attr) {
+        Ok(_) => Ok(Some(cookie)),
+        Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENOSPC)) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// Runs an `sk_lookup` program (Linux 5.13) `repeat` times on what `context` says, and leaves there what it selected.
+///
+/// # Errors
+/// The kernel's.
+pub fn run_sk_lookup(program: impl AsFd, context: &mut SkLookup, repeat: u32) -> io::Result<Ran> {
+    let asked = *context;
+    let mut attr = TestRun {
+        prog_fd: number(program.as_fd().as_raw_fd())?,
+        repeat,
+        ctx_size_in: size(size_of::<SkLookup>())?,
+        ctx_size_out: size(size_of::<SkLookup>())?,
+        ctx_in: address(ptr::from_ref(&asked).cast()),
+        ctx_out: address(ptr::from_mut(context).cast()),
+        ..TestRun::default()
+    };
+    call(PROG_TEST_RUN, &mut attr)?;
+    Ok(Ran { returned: attr.retval, nanoseconds: attr.duration })
+}
+
+/// Makes the call. What `attr` points to must be as long as it says and live until this returns.
+fn call<T: Pod>(command: c_long, attr: &mut T) -> io::Result<c_long> {
+    // SAFETY: the kernel reads and writes `attr`, whose size it is told, and what the addresses in it point to, which
+    // the callers in this module have from references that they hold.
+    let result = unsafe { libc::syscall(libc::SYS_bpf, command, ptr::from_mut(attr), size_of::<T>()) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
+}
+
+fn owned(fd: c_long) -> io::Result<OwnedFd> {
+    let fd = RawFd::try_from(fd).map_err(io::Error::other)?;
+    // SAFETY: the kernel has just made this descriptor for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+fn address(pointer: *const c_void) -> u64 {
+    pointer as u64
+}
+
+fn number(fd: RawFd) -> io::Result<u32> {
+    u32::try_from(fd).map_err(io::Error::other)
+}
+
+fn size(bytes: usize) -> io::Result<u32> {
+    u32::try_from(bytes).map_err(io::Error::other)
+}
