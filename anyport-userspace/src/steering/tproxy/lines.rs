@@ -1,15 +1,16 @@
-//! From rules to lines of iptables, in which the first match decides just as among the rules.
+//! From groups of rules to lines of iptables, in which the first match decides just as among the rules.
 
 use std::{
     fmt,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
 };
 
-use anyport_common::flow::{Address, Flow, Transport};
+use anyport_common::flow::Transport;
 
+use super::groups::{Groups, Key, Prefixes, Verdicts, number};
 use crate::{
-    rules::{PortSet, Prefix},
-    steering::{NumberedRule, Plan, ServiceSockets},
+    rules::{PortSet, Prefix, RuleSet},
+    steering::GroupSocket,
 };
 
 /// What the `multiport` match takes; a range counts as two.
@@ -23,11 +24,15 @@ pub(super) enum Family {
 }
 
 impl Family {
-    fn has(self, prefix: &Prefix) -> bool {
-        prefix.is_ipv4() == (self == Self::V4)
+    pub(super) fn has(self, address: IpAddr) -> bool {
+        address.is_ipv4() == (self == Self::V4)
     }
 
-    fn loopback(self) -> IpAddr {
+    pub(super) fn everything(self) -> Prefix {
+        Prefix::from_bits(self == Self::V4, 0, 0)
+    }
+
+    pub(super) fn loopback(self) -> IpAddr {
         match self {
             Self::V4 => Ipv4Addr::LOCALHOST.into(),
             Self::V6 => Ipv6Addr::LOCALHOST.into(),
@@ -36,7 +41,7 @@ impl Family {
 }
 
 /// What a line does with the packets that it matches.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Verdict {
     /// Leaves them to the host.
     Return,
@@ -46,20 +51,48 @@ pub(super) enum Verdict {
     Drop,
 }
 
+impl Verdict {
+    /// What becomes of what is steered to this socket.
+    pub(super) fn of(socket: Option<&GroupSocket>, family: Family) -> Self {
+        match socket {
+            None => Self::Drop,
+            // A socket at a wildcard address is found by any address of the packet's family.
+            Some(group) if group.bound.ip().is_unspecified() => {
+                Self::Tproxy(SocketAddr::new(family.loopback(), group.bound.port()))
+            }
+            Some(group) => Self::Tproxy(group.bound),
+        }
+    }
+}
+
+/// Where a packet of a line goes to.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Destination {
+    /// Into this prefix, which a rule of this number put there; nothing for the rule of a former plan.
+    Prefix(Prefix, Option<u32>),
+    /// Into one of the prefixes of this set.
+    Set(String),
+}
+
 /// One line of the rules' chain.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Line {
-    prefix: Prefix,
-    transport: Transport,
-    ports: Vec<(u16, u16)>,
-    verdict: Verdict,
-    rule: u32,
+    pub(super) destination: Destination,
+    pub(super) source: Option<Prefix>,
+    pub(super) transport: Transport,
+    pub(super) ports: Vec<(u16, u16)>,
+    pub(super) verdict: Verdict,
 }
 
 impl Line {
-    /// Whether the line speaks of UDP to this address.
-    pub(super) fn steers_udp_at(&self, address: IpAddr) -> bool {
-        self.transport == Transport::Udp && self.prefix.contains(address)
+    /// The same, counted for no rule.
+    #[must_use]
+    pub(super) fn without_number(&self) -> Self {
+        let mut line = self.clone();
+        if let Destination::Prefix(_, number) = &mut line.destination {
+            *number = None;
+        }
+        line
     }
 }
 
@@ -67,14 +100,23 @@ impl Line {
 pub(super) const COMMENT: &str = "anyport rule ";
 
 impl fmt::Display for Line {
+    /// The set comes last, so that its elements count only packets that everything else on the line has matched, and
+    /// not those that are left to the host.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let transport = name(self.transport);
-        write!(f, "-d {} -p {transport} ", self.prefix)?;
-        if let [(first, last)] = self.ports[..] {
+        let Self { destination, source, transport, ports, verdict } = self;
+        let transport = name(*transport);
+        if let Some(source) = source {
+            write!(f, "-s {source} ")?;
+        }
+        if let Destination::Prefix(prefix, _) = destination {
+            write!(f, "-d {prefix} ")?;
+        }
+        write!(f, "-p {transport} ")?;
+        if let [(first, last)] = ports[..] {
             write!(f, "-m {transport} --dport {first}:{last}")?;
         } else {
             f.write_str("-m multiport --dports ")?;
-            for (i, (first, last)) in self.ports.iter().enumerate() {
+            for (i, (first, last)) in ports.iter().enumerate() {
                 let comma = if i == 0 { "" } else { "," };
                 if first == last {
                     write!(f, "{comma}{first}")?;
@@ -83,63 +125,81 @@ impl fmt::Display for Line {
                 }
             }
         }
-        write!(f, " -m comment --comment \"{COMMENT}{}\" -j ", self.rule)?;
-        match self.verdict {
-            Verdict::Return => f.write_str("RETURN"),
-            Verdict::Drop => f.write_str("DROP"),
-            Verdict::Tproxy(to) => {
-                write!(f, "TPROXY --on-ip {} --on-port {}", to.ip(), to.port())
+        match destination {
+            Destination::Prefix(_, Some(number)) => write!(f, " -m comment --comment \"{COMMENT}{number}\"")?,
+            Destination::Prefix(_, None) => {}
+            Destination::Set(set) => {
+                write!(f, " -m set --match-set {set} dst")?;
+                if *verdict == Verdict::Return {
+                    f.write_str(" ! --update-counters")?;
+                }
             }
         }
+        match verdict {
+            Verdict::Return => f.write_str(" -j RETURN"),
+            Verdict::Drop => f.write_str(" -j DROP"),
+            Verdict::Tproxy(to) => write!(f, " -j TPROXY --on-ip {} --on-port {}", to.ip(), to.port()),
+        }
     }
 }
 
-/// The lines for a plan's rules of one family.
-pub(super) fn lines(plan: &Plan, family: Family) -> anyhow::Result<Vec<Line>> {
-    let mut lines = Vec::new();
-    for NumberedRule { number, rule } in &plan.rules {
-        if !family.has(&rule.prefix) {
-            continue;
-        }
-        let service = plan.service(&rule.service)?;
-        for transport in rule.protocol.transports() {
-            let mut push = |ports: &PortSet, verdict| {
-                lines.extend(split(ports).into_iter().map(|ports| Line {
-                    prefix: rule.prefix,
-                    transport: *transport,
-                    ports,
-                    verdict,
-                    rule: *number,
-                }));
-            };
-            push(&rule.except, Verdict::Return);
-            push(&rule.ports, verdict(service, *transport, family));
-        }
-    }
-    Ok(lines)
+/// The lines for groups of these rules.
+pub(super) fn lines(groups: &Groups, rules: &RuleSet) -> Vec<Line> {
+    groups.iter().flat_map(|(key, group)| of_group(key, &group.verdicts, &group.prefixes, rules)).collect()
 }
 
-fn verdict(service: &ServiceSockets, transport: Transport, family: Family) -> Verdict {
-    let address = match family {
-        Family::V4 => Address::v4(0),
-        Family::V6 => Address::v6(0, 0),
+/// The lines of one group. No packet matches two of them, so that none asks a set twice, which might change between.
+pub(super) fn of_group(key: &Key, verdicts: &Verdicts, prefixes: &Prefixes, rules: &RuleSet) -> Vec<Line> {
+    let destinations: Vec<_> = match prefixes {
+        Prefixes::Set { name, .. } => vec![Destination::Set(name.clone())],
+        Prefixes::Few(few) => {
+            few.iter().map(|prefix| Destination::Prefix(*prefix, number(rules, *prefix, key))).collect()
+        }
     };
-    let offset = Flow { address, transport, port: 0 }.socket_offset();
-    match &service.groups[offset as usize] {
-        None => Verdict::Drop,
-        // A socket at a wildcard address is found by any address of the packet's family.
-        Some(group) if group.bound.ip().is_unspecified() => {
-            Verdict::Tproxy(SocketAddr::new(family.loopback(), group.bound.port()))
+    let terms = &key.terms;
+    let excepted = split(terms.except.ranges());
+    let steered = split(&without(&terms.ports, &terms.except));
+    let mut lines = Vec::new();
+    for destination in destinations {
+        for (transport, verdict) in verdicts {
+            let excepted = excepted.iter().map(|ports| (ports, Verdict::Return));
+            let steered = steered.iter().map(|ports| (ports, *verdict));
+            lines.extend(excepted.chain(steered).map(|(ports, verdict)| Line {
+                destination: destination.clone(),
+                source: terms.source,
+                transport: *transport,
+                ports: ports.clone(),
+                verdict,
+            }));
         }
-        Some(group) => Verdict::Tproxy(group.bound),
     }
+    lines
+}
+
+/// The ports that are in the one set and not in the other, as ranges.
+fn without(ports: &PortSet, except: &PortSet) -> Vec<(u16, u16)> {
+    let mut ranges = Vec::new();
+    for (first, last) in ports.ranges() {
+        let mut from = u32::from(*first);
+        for (hole, end) in except.ranges().iter().filter(|(hole, end)| end >= first && hole <= last) {
+            if u32::from(*hole) > from {
+                ranges.push((from, u32::from(*hole) - 1));
+            }
+            from = u32::from(*end) + 1;
+        }
+        if from <= u32::from(*last) {
+            ranges.push((from, u32::from(*last)));
+        }
+    }
+    let port = |port: u32| u16::try_from(port).unwrap_or(u16::MAX);
+    ranges.into_iter().map(|(first, last)| (port(first), port(last))).collect()
 }
 
 /// Port ranges in portions that one line takes.
-fn split(ports: &PortSet) -> Vec<Vec<(u16, u16)>> {
+fn split(ranges: &[(u16, u16)]) -> Vec<Vec<(u16, u16)>> {
     let mut portions: Vec<Vec<(u16, u16)>> = Vec::new();
     let mut free = 0;
-    for (first, last) in ports.ranges() {
+    for (first, last) in ranges {
         let slots = if first == last { 1 } else { 2 };
         match portions.last_mut() {
             Some(portion) if slots <= free => portion.push((*first, *last)),
@@ -175,7 +235,7 @@ pub(super) fn guards(lines: &[Line], waiting: &[SocketAddr], rules_chain: &str) 
     guards
 }
 
-fn name(transport: Transport) -> &'static str {
+pub(super) fn name(transport: Transport) -> &'static str {
     match transport {
         Transport::Tcp => "tcp",
         Transport::Udp => "udp",

@@ -1,20 +1,15 @@
 //! Our chains in the table mangle of one family, through the tools of iptables.
 
-use std::{
-    collections::HashMap,
-    fmt::Write as _,
-    fs,
-    io::{ErrorKind, Write as _},
-    process::{Command, Output, Stdio},
-};
+use std::{fmt::Write as _, fs, io::ErrorKind, process::Command};
 
-use anyhow::{Context as _, bail};
-use anyport_common::maps::Counters;
+use anyhow::Context as _;
 use nix::libc;
 
 use super::{
+    counted::Counted,
+    groups::Effect,
     lines::{COMMENT, Family},
-    nftables,
+    nftables, tool,
 };
 
 const TABLE: &str = "mangle";
@@ -32,6 +27,9 @@ const OUR_CHAINS: [&str; 4] = [CHAIN, RULES_CHAIN, PROBE_CHAIN, PROBE_TARGET];
 /// without effect keeps in mind that we had it make them, also for the one who comes after a crash.
 const MADE_TABLE: &str = "anyport made this table";
 const MADE_HOOK: &str = "anyport made the chain PREROUTING";
+
+/// What stands behind all rules and counts the newcomers that get there.
+pub(super) const UNMATCHED: &str = "anyport unmatched";
 
 /// The table mangle of one family.
 #[derive(Debug)]
@@ -56,17 +54,27 @@ impl Table {
 
     /// Shows that the kernel takes all that rules are made of, and leaves no trace of that.
     pub(super) fn probe(&self) -> anyhow::Result<()> {
-        let to = match self.family {
-            Family::V4 => "127.0.0.1",
-            Family::V6 => "::1",
-        };
-        let lines = [
+        let to = self.family.loopback();
+        self.try_lines(&[
             format!("-p tcp -m socket --transparent -g {PROBE_TARGET}"),
             "-p udp -m multiport --dports 1,2 -m comment --comment anyport -j RETURN".to_owned(),
             format!("-p tcp -m tcp --dport 1 -j TPROXY --on-ip {to} --on-port 1"),
-        ];
-        let tried = self.write(&self.save()?, PROBE_CHAIN, &[(PROBE_TARGET, &[]), (PROBE_CHAIN, &lines)], false);
-        let removed = self.save().and_then(|saved| self.remove(&saved));
+        ])
+    }
+
+    /// Has the kernel hold these lines for a moment, beside what is there.
+    pub(super) fn try_lines(&self, lines: &[String]) -> anyhow::Result<()> {
+        let before = self.save()?;
+        let tried = self.write(&before, PROBE_CHAIN, &[(PROBE_TARGET, &[]), (PROBE_CHAIN, lines)], false);
+        let is_alone = our_chains(&before).next().is_none();
+        let removed = if is_alone {
+            self.save().and_then(|saved| self.remove(&saved))
+        } else if tried.is_ok() {
+            let commands = ["-F", "-X"].map(|verb| format!("{verb} {PROBE_CHAIN}\n{verb} {PROBE_TARGET}\n"));
+            self.restore(&format!("*{TABLE}\n{}COMMIT\n", commands.concat()))
+        } else {
+            Ok(())
+        };
         tried?;
         removed
     }
@@ -75,7 +83,9 @@ impl Table {
     pub(super) fn replace(&self, saved: &str, guards: &[String], rules: &[String]) -> anyhow::Result<()> {
         let mut entry = guards.to_vec();
         entry.push(format!("-g {RULES_CHAIN}"));
-        self.write(saved, CHAIN, &[(RULES_CHAIN, rules), (CHAIN, &entry)], true)
+        let unmatched = ["tcp -m tcp --syn", "udp"].map(|it| format!("-p {it} -m comment --comment \"{UNMATCHED}\""));
+        let rules = [rules, &unmatched].concat();
+        self.write(saved, CHAIN, &[(RULES_CHAIN, &rules), (CHAIN, &entry)], true)
     }
 
     fn write(&self, saved: &str, entry: &str, chains: &[(&str, &[String])], with_jump: bool) -> anyhow::Result<()> {
@@ -180,12 +190,7 @@ impl Table {
             Family::V4 => "iptables-save",
             Family::V6 => "ip6tables-save",
         };
-        let output = Command::new(tool)
-            .args(["--counters", "--table", TABLE])
-            .output()
-            .with_context(|| format!("running {tool}"))?;
-        check(tool, &output)?;
-        String::from_utf8(output.stdout).with_context(|| format!("reading what {tool} wrote"))
+        tool::read(tool, &["--counters", "--table", TABLE])
     }
 
     fn is_legacy_table_loaded(&self) -> bool {
@@ -200,20 +205,7 @@ impl Table {
     }
 
     fn restore(&self, script: &str) -> anyhow::Result<()> {
-        let tool = restore_tool(self.family);
-        let mut child = Command::new(tool)
-            .args(["--wait", "5", "--noflush"])
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .with_context(|| format!("running {tool}"))?;
-        // A tool that gives up early says why on its standard error, which is worth more than a broken pipe.
-        let written = child.stdin.take().map(|mut stdin| stdin.write_all(script.as_bytes()));
-        let output = child.wait_with_output().with_context(|| format!("running {tool}"))?;
-        check(tool, &output)?;
-        written.transpose().with_context(|| format!("writing rules to {tool}"))?;
-        Ok(())
+        tool::feed(restore_tool(self.family), &["--wait", "5", "--noflush"], |to| to.write_all(script.as_bytes()))
     }
 }
 
@@ -222,15 +214,6 @@ fn restore_tool(family: Family) -> &'static str {
         Family::V4 => "iptables-restore",
         Family::V6 => "ip6tables-restore",
     }
-}
-
-fn check(tool: &str, output: &Output) -> anyhow::Result<()> {
-    if output.status.success() {
-        return Ok(());
-    }
-    let said = String::from_utf8_lossy(&output.stderr);
-    let said: Vec<_> = said.lines().filter(|line| !line.starts_with('#')).map(str::trim).collect();
-    bail!("{tool} failed ({}): {}", output.status, said.join(" "))
 }
 
 fn our_chains(saved: &str) -> impl Iterator<Item = &str> {
@@ -254,28 +237,40 @@ fn deletions_of_jumps(saved: &str) -> impl Iterator<Item = String> {
     })
 }
 
-/// What the rules' lines have counted, by rule number, given what [`Table::save`] showed.
-pub(super) fn counters(saved: &str) -> HashMap<u32, Counters> {
-    let mut counters: HashMap<u32, Counters> = HashMap::new();
-    for (rule, packets, target) in saved.lines().filter_map(counted_line) {
-        let rule = counters.entry(rule).or_default();
-        match target {
-            "TPROXY" => rule.steered += packets,
-            "DROP" => rule.no_socket += packets,
-            _ => {}
-        }
-    }
-    counters
+/// The lines of the rules' chain without what they counted, given what [`Table::save`] showed.
+pub(super) fn rules_lines(saved: &str) -> impl Iterator<Item = &str> {
+    saved.lines().filter_map(|line| line.split_once("-A ")?.1.strip_prefix(RULES_CHAIN)?.strip_prefix(' '))
 }
 
-/// The rule's number, the packets and the target of a line such as
-/// `[3:180] -A ANYPORT-RULES … --comment "anyport rule 7" -j TPROXY …`.
-fn counted_line(line: &str) -> Option<(u32, u64, &str)> {
-    let (packets, rest) = line.strip_prefix('[')?.split_once(':')?;
-    let (_, rest) = rest.split_once(COMMENT)?;
+/// What the lines have counted, given what [`Table::save`] showed.
+pub(super) fn counted(saved: &str) -> Counted {
+    let mut counted = Counted::default();
+    for line in saved.lines() {
+        if let Some((rule, packets, target)) = counted_line(line) {
+            counted.add(rule, target, packets);
+        } else if line.contains(UNMATCHED) {
+            counted.unmatched += packets(line).unwrap_or(0);
+        }
+    }
+    counted
+}
+
+/// The packets that a line such as `[3:180] -A …` has counted.
+fn packets(line: &str) -> Option<u64> {
+    line.strip_prefix('[')?.split_once(':')?.0.parse().ok()
+}
+
+/// The rule's number, the packets and the effect of a line such as
+/// `[3:180] -A ANYPORT-RULES … --comment "anyport rule 7" -j TPROXY …`; nothing for those that leave packets alone.
+fn counted_line(line: &str) -> Option<(u32, u64, Effect)> {
+    let (_, rest) = line.split_once(COMMENT)?;
     let (rule, rest) = rest.split_once('"')?;
-    let target = rest.strip_prefix(" -j ")?.split(' ').next()?;
-    Some((rule.parse().ok()?, packets.parse().ok()?, target))
+    let effect = match rest.strip_prefix(" -j ")?.split(' ').next()? {
+        "TPROXY" => Effect::Steer,
+        "DROP" => Effect::Drop,
+        _ => return None,
+    };
+    Some((rule.parse().ok()?, packets(line)?, effect))
 }
 
 #[cfg(test)]

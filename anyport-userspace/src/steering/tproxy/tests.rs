@@ -6,7 +6,11 @@ use std::{
     net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket},
     os::fd::OwnedFd,
     process::Command,
-    sync::{Arc, mpsc},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+        mpsc,
+    },
     thread,
     time::Duration,
 };
@@ -14,10 +18,20 @@ use std::{
 use nix::sched::{CloneFlags, unshare};
 use socket2::{Domain, Protocol as IpProtocol, Socket, Type};
 
-use super::{Tproxy, remove_leftovers};
+use anyport_common::{
+    flow::{Flow, Transport},
+    maps::Counters,
+};
+
+use super::{
+    Tproxy,
+    fixtures::{rule, rule_set},
+    lines::Verdict,
+    remove_leftovers,
+};
 use crate::{
-    rules::{Origin, PortSet, Protocol, Rule, ServiceName},
-    steering::{GroupSocket, NumberedRule, Plan, ServiceSockets, Steering},
+    rules::{Prefix, Protocol, RuleSet, ServiceName, to_address},
+    steering::{GroupSocket, Plan, ServiceSockets, Steering},
 };
 
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -114,20 +128,30 @@ fn group(bound: SocketAddr, socket: impl Into<OwnedFd>) -> GroupSocket {
     GroupSocket { socket: Arc::new(socket.into()), bound }
 }
 
-fn plan(service: &Service, rules: &[(&str, Protocol, &str)]) -> Plan {
-    let rule = |(prefix, protocol, except): &(&str, Protocol, &str)| Rule {
-        prefix: prefix.parse().unwrap(),
-        protocol: *protocol,
-        ports: PortSet::all(),
-        except: except.parse().unwrap(),
-        service: ServiceName::default_service(),
-        route: true,
-        origin: Origin::Added,
-    };
-    Plan {
-        generation: 1,
-        rules: (0..).zip(rules).map(|(number, r)| NumberedRule { number, rule: rule(r) }).collect(),
-        services: vec![service.sockets.clone()],
+/// Rules for the service under test, numbered.
+struct Rules {
+    rules: RuleSet,
+    services: Vec<ServiceSockets>,
+}
+
+fn plan(service: &Service, rules: &[(&str, Protocol, &str)]) -> Rules {
+    let rules: Vec<_> =
+        rules.iter().map(|(prefix, protocol, except)| rule(prefix, *protocol, "all", except, "default")).collect();
+    Rules { rules: rule_set(&rules), services: vec![service.sockets.clone()] }
+}
+
+impl Rules {
+    fn all(&self) -> Plan<'_> {
+        let Self { rules, services } = self;
+        Plan { generation: 1, rules, changed: None, fresh: &[], freed: &[], moved: &[], services }
+    }
+
+    fn changed<'a>(&'a self, changed: &'a [Prefix]) -> Plan<'a> {
+        Plan { changed: Some(changed), ..self.all() }
+    }
+
+    fn number(&self, prefix: &str) -> u32 {
+        self.rules.of_prefix(&prefix.parse().unwrap()).unwrap().first_number
     }
 }
 
@@ -144,11 +168,11 @@ fn send(to: SocketAddr) {
     UdpSocket::bind(any).unwrap().send_to(b"question", to).unwrap();
 }
 
-/// Everything of `nf_tables`, and the rules and chains of the legacy flavour, whose tables once made never go.
+/// All sets, everything of `nf_tables`, and the rules and chains of the legacy flavour, whose tables once made never go.
 fn kernel_state() -> String {
     let legacy = run("iptables-legacy-save") + &run("ip6tables-legacy-save");
     let legacy = legacy.lines().filter(|line| line.starts_with('-') || line.contains(" - ["));
-    run("nft list ruleset") + &legacy.collect::<String>()
+    run("ipset list -name") + &run("nft list ruleset") + &legacy.collect::<String>()
 }
 
 /// A server with the `AnyIP` prefixes of the documentation, and a client on the other end of a wire.
@@ -181,9 +205,8 @@ fn steers_and_leaves_nothing_behind() {
         let service = Service::start();
         let mut tproxy = Tproxy::open().unwrap();
         assert_eq!(tproxy.degraded(), Vec::<String>::new());
-        tproxy
-            .apply(&plan(&service, &[("192.0.2.0/24", Protocol::Both, "22"), ("2001:db8::/64", Protocol::Both, "22")]))
-            .unwrap();
+        let rules = plan(&service, &[("192.0.2.0/24", Protocol::Both, "22"), ("2001:db8::/64", Protocol::Both, "22")]);
+        tproxy.apply(&rules.all()).unwrap();
         (service, tproxy)
     });
     for address in ["192.0.2.77:31337", "[2001:db8::77]:31337", "192.0.2.0:1", "[2001:db8::]:65535"] {
@@ -198,16 +221,17 @@ fn steers_and_leaves_nothing_behind() {
     assert!(client.run(move || dial(excepted)).is_err());
     server.run(move || {
         let counters = tproxy.counters().unwrap();
-        assert_eq!((counters[&0].steered, counters[&1].steered), (8, 8));
+        assert_eq!((counters(0).steered, counters(1).steered), (8, 8));
+        drop(counters);
         // Put back what was taken away from outside; counts go on.
         run("iptables -t mangle -F ANYPORT-RULES");
         run("iptables -t mangle -D PREROUTING -j ANYPORT");
         let mut tproxy = tproxy;
-        let rules = [("192.0.2.0/24", Protocol::Both, "22")];
-        tproxy.apply(&plan(&service, &rules)).unwrap();
+        let rules = plan(&service, &[("192.0.2.0/24", Protocol::Both, "22")]);
+        tproxy.apply(&rules.all()).unwrap();
         assert_eq!(dial("192.0.2.7:7".parse().unwrap()).unwrap(), "192.0.2.7:7");
-        tproxy.apply(&plan(&service, &rules)).unwrap();
-        assert_eq!(tproxy.counters().unwrap()[&0].steered, 1);
+        tproxy.apply(&rules.all()).unwrap();
+        assert_eq!(tproxy.counters().unwrap()(0).steered, 1);
         // A crash.
         drop(tproxy);
         assert_ne!(kernel_state(), before);
@@ -215,7 +239,7 @@ fn steers_and_leaves_nothing_behind() {
         assert_eq!(kernel_state(), before);
         let mut tproxy = Tproxy::open().unwrap();
         assert_eq!(kernel_state(), before);
-        tproxy.apply(&plan(&service, &rules)).unwrap();
+        tproxy.apply(&rules.all()).unwrap();
         Box::new(tproxy).detach().unwrap();
         assert_eq!(kernel_state(), before);
     });
@@ -237,12 +261,12 @@ fn leaves_the_rules_of_others_alone() {
         let service = Service::start();
         let mut tproxy = Tproxy::open().unwrap();
         assert_eq!(kernel_state(), before);
-        let rules = [("192.0.2.0/24", Protocol::Both, "22"), ("2001:db8::/64", Protocol::Tcp, "")];
-        tproxy.apply(&plan(&service, &rules)).unwrap();
+        let rules = plan(&service, &[("192.0.2.0/24", Protocol::Both, "22"), ("2001:db8::/64", Protocol::Tcp, "")]);
+        tproxy.apply(&rules.all()).unwrap();
         let saved = run("iptables-save -t mangle");
         let first = saved.lines().find(|line| line.starts_with("-A PREROUTING"));
         assert_eq!(first, Some("-A PREROUTING -j ANYPORT"));
-        tproxy.apply(&Plan::default()).unwrap();
+        tproxy.apply(&plan(&service, &[]).all()).unwrap();
         assert_eq!(kernel_state(), before);
         Box::new(tproxy).detach().unwrap();
         assert_eq!(kernel_state(), before);
@@ -268,7 +292,7 @@ fn spares_connections_and_wins_over_waiting_sockets() {
     let (service, mut tproxy) = server.run(|| {
         let service = Service::start();
         let mut tproxy = Tproxy::open().unwrap();
-        tproxy.apply(&plan(&service, &[("192.0.2.0/24", Protocol::Both, "")])).unwrap();
+        tproxy.apply(&plan(&service, &[("192.0.2.0/24", Protocol::Both, "")]).all()).unwrap();
         (service, tproxy)
     });
     let mut exchange = |what: &str| {
@@ -290,7 +314,7 @@ fn spares_connections_and_wins_over_waiting_sockets() {
     let mut without_sockets = plan(&service, &[("192.0.2.0/24", Protocol::Both, "")]);
     without_sockets.services[0].groups = [const { None }; 4];
     tproxy = server.run(move || {
-        tproxy.apply(&without_sockets).unwrap();
+        tproxy.apply(&without_sockets.all()).unwrap();
         tproxy
     });
     exchange("while dropping");
@@ -298,8 +322,196 @@ fn spares_connections_and_wins_over_waiting_sockets() {
     holder.kill().unwrap();
     holder.wait().unwrap();
     server.run(move || {
-        assert_eq!(tproxy.counters().unwrap()[&0].no_socket, 1);
+        assert_eq!(tproxy.counters().unwrap()(0).no_socket, 1);
         Box::new(tproxy).detach().unwrap();
     });
     exchange("without rules");
+}
+
+fn explain(tproxy: &Tproxy, transport: Transport, to: &str) -> (Option<Verdict>, Option<u32>) {
+    let to: SocketAddr = to.parse().unwrap();
+    let source: IpAddr = if to.is_ipv4() { "198.51.100.2" } else { "2001:db8:1::2" }.parse().unwrap();
+    let flow = Flow { source: to_address(source), address: to_address(to.ip()), transport, port: to.port() };
+    let live = tproxy.decide_live(&flow).unwrap();
+    (live.verdict, live.rule)
+}
+
+/// Twenty addresses of each family of which the same is said, one of which more, and what is around them.
+fn many(service: &Service, of_each: u32) -> Rules {
+    let addresses = (0..of_each).flat_map(|it| [format!("192.0.2.{it}"), format!("2001:db8::{it:x}")]);
+    let mut rules: Vec<_> = addresses.map(|it| rule(&it, Protocol::Both, "all", "22", "default")).collect();
+    rules.push(rule("192.0.2.3 from 198.51.100.0/24", Protocol::Tcp, "22", "", "default"));
+    rules.push(rule("192.0.2.0/24", Protocol::Both, "7", "", "default"));
+    Rules { rules: rule_set(&rules), services: vec![service.sockets.clone()] }
+}
+
+#[test]
+fn many_prefixes_go_through_sets() {
+    let (server, client) = server_and_client();
+    let before = server.run(kernel_state);
+    let (service, mut tproxy, rules) = server.run(|| {
+        let service = Service::start();
+        let mut tproxy = Tproxy::open().unwrap();
+        let rules = many(&service, 20);
+        tproxy.apply(&rules.all()).unwrap();
+        (service, tproxy, rules)
+    });
+    let reached = |address: &str| {
+        let address: SocketAddr = address.parse().unwrap();
+        client.run(move || dial(address)).is_ok_and(|it| it == address.to_string())
+    };
+    for (address, is_steered) in [
+        ("192.0.2.3:80", true),
+        ("192.0.2.3:22", true),
+        ("192.0.2.4:22", false),
+        ("192.0.2.19:65535", true),
+        ("192.0.2.20:80", false),
+        ("192.0.2.20:7", true),
+        ("[2001:db8::13]:80", true),
+        ("[2001:db8::14]:80", false),
+    ] {
+        assert_eq!(reached(address), is_steered, "{address}");
+    }
+    client.run(|| send("192.0.2.19:53".parse().unwrap()));
+    assert!(service.got_datagram("192.0.2.19".parse().unwrap()));
+    server.run(move || {
+        for (tool, set) in [("iptables", "anyport-4-0"), ("ip6tables", "anyport-6-0")] {
+            assert!(run(&format!("{tool} -t mangle -S")).contains(&format!("--match-set {set} dst")));
+        }
+        let [at_3, at_19, around, six] =
+            ["192.0.2.3/32", "192.0.2.19/32", "192.0.2.0/24", "2001:db8::13/128"].map(|it| rules.number(it));
+        let steered = |tproxy: &Tproxy| {
+            let counters = tproxy.counters().unwrap();
+            [at_3, at_3 + 1, at_3 + 2, at_19, around, six].map(|number| counters(number).steered)
+        };
+        assert_eq!(steered(&tproxy), [1, 1, 0, 2, 1, 1]);
+        assert!(tproxy.unmatched().unwrap() >= 2, "192.0.2.20:80 and its like");
+
+        let tcp = |address| explain(&tproxy, Transport::Tcp, address);
+        let to = |offset: usize| Some(Verdict::Tproxy(service.sockets.groups[offset].as_ref().unwrap().bound));
+        let (v4, v6) = (to(0), to(2));
+        assert_eq!(tcp("192.0.2.3:22"), (v4, Some(at_3)));
+        assert_eq!(tcp("192.0.2.3:80"), (v4, Some(at_3 + 1)));
+        assert_eq!(tcp("192.0.2.19:22"), (Some(Verdict::Return), Some(at_19)));
+        assert_eq!(tcp("192.0.2.20:7"), (v4, Some(around)));
+        assert_eq!(tcp("192.0.2.20:8"), (None, None));
+        assert_eq!(tcp("[2001:db8::13]:80"), (v6, Some(six)));
+        assert_eq!(explain(&tproxy, Transport::Udp, "[2001:db8::14]:80"), (None, None));
+
+        // What is made anew counts on, as do numbers that move, and nothing else does.
+        tproxy.apply(&rules.all()).unwrap();
+        assert_eq!(steered(&tproxy), [1, 1, 0, 2, 1, 1]);
+        tproxy.count_on(&[(at_19, Counters { steered: 5, ..Counters::default() })]).unwrap();
+        let (fresh, moved) = ([at_3..at_3 + 1, 1000..2000], [(at_19, around), (around, at_19)]);
+        tproxy.apply(&Plan { fresh: &fresh, moved: &moved, ..rules.all() }).unwrap();
+        assert_eq!(steered(&tproxy), [0, 1, 0, 1, 7, 1]);
+
+        // A crash.
+        drop(tproxy);
+        remove_leftovers().unwrap();
+        assert_eq!(kernel_state(), before);
+        let mut tproxy = Tproxy::open().unwrap();
+        tproxy.apply(&rules.all()).unwrap();
+        drop(tproxy);
+        let mut tproxy = Tproxy::open().unwrap();
+        assert_eq!(kernel_state(), before);
+        tproxy.apply(&rules.all()).unwrap();
+        Box::new(tproxy).detach().unwrap();
+        assert_eq!(kernel_state(), before);
+    });
+}
+
+#[test]
+fn small_changes_leave_the_lines_alone() {
+    let server = Namespace::new();
+    server.run(|| {
+        run("ip route add local 192.0.2.0/24 dev lo src 127.0.0.1");
+        let before = kernel_state();
+        let service = Service::start();
+        let mut tproxy = Tproxy::open().unwrap();
+        tproxy.apply(&many(&service, 20).all()).unwrap();
+        // But for the numbers, which are given out anew for each of these plans.
+        let lines = || {
+            let lines = run("iptables -t mangle -S") + &run("ip6tables -t mangle -S");
+            lines.lines().map(|line| line.split(" --comment").next().unwrap().to_owned()).collect::<Vec<_>>().concat()
+        };
+        let lines_before = lines();
+        let is_steered = |it: u32| dial(format!("192.0.2.{it}:80").parse().unwrap()).is_ok();
+        assert!(is_steered(19) && !is_steered(20));
+
+        let prefixes: Vec<Prefix> = ["192.0.2.20", "2001:db8::14"].map(|it| it.parse().unwrap()).into();
+        tproxy.apply(&many(&service, 21).changed(&prefixes)).unwrap();
+        assert!(is_steered(19) && is_steered(20));
+        tproxy.apply(&many(&service, 20).changed(&prefixes)).unwrap();
+        assert!(is_steered(19) && !is_steered(20));
+        assert_eq!(lines(), lines_before);
+
+        // The last ones of a group take the line and the set with them.
+        let prefixes: Vec<Prefix> = (0..20)
+            .flat_map(|it| [format!("192.0.2.{it}"), format!("2001:db8::{it:x}")])
+            .map(|it| it.parse().unwrap())
+            .collect();
+        tproxy.apply(&many(&service, 0).changed(&prefixes)).unwrap();
+        assert!(!is_steered(19) && dial("192.0.2.1:7".parse().unwrap()).is_ok());
+        assert!(!lines().contains("match-set"));
+        // Somebody else's doing: what fails half-way is made good by the plan that is applied next.
+        tproxy.apply(&many(&service, 20).changed(&prefixes)).unwrap();
+        let set = run("ipset list -name").lines().find(|name| name.starts_with("anyport-4-")).unwrap().to_owned();
+        run(&format!("ipset add {set} 192.0.2.20"));
+        let prefixes: Vec<Prefix> = vec!["192.0.2.20".parse().unwrap()];
+        assert!(tproxy.apply(&many(&service, 21).changed(&prefixes)).is_err());
+        assert!(is_steered(19));
+        tproxy.apply(&many(&service, 20).changed(&prefixes)).unwrap();
+        assert!(is_steered(19) && !is_steered(20));
+        Box::new(tproxy).detach().unwrap();
+        assert_eq!(kernel_state(), before);
+    });
+}
+
+#[test]
+fn a_prefix_that_changes_sides_is_never_in_between() {
+    let server = Namespace::new();
+    server.run(|| run("ip route add local 192.0.2.0/24 dev lo src 127.0.0.1"));
+    let [a, b, around] = server.run(|| [(); 3].map(|()| Service::start()));
+    let services: Vec<_> = [("a", &a), ("b", &b), ("around", &around)]
+        .map(|(name, service)| ServiceSockets { name: name.parse().unwrap(), ..service.sockets.clone() })
+        .into();
+    let rules = |side: &str| {
+        let others = (100..140).map(|it| (format!("192.0.2.{it}"), if it < 120 { "a" } else { "b" }));
+        let all = others.chain([("192.0.2.1".to_owned(), side), ("192.0.2.0/24".to_owned(), "around")]);
+        let all: Vec<_> = all.map(|(prefix, of)| rule(&prefix, Protocol::Udp, "all", "", of)).collect();
+        Rules { rules: rule_set(&all), services: services.clone() }
+    };
+    let sides = [rules("a"), rules("b")];
+    let mut tproxy = server.run(|| Tproxy::open().unwrap());
+    tproxy = {
+        let first = rules("b");
+        server.run(move || {
+            tproxy.apply(&first.all()).unwrap();
+            tproxy
+        })
+    };
+    let is_over = Arc::new(AtomicBool::new(false));
+    let sender = {
+        let (socket, is_over) = (server.run(|| UdpSocket::bind("0.0.0.0:0").unwrap()), Arc::clone(&is_over));
+        thread::spawn(move || {
+            while !is_over.load(Relaxed) {
+                socket.send_to(b"which", "192.0.2.1:9").unwrap();
+            }
+        })
+    };
+    server.run(move || {
+        for _ in 0..20 {
+            for side in &sides {
+                tproxy.apply(&side.changed(&["192.0.2.1".parse().unwrap()])).unwrap();
+            }
+        }
+        is_over.store(true, Relaxed);
+        sender.join().unwrap();
+        assert_eq!(tproxy.unmatched().unwrap(), 0);
+        Box::new(tproxy).detach().unwrap();
+    });
+    assert!(a.got_datagram("192.0.2.1".parse().unwrap()) && b.got_datagram("192.0.2.1".parse().unwrap()));
+    around.udp[&true].set_nonblocking(true).unwrap();
+    assert!(!around.got_datagram("192.0.2.1".parse().unwrap()), "a datagram met the rule around");
 }

@@ -1,0 +1,277 @@
+//! Our chains and sets of one family.
+
+use std::{
+    collections::{HashMap, HashSet},
+    net::SocketAddr,
+};
+
+use anyhow::{Context as _, bail};
+use anyport_common::{flow::Transport, maps::Counters};
+
+use super::{
+    change::{self, State, Step, Target, Way},
+    counted::Counted,
+    groups::{FEW, Key, Sockets, number},
+    lines::{self, Family},
+    sets::{self, Sets},
+    table::{self, RULES_CHAIN, Table},
+};
+use crate::{
+    host,
+    rules::{Prefix, RuleSet},
+    steering::Plan,
+    sys,
+};
+
+/// As many lines as iptables replaces in a second or so. A packet that none of them matches passes all of them.
+const MAX_LINES: usize = 16_384;
+
+/// The chains and sets of one family, which are there only while there are rules.
+#[derive(Debug)]
+pub(super) struct Chains {
+    pub(super) family: Family,
+    pub(super) table: Table,
+    sets: Sets,
+    /// What the kernel holds, unless something failed half-way.
+    pub(super) state: State,
+    is_state_certain: bool,
+    /// What was counted by lines and sets that are gone.
+    counted: Counted,
+}
+
+impl Chains {
+    /// Tries out whether TPROXY works here, and removes what an earlier daemon left.
+    pub(super) fn open(family: Family) -> anyhow::Result<Self> {
+        let (tools, name) = match family {
+            Family::V4 => ("iptables-restore and iptables-save", "IPv4"),
+            Family::V6 => ("ip6tables-restore and ip6tables-save", "IPv6"),
+        };
+        let table =
+            Table::find(family)?.with_context(|| format!("{tools} are not in PATH; `apt-get install iptables`"))?;
+        table.save().and_then(|saved| table.remove(&saved)).and_then(|()| table.probe()).with_context(|| {
+            format!(
+                "trying out TPROXY for {name}; it needs CAP_NET_ADMIN, CAP_NET_RAW and the kernel modules of \
+                 `modprobe -a xt_TPROXY xt_socket xt_multiport xt_comment`"
+            )
+        })?;
+        if let Err(error) = sets::destroy_all(family) {
+            tracing::warn!("a set that an earlier daemon left stays: {error:#}");
+        }
+        let sets = Sets::new(family, &sets::names(family)?);
+        let (state, counted) = (State::default(), Counted::default());
+        Ok(Self { family, table, sets, state, is_state_certain: true, counted })
+    }
+
+    /// Makes the kernel steer by a plan. `former` are the rules of the plan before, from which this one differs only
+    /// in the prefixes `changed`; nothing if that is not known. Counts go on for the rules that stay.
+    pub(super) fn apply(
+        &mut self,
+        plan: &Plan<'_>,
+        former: &RuleSet,
+        changed: Option<&[Prefix]>,
+    ) -> anyhow::Result<()> {
+        self.sets.sweep();
+        let changed = changed.filter(|_| self.is_state_certain);
+        let mut way = self.way(plan, former, changed, FEW)?;
+        let mut limit = "prefixes of one length of which the same is said share a line".to_owned();
+        if way.steps.iter().any(|step| matches!(step, Step::Make(_)))
+            && let Err(error) = self.sets.try_out(&self.table)
+        {
+            tracing::debug!("a line for each prefix: {error:#}");
+            limit = format!("{error:#}");
+            way = self.way(plan, former, changed, usize::MAX)?;
+        }
+        if let Some(Step::Lines { lines, .. }) = way.steps.last()
+            && lines.len() > MAX_LINES
+        {
+            bail!("these rules take {} lines of iptables, and {MAX_LINES} is the limit; {limit}", lines.len());
+        }
+        self.go(way, former, plan).with_context(|| format!("handing rules for {:?} to iptables", self.family))
+    }
+
+    fn way(
+        &mut self,
+        plan: &Plan<'_>,
+        former: &RuleSet,
+        changed: Option<&[Prefix]>,
+        few: usize,
+    ) -> anyhow::Result<Way> {
+        let Self { family, sets, state, .. } = self;
+        let target = Target {
+            family: *family,
+            few,
+            rules: plan.rules,
+            sockets: Sockets::of(plan.services, *family),
+            waiting: waiting_sockets(plan.rules, *family)?,
+        };
+        if let Some(changed) = changed
+            && let Some(way) = change::from_state(state, former, changed, &target, || sets.new_name())?
+        {
+            return Ok(way);
+        }
+        change::from_anything(target, || sets.new_name())
+    }
+
+    /// Steers past the UDP sockets of others that have come since.
+    pub(super) fn refresh(&mut self, rules: &RuleSet) -> anyhow::Result<()> {
+        self.sets.sweep();
+        let waiting = waiting_sockets(rules, self.family)?;
+        if waiting == self.state.waiting || !self.is_state_certain {
+            return Ok(());
+        }
+        self.replace_lines(&lines::lines(&self.state.groups, rules), &waiting)?;
+        self.state.waiting = waiting;
+        Ok(())
+    }
+
+    fn go(&mut self, way: Way, former: &RuleSet, plan: &Plan<'_>) -> anyhow::Result<()> {
+        let Way { steps, end, is_anew } = way;
+        self.is_state_certain = false;
+        let mut made = Vec::new();
+        let mut is_renumbered = false;
+        for step in steps {
+            let done = match step {
+                Step::Make(sets) => {
+                    let done = self.sets.make(&sets);
+                    made.extend(sets.into_iter().map(|(name, _)| name));
+                    done
+                }
+                Step::Lines { lines, waiting } => self.replace_lines(&lines, &waiting).map(|()| {
+                    // What is counted from now on is counted under the new numbers.
+                    if !is_renumbered {
+                        self.renumber(is_anew, former, plan);
+                        is_renumbered = true;
+                    }
+                }),
+                Step::Elements { added, removed } => Sets::change(&added, &removed),
+                Step::Wait => {
+                    // Lines are gone through under RCU's read lock, as BPF programs are.
+                    sys::wait_for_running_programs();
+                    Ok(())
+                }
+            };
+            if let Err(error) = done {
+                // Those that lines name by now are not given up by the kernel.
+                self.sets.discard(made);
+                return Err(error);
+            }
+        }
+        if !is_renumbered {
+            self.renumber(is_anew, former, plan);
+        }
+        let gone: Vec<_> = if is_anew {
+            // Some may be left of ways that ended half-way.
+            sets::names(self.family)?
+        } else {
+            self.state.sets().map(|(_, set)| set.to_owned()).collect()
+        };
+        let staying: HashSet<_> = end.sets().map(|(_, set)| set).collect();
+        self.sets.discard(gone.into_iter().filter(|set| !staying.contains(set.as_str())));
+        self.state = end;
+        self.is_state_certain = true;
+        Ok(())
+    }
+
+    /// Puts these lines in the place of those that are there, and remembers what those had counted.
+    fn replace_lines(&mut self, lines: &[lines::Line], waiting: &[SocketAddr]) -> anyhow::Result<()> {
+        let saved = self.table.save()?;
+        if lines.is_empty() {
+            self.table.remove(&saved)?;
+        } else {
+            let rules: Vec<_> = lines.iter().map(ToString::to_string).collect();
+            self.table.replace(&saved, &lines::guards(lines, waiting, RULES_CHAIN), &rules)?;
+        }
+        self.counted.add_all(&table::counted(&saved));
+        Ok(())
+    }
+
+    /// Takes over what sets have counted that are about to go, and then the new numbers.
+    fn renumber(&mut self, is_anew: bool, former: &RuleSet, plan: &Plan<'_>) {
+        if is_anew {
+            match self.counted_by_sets(former) {
+                Ok(counted) => self.counted.add_all(&counted),
+                Err(error) => tracing::warn!("what was counted of late is lost: {error:#}"),
+            }
+        }
+        self.counted.renumber(plan);
+    }
+
+    fn counted_by_sets(&self, rules: &RuleSet) -> anyhow::Result<Counted> {
+        let keys: HashMap<_, _> = self.state.sets().map(|(key, set)| (set, key)).collect();
+        let mut counted = Counted::default();
+        for (set, prefix, packets) in sets::counts(&keys.keys().copied().collect::<Vec<_>>())? {
+            if let Some(key) = keys.get(set.as_str())
+                && let Some(number) = number(rules, prefix, key)
+            {
+                counted.add(number, key.effect, packets);
+            }
+        }
+        Ok(counted)
+    }
+
+    /// All that was counted up to now.
+    pub(super) fn counted(&self, rules: &RuleSet) -> anyhow::Result<Counted> {
+        let mut counted = self.counted_by_lines()?;
+        counted.add_all(&self.counted_by_sets(rules)?);
+        Ok(counted)
+    }
+
+    /// All that was counted up to now but for what the sets of the moment know.
+    pub(super) fn counted_by_lines(&self) -> anyhow::Result<Counted> {
+        let mut counted = self.counted.clone();
+        if !self.state.groups.is_empty() {
+            counted.add_all(&table::counted(&self.table.save()?));
+        }
+        Ok(counted)
+    }
+
+    /// Adds what was counted before we were at work.
+    pub(super) fn count_on(&mut self, rule: u32, counters: &Counters) {
+        self.counted.add_counters(rule, counters);
+    }
+
+    /// Which group a set stands for.
+    pub(super) fn key_of(&self, set: &str) -> Option<&Key> {
+        self.state.sets().find(|(_, name)| *name == set).map(|(key, _)| key)
+    }
+
+    /// What the sets take of the kernel's memory.
+    pub(super) fn bytes(&self) -> u64 {
+        self.state.sets().map(|(_, set)| sets::bytes(set).unwrap_or_default()).sum()
+    }
+
+    /// Takes everything out of the kernel.
+    pub(super) fn remove(&self) -> anyhow::Result<()> {
+        remove(&self.table, &self.table.save()?, self.family)
+    }
+}
+
+/// Removes our chains, given what the table shows, then our sets, which are in use until then.
+pub(super) fn remove(table: &Table, saved: &str, family: Family) -> anyhow::Result<()> {
+    table.remove(saved)?;
+    sets::destroy_all(family)
+}
+
+/// The unconnected UDP sockets of others that stand at an address that is steered.
+fn waiting_sockets(rules: &RuleSet, family: Family) -> anyhow::Result<Vec<SocketAddr>> {
+    if rules.within(family.everything()).next().is_none() {
+        return Ok(Vec::new());
+    }
+    let steers_udp_at = |address| {
+        let mut around = rules.around(Prefix::host(address)).flat_map(|(_, rules)| rules.iter());
+        around.any(|held| held.terms.protocol.transports().contains(&Transport::Udp))
+    };
+    let mut sockets: Vec<_> = host::listeners_of(Transport::Udp)?
+        .into_iter()
+        .filter(|listener| family.has(listener.local.ip()))
+        .filter(|listener| steers_udp_at(listener.local.ip()))
+        .collect();
+    if !sockets.is_empty() {
+        let own = host::own_inodes();
+        sockets.retain(|listener| !own.contains(&listener.inode));
+    }
+    let mut addresses: Vec<_> = sockets.into_iter().map(|listener| listener.local).collect();
+    addresses.sort_unstable();
+    addresses.dedup();
+    Ok(addresses)
+}

@@ -1,0 +1,79 @@
+//! What packets were counted for which rule, beyond what the lines and sets of the moment know.
+
+use std::collections::HashMap;
+
+use anyport_common::maps::Counters;
+
+use super::groups::Effect;
+use crate::steering::Plan;
+
+/// Counters by the number of the rule, and those who met none.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Counted {
+    pub(super) rules: HashMap<u32, Counters>,
+    pub(super) unmatched: u64,
+}
+
+impl Counted {
+    /// Counts packets of a rule.
+    pub(super) fn add(&mut self, rule: u32, effect: Effect, packets: u64) {
+        let counters = self.rules.entry(rule).or_default();
+        match effect {
+            Effect::Steer => counters.steered += packets,
+            Effect::Drop => counters.no_socket += packets,
+        }
+    }
+
+    /// Counts on from what was counted elsewhere.
+    pub(super) fn add_counters(&mut self, rule: u32, more: &Counters) {
+        let counters = self.rules.entry(rule).or_default();
+        counters.steered += more.steered;
+        counters.no_socket += more.no_socket;
+        counters.assign_error += more.assign_error;
+    }
+
+    /// Adds all that was counted elsewhere.
+    pub(super) fn add_all(&mut self, more: &Self) {
+        for (rule, counters) in &more.rules {
+            self.add_counters(*rule, counters);
+        }
+        self.unmatched += more.unmatched;
+    }
+
+    /// Follows rules to their new numbers, and forgets what was counted under numbers that are another's or nobody's
+    /// now.
+    pub(super) fn renumber(&mut self, plan: &Plan<'_>) {
+        let moved = plan.moved.iter().filter_map(|(old, new)| Some((*new, self.rules.remove(old)?)));
+        let moved: Vec<_> = moved.collect();
+        let is_lost = |number: &u32| plan.fresh.iter().chain(plan.freed).any(|range| range.contains(number));
+        self.rules.retain(|number, _| !is_lost(number));
+        self.rules.extend(moved);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Counted, Counters, Effect, Plan};
+    use crate::rules::RuleSet;
+
+    #[test]
+    fn counts_follow_their_rules() {
+        let mut counted = Counted::default();
+        for (rule, packets) in [(1, 10), (2, 20), (3, 30), (7, 70), (8, 80)] {
+            counted.add(rule, Effect::Steer, packets);
+        }
+        counted.add(7, Effect::Drop, 7);
+        counted.renumber(&Plan {
+            generation: 1,
+            rules: &RuleSet::default(),
+            changed: None,
+            fresh: &[3..5, 20..30],
+            freed: &[8..9, 30..40],
+            moved: &[(1, 2), (2, 1), (10, 9)],
+            services: &[],
+        });
+        let steered = |number| counted.rules.get(&number).map(|it: &Counters| it.steered);
+        assert_eq!([1, 2, 3, 7, 8, 9].map(steered), [Some(20), Some(10), None, Some(70), None, None]);
+        assert_eq!(counted.rules[&7].no_socket, 7);
+    }
+}
