@@ -8,11 +8,12 @@ use std::{
 };
 
 use anyhow::{Context as _, bail};
+use anyport_common::maps::MAX_RULES;
 use serde::Deserialize;
 use toml::Spanned;
 
 use crate::{
-    rules::{Origin, Rule, RuleSet, ServiceName},
+    rules::{Origin, RuleSet, RuleText, ServiceName},
     service::ServiceConfig,
     steering::BackEnd,
 };
@@ -22,6 +23,8 @@ pub const DEFAULT_SOCKET: &str = "/run/anyport/anyportd.sock";
 const DEFAULT_FILE: &str = "/etc/anyport/anyport.toml";
 /// Far more than any machine has use for, and far less than makes the kernel's groups slow.
 const MAX_WORKERS: usize = 1024;
+/// Half of what the kernel's maps can number: while rules are replaced, both sets are numbered.
+const DEFAULT_MAX_RULES: usize = MAX_RULES as usize / 2;
 
 /// Which back end to use.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, clap::ValueEnum)]
@@ -103,6 +106,9 @@ pub struct Settings {
     /// Listening sockets for each service, transport and family [default: number of CPUs]
     #[arg(long, env = "ANYPORT_WORKERS", value_name = "N")]
     pub workers: Option<NonZeroUsize>,
+    /// Most rules at a time; the programs can't number more [default: 1048576]
+    #[arg(long, env = "ANYPORT_MAX_RULES", value_name = "N")]
+    pub max_rules: Option<usize>,
     /// How much to log; from debug on, the BPF programs log too [default: info]
     #[arg(long, env = "ANYPORT_LOG_LEVEL", value_name = "LEVEL")]
     pub log_level: Option<LogLevel>,
@@ -121,6 +127,7 @@ impl Settings {
             steering: self.steering.or(other.steering),
             interface: if self.interface.is_empty() { other.interface } else { self.interface },
             workers: self.workers.or(other.workers),
+            max_rules: self.max_rules.or(other.max_rules),
             log_level: self.log_level.or(other.log_level),
             log_format: self.log_format.or(other.log_format),
         }
@@ -137,6 +144,7 @@ pub struct Config {
     pub steering: Choice,
     pub interfaces: Vec<String>,
     pub workers: NonZeroUsize,
+    pub max_rules: usize,
     pub log_level: LogLevel,
     pub log_format: LogFormat,
     /// The services of the file.
@@ -168,6 +176,10 @@ impl Config {
         if workers.get() > MAX_WORKERS {
             bail!("workers = {workers}: the limit is {MAX_WORKERS}");
         }
+        let max_rules = settings.max_rules.unwrap_or(DEFAULT_MAX_RULES);
+        if max_rules > DEFAULT_MAX_RULES {
+            bail!("max-rules = {max_rules}: the limit is {DEFAULT_MAX_RULES}");
+        }
         Ok(Self {
             socket: settings.socket.unwrap_or_else(|| DEFAULT_SOCKET.into()),
             state_dir: settings.state_dir.unwrap_or_else(|| "/var/lib/anyport".into()),
@@ -175,6 +187,7 @@ impl Config {
             steering: settings.steering.unwrap_or_default(),
             interfaces: settings.interface,
             workers,
+            max_rules,
             log_level: settings.log_level.unwrap_or_default(),
             log_format: settings.log_format.unwrap_or_default(),
             services,
@@ -188,7 +201,7 @@ impl Config {
 struct ConfigFile {
     daemon: Settings,
     service: Vec<Spanned<ServiceConfig>>,
-    rule: Vec<Spanned<Rule>>,
+    rule: Vec<Spanned<RuleText>>,
 }
 
 fn services(tables: Vec<Spanned<ServiceConfig>>, text: &str) -> anyhow::Result<Vec<ServiceConfig>> {
@@ -205,18 +218,18 @@ fn services(tables: Vec<Spanned<ServiceConfig>>, text: &str) -> anyhow::Result<V
     Ok(services)
 }
 
-fn rules(tables: Vec<Spanned<Rule>>, services: &[ServiceConfig], text: &str) -> anyhow::Result<RuleSet> {
+fn rules(tables: Vec<Spanned<RuleText>>, services: &[ServiceConfig], text: &str) -> anyhow::Result<RuleSet> {
     let mut rules = RuleSet::default();
     for table in tables {
         let at = place(text, table.span().start);
-        let rule = Rule { origin: Origin::Config, ..table.into_inner() };
-        rule.validate().with_context(|| at.clone())?;
-        let is_known = rule.service == ServiceName::default_service()
-            || services.iter().any(|service| service.name == rule.service);
+        let rule = table.into_inner().into_rule(Origin::Config);
+        rule.terms.validate(&rule.prefix).with_context(|| at.clone())?;
+        let is_known = rule.terms.service == ServiceName::default_service()
+            || services.iter().any(|service| service.name == rule.terms.service);
         if !is_known {
-            bail!("{at}: there is no [[service]] with the name {}", rule.service);
+            bail!("{at}: there is no [[service]] with the name {}", rule.terms.service);
         }
-        rules.insert(rule).with_context(|| at)?;
+        rules.insert(&rule).with_context(|| at)?;
     }
     Ok(rules)
 }
@@ -263,7 +276,7 @@ mod tests {
         assert_eq!(config.steering, Choice::Tproxy);
         assert_eq!((config.workers.get(), config.log_level), (3, LogLevel::Info));
         assert_eq!(config.interfaces, ["lo"]);
-        let rules: Vec<String> = config.rules.iter().map(ToString::to_string).collect();
+        let rules: Vec<String> = config.rules.iter().map(|it| it.to_rule().to_string()).collect();
         assert_eq!(
             rules,
             ["192.0.2.0/24 tcp ports 1-65535 except 22,179 -> trap", "2001:db8::/64 both ports 1-65535 -> default"]

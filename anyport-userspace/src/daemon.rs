@@ -35,7 +35,13 @@ pub fn run(config: &Config) -> anyhow::Result<()> {
         .enable_all()
         .build()
         .context("start the threads that serve connections")?;
-    let control = runtime::Builder::new_current_thread().enable_all().build().context("start the control thread")?;
+    // While a long command keeps one of them busy, another one answers.
+    let control = runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .thread_name("anyport-control")
+        .enable_all()
+        .build()
+        .context("start the control threads")?;
     let result = control.block_on(control_loop(config, data.handle().clone(), lock));
     data.shutdown_background();
     result

@@ -13,3 +13,4 @@ pub mod service;
 pub mod steering;
 pub mod store;
 pub mod sys;
+pub mod table;

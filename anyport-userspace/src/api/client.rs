@@ -12,11 +12,13 @@ use tokio::{net::UnixStream, time::timeout};
 
 use super::{
     Kind, Problem,
-    types::{MAX_BODY, too_large},
+    types::{MAX_BODY, MAX_FILE, too_large},
 };
 
 /// Longer than any request takes, tproxy with a busy iptables lock included.
 const PATIENCE: Duration = Duration::from_secs(30);
+/// Longer than a million rules take, routes included.
+const PATIENCE_WITH_FILES: Duration = Duration::from_mins(10);
 
 /// A daemon's control socket, from the other side.
 #[derive(Clone, Debug)]
@@ -59,16 +61,37 @@ impl Client {
         self.send(Method::DELETE, path, to_json(body)?).await
     }
 
+    /// Sends a file of up to 256 MiB, which may take minutes to carry out.
+    ///
+    /// # Errors
+    /// The daemon's own, or that none answers.
+    pub async fn post_file<T: DeserializeOwned>(&self, path: &str, file: Vec<u8>) -> Result<T, Problem> {
+        if file.len() > MAX_FILE {
+            return Err(too_large(format!("the file has {} bytes", file.len()), MAX_FILE));
+        }
+        self.within(PATIENCE_WITH_FILES, Method::POST, path, file).await
+    }
+
     async fn send<T: DeserializeOwned>(&self, method: Method, path: &str, body: Vec<u8>) -> Result<T, Problem> {
         // The daemon would say so too, but not wait until all of it is written.
         if body.len() > MAX_BODY {
-            return Err(too_large(format!("the request has {} bytes", body.len())));
+            return Err(too_large(format!("the request has {} bytes", body.len()), MAX_BODY));
         }
-        match timeout(PATIENCE, self.exchange(method, path, body)).await {
+        self.within(PATIENCE, method, path, body).await
+    }
+
+    async fn within<T: DeserializeOwned>(
+        &self,
+        patience: Duration,
+        method: Method,
+        path: &str,
+        body: Vec<u8>,
+    ) -> Result<T, Problem> {
+        match timeout(patience, self.exchange(method, path, body)).await {
             Ok(answer) => answer,
             Err(_) => Err(Problem::new(
                 Kind::NoDaemon,
-                format!("no answer from {} for {} s", self.socket.display(), PATIENCE.as_secs()),
+                format!("no answer from {} for {} s", self.socket.display(), patience.as_secs()),
             )
             .hint("it may still carry the command out; anyportd's log says what it is busy with")),
         }

@@ -11,16 +11,17 @@ use std::{
 
 use anyhow::{Context as _, bail};
 use axum::{
-    Json, Router,
+    Extension, Json, Router,
     body::Bytes,
     extract::{
-        ConnectInfo, DefaultBodyLimit, Path as UrlPath, Request, State, connect_info::Connected,
-        rejection::BytesRejection,
+        ConnectInfo, DefaultBodyLimit, Path as UrlPath, Query, Request, State,
+        connect_info::Connected,
+        rejection::{BytesRejection, QueryRejection},
     },
-    http::StatusCode,
+    http::{StatusCode, header::CONTENT_TYPE},
     middleware::{self, Next},
     response::{IntoResponse, Response},
-    routing::{delete, get},
+    routing::{delete, get, post},
     serve::IncomingStream,
 };
 use futures_util::{FutureExt as _, future::BoxFuture};
@@ -37,10 +38,10 @@ use tracing::{info, warn};
 
 use super::{
     Kind, Problem, parse,
-    types::{MAX_BODY, too_large},
+    types::{MAX_BODY, MAX_FILE, too_large},
 };
 use crate::{
-    engine::Engine,
+    engine::{Engine, Progress},
     rules::{InvalidText, ServiceName},
     sys::peer_groups,
 };
@@ -87,14 +88,20 @@ pub fn bind(path: &Path) -> anyhow::Result<UnixListener> {
 /// # Errors
 /// The socket fails.
 pub async fn serve(listener: UnixListener, engine: Shared, mut stop: watch::Receiver<bool>) -> anyhow::Result<()> {
+    let how_far = engine.lock().await.as_ref().map(Engine::progress).unwrap_or_default();
     let api = Router::new()
         .route("/v1/status", get(status))
         .route("/v1/prefixes", get(prefixes).post(add_prefixes).delete(remove_prefixes))
+        .route("/v1/apply", post(apply).layer(DefaultBodyLimit::max(MAX_FILE)))
+        .route("/v1/confirm", post(confirm))
+        .route("/v1/progress", get(progress))
+        .route("/v1/explain", get(explain))
         .route("/v1/services", get(services).post(add_service))
         .route("/v1/services/{name}", delete(remove_service))
         .fallback(no_such_thing)
         .method_not_allowed_fallback(no_such_thing)
         .layer(DefaultBodyLimit::max(MAX_BODY))
+        .layer(Extension(how_far))
         .layer(middleware::from_fn(permit))
         .with_state(engine)
         .into_make_service_with_connect_info::<Peer>();
@@ -188,14 +195,17 @@ fn stopping() -> Problem {
 
 /// Reads a request's body.
 fn read<T: DeserializeOwned>(body: Body) -> Result<T, Problem> {
-    let body = body.map_err(|rejection| {
+    parse(&bytes(body, MAX_BODY)?)
+}
+
+fn bytes(body: Body, limit: usize) -> Result<Bytes, Problem> {
+    body.map_err(|rejection| {
         let error = format!("read the body of the request: {}", rejection.body_text());
         match rejection.status() {
-            StatusCode::PAYLOAD_TOO_LARGE => too_large(error),
+            StatusCode::PAYLOAD_TOO_LARGE => too_large(error, limit),
             _ => Problem::new(Kind::Invalid, error),
         }
-    })?;
-    parse(&body)
+    })
 }
 
 async fn no_such_thing(request: Request) -> Problem {
@@ -204,15 +214,28 @@ async fn no_such_thing(request: Request) -> Problem {
 }
 
 async fn status(State(engine): State<Shared>) -> Answer<super::StatusView> {
-    ask(&engine, Engine::status).await
+    ask(&engine, |engine| engine.status()).await
 }
 
-async fn prefixes(State(engine): State<Shared>) -> Answer<Vec<super::PrefixView>> {
-    ask(&engine, Engine::prefixes).await
+async fn prefixes(
+    State(engine): State<Shared>,
+    query: Result<Query<super::ListPrefixes>, QueryRejection>,
+) -> Result<Response, Problem> {
+    let Query(query) = query.map_err(|rejection| Problem::new(Kind::Invalid, rejection.body_text()))?;
+    let Json(json) = ask(&engine, |engine| engine.prefixes(&query)).await?;
+    Ok(([(CONTENT_TYPE, "application/json")], json).into_response())
+}
+
+async fn explain(
+    State(engine): State<Shared>,
+    query: Result<Query<super::Explain>, QueryRejection>,
+) -> Answer<super::Explanation> {
+    let Query(query) = query.map_err(|rejection| Problem::new(Kind::Invalid, rejection.body_text()))?;
+    command(engine, move |engine| engine.explain(query).boxed()).await
 }
 
 async fn services(State(engine): State<Shared>) -> Answer<Vec<super::ServiceView>> {
-    ask(&engine, |engine| Ok(engine.services())).await
+    ask(&engine, |engine| engine.services()).await
 }
 
 async fn add_prefixes(State(engine): State<Shared>, body: Body) -> Answer<super::Changed> {
@@ -223,6 +246,26 @@ async fn add_prefixes(State(engine): State<Shared>, body: Body) -> Answer<super:
 async fn remove_prefixes(State(engine): State<Shared>, body: Body) -> Answer<super::Changed> {
     let request = read(body)?;
     command(engine, |engine| engine.remove_prefixes(request).boxed()).await
+}
+
+async fn apply(
+    State(engine): State<Shared>,
+    query: Result<Query<super::Apply>, QueryRejection>,
+    body: Body,
+) -> Answer<super::Applied> {
+    let Query(options) = query.map_err(|rejection| Problem::new(Kind::Invalid, rejection.body_text()))?;
+    let text = String::from_utf8(bytes(body, MAX_FILE)?.into())
+        .map_err(|error| Problem::new(Kind::Invalid, format!("read the file: {error}")))?;
+    command(engine, move |engine| async move { engine.apply(text, &options).await }.boxed()).await
+}
+
+async fn confirm(State(engine): State<Shared>) -> Answer<super::Changed> {
+    command(engine, |engine| engine.confirm().boxed()).await
+}
+
+/// Answered without the engine, which is busy.
+async fn progress(Extension(progress): Extension<Arc<Progress>>) -> Json<super::ProgressView> {
+    Json(progress.view())
 }
 
 async fn add_service(State(engine): State<Shared>, body: Body) -> Answer<super::Changed> {

@@ -1,8 +1,10 @@
+use std::num::NonZeroU16;
+
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use super::{Kind, Problem};
 use crate::{
-    rules::{Origin, PortSet, Prefix, Protocol, Rule, ServiceName},
+    rules::{Origin, PortSet, Prefix, Protocol, ServiceName, Terms},
     service::{HandlerKind, ServiceStats, SocketInfo},
     steering::BackEnd,
 };
@@ -10,9 +12,12 @@ use crate::{
 /// Bytes of the largest body. Most requests are a few lines.
 pub(super) const MAX_BODY: usize = 1 << 20;
 
-/// The problem of a request beyond [`MAX_BODY`].
-pub(super) fn too_large(error: String) -> Problem {
-    Problem::new(Kind::TooLarge, error).hint(format!("{MAX_BODY} bytes are the limit; send several requests"))
+/// Bytes of the largest file that can be applied.
+pub(super) const MAX_FILE: usize = 256 << 20;
+
+/// The problem of a request beyond its limit.
+pub(super) fn too_large(error: String, limit: usize) -> Problem {
+    Problem::new(Kind::TooLarge, error).hint(format!("{limit} bytes are the limit; send several requests"))
 }
 
 /// Reads a request's body.
@@ -41,6 +46,9 @@ pub struct AddPrefixes {
     /// Ports to leave to the host.
     #[serde(default)]
     pub except: PortSet,
+    /// The clients to steer; all of them if there is none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source: Option<Prefix>,
     /// Who receives.
     #[serde(default = "ServiceName::default_service")]
     pub service: ServiceName,
@@ -71,20 +79,78 @@ pub struct RemovePrefixes {
     /// Only rules with these exceptions.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub except: Option<PortSet>,
+    /// Only rules about these clients.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source: Option<Prefix>,
     /// Only rules that steer to this service.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub service: Option<ServiceName>,
 }
 
 impl RemovePrefixes {
-    /// Whether a rule is meant.
-    pub fn selects(&self, rule: &Rule) -> bool {
-        self.prefixes.contains(&rule.prefix)
-            && self.protocol.is_none_or(|it| it == rule.protocol)
-            && self.ports.as_ref().is_none_or(|it| *it == rule.ports)
-            && self.except.as_ref().is_none_or(|it| *it == rule.except)
-            && self.service.as_ref().is_none_or(|it| *it == rule.service)
+    /// Whether a rule of one of the prefixes is meant.
+    pub fn selects(&self, terms: &Terms) -> bool {
+        self.protocol.is_none_or(|it| it == terms.protocol)
+            && self.ports.as_ref().is_none_or(|it| *it == terms.ports)
+            && self.except.as_ref().is_none_or(|it| *it == terms.except)
+            && self.source.is_none_or(|it| terms.source == Some(it))
+            && self.service.as_ref().is_none_or(|it| *it == terms.service)
     }
+}
+
+/// Query of `POST /v1/apply`; its body is the file.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
+pub struct Apply {
+    /// Say what would change, and change nothing.
+    pub dry_run: bool,
+    /// Go back to what was before unless `POST /v1/confirm` follows within so many seconds.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub confirm: Option<u64>,
+    /// Remove the rules that were added by hand, too.
+    pub prune: bool,
+    /// Go on although listening sockets are shadowed or the host may be cut off.
+    pub force: bool,
+}
+
+/// Answer of `POST /v1/apply`.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Applied {
+    /// Whether nothing has changed since only the difference was asked for.
+    pub dry_run: bool,
+    /// The generation that the kernel holds now.
+    pub generation: u64,
+    /// Rules that have come, or would come.
+    pub added: usize,
+    /// Rules that have gone, or would go.
+    pub removed: usize,
+    /// Rules of the file that were in force already.
+    pub unchanged: usize,
+    /// Rules of the configuration that stay beside those of the file.
+    pub kept_of_config: usize,
+    /// Rules that were added by hand and stay beside those of the file.
+    pub kept_added: usize,
+    /// Services that come (`+ name`), go (`- name`) or get other settings (`~ name`).
+    pub services: Vec<String>,
+    /// After a dry run: a line for each rule that would come (`+ rule`) or go (`- rule`), in order of precedence.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub difference: Vec<String>,
+    /// Seconds within which it has to be confirmed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub confirm_within: Option<u64>,
+    /// What the caller should know although it worked.
+    pub notes: Vec<String>,
+}
+
+/// Answer of `GET /v1/progress`: what the last long command is doing, or has done.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct ProgressView {
+    /// In words.
+    pub doing: String,
+    /// Which step this is, from 1 on.
+    pub step: u32,
+    /// How many there are.
+    pub steps: u32,
 }
 
 /// Answer to a change.
@@ -98,19 +164,22 @@ pub struct Changed {
     pub notes: Vec<String>,
 }
 
-/// A rule and what became of its packets.
+/// A rule and what became of its packets, in texts of the JSON: there may be a million of them.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct PrefixView {
+pub struct PrefixView<'a> {
     /// The prefix.
-    pub prefix: Prefix,
+    pub prefix: &'a str,
     /// The transports.
     pub protocol: Protocol,
     /// Steered ports.
-    pub ports: PortSet,
+    pub ports: &'a str,
     /// Ports left to the host.
-    pub except: PortSet,
+    pub except: &'a str,
+    /// The clients that are steered; all of them if there is none.
+    #[serde(default, borrow, skip_serializing_if = "Option::is_none")]
+    pub source: Option<&'a str>,
     /// Who receives.
-    pub service: ServiceName,
+    pub service: &'a str,
     /// Whether anyport keeps a local route for the prefix.
     pub route: bool,
     /// Where the rule came from.
@@ -119,6 +188,29 @@ pub struct PrefixView {
     pub steered: u64,
     /// Packets dropped since the service had no live socket or the kernel would not assign it.
     pub dropped: u64,
+    /// Of these, those for which there was no live socket.
+    pub no_socket: u64,
+}
+
+/// Query of `GET /v1/prefixes`: which rules to list.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ListPrefixes {
+    /// Only rules of prefixes inside of this one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub within: Option<Prefix>,
+    /// Only rules that steer to this service.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub service: Option<ServiceName>,
+    /// Only rules with an opinion on this port.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub port: Option<NonZeroU16>,
+    /// Only rules of prefixes behind this one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub after: Option<Prefix>,
+    /// No more rules than this.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub limit: Option<usize>,
 }
 
 /// A service, its sockets and what it did.
@@ -135,6 +227,12 @@ pub struct ServiceView {
     pub origin: Origin,
     /// Number of rules that steer to it.
     pub rules: usize,
+    /// Packets that its rules handed to it.
+    pub steered: u64,
+    /// Packets of its rules that were dropped since it had no live socket.
+    pub no_socket: u64,
+    /// Packets of its rules that were dropped since the kernel would not assign its socket.
+    pub assign_error: u64,
     /// Its sockets.
     pub sockets: Vec<SocketInfo>,
     /// What it did.
@@ -159,6 +257,10 @@ pub struct StatusView {
     pub workers: usize,
     /// Number of rules.
     pub rules: usize,
+    /// How many rules there may be.
+    pub max_rules: usize,
+    /// Bytes of the kernel's memory that rules and counters take.
+    pub bytes: u64,
     /// Number of services.
     pub services: usize,
     /// Interfaces that are watched, where the back end works by interface.
@@ -167,6 +269,9 @@ pub struct StatusView {
     pub draining: Vec<Prefix>,
     /// Sums over all rules and services.
     pub totals: Totals,
+    /// Seconds until what was applied is rolled back, if it waits to be confirmed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unconfirmed: Option<u64>,
     /// What does not work as it should; empty when all is well.
     pub degraded: Vec<String>,
 }
@@ -178,6 +283,8 @@ pub struct Totals {
     pub steered: u64,
     /// As [`PrefixView::dropped`].
     pub dropped: u64,
+    /// Packets about which no rule has an opinion, of those that the back end sees.
+    pub unmatched: u64,
     /// Connections that are open.
     pub active: u64,
 }

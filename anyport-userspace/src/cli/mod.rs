@@ -1,5 +1,7 @@
 //! `anyportctl`: one file a verb.
 
+mod apply;
+mod explain;
 mod prefixes;
 mod services;
 mod show;
@@ -41,13 +43,19 @@ enum Verb {
     /// Stop steering prefixes; established connections go on
     RemovePrefix(prefixes::Remove),
     /// List the rules in order of precedence, with counters
-    Prefixes,
+    Prefixes(prefixes::List),
+    /// Make the applied rules equal to a file, in one step
+    Apply(apply::Apply),
+    /// Keep what was applied with --confirm
+    Confirm,
     /// Open a new service
     AddService(services::Add),
     /// Close a service that no rule steers to
     RemoveService(services::Remove),
     /// List the services with their sockets and counters
     Services,
+    /// Say what becomes of a packet, and why
+    Explain(explain::Explain),
     /// Show the back end, the generation, totals, and what is degraded
     Status,
 }
@@ -64,13 +72,23 @@ impl Cli {
         match verb {
             Verb::AddPrefix(add) => add.run(&client, out).await,
             Verb::RemovePrefix(remove) => remove.run(&client, out).await,
-            Verb::Prefixes => prefixes::list(&client, out).await,
+            Verb::Prefixes(list) => list.run(&client, out).await,
+            Verb::Apply(apply) => apply.run(&client, out).await,
+            Verb::Confirm => apply::confirm(&client, out).await,
             Verb::AddService(add) => add.run(&client, out).await,
             Verb::RemoveService(remove) => remove.run(&client, out).await,
             Verb::Services => services::list(&client, out).await,
+            Verb::Explain(explain) => explain.run(&client, out).await,
             Verb::Status => status::show(&client, out).await,
         }
     }
+}
+
+/// A path of the API with its query.
+fn path(path: &str, query: &impl Serialize) -> Result<String, Problem> {
+    let query = serde_urlencoded::to_string(query)
+        .map_err(|error| Problem::new(Kind::Failed, format!("write the request: {error}")))?;
+    Ok(format!("{path}?{query}"))
 }
 
 /// Where answers are printed, and how.
@@ -88,6 +106,10 @@ impl Output<'_> {
         } else {
             human(answer)
         };
+        self.print_text(&text)
+    }
+
+    fn print_text(&mut self, text: &str) -> Result<(), Problem> {
         match writeln!(self.out, "{text}").and_then(|()| self.out.flush()) {
             // Whoever reads, such as head, has had enough.
             Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),

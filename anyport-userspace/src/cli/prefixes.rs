@@ -1,9 +1,13 @@
+use std::{borrow::Cow, num::NonZeroU16};
+
+use serde_json::value::RawValue;
+
 use super::{
-    Output,
+    Output, path,
     show::{list_of, table},
 };
 use crate::{
-    api::{AddPrefixes, Changed, Client, PrefixView, Problem, RemovePrefixes},
+    api::{AddPrefixes, Changed, Client, Kind, ListPrefixes, PrefixView, Problem, RemovePrefixes},
     rules::{PortSet, Prefix, Protocol, ServiceName},
 };
 
@@ -26,6 +30,9 @@ pub(super) struct Add {
     /// Ports to leave to the host, such as 22,179
     #[arg(long, default_value = "", hide_default_value = true, value_name = "PORTS")]
     except: PortSet,
+    /// Only clients of this prefix
+    #[arg(long, value_name = "CIDR")]
+    source: Option<Prefix>,
     /// Who receives
     #[arg(long, default_value = "default", value_name = "NAME")]
     service: ServiceName,
@@ -39,9 +46,9 @@ pub(super) struct Add {
 
 impl Add {
     pub(super) async fn run(self, client: &Client, out: &mut Output<'_>) -> Result<(), Problem> {
-        let Self { prefixes, protocol, ports, except, service, no_route, force } = self;
+        let Self { prefixes, protocol, ports, except, source, service, no_route, force } = self;
         let done = format!("steering {} to {service}", list_of(&prefixes));
-        let request = AddPrefixes { prefixes, protocol, ports, except, service, route: !no_route, force };
+        let request = AddPrefixes { prefixes, protocol, ports, except, source, service, route: !no_route, force };
         let answer: Changed = client.post("/v1/prefixes", &request).await?;
         out.print_change(&answer, done)
     }
@@ -62,6 +69,9 @@ pub(super) struct Remove {
     /// Only rules with exactly these exceptions
     #[arg(long, value_name = "PORTS")]
     except: Option<PortSet>,
+    /// Only rules about the clients of exactly this prefix
+    #[arg(long, value_name = "CIDR")]
+    source: Option<Prefix>,
     /// Only rules that steer to this service
     #[arg(long, value_name = "NAME")]
     service: Option<ServiceName>,
@@ -69,38 +79,93 @@ pub(super) struct Remove {
 
 impl Remove {
     pub(super) async fn run(self, client: &Client, out: &mut Output<'_>) -> Result<(), Problem> {
-        let Self { prefixes, protocol, ports, except, service } = self;
+        let Self { prefixes, protocol, ports, except, source, service } = self;
         let prefixes_given = list_of(&prefixes);
-        let request = RemovePrefixes { prefixes, protocol, ports, except, service };
+        let request = RemovePrefixes { prefixes, protocol, ports, except, source, service };
         let answer: Changed = client.delete("/v1/prefixes", &request).await?;
         let rules = if answer.changed == 1 { "1 rule".into() } else { format!("{} rules", answer.changed) };
         out.print_change(&answer, format!("removed {rules} of {prefixes_given}"))
     }
 }
 
-pub(super) async fn list(client: &Client, out: &mut Output<'_>) -> Result<(), Problem> {
-    let views: Vec<PrefixView> = client.get("/v1/prefixes").await?;
-    out.print(&views, |views| {
-        if views.is_empty() {
-            return "nothing is steered; anyportctl add-prefix 192.0.2.0/24 would steer that prefix".into();
-        }
-        let header = ["PREFIX", "PROTOCOL", "PORTS", "EXCEPT", "SERVICE", "ROUTE", "ORIGIN", "STEERED", "DROPPED"];
-        table(header, views.iter().map(row))
-    })
+/// Lists the rules in order of precedence, with counters; the options narrow it to those that match.
+#[derive(Debug, clap::Args)]
+pub(super) struct List {
+    /// Only rules of prefixes inside of this one, itself included
+    #[arg(long, value_name = "CIDR")]
+    within: Option<Prefix>,
+    /// Only rules that steer to this service
+    #[arg(long, value_name = "NAME")]
+    service: Option<ServiceName>,
+    /// Only rules that steer this port or leave it to the host
+    #[arg(long, value_name = "PORT")]
+    port: Option<NonZeroU16>,
+    /// Only rules of prefixes that come after this one in the list
+    #[arg(long, value_name = "PREFIX")]
+    after: Option<Prefix>,
+    /// No more rules than this
+    #[arg(long, value_name = "N")]
+    limit: Option<usize>,
 }
 
-fn row(view: &PrefixView) -> [String; 9] {
-    let PrefixView { prefix, protocol, ports, except, service, route, origin, steered, dropped } = view;
-    let or_dash = |ports: &PortSet| if ports.is_empty() { "-".into() } else { ports.to_string() };
+impl List {
+    pub(super) async fn run(self, client: &Client, out: &mut Output<'_>) -> Result<(), Problem> {
+        if out.json {
+            // As the daemon wrote it: there may be a million rules.
+            let body: Box<RawValue> = client.get(&self.path(self.limit)?).await?;
+            return out.print_text(body.get());
+        }
+        // One more tells whether there are more.
+        let body: Box<RawValue> = client.get(&self.path(self.limit.map(|it| it.saturating_add(1)))?).await?;
+        let views: Vec<PrefixView<'_>> = serde_json::from_str(body.get())
+            .map_err(|error| Problem::new(Kind::Failed, format!("read the rules: {error}")))?;
+        out.print_text(&self.text(&views))
+    }
+
+    /// What to ask the daemon for.
+    fn path(&self, limit: Option<usize>) -> Result<String, Problem> {
+        let Self { within, service, port, after, limit: _ } = self;
+        let query = ListPrefixes { within: *within, service: service.clone(), port: *port, after: *after, limit };
+        path("/v1/prefixes", &query)
+    }
+
+    /// For people. `views` may hold one more than they asked for.
+    fn text(&self, views: &[PrefixView<'_>]) -> String {
+        let Self { within, service, port, after, limit } = self;
+        if views.is_empty() {
+            let is_narrowed = within.is_some() || service.is_some() || port.is_some() || after.is_some();
+            return if is_narrowed {
+                "there is no such rule".into()
+            } else {
+                "nothing is steered; anyportctl add-prefix 192.0.2.0/24 would steer that prefix".into()
+            };
+        }
+        let (shown, more) = views.split_at(limit.unwrap_or(usize::MAX).min(views.len()));
+        let header =
+            ["PREFIX", "PROTOCOL", "PORTS", "EXCEPT", "SOURCE", "SERVICE", "ROUTE", "ORIGIN", "STEERED", "DROPPED"];
+        let text = table(header, shown.iter().map(row));
+        let Some(next) = more.first() else { return text };
+        // Rules of one prefix that the limit separates are shown once more, rather than never.
+        match shown.iter().rev().find(|it| it.prefix != next.prefix) {
+            Some(last) => format!("{text}\nthere are more, go on with --after {}", last.prefix),
+            None => format!("{text}\nthere are more, a larger --limit shows them"),
+        }
+    }
+}
+
+fn row<'a>(view: &PrefixView<'a>) -> [Cow<'a, str>; 10] {
+    let PrefixView { prefix, protocol, ports, except, source, service, route, origin, steered, dropped, .. } = *view;
+    let or_dash = |text: &'a str| if text.is_empty() { "-" } else { text }.into();
     [
-        prefix.to_string(),
-        protocol.to_string(),
+        prefix.into(),
+        protocol.as_str().into(),
         or_dash(ports),
         or_dash(except),
-        service.to_string(),
-        if *route { "yes" } else { "no" }.into(),
-        origin.to_string(),
-        steered.to_string(),
-        dropped.to_string(),
+        source.unwrap_or("-").into(),
+        service.into(),
+        if route { "yes" } else { "no" }.into(),
+        origin.as_str().into(),
+        steered.to_string().into(),
+        dropped.to_string().into(),
     ]
 }

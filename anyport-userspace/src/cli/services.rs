@@ -44,18 +44,34 @@ impl Remove {
 pub(super) async fn list(client: &Client, out: &mut Output<'_>) -> Result<(), Problem> {
     let views: Vec<ServiceView> = client.get("/v1/services").await?;
     out.print(&views, |views| {
-        let header = ["NAME", "HANDLER", "ORIGIN", "RULES", "SOCKETS", "ACTIVE", "ACCEPTED", "DATAGRAMS", "ANSWERED"];
-        table(header, views.iter().map(row))
+        let header = [
+            "NAME",
+            "HANDLER",
+            "ORIGIN",
+            "RULES",
+            "SOCKETS",
+            "STEERED",
+            "NO-SOCKET",
+            "UNASSIGNED",
+            "ACTIVE",
+            "ACCEPTED",
+            "DATAGRAMS",
+            "ANSWERED",
+        ];
+        table(header, views.iter().map(|view| row(view).map(Into::into)))
     })
 }
 
-fn row(view: &ServiceView) -> [String; 9] {
+fn row(view: &ServiceView) -> [String; 12] {
     [
         view.name.to_string(),
         view.handler.to_string(),
         view.origin.to_string(),
         view.rules.to_string(),
         view.sockets.len().to_string(),
+        view.steered.to_string(),
+        view.no_socket.to_string(),
+        view.assign_error.to_string(),
         view.stats.active.to_string(),
         view.stats.accepted.to_string(),
         view.stats.datagrams.to_string(),

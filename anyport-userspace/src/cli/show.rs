@@ -1,17 +1,29 @@
 //! What several verbs need for printing.
 
-use std::fmt::Display;
+use std::{borrow::Cow, fmt::Display};
 
-use comfy_table::{Table, presets};
-
-/// Columns under their headers, without lines, so that `awk` and `grep` can work on it.
-pub(super) fn table<const N: usize>(header: [&str; N], rows: impl Iterator<Item = [String; N]>) -> String {
-    let mut table = Table::new();
-    table.load_style(presets::NOTHING).set_header(header).add_rows(rows);
-    for column in table.column_iter_mut() {
-        column.set_padding((0, 2));
+/// Columns under their headers, without lines, so that `awk` and `grep` can work on it. There may be very many rows.
+pub(super) fn table<'a, const N: usize>(header: [&'a str; N], rows: impl Iterator<Item = [Cow<'a, str>; N]>) -> String {
+    let rows: Vec<[Cow<'a, str>; N]> = [header.map(Cow::from)].into_iter().chain(rows).collect();
+    let mut widths = [0; N];
+    for row in &rows {
+        for (width, cell) in widths.iter_mut().zip(row) {
+            *width = cell.len().max(*width);
+        }
     }
-    table.trim_fmt()
+    let mut text = String::with_capacity(rows.len() * widths.iter().map(|width| width + 2).sum::<usize>());
+    for row in &rows {
+        let mut padding = 0;
+        for (width, cell) in widths.iter().zip(row) {
+            text.extend(std::iter::repeat_n(' ', padding));
+            text.push_str(cell);
+            padding = width - cell.len() + 2;
+        }
+        text.push('\n');
+    }
+    // Whoever prints ends the last line.
+    text.pop();
+    text
 }
 
 /// The first few of many.
@@ -21,5 +33,17 @@ pub(super) fn list_of(items: &[impl Display]) -> String {
     match items.len().checked_sub(SHOWN) {
         None | Some(0) => shown.join(", "),
         Some(more) => format!("{} and {more} more", shown.join(", ")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::table;
+
+    #[test]
+    fn columns_stand_below_their_headers() {
+        let rows = [["192.0.2.0/24", "tcp"], ["::/0", "both"]].map(|row| row.map(Into::into));
+        let text = table(["PREFIX", "PROTOCOL"], rows.into_iter());
+        assert_eq!(text, "PREFIX        PROTOCOL\n192.0.2.0/24  tcp\n::/0          both");
     }
 }

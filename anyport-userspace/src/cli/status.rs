@@ -15,15 +15,24 @@ fn text(view: &StatusView) -> String {
     if !view.interfaces.is_empty() {
         lines.push(format!("interfaces  {}", view.interfaces.join(", ")));
     }
-    lines.push(format!("generation  {}: {} rules, {} services", view.generation, view.rules, view.services));
+    lines.push(format!(
+        "generation  {}: {} rules of at most {}, {} services",
+        view.generation, view.rules, view.max_rules, view.services
+    ));
+    lines.push(format!("memory      {} bytes of the kernel's for rules and counters", view.bytes));
     lines.push(format!("workers     {}", view.workers));
     let totals = view.totals;
     lines.push(format!(
-        "totals      {} steered, {} dropped, {} connections open",
-        totals.steered, totals.dropped, totals.active
+        "totals      {} steered, {} dropped, {} unmatched, {} connections open",
+        totals.steered, totals.dropped, totals.unmatched, totals.active
     ));
     if !view.draining.is_empty() {
         lines.push(format!("draining    {}", list_of(&view.draining)));
+    }
+    if let Some(seconds) = view.unconfirmed {
+        lines.push(format!(
+            "unconfirmed what was applied is rolled back in {seconds} s unless you type: anyportctl confirm"
+        ));
     }
     let mut text = lines.join("\n");
     match view.degraded.as_slice() {

@@ -1,52 +1,74 @@
 use std::{
-    collections::{HashMap, HashSet},
-    hash::Hash,
+    collections::{BTreeMap, VecDeque},
     ops::Range,
 };
 
-/// Gives out numbers that stay as long as what they were given to.
+/// Gives out numbers, one by one or several in a row, low ones first.
 ///
-/// A number that was given back is not the next to be given out: programs and people may still hold it for a moment.
+/// Numbers that were given back rest for a while: programs and people may still hold them for a moment.
 #[derive(Debug)]
-pub(super) struct Numbers<T> {
-    range: Range<u32>,
-    next: u32,
-    given: HashMap<T, u32>,
-    used: HashSet<u32>,
+pub(super) struct Numbers {
+    /// Runs of free numbers: where each begins and ends.
+    free: BTreeMap<u32, u32>,
+    resting: VecDeque<Range<u32>>,
+    /// How many ranges rest.
+    rest: usize,
 }
 
-impl<T: Eq + Hash + Clone> Numbers<T> {
-    pub(super) fn new(range: Range<u32>) -> Self {
-        Self { next: range.start, range, given: HashMap::new(), used: HashSet::new() }
+impl Numbers {
+    /// Gives out these numbers. Ranges that were given back rest until so many others have been.
+    pub(super) fn new(range: Range<u32>, rest: usize) -> Self {
+        Self { free: BTreeMap::from([(range.start, range.end)]), resting: VecDeque::new(), rest }
     }
 
-    /// How many there are at most.
-    pub(super) fn capacity(&self) -> usize {
-        self.range.len()
-    }
-
-    /// The number of `owner`, a new one where it has none. Nothing is left only beyond [`Self::capacity`].
-    pub(super) fn get(&mut self, owner: &T) -> Option<u32> {
-        if let Some(number) = self.given.get(owner) {
-            return Some(*number);
+    /// Takes as many numbers in a row. Nothing is returned only where there is no such row.
+    pub(super) fn take(&mut self, count: u32) -> Option<Range<u32>> {
+        if let Some(taken) = self.take_free(count) {
+            return Some(taken);
         }
-        let candidates = (self.next..self.range.end).chain(self.range.start..self.next);
-        let number = candidates.into_iter().find(|number| !self.used.contains(number))?;
-        self.next = number + 1;
-        self.used.insert(number);
-        self.given.insert(owner.clone(), number);
-        Some(number)
+        while let Some(range) = self.resting.pop_front() {
+            self.free(range);
+        }
+        self.take_free(count)
     }
 
-    /// Takes back the numbers of all others.
-    pub(super) fn keep<'a>(&mut self, owners: impl Iterator<Item = &'a T>)
-    where
-        T: 'a,
-    {
-        let owners: HashSet<&T> = owners.collect();
-        for (_, number) in self.given.extract_if(|owner, _| !owners.contains(owner)) {
-            self.used.remove(&number);
+    fn take_free(&mut self, count: u32) -> Option<Range<u32>> {
+        if count == 0 {
+            return Some(0..0);
         }
+        let (start, end) = self.free.iter().find(|(start, end)| **end - **start >= count).map(|(a, b)| (*a, *b))?;
+        self.free.remove(&start);
+        let taken = start..start + count;
+        if taken.end < end {
+            self.free.insert(taken.end, end);
+        }
+        Some(taken)
+    }
+
+    /// Takes numbers back.
+    pub(super) fn give_back(&mut self, numbers: Range<u32>) {
+        if numbers.is_empty() {
+            return;
+        }
+        self.resting.push_back(numbers);
+        while self.resting.len() > self.rest
+            && let Some(range) = self.resting.pop_front()
+        {
+            self.free(range);
+        }
+    }
+
+    fn free(&mut self, Range { mut start, mut end }: Range<u32>) {
+        if let Some((before, last)) = self.free.range(..start).next_back().map(|(before, last)| (*before, *last))
+            && last == start
+        {
+            self.free.remove(&before);
+            start = before;
+        }
+        if let Some(last) = self.free.remove(&end) {
+            end = last;
+        }
+        self.free.insert(start, end);
     }
 }
 
@@ -55,12 +77,19 @@ mod tests {
     use super::Numbers;
 
     #[test]
-    fn numbers_stay_and_come_back_late() {
-        let mut numbers = Numbers::new(1..4);
-        assert_eq!((numbers.get(&"a"), numbers.get(&"b"), numbers.get(&"a")), (Some(1), Some(2), Some(1)));
-        numbers.keep(["b"].iter());
-        assert_eq!((numbers.get(&"c"), numbers.get(&"d"), numbers.get(&"e")), (Some(3), Some(1), None));
-        numbers.keep(["b", "c"].iter());
-        assert_eq!((numbers.get(&"e"), numbers.get(&"b")), (Some(1), Some(2)));
+    fn numbers_rest_before_they_come_back() {
+        let mut numbers = Numbers::new(1..9, 2);
+        assert_eq!([1, 2, 1].map(|count| numbers.take(count)), [Some(1..2), Some(2..4), Some(4..5)]);
+        numbers.give_back(1..2);
+        numbers.give_back(2..4);
+        assert_eq!(numbers.take(1), Some(5..6));
+        numbers.give_back(4..5);
+        assert_eq!(numbers.take(1), Some(1..2));
+        // Rather than none at all, one that rests.
+        assert_eq!((numbers.take(3), numbers.take(1), numbers.take(3)), (Some(6..9), Some(2..3), None));
+        for range in [1..2, 2..3, 5..6, 6..9] {
+            numbers.give_back(range);
+        }
+        assert_eq!((numbers.take(8), numbers.take(1)), (Some(1..9), None));
     }
 }

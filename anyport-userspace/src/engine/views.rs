@@ -1,35 +1,80 @@
 //! What the engine tells of itself.
 
+use std::{collections::HashMap, sync::Arc};
+
+use anyhow::Context as _;
 use anyport_common::maps::Counters;
 
 use super::Engine;
 use crate::{
-    api::{BackEndView, PrefixView, Problem, ServiceView, StatusView, Totals},
-    rules::Rule,
+    api::{BackEndView, ListPrefixes, PrefixView, Problem, ServiceView, StatusView, Totals},
+    rules::{Numbered, Prefix, PrefixRules, ServiceName, Terms},
 };
 
 impl Engine {
-    /// The rules in order of precedence, with what became of their packets.
+    /// The rules in order of precedence, with what became of their packets: an array of [`PrefixView`].
     ///
     /// # Errors
     /// The counters can't be read.
-    pub fn prefixes(&mut self) -> Result<Vec<PrefixView>, Problem> {
-        let counters = self.counters_by_rule()?;
-        let views = self.rules.iter().zip(counters).map(|(rule, counters)| {
-            let Rule { prefix, protocol, ports, except, service, route, origin } = rule.clone();
-            let dropped = counters.no_socket + counters.assign_error;
-            let steered = counters.steered;
-            PrefixView { prefix, protocol, ports, except, service, route, origin, steered, dropped }
-        });
-        Ok(views.collect())
+    pub fn prefixes(&self, query: &ListPrefixes) -> Result<String, Problem> {
+        let counters = self.steering.counters()?;
+        let ListPrefixes { within, service, port, after, limit } = query;
+        let is_listed = |rule: &Numbered<'_>| {
+            service.as_ref().is_none_or(|it| rule.terms.service == *it)
+                && port.is_none_or(|it| rule.terms.ports.contains(it.get()) || rule.terms.except.contains(it.get()))
+        };
+        let prefixes: Box<dyn Iterator<Item = (Prefix, &PrefixRules)>> = match within {
+            Some(within) => Box::new(self.rules.within(*within)),
+            None => Box::new(self.rules.prefixes().map(|(prefix, rules)| (*prefix, rules))),
+        };
+        let rules = prefixes
+            .filter(|(prefix, _)| after.is_none_or(|after| *prefix > after))
+            .flat_map(|(prefix, rules)| rules.numbered(prefix));
+        // Many rules say the same, which becomes text once.
+        let mut texts: HashMap<*const Terms, [String; 2]> = HashMap::new();
+        let mut json = Vec::from(b"[");
+        for rule in rules.filter(is_listed).take(limit.unwrap_or(usize::MAX)) {
+            let Terms { protocol, ports, except, source, service, route } = &**rule.terms;
+            let [ports, except] =
+                texts.entry(Arc::as_ptr(rule.terms)).or_insert_with(|| [ports.to_string(), except.to_string()]);
+            let Counters { steered, no_socket, assign_error } = counters(rule.number);
+            let (prefix, source) = (rule.prefix.to_string(), source.map(|it| it.to_string()));
+            let view = PrefixView {
+                prefix: &prefix,
+                protocol: *protocol,
+                ports,
+                except,
+                source: source.as_deref(),
+                service: service.as_str(),
+                route: *route,
+                origin: rule.origins.first(),
+                steered,
+                dropped: no_socket + assign_error,
+                no_socket,
+            };
+            if json.len() > 1 {
+                json.push(b',');
+            }
+            serde_json::to_writer(&mut json, &view).context("write the rules as JSON")?;
+        }
+        json.push(b']');
+        Ok(String::from_utf8(json).context("write the rules as JSON")?)
     }
 
     /// The services by name.
-    pub fn services(&self) -> Vec<ServiceView> {
+    ///
+    /// # Errors
+    /// The counters can't be read.
+    pub fn services(&self) -> Result<Vec<ServiceView>, Problem> {
+        let sums = self.counters_by_service()?;
         let views = self.services.values().map(|running| {
             let config = running.service.config().clone();
+            let (rules, counters) = sums.get(&config.name).copied().unwrap_or_default();
             ServiceView {
-                rules: self.rules.iter().filter(|rule| rule.service == config.name).count(),
+                rules,
+                steered: counters.steered,
+                no_socket: counters.no_socket,
+                assign_error: counters.assign_error,
                 name: config.name,
                 handler: config.handler,
                 banner: config.banner,
@@ -38,15 +83,15 @@ impl Engine {
                 stats: running.service.stats(),
             }
         });
-        views.collect()
+        Ok(views.collect())
     }
 
     /// The state of the whole.
     ///
     /// # Errors
     /// The counters can't be read.
-    pub fn status(&mut self) -> Result<StatusView, Problem> {
-        let counters = self.counters_by_rule()?;
+    pub fn status(&self) -> Result<StatusView, Problem> {
+        let counters = self.counters_by_service()?;
         let mut draining: Vec<_> = self.draining.iter().copied().collect();
         draining.sort_by_key(|prefix| (!prefix.is_ipv4(), prefix.bounds()));
         Ok(StatusView {
@@ -61,22 +106,34 @@ impl Engine {
             generation: self.generation,
             workers: self.commons.workers.get(),
             rules: self.rules.len(),
+            max_rules: self.max_rules,
+            bytes: self.steering.bytes(),
             services: self.services.len(),
             interfaces: self.steering.interfaces(),
             draining,
             totals: Totals {
-                steered: counters.iter().map(|it| it.steered).sum(),
-                dropped: counters.iter().map(|it| it.no_socket + it.assign_error).sum(),
+                steered: counters.values().map(|(_, it)| it.steered).sum(),
+                dropped: counters.values().map(|(_, it)| it.no_socket + it.assign_error).sum(),
+                unmatched: self.steering.unmatched()?,
                 active: self.services.values().map(|it| it.service.stats().active).sum(),
             },
+            unconfirmed: self.unconfirmed_for(),
             degraded: self.broken.iter().cloned().chain(self.steering.degraded()).collect(),
         })
     }
 
-    /// In the order of the rules.
-    fn counters_by_rule(&mut self) -> Result<Vec<Counters>, Problem> {
+    /// For each service that rules steer to, how many do and what they counted.
+    fn counters_by_service(&self) -> Result<HashMap<&ServiceName, (usize, Counters)>, Problem> {
         let counters = self.steering.counters()?;
-        let numbers = self.rules.iter().map(|rule| self.rule_numbers.get(rule));
-        Ok(numbers.map(|number| number.and_then(|it| counters.get(&it)).copied().unwrap_or_default()).collect())
+        let mut sums: HashMap<&ServiceName, (usize, Counters)> = HashMap::new();
+        for rule in self.rules.iter() {
+            let (rules, sum) = sums.entry(&rule.terms.service).or_default();
+            let Counters { steered, no_socket, assign_error } = counters(rule.number);
+            *rules += 1;
+            sum.steered += steered;
+            sum.no_socket += no_socket;
+            sum.assign_error += assign_error;
+        }
+        Ok(sums)
     }
 }

@@ -37,27 +37,29 @@ pub struct Host {
 
 /// The process that holds a socket.
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct Owner {
-    pid: u32,
-    name: String,
+pub struct Owner {
+    /// Its id.
+    pub pid: u32,
+    /// Its name.
+    pub name: String,
 }
 
-/// Why a rule would harm the host; one line each, nothing if it does no harm.
-pub fn objections(rule: &Rule, host: &Host) -> Vec<String> {
-    let shadowed = shadowed(rule, host);
-    let owners = owners(&shadowed.iter().map(|listener| listener.inode).collect());
-    describe(rule, host, &shadowed, &owners)
+/// Why rules would harm the host; one line each, nothing if they do no harm.
+pub fn objections(rules: &[Rule], host: &Host) -> Vec<String> {
+    let shadowed: Vec<_> = rules.iter().map(|rule| (rule, shadowed(rule, host))).collect();
+    let owners = owners(&shadowed.iter().flat_map(|(_, listeners)| listeners).map(|it| it.inode).collect());
+    shadowed.iter().flat_map(|(rule, listeners)| describe(rule, host, listeners, &owners)).collect()
 }
 
 fn describe(rule: &Rule, host: &Host, shadowed: &[Listener], owners: &HashMap<u64, Owner>) -> Vec<String> {
     let prefix = &rule.prefix;
     let mut lines = Vec::new();
-    if rule.route && prefix.is_everything() {
+    if rule.terms.route && prefix.is_everything() {
         lines.push(format!("a local route to {prefix} would replace the default route and cut the host off"));
     }
     let gateways = host.gateways.iter().filter(|gateway| prefix.contains(**gateway));
     let gateways: Vec<_> = gateways.map(ToString::to_string).collect();
-    if rule.route && !gateways.is_empty() {
+    if rule.terms.route && !gateways.is_empty() {
         lines.push(format!("{prefix} contains {}, the way to the host's gateway", gateways.join(", ")));
     }
     let addresses = host.addresses.iter().filter(|(address, _)| prefix.contains(*address));
@@ -89,18 +91,34 @@ fn shadowed(rule: &Rule, host: &Host) -> Vec<Listener> {
     };
     let listeners = host.listeners.iter().copied();
     listeners
-        .filter(|listener| rule.protocol.transports().contains(&listener.transport))
+        .filter(|listener| rule.terms.protocol.transports().contains(&listener.transport))
         .filter(|listener| {
             let port = listener.local.port();
-            rule.ports.contains(port) && !rule.except.contains(port)
+            rule.terms.ports.contains(port) && !rule.terms.except.contains(port)
         })
         .filter(|listener| is_reached(listener.local.ip()))
         .collect()
 }
 
+/// The sockets that packets to this address and port reach by the host's own lookup, the one that the kernel prefers
+/// first.
+pub fn reached(transport: Transport, to: SocketAddr, listeners: Vec<Listener>) -> Vec<Listener> {
+    let rank = |listener: &Listener| match listener.local.ip() {
+        local if local == to.ip() => Some(0),
+        IpAddr::V4(Ipv4Addr::UNSPECIFIED) if to.is_ipv4() => Some(1),
+        // As above, it may serve IPv4 too.
+        IpAddr::V6(Ipv6Addr::UNSPECIFIED) => Some(2),
+        _ => None,
+    };
+    let here = listeners.into_iter().filter(|it| it.transport == transport && it.local.port() == to.port());
+    let mut ranked: Vec<_> = here.filter_map(|listener| Some((rank(&listener)?, listener))).collect();
+    ranked.sort_by_key(|(rank, _)| *rank);
+    ranked.into_iter().map(|(_, listener)| listener).collect()
+}
+
 /// Whether this is one of the sockets by which anyport does its work: the services' own, and those that it answers
 /// datagrams from.
-fn is_own(listener: &Listener, owner: Option<&Owner>) -> bool {
+pub(crate) fn is_own(listener: &Listener, owner: Option<&Owner>) -> bool {
     owner.is_some_and(|owner| owner.pid == std::process::id())
         && (listener.local.ip().is_loopback() || listener.transport == Transport::Udp)
 }
@@ -134,10 +152,19 @@ pub fn addresses() -> anyhow::Result<Vec<(IpAddr, String)>> {
 
 /// The listening TCP sockets and the unconnected UDP sockets of the thread's network namespace.
 pub fn listeners() -> anyhow::Result<Vec<Listener>> {
+    let mut listeners = listeners_of(Transport::Tcp)?;
+    listeners.extend(listeners_of(Transport::Udp)?);
+    Ok(listeners)
+}
+
+/// Those of one transport. The kernel takes milliseconds for TCP, however few there are.
+pub fn listeners_of(transport: Transport) -> anyhow::Result<Vec<Listener>> {
+    let files = match transport {
+        Transport::Tcp => ["tcp", "tcp6"],
+        Transport::Udp => ["udp", "udp6"],
+    };
     let mut listeners = Vec::new();
-    for (file, transport) in
-        [("tcp", Transport::Tcp), ("tcp6", Transport::Tcp), ("udp", Transport::Udp), ("udp6", Transport::Udp)]
-    {
+    for file in files {
         let path = Path::new("/proc/thread-self/net").join(file);
         match File::open(&path) {
             Ok(file) => read_table(BufReader::new(file).lines(), transport, &mut listeners)
@@ -214,7 +241,7 @@ fn socket_address(text: &str) -> Option<SocketAddr> {
 }
 
 /// Who holds these sockets, as far as `/proc` lets us see.
-fn owners(inodes: &HashSet<u64>) -> HashMap<u64, Owner> {
+pub(crate) fn owners(inodes: &HashSet<u64>) -> HashMap<u64, Owner> {
     let mut owners = HashMap::new();
     if inodes.is_empty() {
         return owners;

@@ -1,23 +1,18 @@
 use std::{
     collections::HashMap,
     net::{TcpListener, UdpSocket},
+    sync::Arc,
 };
 
 use anyport_common::flow::Transport;
 
-use super::{Host, Listener, Owner, addresses, describe, listeners, objections, owners, read_table, shadowed};
-use crate::rules::{Origin, PortSet, Protocol, Rule, ServiceName};
+use super::{Host, Listener, Owner, addresses, describe, listeners, objections, owners, reached, read_table, shadowed};
+use crate::rules::{Origin, PortSet, Rule, Terms};
 
 fn rule(prefix: &str, ports: &str, except: &str) -> Rule {
-    Rule {
-        prefix: prefix.parse().unwrap(),
-        protocol: Protocol::Tcp,
-        ports: if ports == "all" { PortSet::all() } else { ports.parse().unwrap() },
-        except: except.parse().unwrap(),
-        service: ServiceName::default_service(),
-        route: true,
-        origin: Origin::Added,
-    }
+    let ports = if ports == "all" { PortSet::all() } else { ports.parse().unwrap() };
+    let terms = Terms { ports, except: except.parse().unwrap(), ..Terms::default() };
+    Rule { prefix: prefix.parse().unwrap(), terms: Arc::new(terms), origins: Origin::Added.into() }
 }
 
 fn listener(transport: Transport, local: &str, inode: u64) -> Listener {
@@ -42,16 +37,29 @@ fn host() -> Host {
 }
 
 #[test]
+fn the_kernel_prefers_exact_addresses_to_wildcards() {
+    let all = [("[::]:80", 1), ("0.0.0.0:80", 2), ("192.0.2.7:80", 3), ("192.0.2.8:80", 4), ("0.0.0.0:81", 5)];
+    let mut listeners: Vec<_> = all.map(|(local, inode)| listener(Transport::Tcp, local, inode)).into();
+    listeners.push(listener(Transport::Udp, "0.0.0.0:80", 6));
+    for (to, inodes) in
+        [("192.0.2.7:80", &[3, 2, 1][..]), ("192.0.2.9:80", &[2, 1]), ("[2001:db8::1]:80", &[1]), ("192.0.2.7:82", &[])]
+    {
+        let found = reached(Transport::Tcp, to.parse().unwrap(), listeners.clone());
+        assert_eq!(found.iter().map(|it| it.inode).collect::<Vec<_>>(), inodes, "{to}");
+    }
+}
+
+#[test]
 fn harmless_rules_pass() {
-    let mut without_route = rule("192.0.2.240/28", "all", "");
-    without_route.route = false;
+    let without_route =
+        Rule { terms: Arc::new(Terms { route: false, ..Terms::default() }), ..rule("192.0.2.240/28", "all", "") };
     for rule in [
         rule("203.0.113.0/24", "all", ""),
         rule("192.0.2.128/26", "all", ""),
         rule("2001:db8:1::/64", "all", ""),
         without_route,
     ] {
-        assert_eq!(objections(&rule, &host()), [""; 0], "{rule}");
+        assert_eq!(objections(std::slice::from_ref(&rule), &host()), [""; 0], "{rule}");
     }
 }
 
@@ -94,7 +102,7 @@ fn harm_is_described() {
         let shadowed = shadowed(&rule, &host);
         assert_eq!(describe(&rule, &host, &shadowed, &HashMap::new()), expected);
     }
-    let everything = objections(&rule("0.0.0.0/0", "1", ""), &host());
+    let everything = objections(&[rule("0.0.0.0/0", "1", "")], &host());
     assert_eq!(everything[0], "a local route to 0.0.0.0/0 would replace the default route and cut the host off");
 }
 

@@ -43,9 +43,9 @@ use self::{
 };
 use crate::steering::GroupSocket;
 
-/// Whether a source of datagrams is itself steered, so that an answer to it would come back to us. Asked for each
-/// datagram that is to be answered.
-pub type LoopGuard = Arc<dyn Fn(SocketAddr) -> bool + Send + Sync>;
+/// Whether the source of a datagram is itself steered for what comes from the address that it dialled, so that an answer
+/// would come back to us. Asked for each datagram that is to be answered, source first.
+pub type LoopGuard = Arc<dyn Fn(SocketAddr, SocketAddr) -> bool + Send + Sync>;
 
 /// What all services of a daemon have in common.
 #[derive(Clone)]

@@ -72,7 +72,7 @@ impl Group {
     /// Opens a group of `size` sockets, non-blocking, on a free port of the loopback address. None if the host
     /// does not have the family.
     pub(super) fn open(family: Family, transport: Transport, size: NonZeroUsize) -> anyhow::Result<Option<Self>> {
-        let what = || format!("open {size} {} sockets over {family}", protocol(transport));
+        let what = || format!("open {size} {} sockets over {family}", Protocol::from(transport));
         let first = match transparent(family, transport) {
             Err(error) if error.raw_os_error() == Some(libc::EAFNOSUPPORT) => return Ok(None),
             first => first.map_err(explain).with_context(what)?,
@@ -118,20 +118,13 @@ impl Group {
         let info = self.sockets.iter().map(|socket| {
             Ok(SocketInfo {
                 family: self.family,
-                protocol: protocol(self.transport),
+                protocol: self.transport.into(),
                 local: self.bound,
                 cookie: socket.cookie().context("read the cookie of a socket")?,
                 pid: process::id(),
             })
         });
         info.collect()
-    }
-}
-
-fn protocol(transport: Transport) -> Protocol {
-    match transport {
-        Transport::Tcp => Protocol::Tcp,
-        Transport::Udp => Protocol::Udp,
     }
 }
 

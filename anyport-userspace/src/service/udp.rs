@@ -158,7 +158,7 @@ fn refusal(ends: Ends, question: usize, answer: usize, loop_guard: &LoopGuard) -
         Some(Refusal::Unanswerable)
     } else if headers + answer > AMPLIFICATION * (headers + question) {
         Some(Refusal::Size)
-    } else if client == dialled || loop_guard(client) {
+    } else if client == dialled || loop_guard(client, dialled) {
         Some(Refusal::Loop)
     } else {
         None
@@ -179,7 +179,7 @@ mod tests {
     }
 
     fn steered(port: u16) -> LoopGuard {
-        Arc::new(move |source: SocketAddr| source.port() == port)
+        Arc::new(move |source: SocketAddr, _| source.port() == port)
     }
 
     #[test]

@@ -15,10 +15,10 @@ use serde::{Serialize, de::DeserializeOwned};
 /// addresses, and the ports, if they were read, one after the other.
 pub fn packet(input: &[u8]) {
     for packet in [packet::from_ethernet(input), packet::from_ip(input)].into_iter().flatten() {
-        let Packet { source, source_port, destination, is_unreadable, .. } = packet;
-        let ports = [source_port.to_be_bytes(), destination.port.to_be_bytes()].concat();
+        let Packet { flow, source_port, is_unreadable, .. } = packet;
+        let ports = [source_port.to_be_bytes(), flow.port.to_be_bytes()].concat();
         assert!(is_unreadable || contains(input, &ports), "ports of {packet:?}");
-        for address in [source, destination.address] {
+        for address in [flow.source, flow.address] {
             assert!(contains(input, &bytes(address)), "{address:?} of {packet:?}");
         }
     }
@@ -48,7 +48,7 @@ fn bytes(address: Address) -> Vec<u8> {
     let Address { version, high, low } = address;
     let all = [high.to_be_bytes(), low.to_be_bytes()].concat();
     match version {
-        Version::V4 => all[12..].to_vec(),
+        Version::V4 => all[..4].to_vec(),
         Version::V6 => all,
     }
 }

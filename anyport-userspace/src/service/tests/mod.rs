@@ -29,14 +29,14 @@ struct Scene {
 
 impl Scene {
     fn new(handler: HandlerKind, banner: Option<&str>) -> Self {
-        Self::with(handler, banner, DescriptorPool::new(100), |_| false)
+        Self::with(handler, banner, DescriptorPool::new(100), |_, _| false)
     }
 
     fn with(
         handler: HandlerKind,
         banner: Option<&str>,
         descriptors: DescriptorPool,
-        loop_guard: fn(SocketAddr) -> bool,
+        loop_guard: fn(SocketAddr, SocketAddr) -> bool,
     ) -> Self {
         let runtime = Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
         let commons = Commons {

@@ -97,7 +97,7 @@ fn accepted_connections_are_set_up_by_their_listener() {
 
 #[test]
 fn connections_wait_while_the_pool_is_empty() {
-    let scene = Scene::with(HandlerKind::Echo, None, DescriptorPool::new(2), |_| false);
+    let scene = Scene::with(HandlerKind::Echo, None, DescriptorPool::new(2), |_, _| false);
     let mut streams: Vec<TcpStream> = (0..6).map(|_| scene.dial(0)).collect();
     eventually("two are served", || scene.service.stats().active == 2);
     sleep(Duration::from_millis(50));

@@ -48,7 +48,7 @@ fn echo_over_udp() {
 
 #[test]
 fn a_steered_source_gets_no_answer() {
-    let scene = Scene::with(HandlerKind::Echo, None, DescriptorPool::new(100), |_| true);
+    let scene = Scene::with(HandlerKind::Echo, None, DescriptorPool::new(100), |_, _| true);
     for group in UDP {
         let client = client(&scene, group);
         client.send(b"again").unwrap();

@@ -1,0 +1,403 @@
+//! Rules from a file: all that were applied before go, in the same step in which the new ones come.
+
+use std::{
+    cmp::Ordering,
+    collections::{BTreeMap, HashSet},
+    mem,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use tracing::{info, warn};
+
+use super::{Engine, Running, change::Keep, commands::conflict_problem};
+use crate::{
+    api::{Applied, Apply, Changed, Kind, Problem},
+    rules::{
+        Change, Conflict, Held, Origin, Prefix, PrefixRules, Rule, ServiceName, Terms,
+        file::RuleFile,
+        lines::{Line, LineRule},
+    },
+    service::ServiceConfig,
+};
+
+/// What an apply has done that rolls back by itself unless it is confirmed.
+#[derive(Debug)]
+pub(super) struct Unconfirmed {
+    until: Instant,
+    back: Change,
+    services: Replaced,
+    /// The rules as lines, if that is what they were read from.
+    lines: Option<String>,
+}
+
+/// The services that an apply has closed or replaced, and those that it has opened.
+#[derive(Debug, Default)]
+struct Replaced {
+    before: BTreeMap<ServiceName, Running>,
+    opened: Vec<ServiceName>,
+}
+
+/// What an apply will do.
+struct Intent {
+    change: Change,
+    /// Services to open, in place of those of the same name.
+    opened: Vec<ServiceConfig>,
+    closed: Vec<ServiceName>,
+    has_services: bool,
+    answer: Applied,
+}
+
+impl Engine {
+    /// Makes the applied rules, and services where the file has them, equal to a file.
+    ///
+    /// # Errors
+    /// See [`Kind`]. Nothing has changed.
+    pub async fn apply(&mut self, text: String, options: &Apply) -> Result<Applied, Problem> {
+        if !options.dry_run {
+            self.expect_confirmed()?;
+        }
+        self.progress.begin("reading the rules", 1);
+        let intent = self.intent(&text, options)?;
+        self.expect_room_for(&intent.change)?;
+        if !options.force {
+            self.expect_safe(&intent.change).await?;
+        }
+        let Intent { change, opened, closed, has_services, mut answer } = intent;
+        if options.dry_run || (change.is_empty() && opened.is_empty() && closed.is_empty()) {
+            answer.generation = self.generation;
+            return Ok(answer);
+        }
+        let services = self.replace_services(opened, &closed).await?;
+        // What was read from lines says what the rules say now, line for line.
+        let lines = (!has_services).then_some(text);
+        let back = options.confirm.map(|_| (change.clone().inverse(), lines.clone()));
+        let keep = if back.is_some() { Keep::InMemory } else { Keep::AppliedOnDisk(lines) };
+        if let Err(problem) = self.change(change, keep).await {
+            self.put_back(services).await;
+            self.repair().await;
+            return Err(problem);
+        }
+        answer.generation = self.generation;
+        answer.notes.extend(self.notes_on_routes());
+        match (back, options.confirm) {
+            (Some((back, lines)), Some(seconds)) => {
+                let until = Instant::now() + Duration::from_secs(seconds);
+                self.unconfirmed = Some(Unconfirmed { until, back, services, lines });
+                answer.confirm_within = Some(seconds);
+            }
+            _ => self.close_replaced(services).await,
+        }
+        Ok(answer)
+    }
+
+    /// Keeps what waits for it.
+    ///
+    /// # Errors
+    /// Nothing waits, or the state can't be kept: then it still waits.
+    pub async fn confirm(&mut self) -> Result<Changed, Problem> {
+        let Some(mut unconfirmed) = self.unconfirmed.take() else {
+            return Err(Problem::new(Kind::NotFound, "nothing waits to be confirmed")
+                .hint("if the time was over, the rules before are in force again; apply the file once more"));
+        };
+        if let Err(error) = self.save(&unconfirmed.back, unconfirmed.lines.take()) {
+            self.unconfirmed = Some(unconfirmed);
+            return Err(error.into());
+        }
+        self.close_replaced(unconfirmed.services).await;
+        Ok(self.changed(1, Vec::new()))
+    }
+
+    /// Goes back to the rules before an apply that was not confirmed in time.
+    pub(super) async fn roll_back_if_due(&mut self) {
+        let Some(Unconfirmed { back, services, .. }) = self.unconfirmed.take_if(|it| it.until <= Instant::now()) else {
+            return;
+        };
+        warn!("nobody confirmed what was applied: going back to the rules before");
+        // First the services that the rules before steer to.
+        let opened = self.swap_in(services);
+        match self.change(back.clone(), Keep::OnDisk).await {
+            Ok(()) => info!("the rules before are in force again"),
+            Err(problem) => {
+                self.broken = Some(format!("go back to the rules before, which is tried again: {}", problem.error));
+                let until = Instant::now();
+                self.unconfirmed = Some(Unconfirmed { until, back, services: Replaced::default(), lines: None });
+            }
+        }
+        self.close_replaced(opened).await;
+    }
+
+    /// Seconds until what was applied is rolled back, if it waits to be confirmed.
+    pub(super) fn unconfirmed_for(&self) -> Option<u64> {
+        let until = self.unconfirmed.as_ref()?.until;
+        Some(until.saturating_duration_since(Instant::now()).as_secs())
+    }
+
+    /// Refuses a change while another one waits to be confirmed, since going back would lose it.
+    pub(super) fn expect_confirmed(&self) -> Result<(), Problem> {
+        match self.unconfirmed_for() {
+            None => Ok(()),
+            Some(left) => Err(Problem::new(
+                Kind::Conflict,
+                format!("what was applied waits to be confirmed and is rolled back in {left} s"),
+            )
+            .hint("anyportctl confirm keeps it; or wait until it is rolled back")),
+        }
+    }
+
+    fn intent(&mut self, text: &str, options: &Apply) -> Result<Intent, Problem> {
+        let invalid = |why: String| Problem::new(Kind::Invalid, why);
+        let RuleFile { services, mut rules } =
+            RuleFile::parse(text, |terms| self.shared(terms)).map_err(|error| invalid(error.to_string()))?;
+        let mut answer = Applied { dry_run: options.dry_run, ..Applied::default() };
+        let has_services = services.is_some();
+        let (opened, closed) = match services {
+            Some(services) => self.service_steps(services, &mut answer)?,
+            None => (Vec::new(), Vec::new()),
+        };
+        if !rules.is_sorted_by_key(|((prefix, _), _)| *prefix) {
+            rules.sort_by_key(|((prefix, _), _)| *prefix);
+        }
+        self.expect_services(&rules, &opened, &closed)?;
+        let change = self.difference(&rules, options.prune, &mut answer)?;
+        self.expect_unused(&closed, &change)?;
+        Ok(Intent { change, opened, closed, has_services, answer })
+    }
+
+    /// Which services have to be opened and closed, so that those that were applied are these.
+    fn service_steps(
+        &self,
+        services: Vec<ServiceConfig>,
+        answer: &mut Applied,
+    ) -> Result<(Vec<ServiceConfig>, Vec<ServiceName>), Problem> {
+        let names: Vec<_> = services.iter().map(|it| it.name.clone()).collect();
+        let mut opened = Vec::new();
+        for service in services {
+            match self.services.get(&service.name) {
+                Some(running) if *running.service.config() == service => continue,
+                // The one that is there when nobody has made one of its name.
+                Some(running) if running.origin == Origin::Applied || running.is_preset() => {
+                    answer.services.push(format!("~ {}", service.name));
+                }
+                Some(running) => {
+                    let whose = if running.origin == Origin::Config { "in the configuration" } else { "added by hand" };
+                    return Err(Problem::new(
+                        Kind::Conflict,
+                        format!("the service {} is {whose} with other settings", service.name),
+                    )
+                    .hint("use another name, or give both the same settings"));
+                }
+                None => answer.services.push(format!("+ {}", service.name)),
+            }
+            opened.push(service);
+        }
+        let is_gone =
+            |(name, running): &(&ServiceName, &Running)| running.origin == Origin::Applied && !names.contains(name);
+        let closed: Vec<_> = self.services.iter().filter(is_gone).map(|(name, _)| name.clone()).collect();
+        answer.services.extend(closed.iter().map(|name| format!("- {name}")));
+        Ok((opened, closed))
+    }
+
+    /// Every rule must steer to a service that will be there.
+    fn expect_services(
+        &self,
+        rules: &[(LineRule, u32)],
+        opened: &[ServiceConfig],
+        closed: &[ServiceName],
+    ) -> Result<(), Problem> {
+        let is_there = |name: &ServiceName| {
+            opened.iter().any(|it| it.name == *name) || self.services.contains_key(name) && !closed.contains(name)
+        };
+        let mut last: Option<&ServiceName> = None;
+        for ((_, terms), line) in rules {
+            if last != Some(&terms.service) && !is_there(&terms.service) {
+                let names: Vec<&str> = self.services.keys().map(ServiceName::as_str).collect();
+                return Err(Problem::new(
+                    Kind::NotFound,
+                    format!("line {line}: there is no service {}", terms.service),
+                )
+                .hint(format!("the services are: {}; add-service makes a new one", names.join(", "))));
+            }
+            last = Some(&terms.service);
+        }
+        Ok(())
+    }
+
+    /// No rule that stays may steer to a service that goes.
+    fn expect_unused(&self, closed: &[ServiceName], change: &Change) -> Result<(), Problem> {
+        if closed.is_empty() {
+            return Ok(());
+        }
+        let goes = |prefix: &Prefix| change.removed.binary_search_by_key(prefix, |(it, _)| *it).is_ok();
+        let stay = self.rules.prefixes().filter(|(prefix, _)| !goes(prefix)).map(|(prefix, rules)| (*prefix, rules));
+        let come = change.added.iter().map(|(prefix, rules)| (*prefix, rules));
+        let mut all = stay.chain(come).flat_map(|(prefix, rules)| rules.numbered(prefix));
+        match all.find(|rule| closed.contains(&rule.terms.service)) {
+            None => Ok(()),
+            Some(rule) => Err(Problem::new(
+                Kind::Conflict,
+                format!(
+                    "the file has no service {}, but a rule stays that steers to it: {}",
+                    rule.terms.service,
+                    rule.to_rule()
+                ),
+            )
+            .hint("keep the service in the file, or remove that rule first")),
+        }
+    }
+
+    /// What has to change so that the applied rules are these, which are sorted by prefix.
+    fn difference(&self, rules: &[(LineRule, u32)], prune: bool, answer: &mut Applied) -> Result<Change, Problem> {
+        let mut change = Change::default();
+        let mut here = self.rules.prefixes().peekable();
+        let mut there = rules.chunk_by(|a, b| a.0.0 == b.0.0).peekable();
+        loop {
+            let next = match (here.peek(), there.peek()) {
+                (None, None) => break,
+                (Some(_), None) => Ordering::Less,
+                (None, Some(_)) => Ordering::Greater,
+                (Some((prefix, _)), Some(new)) => (*prefix).cmp(&new[0].0.0),
+            };
+            let before = if next == Ordering::Greater { None } else { here.next() };
+            let new = if next == Ordering::Less { None } else { there.next() };
+            let Some(prefix) = before.map(|(prefix, _)| *prefix).or(new.map(|new| new[0].0.0)) else { break };
+            let before = before.map(|(_, rules)| rules);
+            let new = new.unwrap_or_default();
+            if before.is_some_and(|before| is_same(before, new, prune)) {
+                answer.unchanged += new.len();
+                answer.count_others(before, new.len());
+                continue;
+            }
+            let after = after(prefix, before, new, prune)?;
+            answer.tell(prefix, before, &after);
+            if before.is_none_or(|before| *before != after) {
+                change.removed.extend(before.map(|before| (prefix, before.clone())));
+                if !after.is_empty() {
+                    change.added.push((prefix, after));
+                }
+            }
+        }
+        Ok(change)
+    }
+
+    async fn replace_services(
+        &mut self,
+        opened: Vec<ServiceConfig>,
+        closed: &[ServiceName],
+    ) -> Result<Replaced, Problem> {
+        let mut replaced = Replaced::default();
+        for config in opened {
+            let name = config.name.clone();
+            let before = self.services.remove(&name);
+            replaced.before.extend(before.map(|before| (name.clone(), before)));
+            if let Err(error) = self.open_service(config, Origin::Applied) {
+                self.put_back(replaced).await;
+                return Err(error.into());
+            }
+            replaced.opened.push(name);
+        }
+        for name in closed {
+            replaced.before.extend(self.services.remove_entry(name));
+        }
+        Ok(replaced)
+    }
+
+    /// Puts the services back that were there before; what is returned are those in whose place they are now.
+    fn swap_in(&mut self, Replaced { before, opened }: Replaced) -> Replaced {
+        let mut out = Replaced::default();
+        for name in opened {
+            out.before.extend(self.services.remove_entry(&name));
+        }
+        self.services.extend(before);
+        out
+    }
+
+    async fn put_back(&mut self, services: Replaced) {
+        let opened = self.swap_in(services);
+        self.close_replaced(opened).await;
+    }
+
+    async fn close_replaced(&mut self, mut services: Replaced) {
+        for running in mem::take(&mut services.before).into_values() {
+            self.close_service(running).await;
+        }
+    }
+}
+
+/// Whether the applied rules of a prefix are these already.
+fn is_same(before: &PrefixRules, new: &[(LineRule, u32)], prune: bool) -> bool {
+    let mut applied = before.iter().filter(|it| it.origins.contains(Origin::Applied));
+    let is_pruned = prune && before.iter().any(|it| it.origins.contains(Origin::Added));
+    !is_pruned
+        && new.len() <= 1
+        && applied.next().map(|it| &it.terms) == new.first().map(|((_, terms), _)| terms)
+        && applied.next().is_none()
+}
+
+/// The rules of a prefix after these have been applied.
+fn after(
+    prefix: Prefix,
+    before: Option<&PrefixRules>,
+    new: &[(LineRule, u32)],
+    prune: bool,
+) -> Result<PrefixRules, Problem> {
+    let mut after = before.cloned().unwrap_or_default();
+    after.remove_origin(Origin::Applied);
+    if prune {
+        after.remove_origin(Origin::Added);
+    }
+    let held = new.iter().map(|((_, terms), _)| Held { terms: Arc::clone(terms), origins: Origin::Applied.into() });
+    after.extend(prefix, held).map_err(|conflict| {
+        let line_of = |rule: &Rule| new.iter().find(|((_, terms), _)| *terms == rule.terms).map(|(_, line)| line);
+        let line = match &conflict {
+            Conflict::Targets { new, old, .. } => line_of(new).max(line_of(old)),
+            Conflict::Route(_) => new.first().map(|(_, line)| line),
+        };
+        let Problem { kind, error, hint } = conflict_problem(&conflict);
+        let error = line.map_or(error.clone(), |line| format!("line {line}: {error}"));
+        Problem { kind, error, hint }
+    })?;
+    Ok(after)
+}
+
+impl Applied {
+    /// Notes what becomes of a prefix's rules.
+    fn tell(&mut self, prefix: Prefix, before: Option<&PrefixRules>, after: &PrefixRules) {
+        let was: HashSet<&Terms> = before.into_iter().flatten().map(|held| &*held.terms).collect();
+        let is: HashSet<&Terms> = before.into_iter().flat_map(|_| after).map(|held| &*held.terms).collect();
+        for held in before.into_iter().flatten() {
+            if !is.contains(&*held.terms) {
+                self.removed += 1;
+                self.note_difference(|| format!("- {}", Line(&prefix, &held.terms)));
+            }
+        }
+        for held in after {
+            if !was.contains(&*held.terms) {
+                self.added += 1;
+                self.note_difference(|| format!("+ {}", Line(&prefix, &held.terms)));
+            } else if held.origins.contains(Origin::Applied) {
+                self.unchanged += 1;
+            }
+        }
+        let applied = after.iter().filter(|it| it.origins.contains(Origin::Applied)).count();
+        self.count_others(Some(after), applied);
+    }
+
+    fn note_difference(&mut self, line: impl FnOnce() -> String) {
+        if self.dry_run {
+            self.difference.push(line());
+        }
+    }
+
+    /// Counts the rules that stay though the file does not have them.
+    fn count_others(&mut self, rules: Option<&PrefixRules>, applied: usize) {
+        let Some(rules) = rules.filter(|rules| rules.len() > applied) else { return };
+        for held in rules.iter().filter(|it| !it.origins.contains(Origin::Applied)) {
+            if held.origins.contains(Origin::Config) {
+                self.kept_of_config += 1;
+            } else {
+                self.kept_added += 1;
+            }
+        }
+    }
+}

@@ -1,0 +1,216 @@
+//! What `anyportctl` asks for.
+
+use super::{Engine, change::Keep};
+use crate::{
+    api::{AddPrefixes, Changed, Kind, Problem, RemovePrefixes},
+    host::{self, Host},
+    rules::{Change, Conflict, Draft, Origin, Prefix, Rule, ServiceName, Terms},
+    service::ServiceConfig,
+};
+
+impl Engine {
+    /// Adds a rule for each prefix, or none.
+    ///
+    /// # Errors
+    /// See [`Kind`]. Nothing has changed.
+    pub async fn add_prefixes(&mut self, request: AddPrefixes) -> Result<Changed, Problem> {
+        let AddPrefixes { prefixes, protocol, ports, except, source, service, route, force } = request;
+        if prefixes.is_empty() {
+            return Err(Problem::new(Kind::Invalid, "add prefixes: there are none in the request"));
+        }
+        self.expect_confirmed()?;
+        self.expect_service(&service)?;
+        let terms = self.shared(Terms { protocol, ports, except, source, service, route });
+        let mut draft = Draft::of(&self.rules);
+        let mut added = 0;
+        for prefix in prefixes {
+            terms.validate(&prefix).map_err(|error| Problem::new(Kind::Invalid, error.to_string()))?;
+            let rule = Rule { prefix, terms: terms.clone(), origins: Origin::Added.into() };
+            if draft.prefix(prefix).insert(&rule).map_err(|conflict| conflict_problem(&conflict))? {
+                added += 1;
+            }
+        }
+        let change = draft.finish();
+        self.expect_room_for(&change)?;
+        if !force {
+            self.expect_safe(&change).await?;
+        }
+        if !change.is_empty() {
+            self.change(change, Keep::OnDisk).await?;
+        }
+        Ok(self.changed(added, self.notes_on_routes()))
+    }
+
+    /// Removes the rules that the request selects.
+    ///
+    /// # Errors
+    /// See [`Kind`]; a prefix without such a rule is one. Nothing has changed.
+    pub async fn remove_prefixes(&mut self, request: RemovePrefixes) -> Result<Changed, Problem> {
+        if request.prefixes.is_empty() {
+            return Err(Problem::new(Kind::Invalid, "remove prefixes: there are none in the request"));
+        }
+        self.expect_confirmed()?;
+        let mut draft = Draft::of(&self.rules);
+        let mut removed: Vec<Rule> = Vec::new();
+        for prefix in &request.prefixes {
+            let gone = draft.prefix(*prefix).remove(|held| request.selects(&held.terms));
+            if gone.is_empty() && !removed.iter().any(|rule| rule.prefix == *prefix) {
+                let of_prefix = self.rules.of_prefix(prefix);
+                let rules: Vec<String> =
+                    of_prefix.iter().flat_map(|it| it.iter()).map(|it| it.terms.to_string()).collect();
+                let hint = if rules.is_empty() {
+                    "anyportctl prefixes lists the rules".to_owned()
+                } else {
+                    format!("its rules are: {}", rules.join("; "))
+                };
+                return Err(Problem::new(Kind::NotFound, format!("{prefix} has no such rule")).hint(hint));
+            }
+            let gone = gone.into_iter().map(|it| Rule { prefix: *prefix, terms: it.terms, origins: it.origins });
+            removed.extend(gone);
+        }
+        let change = draft.finish();
+        self.change(change, Keep::OnDisk).await?;
+        let of = |origin| removed.iter().find(move |rule| rule.origins.contains(origin));
+        let config =
+            of(Origin::Config).map(|rule| format!("{rule} is in the configuration and comes back with the next start"));
+        let applied = of(Origin::Applied)
+            .map(|rule| format!("{rule} was applied from a file and comes back when that is applied again"));
+        Ok(self.changed(removed.len(), config.into_iter().chain(applied).collect()))
+    }
+
+    /// Opens a new service's sockets.
+    ///
+    /// # Errors
+    /// See [`Kind`]; another service of that name is one.
+    pub async fn add_service(&mut self, config: ServiceConfig) -> Result<Changed, Problem> {
+        config.validate().map_err(|error| Problem::new(Kind::Invalid, error.to_string()))?;
+        if let Some(running) = self.services.get(&config.name) {
+            return if *running.service.config() == config {
+                Ok(self.changed(0, Vec::new()))
+            } else {
+                Err(Problem::new(Kind::Conflict, format!("there is a service {} with other settings", config.name))
+                    .hint("anyportctl services lists the services; remove it first, or use another name"))
+            };
+        }
+        self.expect_confirmed()?;
+        let name = config.name.clone();
+        self.open_service(config, Origin::Added)?;
+        if let Err(problem) = self.change(Change::default(), Keep::OnDisk).await {
+            if let Some(running) = self.services.remove(&name) {
+                self.close_service(running).await;
+            }
+            self.repair().await;
+            return Err(problem);
+        }
+        Ok(self.changed(1, Vec::new()))
+    }
+
+    /// Closes a service that no rule steers to. Its connections go on until they end.
+    ///
+    /// # Errors
+    /// See [`Kind`]; that a rule steers to it is one.
+    pub async fn remove_service(&mut self, name: ServiceName) -> Result<Changed, Problem> {
+        self.expect_service(&name)?;
+        self.expect_confirmed()?;
+        let users = || self.rules.iter().filter(|rule| rule.terms.service == name);
+        if let Some(first) = users().next() {
+            let (first, count) = (first.to_rule(), users().count());
+            return Err(Problem::new(
+                Kind::Conflict,
+                format!("{count} rules steer to the service {name}, the first is: {first}"),
+            )
+            .hint("remove those prefixes first, or steer them to another service"));
+        }
+        let Some(removed) = self.services.remove(&name) else {
+            return Err(Problem::new(Kind::Failed, format!("the service {name} went away")));
+        };
+        let notes = match removed.origin {
+            Origin::Config => vec![format!("{name} comes back with the next start, as configured")],
+            Origin::Applied => {
+                vec![format!("{name} was applied from a file and comes back when that is applied again")]
+            }
+            Origin::Added => Vec::new(),
+        };
+        if let Err(problem) = self.change(Change::default(), Keep::OnDisk).await {
+            self.services.insert(name, removed);
+            self.repair().await;
+            return Err(problem);
+        }
+        self.close_service(removed).await;
+        Ok(self.changed(1, notes))
+    }
+
+    pub(super) fn changed(&self, changed: usize, notes: Vec<String>) -> Changed {
+        Changed { generation: self.generation, changed, notes }
+    }
+
+    /// What the last change left as it was found.
+    pub(super) fn notes_on_routes(&self) -> Vec<String> {
+        let foreign = self.foreign_routes.iter();
+        foreign.map(|it| format!("{it} has a local route already, which is left as it was found")).collect()
+    }
+
+    pub(super) fn expect_service(&self, name: &ServiceName) -> Result<(), Problem> {
+        if self.services.contains_key(name) {
+            return Ok(());
+        }
+        let names: Vec<&str> = self.services.keys().map(ServiceName::as_str).collect();
+        Err(Problem::new(Kind::NotFound, format!("there is no service {name}"))
+            .hint(format!("the services are: {}; add-service makes a new one", names.join(", "))))
+    }
+
+    pub(super) fn expect_room_for(&self, change: &Change) -> Result<(), Problem> {
+        let count = |rules: &[(Prefix, _)]| {
+            rules.iter().map(|(_, it): &(_, crate::rules::PrefixRules)| it.len()).sum::<usize>()
+        };
+        let rules = self.rules.len() + count(&change.added) - count(&change.removed);
+        let limit = self.max_rules;
+        if rules <= limit || rules <= self.rules.len() {
+            return Ok(());
+        }
+        Err(Problem::new(Kind::Failed, format!("there would be {rules} rules; the limit is {limit}"))
+            .hint("use shorter prefixes or fewer, or raise max-rules in the section [daemon] of the configuration"))
+    }
+
+    /// Refuses what would cut the host off, or take from it what it serves itself.
+    pub(super) async fn expect_safe(&self, change: &Change) -> Result<(), Problem> {
+        let mut host =
+            Host { addresses: host::addresses()?, gateways: self.routes.gateways().await?, listeners: Vec::new() };
+        let own = host.addresses.iter().map(|(address, _)| *address);
+        let concerned = concerned(change, own.chain(host.gateways.iter().copied()));
+        // Reading who listens is the expensive part, and only matters where an address of the host is concerned.
+        if !concerned.is_empty() {
+            host.listeners = host::listeners()?;
+        }
+        let objections = host::objections(&concerned, &host);
+        if objections.is_empty() {
+            return Ok(());
+        }
+        Err(Problem::new(Kind::Unsafe, format!("refused for safety: {}", objections.join("; ")))
+            .hint("--force does it anyway"))
+    }
+}
+
+/// The new rules whose prefixes contain one of these addresses, or everything.
+fn concerned(change: &Change, addresses: impl Iterator<Item = std::net::IpAddr>) -> Vec<Rule> {
+    let everything = [true, false].map(|is_ipv4| Prefix::from_bits(is_ipv4, 0, 0));
+    let around = addresses.map(Prefix::host).flat_map(|host| (0..=host.len()).map(move |len| host.truncated(len)));
+    let mut prefixes: Vec<Prefix> = around.chain(everything).collect();
+    prefixes.sort_unstable();
+    prefixes.dedup();
+    let mut concerned = Vec::new();
+    for prefix in prefixes {
+        let Ok(at) = change.added.binary_search_by_key(&prefix, |(it, _)| *it) else { continue };
+        let before = change.removed.binary_search_by_key(&prefix, |(it, _)| *it).map(|at| &change.removed[at].1);
+        for rule in change.added[at].1.numbered(prefix) {
+            if !before.as_ref().is_ok_and(|before| before.iter().any(|held| held.terms == *rule.terms)) {
+                concerned.push(rule.to_rule());
+            }
+        }
+    }
+    concerned
+}
+
+pub(super) fn conflict_problem(conflict: &Conflict) -> Problem {
+    Problem::new(Kind::Conflict, conflict.to_string()).hint("remove the rule that is there first, or change the ports")
+}

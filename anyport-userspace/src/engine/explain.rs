@@ -1,0 +1,211 @@
+//! What becomes of a packet, and why.
+
+use std::{
+    fs,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+};
+
+use anyhow::bail;
+use anyport_common::flow::{Flow, Transport};
+
+use super::Engine;
+use crate::{
+    api::{Considered, Endpoint, Explain, Explanation, ListenerView, Problem, Reason, RouteView, SocketView, Verdict},
+    host::{self, Owner},
+    routes::{ROUTE_PROTOCOL, Route},
+    rules::{self, Decision, Numbered, Prefix, Protocol, ServiceName, decide, to_address},
+    service::Family,
+    steering::{Decided, Fate},
+};
+
+/// An ephemeral port, for a packet that comes from nowhere in particular.
+const SOURCE_PORT: u16 = 40_000;
+/// How many rules are explained.
+const EXPLAINED: usize = 200;
+
+impl Engine {
+    /// Asks the kernel what it would do with a packet, and says why. Nothing is counted.
+    ///
+    /// # Errors
+    /// See [`crate::api::Kind`].
+    pub async fn explain(&self, request: Explain) -> Result<Explanation, Problem> {
+        request.validate()?;
+        let Explain { protocol, to: Endpoint(to), from } = request;
+        let transport = if protocol == Protocol::Udp { Transport::Udp } else { Transport::Tcp };
+        let from_assumed = from.is_none();
+        let Endpoint(from) = from.unwrap_or_else(|| Endpoint((loopback(to.is_ipv4()), SOURCE_PORT).into()));
+        let flow = Flow { source: to_address(from.ip()), address: to_address(to.ip()), transport, port: to.port() };
+
+        let (decided, rule) = self.decided(&flow, from.port())?;
+        let (verdict, reason) = match decided.fate {
+            Fate::Steer => (Verdict::Steer, Reason::Steered),
+            Fate::Host => (Verdict::Host, Reason::Excepted),
+            Fate::Unmatched => (Verdict::Host, Reason::Unmatched),
+            Fate::Drop => (Verdict::Drop, Reason::NoSocket),
+        };
+        let mut notes: Vec<String> = self.doubt(&decided, transport, from.ip(), to).into_iter().collect();
+        let mut considered: Vec<Considered> = Vec::new();
+        let mut left_out = 0;
+        let mut is_about_some = false;
+        for it in rules::considered(&self.rules, &flow) {
+            is_about_some |= it.terms.source.is_some();
+            if considered.len() == EXPLAINED {
+                left_out += 1;
+                continue;
+            }
+            considered.push(Considered { rule: (&it).into(), why: rules::why(&it, &flow, rule.as_ref()) });
+        }
+        if from_assumed && is_about_some {
+            notes
+                .push("some of these rules are about certain clients only: --from says which client to ask for".into());
+        }
+        let service = rule.filter(|_| verdict != Verdict::Host).map(|rule| rule.terms.service.clone());
+        let socket = match (&service, verdict) {
+            (Some(service), Verdict::Steer) => Some(self.socket(service, &decided, protocol, to.is_ipv4())),
+            _ => None,
+        };
+        if socket.as_ref().is_some_and(|it| it.local.is_none()) {
+            notes.push("the socket that the kernel holds for the service is none that the service knows of".into());
+        }
+        let route = self.route(to.ip(), rule.as_ref()).await?;
+        let (shadowed, listeners) = match verdict {
+            Verdict::Steer | Verdict::Drop => (listeners(transport, to, true)?, Vec::new()),
+            Verdict::Host if route.local => (Vec::new(), listeners(transport, to, false)?),
+            Verdict::Host => (Vec::new(), Vec::new()),
+        };
+        Ok(Explanation {
+            verdict,
+            reason,
+            protocol,
+            to: Endpoint(to),
+            from: Endpoint(from),
+            from_assumed,
+            rule: rule.as_ref().map(Into::into),
+            service,
+            socket,
+            considered,
+            left_out,
+            route,
+            shadowed,
+            listeners,
+            backend: self.steering.back_end(),
+            generation: decided.generation.unwrap_or(self.generation),
+            notes,
+        })
+    }
+
+    /// What the kernel decides, with the rule that it names.
+    fn decided(&self, flow: &Flow, source_port: u16) -> anyhow::Result<(Decided, Option<Numbered<'_>>)> {
+        let mut unknown = 0;
+        // An answer may come from a generation that is on its way out.
+        for _ in 0..2 {
+            let decided = self.steering.decide(flow, source_port)?;
+            let Some(number) = decided.rule else { return Ok((decided, None)) };
+            if let Some(rule) = rules::considered(&self.rules, flow).find(|it| it.number == number) {
+                return Ok((decided, Some(rule)));
+            }
+            unknown = number;
+        }
+        bail!("the kernel decides by rule {unknown}, which is none of those around the address; status may say more")
+    }
+
+    /// What to say where the kernel decides otherwise than the rules demand.
+    fn doubt(&self, decided: &Decided, transport: Transport, source: IpAddr, to: SocketAddr) -> Option<String> {
+        let (demanded, number) = match decide(&self.rules, to.ip(), transport, to.port(), source) {
+            Decision::Unmatched => (&[Fate::Unmatched][..], None),
+            Decision::Host(rule) => (&[Fate::Host][..], Some(rule.number)),
+            Decision::Steer(rule) => (&[Fate::Steer, Fate::Drop][..], Some(rule.number)),
+        };
+        let is_right = demanded.contains(&decided.fate) && (decided.rule == number || decided.rule.is_none());
+        (!is_right).then(|| {
+            "the kernel decides otherwise than the rules demand; this is an error of anyport or somebody else's change"
+                .to_owned()
+        })
+    }
+
+    /// The socket that the kernel found, and who serves it.
+    fn socket(&self, service: &ServiceName, decided: &Decided, protocol: Protocol, is_ipv4: bool) -> SocketView {
+        let family = if is_ipv4 { Family::Ipv4 } else { Family::Ipv6 };
+        let sockets = self.services.get(service).map(|running| running.service.sockets()).unwrap_or_default();
+        let of_kind = || sockets.iter().filter(|it| it.family == family && it.protocol == protocol);
+        let found = match (decided.cookie, decided.bound) {
+            (Some(cookie), _) => of_kind().find(|it| it.cookie == cookie),
+            (None, Some(bound)) => of_kind().find(|it| it.local == bound),
+            // The kernel has been given the first one of the group.
+            (None, None) => of_kind().next(),
+        };
+        SocketView {
+            family,
+            protocol,
+            local: found.map(|it| it.local),
+            cookie: decided.cookie.or(found.map(|it| it.cookie)),
+            group: found.map_or(1, |found| of_kind().filter(|it| it.local == found.local).count()),
+            pid: found.map(|it| it.pid),
+            process: found.and_then(|it| process_name(it.pid)),
+        }
+    }
+
+    async fn route(&self, address: IpAddr, rule: Option<&Numbered<'_>>) -> anyhow::Result<RouteView> {
+        let route = self.routes.to(address).await?;
+        let is_ours = self.coverage.covers(&Prefix::host(address));
+        let text = match route {
+            Some(Route { block, is_local: true, protocol: ROUTE_PROTOCOL }) => {
+                format!("{block} is local by anyport's own route")
+            }
+            Some(Route { block, is_local: true, protocol }) => {
+                format!("{block} is local by a route that is not anyport's (protocol {protocol})")
+            }
+            _ => {
+                let instead = match route {
+                    Some(Route { block, .. }) => format!("no local route: such packets go on by the route to {block}"),
+                    None => "no local route, nor any other".to_owned(),
+                };
+                let advice = if is_ours {
+                    "somebody removed anyport's own, which the next change of a rule of the prefix puts back".to_owned()
+                } else if let Some(rule) = rule {
+                    let (v6, prefix) = (if address.is_ipv4() { "" } else { "-6 " }, rule.prefix);
+                    let source = loopback(address.is_ipv4());
+                    format!(
+                        "the rule came with --no-route: remove it and add it again without, or run \
+                         `ip {v6}route add local {prefix} dev lo src {source}`"
+                    )
+                } else {
+                    "add-prefix makes a prefix local".to_owned()
+                };
+                format!("{instead}; {advice}")
+            }
+        };
+        Ok(RouteView {
+            local: route.is_some_and(|it| it.is_local),
+            block: route.map(|it| it.block),
+            protocol: route.map(|it| it.protocol),
+            text,
+        })
+    }
+}
+
+fn loopback(is_ipv4: bool) -> IpAddr {
+    if is_ipv4 { Ipv4Addr::LOCALHOST.into() } else { Ipv6Addr::LOCALHOST.into() }
+}
+
+/// The sockets that the host would choose from by itself; where they are shadowed, those of anyport itself are left
+/// out.
+fn listeners(transport: Transport, to: SocketAddr, are_shadowed: bool) -> anyhow::Result<Vec<ListenerView>> {
+    let listeners = host::reached(transport, to, host::listeners()?);
+    let owners = host::owners(&listeners.iter().map(|it| it.inode).collect());
+    let others = listeners.iter().filter(|it| !(are_shadowed && host::is_own(it, owners.get(&it.inode))));
+    let mut views: Vec<ListenerView> = Vec::new();
+    for listener in others {
+        let owner: Option<&Owner> = owners.get(&listener.inode);
+        let (pid, process) = (owner.map(|it| it.pid), owner.map(|it| it.name.clone()));
+        // The sockets of a group that one process holds are one to people.
+        if !views.iter().any(|it| it.local == listener.local && it.pid == pid) {
+            views.push(ListenerView { protocol: transport.into(), local: listener.local, pid, process });
+        }
+    }
+    Ok(views)
+}
+
+fn process_name(pid: u32) -> Option<String> {
+    fs::read_to_string(format!("/proc/{pid}/comm")).ok().map(|name| name.trim_end().to_owned())
+}

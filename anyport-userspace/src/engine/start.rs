@@ -1,0 +1,169 @@
+//! The daemon's start: from configuration and state directory to what the kernel holds.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashSet},
+    sync::Arc,
+    time::Instant,
+};
+
+use anyhow::{Context as _, bail};
+use anyport_common::{
+    flow::{Flow, Transport},
+    maps::{MAX_RULES, MAX_SERVICES},
+    table::Verdict,
+};
+use tokio::runtime::Handle;
+use tracing::error;
+
+use super::{Engine, Running, numbers::Numbers};
+use crate::{
+    config::Config,
+    routes::Routes,
+    rules::{Change, Origin, RuleSet, to_address},
+    service::{Commons, DescriptorPool, LoopGuard, Service, ServiceConfig},
+    steering::{
+        BackEnd, bpf,
+        choose::{choose, remove_leftovers},
+    },
+    store::{State, Store},
+    table::{OwnSegments, Published, Table},
+};
+
+/// How many numbers of rules and slots of services rest before they are given out again.
+const RESTING: usize = 32;
+
+impl Engine {
+    /// Finds a back end, opens the services' sockets, and puts configuration and kept state into the kernel.
+    /// What an earlier daemon left is replaced or removed.
+    ///
+    /// # Errors
+    /// What does not work, and nothing is left behind.
+    pub async fn start(config: &Config, data: Handle) -> anyhow::Result<Self> {
+        let (store, state) = Store::open(&config.state_dir)?;
+        let (services, rules) = desired(config, &state)?;
+        let routes = Routes::open()?;
+        let published: Arc<Published> = Arc::default();
+        let options = bpf::Options {
+            bpffs: config.bpffs.clone(),
+            interfaces: config.interfaces.clone(),
+            debug: config.log_level >= crate::config::LogLevel::Debug,
+            readers: Arc::clone(&published),
+        };
+        let chosen = choose(config.steering.back_end(), &options)?;
+        remove_leftovers(chosen.steering.back_end(), &options).context("remove what an earlier daemon left")?;
+        let commons = Commons {
+            runtime: data,
+            workers: config.workers,
+            descriptors: DescriptorPool::of_process()?,
+            loop_guard: loop_guard(&published),
+        };
+        let own_segments = || OwnSegments { readers: Arc::clone(&published) };
+        let has_no_table = chosen.steering.back_end() == BackEnd::Tproxy;
+        let mut engine = Self {
+            rules: RuleSet::default(),
+            services: BTreeMap::new(),
+            own_table: has_no_table.then(|| Table::new(Box::new(own_segments()))),
+            published,
+            generation: 0,
+            rule_numbers: Numbers::new(0..MAX_RULES, RESTING),
+            // Slot 0 refuses.
+            service_slots: Numbers::new(1..MAX_SERVICES, RESTING),
+            max_rules: config.max_rules,
+            added: BTreeSet::new(),
+            terms: HashSet::new(),
+            steering: chosen.steering,
+            outcomes: chosen.outcomes,
+            // What a daemon left that was killed is local too, and stays so where it still has to be.
+            coverage: routes.ours().await?.into_iter().collect(),
+            routes,
+            foreign_routes: Vec::new(),
+            draining: HashSet::new(),
+            broken: None,
+            unconfirmed: None,
+            progress: Arc::default(),
+            counters_kept: Instant::now(),
+            store,
+            commons,
+        };
+        match engine.bring_up(services, rules).await {
+            Ok(()) => Ok(engine),
+            Err(error) => {
+                if let Err(second) = engine.stop().await {
+                    error!("clean up after a start that failed: {second:#}");
+                }
+                Err(error)
+            }
+        }
+    }
+
+    async fn bring_up(&mut self, services: Vec<(ServiceConfig, Origin)>, rules: RuleSet) -> anyhow::Result<()> {
+        for (config, origin) in services {
+            self.open_service(config, origin)?;
+        }
+        let added = rules.prefixes().map(|(prefix, rules)| (*prefix, rules.clone())).collect();
+        self.start_with(Change { removed: Vec::new(), added }).await?;
+        self.restore_counters()
+    }
+
+    /// Opens the sockets of a service. They receive nothing before the next plan.
+    pub(super) fn open_service(&mut self, config: ServiceConfig, origin: Origin) -> anyhow::Result<()> {
+        let name = config.name.clone();
+        let service = Service::start(config, &self.commons)?;
+        let slot = self.service_slots.take(1).context("there are too many services")?.start;
+        self.services.insert(name, Running { service, origin, slot: slot.try_into()? });
+        Ok(())
+    }
+
+    /// Closes the sockets of a service that is not steered to any more.
+    pub(super) async fn close_service(&mut self, running: Running) {
+        let slot = u32::from(running.slot);
+        self.service_slots.give_back(slot..slot + 1);
+        running.service.stop().await;
+    }
+}
+
+/// Tells sources that are steered themselves, to which an answer would come back.
+fn loop_guard(published: &Arc<Published>) -> LoopGuard {
+    let published = Arc::clone(published);
+    Arc::new(move |asker, dialled| {
+        let flow = Flow {
+            source: to_address(dialled.ip()),
+            address: to_address(asker.ip()),
+            transport: Transport::Udp,
+            port: asker.port(),
+        };
+        matches!(published.read(|reader| reader.lookup(&flow)), Verdict::Steer { .. })
+    })
+}
+
+/// What configuration and state file say together. They must not contradict each other.
+fn desired(config: &Config, state: &State) -> anyhow::Result<(Vec<(ServiceConfig, Origin)>, RuleSet)> {
+    const ADVICE: &str = "change the configuration, or what was added by hand: state.json in the state directory";
+    let mut services: Vec<_> = config.services.iter().map(|it| (it.clone(), Origin::Config)).collect();
+    let kept = state.applied_services.iter().map(|it| (it, Origin::Applied));
+    for (added, origin) in kept.chain(state.services.iter().map(|it| (it, Origin::Added))) {
+        match services.iter().find(|(service, _)| service.name == added.name) {
+            Some((configured, _)) if configured == added => {}
+            Some(_) => bail!("the service {} was {origin} with other settings; {ADVICE}", added.name),
+            None => services.push((added.clone(), origin)),
+        }
+    }
+    let default = ServiceConfig::default_service();
+    if !services.iter().any(|(service, _)| service.name == default.name) {
+        services.push((default, Origin::Config));
+    }
+    let names: HashSet<_> = services.iter().map(|(service, _)| &service.name).collect();
+    let mut rules = config.rules.clone();
+    for rule in state.applied_rules.iter().chain(&state.rules) {
+        rule.terms.validate(&rule.prefix).context(ADVICE)?;
+        if !names.contains(&rule.terms.service) {
+            bail!(
+                "there is no service {} any more, to which a rule that was {} steers: {rule}; {ADVICE}",
+                rule.terms.service,
+                rule.origins.first()
+            );
+        }
+        rules.insert(rule).context(ADVICE)?;
+    }
+    Ok((services, rules))
+}
