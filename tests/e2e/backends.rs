@@ -38,6 +38,7 @@ pub(crate) fn trials() -> Vec<Trial> {
     for flavour in ["nft", "legacy"] {
         trials.push(trial(format!("tproxy::backends::iptables of the {flavour} flavour"), move || tproxy(flavour)));
     }
+    trials.push(trial("tproxy::backends::many prefixes, with ipset and without", many));
     for backend in ["sk-lookup", "tc"] {
         trials.push(trial(format!("{backend}::backends::bpftool shows the rules"), move || operator(backend)));
         trials.push(trial(format!("{backend}::backends::programs log on request"), move || programs_log(backend)));
@@ -254,6 +255,46 @@ fn tproxy(flavour: &str) {
     assert_eq!(saved(), before, "rules after the end");
 }
 
+/// Where there are sets one stands for all prefixes; where there are none each has a line, up to a limit.
+fn many() {
+    let topology = Topology::new();
+    let tools = xtables("nft");
+    let without = only_setpriv(tools.path());
+    for (path, has_sets) in [(path_with(tools.path()), true), (without.into(), false)] {
+        let mut daemon = Setup::new(&topology.host, "tproxy").env("PATH", &path).start();
+        let all: Vec<String> = (0..40).map(|it| format!("192.0.2.{it} 2001:db8:0:a::{it:x}")).collect();
+        daemon.ok(&format!("add-prefix {}", all.join(" ")));
+        for client in [&topology.client, &topology.host] {
+            client.enter(|| expect_tcp_hello(at("192.0.2.39", 3)));
+            client.enter(|| expect_tcp_hello(at("2001:db8:0:a::27", 3)));
+        }
+        let rules = || topology.host.run("iptables", ["-t", "mangle", "-S", "ANYPORT-RULES"]);
+        assert_eq!(rules().contains("--match-set anyport-4-"), has_sets, "{}", rules());
+        let rule = |address: &str| {
+            let all = daemon.json("prefixes");
+            let all = all.as_array().expect("rules").clone();
+            all.into_iter().find(|rule| rule["prefix"] == address).unwrap_or_else(|| panic!("no rule of {address}"))
+        };
+        assert_eq!([rule("192.0.2.39/32"), rule("2001:db8:0:a::27/128")].map(|it| it["steered"].clone()), [2, 2]);
+        assert_eq!(rule("192.0.2.38/32")["steered"], 0);
+        daemon.ok("remove-prefix 192.0.2.38");
+        daemon.ok("add-prefix 192.0.2.38 --ports 80");
+        daemon.ok("add-prefix 192.0.2.40");
+        topology.client.enter(|| expect_tcp_hello(at("192.0.2.38", 80)));
+        topology.client.enter(|| expect_tcp_refused(at("192.0.2.38", 3)));
+        topology.client.enter(|| expect_tcp_hello(at("192.0.2.40", 3)));
+        assert_eq!(rule("192.0.2.39/32")["steered"], 2, "what was counted before other rules changed");
+        daemon.stop();
+        assert_eq!(topology.host.run("ipset", ["list", "-name"]), "", "sets after the end");
+    }
+    let directory = scratch();
+    let file = directory.path().join("anyport.toml");
+    let rule = |it: u16| format!("[[rule]]\nprefix = \"2001:db8:0:a::{it:x}\"\n");
+    fs::write(&file, (0..17_000).map(rule).collect::<String>()).expect("a configuration");
+    let outcome = Setup::new(&topology.host, "tproxy").env("PATH", without).config(&file).run_to_end();
+    assert!(outcome.status == 1 && outcome.stderr.contains("apt-get install ipset"), "{outcome}");
+}
+
 /// Map names, and fields by name, in the words of the documentation.
 fn operator(backend: &'static str) {
     let lab = Lab::new(backend);
@@ -266,30 +307,32 @@ fn operator(backend: &'static str) {
         .flatten()
         .map(|pin| pin.file_name().to_string_lossy().into_owned())
         .collect();
-    for pin in ["rules", "table", "control", "counts", "sockets"] {
+    for pin in ["rules", "ports", "table", "control", "counts", "drops", "totals", "sockets"] {
         assert!(pins.iter().any(|name| name == pin), "no pin {pin} among {pins:?}");
     }
     assert!(pins.iter().any(|name| name.starts_with("link-")), "no link among the pins {pins:?}");
-    let pin = lab.daemon.bpffs().join("rules").display().to_string();
-    let dump: Value =
-        serde_json::from_str(&lab.topology.host.run("bpftool", ["-j", "map", "dump", "pinned", &pin])).expect("JSON");
-    let entries: Vec<&Value> =
-        dump.as_array().expect("entries").iter().map(|entry| &entry["formatted"]["value"]).collect();
-    let find = |version: u64, action: u64| {
-        let fits = |entry: &&&Value| entry["ip_version"] == version && entry["action"] == action;
-        *entries.iter().find(fits).unwrap_or_else(|| panic!("no IPv{version} rule with action {action} in {dump}"))
-    };
+    let entries = lab.daemon.map("rules");
     let number = |entry: &Value, field: &str| entry[field].as_u64().unwrap_or_else(|| panic!("{field} of {entry}"));
-    for (version, action, expected, head) in
-        [(4, 1, [24, 6], [192, 0, 2, 0]), (4, 2, [24, 6], [192, 0, 2, 0]), (6, 1, [64, 17], [0x20, 0x01, 0x0d, 0xb8])]
+    let numbers = |entry: &Value, fields: &[&str]| fields.iter().map(|it| number(entry, it)).collect::<Vec<_>>();
+    let find = |version: u64| {
+        let entry = entries.iter().find(|entry| entry["ip_version"] == version);
+        entry.unwrap_or_else(|| panic!("no IPv{version} rule in {entries:?}"))
+    };
+    let fields = ["prefix_len", "protocol", "first_port", "last_port", "ports"];
+    for (version, expected, head) in
+        [(4, [24, 6, 80, 90, 2], [192, 0, 2, 0]), (6, [64, 17, 53, 53, 0], [0x20, 0x01, 0x0d, 0xb8])]
     {
-        let entry = find(version, action);
-        assert_eq!(["prefix_len", "protocol"].map(|field| number(entry, field)), expected, "{entry}");
+        let entry = find(version);
+        assert_eq!(numbers(entry, &fields), expected, "{entry}");
         let bytes = entry["prefix"].as_array().expect("the prefix's bytes");
         assert_eq!(bytes[..4], head.map(Value::from), "{entry}");
     }
-    let ports = |entry: &Value| ["first_port", "last_port"].map(|field| number(entry, field));
-    assert_eq!([ports(find(4, 2)), ports(find(6, 1))], [[85, 85], [53, 53]], "ports in {dump}");
+    let ports = lab.daemon.map("ports");
+    let at = usize::try_from(number(find(4), "ports_at")).expect("a small number");
+    let ranges: Vec<_> =
+        ports[at..at + 2].iter().map(|entry| numbers(entry, &["first_port", "last_port", "action"])).collect();
+    assert_eq!(ranges, [[85, 85, 2], [80, 90, 1]], "{ports:?}");
+    let pin = lab.daemon.bpffs().join("rules").display().to_string();
     let plain = lab.topology.host.run("bpftool", ["map", "dump", "pinned", &pin]);
     assert!(plain.contains("\"prefix_len\""), "the dump for people: {plain}");
 }

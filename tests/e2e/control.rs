@@ -16,10 +16,11 @@ use serde_json::Value;
 use crate::cases::{at, trial};
 
 /// Every verb with arguments that are fine.
-const VERBS: [&str; 7] = [
+const VERBS: [&str; 8] = [
     "add-prefix 192.0.2.0/24",
     "remove-prefix 192.0.2.0/24",
     "prefixes",
+    "explain 192.0.2.7:80",
     "add-service extra --handler echo",
     "remove-service extra",
     "services",

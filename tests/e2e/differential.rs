@@ -1,14 +1,17 @@
 //! Random rules and random packets: every back end decides as the contract says, in the words of this test.
 
-use std::net::IpAddr;
+use std::{
+    io::Read as _,
+    net::{IpAddr, SocketAddr},
+};
 
-use anyport_tests::random::Random;
+use anyport_tests::{daemon::Daemon, dial::tcp_from, random::Random};
 use libtest_mimic::Trial;
 
-use crate::{
-    cases::on_each_back_end,
-    rules::{services, who},
-};
+use crate::{cases::on_each_back_end, rules::services};
+
+/// Connections to each of six sets of rules.
+const DIALS: usize = 350;
 
 pub(crate) fn trials() -> Vec<Trial> {
     on_each_back_end("rules::random rules, random packets", differential).collect()
@@ -21,8 +24,14 @@ struct Rule {
     length: u32,
     ports: (u16, u16),
     except: Option<u16>,
+    /// The clients that the rule is about, of whom there is one for IPv6.
+    source: Option<&'static str>,
     service: &'static str,
 }
+
+/// Clients of IPv4, and prefixes around some of them.
+const CLIENTS: [&str; 3] = ["127.0.0.1", "127.0.0.2", "127.0.0.5"];
+const SOURCES: [&str; 3] = ["127.0.0.0/30", "127.0.0.2/32", "127.0.0.4/30"];
 
 impl Rule {
     /// A random rule in 192.0.2.0/24 or `2001:db8:9::/120`. Ports, like addresses, are few, so that rules overlap.
@@ -39,18 +48,26 @@ impl Rule {
             length,
             ports: (first, last),
             except: inside.then_some(first + 1),
+            source: (base.is_ipv4() && random.below(3) == 0).then(|| *random.pick(&SOURCES)),
             service: ["one", "two", "three"][random.below(3)],
         }
     }
 
     fn words(&self) -> String {
-        let Self { base, length, ports: (first, last), except, service } = self;
+        let Self { base, length, ports: (first, last), except, source, service } = self;
         let except = except.map_or_else(String::new, |port| format!(" --except {port}"));
-        format!("{base}/{length} --ports {first}-{last}{except} --service {service}")
+        let source = source.map_or_else(String::new, |source| format!(" --source {source}"));
+        format!("{base}/{length} --ports {first}-{last}{except}{source} --service {service}")
     }
 
-    /// What the rule says about a port: who gets it, if it has an opinion.
-    fn opinion(&self, port: u16) -> Option<&'static str> {
+    /// What the rule says about a client and a port: who gets it, if it has an opinion.
+    fn opinion(&self, from: IpAddr, port: u16) -> Option<&'static str> {
+        if let Some(source) = self.source {
+            let (base, length) = source.split_once('/')?;
+            if mask(from, length.parse().ok()?) != base.parse::<IpAddr>().ok()? {
+                return None;
+            }
+        }
         let (first, last) = self.ports;
         match self.except {
             Some(except) if except == port => Some("no"),
@@ -73,10 +90,21 @@ fn mask(address: IpAddr, length: u32) -> IpAddr {
 }
 
 /// The contract in the words of this test alone: the longest prefix with an opinion on the port.
-fn decide(rules: &[Rule], to: IpAddr, port: u16) -> &'static str {
+fn decide(rules: &[Rule], from: IpAddr, to: IpAddr, port: u16) -> &'static str {
     let about = rules.iter().filter(|rule| rule.base.is_ipv4() == to.is_ipv4() && mask(to, rule.length) == rule.base);
-    let opinions = about.filter_map(|rule| Some((rule.length, rule.opinion(port)?)));
+    let opinions = about.filter_map(|rule| Some((rule.length, rule.opinion(from, port)?)));
     opinions.max_by_key(|&(length, _)| length).map_or("no", |(_, service)| service)
+}
+
+/// Who answers a client.
+fn who_from(daemon: &Daemon, from: IpAddr, to: SocketAddr) -> String {
+    let answer = daemon.namespace().enter(|| {
+        let mut stream = tcp_from((from, 0).into(), to).ok()?;
+        let mut banner = [0; 64];
+        let length = stream.read(&mut banner).ok()?;
+        Some(String::from_utf8_lossy(&banner[..length]).into_owned())
+    });
+    answer.unwrap_or_else(|| "no".to_owned())
 }
 
 /// What the kernel does, compared with [`decide`], for rules that overlap in every way.
@@ -97,17 +125,18 @@ fn differential(backend: &'static str) {
                 rules.push(rule);
             }
         }
-        for _ in 0..60 {
+        for _ in 0..DIALS {
             let near = random.pick(&rules).clone();
             let to = address(&mut random, if near.base.is_ipv4() { 32 } else { 128 });
             let to = if random.below(2) == 0 { to } else { near.base };
             let port = u16::try_from(1 + random.below(30)).expect("a port");
-            let seen = who(&daemon, "tcp", &to.to_string(), port);
-            let expected = decide(&rules, to, port);
+            let from: IpAddr = if to.is_ipv4() { random.pick(&CLIENTS) } else { &"::1" }.parse().expect("an address");
+            let seen = who_from(&daemon, from, (to, port).into());
+            let expected = decide(&rules, from, to, port);
             assert_eq!(
                 seen,
                 expected,
-                "tcp {to} port {port} under {:#?}",
+                "tcp from {from} to {to} port {port} under {:#?}",
                 rules.iter().map(Rule::words).collect::<Vec<_>>()
             );
         }

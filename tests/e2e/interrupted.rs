@@ -50,9 +50,9 @@ pub(crate) fn trials() -> Vec<Trial> {
     trials
 }
 
-/// The prefixes of a group.
+/// The prefixes of a group. None adjoin, so that each has a route of its own.
 fn prefixes(group: usize) -> [String; 2] {
-    [format!("192.0.2.{}/29", group * 8), format!("2001:db8:0:{:x}::/64", group + 10)]
+    [format!("192.0.2.{}/29", group * 16), format!("2001:db8:0:{:x}::/64", group * 2 + 10)]
 }
 
 /// Adds and removes prefixes through connections that are closed before the answer can come, at any moment of the
@@ -142,11 +142,7 @@ fn routes(daemon: &Daemon) -> BTreeSet<String> {
 
 /// What the back ends that use BPF have in their map for readers.
 fn map(daemon: &Daemon) -> BTreeSet<String> {
-    let pin = daemon.bpffs().join("rules").display().to_string();
-    let dump = daemon.namespace().run("bpftool", ["-j", "map", "dump", "pinned", &pin]);
-    let entries: Value = serde_json::from_str(&dump).expect("JSON of bpftool");
-    let prefix = |entry: &Value| {
-        let rule = &entry["formatted"]["value"];
+    let prefix = |rule: &Value| {
         let byte = |value: &Value| value.as_u64().and_then(|byte| u8::try_from(byte).ok()).expect("a byte");
         let bytes: Vec<u8> = rule["prefix"].as_array().expect("bytes").iter().map(byte).collect();
         let bytes: [u8; 16] = bytes.try_into().expect("16 bytes");
@@ -157,7 +153,7 @@ fn map(daemon: &Daemon) -> BTreeSet<String> {
         };
         format!("{address}/{}", rule["prefix_len"])
     };
-    entries.as_array().expect("entries").iter().map(prefix).collect()
+    daemon.map("rules").iter().map(prefix).collect()
 }
 
 /// What tproxy has in its chain.

@@ -4,11 +4,13 @@
 //! failure; otherwise all tests count as ignored. Run by `cargo xtask test`.
 #![expect(clippy::print_stderr, reason = "says what is missing and which seed repeats the run")]
 
+mod apply;
 mod backends;
 mod cases;
 mod control;
 mod crash;
 mod differential;
+mod explain;
 mod interrupted;
 mod load;
 mod malformed;
@@ -56,10 +58,12 @@ fn main() -> ExitCode {
     trials.extend(steer::trials());
     trials.extend(udp::trials());
     trials.extend(rules::trials());
+    trials.extend(apply::trials());
     trials.extend(differential::trials());
     trials.extend(selftests::trials());
     trials.extend(wire::trials());
     trials.extend(control::trials());
+    trials.extend(explain::trials());
     trials.extend(state::trials());
     trials.extend(malformed::trials());
     trials.extend(crash::trials());

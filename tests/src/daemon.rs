@@ -252,9 +252,19 @@ impl Daemon {
         let mut rules = all.as_array().expect("an array of rules").clone();
         for rule in &mut rules {
             let rule = rule.as_object_mut().expect("an object for each rule");
-            rule.retain(|key, _| key != "steered" && key != "dropped");
+            rule.retain(|key, _| !["steered", "dropped", "no_socket"].contains(&key.as_str()));
         }
         rules.iter().map(Value::to_string).collect()
+    }
+
+    /// The entries of one of the maps for readers (`rules`, `ports`), as `bpftool` shows them; those that are not in use
+    /// are left out.
+    pub fn map(&self, name: &str) -> Vec<Value> {
+        let pin = self.bpffs().join(name).display().to_string();
+        let dump = self.namespace().run("bpftool", ["-j", "map", "dump", "pinned", &pin]);
+        let entries: Vec<Value> = serde_json::from_str(&dump).expect("JSON of bpftool");
+        let values = entries.into_iter().map(|entry| entry["formatted"]["value"].clone());
+        values.filter(|entry| entry["ip_version"] != 0).collect()
     }
 
     /// The sum of a counter (`steered`, `dropped`) over the rules of `prefix`.
