@@ -1,7 +1,13 @@
-//! Measures what steering costs: `connect` and `add-prefix`. Prints Markdown tables.
+//! Measures what steering costs: `connect`, `add-prefix`, `lookup` and `apply`. Prints Markdown tables.
 //!
 //! Build with `--release`, programs and benchmark alike: `cargo xtask bench` does.
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "tables and progress are what this program is for")]
+
+mod apply;
+mod lookup;
+mod plot;
+mod prefixes;
+mod subjects;
 
 use std::{
     fs,
@@ -65,6 +71,10 @@ enum What {
         #[arg(long, default_value_t = 200)]
         runs: u16,
     },
+    /// Cost of a lookup in the kernel by the number of rules, beside an LPM trie.
+    Lookup(lookup::Options),
+    /// Time and memory of whole commands by the number of rules.
+    Apply(apply::Options),
     /// The accepting side of the variants that are not anyport: accepts, reads to the end and forgets.
     #[command(hide = true)]
     Accept {
@@ -89,6 +99,14 @@ fn main() -> Result<()> {
         What::AddPrefix { runs } => {
             prepare()?;
             add_prefix(runs)
+        }
+        What::Lookup(options) => {
+            prepare()?;
+            lookup::lookup(&options)
+        }
+        What::Apply(options) => {
+            prepare()?;
+            apply::apply(&options)
         }
         What::Accept { listen, members, original } => accept(&listen, members, original),
     }
