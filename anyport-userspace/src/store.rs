@@ -163,12 +163,10 @@ impl Store {
         self.replace(COUNTERS, text.as_bytes())
     }
 
-    /// What was counted before, by prefix; it is given once. Counters are no reason not to start, so what can't be read
-    /// is passed over.
-    pub fn take_counters(&self) -> HashMap<Prefix, Vec<(Arc<Terms>, Counters)>> {
-        let path = self.directory.join(COUNTERS);
-        let text = fs::read_to_string(&path).unwrap_or_default();
-        fs::remove_file(&path).ok();
+    /// What was counted when that was kept last, by prefix. Counters are no reason not to start, so what can't be read is
+    /// passed over.
+    pub fn counters(&self) -> HashMap<Prefix, Vec<(Arc<Terms>, Counters)>> {
+        let text = fs::read_to_string(self.directory.join(COUNTERS)).unwrap_or_default();
         let mut counted: HashMap<Prefix, Vec<_>> = HashMap::new();
         for line in text.lines() {
             let mut words = line.splitn(4, ' ');
@@ -253,16 +251,16 @@ mod tests {
     }
 
     #[test]
-    fn counters_are_given_once() {
+    fn counters_are_kept() {
         let directory = tempfile::tempdir().unwrap();
         let (store, _) = Store::open(directory.path()).unwrap();
         let prefix = "192.0.2.0/24".parse().unwrap();
         let counters = Counters { steered: 7, no_socket: 8, assign_error: 9 };
         let terms = Terms { except: "22".parse().unwrap(), ..Terms::default() };
         store.save_counters([(prefix, Arc::new(terms.clone()), counters)].into_iter()).unwrap();
-        let counted = store.take_counters();
-        assert_eq!(counted[&prefix], [(Arc::new(terms), counters)]);
-        assert!(store.take_counters().is_empty());
+        assert_eq!(store.counters()[&prefix], [(Arc::new(terms), counters)]);
+        store.save_counters(std::iter::empty()).unwrap();
+        assert!(store.counters().is_empty());
     }
 
     #[test]

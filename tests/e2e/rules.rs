@@ -157,6 +157,7 @@ pub(crate) fn trials() -> Vec<Trial> {
     for backend in BACKENDS {
         trials.push(trial(format!("{backend}::rules::tables"), move || tables(backend)));
         trials.push(trial(format!("{backend}::rules::TestReplaceBindingsOverlapping"), move || overlapping(backend)));
+        trials.push(trial(format!("{backend}::rules::a name that comes again"), move || named_again(backend)));
     }
     trials
 }
@@ -224,6 +225,18 @@ fn tables(backend: &'static str) {
             }
             assert!(daemon.rules().is_empty(), "rules that are left: {:?}", daemon.rules());
         }
+    }
+}
+
+/// A service of the name of one that is gone is another one, for the same rule too.
+fn named_again(backend: &'static str) {
+    let daemon = services(backend);
+    for banner in ["first", "second", "third"] {
+        daemon.ok(&format!("add-service again --handler discard --banner {banner}"));
+        daemon.ok("add-prefix 192.0.2.0/24 --service again");
+        assert_eq!(who(&daemon, "tcp", "192.0.2.7", 80), banner);
+        daemon.ok("remove-prefix 192.0.2.0/24");
+        daemon.ok("remove-service again");
     }
 }
 

@@ -63,7 +63,9 @@ impl Engine {
             self.rule_numbers.give_back(range.clone());
         }
         let Err(error) = result else { return Ok(()) };
-        self.rules.apply(&change.inverse());
+        let back = change.inverse();
+        self.rules.apply(&back);
+        self.note_added(&back);
         self.coverage = self.wanted_coverage();
         self.repair().await;
         Err(error.into())
@@ -85,14 +87,7 @@ impl Engine {
                 text
             })
         });
-        for prefix in change.prefixes() {
-            let rules = self.rules.of_prefix(&prefix);
-            if rules.is_some_and(|rules| rules.iter().any(|it| it.origins.contains(Origin::Added))) {
-                self.added.insert(prefix);
-            } else {
-                self.added.remove(&prefix);
-            }
-        }
+        self.note_added(change);
         let services = |origin| {
             let services = self.services.values().filter(move |it| it.origin == origin);
             services.map(|it| it.service.config().clone()).collect()
@@ -108,6 +103,18 @@ impl Engine {
         self.store.save(&state, applied.as_deref())
     }
 
+    /// Notes which of these prefixes have rules that were added by hand.
+    fn note_added(&mut self, change: &Change) {
+        for prefix in change.prefixes() {
+            let rules = self.rules.of_prefix(&prefix);
+            if rules.is_some_and(|rules| rules.iter().any(|it| it.origins.contains(Origin::Added))) {
+                self.added.insert(prefix);
+            } else {
+                self.added.remove(&prefix);
+            }
+        }
+    }
+
     /// Keeps what was counted for a daemon that comes later.
     pub(super) fn keep_counters(&self) -> anyhow::Result<()> {
         let counters = self.steering.counters()?;
@@ -118,7 +125,7 @@ impl Engine {
     /// Goes on with what an earlier daemon counted for rules that are still there.
     pub(super) fn restore_counters(&mut self) -> anyhow::Result<()> {
         let mut counted = Vec::new();
-        for (prefix, rules) in self.store.take_counters() {
+        for (prefix, rules) in self.store.counters() {
             let Some(of_prefix) = self.rules.of_prefix(&prefix) else { continue };
             for rule in of_prefix.numbered(prefix) {
                 let before = rules.iter().filter(|(terms, _)| terms == rule.terms);
@@ -220,7 +227,7 @@ impl Engine {
                 fresh.drain(..).for_each(|range| self.rule_numbers.give_back(range));
                 anyhow::bail!(
                     "the rules in force and those that replace them are more than can be numbered; \
-                               replace them in portions"
+                     replace them in portions"
                 );
             };
             rules.first_number = range.start;

@@ -14,8 +14,8 @@ use anyport_common::{
 use aya::maps::Map;
 
 use crate::{
-    rules::RuleSet,
-    steering::Plan,
+    rules::{RuleSet, ServiceName},
+    steering::{Plan, ServiceSockets},
     sys::{self, MappedWords, wait_for_running_programs},
     table::{Published, Reader, Segment, Segments, Table},
 };
@@ -32,8 +32,9 @@ pub(super) struct BpfTable {
     table: Table,
     control: MappedWords,
     current: usize,
-    /// The slots of the services when the rules were compiled last.
-    slots: Vec<(String, u16)>,
+    /// The slots of all services, also those that are gone, since everything was compiled anew: policies that nobody uses
+    /// at the moment still have them.
+    slots: HashMap<ServiceName, u16>,
 }
 
 impl BpfTable {
@@ -44,15 +45,14 @@ impl BpfTable {
         let Map::ArrayOfMaps(table) = table else { anyhow::bail!("the map of the table is no array of maps") };
         let outer = table.fd().as_fd().try_clone_to_owned().context("duplicate the descriptor of the table")?;
         let segments = BpfSegments { outer, made: HashMap::new(), apart: Vec::new(), readers };
-        Ok(Self { table: Table::new(Box::new(segments)), control, current: 0, slots: Vec::new() })
+        Ok(Self { table: Table::new(Box::new(segments)), control, current: 0, slots: HashMap::new() })
     }
 
     /// Puts a plan in force: made aside first, then switched to by a single store.
     pub(super) fn publish(&mut self, plan: &Plan<'_>) -> anyhow::Result<()> {
-        let slots: Vec<_> = plan.services.iter().map(|it| (it.name.to_string(), it.slot)).collect();
-        // A service under another slot changes what every rule for it says. Others may come and go.
-        let stays = |(name, slot): &(String, u16)| slots.iter().all(|(it, now)| it != name || now == slot);
-        let are_slots_kept = self.slots.iter().all(stays);
+        // A service under another slot changes what every rule for it says.
+        let stays = |it: &ServiceSockets| self.slots.get(&it.name).is_none_or(|slot| *slot == it.slot);
+        let are_slots_kept = plan.services.iter().all(stays);
         let made = self.make(plan.rules, plan, are_slots_kept).and_then(|()| self.table.connect());
         if let Err(error) = made {
             self.table.abort();
@@ -60,7 +60,10 @@ impl BpfTable {
         }
         self.switch_to(self.table.generation(plan.generation));
         self.table.commit();
-        self.slots = slots;
+        if !are_slots_kept || plan.changed.is_none() {
+            self.slots.clear();
+        }
+        self.slots.extend(plan.services.iter().map(|it| (it.name.clone(), it.slot)));
         Ok(())
     }
 
