@@ -221,7 +221,8 @@ fn nonsense() {
         (format!("apply {}/absent", files.0.path().display()), "No such file"),
         ("apply".to_owned(), "FILE"),
         (format!("apply {} --confirm soon", binary.display()), "--confirm"),
-        (format!("apply {} --confirm 0s", binary.display()), "a second"),
+        (format!("apply {} --confirm 0s", files.write("empty", "").display()), "from 1 to 86400 seconds"),
+        (format!("apply {} --confirm 30days", files.write("empty", "").display()), "from 1 to 86400 seconds"),
     ] {
         let complaint = daemon.refused(&arguments, 2);
         contains(&complaint, &[wanted]);

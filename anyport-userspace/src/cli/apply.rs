@@ -37,10 +37,7 @@ impl Apply {
     pub(super) async fn run(self, client: &Client, out: &mut Output<'_>) -> Result<(), Problem> {
         let Self { file, dry_run, confirm, prune, force } = self;
         let text = read(&file)?;
-        let confirm = match confirm.map(|it| it.as_secs()) {
-            Some(0) => return Err(Problem::new(Kind::Invalid, "--confirm takes a second at least")),
-            seconds => seconds,
-        };
+        let confirm = confirm.map(|it| it.as_secs());
         let options = api::Apply { dry_run, confirm, prune, force };
         let path = path("/v1/apply", &options)?;
         let request = client.post_file(&path, text);

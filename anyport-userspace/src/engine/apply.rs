@@ -21,6 +21,9 @@ use crate::{
     service::ServiceConfig,
 };
 
+/// Seconds for which something may wait to be confirmed: a day.
+const LONGEST_WAIT: u64 = 24 * 60 * 60;
+
 /// What an apply has done that rolls back by itself unless it is confirmed.
 #[derive(Debug)]
 pub(super) struct Unconfirmed {
@@ -56,6 +59,12 @@ impl Engine {
     pub async fn apply(&mut self, text: String, options: &Apply) -> Result<Applied, Problem> {
         if !options.dry_run {
             self.expect_confirmed()?;
+        }
+        if options.confirm.is_some_and(|seconds| !(1..=LONGEST_WAIT).contains(&seconds)) {
+            return Err(Problem::new(
+                Kind::Invalid,
+                format!("the time for the confirmation has to be from 1 to {LONGEST_WAIT} seconds"),
+            ));
         }
         self.progress.begin("reading the rules", 1);
         let intent = self.intent(&text, options)?;
