@@ -252,6 +252,10 @@ pub fn lookup<S: Store + ?Sized>(store: &S, root: Slot, flow: &Flow) -> Option<V
     };
     let at = policy.offset();
     let ports = Slot(store.segment(at >> SEGMENT_BITS)?.word(at.wrapping_add(transport)));
+    // The same for all ports, as most policies say.
+    if let Some(Kind::Verdict) = ports.kind() {
+        return Some(ports.to_verdict(policy.first_number()));
+    }
     let keys = Keys { key: port_key(flow.port), low: flow.source.low, source: flow.source.high };
     let verdict = store.descend(ports, keys)?;
     Some(verdict.to_verdict(policy.first_number()))

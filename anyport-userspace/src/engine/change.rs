@@ -6,6 +6,7 @@ use std::{
     mem,
     ops::Range,
     sync::Arc,
+    time::Instant,
 };
 
 use anyhow::Context as _;
@@ -132,7 +133,9 @@ impl Engine {
                 counted.extend(before.map(|(_, counters)| (rule.number, *counters)));
             }
         }
-        self.steering.count_on(&counted)
+        self.steering.count_on(&counted)?;
+        self.counters_kept = Some(Instant::now());
+        Ok(())
     }
 
     /// Puts the first rules of all in force.

@@ -69,8 +69,8 @@ pub struct Engine {
     unconfirmed: Option<Unconfirmed>,
     /// How far a long command is.
     progress: Arc<Progress>,
-    /// When the counters were kept last.
-    counters_kept: Instant,
+    /// When the counters were kept last; nothing while they do not go on from those of an earlier daemon yet.
+    counters_kept: Option<Instant>,
     store: Store,
     commons: Commons,
 }
@@ -110,11 +110,16 @@ impl Engine {
         if let Err(error) = self.end_draining().await {
             error!("remove the routes of connections that have ended: {error:#}");
         }
-        if self.counters_kept.elapsed() >= COUNTERS_INTERVAL {
+        if let Some(table) = &mut self.own_table
+            && let Err(error) = table.trim()
+        {
+            error!("give memory of the lookup table back: {error:#}");
+        }
+        if self.counters_kept.is_some_and(|at| at.elapsed() >= COUNTERS_INTERVAL) {
             if let Err(error) = self.keep_counters() {
                 error!("keep the counters: {error:#}");
             }
-            self.counters_kept = Instant::now();
+            self.counters_kept = Some(Instant::now());
         }
     }
 
@@ -151,7 +156,7 @@ impl Engine {
     /// # Errors
     /// What could not be removed; the rest is.
     pub async fn stop(self) -> anyhow::Result<()> {
-        let counters = self.keep_counters();
+        let counters = if self.counters_kept.is_some() { self.keep_counters() } else { Ok(()) };
         let routes = self.routes.set(&Coverage::default()).await.map(drop);
         let steering = self.steering.detach();
         for running in self.services.into_values() {

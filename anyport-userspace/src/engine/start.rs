@@ -3,7 +3,6 @@
 use std::{
     collections::{BTreeMap, BTreeSet, HashSet},
     sync::Arc,
-    time::Instant,
 };
 
 use anyhow::{Context as _, bail};
@@ -81,7 +80,7 @@ impl Engine {
             broken: None,
             unconfirmed: None,
             progress: Arc::default(),
-            counters_kept: Instant::now(),
+            counters_kept: None,
             store,
             commons,
         };

@@ -179,9 +179,9 @@ impl Steering for Bpf {
     }
 
     fn refresh(&mut self) -> anyhow::Result<()> {
-        self.table.trim()?;
         self.hook.refresh()?;
-        self.hook.pin(&self.pins)
+        self.hook.pin(&self.pins)?;
+        self.table.trim()
     }
 
     fn interfaces(&self) -> Vec<String> {
