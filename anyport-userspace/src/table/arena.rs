@@ -260,6 +260,10 @@ impl Arena {
 
     /// From here on nothing of what is there is used: a whole generation is made beside it.
     pub(super) fn begin_anew(&mut self) {
+        // Only whole segments that are free are of use now, so that those of the generation before last must be free.
+        if self.waiting.iter().map(|it| 1_u64 << it.order).sum::<u64>() >= SEGMENT_WORDS as u64 {
+            self.reclaim();
+        }
         self.merge_free();
         let whole = mem::take(&mut self.free[WHOLE as usize]);
         let is_whole = |number: &u32| whole.contains(&(number << SEGMENT_BITS));
@@ -390,6 +394,19 @@ mod tests {
         arena.commit();
         arena.trim().unwrap();
         assert_eq!(arena.bytes(), (0, 1 << 19));
+    }
+
+    /// Generations that are made anew take turns in the same segments.
+    #[test]
+    fn whole_generations_come_back() {
+        let mut arena = Arena::new(Box::new(OwnSegments::default()));
+        for round in 0..50 {
+            arena.begin_anew();
+            let offset = arena.put(3, [round]).unwrap();
+            arena.commit();
+            assert_eq!(arena.word(offset), round);
+        }
+        assert!(arena.bytes().1 <= 3 << 19, "{} bytes", arena.bytes().1);
     }
 
     #[test]
