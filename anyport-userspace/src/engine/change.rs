@@ -36,7 +36,7 @@ pub(super) enum Keep {
     InMemory,
 }
 
-/// What a change is about to do, and what would take it back.
+/// The prefixes that a change concerns, and what becomes of rule numbers.
 #[derive(Debug, Default)]
 struct Steps {
     prefixes: Vec<Prefix>,
@@ -316,7 +316,7 @@ impl Engine {
             refusing.removed.extend(rules.iter().map(|rules| (*prefix, rules.clone())));
             let is_alone = rules.is_none();
             let rules_here = rules.get_or_insert_with(PrefixRules::default);
-            // The others need it no more.
+            // The rules that are given up need their numbers no more, except to be refused under them.
             rules_here.first_number = before.first_number;
             for held in before {
                 let terms = known

@@ -162,7 +162,7 @@ fn desired(config: &Config, state: &State) -> anyhow::Result<(Vec<(ServiceConfig
                 rule.origins.first()
             );
         }
-        rules.insert(rule).context(ADVICE)?;
     }
+    rules.extend(state.applied_rules.iter().chain(&state.rules).cloned()).context(ADVICE)?;
     Ok((services, rules))
 }

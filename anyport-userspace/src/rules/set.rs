@@ -287,6 +287,24 @@ impl RuleSet {
         Ok(is_new)
     }
 
+    /// Adds many rules, as [`Self::insert`] would one after the other.
+    ///
+    /// # Errors
+    /// A rule contradicts another one, and the set is of no use any more.
+    pub fn extend(&mut self, rules: impl Iterator<Item = Rule>) -> Result<(), Conflict> {
+        let mut by_prefix: BTreeMap<Prefix, Vec<Held>> = BTreeMap::new();
+        for Rule { prefix, terms, origins } in rules {
+            by_prefix.entry(prefix).or_default().push(Held { terms, origins });
+        }
+        for (prefix, held) in by_prefix {
+            let of_prefix = self.prefixes.entry(prefix).or_default();
+            let before = of_prefix.len();
+            of_prefix.extend(prefix, held.into_iter())?;
+            self.rules += of_prefix.len() - before;
+        }
+        Ok(())
+    }
+
     /// Carries a change out that was made for this set.
     pub fn apply(&mut self, change: &Change) {
         let before: usize = change.removed.iter().map(|(_, rules)| rules.len()).sum();

@@ -262,9 +262,8 @@ impl Editor<'_> {
         if self.collect(slot, (first, last), &mut values) {
             self.discard_nodes(slot);
             let mut pieces = Vec::with_capacity(values.len() + region.pieces.len() + 1);
-            for (at, value) in values.iter().enumerate() {
-                let end = values.get(at + 1).map_or(last, |next| next.first - 1);
-                self.cut(*value, end, &region, &mut pieces);
+            for (value, end) in with_ends(&values, last) {
+                self.cut(value, end, &region, &mut pieces);
             }
             pieces.dedup_by(|later, earlier| later.slot == earlier.slot);
             return fitting(build(self.arena, &pieces, last, turn)?, above);
@@ -307,12 +306,11 @@ impl Editor<'_> {
         let parts = self.parts(slot, (first, last));
         self.arena.give_up(block_of(slot));
         let mut pieces = Vec::with_capacity(parts.len() + region.pieces.len() + 1);
-        for (at, part) in parts.iter().enumerate() {
-            let end = parts.get(at + 1).map_or(last, |next| next.first - 1);
+        for (part, end) in with_ends(&parts, last) {
             let is_inside = region.first <= part.first && end <= region.last;
             let is_apart = end < region.first || region.last < part.first;
             if is_inside || is_apart || is_value(part.slot) {
-                self.cut(*part, end, &region, &mut pieces);
+                self.cut(part, end, &region, &mut pieces);
             } else {
                 let child = self.replace(part.slot, (part.first, end), region, Turn::Same, above + 1)?;
                 pieces.push(Piece { first: part.first, slot: child });
@@ -389,10 +387,7 @@ impl Editor<'_> {
             return values.len() <= REMADE;
         }
         let parts = self.parts(slot, (first, last));
-        parts.iter().enumerate().all(|(at, part)| {
-            let end = parts.get(at + 1).map_or(last, |next| next.first - 1);
-            self.collect(part.slot, (part.first, end), values)
-        })
+        with_ends(&parts, last).all(|(part, end)| self.collect(part.slot, (part.first, end), values))
     }
 
     /// Gives up all nodes of a subtree, those of second halves too.
@@ -411,16 +406,9 @@ impl Editor<'_> {
     }
 
     fn discard_below(&mut self, slot: Slot, discard: &dyn Fn(&mut Self, Slot)) {
-        let (offset, count) = match slot.kind() {
-            Some(Kind::Index) => (slot.offset(), 1 << slot.width()),
-            Some(Kind::Sorted) => (slot.offset() + (1 << slot.order()), 1 << slot.order()),
-            _ => return,
-        };
+        let Some(children) = children(self.arena, slot) else { return };
         self.arena.give_up(block_of(slot));
-        let mut slots = self.arena.slots(offset, count);
-        // Unused places repeat the last slot.
-        slots.dedup();
-        for child in slots {
+        for child in children {
             discard(self, child);
         }
     }
@@ -428,17 +416,31 @@ impl Editor<'_> {
 
 /// Calls `see` with every policy of a tree.
 pub(super) fn for_each_policy(arena: &Arena, slot: Slot, see: &mut impl FnMut(Slot)) {
-    let (offset, count) = match slot.kind() {
-        Some(Kind::Index) => (slot.offset(), 1 << slot.width()),
-        Some(Kind::Sorted) => (slot.offset() + (1 << slot.order()), 1 << slot.order()),
-        Some(Kind::Ports) => return see(slot),
-        _ => return,
-    };
-    let mut slots = arena.slots(offset, count);
-    slots.dedup();
-    for child in slots {
+    if let Some(Kind::Ports) = slot.kind() {
+        see(slot);
+    }
+    for child in children(arena, slot).unwrap_or_default() {
         for_each_policy(arena, child, see);
     }
+}
+
+/// The slots of a node, neighbours that are the same once; nothing for what is no node.
+fn children(arena: &Arena, slot: Slot) -> Option<Vec<Slot>> {
+    let (offset, count) = match slot.kind()? {
+        Kind::Index => (slot.offset(), 1 << slot.width()),
+        Kind::Sorted => (slot.offset() + (1 << slot.order()), 1 << slot.order()),
+        Kind::Verdict | Kind::Ports => return None,
+    };
+    let mut slots = arena.slots(offset, count);
+    // Unused places repeat the last slot, and an index repeats what is larger than a place.
+    slots.dedup();
+    Some(slots)
+}
+
+/// Parts, each with the last key before the next one or, for the last of them, before the end.
+fn with_ends(parts: &[Piece], last: u64) -> impl Iterator<Item = (Piece, u64)> {
+    let ends = parts.iter().skip(1).map(|next| next.first - 1).chain([last]);
+    parts.iter().copied().zip(ends)
 }
 
 /// Refuses what would be too deep below the nodes above it. The tree of second halves comes on top of that of first

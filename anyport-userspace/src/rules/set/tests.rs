@@ -166,3 +166,22 @@ fn a_draft_changes_what_it_touches() {
     assert!(after.iter().zip(before.iter()).all(|(a, b)| a.to_rule() == b.to_rule()));
     assert_eq!(after.within("192.0.0.0/16".parse().unwrap()).count(), 2);
 }
+
+/// Many rules at once are as many one after the other, contradictions included.
+#[test]
+fn many_at_once() {
+    let rules = [
+        tcp("192.0.2.0/24", "all", "22", "wide"),
+        tcp("192.0.2.0/24", "80", "", "web"),
+        tcp("192.0.2.128/25", "443", "", "half"),
+        tcp("192.0.2.0/24", "80", "", "web"),
+        tcp("192.0.2.0/24 from 198.51.100.0/24", "80", "", "net"),
+    ];
+    let mut together = set(&rules[..1]);
+    together.extend(rules.iter().cloned()).unwrap();
+    let one_by_one = set(&rules);
+    assert_eq!(together.len(), one_by_one.len());
+    assert!(together.iter().zip(one_by_one.iter()).all(|(a, b)| a.to_rule() == b.to_rule()));
+    let conflict = together.extend([tcp("192.0.2.0/24", "80", "", "other")].into_iter()).unwrap_err();
+    assert!(matches!(conflict, Conflict::Targets { port: 80, .. }));
+}
