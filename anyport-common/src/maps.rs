@@ -5,7 +5,7 @@ use bytemuck::{Pod, Zeroable};
 use crate::table::{NUMBER_BITS, OFFSET_BITS, SEGMENT_BITS};
 
 /// Changes whenever programs and user space of different versions could misunderstand each other's maps.
-pub const ABI: u32 = 2;
+pub const ABI: u32 = 3;
 
 /// Names of the maps in the kernel, where 15 characters are the limit.
 pub mod names {
@@ -23,6 +23,8 @@ pub mod names {
     pub const DROPS: &str = "anyport_drops";
     /// A portion of the drops, of which only the type matters.
     pub const PORTION: &str = "anyport_portion";
+    /// A [`super::Journal`] for each of the first CPUs.
+    pub const JOURNALS: &str = "anyport_journal";
     /// [`super::Totals`], per CPU.
     pub const TOTALS: &str = "anyport_totals";
     /// The services' sockets.
@@ -49,6 +51,8 @@ pub const PORTIONS: u32 = MAX_RULES / PORTION_RULES;
 /// Sets of counters: the first one is shared by all CPUs that have none of their own, the others are those of the
 /// first CPUs.
 pub const COUNTER_SETS: u32 = 33;
+/// Rules that a [`Journal`] has room for.
+pub const JOURNAL_ENTRIES: usize = 60;
 
 /// Generations whose roots stand side by side, so that one store switches between them.
 pub const GENERATIONS: usize = 64;
@@ -63,8 +67,8 @@ pub struct Control {
     pub current: u32,
     /// The process that has a program explain a decision; 0 while there is none.
     pub explain: u32,
-    /// Nothing.
-    pub reserved: u32,
+    /// Whether packets are noted in the [`Journal`]s; else they are counted one by one.
+    pub is_noted: u32,
     /// The generations.
     pub generations: [Generation; GENERATIONS],
 }
@@ -151,6 +155,21 @@ pub struct Counters {
     pub assign_error: u64,
 }
 
+/// Packets of a CPU that were handed to a socket and are not counted yet. Among many rules the counter of one is never in
+/// the processor's caches: counting many packets at once lets it fetch the counters all at the same time.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+pub struct Journal {
+    /// How many entries there are and, above the last 32 bits, how often all were counted and the journal was emptied.
+    pub state: u64,
+    /// Not 0 while a program writes here: one that interrupts it counts by itself.
+    pub is_busy: u32,
+    /// Nothing.
+    pub reserved: u32,
+    /// The rules' numbers, a packet each.
+    pub entries: [u32; JOURNAL_ENTRIES],
+}
+
 /// What became of the packets that no rule steers.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
@@ -197,5 +216,6 @@ const _: () = {
     assert!(size_of::<RuleEntry>() == 56);
     assert!(size_of::<PortEntry>() == 8);
     assert!(size_of::<Drops>() == 16);
+    assert!(size_of::<Journal>() == 256, "cache lines of its own");
     assert!(MAX_SEGMENTS << SEGMENT_BITS <= 1 << OFFSET_BITS);
 };

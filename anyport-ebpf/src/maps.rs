@@ -4,8 +4,8 @@ use anyport_common::{
     flow::{Address, Flow, Version},
     maps::{
         COUNTER_SETS, Control, Drops, EXPLAINED_HOST, EXPLAINED_STEER, EXPLAINED_UNMATCHED, Explained, GENERATIONS,
-        Generation, MAX_SEGMENTS, MAX_SERVICES, PORTION_RULES, PORTIONS, PortEntry, RuleEntry, SOCKETS_PER_SERVICE,
-        Totals,
+        Generation, JOURNAL_ENTRIES, Journal, MAX_SEGMENTS, MAX_SERVICES, PORTION_RULES, PORTIONS, PortEntry,
+        RuleEntry, SOCKETS_PER_SERVICE, Totals,
     },
     table::{self, Keys, SEGMENT_WORDS, Slot, Store, Verdict, Words},
 };
@@ -37,6 +37,9 @@ static TABLE: ArrayOfMaps<Array<Segment, 1, MMAPABLE>, { MAX_SEGMENTS as usize }
 #[btf_map(name = "anyport_counts")]
 static COUNTS: ArrayOfMaps<Array<u64, { PORTION_RULES as usize }, MMAPABLE>, { (COUNTER_SETS * PORTIONS) as usize }> =
     ArrayOfMaps::new();
+
+#[btf_map(name = "anyport_journal")]
+static JOURNALS: Array<Journal, { COUNTER_SETS as usize - 1 }, MMAPABLE> = Array::new();
 
 #[btf_map(name = "anyport_drops")]
 static DROPS: ArrayOfMaps<Array<Drops, { PORTION_RULES as usize }, MMAPABLE>, { PORTIONS as usize }> =
@@ -160,18 +163,79 @@ fn count_total(counter: impl Fn(&mut Totals) -> &mut u64) {
     }
 }
 
-/// Counts a packet that was handed to a socket.
+/// Counts a packet that was handed to a socket, or notes it for later.
 #[inline(always)]
 pub fn count_steered(rule: u32) {
     // SAFETY: the helper only reads which CPU this is.
-    let set = unsafe { bpf_get_smp_processor_id() } + 1;
+    let cpu = unsafe { bpf_get_smp_processor_id() };
+    let is_noted = CONTROL.get(0).is_some_and(|control| {
+        // SAFETY: the reference is valid; user space may change the value at any time.
+        unsafe { ptr::read_volatile(&raw const control.is_noted) != 0 }
+    });
+    if !is_noted {
+        count_of(cpu, rule);
+    } else if JOURNALS.get_ptr_mut(cpu).is_none_or(|journal| !note(journal, cpu, rule)) {
+        count_shared(rule);
+    }
+}
+
+/// Notes a packet in the journal of this CPU, unless another program was interrupted while it did so. A journal that is
+/// full is emptied.
+#[inline(always)]
+fn note(journal: *mut Journal, cpu: u32, rule: u32) -> bool {
+    // SAFETY: the journal is valid and aligned, and only programs on this CPU write to it; one that interrupts another
+    // ends before that goes on. Volatile, so that all is done in this order.
+    unsafe {
+        if ptr::read_volatile(&raw const (*journal).is_busy) != 0 {
+            return false;
+        }
+        ptr::write_volatile(&raw mut (*journal).is_busy, 1);
+        let state = ptr::read_volatile(&raw const (*journal).state);
+        let length = state as u32 as usize;
+        if length < JOURNAL_ENTRIES {
+            ptr::write_volatile(&raw mut (*journal).entries[length], rule);
+        }
+        ptr::write_volatile(&raw mut (*journal).state, state + 1);
+        if length + 1 >= JOURNAL_ENTRIES {
+            anyport_empty(cpu);
+            ptr::write_volatile(&raw mut (*journal).state, ((state >> 32) + 1) << 32);
+        }
+        ptr::write_volatile(&raw mut (*journal).is_busy, 0);
+    }
+    true
+}
+
+/// Counts what a full journal holds. None of the counters depends on another, so that a processor waits for the memory of
+/// many of them at once. A global function, as [`anyport_descend`].
+#[unsafe(no_mangle)]
+#[inline(never)]
+pub extern "C" fn anyport_empty(cpu: u32) -> u32 {
+    if let Some(journal) = JOURNALS.get_ptr_mut(cpu) {
+        for place in 0..JOURNAL_ENTRIES {
+            // SAFETY: the journal is valid and aligned, and only programs on this CPU write to it.
+            count_of(cpu, unsafe { ptr::read_volatile(&raw const (*journal).entries[place]) });
+        }
+    }
+    0
+}
+
+/// Counts a packet among those of this CPU.
+#[inline(always)]
+fn count_of(cpu: u32, rule: u32) {
     let (portion, place) = (rule / PORTION_RULES % PORTIONS, rule % PORTION_RULES);
-    if let Some(own) = COUNTS.get_value_ptr_mut(set * PORTIONS + portion, &place) {
+    if let Some(own) = COUNTS.get_value_ptr_mut((cpu + 1) * PORTIONS + portion, &place) {
         // SAFETY: the value is valid and aligned, and only programs on this CPU write to it.
         unsafe { *own += 1 };
-        return;
+    } else {
+        // There are very many rules or CPUs.
+        count_shared(rule);
     }
-    // There are very many rules or CPUs.
+}
+
+/// Counts a packet where programs on all CPUs may.
+#[inline(always)]
+fn count_shared(rule: u32) {
+    let (portion, place) = (rule / PORTION_RULES % PORTIONS, rule % PORTION_RULES);
     if let Some(shared) = COUNTS.get_value_ptr_mut(portion, &place) {
         // SAFETY: the value is valid and aligned.
         unsafe { add_one(shared) };

@@ -37,6 +37,7 @@ pub(crate) fn trials() -> Vec<Trial> {
     trials.push(trial("apply::services come, change and go with the file", with_services));
     trials.push(trial("apply::files that make no sense change nothing", nonsense));
     trials.push(trial("apply::counters go on", counters));
+    trials.push(trial("apply::counters of many rules are exact", many_counters));
     trials.push(trial("apply::sources select", sources));
     for backend in BACKENDS {
         let swaps = if backend == "tproxy" { SWAPS_BY_IPTABLES } else { SWAPS };
@@ -257,6 +258,57 @@ fn counters() {
     let before = unmatched();
     daemon.namespace().enter(|| expect_tcp_refused(at("127.0.0.1", 9)));
     assert_eq!(unmatched(), before + 1);
+}
+
+/// Of so many rules that packets are noted before they are counted: while others come and go, under other numbers, over
+/// restarts, and of those that were kept when the daemon is killed.
+fn many_counters() {
+    const RULES: usize = 200;
+    let mut daemon = services("sk-lookup");
+    let files = Files::new();
+    let apply = |daemon: &Daemon, others: &str| {
+        let rules = (0..RULES).fold(String::new(), |all, host| format!("{all}192.0.2.{host} 80 service=one\n"));
+        files.apply(daemon, &format!("{rules}{others}"), "");
+    };
+    let mut expected = vec![0; RULES];
+    let mut dial = |daemon: &Daemon, connections: usize| -> Vec<u64> {
+        for connection in 0..connections {
+            let host = connection * connection % RULES;
+            // To the end, since what comes late to a connection that is gone is counted as well.
+            who(daemon, "tcp", &format!("192.0.2.{host}"), 80);
+            expected[host] += 1;
+        }
+        expected.clone()
+    };
+    let counted = |daemon: &Daemon| -> Vec<u64> {
+        let rules = daemon.json("prefixes --port 80");
+        let of = |host: usize| {
+            let prefix = Value::from(format!("192.0.2.{host}/32"));
+            let rule = rules.as_array().expect("rules").iter().find(|rule| rule["prefix"] == prefix);
+            number(rule.expect("the rule"), "steered")
+        };
+        (0..RULES).map(of).collect()
+    };
+    apply(&daemon, "");
+    for connections in [1, 59, 60, 1, 250] {
+        let expected = dial(&daemon, connections);
+        assert_eq!(counted(&daemon), expected, "after {connections} more");
+    }
+    // Another rule for a prefix gives all of its rules other numbers.
+    apply(&daemon, "192.0.2.0 443 service=two\n192.0.2.1 443 service=two\n198.51.100.0/24 service=two\n");
+    let expected = dial(&daemon, 77);
+    assert_eq!(counted(&daemon), expected, "with other rules beside");
+    apply(&daemon, "");
+    assert_eq!(counted(&daemon), expected, "without them");
+    daemon.stop();
+    daemon.restart();
+    assert_eq!(counted(&daemon), expected, "after a restart");
+    let kept = expected;
+    let expected = dial(&daemon, 33);
+    assert_eq!(counted(&daemon), expected, "and more");
+    daemon.kill();
+    daemon.restart();
+    assert_eq!(counted(&daemon), kept, "after it was killed, as it was kept");
 }
 
 fn sources() {

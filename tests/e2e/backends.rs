@@ -307,7 +307,7 @@ fn operator(backend: &'static str) {
         .flatten()
         .map(|pin| pin.file_name().to_string_lossy().into_owned())
         .collect();
-    for pin in ["rules", "ports", "table", "control", "counts", "drops", "totals", "sockets"] {
+    for pin in ["rules", "ports", "table", "control", "counts", "journals", "drops", "totals", "sockets"] {
         assert!(pins.iter().any(|name| name == pin), "no pin {pin} among {pins:?}");
     }
     assert!(pins.iter().any(|name| name.starts_with("link-")), "no link among the pins {pins:?}");

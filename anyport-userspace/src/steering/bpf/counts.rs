@@ -4,17 +4,20 @@ use std::{
     collections::{HashMap, HashSet},
     ops::Range,
     os::fd::{AsFd as _, OwnedFd},
-    sync::atomic::{AtomicU64, Ordering},
+    sync::atomic::{AtomicU64, Ordering, fence},
 };
 
 use anyhow::Context as _;
-use anyport_common::maps::{COUNTER_SETS, Counters, Drops, PORTION_RULES, PORTIONS};
+use anyport_common::maps::{COUNTER_SETS, Counters, Drops, JOURNAL_ENTRIES, Journal, PORTION_RULES, PORTIONS};
 use aya::{maps::Map, util::nr_cpus};
 
 use crate::sys::{self, MappedWords};
 
 /// What the counters of all CPUs may take, in bytes. Rules beyond have only the set that all CPUs share.
 const BUDGET: u64 = 64 << 20;
+const JOURNAL_WORDS: usize = size_of::<Journal>() / 8;
+/// The words before the entries.
+const JOURNAL_HEAD: usize = std::mem::offset_of!(Journal, entries) / 8;
 
 /// The counters of the rules.
 #[derive(Debug)]
@@ -23,6 +26,25 @@ pub(super) struct Counts {
     drops: Portions,
     /// Sets of counters for packets that were handed to a socket.
     sets: u32,
+    /// [`Journal`]s, side by side.
+    journals: MappedWords,
+}
+
+/// What the journals note, each as it was at a moment.
+#[derive(Debug, Default)]
+pub(super) struct Noted(Vec<NotedByCpu>);
+
+#[derive(Debug, Default)]
+struct NotedByCpu {
+    /// How often the journal had been emptied.
+    emptied: u32,
+    packets: HashMap<u32, u64>,
+}
+
+impl NotedByCpu {
+    fn packets_of(&self, number: u32) -> u64 {
+        self.packets.get(&number).copied().unwrap_or_default()
+    }
 }
 
 /// Counters in portions, made as they are needed, within a map of maps.
@@ -37,7 +59,10 @@ struct Portions {
 
 impl Counts {
     /// `portion` shows the type of a portion of drops.
-    pub(super) fn new(steered: Map, drops: Map, portion: Map) -> anyhow::Result<Self> {
+    pub(super) fn new(steered: Map, drops: Map, portion: Map, journals: Map) -> anyhow::Result<Self> {
+        let Map::Array(journals) = journals else { anyhow::bail!("the map of journals is no array") };
+        let words = (COUNTER_SETS as usize - 1) * JOURNAL_WORDS;
+        let journals = MappedWords::new(journals.fd(), words).context("map the journals into memory")?;
         let Map::Array(portion) = portion else { anyhow::bail!("the map of a portion is no array") };
         let types = sys::bpf::types_of(portion.fd()).context("look at the type of the counters")?;
         let cpus = nr_cpus().map_err(|(_, error)| error).context("count the CPUs")?;
@@ -46,6 +71,7 @@ impl Counts {
             steered: Portions::new(steered, None, 1)?,
             drops: Portions::new(drops, types, size_of::<Drops>() / 8)?,
             sets,
+            journals,
         })
     }
 
@@ -57,15 +83,38 @@ impl Counts {
         let with_sets: Vec<u32> = new.iter().flat_map(|portion| self.sets_of(*portion)).collect();
         self.steered.make(&with_sets)?;
         self.drops.make(&new.iter().copied().collect::<Vec<_>>())?;
+        let mut noted = self.noted();
         // What was just made is zero.
-        for number in numbers.iter().cloned().flatten().filter(|it| !new.contains(&(it / PORTION_RULES))) {
+        let is_old = |number: &u32| !new.contains(&(number / PORTION_RULES));
+        for number in numbers.iter().cloned().flatten().filter(is_old) {
             for counter in self.each(number).chain(self.drops.counter(number / PORTION_RULES, number)) {
                 for word in counter {
                     word.store(0, Ordering::Relaxed);
                 }
             }
         }
+        let is_fresh = |number: &u32| is_old(number) && numbers.iter().any(|range| range.contains(number));
+        let late: HashSet<u32> = noted.0.iter().flat_map(|it| it.packets.keys().copied()).filter(is_fresh).collect();
+        for number in late {
+            self.begin_noted(number, &mut noted);
+        }
         Ok(())
+    }
+
+    /// Begins at zero for a number of which packets are noted, which were another rule's: what they will add to the
+    /// counters of their CPU is taken off the shared one.
+    fn begin_noted(&self, number: u32, noted: &mut Noted) {
+        let Some([shared]) = self.steered.counter(number / PORTION_RULES, number) else { return };
+        shared.store(0, Ordering::Relaxed);
+        for (cpu, noted) in (0..).zip(&mut noted.0) {
+            let others = self.at_rest(cpu, noted, |noted| {
+                if let Some([own]) = self.own(cpu, number) {
+                    own.store(0, Ordering::Relaxed);
+                }
+                noted.packets_of(number)
+            });
+            shared.fetch_sub(others, Ordering::Relaxed);
+        }
     }
 
     /// Where the sets of a portion stand in the map of maps.
@@ -74,15 +123,62 @@ impl Counts {
         (0..if bytes <= BUDGET { self.sets } else { 1 }).map(move |set| set * PORTIONS + portion)
     }
 
-    /// What was counted for a rule.
-    pub(super) fn get(&self, number: u32) -> Counters {
+    /// What was counted for a rule, with the packets that are only noted, of which `noted` says what is known.
+    pub(super) fn get(&self, number: u32, noted: &mut Noted) -> Counters {
         let read = |word: &AtomicU64| word.load(Ordering::Relaxed);
-        let drops = self.drops.counter(number / PORTION_RULES, number);
+        let portion = number / PORTION_RULES;
+        let shared = self.steered.counter(portion, number).map_or(0, |counter| read(&counter[0]));
+        let by_cpu = (0..).zip(&mut noted.0).map(|(cpu, noted)| {
+            self.at_rest(cpu, noted, |noted| {
+                self.own(cpu, number).map_or(0, |counter| read(&counter[0])) + noted.packets_of(number)
+            })
+        });
+        let drops = self.drops.counter(portion, number);
         Counters {
-            steered: self.each(number).map(|counter| read(&counter[0])).sum(),
+            steered: by_cpu.fold(shared, u64::wrapping_add),
             no_socket: drops.map_or(0, |drops| read(&drops[0])),
             assign_error: drops.map_or(0, |drops| read(&drops[1])),
         }
+    }
+
+    /// What all journals note.
+    pub(super) fn noted(&self) -> Noted {
+        Noted((0..self.sets - 1).map(|cpu| self.noted_by(cpu)).collect())
+    }
+
+    fn noted_by(&self, cpu: u32) -> NotedByCpu {
+        let (length, emptied) = self.state(cpu);
+        let mut packets = HashMap::new();
+        for number in self.journal(cpu)[JOURNAL_HEAD..].iter().flat_map(halves).take(length) {
+            *packets.entry(number).or_default() += 1;
+        }
+        NotedByCpu { emptied, packets }
+    }
+
+    /// Has `act` look at a rule's counter of a CPU and at what is noted there, again if the journal was emptied into the
+    /// counters in the meantime: then `noted` was out of date. Where processors let others see stores in another order,
+    /// as arm64 does, what is read in the very moment of emptying may be off by that journal, until it is read again.
+    fn at_rest<T>(&self, cpu: u32, noted: &mut NotedByCpu, act: impl Fn(&NotedByCpu) -> T) -> T {
+        loop {
+            let result = act(noted);
+            fence(Ordering::SeqCst);
+            let (length, emptied) = self.state(cpu);
+            // A full one is being emptied, which takes some microseconds.
+            if length < JOURNAL_ENTRIES && emptied == noted.emptied {
+                return result;
+            }
+            *noted = self.noted_by(cpu);
+        }
+    }
+
+    /// How many entries the journal of a CPU has, and how often it has been emptied.
+    fn state(&self, cpu: u32) -> (usize, u32) {
+        let [length, emptied] = halves(&self.journal(cpu)[0]);
+        (length as usize, emptied)
+    }
+
+    fn journal(&self, cpu: u32) -> &[AtomicU64] {
+        &self.journals.words()[cpu as usize * JOURNAL_WORDS..][..JOURNAL_WORDS]
     }
 
     /// Adds to what was counted for a rule, where anybody may write.
@@ -96,6 +192,11 @@ impl Counts {
         }
     }
 
+    /// The counter of a rule for packets that a CPU handed to a socket.
+    fn own(&self, cpu: u32, number: u32) -> Option<&[AtomicU64]> {
+        self.steered.counter((cpu + 1) * PORTIONS + number / PORTION_RULES, number)
+    }
+
     /// How many packets of a rule were handed to a socket, by set.
     fn each(&self, number: u32) -> impl Iterator<Item = &[AtomicU64]> {
         let portion = number / PORTION_RULES;
@@ -106,6 +207,11 @@ impl Counts {
     pub(super) fn bytes(&self) -> u64 {
         self.steered.bytes() + self.drops.bytes()
     }
+}
+
+/// The two numbers of a word, in the order in which they are in memory.
+fn halves(word: &AtomicU64) -> [u32; 2] {
+    bytemuck::cast(word.load(Ordering::Acquire))
 }
 
 impl Portions {

@@ -57,7 +57,7 @@ fn expected(rules: &RuleSet, flow: &Flow) -> (Fate, Option<u32>) {
     }
 }
 
-fn open(back_end: BackEnd, bpffs: &Path) -> Bpf {
+pub(super) fn open(back_end: BackEnd, bpffs: &Path) -> Bpf {
     let options = Options { bpffs: bpffs.to_owned(), interfaces: Vec::new(), debug: false, readers: Arc::default() };
     Bpf::open(back_end, &options).unwrap()
 }
@@ -71,7 +71,13 @@ fn agrees(back_end: BackEnd) {
             .map(|(slot, name)| ServiceSockets { slot, name: name.parse().unwrap(), groups: [const { None }; 4] })
             .collect();
         let generations = Cell::new(0);
-        let cases = Config { cases: decisions() / FLOWS, failure_persistence: None, ..Config::default() };
+        let cases = Config {
+            cases: decisions() / FLOWS,
+            failure_persistence: None,
+            // They are counted over all cases, of which there may be any number.
+            max_local_rejects: u32::MAX,
+            ..Config::default()
+        };
         let strategy = (rules(40), prop::collection::vec(flow(), FLOWS as usize));
         TestRunner::new(cases)
             .run(&strategy, |(rules, flows)| {

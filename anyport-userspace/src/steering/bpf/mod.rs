@@ -1,5 +1,7 @@
 //! The BPF back ends, `sk-lookup` and `tc`: one object and one set of maps, two hooks.
 
+#[cfg(test)]
+mod counting;
 mod counts;
 #[cfg(test)]
 mod differential;
@@ -14,6 +16,7 @@ mod table;
 mod tc;
 
 use std::{
+    cell::RefCell,
     collections::{HashMap, HashSet},
     fmt,
     os::fd::{AsFd as _, AsRawFd as _, OwnedFd},
@@ -108,6 +111,7 @@ impl Bpf {
         let table = take_map(&mut ebpf, names::TABLE)?;
         let counts = take_map(&mut ebpf, names::COUNTS)?;
         let drops = take_map(&mut ebpf, names::DROPS)?;
+        let journals = take_map(&mut ebpf, names::JOURNALS)?;
         let totals = take_map(&mut ebpf, names::TOTALS)?;
         let sockets = take_map(&mut ebpf, names::SOCKETS)?;
         // The maps have to stay open until the programs that use them are loaded.
@@ -117,7 +121,7 @@ impl Bpf {
             [names::RULES, names::PORTS, names::PORTION].map(|name| take_map(&mut ebpf, name));
         let unpinned_maps = PINNED_AT_ONCE
             .into_iter()
-            .zip([&control, &table, &counts, &drops, &totals, &sockets])
+            .zip([&control, &table, &counts, &journals, &drops, &totals, &sockets])
             .map(|(name, map)| Ok((name, duplicate(map)?)))
             .collect::<anyhow::Result<_>>()?;
         let mut sockets = SockMap::try_from(sockets)?;
@@ -136,7 +140,7 @@ impl Bpf {
             hook,
             table: BpfTable::new(table, control, Arc::clone(&options.readers))?,
             listing: Listing::new(rules?, ports?)?,
-            counts: Counts::new(counts, drops, portion?)?,
+            counts: Counts::new(counts, drops, portion?, journals)?,
             totals: PerCpuArray::try_from(totals)?,
             sockets,
             sockets_fd,
@@ -169,8 +173,9 @@ impl Steering for Bpf {
         self.add_sockets(plan)?;
         self.counts.begin(plan.fresh)?;
         self.table.publish(plan)?;
+        let mut noted = self.counts.noted();
         for (before, now) in plan.moved {
-            self.counts.add(*now, self.counts.get(*before));
+            self.counts.add(*now, self.counts.get(*before, &mut noted));
         }
         self.remove_sockets(plan)?;
         self.hook.refresh()?;
@@ -193,7 +198,8 @@ impl Steering for Bpf {
     }
 
     fn counters(&self) -> anyhow::Result<Box<dyn Fn(u32) -> Counters + '_>> {
-        Ok(Box::new(|number| self.counts.get(number)))
+        let noted = RefCell::new(self.counts.noted());
+        Ok(Box::new(move |number| self.counts.get(number, &mut noted.borrow_mut())))
     }
 
     fn unmatched(&self) -> anyhow::Result<u64> {

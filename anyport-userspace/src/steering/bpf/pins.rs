@@ -25,7 +25,7 @@ const KERNELS: [&str; 2] = ["maps.debug", "progs.debug"];
 const SOURCE: &str = "anyport";
 
 /// Names of the maps that are pinned once, and of those that are replaced.
-pub(super) const PINNED_AT_ONCE: [&str; 6] = ["control", "table", "counts", "drops", "totals", "sockets"];
+pub(super) const PINNED_AT_ONCE: [&str; 7] = ["control", "table", "counts", "journals", "drops", "totals", "sockets"];
 const PINNED_AGAIN: [&str; 2] = ["rules", "ports"];
 
 /// The directory, locked against other daemons for as long as this lives. If nothing is pinned in it by then, it goes.

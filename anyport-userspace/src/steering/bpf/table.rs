@@ -26,12 +26,17 @@ const CONTROL_WORDS: usize = size_of::<Control>() / 8;
 const FIRST_GENERATION: usize = 2;
 const GENERATION_WORDS: usize = size_of::<Generation>() / 8;
 
+/// The counters of so few rules stay in a processor's caches, where counting is cheaper than noting.
+const FEW_RULES: usize = 64;
+
 /// The table that the programs read.
 #[derive(Debug)]
 pub(super) struct BpfTable {
     table: Table,
     control: MappedWords,
     current: usize,
+    /// Whether programs note packets before they count them.
+    is_noted: bool,
     /// The slots of all services, also those that are gone, since everything was compiled anew: policies that nobody uses
     /// at the moment still have them.
     slots: HashMap<ServiceName, u16>,
@@ -45,7 +50,7 @@ impl BpfTable {
         let Map::ArrayOfMaps(table) = table else { anyhow::bail!("the map of the table is no array of maps") };
         let outer = table.fd().as_fd().try_clone_to_owned().context("duplicate the descriptor of the table")?;
         let segments = BpfSegments { outer, made: HashMap::new(), apart: Vec::new(), readers };
-        Ok(Self { table: Table::new(Box::new(segments)), control, current: 0, slots: HashMap::new() })
+        Ok(Self { table: Table::new(Box::new(segments)), control, current: 0, is_noted: false, slots: HashMap::new() })
     }
 
     /// Puts a plan in force: made aside first, then switched to by a single store.
@@ -58,6 +63,8 @@ impl BpfTable {
             self.table.abort();
             return Err(error);
         }
+        self.is_noted = plan.rules.len() > FEW_RULES;
+        self.explain_to(0);
         self.switch_to(self.table.generation(plan.generation));
         self.table.commit();
         if !are_slots_kept || plan.changed.is_none() {
@@ -93,10 +100,14 @@ impl BpfTable {
 
     /// Has programs that this process runs say what they decide, while `run` runs.
     pub(super) fn explained<T>(&self, run: impl FnOnce() -> T) -> T {
-        self.control.words()[1].store(word(std::process::id(), 0), Ordering::SeqCst);
+        self.explain_to(std::process::id());
         let result = run();
-        self.control.words()[1].store(0, Ordering::SeqCst);
+        self.explain_to(0);
         result
+    }
+
+    fn explain_to(&self, process: u32) {
+        self.control.words()[1].store(word(process, self.is_noted.into()), Ordering::SeqCst);
     }
 
     pub(super) fn reader(&self) -> Reader {
