@@ -3,10 +3,16 @@
 //! A generation is a tree of nodes in a flat array of words, made of [`Slot`]s. What it divides into ranges is the
 //! space of a 64-bit key: the first half of the address (IPv4 stands in its first 32 bits), then the second half where
 //! a prefix is longer than 64 bits, then the port (in its first 16 bits), then the client's address where a rule asks
-//! for it. There are two kinds of nodes, and the compiler takes the one that divides the ranges at hand best:
+//! for it. There are three kinds of nodes, and the compiler takes the one that divides the ranges at hand best:
 //!
-//! - an *index* takes up to 12 bits of the key as the place of the next slot: one load;
-//! - a *sorted node* has up to 8 slots and the keys at which all but the first begin: two cache lines at most.
+//! - an *index* takes up to 12 bits of the key as the place of the next slot;
+//! - *lines* are an index of what takes one cache line each: up to 8 slots, made shorter, and the keys at which all but
+//!   the first begin, in the 15 bits of the key behind those of the index;
+//! - a *sorted node* has up to 8 slots and keys as they are: two cache lines at most.
+//!
+//! What a lookup costs is the memory that is not in the processor's caches: one load of it costs more than all
+//! instructions together. So prefixes, few or a million, mostly make lines: from the root of a few words, which is always
+//! in the caches, one load leads to what holds for an address.
 //!
 //! Whatever the rules are, each step leaves a fraction of the ranges, so that a lookup ends after few steps. Nodes are
 //! never changed once a program can see them: a change copies those on the way to what is new, and a root replaces the
@@ -22,6 +28,14 @@ pub const SEGMENT_WORDS: usize = 1 << SEGMENT_BITS;
 pub const MAX_INDEX_WIDTH: u32 = 12;
 /// Slots of the largest sorted node.
 pub const MAX_SORTED: usize = 8;
+/// Bits of the key that the index of lines takes at most.
+pub const MAX_LINES_WIDTH: u32 = 11;
+/// Words of a line.
+pub const LINE_WORDS: u32 = 8;
+/// Slots of a line.
+pub const LINE_SLOTS: u32 = 8;
+/// Bits of the key by which the slots of a line are told apart.
+pub const LINE_KEY_BITS: u32 = 15;
 /// Bits of a node's offset, in words.
 pub const OFFSET_BITS: u32 = 27;
 /// Bits of a rule's number.
@@ -81,6 +95,7 @@ pub enum Verdict {
 ///          0-2      3-4    5-6     7-10  11-15  16-42             43-63
 /// sorted   SORTED   turn   order   -     -      offset            -
 /// index    INDEX    turn   shift (5-10)  width  offset            -
+/// lines    LINES    turn   skip (5-10)   width  offset            -
 /// ports    PORTS    -      -       -     -      offset            number of the prefix's first rule
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -95,6 +110,8 @@ pub enum Kind {
     Sorted,
     /// A node that is indexed by bits of the key.
     Index,
+    /// Lines that are indexed by bits of the key.
+    Lines,
     /// Two slots, for the ports of TCP and UDP.
     Ports,
 }
@@ -114,6 +131,7 @@ const VERDICT: u64 = 0;
 const SORTED: u64 = 1;
 const INDEX: u64 = 2;
 const PORTS: u64 = 3;
+const LINES: u64 = 4;
 
 const UNMATCHED: u64 = 0;
 const HOST: u64 = 1;
@@ -144,6 +162,11 @@ impl Slot {
         Self(INDEX | (turn as u64) << 3 | (shift as u64) << 5 | (width as u64) << 11 | (offset as u64) << 16)
     }
 
+    /// 2^`width` lines by the bits of the key behind the first `skip`; both together are 63 at most. See [`Line`].
+    pub const fn lines(skip: u32, width: u32, offset: u32, turn: Turn) -> Self {
+        Self(LINES | (turn as u64) << 3 | (skip as u64) << 5 | (width as u64) << 11 | (offset as u64) << 16)
+    }
+
     /// The ports of a prefix whose first rule has this number.
     pub const fn ports(offset: u32, number: u32) -> Self {
         Self(PORTS | (offset as u64) << 16 | (number as u64) << 43)
@@ -157,6 +180,7 @@ impl Slot {
             SORTED => Some(Kind::Sorted),
             INDEX => Some(Kind::Index),
             PORTS => Some(Kind::Ports),
+            LINES => Some(Kind::Lines),
             _ => None,
         }
     }
@@ -200,6 +224,12 @@ impl Slot {
         (self.0 >> 5 & 63) as u32
     }
 
+    /// How many bits of the key are behind those of lines.
+    #[inline(always)]
+    pub const fn skip(self) -> u32 {
+        self.shift()
+    }
+
     /// How many bits of the key an index takes.
     #[inline(always)]
     pub const fn width(self) -> u32 {
@@ -224,6 +254,85 @@ impl Slot {
             _ => Verdict::Unmatched,
         }
     }
+}
+
+/// A cache line with up to [`LINE_SLOTS`] slots: ports, or what needs no more than [`NODE_BITS`], which are nodes and
+/// verdicts by rules with low numbers.
+///
+/// ```text
+/// word   bits 0-15     16-31     32-47     48-63
+/// 0      key 1         key 2     key 3     key 4
+/// 1      key 5         key 6     key 7     by slot, whether it is none of ports
+/// 2      slot 0        slot 1    slot 2    slot 3        bits 32 to 47
+/// 3      slot 4        slot 5    slot 6    slot 7
+/// 4-7    slots 0 to 7, two a word                        bits 0 to 31
+/// ```
+///
+/// Unused places repeat the last slot, under the highest key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Line(pub [u64; LINE_WORDS as usize]);
+
+/// Bits of a slot that is a node.
+pub const NODE_BITS: u32 = 16 + OFFSET_BITS;
+/// The highest key of a line.
+const LAST_KEY: u64 = (1 << LINE_KEY_BITS) - 1;
+/// A one in each of four 16-bit numbers.
+const ONES: u64 = 0x0001_0001_0001_0001;
+/// The highest bit of each of them.
+const HIGHS: u64 = ONES << LINE_KEY_BITS;
+/// The keys of the second word.
+const SECOND: u64 = u64::MAX >> 16;
+
+impl Line {
+    /// A line of slots, of which all but the first begin at these keys; nothing if they don't fit.
+    pub fn of(slots: &[Slot], keys: &[u64]) -> Option<Self> {
+        let last = *slots.last()?;
+        let fits = |slot: &Slot| matches!(slot.kind(), Some(Kind::Ports)) || slot.0 >> NODE_BITS == 0;
+        if slots.len() > LINE_SLOTS as usize || !slots.iter().all(fits) {
+            return None;
+        }
+        let mut words = [0; LINE_WORDS as usize];
+        for place in 0..LINE_SLOTS as usize {
+            let slot = *slots.get(place).unwrap_or(&last);
+            let is_ports = matches!(slot.kind(), Some(Kind::Ports));
+            let short = if is_ports { slot.0 >> 16 } else { slot.0 };
+            words[1] |= u64::from(!is_ports) << (48 + place);
+            words[2 + place / 4] |= (short >> 32) << (16 * (place % 4));
+            words[4 + place / 2] |= (short & 0xffff_ffff) << (32 * (place % 2));
+            if place + 1 < LINE_SLOTS as usize {
+                let key = *keys.get(place).unwrap_or(&LAST_KEY);
+                words[place / 4] |= key << (16 * (place % 4));
+            }
+        }
+        Some(Self(words))
+    }
+
+    /// The slots, each with the key at which it begins.
+    pub fn slots(&self) -> impl Iterator<Item = (u64, Slot)> + '_ {
+        let word = |index: u32| self.0[(index % LINE_WORDS) as usize];
+        let key = move |place: u32| word(place / 4) >> (16 * (place % 4)) & LAST_KEY;
+        (0..LINE_SLOTS).map(move |place| (place.checked_sub(1).map_or(0, key), in_line(word, place)))
+    }
+}
+
+/// The slot at a place of a line.
+#[inline(always)]
+fn in_line(word: impl Fn(u32) -> u64, place: u32) -> Slot {
+    let high = word(2 + place / 4) >> (16 * (place % 4)) & 0xffff;
+    let low = word(4 + place / 2) >> (32 * (place % 2)) & 0xffff_ffff;
+    let short = (high << 32) | low;
+    let is_ports = word(1) >> (48 + place) & 1 == 0;
+    Slot(if is_ports { short << 16 | PORTS } else { short & ((1 << NODE_BITS) - 1) })
+}
+
+/// The place of a key in a line: how many of the line's keys are no higher.
+#[inline(always)]
+fn place_in_line(word: impl Fn(u32) -> u64, key: u64) -> u32 {
+    // Each key subtracted from this one leaves the highest bit of its 16 where it is no higher.
+    let key = (key * ONES) | HIGHS;
+    let count = |keys: u64| ((key.wrapping_sub(keys) & HIGHS) >> LINE_KEY_BITS).wrapping_mul(ONES) >> 48;
+    // The second word has no fourth key, so that 0 stands there, which is never higher.
+    low_half(count(word(0)) + count(word(1) & SECOND)).wrapping_sub(1) % LINE_SLOTS
 }
 
 const _: () = assert!(UNMATCHED == 0 && VERDICT == 0, "a word of zeros says that no rule has an opinion");
@@ -303,6 +412,15 @@ pub fn descend<S: Store + ?Sized>(store: &S, root: Slot, Keys { mut key, low, so
         let at = slot.offset();
         let segment = store.segment(at >> SEGMENT_BITS)?;
         let word = |index: u32| segment.word(at.wrapping_add(index));
+        if let Kind::Lines = kind {
+            let (skip, width) = (slot.skip(), slot.width());
+            // In two steps, since no shift is of 64 bits.
+            let line = low_half(key.wrapping_shl(skip) >> 1 >> (63 - width)).wrapping_mul(LINE_WORDS);
+            let word = |index: u32| word(line.wrapping_add(index));
+            let rest = key.wrapping_shl(skip + width) >> (64 - LINE_KEY_BITS);
+            slot = in_line(word, place_in_line(word, rest));
+            continue;
+        }
         let place = if let Kind::Index = kind {
             let mask = (1_u32 << slot.width()).wrapping_sub(1);
             low_half(key >> slot.shift()) & mask
@@ -341,7 +459,9 @@ mod tests {
     use proptest::prelude::*;
     use std::vec::Vec;
 
-    use super::{SEGMENT_WORDS, Slot, Store, Turn, Verdict, Words, covers, lookup, port_key};
+    use super::{
+        Keys, LINE_WORDS, Line, SEGMENT_WORDS, Slot, Store, Turn, Verdict, Words, covers, descend, lookup, port_key,
+    };
     use crate::flow::{Address, Flow, Transport};
 
     /// Segments one after the other.
@@ -418,15 +538,66 @@ mod tests {
         assert_eq!(udp, Some(Verdict::Unmatched));
     }
 
+    /// A slot of a line: ports, a node, or nothing.
+    fn slot() -> impl Strategy<Value = Slot> {
+        prop_oneof![
+            (0..1_u32 << 27, 0..1_u32 << 21).prop_map(|(offset, number)| Slot::ports(offset, number)),
+            Just(Slot::UNMATCHED),
+        ]
+    }
+
+    #[test]
+    fn a_line_has_room_for_nodes_but_not_for_every_verdict() {
+        let last = (1 << 27) - 1;
+        for node in [
+            Slot::lines(63, 11, last, Turn::Source),
+            Slot::index(63, 12, last, Turn::Low),
+            Slot::sorted(3, last, Turn::Same),
+            Slot::ports(last, (1 << 21) - 1),
+            Slot::verdict(Verdict::Steer { rule: (1 << 11) - 1, service: u16::MAX }, true),
+        ] {
+            let line = Line::of(&[Slot::UNMATCHED, node], &[5]).unwrap();
+            let expected = [(0, Slot::UNMATCHED), (5, node)].into_iter().chain([(0x7fff, node); 6]);
+            assert_eq!(line.slots().collect::<Vec<_>>(), expected.collect::<Vec<_>>());
+        }
+        assert_eq!(Line::of(&[Slot::verdict(Verdict::Host { rule: 1 << 11 }, false)], &[]), None);
+        assert_eq!(Line::of(&[Slot::UNMATCHED; 9], &[1, 2, 3, 4, 5, 6, 7, 8]), None);
+        assert_eq!(Line::of(&[], &[]), None);
+    }
+
     proptest! {
+        /// Lines give the slot of the range that a key is in, wherever they stand in the key.
+        #[test]
+        fn lines_divide_keys(
+            lines in prop::collection::vec(prop::collection::btree_map(1..0x8000_u64, slot(), 0..8), 4),
+            outer in slot(),
+            skip in 0..=61_u32,
+            key in any::<u64>(),
+        ) {
+            let mut words = std::vec![0; LINE_WORDS as usize];
+            for line in &lines {
+                let slots: Vec<_> = std::iter::once(outer).chain(line.values().copied()).collect();
+                words.extend(Line::of(&slots, &line.keys().copied().collect::<Vec<_>>()).unwrap().0);
+            }
+            let root = Slot::lines(skip, 2, LINE_WORDS, Turn::Same);
+            let number = key << skip >> 62;
+            let rest = key << skip << 2 >> 49;
+            let expected = lines[usize::try_from(number).unwrap()].range(..=rest).next_back().map_or(outer, |it| *it.1);
+            let found = descend(&Segments(words), root, Keys { key, low: 0, source: 0 });
+            prop_assert_eq!(found, Some(expected));
+        }
+
         /// A table that is damaged gives some verdict or none, but it is read within bounds and comes to an end.
         #[test]
         fn survives_damage(
             words in prop::collection::vec(any::<u64>(), 0..40),
             root in any::<u64>(),
+            kind in prop::option::of(0..5_u64),
             high in any::<u64>(),
             port in any::<u16>(),
         ) {
+            // A root of any kind, and near the words that there are.
+            let root = kind.map_or(root, |kind| root & 0xff_ffff & !7 | kind);
             let (source, address) = (Address::v6(!high, 0), Address::v6(high, 0));
             lookup(&Segments(words), Slot(root), &Flow { source, address, transport: Transport::Udp, port });
         }

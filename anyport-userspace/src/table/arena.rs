@@ -3,7 +3,13 @@
 //! What a reader may still see is never written to. Blocks that a change has no more use for wait until every reader
 //! that began before the change was published has ended.
 
-use std::{collections::HashSet, fmt, mem, sync::Arc, sync::atomic::AtomicU64, sync::atomic::Ordering};
+use std::{
+    collections::{HashMap, HashSet},
+    fmt, mem,
+    sync::Arc,
+    sync::atomic::AtomicU64,
+    sync::atomic::Ordering,
+};
 
 use anyhow::bail;
 use anyport_common::{
@@ -116,6 +122,8 @@ pub(super) struct Arena {
     free: [Vec<u32>; ORDERS],
     /// Taken since the last commit.
     taken: Vec<Block>,
+    /// Those of them that were not given up again, by offset, with their order. While everything is made anew nothing is.
+    fresh: HashMap<u32, u32>,
     /// Given up since the last commit, and still in force.
     given_up: Vec<Block>,
     /// Given up by earlier changes; somebody may still read them.
@@ -124,8 +132,6 @@ pub(super) struct Arena {
     aside: Option<Aside>,
     /// Words that are neither free nor waiting.
     used: u64,
-    /// Whether the trees are much larger than a processor's nearest caches.
-    pub(super) is_large: bool,
 }
 
 #[derive(Debug)]
@@ -143,11 +149,11 @@ impl Arena {
             segments: Vec::new(),
             free: Default::default(),
             taken: Vec::new(),
+            fresh: HashMap::new(),
             given_up: Vec::new(),
             waiting: Vec::new(),
             aside: None,
             used: 0,
-            is_large: false,
         }
     }
 
@@ -198,6 +204,9 @@ impl Arena {
             None => self.take_more(order)?,
         };
         self.taken.push(Block { offset, order });
+        if self.aside.is_none() {
+            self.fresh.insert(offset, order);
+        }
         self.used += 1 << order;
         Ok(offset)
     }
@@ -243,9 +252,27 @@ impl Arena {
         self.take_free(order).ok_or_else(|| anyhow::anyhow!("a new segment of the lookup table has no room"))
     }
 
-    /// A block that is no part of the next generation. Its words stay as they are.
+    /// A block that is no part of the next generation. Its words stay as they are if it is part of one before; else it
+    /// is free at once, so that many changes together take no more than one does.
     pub(super) fn give_up(&mut self, block: Block) {
-        self.given_up.push(block);
+        let Block { offset, order } = block;
+        if self.fresh.remove(&offset).is_none() {
+            self.given_up.push(block);
+            return;
+        }
+        self.free[order as usize].push(offset);
+        self.used -= 1 << order;
+    }
+
+    /// A block with these words that nobody has seen yet: this one, if it is part of no generation before, or a copy in the
+    /// place of it.
+    pub(super) fn own(&mut self, block: Block) -> anyhow::Result<u32> {
+        if self.fresh.contains_key(&block.offset) {
+            return Ok(block.offset);
+        }
+        let words: Vec<_> = self.slots(block.offset, 1 << block.order);
+        self.give_up(block);
+        self.put(block.order, words.into_iter().map(|it| it.0))
     }
 
     /// How many blocks were taken since the last commit.
@@ -277,6 +304,7 @@ impl Arena {
     /// What was made since the last commit has been published.
     pub(super) fn commit(&mut self) {
         self.taken.clear();
+        self.fresh.clear();
         if let Some(Aside { segments, .. }) = self.aside.take() {
             // Whatever waited or was given up lies in these.
             self.given_up.clear();
@@ -291,10 +319,12 @@ impl Arena {
     /// What was made since the last commit is not needed.
     pub(super) fn abort(&mut self) {
         self.given_up.clear();
-        for Block { offset, order } in self.taken.drain(..) {
+        let anew = self.aside.is_some().then(|| self.taken.iter().map(|it| (it.offset, it.order)));
+        for (offset, order) in anew.into_iter().flatten().chain(self.fresh.drain()) {
             self.free[order as usize].push(offset);
             self.used -= 1 << order;
         }
+        self.taken.clear();
         if let Some(Aside { free, used, .. }) = self.aside.take() {
             for (free, aside) in self.free.iter_mut().zip(free) {
                 free.extend(aside);
@@ -407,6 +437,29 @@ mod tests {
             assert_eq!(arena.word(offset), round);
         }
         assert!(arena.bytes().1 <= 3 << 19, "{} bytes", arena.bytes().1);
+    }
+
+    /// What is taken and given up by one change is free at once, and its words are another's.
+    #[test]
+    fn a_change_uses_its_room_again() {
+        let mut arena = Arena::new(Box::new(OwnSegments::default()));
+        let kept = arena.put(14, [7]).unwrap();
+        arena.commit();
+        for is_kept in [false, true] {
+            let mut block = Block { offset: kept, order: 14 };
+            for round in 0..1_000 {
+                let offset = arena.put(14, [round]).unwrap();
+                arena.give_up(block);
+                block = Block { offset, order: 14 };
+            }
+            assert_eq!((arena.bytes(), arena.word(kept)), ((2 << 17, 1 << 19), 7));
+            if is_kept {
+                arena.commit();
+            } else {
+                arena.abort();
+            }
+            assert_eq!((arena.bytes().0, arena.word(block.offset)), (1 << 17, 999));
+        }
     }
 
     #[test]

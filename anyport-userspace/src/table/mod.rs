@@ -5,6 +5,8 @@
 //! beside it. Neither touches what is in force, so that it stays when something fails.
 
 mod arena;
+mod editor;
+mod lines;
 mod policy;
 mod readers;
 mod tree;
@@ -14,13 +16,14 @@ use std::collections::HashSet;
 use anyport_common::{
     flow::{Flow, Version},
     maps::Generation,
-    table::{self, Kind, STEPS, Slot, Turn, Verdict},
+    table::{self, STEPS, Slot, Turn, Verdict},
 };
 
 use self::{
     arena::Arena,
+    editor::{Editor, Region, Trouble},
     policy::{Level, Policies, firsts, halves, next},
-    tree::{Built, Editor, Halves, Piece, Region, Trouble, build, build_addresses, for_each_policy},
+    tree::{Built, Halves, Piece, build, build_addresses, for_each_policy, is_node},
 };
 pub use self::{
     arena::{OwnSegments, Segment, Segments, View},
@@ -90,10 +93,7 @@ impl Table {
     /// # Errors
     /// There is not enough memory, or a rule names an unknown service.
     pub fn make(&mut self, rules: &RuleSet, services: &ServiceSlots<'_>) -> anyhow::Result<()> {
-        /// A tree takes about 100 bytes for each prefix.
-        const MANY: usize = 1 << 14;
         self.arena.begin_anew();
-        self.arena.is_large = rules.len() > MANY;
         self.policies.begin_anew();
         let mut sorted: [Vec<(Prefix, &PrefixRules)>; 2] = [Vec::new(), Vec::new()];
         for (prefix, rules) in rules.prefixes() {
@@ -119,7 +119,7 @@ impl Table {
         // Rules for many prefixes are compiled faster together. And what was changed as many times over may have lost
         // its good shape.
         const FEW: usize = 4096;
-        let share = rules.len() / 16 + 16;
+        let share = rules.len() / 64 + 16;
         if prefixes.len() > share || self.changes + prefixes.len() > FEW + rules.len() {
             return self.make(rules, services);
         }
@@ -236,8 +236,7 @@ impl Table {
         let before = editor.value(root, first.0);
         let seconds: Vec<_> = pieces.iter().map(|it| Piece { first: it.first.1, slot: it.slot }).collect();
         let region = Region { first: first.1, last: last.1, pieces: &seconds };
-        let is_tree = matches!(before.kind(), Some(Kind::Sorted | Kind::Index));
-        let changed = if is_tree {
+        let changed = if is_node(before) {
             editor.moved = Some(before);
             editor.replace_in(before, region, Turn::Low)?
         } else {
