@@ -1,14 +1,21 @@
-//! What anyport's lookup is measured against: a program that does nothing, and one that asks an LPM trie. They are for
+//! What anyport's lookup is measured against: a program that does nothing, one that asks an LPM trie, and one that makes a
+//! single load, which is the least that a lookup in a table that is not in the caches can cost. They are for
 //! `cargo xtask bench lookup` only; anyportd does not have them.
 
 #![no_std]
 #![no_main]
 
-use anyport_common::maps::{MAX_SERVICES, SOCKETS_PER_SERVICE};
+use anyport_common::{
+    maps::{MAX_SERVICES, SOCKETS_PER_SERVICE},
+    table::{LINE_WORDS, SEGMENT_BITS, SEGMENT_WORDS},
+};
 use aya_ebpf::{
     EbpfContext as _,
-    bindings::sk_action::{SK_DROP, SK_PASS},
-    btf_maps::{LpmTrie, PerCpuArray, SockMap, lpm_trie::Key},
+    bindings::{
+        BPF_F_MMAPABLE,
+        sk_action::{SK_DROP, SK_PASS},
+    },
+    btf_maps::{Array, ArrayOfMaps, LpmTrie, PerCpuArray, SockMap, lpm_trie::Key},
     helpers::{bpf_map_lookup_elem, bpf_sk_assign, bpf_sk_release},
     macros::{btf_map, sk_lookup},
     programs::SkLookupContext,
@@ -56,6 +63,17 @@ static SOCKETS: SockMap<{ (MAX_SERVICES * SOCKETS_PER_SERVICE) as usize }> = Soc
 #[btf_map(name = "baseline_count")]
 static COUNTS: PerCpuArray<Counts, { MAX_SERVICES as usize }> = PerCpuArray::new();
 
+/// The words of a table such as anyport's, all of them zero, in memory of the same kind.
+#[repr(transparent)]
+struct Segment([u64; SEGMENT_WORDS]);
+
+#[btf_map(name = "baseline_words")]
+static WORDS: ArrayOfMaps<Array<Segment, 1, { BPF_F_MMAPABLE as usize }>, 64> = ArrayOfMaps::new();
+
+/// How many cache lines they are, a power of two; set by the loader.
+#[unsafe(no_mangle)]
+static LINES: u32 = 1;
+
 /// What the statistics themselves cost.
 #[sk_lookup]
 pub fn baseline_empty(_ctx: SkLookupContext) -> u32 {
@@ -66,9 +84,34 @@ pub fn baseline_empty(_ctx: SkLookupContext) -> u32 {
 #[sk_lookup]
 pub fn baseline_lpm(ctx: SkLookupContext) -> u32 {
     let (dialled, offset) = dialled(&ctx);
-    let Some(Binding { service, .. }) = binding(dialled) else {
-        return SK_PASS;
-    };
+    match binding(dialled) {
+        Some(Binding { service, .. }) => steer(&ctx, service, offset),
+        None => SK_PASS,
+    }
+}
+
+/// The least: each address has a cache line of its own, as far as there are so many, which says where to steer to.
+#[sk_lookup]
+pub fn baseline_load(ctx: SkLookupContext) -> u32 {
+    let (dialled, offset) = dialled(&ctx);
+    // Any multiplication that spreads what differs.
+    const SPREAD: u64 = 0x9e37_79b9_7f4a_7c15;
+    let [high, low] = [0, 8].map(|at| {
+        let half = &dialled.address[at..at + 8];
+        u64::from_be_bytes([half[0], half[1], half[2], half[3], half[4], half[5], half[6], half[7]])
+    });
+    // SAFETY: the reference is valid; the loader has changed the value.
+    let lines = unsafe { ptr::read_volatile(&raw const LINES) };
+    let line = ((high ^ low).wrapping_mul(SPREAD) >> 32) as u32 & lines.wrapping_sub(1);
+    let word = line.wrapping_mul(LINE_WORDS);
+    match WORDS.get_value(word >> SEGMENT_BITS, &0) {
+        Some(Segment(words)) => steer(&ctx, words[word as usize % SEGMENT_WORDS] as u32 + 1, offset),
+        None => SK_PASS,
+    }
+}
+
+#[inline(always)]
+fn steer(ctx: &SkLookupContext, service: u32, offset: u32) -> u32 {
     let Some(socket) = socket(service * SOCKETS_PER_SERVICE + offset) else {
         count(service, |counts| &mut counts.errors);
         return SK_DROP;

@@ -80,7 +80,7 @@ struct Row {
     has_ports: bool,
     size: usize,
     /// By [`Way`] and [`Program`].
-    medians: [[Option<f64>; 3]; 3],
+    medians: [[Option<f64>; 4]; 3],
 }
 
 impl Row {
@@ -127,24 +127,28 @@ fn print(rows: &[Row], rounds: usize) {
     for way in Way::ALL {
         println!("### {}\n", way.title());
         println!(
-            "| rules | prefixes | empty | LPM trie | anyport | trie, net | anyport, net | trie / anyport | growth |"
+            "| rules | prefixes | empty | LPM trie | one load | anyport | trie, net | one load, net | anyport, net | \
+             trie / anyport | growth |"
         );
-        println!("|---|---:|---:|---:|---:|---:|---:|---:|---:|");
+        println!("|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|");
         for row in rows {
             let cost = |program: Program| number(row.medians[way as usize][program as usize], 0);
-            let [trie, anyport] = [Program::Trie, Program::Anyport].map(|program| row.net(way, program));
+            let [trie, load, anyport] =
+                [Program::Trie, Program::Load, Program::Anyport].map(|program| row.net(way, program));
             let Some(anyport) = anyport else { continue };
             let first =
                 rows.iter().find(|it| it.is_of(row.space, row.has_ports)).and_then(|it| it.net(way, Program::Anyport));
             println!(
-                "| {}, {} | {} | {} | {} | {} | {} | {anyport:.0} | {} | {} |",
+                "| {}, {} | {} | {} | {} | {} | {} | {} | {} | {anyport:.0} | {} | {} |",
                 row.space.name(),
                 if row.has_ports { "some ports" } else { "any port" },
                 row.size,
                 cost(Program::Empty),
                 cost(Program::Trie),
+                cost(Program::Load),
                 cost(Program::Anyport),
                 number(trie, 0),
+                number(load, 0),
                 number(trie.map(|trie| trie / anyport), 2),
                 number(first.map(|first| anyport / first), 2),
             );
@@ -174,6 +178,7 @@ fn plot(rows: &[Row], path: &Path) -> Result<()> {
         };
         let lines = [
             line(Program::Trie, false, "LPM trie"),
+            line(Program::Load, false, "one load"),
             line(Program::Anyport, false, "anyport"),
             line(Program::Trie, true, "LPM trie, some ports"),
             line(Program::Anyport, true, "anyport, some ports"),
@@ -199,7 +204,7 @@ fn measure(space: Space, has_ports: bool, prefixes: &[Prefix], rounds: usize, ra
         }
         subjects.push(Subject::start(program, &rules).with_context(|| format!("start the program {program:?}"))?);
     }
-    let mut samples: [[Vec<f64>; 3]; 3] = Default::default();
+    let mut samples: [[Vec<f64>; 4]; 3] = Default::default();
     let mut order: Vec<usize> = (0..subjects.len()).collect();
     for round in 0..=rounds {
         random.shuffle(&mut order);

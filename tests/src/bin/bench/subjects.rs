@@ -9,19 +9,23 @@ use std::{
     sync::Arc,
 };
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 use anyport::{
     rules::{Change, Origin, Prefix, PrefixRules, Rule, RuleSet, ServiceName, Terms},
     steering::{
         BackEnd, GroupSocket, Plan, ServiceSockets, Steering,
         bpf::{Bpf, Options},
     },
+    sys::bpf::{create_array, set_inner},
 };
-use anyport_common::flow::Transport;
+use anyport_common::{
+    flow::Transport,
+    table::{LINE_WORDS, SEGMENT_WORDS},
+};
 use anyport_tests::{ground::BPFFS, netns::Netns};
 use aya::{
     Ebpf, EbpfLoader, include_bytes_aligned,
-    maps::{LpmTrie, SockMap, lpm_trie::Key},
+    maps::{LpmTrie, Map, SockMap, lpm_trie::Key},
     programs::{ProgramFd, SkLookup, links::PinnedLink, loaded_programs},
 };
 use socket2::{Domain, Socket, Type};
@@ -62,12 +66,14 @@ pub(crate) enum Program {
     Empty,
     /// Asks an LPM trie.
     Trie,
+    /// Makes a single load from as much memory as anyport's table takes.
+    Load,
     /// anyport's.
     Anyport,
 }
 
 impl Program {
-    pub(crate) const ALL: [Self; 3] = [Self::Empty, Self::Trie, Self::Anyport];
+    pub(crate) const ALL: [Self; 4] = [Self::Empty, Self::Trie, Self::Load, Self::Anyport];
 }
 
 /// A program at work.
@@ -155,6 +161,10 @@ impl Subject {
                     let mut ebpf = trie(rules, &sockets)?;
                     (attach(&mut ebpf, "baseline_lpm")?, Some(ebpf), None)
                 }
+                Program::Load => {
+                    let mut ebpf = load(rules, &sockets)?;
+                    (attach(&mut ebpf, "baseline_load")?, Some(ebpf), None)
+                }
                 Program::Anyport => {
                     let (fd, bpf) = anyport(rules, &sockets)?;
                     (fd, None, Some(Box::new(bpf) as Box<dyn Steering>))
@@ -209,12 +219,32 @@ fn trie(rules: &Rules, sockets: &Sockets) -> Result<Ebpf> {
             }
         }
     }
+    put_sockets(&mut ebpf, *space, sockets)?;
+    Ok(ebpf)
+}
+
+fn put_sockets(ebpf: &mut Ebpf, space: Space, sockets: &Sockets) -> Result<()> {
     let mut map: SockMap<_> = ebpf.map_mut("baseline_sock").context("no map of sockets")?.try_into()?;
-    for (offset, group) in (0..).zip(sockets.groups(*space)?) {
+    for (offset, group) in (0..).zip(sockets.groups(space)?) {
         if let Some(group) = group {
             map.set(u32::from(SERVICE) * 4 + offset, &group.socket.as_raw_fd(), 0)?;
         }
     }
+    Ok(())
+}
+
+/// Makes a table of as many lines as anyport's has, or up to twice as many.
+fn load(rules: &Rules, sockets: &Sockets) -> Result<Ebpf> {
+    // A prefix that is not beside another takes two ranges, of which four are in a line.
+    let lines = (rules.prefixes.len() / 2).next_power_of_two();
+    let mut ebpf = EbpfLoader::new().override_global("LINES", &u32::try_from(lines)?, true).load(BASELINES)?;
+    let segments = (lines * LINE_WORDS as usize).div_ceil(SEGMENT_WORDS);
+    let made = (0..u32::try_from(segments)?)
+        .map(|number| Ok((number, create_array("baseline_words", SEGMENT_WORDS * 8, 1, None)?)))
+        .collect::<Result<Vec<_>>>()?;
+    let Some(Map::ArrayOfMaps(words)) = ebpf.map("baseline_words") else { bail!("no map of words") };
+    set_inner(words.fd(), &made)?;
+    put_sockets(&mut ebpf, rules.space, sockets)?;
     Ok(ebpf)
 }
 
