@@ -13,7 +13,14 @@ use tokio::{
 };
 use tracing::{info, warn};
 
-use crate::{api, config::Config, engine::Engine, lock::Lock, routes};
+use crate::{
+    api,
+    config::Config,
+    engine::Engine,
+    lock::Lock,
+    routes,
+    service::{WorkerHandles, Workers},
+};
 
 /// How often the engine looks for interfaces and for connections that have ended.
 const REFRESH: Duration = Duration::from_secs(1);
@@ -22,19 +29,14 @@ const LAST_ANSWERS: Duration = Duration::from_millis(200);
 
 /// Runs until SIGTERM or SIGINT, then takes everything out of the kernel.
 ///
-/// Connections are served on a runtime of their own, so that load on them never starves control.
+/// Connections are served by threads of their own, so that load on them never starves control.
 ///
 /// # Errors
 /// What kept the daemon from starting, or what could not be removed at its end.
 pub fn run(config: &Config) -> anyhow::Result<()> {
     let lock = Lock::take()?;
     raise_descriptor_limit();
-    let data = runtime::Builder::new_multi_thread()
-        .worker_threads(config.workers.get())
-        .thread_name("anyport-data")
-        .enable_all()
-        .build()
-        .context("start the threads that serve connections")?;
+    let workers = Workers::start(config.workers)?;
     // While a long command keeps one of them busy, another one answers.
     let control = runtime::Builder::new_multi_thread()
         .worker_threads(2)
@@ -42,17 +44,15 @@ pub fn run(config: &Config) -> anyhow::Result<()> {
         .enable_all()
         .build()
         .context("start the control threads")?;
-    let result = control.block_on(control_loop(config, data.handle().clone(), lock));
-    data.shutdown_background();
-    result
+    control.block_on(control_loop(config, workers.handles(), lock))
 }
 
-async fn control_loop(config: &Config, data: runtime::Handle, lock: Lock) -> anyhow::Result<()> {
+async fn control_loop(config: &Config, workers: WorkerHandles, lock: Lock) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate()).context("wait for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("wait for SIGINT")?;
     lock.answer()?;
     let listener = api::bind(&config.socket)?;
-    let engine: api::Shared = match Engine::start(config, data).await {
+    let engine: api::Shared = match Engine::start(config, workers).await {
         Ok(engine) => Arc::new(Mutex::new(Some(engine))),
         Err(error) => {
             remove_socket(config);

@@ -11,7 +11,6 @@ use anyport_common::{
     maps::{MAX_RULES, MAX_SERVICES},
     table::Verdict,
 };
-use tokio::runtime::Handle;
 use tracing::error;
 
 use super::{Engine, Running, numbers::Numbers};
@@ -19,7 +18,7 @@ use crate::{
     config::Config,
     routes::Routes,
     rules::{Change, Origin, RuleSet, to_address},
-    service::{Commons, DescriptorPool, LoopGuard, Service, ServiceConfig},
+    service::{Commons, DescriptorPool, LoopGuard, Service, ServiceConfig, WorkerHandles},
     steering::{
         BackEnd, bpf,
         choose::{choose, remove_leftovers},
@@ -37,7 +36,7 @@ impl Engine {
     ///
     /// # Errors
     /// What does not work, and nothing is left behind.
-    pub async fn start(config: &Config, data: Handle) -> anyhow::Result<Self> {
+    pub async fn start(config: &Config, workers: WorkerHandles) -> anyhow::Result<Self> {
         let (store, state) = Store::open(&config.state_dir)?;
         let (services, rules) = desired(config, &state)?;
         let routes = Routes::open()?;
@@ -50,12 +49,8 @@ impl Engine {
         };
         let chosen = choose(config.steering.back_end(), &options)?;
         remove_leftovers(chosen.steering.back_end(), &options).context("remove what an earlier daemon left")?;
-        let commons = Commons {
-            runtime: data,
-            workers: config.workers,
-            descriptors: DescriptorPool::of_process()?,
-            loop_guard: loop_guard(&published),
-        };
+        let commons =
+            Commons { workers, descriptors: DescriptorPool::of_process()?, loop_guard: loop_guard(&published) };
         let own_segments = || OwnSegments { readers: Arc::clone(&published) };
         let has_no_table = chosen.steering.back_end() == BackEnd::Tproxy;
         let mut engine = Self {

@@ -104,7 +104,7 @@ impl Engine {
                 .map(|it| BackEndView { name: it.back_end, usable: it.usable, reason: it.reason.clone() })
                 .collect(),
             generation: self.generation,
-            workers: self.commons.workers.get(),
+            workers: self.commons.workers.count().get(),
             rules: self.rules.len(),
             max_rules: self.max_rules,
             bytes: self.steering.bytes(),

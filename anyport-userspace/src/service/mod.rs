@@ -12,11 +12,11 @@ mod tcp;
 #[cfg(test)]
 mod tests;
 mod udp;
+mod workers;
 
 use std::{
     fmt,
     net::SocketAddr,
-    num::NonZeroUsize,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
@@ -34,6 +34,7 @@ pub use config::{HandlerKind, ServiceConfig};
 pub use descriptors::DescriptorPool;
 pub use sockets::{Family, SocketInfo};
 pub use stats::ServiceStats;
+pub use workers::{WorkerHandles, Workers};
 
 use self::{
     sockets::Group,
@@ -50,10 +51,8 @@ pub type LoopGuard = Arc<dyn Fn(SocketAddr, SocketAddr) -> bool + Send + Sync>;
 /// What all services of a daemon have in common.
 #[derive(Clone)]
 pub struct Commons {
-    /// Runs the services.
-    pub runtime: Handle,
-    /// Sockets of each group.
-    pub workers: NonZeroUsize,
+    /// Who serve: each has one socket of each group.
+    pub workers: WorkerHandles,
     /// Descriptors for what clients bring about.
     pub descriptors: DescriptorPool,
     /// Tells which sources are steered.
@@ -155,7 +154,6 @@ impl<'a> Start<'a> {
     }
 
     fn finish(mut self) -> anyhow::Result<Service> {
-        let _context = self.commons.runtime.enter();
         let mut groups = [const { None }; SOCKETS_PER_SERVICE as usize];
         let mut sockets = Vec::new();
         // In the order of `Flow::socket_offset`.
@@ -163,24 +161,25 @@ impl<'a> Start<'a> {
             .into_iter()
             .flat_map(|family| Transport::ALL.map(|transport| (family, transport)));
         for (handle, (family, transport)) in groups.iter_mut().zip(kinds) {
-            let Some(group) = Group::open(family, transport, self.commons.workers)? else {
+            let Some(group) = Group::open(family, transport, self.commons.workers.count())? else {
                 continue;
             };
             *handle = Some(group.handle()?);
             sockets.extend(group.info()?);
-            for socket in group.sockets {
+            for (socket, worker) in group.sockets.into_iter().zip(self.commons.workers.iter()) {
+                let _context = worker.enter();
                 match transport {
-                    Transport::Tcp => self.accept(socket)?,
-                    Transport::Udp => self.receive(socket, group.bound)?,
+                    Transport::Tcp => self.accept(socket, worker)?,
+                    Transport::Udp => self.receive(socket, group.bound, worker)?,
                 }
             }
         }
         let ageing = udp::age_replies(self.udp.clone(), self.reply_opened);
-        self.tasks.spawn(ageing);
+        self.tasks.spawn_on(ageing, self.commons.workers.first());
         Ok(Service { config: self.config, groups, sockets, tcp: self.tcp, udp: self.udp, tasks: self.tasks })
     }
 
-    fn accept(&mut self, socket: Socket) -> anyhow::Result<()> {
+    fn accept(&mut self, socket: Socket, worker: &Handle) -> anyhow::Result<()> {
         let counts = Arc::<TcpCounts>::default();
         let acceptor = Acceptor {
             listener: TcpListener::from_std(socket.into()).context("watch a listening socket")?,
@@ -189,22 +188,22 @@ impl<'a> Start<'a> {
             descriptors: self.commons.descriptors.clone(),
         };
         self.tcp.push(counts);
-        self.tasks.spawn(acceptor.run());
+        self.tasks.spawn_on(acceptor.run(), worker);
         Ok(())
     }
 
-    fn receive(&mut self, socket: Socket, bound: SocketAddr) -> anyhow::Result<()> {
-        let worker = Arc::new(UdpWorker::new(self.commons.descriptors.clone()));
+    fn receive(&mut self, socket: Socket, bound: SocketAddr, worker: &Handle) -> anyhow::Result<()> {
+        let shared = Arc::new(UdpWorker::new(self.commons.descriptors.clone()));
         let receiver = Receiver {
             socket: UdpSocket::from_std(socket.into()).context("watch a UDP socket")?,
             bound,
             config: Arc::clone(&self.config),
-            worker: Arc::clone(&worker),
+            worker: Arc::clone(&shared),
             loop_guard: Arc::clone(&self.commons.loop_guard),
             reply_opened: Arc::clone(&self.reply_opened),
         };
-        self.udp.push(worker);
-        self.tasks.spawn(receiver.run());
+        self.udp.push(shared);
+        self.tasks.spawn_on(receiver.run(), worker);
         Ok(())
     }
 }

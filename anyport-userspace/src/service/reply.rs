@@ -12,7 +12,7 @@ use socket2::{Domain, SockAddr, Socket, Type};
 
 use super::{
     Family,
-    descriptors::{Descriptor, DescriptorPool},
+    descriptors::{DescriptorPool, Descriptors},
     raw,
     sockets::set_transparent,
     stats::UdpCounts,
@@ -90,7 +90,7 @@ impl ReplySockets {
     }
 
     fn open(&self, from: SocketAddr) -> io::Result<Reply> {
-        Reply::open(from, self.descriptors.try_take(), Arc::clone(&self.counts))
+        Reply::open(from, self.descriptors.try_take(1), Arc::clone(&self.counts))
     }
 
     fn complain(&mut self, from: SocketAddr, error: &io::Error) {
@@ -124,11 +124,11 @@ struct Reply {
     socket: Socket,
     counts: Arc<UdpCounts>,
     /// None for a socket that must not be kept, as the pool is empty.
-    descriptor: Option<Descriptor>,
+    descriptor: Option<Descriptors>,
 }
 
 impl Reply {
-    fn open(from: SocketAddr, descriptor: Option<Descriptor>, counts: Arc<UdpCounts>) -> io::Result<Self> {
+    fn open(from: SocketAddr, descriptor: Option<Descriptors>, counts: Arc<UdpCounts>) -> io::Result<Self> {
         let family = if from.is_ipv4() { Family::Ipv4 } else { Family::Ipv6 };
         let socket = Socket::new(Domain::for_address(from), Type::DGRAM.nonblocking(), None)?;
         set_transparent(&socket, family)?;

@@ -9,7 +9,7 @@ use tokio::{
 
 use super::{
     ServiceConfig,
-    descriptors::{Descriptor, DescriptorPool},
+    descriptors::{DescriptorPool, Descriptors},
     handlers,
     stats::TcpCounts,
 };
@@ -20,7 +20,7 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 /// A connection that is open until this is dropped.
 struct Open {
     counts: Arc<TcpCounts>,
-    _descriptor: Descriptor,
+    _descriptor: Descriptors,
 }
 
 impl Drop for Open {
@@ -66,7 +66,7 @@ impl Acceptor {
         let Ok(dialled) = stream.local_addr() else { return };
         // While the pool is empty one connection waits here and the others in the kernel's queue. Listening
         // sockets that wait for connections take nothing from the pool, however many there are.
-        let descriptor = match self.descriptors.try_take() {
+        let descriptor = match self.descriptors.try_take(1) {
             Some(descriptor) => descriptor,
             None => self.wait_for_descriptor().await,
         };
@@ -81,10 +81,10 @@ impl Acceptor {
         });
     }
 
-    async fn wait_for_descriptor(&self) -> Descriptor {
+    async fn wait_for_descriptor(&self) -> Descriptors {
         let name = &self.config.name;
         tracing::debug!("service {name}: as many connections as the limit of open files allows; new ones wait");
-        self.descriptors.take().await
+        self.descriptors.take(1).await
     }
 }
 

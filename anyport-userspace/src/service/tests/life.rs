@@ -17,8 +17,7 @@ fn connections_outlive_their_service() {
     let mut streams = TCP.map(|group| scene.dial(group));
     eventually("both are open", || scene.service.stats().active == 2);
     let addresses = TCP.map(|group| scene.address(group));
-    let Scene { service, runtime } = scene;
-    runtime.block_on(service.stop());
+    let _workers = scene.stop();
     for address in addresses {
         assert!(TcpStream::connect(address).is_err());
     }

@@ -13,9 +13,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use tokio::runtime::{Builder, Runtime};
+use tokio::runtime::Runtime;
 
-use super::{Commons, DescriptorPool, HandlerKind, Service, ServiceConfig};
+use super::{Commons, DescriptorPool, HandlerKind, Service, ServiceConfig, Workers};
 
 const TIMEOUT: Duration = Duration::from_secs(5);
 /// The groups' places.
@@ -24,7 +24,7 @@ const UDP: [usize; 2] = [1, 3];
 
 struct Scene {
     service: Service,
-    runtime: Runtime,
+    workers: Workers,
 }
 
 impl Scene {
@@ -38,16 +38,11 @@ impl Scene {
         descriptors: DescriptorPool,
         loop_guard: fn(SocketAddr, SocketAddr) -> bool,
     ) -> Self {
-        let runtime = Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
-        let commons = Commons {
-            runtime: runtime.handle().clone(),
-            workers: NonZeroUsize::new(3).unwrap(),
-            descriptors,
-            loop_guard: Arc::new(loop_guard),
-        };
+        let workers = Workers::start(NonZeroUsize::new(3).unwrap()).unwrap();
+        let commons = Commons { workers: workers.handles(), descriptors, loop_guard: Arc::new(loop_guard) };
         let config = ServiceConfig { name: "test".parse().unwrap(), handler, banner: banner.map(Into::into) };
         let service = Service::start(config, &commons).unwrap();
-        Self { service, runtime }
+        Self { service, workers }
     }
 
     fn address(&self, group: usize) -> SocketAddr {
@@ -60,9 +55,11 @@ impl Scene {
         stream
     }
 
-    fn stop(self) {
-        let Self { service, runtime } = self;
-        runtime.block_on(service.stop());
+    /// Stops the service; connections go on for as long as the workers are there.
+    fn stop(self) -> Workers {
+        let Self { service, workers } = self;
+        Runtime::new().unwrap().block_on(service.stop());
+        workers
     }
 }
 
