@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use super::{Kind, Problem};
 use crate::{
     rules::{Origin, PortSet, Prefix, Protocol, ServiceName, Terms},
-    service::{HandlerKind, ServiceStats, SocketInfo},
+    service::{HandlerKind, ServiceStats, SocketInfo, UpstreamView},
     steering::BackEnd,
 };
 
@@ -235,6 +235,9 @@ pub struct ServiceView {
     pub assign_error: u64,
     /// Its sockets.
     pub sockets: Vec<SocketInfo>,
+    /// Where `forward` connects clients to.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub upstreams: Vec<UpstreamView>,
     /// What it did.
     #[serde(flatten)]
     pub stats: ServiceStats,

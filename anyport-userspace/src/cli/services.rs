@@ -1,28 +1,25 @@
-use super::{Output, show::table};
+use super::{
+    Output,
+    show::{ago, table},
+};
 use crate::{
     api::{Changed, Client, Problem, ServiceView},
     rules::ServiceName,
-    service::{HandlerKind, ServiceConfig},
+    service::{ServiceConfig, ServiceTable, UpstreamView},
 };
 
 /// Opens a new service, to which add-prefix --service can steer.
 #[derive(Debug, clap::Args)]
 pub(super) struct Add {
-    /// Its name: lower-case letters, digits, and . _ - inside
-    name: ServiceName,
-    /// What it does with what it accepts
-    #[arg(long, value_enum)]
-    handler: HandlerKind,
-    /// What discard sends first on a TCP connection
-    #[arg(long, value_name = "TEXT")]
-    banner: Option<String>,
+    #[command(flatten)]
+    service: ServiceTable,
 }
 
 impl Add {
     pub(super) async fn run(self, client: &Client, out: &mut Output<'_>) -> Result<(), Problem> {
-        let Self { name, handler, banner } = self;
-        let done = format!("service {name} is open");
-        let answer: Changed = client.post("/v1/services", &ServiceConfig { name, handler, banner }).await?;
+        let config = ServiceConfig::from(self.service);
+        let done = format!("service {} is open", config.name);
+        let answer: Changed = client.post("/v1/services", &config).await?;
         out.print_change(&answer, done)
     }
 }
@@ -58,7 +55,14 @@ pub(super) async fn list(client: &Client, out: &mut Output<'_>) -> Result<(), Pr
             "DATAGRAMS",
             "ANSWERED",
         ];
-        table(header, views.iter().map(|view| row(view).map(Into::into)))
+        let mut text = table(header, views.iter().map(|view| row(view).map(Into::into)));
+        let upstreams = || views.iter().flat_map(|view| view.upstreams.iter().map(move |it| (view, it)));
+        if upstreams().next().is_some() {
+            let header = ["SERVICE", "UPSTREAM", "STATE", "OPEN", "TOTAL", "FAILED", "TO", "FROM", "NOTE"];
+            text.push_str("\n\n");
+            text.push_str(&table(header, upstreams().map(|(view, it)| upstream_row(view, it).map(Into::into))));
+        }
+        text
     })
 }
 
@@ -76,5 +80,21 @@ fn row(view: &ServiceView) -> [String; 12] {
         view.stats.accepted.to_string(),
         view.stats.datagrams.to_string(),
         view.stats.answered.to_string(),
+    ]
+}
+
+fn upstream_row(service: &ServiceView, view: &UpstreamView) -> [String; 9] {
+    let since = view.since.map(|since| format!("since {}", ago(since)));
+    let note: Vec<String> = view.name.clone().into_iter().chain(since).chain(view.why.clone()).collect();
+    [
+        service.name.to_string(),
+        view.address.clone(),
+        view.state.to_string(),
+        view.active.to_string(),
+        view.connections.to_string(),
+        view.failures.to_string(),
+        view.bytes_to.to_string(),
+        view.bytes_from.to_string(),
+        note.join(": "),
     ]
 }

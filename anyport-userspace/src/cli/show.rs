@@ -1,6 +1,6 @@
 //! What several verbs need for printing.
 
-use std::{borrow::Cow, fmt::Display};
+use std::{borrow::Cow, fmt::Display, time::Duration};
 
 /// Columns under their headers, without lines, so that `awk` and `grep` can work on it. There may be very many rows.
 pub(super) fn table<'a, const N: usize>(header: [&'a str; N], rows: impl Iterator<Item = [Cow<'a, str>; N]>) -> String {
@@ -34,6 +34,11 @@ pub(super) fn list_of(items: &[impl Display]) -> String {
         None | Some(0) => shown.join(", "),
         Some(more) => format!("{} and {more} more", shown.join(", ")),
     }
+}
+
+/// How long something has been so.
+pub(super) fn ago(seconds: u64) -> String {
+    humantime::format_duration(Duration::from_secs(seconds)).to_string()
 }
 
 #[cfg(test)]

@@ -11,6 +11,7 @@ use anyport_common::{
     maps::{MAX_RULES, MAX_SERVICES},
     table::Verdict,
 };
+use tokio::runtime::Handle;
 use tracing::error;
 
 use super::{Engine, Running, numbers::Numbers};
@@ -49,8 +50,12 @@ impl Engine {
         };
         let chosen = choose(config.steering.back_end(), &options)?;
         remove_leftovers(chosen.steering.back_end(), &options).context("remove what an earlier daemon left")?;
-        let commons =
-            Commons { workers, descriptors: DescriptorPool::of_process()?, loop_guard: loop_guard(&published) };
+        let commons = Commons {
+            workers,
+            control: Handle::current(),
+            descriptors: DescriptorPool::of_process()?,
+            loop_guard: loop_guard(&published),
+        };
         let own_segments = || OwnSegments { readers: Arc::clone(&published) };
         let has_no_table = chosen.steering.back_end() == BackEnd::Tproxy;
         let mut engine = Self {

@@ -80,6 +80,7 @@ impl Engine {
                 banner: config.banner,
                 origin: running.origin,
                 sockets: running.service.sockets().to_vec(),
+                upstreams: running.service.upstreams(),
                 stats: running.service.stats(),
             }
         });
@@ -118,8 +119,13 @@ impl Engine {
                 active: self.services.values().map(|it| it.service.stats().active).sum(),
             },
             unconfirmed: self.unconfirmed_for(),
-            degraded: self.broken.iter().cloned().chain(self.steering.degraded()).collect(),
+            degraded: self.degraded(),
         })
+    }
+
+    fn degraded(&self) -> Vec<String> {
+        let services = self.services.values().flat_map(|running| running.service.degraded());
+        self.broken.iter().cloned().chain(self.steering.degraded()).chain(services).collect()
     }
 
     /// For each service that rules steer to, how many do and what they counted.

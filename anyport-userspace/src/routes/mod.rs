@@ -15,14 +15,14 @@ use std::{
 
 use anyhow::Context as _;
 use futures_util::{Stream, StreamExt as _};
-use nix::errno::Errno;
+use nix::{errno::Errno, net::if_::if_indextoname};
 use rtnetlink::MulticastGroup;
 
 pub use self::coverage::{Coverage, Difference, Edits};
 use self::{
     coverage::position,
-    netlink::Netlink,
-    wire::{Change, RouteHeader, destination, family},
+    netlink::{Found, Netlink},
+    wire::{Change, Lookup, RouteHeader, destination, family},
 };
 use crate::rules::Prefix;
 
@@ -111,11 +111,12 @@ impl Routes {
     /// The route that packets to this address take.
     pub async fn to(&self, address: IpAddr) -> anyhow::Result<Option<Route>> {
         self.with(move |netlink| {
-            let found = netlink.find(address).with_context(|| format!("looking up the route to {address}"))?;
-            Ok(found.map(|(block, header)| Route {
+            let lookup = Lookup { to: address, arriving: None };
+            let found = netlink.find(lookup).with_context(|| format!("looking up the route to {address}"))?;
+            Ok(found.map(|Found { block, route, .. }| Route {
                 block,
-                is_local: header.kind == libc::RTN_LOCAL,
-                protocol: header.protocol,
+                is_local: route.kind == libc::RTN_LOCAL,
+                protocol: route.protocol,
             }))
         })
         .await
@@ -198,6 +199,26 @@ fn list(
         netlink.list(&like, &mut found).with_context(|| format!("listing the routes of {name}"))?;
     }
     Ok(())
+}
+
+/// Whether a packet from `peer`, at the interface by which it is reached, to `address` would be taken by this host though
+/// the address is not its own. If not, the name of that interface.
+///
+/// # Errors
+/// There is no way to the peer, or the kernel does not tell.
+pub async fn way_back(peer: IpAddr, address: IpAddr) -> anyhow::Result<Option<String>> {
+    let routes = Routes::open()?;
+    let look = move |netlink: &mut Netlink| {
+        let there = netlink.find(Lookup { to: peer, arriving: None })?;
+        let interface = there.and_then(|there| there.interface).context("there is no route to the upstream")?;
+        let back = netlink.find(Lookup { to: address, arriving: Some((peer, interface)) })?;
+        if back.is_some_and(|back| back.route.kind == libc::RTN_LOCAL) {
+            return Ok(None);
+        }
+        let name = if_indextoname(interface).context("name the interface")?;
+        Ok(Some(name.to_string_lossy().into_owned()))
+    };
+    routes.with(look).await
 }
 
 /// Gives an item whenever a network interface appears, changes or goes. Must be called within a tokio runtime.

@@ -1,6 +1,6 @@
 //! The socket on which routes are changed and listed, many at a time.
 
-use std::{fmt, net::IpAddr, os::fd::AsRawFd as _};
+use std::{fmt, os::fd::AsRawFd as _};
 
 use netlink_sys::{Socket, protocols::NETLINK_ROUTE};
 use nix::{
@@ -12,7 +12,8 @@ use nix::{
 };
 
 use super::wire::{
-    Attributes, Change, LONGEST_REQUEST, Message, RouteHeader, destination, messages, put_change, put_lookup, put_query,
+    Attributes, Change, LONGEST_REQUEST, Lookup, Message, RouteHeader, destination, interface, messages, put_change,
+    put_lookup, put_query,
 };
 use crate::rules::Prefix;
 
@@ -33,6 +34,14 @@ pub(super) struct Netlink {
     batch: usize,
     requests: Vec<u8>,
     answers: Vec<u8>,
+}
+
+/// A route that was asked for.
+pub(super) struct Found {
+    pub(super) block: Prefix,
+    pub(super) route: RouteHeader,
+    /// By which packets leave.
+    pub(super) interface: Option<u32>,
 }
 
 impl Netlink {
@@ -112,22 +121,29 @@ impl Netlink {
         }
     }
 
-    /// The route that packets to an address take, if there is one.
-    pub(super) fn find(&mut self, address: IpAddr) -> Result<Option<(Prefix, RouteHeader)>, Errno> {
+    /// The route that a packet takes, if there is one.
+    pub(super) fn find(&mut self, lookup: Lookup) -> Result<Option<Found>, Errno> {
         let query = self.sequence;
         self.sequence = self.sequence.wrapping_add(1);
         self.requests.clear();
-        put_lookup(&mut self.requests, address, query);
+        put_lookup(&mut self.requests, &lookup, query);
         self.send()?;
         loop {
             for (sequence, message) in messages(receive(&self.socket, &mut self.answers)?) {
                 match message {
                     Message::Route(route, attributes) if sequence == query => {
-                        return Ok(destination(&route, attributes).map(|block| (block, route)));
+                        let interface = interface(attributes.clone());
+                        return Ok(destination(&route, attributes).map(|block| Found { block, route, interface }));
                     }
                     // The answers of routes of the types unreachable, prohibit and blackhole, too.
                     Message::Outcome(Err(
-                        Errno::ENETUNREACH | Errno::EHOSTUNREACH | Errno::EACCES | Errno::EINVAL | Errno::EAFNOSUPPORT,
+                        Errno::ENETUNREACH
+                        | Errno::EHOSTUNREACH
+                        | Errno::EACCES
+                        | Errno::EINVAL
+                        | Errno::EAFNOSUPPORT
+                        // The source does not belong to the interface (rp_filter).
+                        | Errno::EXDEV,
                     )) if sequence == query => return Ok(None),
                     Message::Outcome(Err(errno)) if sequence == query => return Err(errno),
                     _ => {}

@@ -112,19 +112,32 @@ pub(super) fn put_query(buffer: &mut Vec<u8>, like: &RouteHeader, sequence: u32)
     });
 }
 
-/// Writes the request for the one route that packets to an address take, as it stands in its table.
-pub(super) fn put_lookup(buffer: &mut Vec<u8>, address: IpAddr, sequence: u32) {
+/// A packet that a route is asked for.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Lookup {
+    pub(super) to: IpAddr,
+    /// The source and the interface of one that arrives; one that the host itself sends if there is none.
+    pub(super) arriving: Option<(IpAddr, u32)>,
+}
+
+/// Writes the request for the one route that a packet takes, as it stands in its table.
+pub(super) fn put_lookup(buffer: &mut Vec<u8>, lookup: &Lookup, sequence: u32) {
     /// `RTM_F_FIB_MATCH`, Linux 4.13
     const FIB_MATCH: u32 = 0x2000;
-    let host = Prefix::host(address);
+    let host = Prefix::host(lookup.to);
     put_message(buffer, libc::RTM_GETROUTE, 0, sequence, |buffer| {
         buffer.extend_from_slice(bytes_of(&RouteHeader {
             family: family(host.is_ipv4()),
             destination_len: host.len(),
+            source_len: lookup.arriving.map_or(0, |_| host.len()),
             flags: FIB_MATCH,
             ..RouteHeader::default()
         }));
-        put_address(buffer, libc::RTA_DST, address);
+        put_address(buffer, libc::RTA_DST, lookup.to);
+        if let Some((source, interface)) = lookup.arriving {
+            put_address(buffer, libc::RTA_SRC, source);
+            put_attribute(buffer, libc::RTA_IIF, &interface.to_ne_bytes());
+        }
     });
 }
 
@@ -209,6 +222,12 @@ pub(super) fn gateways(attributes: Attributes<'_>, found: &mut impl FnMut(IpAddr
     }
 }
 
+/// The interface by which packets leave, where the route names one.
+pub(super) fn interface(mut attributes: Attributes<'_>) -> Option<u32> {
+    let (_, content) = attributes.find(|(kind, _)| *kind == libc::RTA_OIF)?;
+    content.try_into().ok().map(u32::from_ne_bytes)
+}
+
 fn address(content: &[u8]) -> Option<IpAddr> {
     if let Ok(octets) = <[u8; 4]>::try_from(content) {
         return Some(Ipv4Addr::from(octets).into());
@@ -217,6 +236,7 @@ fn address(content: &[u8]) -> Option<IpAddr> {
 }
 
 /// The attributes of a message, kind and content.
+#[derive(Clone)]
 pub(super) struct Attributes<'a>(&'a [u8]);
 
 impl<'a> Iterator for Attributes<'a> {

@@ -2,9 +2,13 @@
 
 use std::fmt;
 
+use anyport_common::flow::Transport;
 use serde::{Deserialize, Serialize};
 
-use crate::rules::{InvalidText, ServiceName};
+use super::forward::config::{
+    Balance, Ejection, ForwardConfig, HealthCheck, ProxyVersion, Span, TcpOptions, UpstreamAddress, table_of_words,
+};
+use crate::rules::{InvalidText, Prefix, ServiceName};
 
 /// Longest banner in bytes: what the kernel takes at once even from a client that reads nothing.
 const MAX_BANNER: usize = 1024;
@@ -19,6 +23,15 @@ pub enum HandlerKind {
     Echo,
     /// Reads and forgets, after a banner if there is one.
     Discard,
+    /// Connects clients to upstreams. TCP only.
+    Forward,
+}
+
+impl HandlerKind {
+    /// Whether it serves what comes over this transport.
+    pub fn takes(self, transport: Transport) -> bool {
+        self != Self::Forward || transport == Transport::Tcp
+    }
 }
 
 impl fmt::Display for HandlerKind {
@@ -27,42 +40,184 @@ impl fmt::Display for HandlerKind {
             Self::Hello => "hello",
             Self::Echo => "echo",
             Self::Discard => "discard",
+            Self::Forward => "forward",
         })
     }
 }
 
 /// A service as the operator describes it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+#[serde(from = "ServiceTable", into = "ServiceTable")]
 pub struct ServiceConfig {
     /// Its name.
     pub name: ServiceName,
     /// What it does.
     pub handler: HandlerKind,
     /// What `discard` says first over TCP, exactly as written: nothing is appended. 1 to 1,024 bytes.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub banner: Option<String>,
+    /// The settings of `forward`.
+    pub forward: Option<Box<ForwardConfig>>,
 }
 
 impl ServiceConfig {
+    /// A service without settings.
+    pub fn new(name: ServiceName, handler: HandlerKind) -> Self {
+        Self { name, handler, banner: None, forward: None }
+    }
+
     /// The service that is there when nobody has made one of its name: it greets.
     pub fn default_service() -> Self {
-        Self { name: ServiceName::default_service(), handler: HandlerKind::Hello, banner: None }
+        Self::new(ServiceName::default_service(), HandlerKind::Hello)
     }
 
     /// Whether the settings fit each other.
     pub fn validate(&self) -> Result<(), InvalidText> {
-        let Self { name, handler, banner } = self;
-        let invalid = |why: String| Err(InvalidText(format!("service {name}: {why}")));
-        let Some(banner) = banner else { return Ok(()) };
-        if *handler != HandlerKind::Discard {
-            invalid(format!("the handler {handler} has no banner; leave it out or use the handler discard"))
-        } else if banner.is_empty() {
-            invalid("the banner is empty; leave it out".into())
-        } else if banner.len() > MAX_BANNER {
-            invalid(format!("the banner has {} bytes; {MAX_BANNER} are the limit", banner.len()))
-        } else {
-            Ok(())
+        let Self { name, handler, banner, forward } = self;
+        let checked = check_banner(*handler, banner.as_deref()).and_then(|()| match (handler, forward) {
+            (HandlerKind::Forward, Some(forward)) => forward.validate(),
+            (HandlerKind::Forward, None) => ForwardConfig::default().validate(),
+            (_, Some(_)) => Err(InvalidText(format!(
+                "the handler {handler} forwards nothing; leave upstreams and the like out, or use the handler forward"
+            ))),
+            (_, None) => Ok(()),
+        });
+        checked.map_err(|InvalidText(why)| InvalidText(format!("service {name}: {why}")))
+    }
+}
+
+fn check_banner(handler: HandlerKind, banner: Option<&str>) -> Result<(), InvalidText> {
+    let invalid = |why: String| Err(InvalidText(why));
+    let Some(banner) = banner else { return Ok(()) };
+    if handler != HandlerKind::Discard {
+        invalid(format!("the handler {handler} has no banner; leave it out or use the handler discard"))
+    } else if banner.is_empty() {
+        invalid("the banner is empty; leave it out".into())
+    } else if banner.len() > MAX_BANNER {
+        invalid(format!("the banner has {} bytes; {MAX_BANNER} are the limit", banner.len()))
+    } else {
+        Ok(())
+    }
+}
+
+/// A service as it stands in files, requests and on the command line: all settings of all handlers side by side.
+#[derive(Clone, Debug, Serialize, Deserialize, clap::Args)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(crate) struct ServiceTable {
+    /// Its name: lower-case letters, digits, and . _ - inside
+    name: ServiceName,
+    /// What it does with what it accepts
+    #[arg(long, value_enum)]
+    handler: HandlerKind,
+    /// What discard sends first on a TCP connection
+    #[arg(long, value_name = "TEXT")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    banner: Option<String>,
+    /// Where forward connects to: ADDR:PORT, NAME:PORT, or with * for the port that was dialled; may be repeated
+    #[arg(long = "upstream", value_name = "ADDR:PORT")]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    upstreams: Vec<UpstreamAddress>,
+    /// Which upstream gets the next connection [default: round-robin]
+    #[arg(long, value_enum)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    balance: Option<Balance>,
+    /// Tell upstreams who dialled what, by the PROXY protocol of this version
+    #[arg(long, value_enum, value_name = "VERSION")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    proxy_protocol: Option<ProxyVersion>,
+    /// Peers that have to say who dialled what, by the PROXY protocol
+    #[arg(long, value_name = "CIDR", value_delimiter = ',')]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    accept_proxy: Vec<Prefix>,
+    /// Dial upstreams from the client's address; their answers must be routed back here
+    #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true", value_name = "BOOL")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    transparent_source: Option<bool>,
+    /// How long a connection to an upstream may take to come to be [default: 3s]
+    #[arg(long, value_name = "TIME")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    connect_timeout: Option<Span>,
+    /// How many other upstreams are tried after the first [default: 2]
+    #[arg(long, value_name = "N")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    retries: Option<u32>,
+    /// Close connections over which nothing was said for this long [default: 5m]
+    #[arg(long, value_name = "TIME")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    idle_timeout: Option<Span>,
+    /// Close connections after this time [default: never]
+    #[arg(long, value_name = "TIME")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    max_duration: Option<Span>,
+    /// Try upstreams by connecting to them; interval=2s,timeout=1s,rise=2,fall=3 and port=N if given without a value
+    #[arg(
+        long, value_name = "KEY=VALUE,...", num_args = 0..=1, require_equals = true, default_missing_value = "",
+        value_parser = table_of_words::<HealthCheck>
+    )]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    health_check: Option<HealthCheck>,
+    /// When an upstream gets no more clients for a while [default: failures=3,time=10s; failures=0 for never]
+    #[arg(long, value_name = "KEY=VALUE,...", value_parser = table_of_words::<Ejection>)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    ejection: Option<Ejection>,
+    /// How often names of upstreams are resolved again [default: 30s]
+    #[arg(long, value_name = "TIME")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    resolve_interval: Option<Span>,
+    /// Socket options: nodelay=true, keepalive=TIME, fast-open=false, send-buffer=BYTES, receive-buffer=BYTES
+    #[arg(long, value_name = "KEY=VALUE,...", value_parser = table_of_words::<TcpOptions>)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    tcp: Option<TcpOptions>,
+}
+
+impl From<ServiceTable> for ServiceConfig {
+    fn from(table: ServiceTable) -> Self {
+        let default = ForwardConfig::default();
+        let forward = ForwardConfig {
+            upstreams: table.upstreams,
+            balance: table.balance.unwrap_or(default.balance),
+            proxy_protocol: table.proxy_protocol,
+            accept_proxy: table.accept_proxy,
+            transparent_source: table.transparent_source.unwrap_or(default.transparent_source),
+            connect_timeout: table.connect_timeout.unwrap_or(default.connect_timeout),
+            retries: table.retries.unwrap_or(default.retries),
+            idle_timeout: table.idle_timeout.unwrap_or(default.idle_timeout),
+            max_duration: table.max_duration,
+            health_check: table.health_check,
+            ejection: table.ejection.unwrap_or(default.ejection),
+            resolve_interval: table.resolve_interval.unwrap_or(default.resolve_interval),
+            tcp: table.tcp.unwrap_or(default.tcp),
+        };
+        let forward = (forward != ForwardConfig::default()).then(|| Box::new(forward));
+        Self { name: table.name, handler: table.handler, banner: table.banner, forward }
+    }
+}
+
+impl From<ServiceConfig> for ServiceTable {
+    /// Settings that are as they are by default are left out.
+    fn from(config: ServiceConfig) -> Self {
+        fn unless<T: PartialEq>(value: T, default: &T) -> Option<T> {
+            (value != *default).then_some(value)
+        }
+        let ServiceConfig { name, handler, banner, forward } = config;
+        let default = ForwardConfig::default();
+        let forward = forward.map_or_else(|| default.clone(), |it| *it);
+        Self {
+            name,
+            handler,
+            banner,
+            upstreams: forward.upstreams,
+            balance: unless(forward.balance, &default.balance),
+            proxy_protocol: forward.proxy_protocol,
+            accept_proxy: forward.accept_proxy,
+            transparent_source: unless(forward.transparent_source, &default.transparent_source),
+            connect_timeout: unless(forward.connect_timeout, &default.connect_timeout),
+            retries: unless(forward.retries, &default.retries),
+            idle_timeout: unless(forward.idle_timeout, &default.idle_timeout),
+            max_duration: forward.max_duration,
+            health_check: forward.health_check,
+            ejection: unless(forward.ejection, &default.ejection),
+            resolve_interval: unless(forward.resolve_interval, &default.resolve_interval),
+            tcp: unless(forward.tcp, &default.tcp),
         }
     }
 }
@@ -72,7 +227,7 @@ mod tests {
     use super::{HandlerKind, MAX_BANNER, ServiceConfig};
 
     fn config(handler: HandlerKind, banner: Option<&str>) -> ServiceConfig {
-        ServiceConfig { name: "edge".parse().unwrap(), handler, banner: banner.map(Into::into) }
+        ServiceConfig { banner: banner.map(Into::into), ..ServiceConfig::new("edge".parse().unwrap(), handler) }
     }
 
     #[test]
@@ -104,5 +259,37 @@ mod tests {
         assert_eq!(serde_json::to_string(&read).unwrap(), text);
         let unknown = serde_json::from_str::<ServiceConfig>(r#"{"name":"a","handler":"echo","baner":"x"}"#);
         assert!(unknown.unwrap_err().to_string().contains("unknown field `baner`"));
+    }
+
+    #[test]
+    fn settings_of_forward_stand_beside_the_others() {
+        let text = concat!(
+            r#"{"name":"edge","handler":"forward","upstreams":["198.51.100.5:*","origin.example:8080"],"#,
+            r#""balance":"least-connections","proxy-protocol":"v2","accept-proxy":["198.51.100.0/24"],"#,
+            r#""transparent-source":true,"connect-timeout":"1s","retries":0,"idle-timeout":"1m","max-duration":"1h","#,
+            r#""health-check":{"interval":"1s","timeout":"1s","rise":2,"fall":3,"port":80},"#,
+            r#""ejection":{"failures":1,"time":"1s"},"resolve-interval":"5s","#,
+            r#""tcp":{"nodelay":false,"keepalive":"30s","fast-open":true,"send-buffer":65536,"receive-buffer":65536}}"#,
+        );
+        let read: ServiceConfig = serde_json::from_str(text).unwrap();
+        read.validate().unwrap();
+        assert_eq!(serde_json::to_string(&read).unwrap(), text);
+        let short = r#"{"name":"edge","handler":"forward","upstreams":["a:1"]}"#;
+        let read: ServiceConfig = serde_json::from_str(short).unwrap();
+        assert_eq!(serde_json::to_string(&read).unwrap(), short);
+    }
+
+    #[test]
+    fn settings_of_forward_are_for_forward() {
+        for (text, why) in [
+            (r#"{"name":"a","handler":"forward"}"#, "needs upstreams"),
+            (r#"{"name":"a","handler":"forward","upstreams":["a:1"],"banner":"x"}"#, "has no banner"),
+            (r#"{"name":"a","handler":"echo","upstreams":["a:1"]}"#, "the handler echo forwards nothing"),
+            (r#"{"name":"a","handler":"hello","retries":1}"#, "the handler hello forwards nothing"),
+        ] {
+            let read: ServiceConfig = serde_json::from_str(text).unwrap();
+            let error = read.validate().unwrap_err().to_string();
+            assert!(error.contains("service a: ") && error.contains(why), "{text}: {error}");
+        }
     }
 }

@@ -45,6 +45,7 @@ pub(super) async fn converse(
             let banner = config.banner.as_deref().unwrap_or_default();
             while_active(IDLE_LIMIT, &active, discard(&mut stream, banner, &active)).await
         }
+        HandlerKind::Forward => Ok(()),
     }
 }
 

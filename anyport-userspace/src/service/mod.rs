@@ -3,6 +3,7 @@
 mod config;
 mod datagram;
 mod descriptors;
+pub mod forward;
 mod handlers;
 mod raw;
 mod reply;
@@ -30,16 +31,19 @@ use tokio::{
     task::JoinSet,
 };
 
+pub(crate) use config::ServiceTable;
 pub use config::{HandlerKind, ServiceConfig};
 pub use descriptors::DescriptorPool;
+pub use forward::{UpstreamState, UpstreamView};
 pub use sockets::{Family, SocketInfo};
 pub use stats::ServiceStats;
 pub use workers::{WorkerHandles, Workers};
 
 use self::{
+    forward::Forwarder,
     sockets::Group,
     stats::TcpCounts,
-    tcp::Acceptor,
+    tcp::{Acceptor, Site},
     udp::{Receiver, UdpWorker},
 };
 use crate::steering::GroupSocket;
@@ -53,6 +57,8 @@ pub type LoopGuard = Arc<dyn Fn(SocketAddr, SocketAddr) -> bool + Send + Sync>;
 pub struct Commons {
     /// Who serve: each has one socket of each group.
     pub workers: WorkerHandles,
+    /// Does what is not about single connections or datagrams.
+    pub control: Handle,
     /// Descriptors for what clients bring about.
     pub descriptors: DescriptorPool,
     /// Tells which sources are steered.
@@ -71,8 +77,9 @@ pub struct Service {
     config: Arc<ServiceConfig>,
     groups: [Option<GroupSocket>; SOCKETS_PER_SERVICE as usize],
     sockets: Vec<SocketInfo>,
-    tcp: Vec<Arc<TcpCounts>>,
+    tcp: Vec<Arc<Site>>,
     udp: Vec<Arc<UdpWorker>>,
+    forwarder: Option<Arc<Forwarder>>,
     /// They own the listening sockets.
     tasks: JoinSet<()>,
 }
@@ -104,13 +111,23 @@ impl Service {
     /// What has been counted so far.
     pub fn stats(&self) -> ServiceStats {
         let mut stats = ServiceStats::default();
-        for counts in &self.tcp {
-            stats.add_tcp(counts);
+        for site in &self.tcp {
+            stats.add_tcp(&site.counts);
         }
         for worker in &self.udp {
             stats.add_udp(&worker.counts);
         }
         stats
+    }
+
+    /// The upstreams of `forward`.
+    pub fn upstreams(&self) -> Vec<UpstreamView> {
+        self.forwarder.as_ref().map(|forwarder| forwarder.views()).unwrap_or_default()
+    }
+
+    /// What does not work as it should.
+    pub fn degraded(&self) -> Vec<String> {
+        self.forwarder.as_ref().map(|forwarder| forwarder.degraded()).unwrap_or_default()
     }
 
     /// Closes the sockets that answers were sent from, so that they are in nobody's way. To be called whenever
@@ -135,17 +152,21 @@ impl Service {
 struct Start<'a> {
     config: Arc<ServiceConfig>,
     commons: &'a Commons,
-    tcp: Vec<Arc<TcpCounts>>,
+    tcp: Vec<Arc<Site>>,
     udp: Vec<Arc<UdpWorker>>,
+    forwarder: Option<Arc<Forwarder>>,
     reply_opened: Arc<Notify>,
     tasks: JoinSet<()>,
 }
 
 impl<'a> Start<'a> {
     fn new(config: ServiceConfig, commons: &'a Commons) -> Self {
+        let forward = config.forward.as_deref();
+        let forwarder = forward.map(|forward| Arc::new(Forwarder::new(config.name.to_string(), forward.clone())));
         Self {
             config: Arc::new(config),
             commons,
+            forwarder,
             tcp: Vec::new(),
             udp: Vec::new(),
             reply_opened: Arc::default(),
@@ -161,6 +182,9 @@ impl<'a> Start<'a> {
             .into_iter()
             .flat_map(|family| Transport::ALL.map(|transport| (family, transport)));
         for (handle, (family, transport)) in groups.iter_mut().zip(kinds) {
+            if !self.config.handler.takes(transport) {
+                continue;
+            }
             let Some(group) = Group::open(family, transport, self.commons.workers.count())? else {
                 continue;
             };
@@ -176,18 +200,26 @@ impl<'a> Start<'a> {
         }
         let ageing = udp::age_replies(self.udp.clone(), self.reply_opened);
         self.tasks.spawn_on(ageing, self.commons.workers.first());
-        Ok(Service { config: self.config, groups, sockets, tcp: self.tcp, udp: self.udp, tasks: self.tasks })
+        if let Some(forwarder) = &self.forwarder {
+            self.tasks.spawn_on(forward::keep_up(Arc::clone(forwarder)), &self.commons.control);
+        }
+        let Self { config, tcp, udp, forwarder, tasks, .. } = self;
+        Ok(Service { config, groups, sockets, tcp, udp, forwarder, tasks })
     }
 
     fn accept(&mut self, socket: Socket, worker: &Handle) -> anyhow::Result<()> {
-        let counts = Arc::<TcpCounts>::default();
-        let acceptor = Acceptor {
-            listener: TcpListener::from_std(socket.into()).context("watch a listening socket")?,
+        if let Some(forward) = &self.config.forward {
+            forward::set_up_listener(&socket, &forward.tcp).context("set up a listening socket")?;
+        }
+        let site = Arc::new(Site {
             config: Arc::clone(&self.config),
-            counts: Arc::clone(&counts),
+            counts: TcpCounts::default(),
             descriptors: self.commons.descriptors.clone(),
-        };
-        self.tcp.push(counts);
+            forwarder: self.forwarder.clone(),
+        });
+        let listener = TcpListener::from_std(socket.into()).context("watch a listening socket")?;
+        let acceptor = Acceptor { listener, site: Arc::clone(&site) };
+        self.tcp.push(site);
         self.tasks.spawn_on(acceptor.run(), worker);
         Ok(())
     }

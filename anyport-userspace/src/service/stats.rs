@@ -13,6 +13,10 @@ pub struct ServiceStats {
     pub accepted: u64,
     /// Failed attempts to accept.
     pub accept_errors: u64,
+    /// Connections closed since their peer had to send a PROXY header and did not.
+    pub bad_headers: u64,
+    /// Connections closed since no upstream took them.
+    pub unforwarded: u64,
     /// Datagrams received.
     pub datagrams: u64,
     /// Datagrams answered.
@@ -53,6 +57,8 @@ pub(super) struct TcpCounts {
     /// Of the served ones, those that are over.
     pub(super) ended: Count,
     pub(super) accept_errors: Count,
+    pub(super) bad_headers: Count,
+    pub(super) unforwarded: Count,
 }
 
 /// What a worker counts for one UDP socket. Aligned so that workers share no cache line.
@@ -70,11 +76,13 @@ pub(super) struct UdpCounts {
 
 impl ServiceStats {
     pub(super) fn add_tcp(&mut self, counts: &TcpCounts) {
-        let TcpCounts { accepted, served, ended, accept_errors } = counts;
+        let TcpCounts { accepted, served, ended, accept_errors, bad_headers, unforwarded } = counts;
         // Not read at one moment, so one that comes and goes in between must not make it negative.
         self.active += served.get().saturating_sub(ended.get());
         self.accepted += accepted.get();
         self.accept_errors += accept_errors.get();
+        self.bad_headers += bad_headers.get();
+        self.unforwarded += unforwarded.get();
     }
 
     pub(super) fn add_udp(&mut self, counts: &UdpCounts) {

@@ -9,7 +9,9 @@ use tokio::{
 
 use super::{
     ServiceConfig,
+    datagram::Ends,
     descriptors::{DescriptorPool, Descriptors},
+    forward::{Forwarder, Refusal},
     handlers,
     stats::TcpCounts,
 };
@@ -17,15 +19,32 @@ use super::{
 const FIRST_PAUSE: Duration = Duration::from_millis(10);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
 
+/// What a worker has for the connections of one listening socket.
+#[derive(Debug)]
+pub(super) struct Site {
+    pub(super) config: Arc<ServiceConfig>,
+    pub(super) counts: TcpCounts,
+    pub(super) descriptors: DescriptorPool,
+    /// For `forward`.
+    pub(super) forwarder: Option<Arc<Forwarder>>,
+}
+
+impl Site {
+    /// Descriptors that a connection takes: a forwarded one has two sockets.
+    fn descriptors_each(&self) -> u32 {
+        if self.forwarder.is_some() { 2 } else { 1 }
+    }
+}
+
 /// A connection that is open until this is dropped.
 struct Open {
-    counts: Arc<TcpCounts>,
-    _descriptor: Descriptors,
+    site: Arc<Site>,
+    _descriptors: Descriptors,
 }
 
 impl Drop for Open {
     fn drop(&mut self) {
-        self.counts.ended.raise();
+        self.site.counts.ended.raise();
     }
 }
 
@@ -33,9 +52,7 @@ impl Drop for Open {
 #[derive(Debug)]
 pub(super) struct Acceptor {
     pub(super) listener: TcpListener,
-    pub(super) config: Arc<ServiceConfig>,
-    pub(super) counts: Arc<TcpCounts>,
-    pub(super) descriptors: DescriptorPool,
+    pub(super) site: Arc<Site>,
 }
 
 impl Acceptor {
@@ -49,10 +66,10 @@ impl Acceptor {
                     self.start(stream, client).await;
                 }
                 Err(error) => {
-                    self.counts.accept_errors.raise();
+                    self.site.counts.accept_errors.raise();
                     pause = pause_after(&error, pause);
                     if pause > Duration::ZERO {
-                        let name = &self.config.name;
+                        let name = &self.site.config.name;
                         tracing::warn!("service {name}: accept: {error}; trying again in {pause:?}");
                         sleep(pause).await;
                     }
@@ -62,29 +79,51 @@ impl Acceptor {
     }
 
     async fn start(&self, stream: TcpStream, client: SocketAddr) {
-        self.counts.accepted.raise();
+        let site = &self.site;
+        site.counts.accepted.raise();
         let Ok(dialled) = stream.local_addr() else { return };
+        let ends = Ends { client, dialled };
         // While the pool is empty one connection waits here and the others in the kernel's queue. Listening
         // sockets that wait for connections take nothing from the pool, however many there are.
-        let descriptor = match self.descriptors.try_take(1) {
-            Some(descriptor) => descriptor,
-            None => self.wait_for_descriptor().await,
+        let descriptors = match site.descriptors.try_take(site.descriptors_each()) {
+            Some(descriptors) => descriptors,
+            None => self.wait_for_descriptors().await,
         };
-        self.counts.served.raise();
-        let open = Open { counts: Arc::clone(&self.counts), _descriptor: descriptor };
-        let config = Arc::clone(&self.config);
-        tokio::spawn(async move {
-            if let Err(error) = handlers::converse(&config, stream, client, dialled).await {
-                tracing::debug!("service {}: {client} to {dialled}: {error}", config.name);
-            }
-            drop(open);
-        });
+        site.counts.served.raise();
+        let open = Open { site: Arc::clone(site), _descriptors: descriptors };
+        // The futures differ in size, and each takes no more than its own.
+        if site.forwarder.is_some() {
+            tokio::spawn(forward(open, stream, ends));
+        } else {
+            tokio::spawn(converse(open, stream, ends));
+        }
     }
 
-    async fn wait_for_descriptor(&self) -> Descriptors {
-        let name = &self.config.name;
+    async fn wait_for_descriptors(&self) -> Descriptors {
+        let name = &self.site.config.name;
         tracing::debug!("service {name}: as many connections as the limit of open files allows; new ones wait");
-        self.descriptors.take(1).await
+        self.site.descriptors.take(self.site.descriptors_each()).await
+    }
+}
+
+async fn converse(open: Open, stream: TcpStream, ends: Ends) {
+    let Ends { client, dialled } = ends;
+    let config = &open.site.config;
+    if let Err(error) = handlers::converse(config, stream, client, dialled).await {
+        tracing::debug!("service {}: {client} to {dialled}: {error}", config.name);
+    }
+}
+
+async fn forward(open: Open, stream: TcpStream, ends: Ends) {
+    let Site { config, counts, descriptors, forwarder } = &*open.site;
+    let Some(forwarder) = forwarder else { return };
+    if let Err(refusal) = forwarder.serve(stream, ends, descriptors).await {
+        let count = match refusal {
+            Refusal::Header(_) => &counts.bad_headers,
+            Refusal::Upstream(_) => &counts.unforwarded,
+        };
+        count.raise();
+        tracing::debug!("service {}: {} to {}: {refusal}", config.name, ends.client, ends.dialled);
     }
 }
 

@@ -107,7 +107,7 @@ impl Receiver {
         };
         let line;
         let answer = match self.config.handler {
-            HandlerKind::Discard => return,
+            HandlerKind::Discard | HandlerKind::Forward => return,
             HandlerKind::Echo => question,
             HandlerKind::Hello => {
                 line = Line::hello(ends.client, ends.dialled, Transport::Udp);

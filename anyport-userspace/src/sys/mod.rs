@@ -77,6 +77,26 @@ impl Drop for MappedWords {
     }
 }
 
+/// Lets clients of a listening TCP socket send data with their first packet (`TCP_FASTOPEN`, Linux 3.7); so many of them may
+/// wait for the end of their handshake.
+///
+/// # Errors
+/// The kernel's error.
+pub fn set_fast_open(socket: impl AsFd, queue: u32) -> io::Result<()> {
+    let length = libc::socklen_t::try_from(size_of_val(&queue)).map_err(io::Error::other)?;
+    // SAFETY: the kernel reads a number of the length that it is told, from where it lies.
+    let failed = unsafe {
+        libc::setsockopt(
+            socket.as_fd().as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_FASTOPEN,
+            (&raw const queue).cast(),
+            length,
+        )
+    };
+    if failed == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
 /// The groups, beside its primary one, of the process at the other end of a Unix socket, as they were when it
 /// connected (`SO_PEERGROUPS`, Linux 4.13).
 ///

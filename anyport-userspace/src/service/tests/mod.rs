@@ -1,5 +1,6 @@
 //! Services with real sockets, dialled at the loopback addresses that their groups are bound to.
 
+mod forward;
 mod life;
 mod tcp;
 mod udp;
@@ -38,9 +39,19 @@ impl Scene {
         descriptors: DescriptorPool,
         loop_guard: fn(SocketAddr, SocketAddr) -> bool,
     ) -> Self {
+        let config =
+            ServiceConfig { banner: banner.map(Into::into), ..ServiceConfig::new("test".parse().unwrap(), handler) };
+        Self::of(config, descriptors, loop_guard)
+    }
+
+    fn of(config: ServiceConfig, descriptors: DescriptorPool, loop_guard: fn(SocketAddr, SocketAddr) -> bool) -> Self {
         let workers = Workers::start(NonZeroUsize::new(3).unwrap()).unwrap();
-        let commons = Commons { workers: workers.handles(), descriptors, loop_guard: Arc::new(loop_guard) };
-        let config = ServiceConfig { name: "test".parse().unwrap(), handler, banner: banner.map(Into::into) };
+        let commons = Commons {
+            workers: workers.handles(),
+            control: workers.handles().first().clone(),
+            descriptors,
+            loop_guard: Arc::new(loop_guard),
+        };
         let service = Service::start(config, &commons).unwrap();
         Self { service, workers }
     }
@@ -64,9 +75,9 @@ impl Scene {
 }
 
 fn rest(stream: &mut TcpStream) -> String {
-    let mut text = String::new();
-    stream.read_to_string(&mut text).unwrap();
-    text
+    let mut bytes = Vec::new();
+    stream.read_to_end(&mut bytes).unwrap();
+    String::from_utf8_lossy(&bytes).into_owned()
 }
 
 fn eventually(what: &str, is_true: impl Fn() -> bool) {

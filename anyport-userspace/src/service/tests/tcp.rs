@@ -117,7 +117,7 @@ fn connections_wait_while_the_pool_is_empty() {
 
 #[test]
 fn a_connection_takes_little_memory() {
-    let config = ServiceConfig { name: "test".parse().unwrap(), handler: HandlerKind::Echo, banner: None };
+    let config = ServiceConfig::new("test".parse().unwrap(), HandlerKind::Echo);
     let runtime = Runtime::new().unwrap();
     let size = runtime.block_on(async {
         let listener = net::TcpListener::bind("127.0.0.1:0").await.unwrap();

@@ -1,0 +1,418 @@
+//! The settings of `forward`.
+
+use std::{
+    fmt::{self, Write as _},
+    net::IpAddr,
+    num::{NonZeroU16, NonZeroU32},
+    str::FromStr,
+    time::Duration,
+};
+
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
+
+pub use super::header::ProxyVersion;
+use crate::rules::{InvalidText, Prefix};
+
+/// A time in a setting, such as `3s` or `5m`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Span(pub Duration);
+
+impl Span {
+    const fn seconds(seconds: u64) -> Self {
+        Self(Duration::from_secs(seconds))
+    }
+}
+
+impl FromStr for Span {
+    type Err = InvalidText;
+
+    fn from_str(text: &str) -> Result<Self, InvalidText> {
+        let wrong = |why: String| InvalidText(format!("{text:?} is not a time such as 3s, 500ms or 5m: {why}"));
+        let span = humantime::parse_duration(text).map_err(|error| wrong(error.to_string()))?;
+        if span < SHORTEST || span > LONGEST {
+            return Err(wrong("it must lie between 10ms and 1year".into()));
+        }
+        Ok(Self(span))
+    }
+}
+
+impl TryFrom<String> for Span {
+    type Error = InvalidText;
+
+    fn try_from(text: String) -> Result<Self, InvalidText> {
+        text.parse()
+    }
+}
+
+impl From<Span> for String {
+    fn from(span: Span) -> Self {
+        span.to_string()
+    }
+}
+
+impl fmt::Display for Span {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // Without blanks, so that it is one word of a command line.
+        f.write_str(&humantime::format_duration(self.0).to_string().replace(' ', ""))
+    }
+}
+
+const SHORTEST: Duration = Duration::from_millis(10);
+const LONGEST: Duration = Duration::from_hours(366 * 24);
+
+/// Where an upstream is, as the operator writes it: `ADDR:PORT`, `ADDR:*`, `NAME:PORT` or `NAME:*`.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct UpstreamAddress {
+    /// What to dial.
+    pub host: Host,
+    /// The port to dial; the one that the client dialled if there is none.
+    pub port: Option<NonZeroU16>,
+}
+
+/// The part of an upstream before its port.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Host {
+    /// An address.
+    Address(IpAddr),
+    /// A name that is resolved, to all its addresses.
+    Name(String),
+}
+
+impl FromStr for UpstreamAddress {
+    type Err = InvalidText;
+
+    fn from_str(text: &str) -> Result<Self, InvalidText> {
+        let wrong = |why: &str| {
+            InvalidText(format!(
+                "{text:?} is no upstream: {why}; upstreams are such as 198.51.100.5:80, [2001:db8::5]:80, \
+                 origin.example:80, or with * for the port that was dialled"
+            ))
+        };
+        let (host, port) = text.rsplit_once(':').ok_or_else(|| wrong("it has no port"))?;
+        let port = match port {
+            "*" => None,
+            port => Some(port.parse().map_err(|_| wrong("the port is not a number from 1 to 65535"))?),
+        };
+        let host = match host.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')) {
+            Some(address) => {
+                Host::Address(IpAddr::V6(address.parse().map_err(|_| wrong("not an IPv6 address in brackets"))?))
+            }
+            None if host.contains(':') => return Err(wrong("an IPv6 address stands in brackets")),
+            None => match host.parse() {
+                Ok(address) => Host::Address(address),
+                Err(_) if is_name(host) => Host::Name(host.to_ascii_lowercase()),
+                Err(_) => return Err(wrong("neither an address nor a name")),
+            },
+        };
+        match &host {
+            Host::Address(address) if address.to_canonical() != *address => {
+                Err(wrong("write IPv4 addresses as such, not as IPv6 addresses"))
+            }
+            Host::Address(address) if address.is_unspecified() || address.is_multicast() => {
+                Err(wrong("nobody can be dialled there"))
+            }
+            _ => Ok(Self { host, port }),
+        }
+    }
+}
+
+/// Whether this can be a host's name: labels of letters, digits, `-` and `_`, the last one not a number.
+fn is_name(text: &str) -> bool {
+    let mut labels = text.strip_suffix('.').unwrap_or(text).split('.');
+    let is_label = |label: &str| {
+        (1..=63).contains(&label.len())
+            && label.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_')
+            && !label.starts_with('-')
+            && !label.ends_with('-')
+    };
+    text.len() <= 253
+        && labels.clone().all(is_label)
+        && labels.next_back().is_some_and(|last| !last.bytes().all(|byte| byte.is_ascii_digit()))
+}
+
+impl fmt::Display for UpstreamAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.host {
+            Host::Address(IpAddr::V6(address)) => write!(f, "[{address}]:")?,
+            Host::Address(address) => write!(f, "{address}:")?,
+            Host::Name(name) => write!(f, "{name}:")?,
+        }
+        match self.port {
+            Some(port) => write!(f, "{port}"),
+            None => f.write_str("*"),
+        }
+    }
+}
+
+impl TryFrom<String> for UpstreamAddress {
+    type Error = InvalidText;
+
+    fn try_from(text: String) -> Result<Self, InvalidText> {
+        text.parse()
+    }
+}
+
+impl From<UpstreamAddress> for String {
+    fn from(address: UpstreamAddress) -> Self {
+        address.to_string()
+    }
+}
+
+/// Which of several upstreams gets the next connection.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Balance {
+    /// One after the other.
+    #[default]
+    RoundRobin,
+    /// The one with the fewest open connections.
+    LeastConnections,
+    /// Always the same one for a client's address, as long as it is usable.
+    SourceHash,
+}
+
+/// How upstreams are tried when nobody dials them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
+pub struct HealthCheck {
+    /// Time between two checks of an upstream.
+    pub interval: Span,
+    /// How long a connection may take to come to be.
+    pub timeout: Span,
+    /// So many in a row that succeed bring an upstream up.
+    pub rise: NonZeroU32,
+    /// So many in a row that fail take it down.
+    pub fall: NonZeroU32,
+    /// The port to check; needed where the upstream has none of its own.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub port: Option<NonZeroU16>,
+}
+
+impl Default for HealthCheck {
+    fn default() -> Self {
+        let times = |count| NonZeroU32::new(count).unwrap_or(NonZeroU32::MIN);
+        Self { interval: Span::seconds(2), timeout: Span::seconds(1), rise: times(2), fall: times(3), port: None }
+    }
+}
+
+/// When an upstream that clients could not be connected to gets no more of them for a while.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
+pub struct Ejection {
+    /// So many failures in a row; 0 for never.
+    pub failures: u32,
+    /// For how long.
+    pub time: Span,
+}
+
+impl Default for Ejection {
+    fn default() -> Self {
+        Self { failures: 3, time: Span::seconds(10) }
+    }
+}
+
+/// Options of the sockets on both sides.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
+pub struct TcpOptions {
+    /// Whether small pieces leave at once (`TCP_NODELAY`).
+    pub nodelay: bool,
+    /// Silence after which the peers' kernels are asked whether they are still there (`SO_KEEPALIVE`).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub keepalive: Option<Span>,
+    /// Whether clients may send data with their first packet (`TCP_FASTOPEN`).
+    pub fast_open: bool,
+    /// Bytes of the send buffer; as the kernel sees fit if absent (`SO_SNDBUF`).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub send_buffer: Option<NonZeroU32>,
+    /// Bytes of the receive buffer; as the kernel sees fit if absent (`SO_RCVBUF`).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub receive_buffer: Option<NonZeroU32>,
+}
+
+impl Default for TcpOptions {
+    fn default() -> Self {
+        Self { nodelay: true, keepalive: None, fast_open: false, send_buffer: None, receive_buffer: None }
+    }
+}
+
+/// Where a service forwards to, and how.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ForwardConfig {
+    /// At least one.
+    pub upstreams: Vec<UpstreamAddress>,
+    /// Which of them gets the next connection.
+    pub balance: Balance,
+    /// Whether upstreams are told who dialled what.
+    pub proxy_protocol: Option<ProxyVersion>,
+    /// Peers that tell us who dialled what.
+    pub accept_proxy: Vec<Prefix>,
+    /// Whether upstreams see the client's address as the source.
+    pub transparent_source: bool,
+    /// How long a connection to an upstream may take to come to be.
+    pub connect_timeout: Span,
+    /// How many other upstreams are tried after the first.
+    pub retries: u32,
+    /// A connection over which nothing was said for this long is closed, after half as much more at the latest.
+    pub idle_timeout: Span,
+    /// A connection is closed after this time.
+    pub max_duration: Option<Span>,
+    /// How upstreams are tried when nobody dials them; not at all if absent.
+    pub health_check: Option<HealthCheck>,
+    /// When an upstream gets no clients for a while.
+    pub ejection: Ejection,
+    /// How often names are resolved again.
+    pub resolve_interval: Span,
+    /// Options of the sockets.
+    pub tcp: TcpOptions,
+}
+
+impl Default for ForwardConfig {
+    fn default() -> Self {
+        Self {
+            upstreams: Vec::new(),
+            balance: Balance::default(),
+            proxy_protocol: None,
+            accept_proxy: Vec::new(),
+            transparent_source: false,
+            connect_timeout: Span::seconds(3),
+            retries: 2,
+            idle_timeout: Span::seconds(5 * 60),
+            max_duration: None,
+            health_check: None,
+            ejection: Ejection::default(),
+            resolve_interval: Span::seconds(30),
+            tcp: TcpOptions::default(),
+        }
+    }
+}
+
+impl ForwardConfig {
+    /// Whether the settings fit each other.
+    ///
+    /// # Errors
+    /// Which do not, and what to do.
+    pub fn validate(&self) -> Result<(), InvalidText> {
+        const MOST: usize = 1000;
+        let invalid = |why: String| Err(InvalidText(why));
+        if self.upstreams.is_empty() {
+            return invalid("the handler forward needs upstreams, such as upstreams = [\"198.51.100.5:80\"]".into());
+        }
+        if self.upstreams.len() > MOST {
+            return invalid(format!("{} upstreams; {MOST} are the limit", self.upstreams.len()));
+        }
+        for (at, upstream) in self.upstreams.iter().enumerate() {
+            if self.upstreams[..at].contains(upstream) {
+                return invalid(format!("the upstream {upstream} stands there twice"));
+            }
+            if upstream.port.is_none() && self.health_check.is_some_and(|check| check.port.is_none()) {
+                return invalid(format!(
+                    "the upstream {upstream} has no port of its own: health-check needs a port, such as port = 80"
+                ));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Reads a table of settings that is written as one word, such as `interval=2s,rise=3`.
+///
+/// # Errors
+/// A key that the table does not have, or a value that is none.
+pub(in crate::service) fn table_of_words<T: DeserializeOwned>(text: &str) -> Result<T, String> {
+    let mut toml = String::new();
+    for pair in text.split(',').filter(|pair| !pair.is_empty()) {
+        let (key, value) = pair.split_once('=').ok_or_else(|| format!("{pair:?} is not KEY=VALUE"))?;
+        let is_bare = |text: &str| text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b".-".contains(&byte));
+        if !is_bare(key) || !is_bare(value) {
+            return Err(format!("{pair:?} is not KEY=VALUE"));
+        }
+        let quote = if value.parse::<u64>().is_ok() || value.parse::<bool>().is_ok() { "" } else { "\"" };
+        // Writing to a string does not fail.
+        writeln!(toml, "{key} = {quote}{value}{quote}").ok();
+    }
+    toml::from_str(&toml).map_err(|error| error.message().to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::{Ejection, ForwardConfig, HealthCheck, Span, TcpOptions, UpstreamAddress, table_of_words};
+
+    #[test]
+    fn reads_and_writes_upstreams() {
+        for text in ["198.51.100.5:80", "198.51.100.5:*", "[2001:db8::5]:443", "[2001:db8::5]:*", "a.example:80", "a:*"]
+        {
+            assert_eq!(text.parse::<UpstreamAddress>().unwrap().to_string(), text);
+        }
+        for (text, why) in [
+            ("198.51.100.5", "has no port"),
+            ("198.51.100.5:0", "1 to 65535"),
+            ("198.51.100.5:65536", "1 to 65535"),
+            ("198.51.100.5:http", "1 to 65535"),
+            ("2001:db8::5:80", "in brackets"),
+            ("[198.51.100.5]:80", "not an IPv6"),
+            ("[::ffff:198.51.100.5]:80", "write IPv4 addresses as such"),
+            ("198.51.100.555:80", "neither an address nor a name"),
+            ("-a.example:80", "neither an address nor a name"),
+            ("a..example:80", "neither an address nor a name"),
+            (":80", "neither an address nor a name"),
+            ("0.0.0.0:80", "nobody can be dialled"),
+            ("[ff02::1]:80", "nobody can be dialled"),
+        ] {
+            let error = text.parse::<UpstreamAddress>().unwrap_err().to_string();
+            assert!(error.contains(why), "{text:?}: {error}");
+        }
+    }
+
+    #[test]
+    fn reads_and_writes_times() {
+        for text in ["10ms", "3s", "1m30s", "5m"] {
+            assert_eq!(text.parse::<Span>().unwrap().to_string(), text);
+        }
+        for text in ["", "3", "9ms", "2years", "-1s", "soon"] {
+            assert!(text.parse::<Span>().is_err(), "{text:?}");
+        }
+    }
+
+    #[test]
+    fn reads_tables_of_words() {
+        let check: HealthCheck = table_of_words("interval=500ms,rise=1,port=8080").unwrap();
+        assert_eq!((check.interval.0, check.rise.get(), check.fall.get()), (Duration::from_millis(500), 1, 3));
+        assert_eq!(check.port.unwrap().get(), 8080);
+        assert_eq!(table_of_words(""), Ok(Ejection::default()));
+        assert!(table_of_words::<TcpOptions>("fast-open=true").unwrap().fast_open);
+        for (text, why) in
+            [("rise", "KEY=VALUE"), ("rise=0", "nonzero"), ("raise=1", "unknown field"), ("rise=\"1\"", "KEY=VALUE")]
+        {
+            let error = table_of_words::<HealthCheck>(text).unwrap_err();
+            assert!(error.contains(why), "{text:?}: {error}");
+        }
+    }
+
+    #[test]
+    fn settings_fit_each_other() {
+        let config = |upstreams: &[&str], health_check| ForwardConfig {
+            upstreams: upstreams.iter().map(|it| it.parse().unwrap()).collect(),
+            health_check,
+            ..ForwardConfig::default()
+        };
+        let with_port = HealthCheck { port: Some(80.try_into().unwrap()), ..HealthCheck::default() };
+        for (config, why) in [
+            (config(&["198.51.100.5:*"], None), None),
+            (config(&["198.51.100.5:*"], Some(with_port)), None),
+            (config(&[], None), Some("needs upstreams")),
+            (config(&["a:1", "b:1", "a:1"], None), Some("a:1 stands there twice")),
+            (config(&["a:1", "b:*"], Some(HealthCheck::default())), Some("b:* has no port")),
+        ] {
+            match (config.validate(), why) {
+                (Ok(()), None) => {}
+                (Err(error), Some(why)) => assert!(error.to_string().contains(why), "{error}"),
+                (verdict, why) => panic!("{config:?}: {verdict:?} instead of {why:?}"),
+            }
+        }
+    }
+}

@@ -1,0 +1,212 @@
+//! `forward` with upstreams on the loopback interface.
+
+use std::{
+    io::{Read as _, Write as _},
+    net::{Shutdown, SocketAddr, TcpListener, TcpStream},
+    thread,
+    time::Duration,
+};
+
+use socket2::{Domain, Socket, Type};
+use tokio::net;
+
+use super::{DescriptorPool, Scene, ServiceConfig, TCP, UDP, eventually, rest};
+use crate::service::{
+    UpstreamState,
+    datagram::Ends,
+    forward::{Forwarder, config::ForwardConfig},
+};
+
+/// Tells each client `name` and then what it said until its end.
+fn upstream(address: &str, name: &'static str) -> SocketAddr {
+    let listener = TcpListener::bind(address).unwrap();
+    let bound = listener.local_addr().unwrap();
+    thread::spawn(move || {
+        for stream in listener.incoming() {
+            thread::spawn(move || {
+                let mut stream = stream.unwrap();
+                let mut heard = Vec::new();
+                if stream.read_to_end(&mut heard).is_ok() {
+                    drop(stream.write_all(&[name.as_bytes(), b" heard ", &heard].concat()));
+                }
+            });
+        }
+    });
+    bound
+}
+
+/// An address at which nobody listens, and nobody will while the socket is there.
+fn refusing() -> (Socket, SocketAddr) {
+    let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+    socket.bind(&SocketAddr::from(([127, 0, 0, 1], 0)).into()).unwrap();
+    let address = socket.local_addr().unwrap().as_socket().unwrap();
+    (socket, address)
+}
+
+fn scene(upstreams: &[String], settings: &str) -> Scene {
+    let text = format!("name = \"test\"\nhandler = \"forward\"\nupstreams = {upstreams:?}\n{settings}");
+    let config: ServiceConfig = toml::from_str(&text).unwrap();
+    Scene::of(config, DescriptorPool::new(100), |_, _| false)
+}
+
+fn ask(mut stream: TcpStream, question: &str) -> String {
+    stream.write_all(question.as_bytes()).unwrap();
+    stream.shutdown(Shutdown::Write).unwrap();
+    rest(&mut stream)
+}
+
+#[test]
+fn takes_turns_and_counts() {
+    let upstreams = [upstream("127.0.0.1:0", "one").to_string(), upstream("[::1]:0", "two").to_string()];
+    let scene = scene(&upstreams, "");
+    for group in UDP {
+        assert!(scene.service.groups()[group].is_none());
+    }
+    for group in TCP {
+        let mut answers = [0; 2].map(|_| ask(scene.dial(group), "abc"));
+        answers.sort();
+        assert_eq!(answers, ["one heard abc", "two heard abc"]);
+    }
+    eventually("connections end", || scene.service.stats().active == 0);
+    for view in scene.service.upstreams() {
+        assert_eq!((view.active, view.connections, view.failures), (0, 2, 0));
+        assert_eq!((view.bytes_to, view.bytes_from), (6, 26));
+    }
+    assert!(scene.service.degraded().is_empty());
+}
+
+#[test]
+fn tells_upstreams_who_dialled_what() {
+    let upstreams = [upstream("127.0.0.1:0", "one").to_string()];
+    for version in ["v1", "v2"] {
+        let scene = scene(&upstreams, &format!("proxy-protocol = \"{version}\""));
+        let stream = scene.dial(0);
+        let (client, dialled) = (stream.local_addr().unwrap(), stream.peer_addr().unwrap());
+        let answer = ask(stream, "abc");
+        if version == "v1" {
+            let line = format!("PROXY TCP4 127.0.0.1 127.0.0.1 {} {}\r\n", client.port(), dialled.port());
+            assert_eq!(answer, format!("one heard {line}abc"));
+        } else {
+            assert!(answer.starts_with("one heard \r\n\r\n\0\r\nQUIT\n") && answer.ends_with("abc"), "{answer:?}");
+        }
+    }
+}
+
+#[test]
+fn believes_the_peers_that_it_is_told_to() {
+    let upstreams = [upstream("127.0.0.1:0", "one").to_string()];
+    let scene = scene(&upstreams, "proxy-protocol = \"v1\"\naccept-proxy = [\"127.0.0.0/8\"]");
+    let header = "PROXY TCP6 2001:db8::1 2001:db8::2 1 2\r\n";
+    assert_eq!(ask(scene.dial(0), &format!("{header}abc")), format!("one heard {header}abc"));
+    // In pieces.
+    let mut stream = scene.dial(0);
+    for piece in header.as_bytes().chunks(7) {
+        stream.write_all(piece).unwrap();
+        thread::sleep(Duration::from_millis(2));
+    }
+    assert_eq!(ask(stream, "abc"), format!("one heard {header}abc"));
+    // Over IPv6 the peer is not one of them.
+    assert!(ask(scene.dial(2), header).starts_with("one heard PROXY TCP6 ::1 ::1 "));
+    let mut bad = scene.dial(0);
+    bad.write_all(b"GET / HTTP/1.1\r\n\r\n").unwrap();
+    assert!(bad.read(&mut [0]).is_err(), "it is reset");
+    drop(scene.dial(0));
+    eventually("both are counted", || scene.service.stats().bad_headers == 2);
+}
+
+#[test]
+fn tries_the_next_one() {
+    let (_socket, nobody) = refusing();
+    let upstreams = [nobody.to_string(), upstream("127.0.0.1:0", "one").to_string()];
+    let scene = scene(&upstreams, "ejection = { failures = 4, time = \"1m\" }");
+    for _ in 0..20 {
+        assert_eq!(ask(scene.dial(0), "abc"), "one heard abc");
+    }
+    let [bad, good] = &scene.service.upstreams()[..] else { panic!("two upstreams") };
+    assert_eq!((bad.state, bad.connections, bad.failures), (UpstreamState::Ejected, 0, 4));
+    assert_eq!((good.state, good.connections, good.failures), (UpstreamState::Up, 20, 0));
+    let degraded = scene.service.degraded();
+    assert!(degraded[0].contains("is ejected since 0 s: 4 failures in a row, the last one: Connection refused"));
+}
+
+#[test]
+fn nobody_left_is_told_at_once() {
+    let (_socket, nobody) = refusing();
+    let scene = scene(&[nobody.to_string()], "");
+    let mut stream = scene.dial(0);
+    assert!(stream.read(&mut [0]).is_err(), "it is reset");
+    eventually("it is counted", || scene.service.stats().unforwarded == 1);
+}
+
+#[test]
+fn does_not_dial_itself() {
+    // The dialled address with the dialled port is the service itself.
+    let scene = scene(&["127.0.0.1:*".to_owned()], "");
+    assert!(scene.dial(0).read(&mut [0]).is_err(), "it is reset");
+    assert_eq!(scene.service.stats().accepted, 1);
+}
+
+#[test]
+fn health_checks_take_upstreams_down_and_up() {
+    let (socket, address) = refusing();
+    let upstreams = [address.to_string(), upstream("127.0.0.1:0", "one").to_string()];
+    let scene = scene(&upstreams, "health-check = { interval = \"20ms\", timeout = \"1s\", rise = 3, fall = 2 }");
+    eventually("it is down", || scene.service.upstreams()[0].state == UpstreamState::Down);
+    assert!(scene.service.degraded()[0].contains("health check: Connection refused"));
+    for _ in 0..4 {
+        assert_eq!(ask(scene.dial(0), "abc"), "one heard abc");
+    }
+    assert_eq!(scene.service.upstreams()[0].failures, 0, "nobody was connected to it");
+    socket.listen(10).unwrap();
+    eventually("it is up", || scene.service.upstreams()[0].state == UpstreamState::Up);
+    assert!(scene.service.degraded().is_empty());
+}
+
+#[test]
+fn resolves_names() {
+    let port = upstream("127.0.0.1:0", "one").port();
+    let scene = scene(&[format!("localhost:{port}"), "name.invalid:80".to_owned()], "");
+    // At once: who comes before the answer waits for it.
+    assert_eq!(ask(scene.dial(0), "abc"), "one heard abc");
+    let degraded = scene.service.degraded();
+    assert!(degraded.iter().any(|it| it.contains("the name name.invalid does not resolve, it has no addresses yet")));
+    let views = scene.service.upstreams();
+    assert!(views.iter().all(|it| it.name.as_deref() == Some("localhost")));
+}
+
+#[test]
+fn a_connection_takes_two_descriptors() {
+    let upstreams = [upstream("127.0.0.1:0", "one").to_string()];
+    let text = format!("name = \"test\"\nhandler = \"forward\"\nupstreams = {upstreams:?}");
+    let scene = Scene::of(toml::from_str(&text).unwrap(), DescriptorPool::new(5), |_, _| false);
+    let streams: Vec<TcpStream> = (0..4).map(|_| scene.dial(0)).collect();
+    eventually("two are served", || scene.service.stats().active == 2);
+    thread::sleep(Duration::from_millis(50));
+    assert_eq!(scene.service.stats().active, 2);
+    let threads: Vec<_> = streams.into_iter().map(|stream| thread::spawn(|| ask(stream, "my turn"))).collect();
+    for thread in threads {
+        assert_eq!(thread.join().unwrap(), "one heard my turn");
+    }
+}
+
+#[tokio::test]
+async fn a_connection_takes_little_memory() {
+    let forward = ForwardConfig { upstreams: vec!["127.0.0.1:1".parse().unwrap()], ..ForwardConfig::default() };
+    let forwarder = Forwarder::new("test".into(), forward);
+    let listener = net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let stream = net::TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+    let ends = Ends { client: stream.local_addr().unwrap(), dialled: stream.peer_addr().unwrap() };
+    let size = size_of_val(&forwarder.serve(stream, ends, &DescriptorPool::new(0)));
+    assert!(size <= 1024, "{size} bytes for each connection");
+}
+
+#[test]
+fn time_limits_are_those_of_the_settings() {
+    let upstreams = [upstream("127.0.0.1:0", "one").to_string()];
+    for limit in ["idle-timeout", "max-duration"] {
+        let scene = scene(&upstreams, &format!("{limit} = \"100ms\""));
+        let mut stream = scene.dial(0);
+        assert_eq!(rest(&mut stream), "");
+        eventually("it is closed", || scene.service.stats().active == 0);
+    }
+}
