@@ -11,6 +11,7 @@ mod control;
 mod crash;
 mod differential;
 mod explain;
+mod forward;
 mod interrupted;
 mod load;
 mod malformed;
@@ -57,6 +58,7 @@ fn main() -> ExitCode {
     let mut trials = Vec::new();
     trials.extend(steer::trials());
     trials.extend(udp::trials());
+    trials.extend(forward::trials());
     trials.extend(rules::trials());
     trials.extend(apply::trials());
     trials.extend(differential::trials());

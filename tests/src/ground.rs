@@ -34,6 +34,8 @@ pub fn missing() -> Vec<String> {
         "ip",
         "ss",
         "tc",
+        "haproxy",
+        "nginx",
         "setpriv",
         "sh",
         "bpftool",

@@ -15,4 +15,5 @@ pub mod http;
 pub mod netns;
 pub mod packet;
 pub mod random;
+pub mod servers;
 pub mod topology;

@@ -36,10 +36,17 @@ pub(crate) const IP: Tool = Tool {
     purpose: "looking at routes, and the networks of tests and demo",
 };
 /// The rest of what the tests use.
-pub(crate) const FOR_TESTS: [Tool; 4] = [
+pub(crate) const FOR_TESTS: [Tool; 6] = [
     Tool { program: "ss", debian: "iproute2", fedora: "iproute", purpose: "tests" },
     IPSET,
     Tool { program: "curl", debian: "curl", fedora: "curl", purpose: "tests" },
+    Tool { program: "haproxy", debian: "haproxy", fedora: "haproxy", purpose: "tests" },
+    Tool {
+        program: "nginx",
+        debian: "nginx-core libnginx-mod-stream",
+        fedora: "nginx-core nginx-mod-stream",
+        purpose: "tests",
+    },
     Tool { program: "nsenter", debian: "util-linux", fedora: "util-linux", purpose: "tests" },
 ];
 

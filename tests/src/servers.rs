@@ -1,0 +1,59 @@
+//! `HAProxy` and nginx, each with a configuration of its own.
+
+use std::{
+    fs,
+    path::Path,
+    process::{Child, Command, Stdio},
+};
+
+use crate::{ground::scratch, netns::Netns};
+
+/// A running server. Killed when dropped.
+#[derive(Debug)]
+pub struct Server {
+    process: Child,
+    _directory: tempfile::TempDir,
+}
+
+impl Server {
+    /// `HAProxy` with these sections behind the usual time limits.
+    pub fn haproxy(namespace: &Netns, sections: &str) -> Self {
+        let config =
+            format!("defaults\n  timeout connect 5s\n  timeout client 60s\n  timeout server 60s\n{sections}\n");
+        Self::start(namespace, &config, |file, command| {
+            command.args(["haproxy", "-db", "-q", "-f"]).arg(file);
+        })
+    }
+
+    /// nginx with these lines in its `stream` block.
+    pub fn nginx(namespace: &Netns, stream: &str) -> Self {
+        // Debian has the module apart, elsewhere it is built in.
+        const MODULE: &str = "/usr/lib/nginx/modules/ngx_stream_module.so";
+        let module = if Path::new(MODULE).exists() { format!("load_module {MODULE};") } else { String::new() };
+        let config = format!(
+            "{module}\ndaemon off;\nmaster_process off;\npid nginx.pid;\nerror_log stderr;\nevents {{}}\n\
+             stream {{\n{stream}\n}}\n"
+        );
+        Self::start(namespace, &config, |file, command| {
+            command.args(["nginx", "-e", "stderr", "-p"]).arg(file.parent().expect("a directory")).arg("-c").arg(file);
+        })
+    }
+
+    fn start(namespace: &Netns, config: &str, arguments: impl FnOnce(&Path, &mut Command)) -> Self {
+        let directory = scratch();
+        let file = directory.path().join("config");
+        fs::write(&file, config).expect("a configuration");
+        let mut command = Command::new("setpriv");
+        command.args(["--pdeathsig", "KILL", "--"]);
+        arguments(&file, &mut command);
+        command.stdin(Stdio::null());
+        Self { process: namespace.spawn(command), _directory: directory }
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        drop(self.process.kill());
+        drop(self.process.wait());
+    }
+}
