@@ -11,6 +11,7 @@ mod control;
 mod crash;
 mod differential;
 mod explain;
+mod flows;
 mod forward;
 mod interrupted;
 mod load;
@@ -59,6 +60,7 @@ fn main() -> ExitCode {
     trials.extend(steer::trials());
     trials.extend(udp::trials());
     trials.extend(forward::trials());
+    trials.extend(flows::trials());
     trials.extend(rules::trials());
     trials.extend(apply::trials());
     trials.extend(differential::trials());

@@ -122,7 +122,13 @@ pub fn udp_over(socket: &UdpSocket, question: &[u8], limit: Duration) -> io::Res
     socket.set_read_timeout(Some(limit))?;
     socket.send(question)?;
     let mut buffer = vec![0; 65_536];
-    let length = socket.recv(&mut buffer)?;
+    let length = loop {
+        match socket.recv(&mut buffer) {
+            // With a time limit it is not begun again by itself, such as after the process was stopped.
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            received => break received?,
+        }
+    };
     buffer.truncate(length);
     Ok(buffer)
 }

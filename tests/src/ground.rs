@@ -35,6 +35,8 @@ pub fn missing() -> Vec<String> {
         "ss",
         "tc",
         "haproxy",
+        "dig",
+        "dnsmasq",
         "nginx",
         "setpriv",
         "sh",

@@ -36,10 +36,12 @@ pub(crate) const IP: Tool = Tool {
     purpose: "looking at routes, and the networks of tests and demo",
 };
 /// The rest of what the tests use.
-pub(crate) const FOR_TESTS: [Tool; 6] = [
+pub(crate) const FOR_TESTS: [Tool; 8] = [
     Tool { program: "ss", debian: "iproute2", fedora: "iproute", purpose: "tests" },
     IPSET,
     Tool { program: "curl", debian: "curl", fedora: "curl", purpose: "tests" },
+    Tool { program: "dig", debian: "bind9-dnsutils", fedora: "bind-utils", purpose: "tests" },
+    Tool { program: "dnsmasq", debian: "dnsmasq-base", fedora: "dnsmasq", purpose: "tests" },
     Tool { program: "haproxy", debian: "haproxy", fedora: "haproxy", purpose: "tests" },
     Tool {
         program: "nginx",

@@ -179,12 +179,13 @@ pub fn listeners_of(transport: Transport) -> anyhow::Result<Vec<Listener>> {
     Ok(listeners)
 }
 
-/// The local addresses of the TCP connections of the thread's network namespace, from the first SYN on until both sides
-/// have closed; what is in `TIME_WAIT` is left out.
+/// The local addresses of the connections of the thread's network namespace: those of TCP from the first SYN on until both
+/// sides have closed, without what is in `TIME_WAIT`, and those of connected UDP sockets.
 pub fn connected_addresses() -> anyhow::Result<HashSet<IpAddr>> {
+    // UDP sockets that are not connected are shown as closed.
     const TIME_WAIT_CLOSE_LISTEN: [&str; 3] = ["06", "07", "0A"];
     let mut addresses = HashSet::new();
-    for file in ["tcp", "tcp6"] {
+    for file in ["tcp", "tcp6", "udp", "udp6"] {
         let path = Path::new("/proc/thread-self/net").join(file);
         let text = match fs::read_to_string(&path) {
             // A kernel without IPv6.

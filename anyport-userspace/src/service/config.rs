@@ -6,7 +6,8 @@ use anyport_common::flow::Transport;
 use serde::{Deserialize, Serialize};
 
 use super::forward::config::{
-    Balance, Ejection, ForwardConfig, HealthCheck, ProxyVersion, Span, TcpOptions, UpstreamAddress, table_of_words,
+    Balance, Ejection, ForwardConfig, HealthCheck, ProxyVersion, Span, TcpOptions, UdpOptions, UpstreamAddress,
+    table_of_words,
 };
 use crate::rules::{InvalidText, Prefix, ServiceName};
 
@@ -23,15 +24,8 @@ pub enum HandlerKind {
     Echo,
     /// Reads and forgets, after a banner if there is one.
     Discard,
-    /// Connects clients to upstreams. TCP only.
+    /// Connects clients to upstreams.
     Forward,
-}
-
-impl HandlerKind {
-    /// Whether it serves what comes over this transport.
-    pub fn takes(self, transport: Transport) -> bool {
-        self != Self::Forward || transport == Transport::Tcp
-    }
 }
 
 impl fmt::Display for HandlerKind {
@@ -68,6 +62,12 @@ impl ServiceConfig {
     /// The service that is there when nobody has made one of its name: it greets.
     pub fn default_service() -> Self {
         Self::new(ServiceName::default_service(), HandlerKind::Hello)
+    }
+
+    /// Whether it serves what comes over this transport: version 1 of the PROXY protocol has no words for UDP.
+    pub fn takes(&self, transport: Transport) -> bool {
+        let speaks_of = |forward: &ForwardConfig| forward.proxy_protocol != Some(ProxyVersion::V1);
+        transport == Transport::Tcp || self.forward.as_deref().is_none_or(speaks_of)
     }
 
     /// Whether the settings fit each other.
@@ -167,6 +167,10 @@ pub(crate) struct ServiceTable {
     #[arg(long, value_name = "KEY=VALUE,...", value_parser = table_of_words::<TcpOptions>)]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     tcp: Option<TcpOptions>,
+    /// How datagrams are forwarded [default: idle-timeout=30s,max-flows=16384]
+    #[arg(long, value_name = "KEY=VALUE,...", value_parser = table_of_words::<UdpOptions>)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    udp: Option<UdpOptions>,
 }
 
 impl From<ServiceTable> for ServiceConfig {
@@ -186,6 +190,7 @@ impl From<ServiceTable> for ServiceConfig {
             ejection: table.ejection.unwrap_or(default.ejection),
             resolve_interval: table.resolve_interval.unwrap_or(default.resolve_interval),
             tcp: table.tcp.unwrap_or(default.tcp),
+            udp: table.udp.unwrap_or(default.udp),
         };
         let forward = (forward != ForwardConfig::default()).then(|| Box::new(forward));
         Self { name: table.name, handler: table.handler, banner: table.banner, forward }
@@ -218,6 +223,7 @@ impl From<ServiceConfig> for ServiceTable {
             ejection: unless(forward.ejection, &default.ejection),
             resolve_interval: unless(forward.resolve_interval, &default.resolve_interval),
             tcp: unless(forward.tcp, &default.tcp),
+            udp: unless(forward.udp, &default.udp),
         }
     }
 }

@@ -21,7 +21,7 @@ pub(super) struct Datagram {
 }
 
 /// Who wrote to what.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Ends {
     pub(super) client: SocketAddr,
     pub(super) dialled: SocketAddr,

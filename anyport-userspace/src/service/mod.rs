@@ -40,7 +40,7 @@ pub use stats::ServiceStats;
 pub use workers::{WorkerHandles, Workers};
 
 use self::{
-    forward::Forwarder,
+    forward::{Forwarder, UdpForwarder},
     sockets::Group,
     stats::TcpCounts,
     tcp::{Acceptor, Site},
@@ -182,7 +182,7 @@ impl<'a> Start<'a> {
             .into_iter()
             .flat_map(|family| Transport::ALL.map(|transport| (family, transport)));
         for (handle, (family, transport)) in groups.iter_mut().zip(kinds) {
-            if !self.config.handler.takes(transport) {
+            if !self.config.takes(transport) {
                 continue;
             }
             let Some(group) = Group::open(family, transport, self.commons.workers.count())? else {
@@ -225,14 +225,16 @@ impl<'a> Start<'a> {
     }
 
     fn receive(&mut self, socket: Socket, bound: SocketAddr, worker: &Handle) -> anyhow::Result<()> {
-        let shared = Arc::new(UdpWorker::new(self.commons.descriptors.clone()));
+        let shared = Arc::new(UdpWorker::new(self.commons.descriptors.clone(), Arc::clone(&self.reply_opened)));
+        let workers = self.commons.workers.count().get();
+        let start = |forwarder| UdpForwarder::start(forwarder, Arc::clone(&shared), bound, workers);
         let receiver = Receiver {
             socket: UdpSocket::from_std(socket.into()).context("watch a UDP socket")?,
             bound,
             config: Arc::clone(&self.config),
             worker: Arc::clone(&shared),
             loop_guard: Arc::clone(&self.commons.loop_guard),
-            reply_opened: Arc::clone(&self.reply_opened),
+            forwarder: self.forwarder.clone().map(start),
         };
         self.udp.push(shared);
         self.tasks.spawn_on(receiver.run(), worker);

@@ -15,7 +15,7 @@ pub struct ServiceStats {
     pub accept_errors: u64,
     /// Connections closed since their peer had to send a PROXY header and did not.
     pub bad_headers: u64,
-    /// Connections closed since no upstream took them.
+    /// Connections closed, and datagrams lost, since no upstream took them.
     pub unforwarded: u64,
     /// Datagrams received.
     pub datagrams: u64,
@@ -31,6 +31,10 @@ pub struct ServiceStats {
     pub unsent: u64,
     /// Datagrams, at least, that the kernel gave to a socket meant for answers, and so were lost.
     pub strayed: u64,
+    /// Flows of datagrams that were forwarded.
+    pub flows: u64,
+    /// Flows that had to go for others.
+    pub evicted: u64,
 }
 
 /// A count that one task raises and others read.
@@ -39,7 +43,11 @@ pub(super) struct Count(AtomicU64);
 
 impl Count {
     pub(super) fn raise(&self) {
-        self.0.fetch_add(1, Relaxed);
+        self.add(1);
+    }
+
+    pub(super) fn add(&self, count: u64) {
+        self.0.fetch_add(count, Relaxed);
     }
 
     pub(super) fn get(&self) -> u64 {
@@ -72,6 +80,9 @@ pub(super) struct UdpCounts {
     pub(super) unanswerable: Count,
     pub(super) unsent: Count,
     pub(super) strayed: Count,
+    pub(super) unforwarded: Count,
+    pub(super) flows: Count,
+    pub(super) evicted: Count,
 }
 
 impl ServiceStats {
@@ -86,7 +97,18 @@ impl ServiceStats {
     }
 
     pub(super) fn add_udp(&mut self, counts: &UdpCounts) {
-        let UdpCounts { datagrams, answered, refused_loop, refused_size, unanswerable, unsent, strayed } = counts;
+        let UdpCounts {
+            datagrams,
+            answered,
+            refused_loop,
+            refused_size,
+            unanswerable,
+            unsent,
+            strayed,
+            unforwarded,
+            flows,
+            evicted,
+        } = counts;
         self.datagrams += datagrams.get();
         self.answered += answered.get();
         self.refused_loop += refused_loop.get();
@@ -94,5 +116,8 @@ impl ServiceStats {
         self.unanswerable += unanswerable.get();
         self.unsent += unsent.get();
         self.strayed += strayed.get();
+        self.unforwarded += unforwarded.get();
+        self.flows += flows.get();
+        self.evicted += evicted.get();
     }
 }

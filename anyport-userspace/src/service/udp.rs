@@ -15,6 +15,7 @@ use super::{
     HandlerKind, LoopGuard, ServiceConfig,
     datagram::{self, Datagram, Ends},
     descriptors::DescriptorPool,
+    forward::UdpForwarder,
     handlers::Line,
     lock,
     reply::ReplySockets,
@@ -36,13 +37,25 @@ const PAUSE: Duration = Duration::from_millis(100);
 pub(super) struct UdpWorker {
     pub(super) counts: Arc<UdpCounts>,
     pub(super) replies: Mutex<ReplySockets>,
+    pub(super) descriptors: DescriptorPool,
+    /// Raised when there is a reply socket and was none.
+    reply_opened: Arc<Notify>,
 }
 
 impl UdpWorker {
-    pub(super) fn new(descriptors: DescriptorPool) -> Self {
+    pub(super) fn new(descriptors: DescriptorPool, reply_opened: Arc<Notify>) -> Self {
         let counts = Arc::default();
-        let replies = ReplySockets::new(descriptors, Arc::clone(&counts));
-        Self { counts, replies: Mutex::new(replies) }
+        let replies = Mutex::new(ReplySockets::new(descriptors.clone(), Arc::clone(&counts)));
+        Self { counts, replies, descriptors, reply_opened }
+    }
+
+    /// Answers a client from what it dialled.
+    pub(super) fn answer(&self, dialled: SocketAddr, client: SocketAddr, answer: &[u8]) -> io::Result<()> {
+        let mut replies = lock(&self.replies);
+        if replies.is_empty() {
+            self.reply_opened.notify_one();
+        }
+        replies.send(dialled, client, answer)
     }
 }
 
@@ -68,7 +81,8 @@ pub(super) struct Receiver {
     pub(super) config: Arc<ServiceConfig>,
     pub(super) worker: Arc<UdpWorker>,
     pub(super) loop_guard: LoopGuard,
-    pub(super) reply_opened: Arc<Notify>,
+    /// For `forward`.
+    pub(super) forwarder: Option<UdpForwarder>,
 }
 
 impl Receiver {
@@ -107,7 +121,8 @@ impl Receiver {
         };
         let line;
         let answer = match self.config.handler {
-            HandlerKind::Discard | HandlerKind::Forward => return,
+            HandlerKind::Discard => return,
+            HandlerKind::Forward => return self.forward(ends, question),
             HandlerKind::Echo => question,
             HandlerKind::Hello => {
                 line = Line::hello(ends.client, ends.dialled, Transport::Udp);
@@ -135,11 +150,17 @@ impl Receiver {
             let to = SockAddr::from(client);
             return SockRef::from(&self.socket).send_to(answer, &to).map(drop);
         }
-        let mut replies = lock(&self.worker.replies);
-        if replies.is_empty() {
-            self.reply_opened.notify_one();
+        self.worker.answer(dialled, client, answer)
+    }
+
+    /// How much the upstream answers is its own affair.
+    fn forward(&self, ends: Ends, datagram: &[u8]) {
+        let counts = &self.worker.counts;
+        match (refusal(ends, datagram.len(), 0, &self.loop_guard), &self.forwarder) {
+            (Some(Refusal::Loop), _) => counts.refused_loop.raise(),
+            (Some(_), _) | (None, None) => counts.unanswerable.raise(),
+            (None, Some(forwarder)) => forwarder.take(ends, datagram),
         }
-        replies.send(dialled, client, answer)
     }
 }
 

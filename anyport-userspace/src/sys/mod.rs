@@ -2,6 +2,7 @@
 #![expect(unsafe_code, reason = "the one module in which system calls without a safe wrapper are made")]
 
 pub mod bpf;
+pub mod datagrams;
 
 use std::{
     io,

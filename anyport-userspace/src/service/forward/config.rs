@@ -238,6 +238,22 @@ impl Default for TcpOptions {
     }
 }
 
+/// How datagrams are forwarded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
+pub struct UdpOptions {
+    /// A flow over which nothing was said for this long is forgotten.
+    pub idle_timeout: Span,
+    /// Most flows at a time; the least recently used go first.
+    pub max_flows: NonZeroU32,
+}
+
+impl Default for UdpOptions {
+    fn default() -> Self {
+        Self { idle_timeout: Span::seconds(30), max_flows: NonZeroU32::MIN.saturating_add((1 << 14) - 1) }
+    }
+}
+
 /// Where a service forwards to, and how.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ForwardConfig {
@@ -267,6 +283,8 @@ pub struct ForwardConfig {
     pub resolve_interval: Span,
     /// Options of the sockets.
     pub tcp: TcpOptions,
+    /// How datagrams are forwarded.
+    pub udp: UdpOptions,
 }
 
 impl Default for ForwardConfig {
@@ -285,6 +303,7 @@ impl Default for ForwardConfig {
             ejection: Ejection::default(),
             resolve_interval: Span::seconds(30),
             tcp: TcpOptions::default(),
+            udp: UdpOptions::default(),
         }
     }
 }

@@ -7,6 +7,7 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
 };
 
+use anyport_common::flow::Transport;
 use serde::{Deserialize, Serialize};
 
 use crate::service::datagram::Ends;
@@ -154,8 +155,8 @@ where
     })
 }
 
-/// Appends the header that tells of `ends`.
-pub(super) fn write(version: ProxyVersion, ends: Ends, to: &mut Vec<u8>) {
+/// Appends the header that tells of `ends`. Version 1 has no words for UDP.
+pub(super) fn write(version: ProxyVersion, transport: Transport, ends: Ends, to: &mut Vec<u8>) {
     let Ends { client, dialled } = ends;
     let (source, destination) = match (client.ip(), dialled.ip()) {
         (source @ IpAddr::V4(_), destination @ IpAddr::V4(_)) => (source, destination),
@@ -172,6 +173,7 @@ pub(super) fn write(version: ProxyVersion, ends: Ends, to: &mut Vec<u8>) {
         }
         ProxyVersion::V2 => {
             let (family, length) = if source.is_ipv4() { (TCP_OVER_IPV4, 12) } else { (TCP_OVER_IPV6, 36) };
+            let family = family + u8::from(transport == Transport::Udp);
             to.extend(SIGNATURE);
             to.extend([VERSION_2 | PROXY, family, 0, length]);
             for address in [source, destination] {
@@ -212,6 +214,7 @@ impl fmt::Display for Plain {
 mod tests {
     use std::net::SocketAddr;
 
+    use anyport_common::flow::Transport;
     use proptest::prelude::*;
 
     use super::{Ends, LONGEST_READ, LONGEST_WRITTEN, Malformed, Parsed, ProxyVersion, SIGNATURE, parse, write};
@@ -222,7 +225,7 @@ mod tests {
 
     fn written(version: ProxyVersion, ends: Ends) -> Vec<u8> {
         let mut bytes = Vec::new();
-        write(version, ends, &mut bytes);
+        write(version, Transport::Tcp, ends, &mut bytes);
         bytes
     }
 

@@ -2,11 +2,13 @@
 
 pub mod config;
 mod connect;
+mod flows;
 mod header;
 mod names;
 mod pipe;
 mod relay;
 mod transparent;
+mod udp;
 mod upkeep;
 mod upstream;
 
@@ -19,6 +21,7 @@ use std::{
     time::Duration,
 };
 
+use anyport_common::flow::Transport;
 use arc_swap::ArcSwap;
 use tokio::{
     net::TcpStream,
@@ -35,7 +38,7 @@ use self::{
     transparent::Returns,
     upstream::{Balancer, Upstream},
 };
-pub(super) use self::{connect::set_up_listener, upkeep::keep_up};
+pub(super) use self::{connect::set_up_listener, udp::UdpForwarder, upkeep::keep_up};
 use super::{datagram::Ends, descriptors::DescriptorPool};
 
 /// How long a peer that has to send a PROXY header may take.
@@ -68,6 +71,7 @@ pub(super) enum Refusal {
 }
 
 /// Counted as open at its upstream until this is dropped.
+#[derive(Debug)]
 struct Connected(Arc<Upstream>);
 
 impl Connected {
@@ -106,7 +110,7 @@ impl Forwarder {
         let mut header = 0;
         if let Some(version) = self.config.proxy_protocol {
             let mut told = Vec::with_capacity(LONGEST_WRITTEN + first.len());
-            header::write(version, ends, &mut told);
+            header::write(version, Transport::Tcp, ends, &mut told);
             header = told.len();
             told.append(&mut first);
             first = told;

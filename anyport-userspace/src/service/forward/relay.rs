@@ -379,7 +379,7 @@ mod tests {
         time::{Instant, sleep, timeout},
     };
 
-    use super::{DescriptorPool, End, Limits, Outcome, Traffic, relay, reset};
+    use super::{DescriptorPool, End, Limits, Outcome, SockRef, Traffic, relay, reset};
 
     const LONG: Limits = Limits { idle: Duration::from_mins(1), end: None };
     const LARGE: usize = 32 << 20;
@@ -394,7 +394,12 @@ mod tests {
     async fn pair() -> (TcpStream, TcpStream) {
         let listener = TcpListener::bind(SocketAddr::from(([127, 0, 0, 1], 0))).await.unwrap();
         let (there, here) = tokio::join!(TcpStream::connect(listener.local_addr().unwrap()), listener.accept());
-        (there.unwrap(), here.unwrap().0)
+        let (there, here) = (there.unwrap(), here.unwrap().0);
+        for stream in [&there, &here] {
+            // The kernel itself may hold as much as the tests send, by net.ipv4.tcp_rmem.
+            SockRef::from(stream).set_recv_buffer_size(256 << 10).unwrap();
+        }
+        (there, here)
     }
 
     async fn line(first: &'static [u8], limits: Limits, pool: DescriptorPool) -> Line {

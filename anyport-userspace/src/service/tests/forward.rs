@@ -56,12 +56,19 @@ fn ask(mut stream: TcpStream, question: &str) -> String {
 }
 
 #[test]
+fn version_1_of_the_header_is_for_tcp() {
+    for (version, has_udp) in [("v1", false), ("v2", true)] {
+        let scene = scene(&["127.0.0.1:9".to_owned()], &format!("proxy-protocol = {version:?}"));
+        let groups = scene.service.groups();
+        assert!(TCP.iter().all(|group| groups[*group].is_some()));
+        assert!(UDP.iter().all(|group| groups[*group].is_some() == has_udp));
+    }
+}
+
+#[test]
 fn takes_turns_and_counts() {
     let upstreams = [upstream("127.0.0.1:0", "one").to_string(), upstream("[::1]:0", "two").to_string()];
     let scene = scene(&upstreams, "");
-    for group in UDP {
-        assert!(scene.service.groups()[group].is_none());
-    }
     for group in TCP {
         let mut answers = [0; 2].map(|_| ask(scene.dial(group), "abc"));
         answers.sort();

@@ -1,0 +1,202 @@
+//! The flows that a worker keeps: a bounded table, from which the least recently used ones go.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    sync::{Arc, Weak},
+};
+
+use crate::service::datagram::Ends;
+
+/// How many of the oldest are looked at when one has to go.
+const LOOKED_AT: usize = 16;
+
+/// What knows when it was last used, on a clock of the caller's.
+pub(super) trait Used {
+    fn last_used(&self) -> u64;
+}
+
+/// Flows by client and dialled address.
+#[derive(Debug)]
+pub(super) struct Flows<F> {
+    by_ends: HashMap<Ends, Arc<F>>,
+    /// Each flow once, with the time up to which its place in the row is right: whoever uses a flow does not move it, that is
+    /// done when its turn comes. Those that have ended go then, too.
+    row: VecDeque<(u64, Ends, Weak<F>)>,
+    limit: usize,
+}
+
+impl<F: Used> Flows<F> {
+    /// An empty table for so many, at least one.
+    pub(super) fn new(limit: usize) -> Self {
+        Self { by_ends: HashMap::new(), row: VecDeque::new(), limit: limit.max(1) }
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.by_ends.len()
+    }
+
+    pub(super) fn get(&self, ends: &Ends) -> Option<&Arc<F>> {
+        self.by_ends.get(ends)
+    }
+
+    /// Adds a flow that is not there. Returns the one that had to go for it.
+    pub(super) fn insert(&mut self, ends: Ends, flow: Arc<F>) -> Option<Arc<F>> {
+        let gone = if self.by_ends.len() >= self.limit { self.remove_oldest() } else { None };
+        self.row.push_back((flow.last_used(), ends, Arc::downgrade(&flow)));
+        self.by_ends.insert(ends, flow);
+        gone
+    }
+
+    /// Removes a flow, unless another one has its place.
+    pub(super) fn remove(&mut self, ends: &Ends, flow: &Arc<F>) -> bool {
+        let is_it = self.by_ends.get(ends).is_some_and(|it| Arc::ptr_eq(it, flow));
+        if is_it {
+            self.by_ends.remove(ends);
+            // Those that ended stand in the row until their turn comes, but not more of them than there are others.
+            if self.row.len() > 2 * self.by_ends.len() + LOOKED_AT {
+                self.row.retain(|(_, ends, flow)| {
+                    self.by_ends.get(ends).is_some_and(|it| std::ptr::eq(Arc::as_ptr(it), flow.as_ptr()))
+                });
+            }
+        }
+        is_it
+    }
+
+    /// Removes the flows that were last used before a time.
+    pub(super) fn expire(&mut self, before: u64) -> Vec<Arc<F>> {
+        let mut gone = Vec::new();
+        while let Some((time, _, _)) = self.row.front()
+            && *time < before
+            && let Some((_, ends, flow)) = self.row.pop_front()
+        {
+            let Some(flow) = self.alive(&ends, &flow) else { continue };
+            let last_used = flow.last_used();
+            if last_used < before {
+                gone.extend(self.by_ends.remove(&ends));
+            } else {
+                self.row.push_back((last_used, ends, Arc::downgrade(&flow)));
+            }
+        }
+        gone
+    }
+
+    /// Removes the flow that was not used for the longest time, among those that come first in the row.
+    pub(super) fn remove_oldest(&mut self) -> Option<Arc<F>> {
+        let mut seen = Vec::with_capacity(LOOKED_AT);
+        while seen.len() < LOOKED_AT
+            && let Some((time, ends, flow)) = self.row.pop_front()
+        {
+            let Some(flow) = self.alive(&ends, &flow) else { continue };
+            let last_used = flow.last_used();
+            seen.push((last_used, ends, flow));
+            if last_used <= time {
+                // Not used since, and all that follow have a later time.
+                break;
+            }
+        }
+        let oldest = (0..seen.len()).min_by_key(|at| seen[*at].0)?;
+        let (_, ends, _) = seen.remove(oldest);
+        for (last_used, ends, flow) in seen {
+            self.row.push_back((last_used, ends, Arc::downgrade(&flow)));
+        }
+        self.by_ends.remove(&ends)
+    }
+
+    fn alive(&self, ends: &Ends, flow: &Weak<F>) -> Option<Arc<F>> {
+        let there = self.by_ends.get(ends)?;
+        std::ptr::eq(Arc::as_ptr(there), flow.as_ptr()).then(|| Arc::clone(there))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    };
+
+    use super::{Flows, LOOKED_AT, Used};
+    use crate::service::datagram::Ends;
+
+    #[derive(Debug)]
+    struct At(AtomicU64);
+
+    impl Used for At {
+        fn last_used(&self) -> u64 {
+            self.0.load(Relaxed)
+        }
+    }
+
+    fn at(time: u64) -> Arc<At> {
+        Arc::new(At(time.into()))
+    }
+
+    fn ends(port: u16) -> Ends {
+        Ends { client: ([198, 51, 100, 1], port).into(), dialled: ([192, 0, 2, 1], 53).into() }
+    }
+
+    #[test]
+    fn the_least_recently_used_goes() {
+        let mut flows = Flows::new(3);
+        for port in 1..=3 {
+            assert!(flows.insert(ends(port), at(port.into())).is_none());
+        }
+        flows.get(&ends(1)).unwrap().0.store(10, Relaxed);
+        assert_eq!(flows.insert(ends(4), at(11)).unwrap().last_used(), 2);
+        assert_eq!(flows.insert(ends(5), at(12)).unwrap().last_used(), 3);
+        assert_eq!(flows.insert(ends(6), at(13)).unwrap().last_used(), 10);
+        assert_eq!(flows.len(), 3);
+        assert!(flows.get(&ends(4)).is_some() && flows.get(&ends(1)).is_none());
+    }
+
+    #[test]
+    fn one_goes_when_all_were_used() {
+        let mut flows = Flows::new(100);
+        for port in 1..=100 {
+            flows.insert(ends(port), at(0));
+        }
+        for port in 1..=100 {
+            flows.get(&ends(port)).unwrap().0.store(1000 - u64::from(port), Relaxed);
+        }
+        // Among the first that are looked at, the last one was used first.
+        let gone = flows.insert(ends(101), at(1001)).unwrap();
+        assert_eq!(gone.last_used(), 1000 - LOOKED_AT as u64);
+        assert_eq!(flows.len(), 100);
+    }
+
+    #[test]
+    fn what_is_idle_expires() {
+        let mut flows = Flows::new(10);
+        for port in 1..=4 {
+            flows.insert(ends(port), at(port.into()));
+        }
+        flows.get(&ends(2)).unwrap().0.store(20, Relaxed);
+        assert!(flows.expire(1).is_empty());
+        let gone: Vec<u64> = flows.expire(4).iter().map(|it| it.last_used()).collect();
+        assert_eq!((gone, flows.len()), (vec![1, 3], 2));
+        let gone: Vec<u64> = flows.expire(20).iter().map(|it| it.last_used()).collect();
+        assert_eq!(gone, [4]);
+        assert_eq!(flows.expire(21).len(), 1);
+        assert_eq!((flows.len(), flows.row.len()), (0, 0));
+    }
+
+    #[test]
+    fn what_ended_leaves_no_trace() {
+        let mut flows = Flows::new(10);
+        for round in 0..10_000 {
+            let flow = at(round);
+            assert!(flows.insert(ends(1), Arc::clone(&flow)).is_none());
+            assert!(flows.remove(&ends(1), &flow));
+            assert!(!flows.remove(&ends(1), &flow));
+        }
+        assert_eq!(flows.len(), 0);
+        assert!(flows.row.len() <= LOOKED_AT + 1);
+        let (first, second) = (at(10_001), at(10_002));
+        flows.insert(ends(1), Arc::clone(&first));
+        flows.remove(&ends(1), &first);
+        flows.insert(ends(1), Arc::clone(&second));
+        assert!(!flows.remove(&ends(1), &first), "another flow has the place");
+        assert!(flows.expire(10_002).is_empty());
+        assert_eq!(flows.expire(10_003).len(), 1);
+    }
+}

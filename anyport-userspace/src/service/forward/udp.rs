@@ -1,0 +1,396 @@
+//! Datagrams to upstreams, and their answers back to the clients.
+//!
+//! A flow is a client and what it dialled. It has a connected socket of its own towards the upstream and, once the
+//! client has said more than one thing, another one towards the client: the kernel finds that one before it asks where
+//! to steer, so that a flow that lasts takes batches of datagrams from socket to socket and needs neither the worker's
+//! socket nor the table. A single question, as in DNS, is answered through the sockets that all answers share.
+
+use std::{
+    cell::RefCell,
+    io,
+    net::SocketAddr,
+    sync::{
+        Arc, LazyLock, Mutex, OnceLock, Weak,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
+    time::{Duration, Instant},
+};
+
+use anyport_common::flow::Transport;
+use nix::sys::socket::{setsockopt, sockopt};
+use socket2::{Domain, SockRef, Socket, Type};
+use tokio::{
+    io::Interest,
+    net::UdpSocket,
+    sync::Notify,
+    task::{AbortHandle, yield_now},
+    time::sleep,
+};
+
+use super::{
+    Connected, Forwarder,
+    config::ProxyVersion,
+    flows::{Flows, Used},
+    header,
+};
+use crate::{
+    service::{Family, datagram::Ends, descriptors::Descriptors, lock, sockets::set_transparent, udp::UdpWorker},
+    sys::datagrams::{Batch, Sent},
+};
+
+/// How often it is looked for flows that are idle.
+const SWEEP: Duration = Duration::from_secs(1);
+/// Bytes of the buffers of a flow that lasts, as the kernel counts them: a client may send a window's worth at once.
+const BUFFER: usize = 1 << 20;
+/// Descriptors that a flow takes.
+const DESCRIPTORS: u32 = 2;
+
+thread_local! {
+    /// One for all flows of a worker: what is received is sent on at once.
+    static BATCH: RefCell<Batch> = RefCell::default();
+}
+
+/// The flows of one UDP socket.
+#[derive(Debug)]
+pub(in crate::service) struct UdpForwarder {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    forwarder: Arc<Forwarder>,
+    worker: Arc<UdpWorker>,
+    flows: Mutex<Flows<Flow>>,
+    /// Raised with the first flow, and when no more will come.
+    changed: Notify,
+    /// Where the worker's socket is bound: from there it needs no other socket to answer.
+    bound: SocketAddr,
+}
+
+#[derive(Debug)]
+struct Flow {
+    ends: Ends,
+    upstream: UdpSocket,
+    /// Towards the client; nothing in it if there can't be one.
+    client: OnceLock<Option<UdpSocket>>,
+    chosen: Connected,
+    last_used: AtomicU64,
+    tasks: Mutex<Vec<AbortHandle>>,
+    _descriptors: Descriptors,
+}
+
+impl Used for Flow {
+    fn last_used(&self) -> u64 {
+        self.last_used.load(Relaxed)
+    }
+}
+
+impl Flow {
+    /// Ends the flow's tasks, which hold its sockets.
+    fn end(&self) {
+        for task in lock(&self.tasks).drain(..) {
+            task.abort();
+        }
+    }
+}
+
+impl Drop for UdpForwarder {
+    /// Flows go on until they are idle.
+    fn drop(&mut self) {
+        self.shared.changed.notify_one();
+    }
+}
+
+impl UdpForwarder {
+    /// For the UDP socket that is bound to `bound`; one of `workers` that share the limit of flows. To be called where the
+    /// socket is served.
+    pub(in crate::service) fn start(
+        forwarder: Arc<Forwarder>,
+        worker: Arc<UdpWorker>,
+        bound: SocketAddr,
+        workers: usize,
+    ) -> Self {
+        let limit = forwarder.config.udp.max_flows.get() as usize / workers;
+        let flows = Mutex::new(Flows::new(limit));
+        let shared = Arc::new(Shared { forwarder, worker, flows, changed: Notify::new(), bound });
+        let this = Self { shared: Arc::clone(&shared) };
+        let idle = shared.forwarder.config.udp.idle_timeout.0;
+        tokio::spawn(sweep(Arc::downgrade(&shared), idle));
+        this
+    }
+
+    /// Sends on what a client said.
+    pub(in crate::service) fn take(&self, ends: Ends, datagram: &[u8]) {
+        let shared = &self.shared;
+        let taken = BATCH.with_borrow_mut(|batch| {
+            batch.put(datagram);
+            let known = lock(&shared.flows).get(&ends).cloned();
+            if let Some(flow) = known {
+                // The client goes on, so it is worth a socket.
+                if flow.client.get().is_none() {
+                    shared.connect_to_client(&flow);
+                }
+                if shared.send_to_upstream(&flow, batch).is_ok() {
+                    return Ok(());
+                }
+            }
+            // The first one, or the upstream that it went to has gone.
+            let flow = shared.open(ends)?;
+            shared.send_to_upstream(&flow, batch)
+        });
+        if let Err(error) = taken {
+            shared.worker.counts.unforwarded.raise();
+            tracing::debug!("service {}: {} to {}: {error}", shared.forwarder.name, ends.client, ends.dialled);
+        }
+    }
+}
+
+/// Microseconds on a clock that began with the process.
+fn moment() -> u64 {
+    static START: LazyLock<Instant> = LazyLock::new(Instant::now);
+    u64::try_from(START.elapsed().as_micros()).unwrap_or(u64::MAX)
+}
+
+/// Ends the flows that are idle for as long, until there will be no more.
+async fn sweep(shared: Weak<Shared>, idle: Duration) {
+    let idle = u64::try_from(idle.as_micros()).unwrap_or(u64::MAX);
+    while let Some(shared) = shared.upgrade() {
+        let expired = lock(&shared.flows).expire(moment().saturating_sub(idle));
+        let is_empty = lock(&shared.flows).len() == 0;
+        for flow in expired {
+            flow.end();
+        }
+        if is_empty {
+            // Only flows and their worker's socket hold it apart from this.
+            if Arc::strong_count(&shared) == 1 {
+                break;
+            }
+            shared.changed.notified().await;
+        }
+        drop(shared);
+        sleep(SWEEP).await;
+    }
+}
+
+impl Shared {
+    fn open(self: &Arc<Self>, ends: Ends) -> io::Result<Arc<Flow>> {
+        if ends.dialled == self.bound {
+            return Err(io::Error::other("dialled the service's own socket"));
+        }
+        let forwarder = &self.forwarder;
+        let descriptors = self.descriptors()?;
+        let chosen = forwarder.choose(ends, &[]).ok_or_else(|| io::Error::other("no upstream is up"))?;
+        let to = chosen.target(ends.dialled.port());
+        let source = forwarder.config.transparent_source.then_some(ends.client);
+        let upstream = connected(to, source)
+            .inspect_err(|error| forwarder.note_failure(&chosen, error))
+            .map_err(|error| io::Error::new(error.kind(), format!("connect to {to}: {error}")))?;
+        let flow = Arc::new(Flow {
+            ends,
+            upstream,
+            client: OnceLock::new(),
+            chosen: Connected::to(chosen),
+            last_used: AtomicU64::new(moment()),
+            tasks: Mutex::default(),
+            _descriptors: descriptors,
+        });
+        let gone = {
+            let mut flows = lock(&self.flows);
+            if flows.len() == 0 {
+                self.changed.notify_one();
+            }
+            flows.insert(ends, Arc::clone(&flow))
+        };
+        if let Some(gone) = gone {
+            self.worker.counts.evicted.raise();
+            gone.end();
+        }
+        self.worker.counts.flows.raise();
+        let task = tokio::spawn(answers(Arc::clone(self), Arc::clone(&flow)));
+        lock(&flow.tasks).push(task.abort_handle());
+        Ok(flow)
+    }
+
+    /// Descriptors for a flow, those of the oldest one if there are no others.
+    fn descriptors(&self) -> io::Result<Descriptors> {
+        if let Some(descriptors) = self.worker.descriptors.try_take(DESCRIPTORS) {
+            return Ok(descriptors);
+        }
+        if let Some(gone) = lock(&self.flows).remove_oldest() {
+            self.worker.counts.evicted.raise();
+            gone.end();
+        }
+        let none = || io::Error::other("as many connections and flows as the limit of open files allows");
+        self.worker.descriptors.try_take(DESCRIPTORS).ok_or_else(none)
+    }
+
+    /// Gives a flow a socket towards the client, if the kernel has one for it.
+    fn connect_to_client(self: &Arc<Self>, flow: &Arc<Flow>) {
+        let Ends { client, dialled } = flow.ends;
+        let opened = connected(client, Some(dialled)).and_then(|socket| {
+            for socket in [&socket, &flow.upstream] {
+                setsockopt(socket, sockopt::UdpGroSegment, &true)?;
+                // Beyond net.core.rmem_max where that is allowed.
+                setsockopt(socket, sockopt::RcvBufForce, &BUFFER)
+                    .or_else(|_| setsockopt(socket, sockopt::RcvBuf, &BUFFER))?;
+            }
+            Ok(socket)
+        });
+        let opened = opened.inspect_err(|error| {
+            // Such as a socket of the host that has the port for itself.
+            tracing::debug!("service {}: no socket from {dialled} to {client}: {error}", self.forwarder.name);
+        });
+        if flow.client.set(opened.ok()).is_ok() && matches!(flow.client.get(), Some(Some(_))) {
+            let task = tokio::spawn(questions(Arc::clone(self), Arc::clone(flow)));
+            lock(&flow.tasks).push(task.abort_handle());
+        }
+    }
+
+    /// Ends the flow if its upstream refuses.
+    fn send_to_upstream(&self, flow: &Arc<Flow>, batch: &Batch) -> io::Result<()> {
+        flow.last_used.store(moment(), Relaxed);
+        let sent = match self.forwarder.config.proxy_protocol {
+            Some(version) => send_with_header(flow, version, batch),
+            None => batch.send(&flow.upstream),
+        };
+        flow.chosen.0.traffic.add(sent.bytes, 0);
+        // What came back by ICMP for an earlier datagram; other errors are of one datagram.
+        if let Some(error @ (libc::ECONNREFUSED | libc::EHOSTUNREACH | libc::ENETUNREACH)) = sent.error {
+            let error = io::Error::from_raw_os_error(error);
+            self.fail(flow, &error);
+            return Err(error);
+        }
+        self.worker.counts.unsent.add(sent.lost);
+        Ok(())
+    }
+
+    fn send_to_client(&self, flow: &Flow, batch: &Batch) {
+        flow.last_used.store(moment(), Relaxed);
+        let sent = match flow.client.get() {
+            Some(Some(client)) => batch.send(client),
+            _ => self.answer(flow.ends, batch),
+        };
+        flow.chosen.0.traffic.add(0, sent.bytes);
+        self.worker.counts.answered.add(sent.datagrams);
+        self.worker.counts.unsent.add(sent.lost);
+    }
+
+    /// Through the sockets that all answers share.
+    fn answer(&self, Ends { client, dialled }: Ends, batch: &Batch) -> Sent {
+        let mut sent = Sent::default();
+        for datagram in batch.datagrams() {
+            match self.worker.answer(dialled, client, datagram) {
+                Ok(()) => {
+                    sent.datagrams += 1;
+                    sent.bytes += datagram.len() as u64;
+                }
+                Err(error) => {
+                    sent.lost += 1;
+                    sent.error = error.raw_os_error();
+                }
+            }
+        }
+        sent
+    }
+
+    /// Ends a flow since its upstream refuses.
+    fn fail(&self, flow: &Arc<Flow>, error: &io::Error) {
+        self.forwarder.note_failure(&flow.chosen.0, error);
+        self.end(flow);
+    }
+
+    fn end(&self, flow: &Arc<Flow>) {
+        lock(&self.flows).remove(&flow.ends, flow);
+        flow.end();
+    }
+}
+
+/// Each datagram has the header before it: there is no first one among datagrams.
+fn send_with_header(flow: &Flow, version: ProxyVersion, batch: &Batch) -> Sent {
+    let mut sent = Sent::default();
+    let mut with_header = Vec::new();
+    for datagram in batch.datagrams() {
+        with_header.clear();
+        header::write(version, Transport::Udp, flow.ends, &mut with_header);
+        with_header.extend(datagram);
+        match SockRef::from(&flow.upstream).send(&with_header) {
+            Ok(_) => {
+                sent.datagrams += 1;
+                sent.bytes += datagram.len() as u64;
+            }
+            Err(error) => {
+                sent.lost += 1;
+                sent.error = error.raw_os_error();
+            }
+        }
+    }
+    sent
+}
+
+/// Moves what the upstream says, until it refuses.
+async fn answers(shared: Arc<Shared>, flow: Arc<Flow>) {
+    let error = relay(&flow.upstream, |batch| shared.send_to_client(&flow, batch)).await;
+    shared.fail(&flow, &error);
+}
+
+/// Moves what the client says, until it is gone.
+async fn questions(shared: Arc<Shared>, flow: Arc<Flow>) {
+    let Some(Some(client)) = flow.client.get() else { return };
+    let counts = &shared.worker.counts;
+    let error = relay(client, |batch| {
+        counts.datagrams.add(batch.datagrams().count() as u64);
+        if let Err(error) = shared.send_to_upstream(&flow, batch) {
+            tracing::debug!("service {}: {:?}: {error}", shared.forwarder.name, flow.ends);
+        }
+    })
+    .await;
+    tracing::debug!("service {}: {} to {}: {error}", shared.forwarder.name, flow.ends.client, flow.ends.dialled);
+    shared.end(&flow);
+}
+
+/// Hands on what arrives at a connected socket, batch by batch, until there is an error.
+async fn relay(from: &UdpSocket, hand_on: impl Fn(&Batch)) -> io::Error {
+    loop {
+        // An ICMP error comes alone, without anything to read.
+        if let Err(error) = from.ready(Interest::READABLE | Interest::ERROR).await {
+            return error;
+        }
+        let received = BATCH.with_borrow_mut(|batch| {
+            let received = batch.receive(from);
+            if received.is_ok() {
+                hand_on(batch);
+            }
+            received.map(|_| batch.is_full())
+        });
+        match received {
+            // Others have their turn before what may still be there.
+            Ok(true) => yield_now().await,
+            Ok(false) => wait_for_more(from),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => wait_for_more(from),
+            Err(error) => return error,
+        }
+    }
+}
+
+/// Says that nothing is left to read. What arrives from now on is a new event of the kernel's, so that it need not be asked
+/// again.
+fn wait_for_more(socket: &UdpSocket) {
+    for interest in [Interest::READABLE, Interest::ERROR] {
+        let nothing = || io::Result::<()>::Err(io::ErrorKind::WouldBlock.into());
+        // That is what it answers, too.
+        socket.try_io(interest, nothing).ok();
+    }
+}
+
+/// A socket that is connected to `to`, from the address and port `from` if there is one, whosever it is.
+fn connected(to: SocketAddr, from: Option<SocketAddr>) -> io::Result<UdpSocket> {
+    let socket = Socket::new(Domain::for_address(to), Type::DGRAM.nonblocking(), None)?;
+    if let Some(from) = from {
+        set_transparent(&socket, if from.is_ipv4() { Family::Ipv4 } else { Family::Ipv6 })?;
+        // Other flows have the same address and port at their end.
+        socket.set_reuse_address(true)?;
+        socket.bind(&from.into())?;
+    }
+    socket.connect(&to.into())?;
+    UdpSocket::from_std(socket.into())
+}

@@ -1,0 +1,328 @@
+//! Datagrams in batches: many with one system call, and joined where the kernel can (UDP GRO, Linux 5.0; UDP GSO,
+//! Linux 4.18).
+
+use std::{
+    fmt, io, mem,
+    os::fd::{AsFd, AsRawFd as _, BorrowedFd},
+    ptr,
+};
+
+use nix::sys::socket::MsgFlags;
+
+/// Datagrams, or groups of joined ones, in a batch.
+pub const BATCH: usize = 32;
+/// Bytes of the largest datagram, and of a group.
+const LARGEST: usize = 65_535;
+/// Bytes between the beginnings of two places in the buffer.
+const PLACE: usize = 1 << 16;
+
+/// Room for one control message that holds a number, aligned as control messages are.
+#[repr(C, align(8))]
+#[derive(Clone, Copy)]
+struct Control([u8; CONTROL]);
+
+/// `CMSG_SPACE(sizeof(int))` on all 64-bit machines.
+const CONTROL: usize = 24;
+
+/// A batch, and its memory: 2 MiB, of which the kernel gives what is written to.
+pub struct Batch {
+    memory: Box<[u8]>,
+    /// Bytes of what is in each place, and of its parts.
+    lengths: [(usize, usize); BATCH],
+    count: usize,
+}
+
+impl fmt::Debug for Batch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Batch").field("count", &self.count).finish_non_exhaustive()
+    }
+}
+
+impl Default for Batch {
+    fn default() -> Self {
+        Self { memory: vec![0; BATCH * PLACE].into(), lengths: [(0, 0); BATCH], count: 0 }
+    }
+}
+
+/// What became of a batch that was sent.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Sent {
+    /// Datagrams that the kernel took.
+    pub datagrams: u64,
+    /// Their bytes.
+    pub bytes: u64,
+    /// Datagrams that are lost.
+    pub lost: u64,
+    /// Why the first of them is.
+    pub error: Option<i32>,
+}
+
+impl Batch {
+    /// Receives what is there on a socket, without waiting; `WouldBlock` if there is nothing.
+    ///
+    /// # Errors
+    /// The kernel's, such as `ECONNREFUSED` where the peer of a connected socket has answered by ICMP.
+    pub fn receive(&mut self, socket: impl AsFd) -> io::Result<usize> {
+        let mut controls = [Control([0; CONTROL]); BATCH];
+        let mut parts = [libc::iovec { iov_base: ptr::null_mut(), iov_len: LARGEST }; BATCH];
+        // SAFETY: a header of zeros says that there is no name, no buffer and no control message.
+        let mut headers: [libc::mmsghdr; BATCH] = unsafe { mem::zeroed() };
+        let places = self.memory.chunks_exact_mut(PLACE);
+        for (((header, part), control), place) in headers.iter_mut().zip(&mut parts).zip(&mut controls).zip(places) {
+            part.iov_base = place.as_mut_ptr().cast();
+            header.msg_hdr.msg_iov = part;
+            header.msg_hdr.msg_iovlen = 1;
+            header.msg_hdr.msg_control = control.0.as_mut_ptr().cast();
+            header.msg_hdr.msg_controllen = CONTROL;
+        }
+        self.count = 0;
+        // SAFETY: every header points to buffers that are as long as it says and outlive the call.
+        let count = unsafe {
+            libc::recvmmsg(
+                socket.as_fd().as_raw_fd(),
+                headers.as_mut_ptr(),
+                libc::c_uint::try_from(BATCH).unwrap_or(0),
+                libc::MSG_DONTWAIT,
+                ptr::null_mut(),
+            )
+        };
+        self.count = usize::try_from(count).map_err(|_| io::Error::last_os_error())?;
+        for (header, length) in headers.iter().zip(&mut self.lengths).take(self.count) {
+            let all = (header.msg_len as usize).min(LARGEST);
+            *length = (all, segment(&header.msg_hdr).filter(|part| *part > 0).unwrap_or(all));
+        }
+        Ok(self.count)
+    }
+
+    /// Puts one datagram into an empty batch, to be sent. Bytes beyond the largest datagram are left out.
+    pub fn put(&mut self, datagram: &[u8]) {
+        let length = datagram.len().min(LARGEST);
+        self.memory[..length].copy_from_slice(&datagram[..length]);
+        self.lengths[0] = (length, length);
+        self.count = 1;
+    }
+
+    /// Whether it has no room for more, so that more may be there.
+    pub fn is_full(&self) -> bool {
+        self.count == BATCH
+    }
+
+    /// Each datagram of the batch.
+    pub fn datagrams(&self) -> impl Iterator<Item = &[u8]> {
+        let places = self.memory.chunks_exact(PLACE).zip(&self.lengths).take(self.count);
+        places.flat_map(|(place, (all, part))| {
+            let empty = (*all == 0).then_some(&place[..0]);
+            empty.into_iter().chain(place[..*all].chunks((*part).max(1)))
+        })
+    }
+
+    /// Sends the batch over a connected socket, without waiting: what the kernel does not take now is lost, as
+    /// datagrams may be.
+    pub fn send(&self, socket: impl AsFd) -> Sent {
+        let mut controls = [Control([0; CONTROL]); BATCH];
+        let mut parts = [libc::iovec { iov_base: ptr::null_mut(), iov_len: 0 }; BATCH];
+        // SAFETY: as in `receive`.
+        let mut headers: [libc::mmsghdr; BATCH] = unsafe { mem::zeroed() };
+        let places = self.memory.chunks_exact(PLACE).zip(&self.lengths).take(self.count);
+        for (((header, io), control), (place, (all, part))) in
+            headers.iter_mut().zip(&mut parts).zip(&mut controls).zip(places)
+        {
+            // The kernel only reads what is to be sent.
+            *io = libc::iovec { iov_base: place.as_ptr().cast_mut().cast(), iov_len: *all };
+            header.msg_hdr.msg_iov = io;
+            header.msg_hdr.msg_iovlen = 1;
+            if part < all {
+                set_segment(&mut header.msg_hdr, control, *part);
+            }
+        }
+        let mut sent = Sent::default();
+        let mut at = 0;
+        while at < self.count {
+            let rest = &mut headers[at..self.count];
+            // SAFETY: as in `receive`.
+            let count = unsafe {
+                libc::sendmmsg(
+                    socket.as_fd().as_raw_fd(),
+                    rest.as_mut_ptr(),
+                    libc::c_uint::try_from(rest.len()).unwrap_or(0),
+                    libc::MSG_DONTWAIT,
+                )
+            };
+            let taken = usize::try_from(count).unwrap_or(0);
+            for (all, part) in &self.lengths[at..at + taken] {
+                sent.datagrams += datagrams(*all, *part);
+                sent.bytes += *all as u64;
+            }
+            at += taken;
+            if taken == 0 {
+                let error = io::Error::last_os_error();
+                self.send_parts(socket.as_fd(), at, &error, &mut sent);
+                // One that is too large, or an error that was pending, says nothing about the next.
+                at += 1;
+            }
+        }
+        sent
+    }
+
+    /// Sends what is in a place by itself, after the whole was refused: the kernel divides nothing into parts that are too
+    /// large for the way, but it fragments those that come alone.
+    fn send_parts(&self, socket: BorrowedFd<'_>, at: usize, error: &io::Error, sent: &mut Sent) {
+        let (all, part) = self.lengths[at];
+        if part == all || error.kind() == io::ErrorKind::WouldBlock {
+            sent.error = sent.error.or(error.raw_os_error());
+            sent.lost += datagrams(all, part);
+            return;
+        }
+        for datagram in self.memory[at * PLACE..][..all].chunks(part) {
+            match nix::sys::socket::send(socket.as_raw_fd(), datagram, MsgFlags::MSG_DONTWAIT) {
+                Ok(_) => {
+                    sent.datagrams += 1;
+                    sent.bytes += datagram.len() as u64;
+                }
+                Err(error) => {
+                    sent.error = sent.error.or(Some(error as i32));
+                    sent.lost += 1;
+                }
+            }
+        }
+    }
+}
+
+/// How many datagrams there are in a place.
+fn datagrams(all: usize, part: usize) -> u64 {
+    all.div_ceil(part.max(1)).max(1) as u64
+}
+
+/// Bytes of each part of joined datagrams, as the kernel tells them.
+fn segment(header: &libc::msghdr) -> Option<usize> {
+    // SAFETY: the header is one that `recvmmsg` has filled in, and its buffer of control messages is still there.
+    let control = unsafe { libc::CMSG_FIRSTHDR(header).as_ref() }?;
+    if (control.cmsg_level, control.cmsg_type) != (libc::SOL_UDP, libc::UDP_GRO) {
+        return None;
+    }
+    // SAFETY: a control message of this type holds an `int` (`udp_cmsg_recv`, include/linux/udp.h).
+    let size = unsafe { libc::CMSG_DATA(control).cast::<libc::c_int>().read_unaligned() };
+    usize::try_from(size).ok()
+}
+
+/// Has the kernel divide what a header sends into parts.
+fn set_segment(header: &mut libc::msghdr, control: &mut Control, part: usize) {
+    /// Of the `u16` that `UDP_SEGMENT` takes.
+    const LENGTH: libc::c_uint = 2;
+    header.msg_control = control.0.as_mut_ptr().cast();
+    header.msg_controllen = CONTROL;
+    // SAFETY: the header has room for one control message, as `Control` is long and aligned enough for an `int`.
+    unsafe {
+        let first = &mut *libc::CMSG_FIRSTHDR(header);
+        first.cmsg_level = libc::SOL_UDP;
+        first.cmsg_type = libc::UDP_SEGMENT;
+        first.cmsg_len = libc::CMSG_LEN(LENGTH) as usize;
+        libc::CMSG_DATA(first).cast::<u16>().write_unaligned(u16::try_from(part).unwrap_or(u16::MAX));
+        header.msg_controllen = libc::CMSG_SPACE(LENGTH) as usize;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{net::UdpSocket, os::fd::AsRawFd as _, time::Duration};
+
+    use nix::sys::socket::{setsockopt, sockopt};
+
+    use super::{BATCH, Batch, Sent};
+
+    fn pair(local: &str) -> (UdpSocket, UdpSocket) {
+        let (one, other) = (UdpSocket::bind(local).unwrap(), UdpSocket::bind(local).unwrap());
+        one.connect(other.local_addr().unwrap()).unwrap();
+        other.connect(one.local_addr().unwrap()).unwrap();
+        for socket in [&one, &other] {
+            socket.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+        }
+        (one, other)
+    }
+
+    #[test]
+    fn many_go_from_socket_to_socket() {
+        let (client, here) = pair("127.0.0.1:0");
+        let (there, server) = pair("[::1]:0");
+        let mut batch = Batch::default();
+        let long = vec![7; 60_000];
+        let all: Vec<&[u8]> = vec![b"one", b"", b"three", &long];
+        for datagram in &all {
+            client.send(datagram).unwrap();
+        }
+        assert_eq!(batch.receive(&here).unwrap(), 4);
+        assert_eq!(batch.datagrams().collect::<Vec<_>>(), all);
+        assert_eq!(batch.send(&there), Sent { datagrams: 4, bytes: 60_008, lost: 0, error: None });
+        let mut buffer = vec![0; 65_536];
+        for datagram in &all {
+            let length = server.recv(&mut buffer).unwrap();
+            assert_eq!(&buffer[..length], *datagram);
+        }
+        assert_eq!(batch.receive(&here).unwrap_err().kind(), std::io::ErrorKind::WouldBlock);
+        assert_eq!(batch.datagrams().count(), 0);
+        for _ in 0..2 * BATCH {
+            client.send(b"x").unwrap();
+        }
+        assert_eq!((batch.receive(&here).unwrap(), batch.receive(&here).unwrap()), (BATCH, BATCH));
+    }
+
+    /// What one side joins the other one divides again.
+    #[test]
+    fn joined_ones_stay_joined() {
+        let (client, here) = pair("127.0.0.1:0");
+        let (there, server) = pair("127.0.0.1:0");
+        setsockopt(&client, sockopt::UdpGsoSegment, &1000).unwrap();
+        setsockopt(&here, sockopt::UdpGroSegment, &true).unwrap();
+        let bytes: Vec<u8> = (0..10_500_u32).map(|it| (it % 251) as u8).collect();
+        client.send(&bytes).unwrap();
+        let mut batch = Batch::default();
+        assert_eq!(batch.receive(&here).unwrap(), 1);
+        assert_eq!(batch.datagrams().count(), 11);
+        assert_eq!(batch.send(&there), Sent { datagrams: 11, bytes: 10_500, lost: 0, error: None });
+        let mut buffer = [0; 2000];
+        for part in bytes.chunks(1000) {
+            let length = server.recv(&mut buffer).unwrap();
+            assert_eq!(&buffer[..length], part);
+        }
+    }
+
+    /// Without joining, where the whole is refused.
+    #[test]
+    fn parts_go_alone_where_they_do_not_go_together() {
+        let (client, here) = pair("127.0.0.1:0");
+        let (there, server) = pair("127.0.0.1:0");
+        setsockopt(&client, sockopt::UdpGsoSegment, &1000).unwrap();
+        setsockopt(&here, sockopt::UdpGroSegment, &true).unwrap();
+        let yes: libc::c_int = 1;
+        // The kernel divides nothing that is to have no checksum.
+        // SAFETY: the option's value is a number of that length.
+        let failed = unsafe {
+            libc::setsockopt(there.as_raw_fd(), libc::SOL_SOCKET, libc::SO_NO_CHECK, (&raw const yes).cast(), 4)
+        };
+        assert_eq!(failed, 0);
+        client.send(&[7; 2500]).unwrap();
+        let mut batch = Batch::default();
+        assert_eq!(batch.receive(&here).unwrap(), 1);
+        assert_eq!(batch.send(&there), Sent { datagrams: 3, bytes: 2500, lost: 0, error: None });
+        let mut buffer = vec![0; 65_536];
+        let lengths: Vec<usize> = (0..3).map(|_| server.recv(&mut buffer).unwrap()).collect();
+        assert_eq!(lengths, [1000, 1000, 500]);
+    }
+
+    #[test]
+    fn what_is_not_taken_is_told() {
+        let (client, here) = pair("[::1]:0");
+        let (there, server) = pair("127.0.0.1:0");
+        let (first, long) = (b"first", vec![7; 65_520]);
+        client.send(first).unwrap();
+        client.send(&long).unwrap();
+        client.send(first).unwrap();
+        let mut batch = Batch::default();
+        assert_eq!(batch.receive(&here).unwrap(), 3);
+        assert_eq!(batch.send(&there), Sent { datagrams: 2, bytes: 10, lost: 1, error: Some(libc::EMSGSIZE) });
+        let mut buffer = [0; 9];
+        assert_eq!((server.recv(&mut buffer).unwrap(), server.recv(&mut buffer).unwrap()), (5, 5));
+        batch.put(b"alone");
+        assert_eq!(batch.datagrams().collect::<Vec<_>>(), [b"alone"]);
+    }
+}
