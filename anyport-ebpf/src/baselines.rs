@@ -1,6 +1,6 @@
-//! What anyport's lookup is measured against: a program that does nothing, one that asks an LPM trie, and one that makes a
-//! single load, which is the least that a lookup in a table that is not in the caches can cost. They are for
-//! `cargo xtask bench lookup` only; anyportd does not have them.
+//! What anyport is measured against: lookups by a program that does nothing, one that asks an LPM trie, and one that makes a
+//! single load, which is the least that a lookup in a table that is not in the caches can cost; and a relay that moves data
+//! in the kernel. They are for `cargo xtask bench` only; anyportd does not have them.
 
 #![no_std]
 #![no_main]
@@ -15,10 +15,10 @@ use aya_ebpf::{
         BPF_F_MMAPABLE,
         sk_action::{SK_DROP, SK_PASS},
     },
-    btf_maps::{Array, ArrayOfMaps, LpmTrie, PerCpuArray, SockMap, lpm_trie::Key},
+    btf_maps::{Array, ArrayOfMaps, LpmTrie, PerCpuArray, SockHash, SockMap, lpm_trie::Key},
     helpers::{bpf_map_lookup_elem, bpf_sk_assign, bpf_sk_release},
-    macros::{btf_map, sk_lookup},
-    programs::SkLookupContext,
+    macros::{btf_map, sk_lookup, stream_verdict},
+    programs::{SkBuffContext, SkLookupContext},
 };
 use core::ptr::{self, NonNull};
 
@@ -180,6 +180,23 @@ fn count(service: u32, counter: impl Fn(&mut Counts) -> &mut u64) {
         // SAFETY: the value is this CPU's own, and no other reference to it lives in this program.
         *counter(unsafe { &mut *counts }) += 1;
     }
+}
+
+/// The port at which the relay of `bench relay` accepts.
+const RELAY_PORT: u32 = 9_500;
+
+/// The sockets of the relay: that towards the upstream by the client's port, and that towards the client by the port of
+/// the one towards the upstream, with bit 16 set.
+#[btf_map(name = "baseline_pairs")]
+static PAIRS: SockHash<u32, 4096> = SockHash::new();
+
+/// Hands what arrives at one socket of a pair to the other.
+#[stream_verdict]
+pub fn baseline_relay(ctx: SkBuffContext) -> u32 {
+    // SAFETY: the verifier lets a program read these fields of its context. The remote port is in network byte order.
+    let (local, remote) = unsafe { ((*ctx.skb.skb).local_port, u32::from_be((*ctx.skb.skb).remote_port)) };
+    let key = if local == RELAY_PORT { remote } else { 1 << 16 | local };
+    PAIRS.redirect_skb(ctx, key, 0) as u32
 }
 
 #[panic_handler]

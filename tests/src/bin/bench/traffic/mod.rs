@@ -1,0 +1,128 @@
+//! Three hosts on two CPUs, with a program under load in the middle.
+
+pub(crate) mod load;
+pub(crate) mod upstream;
+
+use std::{
+    ffi::OsStr,
+    fs,
+    process::{Child, Command, Stdio},
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result};
+use anyport_tests::{
+    netns::Netns,
+    topology::{SERVER, Topology},
+};
+use nix::{
+    sched::{CpuSet, sched_setaffinity},
+    unistd::Pid,
+};
+
+use crate::micros;
+
+/// Masks of CPUs, for receive packet steering: that of the program in the middle and that of everybody else.
+const FIRST_CPU: u32 = 1;
+const OTHER_CPU: u32 = 2;
+
+/// Clients and upstream have the CPUs that the program in the middle has not.
+pub(crate) fn leave_first_cpu() -> Result<()> {
+    let mut cpus = CpuSet::new();
+    for cpu in 1..crate::cpus()?.max(2) {
+        cpus.set(cpu)?;
+    }
+    sched_setaffinity(Pid::from_raw(0), &cpus)
+        .context("leave the first CPU to the program in the middle; there must be a second one")
+}
+
+/// Has the hosts work as if they were machines of their own: what arrives is work for the CPU of whoever it is for.
+pub(crate) fn separate(topology: &Topology) {
+    let Topology { client, host, server } = topology;
+    for namespace in [client, host] {
+        // Thousands of connections a second leave more behind than there are ports.
+        namespace.sysctl("net.ipv4.tcp_tw_reuse", "1");
+        namespace.sysctl("net.ipv4.ip_local_port_range", "1024 65535");
+    }
+    let interfaces = [(client, "eth0", OTHER_CPU), (host, "client", FIRST_CPU), (host, "server", FIRST_CPU)];
+    for (namespace, interface, cpu) in interfaces.into_iter().chain([(server, "eth0", OTHER_CPU)]) {
+        namespace.sysctl("net.core.somaxconn", "4096");
+        let file = format!("/sys/class/net/{interface}/queues/rx-0/rps_cpus");
+        let line = format!("mount -t sysfs none /sys && echo {cpu} > {file}");
+        namespace.run("unshare", ["--mount", "sh", "-c", &line]);
+    }
+}
+
+/// Starts the server behind the proxies.
+pub(crate) fn start_upstream(topology: &Topology) -> Result<Running> {
+    let mut command = Command::new("setpriv");
+    command.args(["--pdeathsig", "KILL", "--"]).arg(std::env::current_exe()?);
+    Ok(Running::start(&topology.server, command.args(["upstream", "--address", SERVER[0]])))
+}
+
+/// Processor time that is used from now on.
+#[derive(Debug)]
+pub(crate) struct CpuTime {
+    processes: Vec<u32>,
+    before: Duration,
+}
+
+impl CpuTime {
+    /// Of these processes.
+    pub(crate) fn of(processes: impl Into<Vec<u32>>) -> Result<Self> {
+        let processes = processes.into();
+        let before = processes.iter().map(|pid| cpu_time(*pid)).sum::<Result<_>>()?;
+        Ok(Self { processes, before })
+    }
+
+    /// In microseconds.
+    pub(crate) fn used(&self) -> Result<f64> {
+        let now = self.processes.iter().map(|pid| cpu_time(*pid)).sum::<Result<Duration>>()?;
+        Ok(micros(now.saturating_sub(self.before)))
+    }
+}
+
+/// Processor time that a process has used so far.
+fn cpu_time(pid: u32) -> Result<Duration> {
+    let mut time = Duration::ZERO;
+    for task in fs::read_dir(format!("/proc/{pid}/task"))? {
+        // In nanoseconds, unlike /proc/PID/stat.
+        let text = fs::read_to_string(task?.path().join("schedstat"))?;
+        let nanoseconds = text.split_whitespace().next().context("no time in schedstat")?;
+        time += Duration::from_nanos(nanoseconds.parse()?);
+    }
+    Ok(time)
+}
+
+/// A program with the first CPU, which ends with this process.
+pub(crate) fn on_first_cpu(program: impl AsRef<OsStr>) -> Command {
+    let mut command = Command::new("setpriv");
+    command.args(["--pdeathsig", "KILL", "--", "taskset", "--cpu-list", "0"]).arg(program);
+    command
+}
+
+/// A process that is at work for as long as this is held.
+#[derive(Debug)]
+pub(crate) struct Running(Child);
+
+impl Running {
+    /// Starts a program, of which nobody wants to know what it says.
+    pub(crate) fn start(namespace: &Netns, command: &Command) -> Self {
+        let arguments: Vec<_> = command.get_args().collect();
+        let mut quiet = Command::new(command.get_program());
+        quiet.args(arguments).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        Self(namespace.spawn(quiet))
+    }
+
+    pub(crate) fn id(&self) -> u32 {
+        self.0.id()
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // A process that has ended already is as good.
+        drop(self.0.kill());
+        drop(self.0.wait());
+    }
+}
