@@ -18,7 +18,7 @@ use crate::{
     config::Config,
     engine::Engine,
     lock::Lock,
-    routes,
+    register, routes,
     service::{WorkerHandles, Workers},
 };
 
@@ -52,15 +52,19 @@ async fn control_loop(config: &Config, workers: WorkerHandles, lock: Lock) -> an
     let mut interrupt = signal(SignalKind::interrupt()).context("wait for SIGINT")?;
     lock.answer()?;
     let listener = api::bind(&config.socket)?;
+    let registering = register::bind(&register::socket_beside(&config.socket)).inspect_err(|_| {
+        fs::remove_file(&config.socket).ok();
+    })?;
     let engine: api::Shared = match Engine::start(config, workers).await {
         Ok(engine) => Arc::new(Mutex::new(Some(engine))),
         Err(error) => {
-            remove_socket(config);
+            remove_sockets(config);
             return Err(error);
         }
     };
     let (stop, stopped) = watch::channel(false);
     let server = tokio::spawn(api::serve(listener, Arc::clone(&engine), stopped));
+    let registrar = tokio::spawn(register::serve(registering, Arc::clone(&engine)));
     let watcher = tokio::spawn(keep_looking(Arc::clone(&engine)));
     info!("ready at {}; next: anyportctl add-prefix PREFIX", config.socket.display());
 
@@ -68,11 +72,12 @@ async fn control_loop(config: &Config, workers: WorkerHandles, lock: Lock) -> an
         _ = terminate.recv() => info!("SIGTERM: stopping"),
         _ = interrupt.recv() => info!("SIGINT: stopping"),
     }
-    remove_socket(config);
+    remove_sockets(config);
     stop.send_replace(true);
     // A command under way holds the lock, so it is finished first. Later ones find nothing.
     let engine = engine.lock().await.take().context("the engine went away")?;
     watcher.abort();
+    registrar.abort();
     engine.stop().await.context("remove everything from the kernel")?;
     info!("stopped; nothing is left in the kernel");
     // The last answers are on their way; a client that only sits there is not waited for.
@@ -80,7 +85,7 @@ async fn control_loop(config: &Config, workers: WorkerHandles, lock: Lock) -> an
     Ok(())
 }
 
-/// Tells the engine to look again when an interface changes, and from time to time.
+/// Tells the engine to look again when an interface changes or a process ends that registered a socket, and from time to time.
 async fn keep_looking(engine: api::Shared) {
     let mut timer = interval(REFRESH);
     timer.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -91,9 +96,11 @@ async fn keep_looking(engine: api::Shared) {
             futures_util::stream::pending().boxed()
         }
     };
+    let Some(owner_exits) = engine.lock().await.as_ref().map(Engine::owner_exits) else { return };
     loop {
         tokio::select! {
             _ = timer.tick() => {}
+            () = owner_exits.notified() => {}
             _ = changes.next() => {}
         }
         match engine.lock().await.as_mut() {
@@ -112,8 +119,10 @@ fn raise_descriptor_limit() {
     }
 }
 
-fn remove_socket(config: &Config) {
-    if let Err(error) = fs::remove_file(&config.socket) {
-        warn!("remove the control socket {}: {error}", config.socket.display());
+fn remove_sockets(config: &Config) {
+    for path in [&config.socket, &register::socket_beside(&config.socket)] {
+        if let Err(error) = fs::remove_file(path) {
+            warn!("remove the socket {}: {error}", path.display());
+        }
     }
 }

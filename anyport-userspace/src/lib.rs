@@ -7,6 +7,7 @@ pub mod daemon;
 pub mod engine;
 pub mod host;
 pub mod lock;
+pub mod register;
 pub mod routes;
 pub mod rules;
 pub mod service;

@@ -5,6 +5,7 @@ use std::{
     fmt::Write as _,
     fs::{self, File},
     io::{self, Write as _},
+    net::SocketAddr,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -16,7 +17,7 @@ use tracing::warn;
 
 use crate::{
     rules::{
-        Origin, Prefix, Rule, RuleText, Terms,
+        Origin, Prefix, Rule, RuleText, ServiceName, Terms,
         lines::{self, Line},
     },
     service::ServiceConfig,
@@ -29,6 +30,7 @@ const VERSION: u32 = 1;
 const APPLIED: &str = "applied-";
 const LINES: &str = ".rules";
 const COUNTERS: &str = "counters";
+const REGISTERED: &str = "registered.json";
 
 /// The state directory of a daemon.
 #[derive(Debug)]
@@ -49,6 +51,28 @@ pub struct State {
     pub applied_services: Vec<ServiceConfig>,
     /// Rules that were applied from a file.
     pub applied_rules: Vec<Rule>,
+}
+
+/// A socket that was registered, as it is found again.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KeptSocket {
+    /// Who receives.
+    pub service: ServiceName,
+    /// Its places among the service's sockets.
+    pub places: Vec<usize>,
+    /// The kernel's name for it, which no other socket of the same boot has.
+    pub cookie: u64,
+    /// Its inode.
+    pub inode: u64,
+    /// Where it is bound.
+    pub local: SocketAddr,
+}
+
+/// The file with the sockets that were registered.
+#[derive(Serialize, Deserialize)]
+struct RegisteredFile {
+    boot: String,
+    sockets: Vec<KeptSocket>,
 }
 
 /// The state file.
@@ -180,6 +204,23 @@ impl Store {
         counted
     }
 
+    /// Keeps which sockets were registered, for a daemon that comes later in the same boot.
+    ///
+    /// # Errors
+    /// What could not be written.
+    pub fn save_registered(&self, boot: &str, sockets: Vec<KeptSocket>) -> anyhow::Result<()> {
+        let file = RegisteredFile { boot: boot.to_owned(), sockets };
+        self.replace(REGISTERED, &serde_json::to_vec(&file).context("write the sockets that were registered")?)
+    }
+
+    /// The sockets that were registered earlier in this boot. Their owners can register again, so what can't be read is
+    /// passed over.
+    pub fn registered(&self, boot: &str) -> Vec<KeptSocket> {
+        let text = fs::read(self.directory.join(REGISTERED)).unwrap_or_default();
+        let file = serde_json::from_slice::<RegisteredFile>(&text).ok().filter(|file| file.boot == boot);
+        file.map(|file| file.sockets).unwrap_or_default()
+    }
+
     fn replace(&self, name: &str, text: &[u8]) -> anyhow::Result<()> {
         let path = self.directory.join(name);
         let aside = self.directory.join(format!("{name}.new"));
@@ -221,7 +262,7 @@ mod tests {
 
     use anyport_common::maps::Counters;
 
-    use super::{Line, State, Store};
+    use super::{KeptSocket, Line, State, Store};
     use crate::rules::{Origin, RuleText, Terms};
 
     #[test]
@@ -261,6 +302,20 @@ mod tests {
         assert_eq!(store.counters()[&prefix], [(Arc::new(terms), counters)]);
         store.save_counters(std::iter::empty()).unwrap();
         assert!(store.counters().is_empty());
+    }
+
+    #[test]
+    fn registered_sockets_are_those_of_this_boot() {
+        let directory = tempfile::tempdir().unwrap();
+        let (store, _) = Store::open(directory.path()).unwrap();
+        assert!(store.registered("a").is_empty());
+        let (service, local) = ("web".parse().unwrap(), "127.0.0.1:80".parse().unwrap());
+        let socket = KeptSocket { service, places: vec![0, 2], cookie: 7, inode: 8, local };
+        store.save_registered("a", vec![socket.clone()]).unwrap();
+        assert_eq!(store.registered("a"), [socket]);
+        assert!(store.registered("b").is_empty());
+        fs::write(directory.path().join(super::REGISTERED), "{").unwrap();
+        assert!(store.registered("a").is_empty());
     }
 
     #[test]

@@ -16,6 +16,7 @@ mod forward;
 mod interrupted;
 mod load;
 mod malformed;
+mod register;
 mod rules;
 mod selftests;
 mod starts;
@@ -70,6 +71,7 @@ fn main() -> ExitCode {
     trials.extend(explain::trials());
     trials.extend(state::trials());
     trials.extend(malformed::trials());
+    trials.extend(register::trials());
     trials.extend(crash::trials());
     trials.extend(interrupted::trials());
     trials.extend(starts::trials());

@@ -40,6 +40,7 @@ pub fn missing() -> Vec<String> {
         "nginx",
         "setpriv",
         "sh",
+        "python3",
         "bpftool",
         "nft",
         "ipset",

@@ -2,6 +2,7 @@
 
 mod client;
 mod explain;
+mod peer;
 mod problem;
 mod server;
 mod types;
@@ -10,7 +11,9 @@ pub use client::Client;
 pub use explain::{
     Considered, Endpoint, Explain, Explanation, ListenerView, Reason, RouteView, RuleView, SocketView, Verdict,
 };
+pub use peer::Peer;
 pub use problem::{Kind, Problem};
+pub(crate) use server::stopping;
 pub use server::{Shared, bind, serve};
 pub use types::{
     AddPrefixes, Applied, Apply, BackEndView, Changed, ListPrefixes, PrefixView, ProgressView, RemovePrefixes,

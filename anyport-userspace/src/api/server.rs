@@ -1,9 +1,12 @@
 use std::{
     fs,
     io::ErrorKind,
-    os::unix::{
-        fs::{FileTypeExt as _, PermissionsExt as _},
-        net::UnixStream,
+    os::{
+        fd::AsFd as _,
+        unix::{
+            fs::{FileTypeExt as _, PermissionsExt as _},
+            net::UnixStream,
+        },
     },
     path::Path,
     sync::Arc,
@@ -37,17 +40,14 @@ use tokio::{
 use tracing::{info, warn};
 
 use super::{
-    Kind, Problem, parse,
+    Kind, Peer, Problem, parse,
+    peer::GROUP,
     types::{MAX_BODY, MAX_FILE, too_large},
 };
 use crate::{
     engine::{Engine, Progress},
     rules::{InvalidText, ServiceName},
-    sys::peer_groups,
 };
-
-/// Members of this group may use the API, as root may.
-const GROUP: &str = "anyport";
 
 /// The engine, until the daemon stops.
 pub type Shared = Arc<Mutex<Option<Engine>>>;
@@ -114,40 +114,17 @@ pub async fn serve(listener: UnixListener, engine: Shared, mut stop: watch::Rece
         .context("serve the control socket")
 }
 
-/// Who is at the other end, as the kernel says.
-#[derive(Clone, Debug)]
-struct Peer {
-    uid: Uid,
-    groups: Vec<u32>,
-}
-
 impl Connected<IncomingStream<'_, UnixListener>> for Peer {
     fn connect_info(stream: IncomingStream<'_, UnixListener>) -> Self {
-        let peer = stream.io().peer_cred();
-        match peer.and_then(|peer| Ok((peer, peer_groups(stream.io())?))) {
-            Ok((peer, mut groups)) => {
-                groups.push(peer.gid());
-                Self { uid: Uid::from_raw(peer.uid()), groups }
-            }
-            Err(error) => {
-                warn!("ask the kernel who is at the control socket: {error}");
-                Self { uid: Uid::from_raw(u32::MAX), groups: Vec::new() }
-            }
-        }
-    }
-}
-
-impl Peer {
-    fn is_permitted(&self) -> bool {
-        let is_member = |group: Group| self.groups.contains(&group.gid.as_raw());
-        self.uid.is_root()
-            || self.uid == Uid::effective()
-            || Group::from_name(GROUP).ok().flatten().is_some_and(is_member)
+        Self::of(stream.io().as_fd()).unwrap_or_else(|error| {
+            warn!("ask the kernel who is at the control socket: {error}");
+            Self { pid: 0, uid: Uid::from_raw(u32::MAX), groups: Vec::new() }
+        })
     }
 }
 
 async fn permit(ConnectInfo(peer): ConnectInfo<Peer>, request: Request, next: Next) -> Response {
-    if peer.is_permitted() {
+    if peer.is_in_control() {
         return next.run(request).await;
     }
     info!("refused user {} at the control socket", peer.uid);
@@ -189,7 +166,7 @@ async fn command<T: Send + 'static>(
     }
 }
 
-fn stopping() -> Problem {
+pub(crate) fn stopping() -> Problem {
     Problem::new(Kind::Failed, "anyportd is stopping").hint("try again when it runs again")
 }
 

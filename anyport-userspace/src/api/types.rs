@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use super::{Kind, Problem};
 use crate::{
     rules::{Origin, PortSet, Prefix, Protocol, ServiceName, Terms},
-    service::{HandlerKind, ServiceStats, SocketInfo, UpstreamView},
+    service::{HandlerKind, Registrant, ServiceStats, SocketInfo, UpstreamView},
     steering::BackEnd,
 };
 
@@ -223,6 +223,12 @@ pub struct ServiceView {
     /// What `discard` sends first.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub banner: Option<String>,
+    /// Who may register sockets for `registered`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub owners: Vec<Registrant>,
+    /// Who receives what `registered` has no live socket for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fallback: Option<ServiceName>,
     /// Where it came from.
     pub origin: Origin,
     /// Number of rules that steer to it.

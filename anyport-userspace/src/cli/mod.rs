@@ -3,6 +3,7 @@
 mod apply;
 mod explain;
 mod prefixes;
+mod register;
 mod services;
 mod show;
 mod status;
@@ -49,11 +50,15 @@ enum Verb {
     /// Keep what was applied with --confirm
     Confirm,
     /// Open a new service
-    AddService(services::Add),
+    AddService(Box<services::Add>),
     /// Close a service that no rule steers to
     RemoveService(services::Remove),
     /// List the services with their sockets and counters
     Services,
+    /// Hand a process's sockets to a service
+    Register(register::Add),
+    /// Give up sockets that were registered; they stay open
+    Unregister(register::Remove),
     /// Say what becomes of a packet, and why
     Explain(explain::Explain),
     /// Show the back end, the generation, totals, and what is degraded
@@ -78,6 +83,8 @@ impl Cli {
             Verb::AddService(add) => add.run(&client, out).await,
             Verb::RemoveService(remove) => remove.run(&client, out).await,
             Verb::Services => services::list(&client, out).await,
+            Verb::Register(add) => add.run(&client, out),
+            Verb::Unregister(remove) => remove.run(&client, out),
             Verb::Explain(explain) => explain.run(&client, out).await,
             Verb::Status => status::show(&client, out).await,
         }

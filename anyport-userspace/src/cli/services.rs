@@ -1,3 +1,5 @@
+use std::collections::BTreeSet;
+
 use super::{
     Output,
     show::{ago, table},
@@ -54,6 +56,7 @@ pub(super) async fn list(client: &Client, out: &mut Output<'_>) -> Result<(), Pr
             "ACCEPTED",
             "DATAGRAMS",
             "ANSWERED",
+            "PID",
         ];
         let mut text = table(header, views.iter().map(|view| row(view).map(Into::into)));
         let upstreams = || views.iter().flat_map(|view| view.upstreams.iter().map(move |it| (view, it)));
@@ -66,7 +69,7 @@ pub(super) async fn list(client: &Client, out: &mut Output<'_>) -> Result<(), Pr
     })
 }
 
-fn row(view: &ServiceView) -> [String; 12] {
+fn row(view: &ServiceView) -> [String; 13] {
     [
         view.name.to_string(),
         view.handler.to_string(),
@@ -80,6 +83,7 @@ fn row(view: &ServiceView) -> [String; 12] {
         view.stats.accepted.to_string(),
         view.stats.datagrams.to_string(),
         view.stats.answered.to_string(),
+        pids(view),
     ]
 }
 
@@ -97,4 +101,11 @@ fn upstream_row(service: &ServiceView, view: &UpstreamView) -> [String; 9] {
         view.bytes_from.to_string(),
         note.join(": "),
     ]
+}
+
+/// The processes that serve it.
+fn pids(view: &ServiceView) -> String {
+    let pids: BTreeSet<u32> = view.sockets.iter().map(|socket| socket.pid).collect();
+    let pids: Vec<String> = pids.iter().map(ToString::to_string).collect();
+    if pids.is_empty() { "-".into() } else { pids.join(",") }
 }

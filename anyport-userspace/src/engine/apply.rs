@@ -10,7 +10,7 @@ use std::{
 
 use tracing::{info, warn};
 
-use super::{Engine, Running, change::Keep, commands::conflict_problem};
+use super::{Engine, Running, change::Keep, commands::conflict_problem, register::expect_fallbacks};
 use crate::{
     api::{Applied, Apply, Changed, Kind, Problem},
     rules::{
@@ -168,6 +168,8 @@ impl Engine {
             rules.sort_by_key(|((prefix, _), _)| *prefix);
         }
         self.expect_services(&rules, &opened, &closed)?;
+        let goes = |name: &ServiceName| closed.contains(name) || opened.iter().any(|it| it.name == *name);
+        expect_fallbacks(&self.configs().filter(|it| !goes(&it.name)).chain(&opened).collect::<Vec<_>>())?;
         let change = self.difference(&rules, options.prune, &mut answer)?;
         self.expect_unused(&closed, &change)?;
         Ok(Intent { change, opened, closed, has_services, answer })

@@ -273,7 +273,7 @@ impl Engine {
         self.generation += 1;
         let mut services = vec![ServiceSockets::refusing()];
         for (name, running) in &self.services {
-            services.push(ServiceSockets { slot: running.slot, name: name.clone(), groups: running.service.groups() });
+            services.push(ServiceSockets { slot: running.slot, name: name.clone(), groups: self.groups_of(running) });
         }
         let plan = Plan {
             generation: self.generation,

@@ -1,6 +1,6 @@
 //! What `anyportctl` asks for.
 
-use super::{Engine, change::Keep};
+use super::{Engine, change::Keep, register::expect_fallbacks};
 use crate::{
     api::{AddPrefixes, Changed, Kind, Problem, RemovePrefixes},
     host::{self, Host},
@@ -93,6 +93,7 @@ impl Engine {
             };
         }
         self.expect_confirmed()?;
+        expect_fallbacks(&self.configs().chain([&config]).collect::<Vec<_>>())?;
         let name = config.name.clone();
         self.open_service(config, Origin::Added)?;
         if let Err(problem) = self.change(Change::default(), Keep::OnDisk).await {
@@ -121,6 +122,7 @@ impl Engine {
             )
             .hint("remove those prefixes first, or steer them to another service"));
         }
+        expect_fallbacks(&self.configs().filter(|it| it.name != name).collect::<Vec<_>>())?;
         let Some(removed) = self.services.remove(&name) else {
             return Err(Problem::new(Kind::Failed, format!("the service {name} went away")));
         };

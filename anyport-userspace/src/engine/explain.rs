@@ -126,11 +126,13 @@ impl Engine {
     /// The socket that the kernel found, and who serves it.
     fn socket(&self, service: &ServiceName, decided: &Decided, protocol: Protocol, is_ipv4: bool) -> SocketView {
         let family = if is_ipv4 { Family::Ipv4 } else { Family::Ipv6 };
-        let sockets = self.services.get(service).map(|running| running.service.sockets()).unwrap_or_default();
+        let running = self.services.get(service);
+        let fallback = running.and_then(|it| self.services.get(it.service.config().fallback.as_ref()?));
+        let sockets: Vec<_> = running.into_iter().chain(fallback).flat_map(|it| self.sockets_of(it)).collect();
         let of_kind = || sockets.iter().filter(|it| it.family == family && it.protocol == protocol);
         let found = match (decided.cookie, decided.bound) {
             (Some(cookie), _) => of_kind().find(|it| it.cookie == cookie),
-            (None, Some(bound)) => of_kind().find(|it| it.local == bound),
+            (None, Some(bound)) => of_kind().find(|it| is_found_at(it.local, bound)),
             // The kernel has been given the first one of the group.
             (None, None) => of_kind().next(),
         };
@@ -182,6 +184,11 @@ impl Engine {
             text,
         })
     }
+}
+
+/// Whether a socket that is bound to `local` is found at `at`: TPROXY looks for one at a wildcard address by loopback's.
+fn is_found_at(local: SocketAddr, at: SocketAddr) -> bool {
+    local == at || (local.ip().is_unspecified() && at.ip().is_loopback() && local.port() == at.port())
 }
 
 fn loopback(is_ipv4: bool) -> IpAddr {

@@ -10,6 +10,7 @@ mod commands;
 mod explain;
 mod numbers;
 mod progress;
+mod register;
 mod start;
 mod views;
 
@@ -19,10 +20,11 @@ use std::{
     time::{Duration, Instant},
 };
 
+use tokio::sync::Notify;
 use tracing::error;
 
 pub use self::progress::Progress;
-use self::{apply::Unconfirmed, numbers::Numbers};
+use self::{apply::Unconfirmed, numbers::Numbers, register::Registrations};
 use crate::{
     host,
     routes::{Coverage, Edits, Routes},
@@ -42,6 +44,10 @@ pub struct Engine {
     /// What the kernel holds.
     rules: RuleSet,
     services: BTreeMap<ServiceName, Running>,
+    /// By service: they outlive a service that is replaced by one of the same name.
+    registered: BTreeMap<ServiceName, Registrations>,
+    /// Notified when a process has ended that registered a socket.
+    owner_exits: Arc<Notify>,
     /// The lookup table as the handlers see it, for telling loops.
     published: Arc<Published>,
     /// That table, where the back end has none.
@@ -97,12 +103,20 @@ impl Engine {
         Arc::clone(&self.progress)
     }
 
+    /// Notified when a process has ended that registered a socket: time to [`Self::refresh`].
+    pub fn owner_exits(&self) -> Arc<Notify> {
+        Arc::clone(&self.owner_exits)
+    }
+
     /// Looks again at what may have changed outside: interfaces, and connections whose address can be given up. Tries
     /// again what could not be undone.
     pub async fn refresh(&mut self) {
         self.roll_back_if_due().await;
         if self.broken.is_some() {
             self.repair().await;
+        }
+        if let Err(error) = self.look_after_registered().await {
+            error!("look after the sockets that were registered: {error:#}");
         }
         if let Err(error) = self.steering.refresh() {
             error!("look again at the interfaces: {error:#}");
@@ -121,6 +135,11 @@ impl Engine {
             }
             self.counters_kept = Some(Instant::now());
         }
+    }
+
+    /// What the services were made of.
+    fn configs(&self) -> impl Iterator<Item = &ServiceConfig> {
+        self.services.values().map(|running| running.service.config())
     }
 
     /// These terms, as all rules that say the same share them.

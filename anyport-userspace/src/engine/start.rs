@@ -14,7 +14,7 @@ use anyport_common::{
 use tokio::runtime::Handle;
 use tracing::error;
 
-use super::{Engine, Running, numbers::Numbers};
+use super::{Engine, Running, numbers::Numbers, register::expect_fallbacks};
 use crate::{
     config::Config,
     routes::Routes,
@@ -61,6 +61,8 @@ impl Engine {
         let mut engine = Self {
             rules: RuleSet::default(),
             services: BTreeMap::new(),
+            registered: BTreeMap::new(),
+            owner_exits: Arc::default(),
             own_table: has_no_table.then(|| Table::new(Box::new(own_segments()))),
             published,
             generation: 0,
@@ -99,8 +101,10 @@ impl Engine {
         for (config, origin) in services {
             self.open_service(config, origin)?;
         }
+        self.restore_registered();
         let added = rules.prefixes().map(|(prefix, rules)| (*prefix, rules.clone())).collect();
         self.start_with(Change { removed: Vec::new(), added }).await?;
+        self.let_go_of_registered();
         self.restore_counters()
     }
 
@@ -117,7 +121,9 @@ impl Engine {
     pub(super) async fn close_service(&mut self, running: Running) {
         let slot = u32::from(running.slot);
         self.service_slots.give_back(slot..slot + 1);
+        let name = running.service.config().name.clone();
         running.service.stop().await;
+        self.forget_registered(&name);
     }
 }
 
@@ -151,6 +157,7 @@ fn desired(config: &Config, state: &State) -> anyhow::Result<(Vec<(ServiceConfig
     if !services.iter().any(|(service, _)| service.name == default.name) {
         services.push((default, Origin::Config));
     }
+    expect_fallbacks(&services.iter().map(|(service, _)| service).collect::<Vec<_>>()).context(ADVICE)?;
     let names: HashSet<_> = services.iter().map(|(service, _)| &service.name).collect();
     let mut rules = config.rules.clone();
     for rule in state.applied_rules.iter().chain(&state.rules) {

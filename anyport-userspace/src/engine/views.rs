@@ -78,8 +78,10 @@ impl Engine {
                 name: config.name,
                 handler: config.handler,
                 banner: config.banner,
+                owners: config.owners,
+                fallback: config.fallback,
                 origin: running.origin,
-                sockets: running.service.sockets().to_vec(),
+                sockets: self.sockets_of(running),
                 upstreams: running.service.upstreams(),
                 stats: running.service.stats(),
             }
@@ -125,7 +127,7 @@ impl Engine {
 
     fn degraded(&self) -> Vec<String> {
         let services = self.services.values().flat_map(|running| running.service.degraded());
-        self.broken.iter().cloned().chain(self.steering.degraded()).chain(services).collect()
+        self.broken.iter().cloned().chain(self.steering.degraded()).chain(services).chain(self.lost_sockets()).collect()
     }
 
     /// For each service that rules steer to, how many do and what they counted.

@@ -274,7 +274,7 @@ pub(crate) fn own_inodes() -> HashSet<u64> {
     descriptors.filter_map(|descriptor| socket_inode(&descriptor.path())).collect()
 }
 
-fn socket_inode(descriptor: &Path) -> Option<u64> {
+pub(crate) fn socket_inode(descriptor: &Path) -> Option<u64> {
     let target = fs::read_link(descriptor).ok()?;
     target.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok()
 }

@@ -5,6 +5,7 @@ use std::fmt;
 use anyport_common::flow::Transport;
 use serde::{Deserialize, Serialize};
 
+use super::Registrant;
 use super::forward::config::{
     Balance, Ejection, ForwardConfig, HealthCheck, ProxyVersion, Span, TcpOptions, UdpOptions, UpstreamAddress,
     table_of_words,
@@ -26,6 +27,8 @@ pub enum HandlerKind {
     Discard,
     /// Connects clients to upstreams.
     Forward,
+    /// Nothing: other processes serve it, with sockets that they register.
+    Registered,
 }
 
 impl fmt::Display for HandlerKind {
@@ -35,6 +38,7 @@ impl fmt::Display for HandlerKind {
             Self::Echo => "echo",
             Self::Discard => "discard",
             Self::Forward => "forward",
+            Self::Registered => "registered",
         })
     }
 }
@@ -49,6 +53,10 @@ pub struct ServiceConfig {
     pub handler: HandlerKind,
     /// What `discard` says first over TCP, exactly as written: nothing is appended. 1 to 1,024 bytes.
     pub banner: Option<String>,
+    /// Who may register sockets for `registered`, beside root and the group `anyport`.
+    pub owners: Vec<Registrant>,
+    /// Who receives what `registered` has no live socket for; it is refused if there is none.
+    pub fallback: Option<ServiceName>,
     /// The settings of `forward`.
     pub forward: Option<Box<ForwardConfig>>,
 }
@@ -56,7 +64,7 @@ pub struct ServiceConfig {
 impl ServiceConfig {
     /// A service without settings.
     pub fn new(name: ServiceName, handler: HandlerKind) -> Self {
-        Self { name, handler, banner: None, forward: None }
+        Self { name, handler, banner: None, owners: Vec::new(), fallback: None, forward: None }
     }
 
     /// The service that is there when nobody has made one of its name: it greets.
@@ -64,16 +72,22 @@ impl ServiceConfig {
         Self::new(ServiceName::default_service(), HandlerKind::Hello)
     }
 
-    /// Whether it serves what comes over this transport: version 1 of the PROXY protocol has no words for UDP.
-    pub fn takes(&self, transport: Transport) -> bool {
+    /// Whether the daemon has sockets for it of this transport. Version 1 of the PROXY protocol has no words for UDP.
+    pub fn has_sockets(&self, transport: Transport) -> bool {
         let speaks_of = |forward: &ForwardConfig| forward.proxy_protocol != Some(ProxyVersion::V1);
-        transport == Transport::Tcp || self.forward.as_deref().is_none_or(speaks_of)
+        self.handler != HandlerKind::Registered
+            && (transport == Transport::Tcp || self.forward.as_deref().is_none_or(speaks_of))
     }
 
     /// Whether the settings fit each other.
     pub fn validate(&self) -> Result<(), InvalidText> {
-        let Self { name, handler, banner, forward } = self;
+        let Self { name, handler, banner, owners, fallback, forward } = self;
+        let is_registered = *handler == HandlerKind::Registered || (owners.is_empty() && fallback.is_none());
         let checked = check_banner(*handler, banner.as_deref()).and_then(|()| match (handler, forward) {
+            _ if !is_registered => {
+                Err(InvalidText(format!("the handler {handler} has neither owners nor fallback; only registered has")))
+            }
+            _ if fallback.as_ref() == Some(name) => Err(InvalidText("it can't be its own fallback".into())),
             (HandlerKind::Forward, Some(forward)) => forward.validate(),
             (HandlerKind::Forward, None) => ForwardConfig::default().validate(),
             (_, Some(_)) => Err(InvalidText(format!(
@@ -112,6 +126,14 @@ pub(crate) struct ServiceTable {
     #[arg(long, value_name = "TEXT")]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     banner: Option<String>,
+    /// Who may register sockets, beside root and the group anyport: user:NAME or group:NAME; may be repeated
+    #[arg(long = "owner", value_name = "WHO")]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    owners: Vec<Registrant>,
+    /// The service that receives while no live socket is registered
+    #[arg(long, value_name = "NAME")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    fallback: Option<ServiceName>,
     /// Where forward connects to: ADDR:PORT, NAME:PORT, or with * for the port that was dialled; may be repeated
     #[arg(long = "upstream", value_name = "ADDR:PORT")]
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -193,7 +215,14 @@ impl From<ServiceTable> for ServiceConfig {
             udp: table.udp.unwrap_or(default.udp),
         };
         let forward = (forward != ForwardConfig::default()).then(|| Box::new(forward));
-        Self { name: table.name, handler: table.handler, banner: table.banner, forward }
+        Self {
+            name: table.name,
+            handler: table.handler,
+            banner: table.banner,
+            owners: table.owners,
+            fallback: table.fallback,
+            forward,
+        }
     }
 }
 
@@ -203,13 +232,15 @@ impl From<ServiceConfig> for ServiceTable {
         fn unless<T: PartialEq>(value: T, default: &T) -> Option<T> {
             (value != *default).then_some(value)
         }
-        let ServiceConfig { name, handler, banner, forward } = config;
+        let ServiceConfig { name, handler, banner, owners, fallback, forward } = config;
         let default = ForwardConfig::default();
         let forward = forward.map_or_else(|| default.clone(), |it| *it);
         Self {
             name,
             handler,
             banner,
+            owners,
+            fallback,
             upstreams: forward.upstreams,
             balance: unless(forward.balance, &default.balance),
             proxy_protocol: forward.proxy_protocol,
@@ -254,6 +285,22 @@ mod tests {
                 (Some(error), Some(why)) => assert!(error.contains(why), "{error}"),
                 (verdict, why) => panic!("{handler} {banner:?}: {verdict:?} instead of {why:?}"),
             }
+        }
+    }
+
+    #[test]
+    fn owners_and_fallback_are_for_registered() {
+        let text = r#"{"name":"edge","handler":"HANDLER","owners":["user:0"],"fallback":"FALLBACK"}"#;
+        for (handler, fallback, why) in [
+            ("registered", "default", None),
+            ("echo", "default", Some("the handler echo has neither owners nor fallback")),
+            ("registered", "edge", Some("its own fallback")),
+        ] {
+            let text = text.replace("HANDLER", handler).replace("FALLBACK", fallback);
+            let read: ServiceConfig = serde_json::from_str(&text).unwrap();
+            let verdict = read.validate().map_err(|error| error.to_string());
+            assert!(why.map_or(verdict.is_ok(), |why| verdict.clone().unwrap_err().contains(why)), "{verdict:?}");
+            assert_eq!(serde_json::to_string(&read).unwrap(), text);
         }
     }
 

@@ -45,7 +45,8 @@ pub(super) async fn converse(
             let banner = config.banner.as_deref().unwrap_or_default();
             while_active(IDLE_LIMIT, &active, discard(&mut stream, banner, &active)).await
         }
-        HandlerKind::Forward => Ok(()),
+        // The one is served elsewhere, the other has no sockets of ours.
+        HandlerKind::Forward | HandlerKind::Registered => Ok(()),
     }
 }
 

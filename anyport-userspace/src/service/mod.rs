@@ -6,6 +6,7 @@ mod descriptors;
 pub mod forward;
 mod handlers;
 mod raw;
+mod registrant;
 mod reply;
 mod sockets;
 mod stats;
@@ -35,6 +36,7 @@ pub(crate) use config::ServiceTable;
 pub use config::{HandlerKind, ServiceConfig};
 pub use descriptors::DescriptorPool;
 pub use forward::{UpstreamState, UpstreamView};
+pub use registrant::Registrant;
 pub use sockets::{Family, SocketInfo};
 pub use stats::ServiceStats;
 pub use workers::{WorkerHandles, Workers};
@@ -182,7 +184,7 @@ impl<'a> Start<'a> {
             .into_iter()
             .flat_map(|family| Transport::ALL.map(|transport| (family, transport)));
         for (handle, (family, transport)) in groups.iter_mut().zip(kinds) {
-            if !self.config.takes(transport) {
+            if !self.config.has_sockets(transport) {
                 continue;
             }
             let Some(group) = Group::open(family, transport, self.commons.workers.count())? else {

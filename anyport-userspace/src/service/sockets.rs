@@ -16,7 +16,10 @@ use nix::sys::socket::{setsockopt, sockopt};
 use serde::{Deserialize, Serialize};
 use socket2::{Domain, Socket, TcpKeepalive, Type};
 
-use crate::{rules::Protocol, steering::GroupSocket};
+use crate::{
+    rules::Protocol,
+    steering::{GroupSocket, Holder},
+};
 
 /// Room for datagrams that wait for a worker, in bytes as the kernel counts them (a small datagram is about 800):
 /// one socket stands in for millions, and the usual 208 KiB are gone after 270 datagrams.
@@ -25,7 +28,7 @@ const RECEIVE_BUFFER: usize = 4 << 20;
 const KEEP_ALIVE: Duration = Duration::from_mins(5);
 
 /// An address family.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Family {
     /// IPv4.
@@ -110,7 +113,8 @@ impl Group {
     /// The group as back ends see it.
     pub(super) fn handle(&self) -> anyhow::Result<GroupSocket> {
         let first = self.sockets[0].try_clone().context("duplicate a socket")?;
-        Ok(GroupSocket { socket: Arc::new(OwnedFd::from(first)), bound: self.bound })
+        let cookie = first.cookie().context("read the cookie of a socket")?;
+        Ok(GroupSocket { cookie, bound: self.bound, holder: Holder::Us(Arc::new(OwnedFd::from(first))) })
     }
 
     /// The group's sockets as people see them.

@@ -121,7 +121,7 @@ impl Receiver {
         };
         let line;
         let answer = match self.config.handler {
-            HandlerKind::Discard => return,
+            HandlerKind::Discard | HandlerKind::Registered => return,
             HandlerKind::Forward => return self.forward(ends, question),
             HandlerKind::Echo => question,
             HandlerKind::Hello => {

@@ -13,6 +13,7 @@ use anyport_common::{
 use serde::{Deserialize, Serialize};
 
 use crate::{
+    register::Registered,
     rules::{Prefix, RuleSet, ServiceName},
     table::Reader,
 };
@@ -47,10 +48,35 @@ impl fmt::Display for BackEnd {
 /// One socket out of a service's group for one transport and family; the kernel finds the others by it.
 #[derive(Clone, Debug)]
 pub struct GroupSocket {
-    /// A descriptor of the socket, kept open for as long as someone may steer to it.
-    pub socket: Arc<OwnedFd>,
+    /// The kernel's name for the socket, which no other one gets before the next boot.
+    pub cookie: u64,
     /// Where the socket is bound, which is where TPROXY looks for it.
     pub bound: SocketAddr,
+    /// Who keeps it open.
+    pub holder: Holder,
+}
+
+impl GroupSocket {
+    /// A descriptor of the socket.
+    ///
+    /// # Errors
+    /// Nobody holds the socket any more, or it can't be fetched from who does.
+    pub fn descriptor(&self) -> anyhow::Result<Arc<OwnedFd>> {
+        match &self.holder {
+            Holder::Us(descriptor) => Ok(Arc::clone(descriptor)),
+            Holder::Owner(socket) => socket.descriptor(),
+        }
+    }
+}
+
+/// Who keeps a socket open.
+#[derive(Clone, Debug)]
+pub enum Holder {
+    /// This process, for as long as someone may steer to the socket.
+    Us(Arc<OwnedFd>),
+    /// The process that registered it. We hold no descriptor, which would keep the socket open when its owner is gone, and
+    /// connections would pile up in a queue that nobody serves.
+    Owner(Arc<Registered>),
 }
 
 /// A service as the back ends see it.

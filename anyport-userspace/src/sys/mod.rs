@@ -6,7 +6,7 @@ pub mod datagrams;
 
 use std::{
     io,
-    os::fd::{AsFd, AsRawFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd},
     ptr::NonNull,
     slice,
     sync::atomic::AtomicU64,
@@ -137,4 +137,33 @@ pub fn wait_for_running_programs() {
     if failed != 0 {
         thread::sleep(Duration::from_secs(1));
     }
+}
+
+/// The cookie of the network namespace that a socket belongs to (`SO_NETNS_COOKIE`, Linux 5.14), which is no other's
+/// before the next boot.
+///
+/// # Errors
+/// The kernel's error, such as `ENOPROTOOPT` where it is too old.
+pub fn netns_cookie(socket: impl AsFd) -> io::Result<u64> {
+    let mut cookie = 0_u64;
+    let mut length = libc::socklen_t::try_from(size_of_val(&cookie)).map_err(io::Error::other)?;
+    // SAFETY: the kernel writes at most `length` bytes to the number, which is that long, and how many to `length`.
+    let failed = unsafe {
+        libc::getsockopt(
+            socket.as_fd().as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_NETNS_COOKIE,
+            (&raw mut cookie).cast(),
+            &raw mut length,
+        )
+    };
+    if failed == 0 { Ok(cookie) } else { Err(io::Error::last_os_error()) }
+}
+
+/// A descriptor that this process was started with; nothing if it is not open.
+pub fn inherited(number: RawFd) -> Option<BorrowedFd<'static>> {
+    // SAFETY: the call takes plain numbers and only looks.
+    let flags = unsafe { libc::fcntl(number, libc::F_GETFD) };
+    // SAFETY: it is open, and nothing in this process closes what it has not opened.
+    (flags >= 0).then(|| unsafe { BorrowedFd::borrow_raw(number) })
 }

@@ -81,7 +81,8 @@ fn accepted_connections_are_set_up_by_their_listener() {
     let scene = Scene::new(HandlerKind::Echo, None);
     for group in TCP {
         let handle = scene.service.groups()[group].clone().unwrap();
-        let listener = SockRef::from(&handle.socket);
+        let descriptor = handle.descriptor().unwrap();
+        let listener = SockRef::from(&*descriptor);
         // The workers accept too; one of many connections is left for the test.
         listener.set_nonblocking(false).unwrap();
         listener.set_read_timeout(Some(Duration::from_millis(50))).unwrap();

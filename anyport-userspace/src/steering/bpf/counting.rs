@@ -3,7 +3,6 @@
 use std::{
     net::{Ipv4Addr, TcpListener},
     ops::Range,
-    os::fd::OwnedFd,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -21,7 +20,7 @@ use tempfile::TempDir;
 use super::{Bpf, differential::open, tests::in_new_namespace};
 use crate::{
     rules::{Change, Origin, Prefix, PrefixRules, RuleSet, RuleText, ServiceName},
-    steering::{BackEnd, GroupSocket, Plan, ServiceSockets, Steering as _},
+    steering::{BackEnd, GroupSocket, Holder, Plan, ServiceSockets, Steering as _},
 };
 
 /// Enough that packets are noted.
@@ -40,7 +39,7 @@ impl Steered {
         let directory = tempfile::tempdir().unwrap();
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
         let bound = listener.local_addr().unwrap();
-        let group = GroupSocket { socket: Arc::new(OwnedFd::from(listener)), bound };
+        let group = GroupSocket { cookie: 0, bound, holder: Holder::Us(Arc::new(listener.into())) };
         let groups = [Some(group), None, None, None];
         let services = [ServiceSockets { slot: 1, name: ServiceName::default_service(), groups }];
         let bpf = open(BackEnd::SkLookup, &directory.path().join("bpf"));

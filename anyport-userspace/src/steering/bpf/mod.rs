@@ -31,7 +31,7 @@ use anyport_common::{
 };
 use aya::{
     Ebpf, EbpfLoader, include_bytes_aligned,
-    maps::{Map, MapData, PerCpuArray, SockMap},
+    maps::{Map, MapData, MapError, PerCpuArray, SockMap},
 };
 use aya_log::EbpfLogger;
 use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
@@ -47,7 +47,7 @@ use self::{
     table::BpfTable,
     tc::TcHook,
 };
-use super::{BackEnd, Decided, GroupSocket, Plan, Steering};
+use super::{BackEnd, Decided, Holder, Plan, Steering};
 use crate::{
     sys::{self, MappedWords},
     table::{Published, Reader},
@@ -79,8 +79,8 @@ pub struct Bpf {
     sockets_fd: OwnedFd,
     /// Where programs write down what they are asked.
     explained: MappedWords,
-    /// What the map of sockets holds.
-    held: HashMap<u32, GroupSocket>,
+    /// What was put into the map of sockets, by cookie. A socket whose owner has closed it is gone from the map by itself.
+    held: HashMap<u32, u64>,
     pins: PinDirectory,
     /// Handles for pinning the maps, each with its name, until that is done.
     unpinned_maps: Vec<(&'static str, MapData)>,
@@ -238,14 +238,22 @@ impl Bpf {
         for service in plan.services {
             for (offset, group) in (0..).zip(&service.groups) {
                 let index = u32::from(service.slot) * SOCKETS_PER_SERVICE + offset;
-                let Some(group) = group else { continue };
-                if self.held.get(&index).is_some_and(|held| Arc::ptr_eq(&held.socket, &group.socket)) {
+                let Some(group) = group.as_ref().filter(|group| self.held.get(&index) != Some(&group.cookie)) else {
                     continue;
-                }
-                self.sockets.set(index, &group.socket.as_raw_fd(), 0).with_context(|| {
+                };
+                let descriptor = match (group.descriptor(), &group.holder) {
+                    // Its owner has ended at this very moment, which must not keep other changes from being made.
+                    (Err(error), Holder::Owner(_)) => {
+                        warn!("service {} has no live socket for the moment: {error:#}", service.name);
+                        self.clear(index)?;
+                        continue;
+                    }
+                    (descriptor, _) => descriptor?,
+                };
+                self.sockets.set(index, &descriptor.as_raw_fd(), 0).with_context(|| {
                     format!("put the socket {} of service {} into the BPF map", group.bound, service.name)
                 })?;
-                self.held.insert(index, group.clone());
+                self.held.insert(index, group.cookie);
             }
         }
         Ok(())
@@ -260,11 +268,20 @@ impl Bpf {
                 (first..).zip(&service.groups).filter(|(_, group)| group.is_some()).map(|(index, _)| index)
             })
             .collect();
-        let unwanted = self.held.extract_if(|index, _| !wanted.contains(index));
-        for (index, _) in unwanted {
-            self.sockets.clear_index(&index).context("take a socket out of the BPF map")?;
+        let unwanted: Vec<u32> = self.held.keys().copied().filter(|index| !wanted.contains(index)).collect();
+        unwanted.into_iter().try_for_each(|index| self.clear(index))
+    }
+
+    /// Takes a socket out of the map, if it is still there.
+    fn clear(&mut self, index: u32) -> anyhow::Result<()> {
+        if self.held.remove(&index).is_none() {
+            return Ok(());
         }
-        Ok(())
+        match self.sockets.clear_index(&index) {
+            // `__sock_map_delete` (net/core/sock_map.c) says so where the kernel has done it already.
+            Err(MapError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::EINVAL) => Ok(()),
+            cleared => cleared.context("take a socket out of the BPF map"),
+        }
     }
 
     /// Puts this daemon's pins in the place of those of an earlier one, once.

@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::Context as _;
 use anyport_common::{
-    maps::{ABI, Control, GENERATIONS, Generation},
+    maps::{ABI, Control, GENERATIONS, Generation, MAX_SERVICES},
     table::SEGMENT_WORDS,
 };
 use aya::maps::Map;
@@ -28,6 +28,8 @@ const GENERATION_WORDS: usize = size_of::<Generation>() / 8;
 
 /// The counters of so few rules stay in a processor's caches, where counting is cheaper than noting.
 const FEW_RULES: usize = 64;
+/// From so many slots on everything is compiled anew, to forget those of services that are gone.
+const MANY_SLOTS: usize = 4 * MAX_SERVICES as usize;
 
 /// The table that the programs read.
 #[derive(Debug)]
@@ -57,7 +59,8 @@ impl BpfTable {
     pub(super) fn publish(&mut self, plan: &Plan<'_>) -> anyhow::Result<()> {
         // A service under another slot changes what every rule for it says.
         let stays = |it: &ServiceSockets| self.slots.get(&it.name).is_none_or(|slot| *slot == it.slot);
-        let are_slots_kept = plan.services.iter().all(stays);
+        // Names that come and go are not remembered for ever.
+        let are_slots_kept = self.slots.len() < MANY_SLOTS && plan.services.iter().all(stays);
         let made = self.make(plan.rules, plan, are_slots_kept).and_then(|()| self.table.connect());
         if let Err(error) = made {
             self.table.abort();

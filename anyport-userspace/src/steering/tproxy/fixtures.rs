@@ -17,7 +17,7 @@ use super::{
 };
 use crate::{
     rules::{Decision, Origin, PortSet, Prefix, Protocol, Rule, RuleSet, RuleText, decide},
-    steering::{GroupSocket, ServiceSockets},
+    steering::{GroupSocket, Holder, ServiceSockets},
 };
 
 pub(super) const FAMILIES: [Family; 2] = [Family::V4, Family::V6];
@@ -27,7 +27,8 @@ pub(super) type Packet = (IpAddr, IpAddr, Transport, u16);
 
 pub(super) fn service(name: &str, slot: u16, bound: [Option<&str>; 4]) -> ServiceSockets {
     let socket = Arc::new(File::open("/dev/null").unwrap().into());
-    let group = |bound: &str| GroupSocket { socket: Arc::clone(&socket), bound: bound.parse().unwrap() };
+    let group =
+        |bound: &str| GroupSocket { cookie: 0, bound: bound.parse().unwrap(), holder: Holder::Us(Arc::clone(&socket)) };
     ServiceSockets { slot, name: name.parse().unwrap(), groups: bound.map(|bound| bound.map(group)) }
 }
 

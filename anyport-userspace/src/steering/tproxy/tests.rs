@@ -31,7 +31,7 @@ use super::{
 };
 use crate::{
     rules::{Prefix, Protocol, RuleSet, ServiceName, to_address},
-    steering::{GroupSocket, Plan, ServiceSockets, Steering},
+    steering::{GroupSocket, Holder, Plan, ServiceSockets, Steering},
 };
 
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -125,7 +125,7 @@ impl Service {
 }
 
 fn group(bound: SocketAddr, socket: impl Into<OwnedFd>) -> GroupSocket {
-    GroupSocket { socket: Arc::new(socket.into()), bound }
+    GroupSocket { cookie: 0, bound, holder: Holder::Us(Arc::new(socket.into())) }
 }
 
 /// Rules for the service under test, numbered.

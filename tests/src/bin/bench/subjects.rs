@@ -13,7 +13,7 @@ use anyhow::{Context as _, Result, bail};
 use anyport::{
     rules::{Change, Origin, Prefix, PrefixRules, Rule, RuleSet, ServiceName, Terms},
     steering::{
-        BackEnd, GroupSocket, Plan, ServiceSockets, Steering,
+        BackEnd, GroupSocket, Holder, Plan, ServiceSockets, Steering,
         bpf::{Bpf, Options},
     },
     sys::bpf::{create_array, set_inner},
@@ -136,7 +136,9 @@ impl Sockets {
     fn groups(&self, space: Space) -> Result<[Option<GroupSocket>; 4]> {
         let group = |socket: &Socket| {
             let bound = socket.local_addr()?.as_socket().context("an address and port")?;
-            anyhow::Ok(Some(GroupSocket { socket: Arc::new(OwnedFd::from(socket.try_clone()?)), bound }))
+            let cookie = socket.cookie()?;
+            let holder = Holder::Us(Arc::new(OwnedFd::from(socket.try_clone()?)));
+            anyhow::Ok(Some(GroupSocket { cookie, bound, holder }))
         };
         let (tcp, udp) = (group(&self.tcp)?, group(&self.udp)?);
         Ok(if space.is_ipv4 { [tcp, udp, None, None] } else { [None, None, tcp, udp] })
@@ -227,7 +229,7 @@ fn put_sockets(ebpf: &mut Ebpf, space: Space, sockets: &Sockets) -> Result<()> {
     let mut map: SockMap<_> = ebpf.map_mut("baseline_sock").context("no map of sockets")?.try_into()?;
     for (offset, group) in (0..).zip(sockets.groups(space)?) {
         if let Some(group) = group {
-            map.set(u32::from(SERVICE) * 4 + offset, &group.socket.as_raw_fd(), 0)?;
+            map.set(u32::from(SERVICE) * 4 + offset, &group.descriptor()?.as_raw_fd(), 0)?;
         }
     }
     Ok(())

@@ -1,0 +1,70 @@
+//! Asking at the socket for registering.
+
+use std::{os::fd::BorrowedFd, path::Path, time::Duration};
+
+use rustix::{
+    io::Errno,
+    net::{
+        AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with,
+        sockopt::{Timeout, set_socket_timeout},
+    },
+};
+use serde_json::Value;
+
+use super::{Request, message};
+use crate::api::{Changed, Kind, Problem};
+
+/// Longer than any registration takes, tproxy with a busy iptables lock included.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Has the daemon carry out a request, with these descriptors.
+///
+/// # Errors
+/// The daemon's own, or that none answers at `path`.
+pub fn send(path: &Path, request: &Request, descriptors: &[BorrowedFd<'_>]) -> Result<Changed, Problem> {
+    let text = serde_json::to_vec(request)
+        .map_err(|error| Problem::new(Kind::Failed, format!("write the request: {error}")))?;
+    let answer = exchange(path, &text, descriptors).map_err(|error| match error {
+        Errno::ACCESS | Errno::PERM => {
+            Problem::new(Kind::NotPermitted, format!("connect to {}: {error}", path.display()))
+                .hint("the directory of the socket has to be open to those who register")
+        }
+        Errno::AGAIN => {
+            Problem::new(Kind::NoDaemon, format!("no answer from {} for {} s", path.display(), PATIENCE.as_secs()))
+                .hint("it may still carry the command out; anyportd's log says what it is busy with")
+        }
+        Errno::TOOMANYREFS => Problem::new(
+            Kind::Invalid,
+            format!("{} descriptors; {} are the limit", descriptors.len(), message::MAX_DESCRIPTORS),
+        ),
+        _ => Problem::new(Kind::NoDaemon, format!("no anyportd answers at {}: {error}", path.display()))
+            .hint("start anyportd, or name its socket with --socket"),
+    })?;
+    understand(&answer)
+}
+
+fn exchange(path: &Path, text: &[u8], descriptors: &[BorrowedFd<'_>]) -> rustix::io::Result<Vec<u8>> {
+    let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
+    for timeout in [Timeout::Recv, Timeout::Send] {
+        set_socket_timeout(&socket, timeout, Some(PATIENCE))?;
+    }
+    connect(&socket, &SocketAddrUnix::new(path)?)?;
+    message::put(&socket, text, descriptors)?;
+    let answer = message::receive(&socket)?;
+    if answer.text.is_empty() { Err(Errno::CONNRESET) } else { Ok(answer.text) }
+}
+
+fn understand(answer: &[u8]) -> Result<Changed, Problem> {
+    let understood = || {
+        let mut fields: Value = serde_json::from_slice(answer).ok()?;
+        let status = fields.as_object_mut()?.remove("status")?.as_u64()?.try_into().ok()?;
+        if status == 200 {
+            return serde_json::from_value(fields).ok().map(Ok);
+        }
+        let problem = serde_json::from_value(fields).ok()?;
+        Some(Err(Problem { kind: Kind::from_http_status(status), ..problem }))
+    };
+    understood().unwrap_or_else(|| {
+        Err(Problem::new(Kind::Failed, format!("anyportd answered {}", String::from_utf8_lossy(answer))))
+    })
+}

@@ -1,0 +1,56 @@
+//! One message each way: JSON, and descriptors with the request.
+
+use std::{
+    io::{IoSlice, IoSliceMut},
+    mem::MaybeUninit,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+};
+
+use rustix::{
+    io::Result,
+    net::{
+        RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer, SendAncillaryMessage,
+        SendFlags, recvmsg, sendmsg,
+    },
+};
+
+/// Bytes of the largest request, and of the largest answer.
+pub(super) const MAX_MESSAGE: usize = 16 << 10;
+/// `SCM_MAX_FD`: the kernel takes no more descriptors with a message.
+pub(super) const MAX_DESCRIPTORS: usize = 253;
+
+/// A message that has arrived.
+#[derive(Debug)]
+pub(super) struct Message {
+    pub(super) text: Vec<u8>,
+    pub(super) descriptors: Vec<OwnedFd>,
+    /// Whether there was more than fits.
+    pub(super) is_cut_off: bool,
+}
+
+/// Takes a message from a socket; an empty one if the other side has closed it.
+pub(super) fn receive(socket: impl AsFd) -> Result<Message> {
+    let mut space = vec![MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let mut text = vec![0; MAX_MESSAGE];
+    let received = recvmsg(socket, &mut [IoSliceMut::new(&mut text)], &mut control, RecvFlags::CMSG_CLOEXEC)?;
+    text.truncate(received.bytes);
+    let mut descriptors = Vec::new();
+    for message in control.drain() {
+        if let RecvAncillaryMessage::ScmRights(rights) = message {
+            descriptors.extend(rights);
+        }
+    }
+    let is_cut_off = received.flags.intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC);
+    Ok(Message { text, descriptors, is_cut_off })
+}
+
+/// Puts a message into a socket.
+pub(super) fn put(socket: impl AsFd, text: &[u8], descriptors: &[BorrowedFd<'_>]) -> Result<()> {
+    let mut space = vec![MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    if !descriptors.is_empty() && !control.push(SendAncillaryMessage::ScmRights(descriptors)) {
+        return Err(rustix::io::Errno::TOOMANYREFS);
+    }
+    sendmsg(socket, &[IoSlice::new(text)], &mut control, SendFlags::NOSIGNAL).map(drop)
+}

@@ -1,0 +1,231 @@
+//! The socket for registering: who may connect is everybody, and who may register is decided for each service.
+
+use std::{
+    collections::HashMap,
+    fs,
+    io::{self, ErrorKind},
+    os::{
+        fd::{AsFd as _, OwnedFd},
+        unix::fs::{FileTypeExt as _, PermissionsExt as _},
+    },
+    path::Path,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use anyhow::{Context as _, bail};
+use rustix::{
+    io::Errno,
+    net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, accept_with, bind as bind_to, listen, socket_with},
+};
+use serde_json::{Value, json};
+use tokio::{io::unix::AsyncFd, time::sleep};
+use tracing::{debug, warn};
+
+use super::{Candidate, Process, Register, Request, message};
+use crate::{
+    api::{Changed, Kind, Peer, Problem, Shared, parse, stopping},
+    sys::watch_readable,
+};
+
+/// How long a client may take to say what it wants.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// Clients of one user at a time: one user can't keep the others out.
+const MAX_CLIENTS: usize = 16;
+/// How long to wait where no descriptor is free.
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// Opens the socket for registering. No other daemon may be at work with it, which the control socket shows.
+///
+/// # Errors
+/// What the kernel refused.
+pub fn bind(path: &Path) -> anyhow::Result<OwnedFd> {
+    let attempt = || format!("open the socket for registering {}", path.display());
+    match fs::symlink_metadata(path) {
+        Ok(file) if file.file_type().is_socket() => fs::remove_file(path).with_context(attempt)?,
+        Ok(_) => bail!("{}: there is a file of that name which is not a socket; it is left alone", attempt()),
+        Err(error) if error.kind() == ErrorKind::NotFound => {}
+        Err(error) => return Err(error).with_context(attempt),
+    }
+    let open = || {
+        let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+        let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
+        bind_to(&socket, &SocketAddrUnix::new(path)?)?;
+        listen(&socket, 128)?;
+        fs::set_permissions(path, fs::Permissions::from_mode(0o666))?;
+        Ok::<_, io::Error>(socket)
+    };
+    open().with_context(attempt)
+}
+
+/// Answers requests until dropped. What is under way is carried out all the same.
+pub async fn serve(listener: OwnedFd, engine: Shared) {
+    let listener = match watch_readable(listener) {
+        Ok(listener) => listener,
+        Err(error) => return warn!("watch the socket for registering: {error}"),
+    };
+    let clients = Clients::default();
+    loop {
+        match next(&listener).await {
+            Ok(client) => {
+                let (engine, clients) = (Arc::clone(&engine), clients.clone());
+                tokio::spawn(async move {
+                    if let Err(error) = converse(client, engine, clients).await {
+                        debug!("a client at the socket for registering: {error:#}");
+                    }
+                });
+            }
+            Err(error) => {
+                warn!("accept at the socket for registering: {error}");
+                sleep(PAUSE).await;
+            }
+        }
+    }
+}
+
+async fn next(listener: &AsyncFd<OwnedFd>) -> io::Result<OwnedFd> {
+    loop {
+        let mut ready = listener.readable().await?;
+        match accept_with(listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
+            Err(Errno::AGAIN) => ready.clear_ready(),
+            Err(Errno::INTR | Errno::CONNABORTED) => {}
+            accepted => return Ok(accepted?),
+        }
+    }
+}
+
+/// One request and its answer.
+async fn converse(client: OwnedFd, engine: Shared, clients: Clients) -> anyhow::Result<()> {
+    let peer = Peer::of(client.as_fd()).context("ask the kernel who it is")?;
+    let client = watch_readable(client).context("watch its connection")?;
+    let answer = match clients.admit(peer.uid) {
+        Some(_admitted) => {
+            let request = tokio::time::timeout(PATIENCE, receive(&client)).await.context("it said nothing")??;
+            if request.text.is_empty() && request.descriptors.is_empty() {
+                return Ok(());
+            }
+            carry_out(request, peer, engine).await
+        }
+        None => Err(Problem::new(Kind::Failed, format!("user {} has {MAX_CLIENTS} requests under way", peer.uid))
+            .hint("try again when they are done")),
+    };
+    message::put(&client, &serde_json::to_vec(&to_json(answer)?)?, &[]).context("answer it")
+}
+
+async fn receive(client: &AsyncFd<OwnedFd>) -> io::Result<message::Message> {
+    loop {
+        let mut ready = client.readable().await?;
+        match message::receive(client) {
+            Err(Errno::AGAIN) => ready.clear_ready(),
+            Err(Errno::INTR) => {}
+            received => return Ok(received?),
+        }
+    }
+}
+
+fn to_json(answer: Result<Changed, Problem>) -> serde_json::Result<Value> {
+    let (status, mut fields) = match answer {
+        Ok(changed) => (200, serde_json::to_value(changed)?),
+        Err(problem) => (problem.kind.http_status(), serde_json::to_value(problem)?),
+    };
+    fields["status"] = json!(status);
+    Ok(fields)
+}
+
+async fn carry_out(message: message::Message, peer: Peer, engine: Shared) -> Result<Changed, Problem> {
+    let message::Message { text, descriptors, is_cut_off } = message;
+    if is_cut_off {
+        return Err(Problem::new(
+            Kind::TooLarge,
+            format!(
+                "the request is larger than {} bytes or {} descriptors",
+                message::MAX_MESSAGE,
+                message::MAX_DESCRIPTORS
+            ),
+        ));
+    }
+    let request: Request = parse(&text)?;
+    engine.lock().await.as_ref().ok_or_else(stopping)?.expect_registrant(request.service(), &peer)?;
+    let (register, sockets) = match request {
+        Request::Unregister(unregister) => {
+            return engine.lock().await.as_mut().ok_or_else(stopping)?.unregister(&unregister, &peer).await;
+        }
+        Request::Register(register) => {
+            // Processes may have very many descriptors.
+            let find = move || find(&register, descriptors, &peer).map(|found| (register, found, peer));
+            let (register, found, peer) = tokio::task::spawn_blocking(find)
+                .await
+                .map_err(|error| Problem::new(Kind::Failed, format!("look for the sockets: {error}")))??;
+            (register, (found, peer))
+        }
+    };
+    let (candidates, peer) = sockets;
+    let pid = register.pid.unwrap_or(peer.pid);
+    engine.lock().await.as_mut().ok_or_else(stopping)?.register(&register.service, candidates, pid, &peer).await
+}
+
+/// The sockets that a request speaks of.
+fn find(register: &Register, descriptors: Vec<OwnedFd>, peer: &Peer) -> Result<Vec<Candidate>, Problem> {
+    let Register { pid, fd, listen, .. } = register;
+    let invalid = |why: &str| Problem::new(Kind::Invalid, why).hint("docs/api.md describes the request");
+    let process = |pid: u32| {
+        let process = Process::open(pid)?;
+        if peer.is_in_control() || process.belongs_to(peer.uid.as_raw()) {
+            return Ok(process);
+        }
+        Err(Problem::new(
+            Kind::NotPermitted,
+            format!("user {} may not take sockets of the process {pid}, which is another user's", peer.uid),
+        )
+        .hint("have the process pass its socket itself, or become root"))
+    };
+    match (pid, fd, listen) {
+        (Some(pid), Some(fd), None) if descriptors.is_empty() => Ok(vec![process(*pid)?.candidate(*fd)?]),
+        (Some(pid), None, Some(listen)) if descriptors.is_empty() => process(*pid)?.listening(listen),
+        (None, None, None) if !descriptors.is_empty() => {
+            let numbered = (1..).zip(descriptors);
+            let candidates = numbered.map(|(number, descriptor): (usize, _)| {
+                Candidate::new(descriptor).map_err(|unfit| {
+                    Problem::new(Kind::Invalid, format!("descriptor {number} of those that were passed: {unfit}"))
+                })
+            });
+            candidates.collect()
+        }
+        (None, None, None) => Err(invalid("register: the request comes with no descriptors and names no process")),
+        _ => {
+            Err(invalid("register: either descriptors come with the request, or it has pid and fd, or pid and listen"))
+        }
+    }
+}
+
+/// How many clients each user has.
+#[derive(Clone, Debug, Default)]
+struct Clients(Arc<Mutex<HashMap<u32, usize>>>);
+
+/// A client that counts until this is dropped.
+struct Admitted(Clients, u32);
+
+impl Clients {
+    fn admit(&self, uid: nix::unistd::Uid) -> Option<Admitted> {
+        let uid = uid.as_raw();
+        let mut clients = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = clients.entry(uid).or_default();
+        (*count < MAX_CLIENTS).then(|| {
+            *count += 1;
+            Admitted(self.clone(), uid)
+        })
+    }
+}
+
+impl Drop for Admitted {
+    fn drop(&mut self) {
+        let Self(Clients(clients), uid) = self;
+        let mut clients = clients.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(count) = clients.get_mut(uid) {
+            *count -= 1;
+            if *count == 0 {
+                clients.remove(uid);
+            }
+        }
+    }
+}

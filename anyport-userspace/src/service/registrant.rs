@@ -1,0 +1,89 @@
+use std::fmt;
+
+use nix::unistd::{Group, User};
+use serde::{Deserialize, Serialize};
+
+use crate::rules::InvalidText;
+
+/// Who may register sockets for a service: `user:NAME`, `user:UID`, `group:NAME` or `group:GID`.
+///
+/// Names are looked up when somebody registers, so that users may come after the configuration.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub enum Registrant {
+    /// A user, by name or number.
+    User(String),
+    /// The members of a group, by name or number.
+    Group(String),
+}
+
+impl Registrant {
+    /// Whether a process of this user, with these groups, is meant.
+    pub fn is_meant(&self, uid: u32, groups: &[u32]) -> bool {
+        match self {
+            Self::User(name) => name.parse().ok().or_else(|| user(name)) == Some(uid),
+            Self::Group(name) => name.parse().ok().or_else(|| group(name)).is_some_and(|gid| groups.contains(&gid)),
+        }
+    }
+}
+
+fn user(name: &str) -> Option<u32> {
+    Some(User::from_name(name).ok()??.uid.as_raw())
+}
+
+fn group(name: &str) -> Option<u32> {
+    Some(Group::from_name(name).ok()??.gid.as_raw())
+}
+
+impl std::str::FromStr for Registrant {
+    type Err = InvalidText;
+
+    fn from_str(text: &str) -> Result<Self, InvalidText> {
+        match text.split_once(':') {
+            Some(("user", name)) if !name.is_empty() => Ok(Self::User(name.to_owned())),
+            Some(("group", name)) if !name.is_empty() => Ok(Self::Group(name.to_owned())),
+            _ => Err(InvalidText(format!("{text:?} is no owner; user:NAME, user:UID, group:NAME and group:GID are"))),
+        }
+    }
+}
+
+impl TryFrom<String> for Registrant {
+    type Error = InvalidText;
+
+    fn try_from(text: String) -> Result<Self, InvalidText> {
+        text.parse()
+    }
+}
+
+impl From<Registrant> for String {
+    fn from(registrant: Registrant) -> Self {
+        registrant.to_string()
+    }
+}
+
+impl fmt::Display for Registrant {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::User(name) => write!(f, "user:{name}"),
+            Self::Group(name) => write!(f, "group:{name}"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Registrant;
+
+    #[test]
+    fn users_and_groups_go_by_name_or_number() {
+        let is_meant = |text: &str, uid, groups: &[u32]| text.parse::<Registrant>().unwrap().is_meant(uid, groups);
+        assert!(is_meant("user:root", 0, &[]) && !is_meant("user:root", 1, &[0]));
+        assert!(is_meant("user:1234", 1234, &[]) && !is_meant("user:1234", 123, &[1234]));
+        assert!(is_meant("group:root", 1, &[5, 0]) && !is_meant("group:root", 0, &[5]));
+        assert!(is_meant("group:77", 1, &[77]) && !is_meant("group:77", 77, &[]));
+        assert!(!is_meant("user:nobody-of-this-name", u32::MAX, &[]));
+        for text in ["root", "user:", "uid:0", ""] {
+            assert!(text.parse::<Registrant>().unwrap_err().to_string().contains("user:NAME"));
+        }
+    }
+}
