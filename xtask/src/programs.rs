@@ -69,7 +69,7 @@ pub(crate) fn demo(options: &DemoOptions) -> Result<()> {
 
 /// Builds and runs a measurement.
 pub(crate) fn bench(options: &BenchOptions) -> Result<()> {
-    host::require(&[host::IP, host::IPTABLES])?;
+    host::require(&[&[host::IP, host::IPTABLES, host::BPFTOOL][..], &host::FOR_TESTS].concat())?;
     let mut arguments = vec![options.name.clone()];
     arguments.extend_from_slice(&options.arguments);
     show("bench", &arguments)

@@ -118,7 +118,7 @@ impl Subject {
     }
 
     fn measure(&mut self, slice: Duration, counts: bool) -> Result<()> {
-        let time = CpuTime::of([self.process.id()])?;
+        let time = CpuTime::of(self.process.id())?;
         let rate = self.topology.client.enter(|| load::rate(Load::Accepts, TARGET.into(), 0, CLIENTS, slice))?;
         let used = time.used()?;
         if counts {

@@ -100,7 +100,7 @@ fn measure(lab: &Lab, subject: &mut Subject, slice: Duration, counts: bool) -> R
     for load in LOADS {
         let to = target(*kind, load, *has_header);
         let clients = if load == Load::Bulk { READERS } else { CONCURRENT };
-        let time = CpuTime::of(lab.processes(*kind))?;
+        let time = CpuTime::of(lab.process(*kind))?;
         let rate = lab.topology.client.enter(|| load::rate(load, to, REQUEST, clients, slice))?;
         let used = time.used()?;
         if counts {

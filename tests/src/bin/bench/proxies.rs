@@ -112,29 +112,23 @@ impl Lab {
         Ok(lab)
     }
 
-    /// The processes of a proxy.
-    pub(crate) fn processes(&self, kind: Kind) -> Vec<u32> {
-        let pid = match kind {
-            Kind::Direct => return Vec::new(),
-            Kind::HaProxy => self.haproxy.id(),
-            Kind::Nginx => self.nginx.id(),
-            Kind::Anyport => self.daemon.pid().as_raw().unsigned_abs(),
-        };
-        let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
-        let children = children.split_whitespace().filter_map(|it| it.parse().ok());
-        std::iter::once(pid).chain(children).collect()
+    /// The process of a proxy.
+    pub(crate) fn process(&self, kind: Kind) -> Option<u32> {
+        match kind {
+            Kind::Direct => None,
+            Kind::HaProxy => Some(self.haproxy.id()),
+            Kind::Nginx => Some(self.nginx.id()),
+            Kind::Anyport => Some(self.daemon.pid().as_raw().unsigned_abs()),
+        }
     }
 
     /// Bytes of memory that a proxy has to itself.
     pub(crate) fn memory(&self, kind: Kind) -> Result<u64> {
-        let mut bytes = 0;
-        for pid in self.processes(kind) {
-            let text = fs::read_to_string(format!("/proc/{pid}/smaps_rollup"))?;
-            let private = text.lines().filter(|line| line.starts_with("Private_"));
-            let kib = private.filter_map(|line| line.split_whitespace().nth(1)?.parse::<u64>().ok());
-            bytes += kib.sum::<u64>() << 10;
-        }
-        Ok(bytes)
+        let pid = self.process(kind).context("a proxy")?;
+        let text = fs::read_to_string(format!("/proc/{pid}/smaps_rollup"))?;
+        let private = text.lines().filter(|line| line.starts_with("Private_"));
+        let kib = private.filter_map(|line| line.split_whitespace().nth(1)?.parse::<u64>().ok());
+        Ok(kib.sum::<u64>() << 10)
     }
 }
 
@@ -183,7 +177,7 @@ fn nginx(directory: &TempDir) -> String {
     });
     let module = if Path::new(MODULE).exists() { format!("load_module {MODULE};\n") } else { String::new() };
     format!(
-        "{module}daemon off;\nuser root;\nworker_processes 1;\nworker_rlimit_nofile 20000;\npid {directory}/nginx.pid;\n\
+        "{module}daemon off;\nmaster_process off;\nuser root;\npid {directory}/nginx.pid;\n\
          error_log /dev/null;\nevents {{ worker_connections 19000; }}\nstream {{\n{}}}\n",
         servers.collect::<String>()
     )

@@ -156,7 +156,7 @@ fn measure(topology: &Topology, method: Method, relay: &mut Relay, slice: Durati
     for (load, measured) in loads.zip(&mut relay.measured) {
         let (load, upstream, size) = load;
         let process = relay.processes[usize::from(upstream == SOURCE)].id();
-        let time = CpuTime::of([process])?;
+        let time = CpuTime::of(process)?;
         let to = address(method, upstream);
         let rate = topology.client.enter(|| load::rate(load, to, size, CLIENTS, slice))?;
         let used = time.used()?;

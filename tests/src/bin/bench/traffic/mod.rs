@@ -63,21 +63,20 @@ pub(crate) fn start_upstream(topology: &Topology) -> Result<Running> {
 /// Processor time that is used from now on.
 #[derive(Debug)]
 pub(crate) struct CpuTime {
-    processes: Vec<u32>,
+    process: Option<u32>,
     before: Duration,
 }
 
 impl CpuTime {
-    /// Of these processes.
-    pub(crate) fn of(processes: impl Into<Vec<u32>>) -> Result<Self> {
-        let processes = processes.into();
-        let before = processes.iter().map(|pid| cpu_time(*pid)).sum::<Result<_>>()?;
-        Ok(Self { processes, before })
+    /// Of a process, if there is one.
+    pub(crate) fn of(process: impl Into<Option<u32>>) -> Result<Self> {
+        let process = process.into();
+        Ok(Self { process, before: process.map_or(Ok(Duration::ZERO), cpu_time)? })
     }
 
     /// In microseconds.
     pub(crate) fn used(&self) -> Result<f64> {
-        let now = self.processes.iter().map(|pid| cpu_time(*pid)).sum::<Result<Duration>>()?;
+        let now = self.process.map_or(Ok(Duration::ZERO), cpu_time)?;
         Ok(micros(now.saturating_sub(self.before)))
     }
 }
