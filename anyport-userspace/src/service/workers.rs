@@ -5,13 +5,19 @@ use std::{
     num::NonZeroUsize,
     sync::Arc,
     thread::{self, JoinHandle},
+    time::Duration,
 };
 
 use anyhow::Context as _;
 use tokio::{
     runtime::{Builder, Handle},
     sync::watch,
+    time::interval,
 };
+
+/// A timer that is due before all others has the runtime wake itself, by two system calls. That of each connection would be,
+/// were there not always this one before it.
+const TICK: Duration = Duration::from_secs(1);
 
 /// Threads with a runtime of their own each. What a worker accepts it serves itself: no connection is handed from thread
 /// to thread, and no task is woken by another thread than its own. They end when this is dropped, and so do the
@@ -40,8 +46,14 @@ impl Workers {
             let mut stopped = stopped.clone();
             let serve = move || {
                 runtime.block_on(async {
-                    // An error says that the sender is gone, which is what is waited for.
-                    stopped.changed().await.ok();
+                    let mut tick = interval(TICK);
+                    loop {
+                        tokio::select! {
+                            _ = tick.tick() => {}
+                            // An error says that the sender is gone, which is what is waited for.
+                            _ = stopped.changed() => break,
+                        }
+                    }
                 });
             };
             let thread = thread::Builder::new().name(format!("anyport-data-{number}")).spawn(serve);
