@@ -7,6 +7,7 @@
 mod apply;
 mod backends;
 mod cases;
+mod connections;
 mod control;
 mod crash;
 mod differential;
@@ -62,6 +63,7 @@ fn main() -> ExitCode {
     trials.extend(udp::trials());
     trials.extend(forward::trials());
     trials.extend(flows::trials());
+    trials.extend(connections::trials());
     trials.extend(rules::trials());
     trials.extend(apply::trials());
     trials.extend(differential::trials());

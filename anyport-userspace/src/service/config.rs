@@ -1,6 +1,6 @@
 //! What a service is called and what it does with what it gets.
 
-use std::fmt;
+use std::{fmt, num::NonZeroU32};
 
 use anyport_common::flow::Transport;
 use serde::{Deserialize, Serialize};
@@ -57,6 +57,8 @@ pub struct ServiceConfig {
     pub owners: Vec<Registrant>,
     /// Who receives what `registered` has no live socket for; it is refused if there is none.
     pub fallback: Option<ServiceName>,
+    /// A line of the log for one of so many connections and forwarded flows, at their end; none if absent.
+    pub connection_log: Option<NonZeroU32>,
     /// The settings of `forward`.
     pub forward: Option<Box<ForwardConfig>>,
 }
@@ -64,7 +66,7 @@ pub struct ServiceConfig {
 impl ServiceConfig {
     /// A service without settings.
     pub fn new(name: ServiceName, handler: HandlerKind) -> Self {
-        Self { name, handler, banner: None, owners: Vec::new(), fallback: None, forward: None }
+        Self { name, handler, banner: None, owners: Vec::new(), fallback: None, connection_log: None, forward: None }
     }
 
     /// The service that is there when nobody has made one of its name: it greets.
@@ -81,12 +83,15 @@ impl ServiceConfig {
 
     /// Whether the settings fit each other.
     pub fn validate(&self) -> Result<(), InvalidText> {
-        let Self { name, handler, banner, owners, fallback, forward } = self;
+        let Self { name, handler, banner, owners, fallback, connection_log, forward } = self;
         let is_registered = *handler == HandlerKind::Registered || (owners.is_empty() && fallback.is_none());
         let checked = check_banner(*handler, banner.as_deref()).and_then(|()| match (handler, forward) {
             _ if !is_registered => {
                 Err(InvalidText(format!("the handler {handler} has neither owners nor fallback; only registered has")))
             }
+            _ if *handler == HandlerKind::Registered && connection_log.is_some() => Err(InvalidText(
+                "connections to registered sockets are their owner's to log; leave connection-log out".into(),
+            )),
             _ if fallback.as_ref() == Some(name) => Err(InvalidText("it can't be its own fallback".into())),
             (HandlerKind::Forward, Some(forward)) => forward.validate(),
             (HandlerKind::Forward, None) => ForwardConfig::default().validate(),
@@ -134,6 +139,10 @@ pub(crate) struct ServiceTable {
     #[arg(long, value_name = "NAME")]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     fallback: Option<ServiceName>,
+    /// Log one of so many connections at their end; 1 for all of them
+    #[arg(long, value_name = "N")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    connection_log: Option<NonZeroU32>,
     /// Where forward connects to: ADDR:PORT, NAME:PORT, or with * for the port that was dialled; may be repeated
     #[arg(long = "upstream", value_name = "ADDR:PORT")]
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -221,6 +230,7 @@ impl From<ServiceTable> for ServiceConfig {
             banner: table.banner,
             owners: table.owners,
             fallback: table.fallback,
+            connection_log: table.connection_log,
             forward,
         }
     }
@@ -232,7 +242,7 @@ impl From<ServiceConfig> for ServiceTable {
         fn unless<T: PartialEq>(value: T, default: &T) -> Option<T> {
             (value != *default).then_some(value)
         }
-        let ServiceConfig { name, handler, banner, owners, fallback, forward } = config;
+        let ServiceConfig { name, handler, banner, owners, fallback, connection_log, forward } = config;
         let default = ForwardConfig::default();
         let forward = forward.map_or_else(|| default.clone(), |it| *it);
         Self {
@@ -241,6 +251,7 @@ impl From<ServiceConfig> for ServiceTable {
             banner,
             owners,
             fallback,
+            connection_log,
             upstreams: forward.upstreams,
             balance: unless(forward.balance, &default.balance),
             proxy_protocol: forward.proxy_protocol,

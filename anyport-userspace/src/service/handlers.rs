@@ -4,7 +4,7 @@ use std::{
     io::{self, Write as _},
     mem::MaybeUninit,
     net::SocketAddr,
-    sync::atomic::{AtomicBool, Ordering::Relaxed},
+    sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
     time::Duration,
 };
 
@@ -16,7 +16,7 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-use super::{HandlerKind, ServiceConfig};
+use super::{HandlerKind, ServiceConfig, datagram::Ends};
 
 /// A connection over which nothing was said for this long is closed, at the earliest after half of it.
 const IDLE_LIMIT: Duration = Duration::from_mins(5);
@@ -30,36 +30,71 @@ const ECHO_CHUNK: usize = 16 << 10;
 /// Most bytes forgotten at once.
 const FORGET_CHUNK: usize = 16 << 10;
 
+/// What has gone over a connection.
+#[derive(Debug)]
+pub(super) struct Talk {
+    /// Whether there was anything since that was last asked.
+    active: AtomicBool,
+    from_client: AtomicU64,
+    to_client: AtomicU64,
+}
+
+impl Default for Talk {
+    fn default() -> Self {
+        Self { active: AtomicBool::new(true), from_client: AtomicU64::new(0), to_client: AtomicU64::new(0) }
+    }
+}
+
+impl Talk {
+    fn heard(&self, bytes: usize) {
+        self.active.store(true, Relaxed);
+        self.from_client.fetch_add(bytes as u64, Relaxed);
+    }
+
+    fn said(&self, bytes: usize) {
+        self.active.store(true, Relaxed);
+        self.to_client.fetch_add(bytes as u64, Relaxed);
+    }
+
+    /// Bytes of the client, and bytes to it.
+    pub(super) fn bytes(&self) -> (u64, u64) {
+        (self.from_client.load(Relaxed), self.to_client.load(Relaxed))
+    }
+}
+
 /// Serves one connection to its end.
 pub(super) async fn converse(
     config: &ServiceConfig,
     mut stream: TcpStream,
-    client: SocketAddr,
-    dialled: SocketAddr,
+    Ends { client, dialled }: Ends,
+    talk: &Talk,
 ) -> io::Result<()> {
-    let active = AtomicBool::new(true);
     match config.handler {
-        HandlerKind::Hello => hello(&mut stream, client, dialled).await,
-        HandlerKind::Echo => while_active(IDLE_LIMIT, &active, echo(&mut stream, &active)).await,
+        HandlerKind::Hello => hello(&mut stream, client, dialled, talk).await,
+        HandlerKind::Echo => while_active(IDLE_LIMIT, &talk.active, echo(&mut stream, talk)).await,
         HandlerKind::Discard => {
             let banner = config.banner.as_deref().unwrap_or_default();
-            while_active(IDLE_LIMIT, &active, discard(&mut stream, banner, &active)).await
+            while_active(IDLE_LIMIT, &talk.active, discard(&mut stream, banner, talk)).await
         }
         // The one is served elsewhere, the other has no sockets of ours.
         HandlerKind::Forward | HandlerKind::Registered => Ok(()),
     }
 }
 
-async fn hello(stream: &mut TcpStream, client: SocketAddr, dialled: SocketAddr) -> io::Result<()> {
+async fn hello(stream: &mut TcpStream, client: SocketAddr, dialled: SocketAddr, talk: &Talk) -> io::Result<()> {
     let line = Line::hello(client, dialled, Transport::Tcp);
     stream.write_all(line.as_bytes()).await?;
+    talk.said(line.as_bytes().len());
     stream.shutdown().await?;
     let linger = async {
         let mut heard = 0;
         while heard < LINGER_BYTES {
             match forget(stream).await? {
                 0 => break,
-                length => heard += length,
+                length => {
+                    heard += length;
+                    talk.heard(length);
+                }
             }
         }
         Ok(())
@@ -67,27 +102,33 @@ async fn hello(stream: &mut TcpStream, client: SocketAddr, dialled: SocketAddr) 
     timeout(LINGER_LIMIT, linger).await.unwrap_or(Ok(()))
 }
 
-async fn echo(stream: &mut TcpStream, active: &AtomicBool) -> io::Result<()> {
+async fn echo(stream: &mut TcpStream, talk: &Talk) -> io::Result<()> {
     loop {
         stream.readable().await?;
         // Allocated when there is something to read, so that idle connections hold no buffer.
         let mut chunk = Vec::with_capacity(ECHO_CHUNK);
         match stream.try_read_buf(&mut chunk) {
             Ok(0) => return stream.shutdown().await,
-            Ok(_) => stream.write_all(&chunk).await?,
+            Ok(length) => {
+                talk.heard(length);
+                stream.write_all(&chunk).await?;
+                talk.said(length);
+            }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
             Err(error) => return Err(error),
         }
-        active.store(true, Relaxed);
     }
 }
 
-async fn discard(stream: &mut TcpStream, banner: &str, active: &AtomicBool) -> io::Result<()> {
+async fn discard(stream: &mut TcpStream, banner: &str, talk: &Talk) -> io::Result<()> {
     stream.write_all(banner.as_bytes()).await?;
-    while forget(stream).await? > 0 {
-        active.store(true, Relaxed);
+    talk.said(banner.len());
+    loop {
+        match forget(stream).await? {
+            0 => return stream.shutdown().await,
+            length => talk.heard(length),
+        }
     }
-    stream.shutdown().await
 }
 
 /// Drops what has arrived; how many bytes, 0 at the end of the stream.

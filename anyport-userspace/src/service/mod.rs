@@ -5,6 +5,7 @@ mod datagram;
 mod descriptors;
 pub mod forward;
 mod handlers;
+mod log;
 mod raw;
 mod registrant;
 mod reply;
@@ -43,6 +44,7 @@ pub use workers::{WorkerHandles, Workers};
 
 use self::{
     forward::{Forwarder, UdpForwarder},
+    log::ConnectionLog,
     sockets::Group,
     stats::TcpCounts,
     tcp::{Acceptor, Site},
@@ -218,6 +220,7 @@ impl<'a> Start<'a> {
             counts: TcpCounts::default(),
             descriptors: self.commons.descriptors.clone(),
             forwarder: self.forwarder.clone(),
+            log: ConnectionLog::of(&self.config),
         });
         let listener = TcpListener::from_std(socket.into()).context("watch a listening socket")?;
         let acceptor = Acceptor { listener, site: Arc::clone(&site) };
@@ -229,7 +232,8 @@ impl<'a> Start<'a> {
     fn receive(&mut self, socket: Socket, bound: SocketAddr, worker: &Handle) -> anyhow::Result<()> {
         let shared = Arc::new(UdpWorker::new(self.commons.descriptors.clone(), Arc::clone(&self.reply_opened)));
         let workers = self.commons.workers.count().get();
-        let start = |forwarder| UdpForwarder::start(forwarder, Arc::clone(&shared), bound, workers);
+        let log = ConnectionLog::of(&self.config);
+        let start = |forwarder| UdpForwarder::start(forwarder, Arc::clone(&shared), bound, workers, log);
         let receiver = Receiver {
             socket: UdpSocket::from_std(socket.into()).context("watch a UDP socket")?,
             bound,

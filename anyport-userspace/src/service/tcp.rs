@@ -1,7 +1,14 @@
 //! Accepting connections.
 
-use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    fmt::Display,
+    io,
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
+use anyport_common::flow::Transport;
 use tokio::{
     net::{TcpListener, TcpStream},
     time::sleep,
@@ -11,8 +18,9 @@ use super::{
     ServiceConfig,
     datagram::Ends,
     descriptors::{DescriptorPool, Descriptors},
-    forward::{Forwarder, Refusal},
-    handlers,
+    forward::{End, Forwarder, Outcome, Refusal, Served},
+    handlers::{self, Talk},
+    log::{ConnectionLog, Entry},
     stats::TcpCounts,
 };
 
@@ -27,6 +35,7 @@ pub(super) struct Site {
     pub(super) descriptors: DescriptorPool,
     /// For `forward`.
     pub(super) forwarder: Option<Arc<Forwarder>>,
+    pub(super) log: ConnectionLog,
 }
 
 impl Site {
@@ -39,6 +48,8 @@ impl Site {
 /// A connection that is open until this is dropped.
 struct Open {
     site: Arc<Site>,
+    /// When it began, if it is to be written down.
+    logged: Option<Instant>,
     _descriptors: Descriptors,
 }
 
@@ -90,7 +101,7 @@ impl Acceptor {
             None => self.wait_for_descriptors().await,
         };
         site.counts.served.raise();
-        let open = Open { site: Arc::clone(site), _descriptors: descriptors };
+        let open = Open { site: Arc::clone(site), logged: site.log.begin(), _descriptors: descriptors };
         // The futures differ in size, and each takes no more than its own.
         if site.forwarder.is_some() {
             tokio::spawn(forward(open, stream, ends));
@@ -107,23 +118,42 @@ impl Acceptor {
 }
 
 async fn converse(open: Open, stream: TcpStream, ends: Ends) {
-    let Ends { client, dialled } = ends;
-    let config = &open.site.config;
-    if let Err(error) = handlers::converse(config, stream, client, dialled).await {
-        tracing::debug!("service {}: {client} to {dialled}: {error}", config.name);
+    let Site { config, log, .. } = &*open.site;
+    let talk = Talk::default();
+    let end = handlers::converse(config, stream, ends, &talk).await;
+    if let Err(error) = &end {
+        tracing::debug!("service {}: {} to {}: {error}", config.name, ends.client, ends.dialled);
+    }
+    if let Some(began) = open.logged {
+        let reason: &dyn Display = match &end {
+            Ok(()) => &"closed by both sides",
+            Err(error) if error.kind() == io::ErrorKind::TimedOut => &"closed as idle",
+            Err(error) => error,
+        };
+        let (from_client, to_client) = talk.bytes();
+        log.write(&Entry { began, transport: Transport::Tcp, ends, upstream: None, from_client, to_client, reason });
     }
 }
 
 async fn forward(open: Open, stream: TcpStream, ends: Ends) {
-    let Site { config, counts, descriptors, forwarder } = &*open.site;
+    let Site { config, counts, descriptors, forwarder, log } = &*open.site;
     let Some(forwarder) = forwarder else { return };
-    if let Err(refusal) = forwarder.serve(stream, ends, descriptors).await {
-        let count = match refusal {
-            Refusal::Header(_) => &counts.bad_headers,
-            Refusal::Upstream(_) => &counts.unforwarded,
-        };
-        count.raise();
-        tracing::debug!("service {}: {} to {}: {refusal}", config.name, ends.client, ends.dialled);
+    let Served { ends, upstream, end } = forwarder.serve(stream, ends, descriptors).await;
+    match &end {
+        Err(Refusal::Header(_)) => counts.bad_headers.raise(),
+        Err(Refusal::Upstream(_)) => counts.unforwarded.raise(),
+        Ok(_) => {}
+    }
+    let (from_client, to_client, reason): (_, _, &dyn Display) = match &end {
+        Ok(outcome) => (outcome.to_upstream, outcome.to_client, &outcome.end),
+        Err(refusal) => (0, 0, refusal),
+    };
+    if !matches!(end, Ok(Outcome { end: End::Closed, .. })) {
+        tracing::debug!("service {}: {} to {}: {reason}", config.name, ends.client, ends.dialled);
+    }
+    if let Some(began) = open.logged {
+        let upstream = upstream.as_ref().map(|upstream| upstream as &dyn Display);
+        log.write(&Entry { began, transport: Transport::Tcp, ends, upstream, from_client, to_client, reason });
     }
 }
 

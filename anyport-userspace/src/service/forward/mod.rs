@@ -34,11 +34,16 @@ use self::{
     config::ForwardConfig,
     header::{LONGEST_READ, LONGEST_WRITTEN, Parsed},
     names::Names,
-    relay::{End, Limits, relay, reset},
+    relay::{Limits, relay, reset},
     transparent::Returns,
     upstream::{Balancer, Upstream},
 };
-pub(super) use self::{connect::set_up_listener, udp::UdpForwarder, upkeep::keep_up};
+pub(super) use self::{
+    connect::set_up_listener,
+    relay::{End, Outcome},
+    udp::UdpForwarder,
+    upkeep::keep_up,
+};
 use super::{datagram::Ends, descriptors::DescriptorPool};
 
 /// How long a peer that has to send a PROXY header may take.
@@ -68,6 +73,15 @@ pub(super) enum Refusal {
     /// No upstream took it.
     #[error("no upstream: {0}")]
     Upstream(#[source] io::Error),
+}
+
+/// What became of a client.
+#[derive(Debug)]
+pub(super) struct Served {
+    /// As the proxy in front told them, if it did.
+    pub(super) ends: Ends,
+    pub(super) upstream: Option<Arc<Upstream>>,
+    pub(super) end: Result<Outcome, Refusal>,
 }
 
 /// Counted as open at its upstream until this is dropped.
@@ -103,10 +117,22 @@ impl Forwarder {
     }
 
     /// Serves one connection to its end. A client that can't be connected is reset.
-    pub(super) async fn serve(&self, mut client: TcpStream, peer: Ends, pool: &DescriptorPool) -> Result<(), Refusal> {
+    pub(super) async fn serve(&self, mut client: TcpStream, peer: Ends, pool: &DescriptorPool) -> Served {
         let mut first = Vec::new();
-        let ends = self.ends(&mut client, peer, &mut first).await.inspect_err(|_| reset(&client))?;
-        let (upstream, connected) = self.connect(ends).await.inspect_err(|_| reset(&client))?;
+        let ends = match self.ends(&mut client, peer, &mut first).await {
+            Ok(ends) => ends,
+            Err(refusal) => {
+                reset(&client);
+                return Served { ends: peer, upstream: None, end: Err(refusal) };
+            }
+        };
+        let (upstream, connected) = match self.connect(ends).await {
+            Ok(connected) => connected,
+            Err(refusal) => {
+                reset(&client);
+                return Served { ends, upstream: None, end: Err(refusal) };
+            }
+        };
         let mut header = 0;
         if let Some(version) = self.config.proxy_protocol {
             let mut told = Vec::with_capacity(LONGEST_WRITTEN + first.len());
@@ -120,10 +146,7 @@ impl Forwarder {
             end: self.config.max_duration.map(|longest| Instant::now() + longest.0),
         };
         let outcome = relay(client, upstream, first, header, limits, pool, &connected.0.traffic).await;
-        if !matches!(outcome.end, End::Closed) {
-            tracing::debug!("service {}: {} to {} by {}: {outcome}", self.name, ends.client, ends.dialled, connected.0);
-        }
-        Ok(())
+        Served { ends, upstream: Some(Arc::clone(&connected.0)), end: Ok(outcome) }
     }
 
     /// Who dialled what: by the word of the peer, if it is one of those that have to tell. What it sent behind that is

@@ -50,18 +50,18 @@ pub(super) struct Limits {
 
 /// What became of a connection.
 #[derive(Debug)]
-pub(super) struct Outcome {
+pub(in crate::service) struct Outcome {
     /// Bytes of the client that the upstream's socket took.
-    pub(super) to_upstream: u64,
+    pub(in crate::service) to_upstream: u64,
     /// Bytes of the upstream that the client's socket took.
-    pub(super) to_client: u64,
+    pub(in crate::service) to_client: u64,
     /// Why it ended.
-    pub(super) end: End,
+    pub(in crate::service) end: End,
 }
 
 /// Why a connection ended.
 #[derive(Debug)]
-pub(super) enum End {
+pub(in crate::service) enum End {
     /// Both sides have said all they had to say.
     Closed,
     /// Nothing was said for too long.
@@ -72,13 +72,6 @@ pub(super) enum End {
     Client(io::Error),
     /// The upstream's side broke.
     Upstream(io::Error),
-}
-
-impl fmt::Display for Outcome {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { to_upstream, to_client, end } = self;
-        write!(f, "{end} after {to_upstream} bytes to the upstream and {to_client} bytes to the client")
-    }
 }
 
 impl fmt::Display for End {
@@ -436,7 +429,7 @@ mod tests {
             other.shutdown().await.unwrap();
             assert_eq!(rest(&mut one).await, b"answeransweranswer");
             let outcome = relay.await.unwrap();
-            assert!(matches!(outcome.end, End::Closed), "{outcome}");
+            assert!(matches!(outcome.end, End::Closed), "{outcome:?}");
             let expected = if is_swapped { (18, 8) } else { (8, 18) };
             assert_eq!((outcome.to_upstream, outcome.to_client), expected);
         }

@@ -7,6 +7,7 @@
 
 use std::{
     cell::RefCell,
+    fmt::Display,
     io,
     net::SocketAddr,
     sync::{
@@ -34,7 +35,15 @@ use super::{
     header,
 };
 use crate::{
-    service::{Family, datagram::Ends, descriptors::Descriptors, lock, sockets::set_transparent, udp::UdpWorker},
+    service::{
+        Family,
+        datagram::Ends,
+        descriptors::Descriptors,
+        lock,
+        log::{ConnectionLog, Entry},
+        sockets::set_transparent,
+        udp::UdpWorker,
+    },
     sys::datagrams::{Batch, Sent},
 };
 
@@ -63,8 +72,9 @@ struct Shared {
     flows: Mutex<Flows<Flow>>,
     /// Raised with the first flow, and when no more will come.
     changed: Notify,
-    /// Where the worker's socket is bound: from there it needs no other socket to answer.
+    /// Where the worker's socket is bound: what is said to it directly is not forwarded.
     bound: SocketAddr,
+    log: ConnectionLog,
 }
 
 #[derive(Debug)]
@@ -75,6 +85,11 @@ struct Flow {
     client: OnceLock<Option<UdpSocket>>,
     chosen: Connected,
     last_used: AtomicU64,
+    /// When it began, if it is to be written down.
+    logged: Option<Instant>,
+    /// Bytes.
+    to_upstream: AtomicU64,
+    to_client: AtomicU64,
     tasks: Mutex<Vec<AbortHandle>>,
     _descriptors: Descriptors,
 }
@@ -109,10 +124,11 @@ impl UdpForwarder {
         worker: Arc<UdpWorker>,
         bound: SocketAddr,
         workers: usize,
+        log: ConnectionLog,
     ) -> Self {
         let limit = forwarder.config.udp.max_flows.get() as usize / workers;
         let flows = Mutex::new(Flows::new(limit));
-        let shared = Arc::new(Shared { forwarder, worker, flows, changed: Notify::new(), bound });
+        let shared = Arc::new(Shared { forwarder, worker, flows, changed: Notify::new(), bound, log });
         let this = Self { shared: Arc::clone(&shared) };
         let idle = shared.forwarder.config.udp.idle_timeout.0;
         tokio::spawn(sweep(Arc::downgrade(&shared), idle));
@@ -158,7 +174,7 @@ async fn sweep(shared: Weak<Shared>, idle: Duration) {
         let expired = lock(&shared.flows).expire(moment().saturating_sub(idle));
         let is_empty = lock(&shared.flows).len() == 0;
         for flow in expired {
-            flow.end();
+            shared.ended(&flow, &"closed as idle");
         }
         if is_empty {
             // Only flows and their worker's socket hold it apart from this.
@@ -191,6 +207,9 @@ impl Shared {
             client: OnceLock::new(),
             chosen: Connected::to(chosen),
             last_used: AtomicU64::new(moment()),
+            logged: self.log.begin(),
+            to_upstream: AtomicU64::new(0),
+            to_client: AtomicU64::new(0),
             tasks: Mutex::default(),
             _descriptors: descriptors,
         });
@@ -202,8 +221,7 @@ impl Shared {
             flows.insert(ends, Arc::clone(&flow))
         };
         if let Some(gone) = gone {
-            self.worker.counts.evicted.raise();
-            gone.end();
+            self.evicted(&gone);
         }
         self.worker.counts.flows.raise();
         let task = tokio::spawn(answers(Arc::clone(self), Arc::clone(&flow)));
@@ -217,8 +235,7 @@ impl Shared {
             return Ok(descriptors);
         }
         if let Some(gone) = lock(&self.flows).remove_oldest() {
-            self.worker.counts.evicted.raise();
-            gone.end();
+            self.evicted(&gone);
         }
         let none = || io::Error::other("as many connections and flows as the limit of open files allows");
         self.worker.descriptors.try_take(DESCRIPTORS).ok_or_else(none)
@@ -254,6 +271,7 @@ impl Shared {
             None => batch.send(&flow.upstream),
         };
         flow.chosen.0.traffic.add(sent.bytes, 0);
+        flow.to_upstream.fetch_add(sent.bytes, Relaxed);
         // What came back by ICMP for an earlier datagram; other errors are of one datagram.
         if let Some(error @ (libc::ECONNREFUSED | libc::EHOSTUNREACH | libc::ENETUNREACH)) = sent.error {
             let error = io::Error::from_raw_os_error(error);
@@ -271,6 +289,7 @@ impl Shared {
             _ => self.answer(flow.ends, batch),
         };
         flow.chosen.0.traffic.add(0, sent.bytes);
+        flow.to_client.fetch_add(sent.bytes, Relaxed);
         self.worker.counts.answered.add(sent.datagrams);
         self.worker.counts.unsent.add(sent.lost);
     }
@@ -296,12 +315,34 @@ impl Shared {
     /// Ends a flow since its upstream refuses.
     fn fail(&self, flow: &Arc<Flow>, error: &io::Error) {
         self.forwarder.note_failure(&flow.chosen.0, error);
-        self.end(flow);
+        self.end(flow, &format_args!("the upstream's side broke ({error})"));
     }
 
-    fn end(&self, flow: &Arc<Flow>) {
-        lock(&self.flows).remove(&flow.ends, flow);
+    fn end(&self, flow: &Arc<Flow>, reason: &dyn Display) {
+        // Whoever took it out of the table has told its end.
+        if lock(&self.flows).remove(&flow.ends, flow) {
+            self.ended(flow, reason);
+        }
+    }
+
+    fn evicted(&self, flow: &Flow) {
+        self.worker.counts.evicted.raise();
+        self.ended(flow, &"gave way to others");
+    }
+
+    /// Ends a flow that is not in the table any more.
+    fn ended(&self, flow: &Flow, reason: &dyn Display) {
         flow.end();
+        let Some(began) = flow.logged else { return };
+        self.log.write(&Entry {
+            began,
+            transport: Transport::Udp,
+            ends: flow.ends,
+            upstream: Some(&flow.chosen.0),
+            from_client: flow.to_upstream.load(Relaxed),
+            to_client: flow.to_client.load(Relaxed),
+            reason,
+        });
     }
 }
 
@@ -344,8 +385,7 @@ async fn questions(shared: Arc<Shared>, flow: Arc<Flow>) {
         }
     })
     .await;
-    tracing::debug!("service {}: {} to {}: {error}", shared.forwarder.name, flow.ends.client, flow.ends.dialled);
-    shared.end(&flow);
+    shared.end(&flow, &format_args!("the client's side broke ({error})"));
 }
 
 /// Hands on what arrives at a connected socket, batch by batch, until there is an error.

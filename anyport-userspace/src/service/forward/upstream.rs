@@ -34,7 +34,7 @@ impl Traffic {
 /// One address that clients are connected to. All workers share it; nothing that a connection needs takes a lock.
 #[derive(Debug)]
 #[repr(align(128))]
-pub(super) struct Upstream {
+pub(in crate::service) struct Upstream {
     pub(super) address: IpAddr,
     /// The port to dial; the one that the client dialled if there is none.
     pub(super) port: Option<NonZeroU16>,

@@ -11,7 +11,10 @@ use socket2::SockRef;
 use tokio::{net, runtime::Runtime};
 
 use super::{DescriptorPool, HandlerKind, Scene, ServiceConfig, TCP, eventually, rest};
-use crate::service::handlers::converse;
+use crate::service::{
+    datagram::Ends,
+    handlers::{Talk, converse},
+};
 
 #[test]
 fn hello_over_tcp() {
@@ -123,8 +126,9 @@ fn a_connection_takes_little_memory() {
     let size = runtime.block_on(async {
         let listener = net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let stream = net::TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
-        let (client, dialled) = (stream.local_addr().unwrap(), stream.peer_addr().unwrap());
-        size_of_val(&converse(&config, stream, client, dialled))
+        let ends = Ends { client: stream.local_addr().unwrap(), dialled: stream.peer_addr().unwrap() };
+        let talk = Talk::default();
+        size_of_val(&talk) + size_of_val(&converse(&config, stream, ends, &talk))
     });
     assert!(size <= 1024, "{size} bytes for each connection");
 }
