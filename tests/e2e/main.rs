@@ -17,6 +17,7 @@ mod forward;
 mod interrupted;
 mod load;
 mod malformed;
+mod queues;
 mod register;
 mod rules;
 mod selftests;
@@ -64,6 +65,7 @@ fn main() -> ExitCode {
     trials.extend(forward::trials());
     trials.extend(flows::trials());
     trials.extend(connections::trials());
+    trials.extend(queues::trials());
     trials.extend(rules::trials());
     trials.extend(apply::trials());
     trials.extend(differential::trials());

@@ -47,6 +47,11 @@ impl Setup {
         setup.args(["--steering", steering])
     }
 
+    /// Where it will run.
+    pub fn namespace(&self) -> &Netns {
+        &self.namespace
+    }
+
     /// Adds options of the daemon.
     #[must_use]
     pub fn args<S: AsRef<OsStr>>(mut self, arguments: impl IntoIterator<Item = S>) -> Self {

@@ -296,6 +296,10 @@ pub struct Totals {
     pub unmatched: u64,
     /// Connections that are open.
     pub active: u64,
+    /// As [`ServiceStats::listen_drops`].
+    pub listen_drops: u64,
+    /// As [`ServiceStats::receive_drops`].
+    pub receive_drops: u64,
 }
 
 /// A back end and why it is used or not.

@@ -26,6 +26,12 @@ fn text(view: &StatusView) -> String {
         "totals      {} steered, {} dropped, {} unmatched, {} connections open",
         totals.steered, totals.dropped, totals.unmatched, totals.active
     ));
+    if totals.listen_drops + totals.receive_drops > 0 {
+        lines.push(format!(
+            "full queues {} attempts to connect and {} datagrams dropped",
+            totals.listen_drops, totals.receive_drops
+        ));
+    }
     if !view.draining.is_empty() {
         lines.push(format!("draining    {}", list_of(&view.draining)));
     }

@@ -95,6 +95,7 @@ impl Engine {
     /// The counters can't be read.
     pub fn status(&self) -> Result<StatusView, Problem> {
         let counters = self.counters_by_service()?;
+        let stats: Vec<_> = self.services.values().map(|running| running.service.stats()).collect();
         let mut draining: Vec<_> = self.draining.iter().copied().collect();
         draining.sort_by_key(|prefix| (!prefix.is_ipv4(), prefix.bounds()));
         Ok(StatusView {
@@ -118,7 +119,9 @@ impl Engine {
                 steered: counters.values().map(|(_, it)| it.steered).sum(),
                 dropped: counters.values().map(|(_, it)| it.no_socket + it.assign_error).sum(),
                 unmatched: self.steering.unmatched()?,
-                active: self.services.values().map(|it| it.service.stats().active).sum(),
+                active: stats.iter().map(|it| it.active).sum(),
+                listen_drops: stats.iter().map(|it| it.listen_drops).sum(),
+                receive_drops: stats.iter().map(|it| it.receive_drops).sum(),
             },
             unconfirmed: self.unconfirmed_for(),
             degraded: self.degraded(),

@@ -20,6 +20,7 @@ mod workers;
 use std::{
     fmt,
     net::SocketAddr,
+    os::fd::{AsFd as _, BorrowedFd},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
@@ -50,7 +51,7 @@ use self::{
     tcp::{Acceptor, Site},
     udp::{Receiver, UdpWorker},
 };
-use crate::steering::GroupSocket;
+use crate::{steering::GroupSocket, sys};
 
 /// Whether the source of a datagram is itself steered for what comes from the address that it dialled, so that an answer
 /// would come back to us. Asked for each datagram that is to be answered, source first.
@@ -84,7 +85,9 @@ pub struct Service {
     tcp: Vec<Arc<Site>>,
     udp: Vec<Arc<UdpWorker>>,
     forwarder: Option<Arc<Forwarder>>,
-    /// They own the listening sockets.
+    listeners: Vec<Arc<TcpListener>>,
+    receivers: Vec<Arc<UdpSocket>>,
+    /// They serve what arrives at these.
     tasks: JoinSet<()>,
 }
 
@@ -121,6 +124,10 @@ impl Service {
         for worker in &self.udp {
             stats.add_udp(&worker.counts);
         }
+        // A kernel that does not tell has nothing to tell.
+        let drops = |socket: BorrowedFd<'_>| u64::from(sys::drops(socket).unwrap_or_default());
+        stats.listen_drops = self.listeners.iter().map(|it| drops(it.as_fd())).sum();
+        stats.receive_drops = self.receivers.iter().map(|it| drops(it.as_fd())).sum();
         stats
     }
 
@@ -159,6 +166,8 @@ struct Start<'a> {
     tcp: Vec<Arc<Site>>,
     udp: Vec<Arc<UdpWorker>>,
     forwarder: Option<Arc<Forwarder>>,
+    listeners: Vec<Arc<TcpListener>>,
+    receivers: Vec<Arc<UdpSocket>>,
     reply_opened: Arc<Notify>,
     tasks: JoinSet<()>,
 }
@@ -173,6 +182,8 @@ impl<'a> Start<'a> {
             forwarder,
             tcp: Vec::new(),
             udp: Vec::new(),
+            listeners: Vec::new(),
+            receivers: Vec::new(),
             reply_opened: Arc::default(),
             tasks: JoinSet::new(),
         }
@@ -207,8 +218,8 @@ impl<'a> Start<'a> {
         if let Some(forwarder) = &self.forwarder {
             self.tasks.spawn_on(forward::keep_up(Arc::clone(forwarder)), &self.commons.control);
         }
-        let Self { config, tcp, udp, forwarder, tasks, .. } = self;
-        Ok(Service { config, groups, sockets, tcp, udp, forwarder, tasks })
+        let Self { config, tcp, udp, forwarder, listeners, receivers, tasks, .. } = self;
+        Ok(Service { config, groups, sockets, tcp, udp, forwarder, listeners, receivers, tasks })
     }
 
     fn accept(&mut self, socket: Socket, worker: &Handle) -> anyhow::Result<()> {
@@ -222,7 +233,8 @@ impl<'a> Start<'a> {
             forwarder: self.forwarder.clone(),
             log: ConnectionLog::of(&self.config),
         });
-        let listener = TcpListener::from_std(socket.into()).context("watch a listening socket")?;
+        let listener = Arc::new(TcpListener::from_std(socket.into()).context("watch a listening socket")?);
+        self.listeners.push(Arc::clone(&listener));
         let acceptor = Acceptor { listener, site: Arc::clone(&site) };
         self.tcp.push(site);
         self.tasks.spawn_on(acceptor.run(), worker);
@@ -230,12 +242,14 @@ impl<'a> Start<'a> {
     }
 
     fn receive(&mut self, socket: Socket, bound: SocketAddr, worker: &Handle) -> anyhow::Result<()> {
+        let socket = Arc::new(UdpSocket::from_std(socket.into()).context("watch a UDP socket")?);
+        self.receivers.push(Arc::clone(&socket));
         let shared = Arc::new(UdpWorker::new(self.commons.descriptors.clone(), Arc::clone(&self.reply_opened)));
         let workers = self.commons.workers.count().get();
         let log = ConnectionLog::of(&self.config);
         let start = |forwarder| UdpForwarder::start(forwarder, Arc::clone(&shared), bound, workers, log);
         let receiver = Receiver {
-            socket: UdpSocket::from_std(socket.into()).context("watch a UDP socket")?,
+            socket: Arc::clone(&socket),
             bound,
             config: Arc::clone(&self.config),
             worker: Arc::clone(&shared),

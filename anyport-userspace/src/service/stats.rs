@@ -35,6 +35,10 @@ pub struct ServiceStats {
     pub flows: u64,
     /// Flows that had to go for others.
     pub evicted: u64,
+    /// Attempts to connect that the kernel dropped, mostly since the queue of those that wait to be accepted was full.
+    pub listen_drops: u64,
+    /// Datagrams that the kernel dropped since the buffer of those that wait was full.
+    pub receive_drops: u64,
 }
 
 /// A count that one task raises and others read.

@@ -62,7 +62,7 @@ impl Drop for Open {
 /// One listening socket at work.
 #[derive(Debug)]
 pub(super) struct Acceptor {
-    pub(super) listener: TcpListener,
+    pub(super) listener: Arc<TcpListener>,
     pub(super) site: Arc<Site>,
 }
 

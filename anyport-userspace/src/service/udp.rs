@@ -76,7 +76,7 @@ pub(super) async fn age_replies(workers: Vec<Arc<UdpWorker>>, opened: Arc<Notify
 
 /// One UDP socket at work.
 pub(super) struct Receiver {
-    pub(super) socket: UdpSocket,
+    pub(super) socket: Arc<UdpSocket>,
     pub(super) bound: SocketAddr,
     pub(super) config: Arc<ServiceConfig>,
     pub(super) worker: Arc<UdpWorker>,

@@ -125,6 +125,29 @@ pub fn peer_groups(socket: impl AsFd) -> io::Result<Vec<libc::gid_t>> {
     Ok(groups)
 }
 
+/// What the kernel could not give to a socket (`SO_MEMINFO`, Linux 4.12): to a listening one since its queue of connections was
+/// full, to one for datagrams since its buffer was.
+///
+/// # Errors
+/// The kernel's error.
+pub fn drops(socket: impl AsFd) -> io::Result<u32> {
+    // include/uapi/linux/sock_diag.h: the ninth number.
+    const SK_MEMINFO_DROPS: usize = 8;
+    let mut numbers = [0_u32; SK_MEMINFO_DROPS + 1];
+    let mut length = libc::socklen_t::try_from(size_of_val(&numbers)).map_err(io::Error::other)?;
+    // SAFETY: the kernel writes at most `length` bytes to the buffer, which is that long, and how many to `length`.
+    let failed = unsafe {
+        libc::getsockopt(
+            socket.as_fd().as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_MEMINFO,
+            numbers.as_mut_ptr().cast(),
+            &raw mut length,
+        )
+    };
+    if failed == 0 { Ok(numbers[SK_MEMINFO_DROPS]) } else { Err(io::Error::last_os_error()) }
+}
+
 /// Waits until every BPF program that runs now has ended.
 ///
 /// Programs run under RCU's read lock, and `MEMBARRIER_CMD_GLOBAL` (Linux 4.3) is a grace period of RCU, 8 to 16 ms
