@@ -3,7 +3,7 @@
 use std::{os::fd::BorrowedFd, path::Path, time::Duration};
 
 use rustix::{
-    io::Errno,
+    io::{Errno, retry_on_intr},
     net::{
         AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with,
         sockopt::{Timeout, set_socket_timeout},
@@ -48,7 +48,8 @@ fn exchange(path: &Path, text: &[u8], descriptors: &[BorrowedFd<'_>]) -> rustix:
     for timeout in [Timeout::Recv, Timeout::Send] {
         set_socket_timeout(&socket, timeout, Some(PATIENCE))?;
     }
-    connect(&socket, &SocketAddrUnix::new(path)?)?;
+    let address = SocketAddrUnix::new(path)?;
+    retry_on_intr(|| connect(&socket, &address))?;
     message::put(&socket, text, descriptors)?;
     let answer = message::receive(&socket)?;
     if answer.text.is_empty() { Err(Errno::CONNRESET) } else { Ok(answer.text) }

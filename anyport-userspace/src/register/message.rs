@@ -7,7 +7,7 @@ use std::{
 };
 
 use rustix::{
-    io::Result,
+    io::{Result, retry_on_intr},
     net::{
         RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer, SendAncillaryMessage,
         SendFlags, recvmsg, sendmsg,
@@ -33,7 +33,9 @@ pub(super) fn receive(socket: impl AsFd) -> Result<Message> {
     let mut space = vec![MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let mut text = vec![0; MAX_MESSAGE];
-    let received = recvmsg(socket, &mut [IoSliceMut::new(&mut text)], &mut control, RecvFlags::CMSG_CLOEXEC)?;
+    // With a time limit the kernel does not begin again by itself, such as after the process was stopped.
+    let received =
+        retry_on_intr(|| recvmsg(&socket, &mut [IoSliceMut::new(&mut text)], &mut control, RecvFlags::CMSG_CLOEXEC))?;
     text.truncate(received.bytes);
     let mut descriptors = Vec::new();
     for message in control.drain() {
@@ -52,5 +54,5 @@ pub(super) fn put(socket: impl AsFd, text: &[u8], descriptors: &[BorrowedFd<'_>]
     if !descriptors.is_empty() && !control.push(SendAncillaryMessage::ScmRights(descriptors)) {
         return Err(rustix::io::Errno::TOOMANYREFS);
     }
-    sendmsg(socket, &[IoSlice::new(text)], &mut control, SendFlags::NOSIGNAL).map(drop)
+    retry_on_intr(|| sendmsg(&socket, &[IoSlice::new(text)], &mut control, SendFlags::NOSIGNAL)).map(drop)
 }
