@@ -57,6 +57,22 @@ pub struct Sent {
     pub error: Option<i32>,
 }
 
+impl Sent {
+    /// Counts one datagram, and what became of it.
+    fn count(&mut self, datagram: &[u8], outcome: io::Result<()>) {
+        match outcome {
+            Ok(()) => {
+                self.datagrams += 1;
+                self.bytes += datagram.len() as u64;
+            }
+            Err(error) => {
+                self.lost += 1;
+                self.error = self.error.or(error.raw_os_error());
+            }
+        }
+    }
+}
+
 impl Batch {
     /// Receives what is there on a socket, without waiting; `WouldBlock` if there is nothing.
     ///
@@ -174,17 +190,18 @@ impl Batch {
             return;
         }
         for datagram in self.memory[at * PLACE..][..all].chunks(part) {
-            match nix::sys::socket::send(socket.as_raw_fd(), datagram, MsgFlags::MSG_DONTWAIT) {
-                Ok(_) => {
-                    sent.datagrams += 1;
-                    sent.bytes += datagram.len() as u64;
-                }
-                Err(error) => {
-                    sent.error = sent.error.or(Some(error as i32));
-                    sent.lost += 1;
-                }
-            }
+            let outcome = nix::sys::socket::send(socket.as_raw_fd(), datagram, MsgFlags::MSG_DONTWAIT);
+            sent.count(datagram, outcome.map(drop).map_err(Into::into));
         }
+    }
+
+    /// Has each datagram sent by itself.
+    pub fn send_each(&self, mut send: impl FnMut(&[u8]) -> io::Result<()>) -> Sent {
+        let mut sent = Sent::default();
+        for datagram in self.datagrams() {
+            sent.count(datagram, send(datagram));
+        }
+        sent
     }
 }
 

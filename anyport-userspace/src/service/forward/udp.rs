@@ -296,20 +296,7 @@ impl Shared {
 
     /// Through the sockets that all answers share.
     fn answer(&self, Ends { client, dialled }: Ends, batch: &Batch) -> Sent {
-        let mut sent = Sent::default();
-        for datagram in batch.datagrams() {
-            match self.worker.answer(dialled, client, datagram) {
-                Ok(()) => {
-                    sent.datagrams += 1;
-                    sent.bytes += datagram.len() as u64;
-                }
-                Err(error) => {
-                    sent.lost += 1;
-                    sent.error = error.raw_os_error();
-                }
-            }
-        }
-        sent
+        batch.send_each(|datagram| self.worker.answer(dialled, client, datagram))
     }
 
     /// Ends a flow since its upstream refuses.
@@ -348,24 +335,13 @@ impl Shared {
 
 /// Each datagram has the header before it: there is no first one among datagrams.
 fn send_with_header(flow: &Flow, version: ProxyVersion, batch: &Batch) -> Sent {
-    let mut sent = Sent::default();
     let mut with_header = Vec::new();
-    for datagram in batch.datagrams() {
+    batch.send_each(|datagram| {
         with_header.clear();
         header::write(version, Transport::Udp, flow.ends, &mut with_header);
         with_header.extend(datagram);
-        match SockRef::from(&flow.upstream).send(&with_header) {
-            Ok(_) => {
-                sent.datagrams += 1;
-                sent.bytes += datagram.len() as u64;
-            }
-            Err(error) => {
-                sent.lost += 1;
-                sent.error = error.raw_os_error();
-            }
-        }
-    }
-    sent
+        SockRef::from(&flow.upstream).send(&with_header).map(drop)
+    })
 }
 
 /// Moves what the upstream says, until it refuses.
