@@ -105,6 +105,12 @@ impl Owner {
     fn signal(&self, signal: Signal) {
         kill(Pid::from_raw(self.pid().try_into().expect("a pid")), signal).expect("a signal to the owner");
     }
+
+    fn wait_for_end(mut self) {
+        wait_for("end of a drained owner", Duration::from_secs(20), || {
+            self.process.try_wait().expect("its state").ok_or_else(|| "it runs".into())
+        });
+    }
 }
 
 impl Drop for Owner {
@@ -293,12 +299,11 @@ fn restarts(backend: &'static str) {
             old.signal(Signal::SIGTERM);
             before.push(old);
             if before.len() > 8 {
-                let mut oldest = before.remove(0);
-                wait_for("end of a drained owner", Duration::from_secs(20), || {
-                    oldest.process.try_wait().expect("its state").ok_or_else(|| "it runs".into())
-                });
+                before.remove(0).wait_for_end();
             }
         }
+        // None is killed in the middle of a handshake.
+        before.into_iter().for_each(Owner::wait_for_end);
     });
     let failures = failures.into_inner().expect("a lock");
     let served = served.into_inner();

@@ -36,6 +36,7 @@ use anyport_tests::{
         PATIENCE, QUESTION, any, expect_tcp_hello, expect_tcp_refused, expect_udp_hello, expect_udp_text,
         expect_udp_unanswered, is_refusal, read_text, tcp, tcp_server, tcp_text, udp_server,
     },
+    host::wait_for,
     topology::{SECOND, SERVER},
 };
 use libtest_mimic::Trial;
@@ -106,17 +107,21 @@ fn listening_port(daemon: &Daemon, protocol: &str, family: Family) -> u16 {
 /// The program is attached to exactly the daemon's namespace, as `bpftool` tells, and is gone afterwards.
 fn query() {
     let mut lab = Lab::new("sk-lookup");
-    let inode = lab.topology.host.inode();
+    let host = lab.topology.host.clone();
     let attached = || -> Vec<Value> {
-        let links = lab.topology.host.run("bpftool", ["-j", "link", "show"]);
+        // While another test makes a link the kernel says EAGAIN for its number, and bpftool gives up.
+        let links = wait_for("list of all links", Duration::from_secs(5), || {
+            let outcome = host.output(Command::new("bpftool").args(["-j", "link", "show"]));
+            if outcome.status == 0 { Ok(outcome.stdout) } else { Err(outcome.to_string()) }
+        });
         let links: Vec<Value> = serde_json::from_str(&links).expect("JSON of bpftool");
-        links.into_iter().filter(|link| link["netns_ino"] == inode).collect()
+        links.into_iter().filter(|link| link["netns_ino"] == host.inode()).collect()
     };
     let links = attached();
     assert!(links.len() == 1 && links[0]["attach_type"] == "sk_lookup", "links of the namespace: {links:?}");
     lab.daemon.stop();
-    let links = lab.topology.host.run("bpftool", ["-j", "link", "show"]);
-    assert!(!links.contains(&format!("\"netns_ino\":{inode},")), "links after the end: {links}");
+    let links = attached();
+    assert!(links.is_empty(), "links after the end: {links:?}");
 }
 
 /// A rule whose service has lost its sockets refuses, counts, and never reaches the host's own listener.
