@@ -5,6 +5,7 @@ use std::{
     num::NonZeroUsize,
     path::{Path, PathBuf},
     thread,
+    time::Duration,
 };
 
 use anyhow::{Context as _, bail};
@@ -14,7 +15,7 @@ use toml::Spanned;
 
 use crate::{
     rules::{Origin, RuleSet, RuleText, ServiceName},
-    service::ServiceConfig,
+    service::{ServiceConfig, Span},
     steering::BackEnd,
 };
 
@@ -23,6 +24,8 @@ pub const DEFAULT_SOCKET: &str = "/run/anyport/anyportd.sock";
 const DEFAULT_FILE: &str = "/etc/anyport/anyport.toml";
 /// Far more than any machine has use for, and far less than makes the kernel's groups slow.
 const MAX_WORKERS: usize = 1024;
+/// Long enough for most that a person waits for; who keeps connections for days has to say so.
+const DEFAULT_DRAIN_TIMEOUT: Duration = Duration::from_mins(10);
 /// Half of what the kernel's maps can number: while rules are replaced, both sets are numbered.
 const DEFAULT_MAX_RULES: usize = MAX_RULES as usize / 2;
 
@@ -109,6 +112,13 @@ pub struct Settings {
     /// Most rules at a time; the programs can't number more [default: 1048576]
     #[arg(long, env = "ANYPORT_MAX_RULES", value_name = "N")]
     pub max_rules: Option<usize>,
+    /// How long connections may go on after a restart or an upgrade has replaced the process that serves them [default: 10m]
+    #[arg(long, env = "ANYPORT_DRAIN_TIMEOUT", value_name = "TIME")]
+    pub drain_timeout: Option<Span>,
+    /// Leaves steering in the kernel at the end, where the next start takes it over: packets are refused meanwhile, rather than
+    /// left to the host
+    #[arg(long, env = "ANYPORT_KEEP", num_args = 0..=1, default_missing_value = "true", value_name = "BOOL")]
+    pub keep: Option<bool>,
     /// How much to log; from debug on, the BPF programs log too [default: info]
     #[arg(long, env = "ANYPORT_LOG_LEVEL", value_name = "LEVEL")]
     pub log_level: Option<LogLevel>,
@@ -128,6 +138,8 @@ impl Settings {
             interface: if self.interface.is_empty() { other.interface } else { self.interface },
             workers: self.workers.or(other.workers),
             max_rules: self.max_rules.or(other.max_rules),
+            drain_timeout: self.drain_timeout.or(other.drain_timeout),
+            keep: self.keep.or(other.keep),
             log_level: self.log_level.or(other.log_level),
             log_format: self.log_format.or(other.log_format),
         }
@@ -145,6 +157,8 @@ pub struct Config {
     pub interfaces: Vec<String>,
     pub workers: NonZeroUsize,
     pub max_rules: usize,
+    pub drain_timeout: Duration,
+    pub keep: bool,
     pub log_level: LogLevel,
     pub log_format: LogFormat,
     /// The services of the file.
@@ -188,6 +202,8 @@ impl Config {
             interfaces: settings.interface,
             workers,
             max_rules,
+            drain_timeout: settings.drain_timeout.map_or(DEFAULT_DRAIN_TIMEOUT, |time| time.0),
+            keep: settings.keep.unwrap_or_default(),
             log_level: settings.log_level.unwrap_or_default(),
             log_format: settings.log_format.unwrap_or_default(),
             services,

@@ -1,15 +1,18 @@
 //! The daemon: the order in which its parts start and stop.
 
-use std::{fs, sync::Arc, time::Duration};
+use std::{ffi::CStr, fs, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
 use futures_util::StreamExt as _;
-use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::{
+    prctl,
+    resource::{Resource, getrlimit, setrlimit},
+};
 use tokio::{
     runtime,
-    signal::unix::{SignalKind, signal},
+    signal::unix::{Signal, SignalKind, signal},
     sync::{Mutex, watch},
-    time::{MissedTickBehavior, interval},
+    time::{MissedTickBehavior, interval, sleep},
 };
 use tracing::{info, warn};
 
@@ -17,9 +20,10 @@ use crate::{
     api,
     config::Config,
     engine::Engine,
+    keeper::{Command, Commands, Handover, Link},
     lock::Lock,
     register, routes,
-    service::{WorkerHandles, Workers},
+    service::{DescriptorPool, WorkerHandles, Workers},
 };
 
 /// How often the engine looks for interfaces and for connections that have ended.
@@ -27,15 +31,29 @@ const REFRESH: Duration = Duration::from_secs(1);
 /// How long answers may take to leave after everything else is done.
 const LAST_ANSWERS: Duration = Duration::from_millis(200);
 
-/// Runs until SIGTERM or SIGINT, then takes everything out of the kernel.
+/// How often it is looked whether the last connection has ended.
+const DRAIN_INTERVAL: Duration = Duration::from_millis(100);
+/// What tools such as `ps` call the process, whichever way it was started.
+const NAME: &CStr = c"anyportd";
+
+/// Runs until SIGTERM or SIGINT, then takes everything out of the kernel; or until another process takes over, and then until the last
+/// connection has ended or the time for that is over.
 ///
 /// Connections are served by threads of their own, so that load on them never starves control.
 ///
 /// # Errors
 /// What kept the daemon from starting, or what could not be removed at its end.
-pub fn run(config: &Config) -> anyhow::Result<()> {
-    let lock = Lock::take()?;
+pub fn run(config: &Config, keeper: &Link) -> anyhow::Result<()> {
+    prctl::set_name(NAME).context("name the process")?;
+    Engine::check(config)?;
     raise_descriptor_limit();
+    let begin = keeper.wait_for_begin()?;
+    if let Some(crash) = &begin.crash {
+        warn!(
+            "the process that served before failed ({crash}); connections that it had are lost, newcomers have waited"
+        );
+    }
+    let lock = Lock::take()?;
     let workers = Workers::start(config.workers)?;
     // While a long command keeps one of them busy, another one answers.
     let control = runtime::Builder::new_multi_thread()
@@ -44,18 +62,72 @@ pub fn run(config: &Config) -> anyhow::Result<()> {
         .enable_all()
         .build()
         .context("start the control threads")?;
-    control.block_on(control_loop(config, workers.handles(), lock))
+    control.block_on(control_loop(config, workers.handles(), lock, keeper, begin.is_successor))
 }
 
-async fn control_loop(config: &Config, workers: WorkerHandles, lock: Lock) -> anyhow::Result<()> {
-    let mut terminate = signal(SignalKind::terminate()).context("wait for SIGTERM")?;
-    let mut interrupt = signal(SignalKind::interrupt()).context("wait for SIGINT")?;
+/// How the daemon ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum End {
+    /// For good.
+    Stop,
+    /// Another process goes on.
+    Leave,
+}
+
+/// What tells the daemon to end.
+struct Ends {
+    terminate: Signal,
+    interrupt: Signal,
+    commands: Commands,
+}
+
+impl Ends {
+    fn new(keeper: &Link) -> anyhow::Result<Self> {
+        Ok(Self {
+            terminate: signal(SignalKind::terminate()).context("wait for SIGTERM")?,
+            interrupt: signal(SignalKind::interrupt()).context("wait for SIGINT")?,
+            commands: keeper.commands()?,
+        })
+    }
+
+    async fn wait(&mut self, handover: &Handover) -> End {
+        loop {
+            tokio::select! {
+                _ = self.terminate.recv() => info!("SIGTERM: stopping"),
+                _ = self.interrupt.recv() => info!("SIGINT: stopping"),
+                command = self.commands.next() => match command {
+                    Command::Leave => {
+                        info!("another process takes over");
+                        handover.leaving();
+                        return End::Leave;
+                    }
+                    Command::NotReplaced(why) => {
+                        warn!("no other process could take over: {why}");
+                        handover.not_replaced(why);
+                        continue;
+                    }
+                    Command::Gone => warn!("the process that keeps the sockets has ended: stopping"),
+                },
+            }
+            return End::Stop;
+        }
+    }
+}
+
+async fn control_loop(
+    config: &Config,
+    workers: WorkerHandles,
+    mut lock: Lock,
+    keeper: &Link,
+    is_successor: bool,
+) -> anyhow::Result<()> {
+    let mut ends = Ends::new(keeper)?;
     lock.answer()?;
     let listener = api::bind(&config.socket)?;
     let registering = register::bind(&register::socket_beside(&config.socket)).inspect_err(|_| {
         fs::remove_file(&config.socket).ok();
     })?;
-    let engine: api::Shared = match Engine::start(config, workers).await {
+    let engine: api::Shared = match Engine::start(config, workers, keeper.clone(), is_successor).await {
         Ok(engine) => Arc::new(Mutex::new(Some(engine))),
         Err(error) => {
             remove_sockets(config);
@@ -63,26 +135,52 @@ async fn control_loop(config: &Config, workers: WorkerHandles, lock: Lock) -> an
         }
     };
     let (stop, stopped) = watch::channel(false);
-    let server = tokio::spawn(api::serve(listener, Arc::clone(&engine), stopped));
+    let handover = Handover::new(keeper.clone());
+    let server = tokio::spawn(api::serve(listener, Arc::clone(&engine), handover.clone(), stopped));
     let registrar = tokio::spawn(register::serve(registering, Arc::clone(&engine)));
     let watcher = tokio::spawn(keep_looking(Arc::clone(&engine)));
+    keeper.ready();
     info!("ready at {}; next: anyportctl add-prefix PREFIX", config.socket.display());
 
-    tokio::select! {
-        _ = terminate.recv() => info!("SIGTERM: stopping"),
-        _ = interrupt.recv() => info!("SIGINT: stopping"),
-    }
+    let end = ends.wait(&handover).await;
     remove_sockets(config);
     stop.send_replace(true);
     // A command under way holds the lock, so it is finished first. Later ones find nothing.
     let engine = engine.lock().await.take().context("the engine went away")?;
     watcher.abort();
     registrar.abort();
-    engine.stop().await.context("remove everything from the kernel")?;
-    info!("stopped; nothing is left in the kernel");
+    if end == End::Stop && !config.keep {
+        engine.stop().await.context("remove everything from the kernel")?;
+        info!("stopped; nothing is left in the kernel");
+        tokio::time::timeout(LAST_ANSWERS, server).await.ok();
+        return Ok(());
+    }
+    let left = engine.leave().await;
     // The last answers are on their way; a client that only sits there is not waited for.
     tokio::time::timeout(LAST_ANSWERS, server).await.ok();
+    lock.release().await;
+    if end == End::Stop {
+        left.context("leave everything in the kernel")?;
+        info!("stopped; steering stays in the kernel, where the next start takes it over");
+        return Ok(());
+    }
+    keeper.left();
+    drain(&left?, config.drain_timeout, &mut ends, &handover).await;
     Ok(())
+}
+
+/// Waits for the end of the connections that this process has.
+async fn drain(connections: &DescriptorPool, limit: Duration, ends: &mut Ends, handover: &Handover) {
+    let over = async {
+        while !connections.is_whole() {
+            sleep(DRAIN_INTERVAL).await;
+        }
+    };
+    tokio::select! {
+        () = over => info!("the last connection has ended"),
+        () = sleep(limit) => info!("connections are closed that went on for {limit:?} after the end (drain-timeout)"),
+        _ = ends.wait(handover) => {}
+    }
 }
 
 /// Tells the engine to look again when an interface changes or a process ends that registered a socket, and from time to time.

@@ -6,6 +6,7 @@ pub mod config;
 pub mod daemon;
 pub mod engine;
 pub mod host;
+pub mod keeper;
 pub mod lock;
 pub mod register;
 pub mod routes;

@@ -26,6 +26,7 @@ use nix::{
     unistd::{Pid, Uid},
 };
 use socket2::{Domain, SockAddr, Socket, Type};
+use tokio::task::JoinHandle;
 use tracing::warn;
 
 /// Held by the daemon of a network namespace: names that begin with a NUL byte are the namespace's own, and go with
@@ -37,11 +38,18 @@ const PAUSE: Duration = Duration::from_millis(50);
 
 /// What shows that this is the only daemon of its network namespace, for as long as it is held.
 #[derive(Debug)]
-pub enum Lock {
+pub struct Lock {
+    held: Held,
+    /// Answers those who ask who holds it.
+    answering: Option<JoinHandle<()>>,
+}
+
+#[derive(Debug)]
+enum Held {
     /// Seen from all mount namespaces, so the first choice.
     Name(UnixListener),
     /// Where somebody else has the name, as any local user may.
-    File(Flock<File>),
+    File(#[expect(dead_code, reason = "locked for as long as it is open")] Flock<File>),
 }
 
 impl Lock {
@@ -54,7 +62,7 @@ impl Lock {
         let is_daemon = |it: &UnixCredentials| it.uid() == 0 || it.uid() == Uid::effective().as_raw();
         for _ in 0..ATTEMPTS {
             match UnixListener::bind_addr(&address) {
-                Ok(lock) => return Ok(Lock::Name(lock)),
+                Ok(lock) => return Ok(Self { held: Held::Name(lock), answering: None }),
                 Err(error) if error.kind() == ErrorKind::AddrInUse => {}
                 Err(error) => return Err(error).context("take the lock of this network namespace"),
             }
@@ -75,21 +83,30 @@ impl Lock {
     ///
     /// # Errors
     /// The socket can't be watched.
-    pub fn answer(&self) -> anyhow::Result<()> {
-        let Self::Name(name) = self else { return Ok(()) };
+    pub fn answer(&mut self) -> anyhow::Result<()> {
+        let Held::Name(name) = &self.held else { return Ok(()) };
         let queue = name.try_clone().and_then(|queue| {
             queue.set_nonblocking(true)?;
             tokio::net::UnixListener::from_std(queue)
         });
         let queue = queue.context("listen at the lock")?;
-        tokio::spawn(async move {
+        self.answering = Some(tokio::spawn(async move {
             loop {
                 if queue.accept().await.is_err() {
                     tokio::time::sleep(PAUSE).await;
                 }
             }
-        });
+        }));
         Ok(())
+    }
+
+    /// Gives it back. It is free when this returns.
+    pub async fn release(mut self) {
+        if let Some(answering) = self.answering.take() {
+            answering.abort();
+            // It ends in no other way.
+            answering.await.ok();
+        }
     }
 }
 
@@ -114,7 +131,7 @@ fn lock_file() -> anyhow::Result<Lock> {
         Err((_, errno)) => return Err(io::Error::from(errno)).with_context(attempt),
     };
     lock.set_len(0).and_then(|()| writeln!(lock, "{}", std::process::id())).with_context(attempt)?;
-    Ok(Lock::File(lock))
+    Ok(Lock { held: Held::File(lock), answering: None })
 }
 
 fn already_running(pid: &str) -> anyhow::Error {

@@ -101,6 +101,14 @@ impl Store {
         Ok((store, state))
     }
 
+    /// Reads what is there, and changes nothing.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn look(directory: &Path) -> anyhow::Result<State> {
+        Self { directory: directory.to_owned(), applied: None }.read()
+    }
+
     fn read(&mut self) -> anyhow::Result<State> {
         let path = self.directory.join(FILE);
         let text = match fs::read(&path) {

@@ -9,7 +9,7 @@ use std::{
 };
 
 use anyport_tests::{
-    daemon::{Daemon, Setup},
+    daemon::{Daemon, Setup, kill_all},
     dial::{expect_tcp_hello, expect_tcp_refused},
     ground::BPFFS,
     host::wait_for,
@@ -152,12 +152,12 @@ fn kills(backend: &'static str) {
     let mut present: BTreeSet<usize> = BTreeSet::new();
     for round in 0..KILLS {
         let pause = Duration::from_micros(u64::try_from(random.below(60_000)).expect("a short time"));
-        let pid = lab.daemon.pid();
+        let keeper = lab.daemon.keeper();
         // The change that was under way when the daemon died may have happened or not.
         let unsure = scope(|scope| {
             let killer = scope.spawn(move || {
                 sleep(pause);
-                nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL).expect("SIGKILL to the daemon");
+                kill_all(keeper);
             });
             let unsure = loop {
                 let number = random.below(16);

@@ -19,6 +19,7 @@ mod load;
 mod malformed;
 mod queues;
 mod register;
+mod restarts;
 mod rules;
 mod selftests;
 mod starts;
@@ -77,6 +78,7 @@ fn main() -> ExitCode {
     trials.extend(malformed::trials());
     trials.extend(register::trials());
     trials.extend(crash::trials());
+    trials.extend(restarts::trials());
     trials.extend(interrupted::trials());
     trials.extend(starts::trials());
     trials.extend(load::trials());

@@ -31,6 +31,7 @@ pub struct Setup {
     environment: Vec<(OsString, OsString)>,
     bpffs: Option<PathBuf>,
     config: Option<PathBuf>,
+    executable: Option<PathBuf>,
 }
 
 impl Setup {
@@ -43,6 +44,7 @@ impl Setup {
             environment: Vec::new(),
             bpffs: None,
             config: None,
+            executable: None,
         };
         setup.args(["--steering", steering])
     }
@@ -84,6 +86,13 @@ impl Setup {
     #[must_use]
     pub fn config(mut self, file: impl Into<PathBuf>) -> Self {
         self.config = Some(file.into());
+        self
+    }
+
+    /// Starts this executable, rather than the program under test from where it was built.
+    #[must_use]
+    pub fn executable(mut self, file: impl Into<PathBuf>) -> Self {
+        self.executable = Some(file.into());
         self
     }
 
@@ -144,7 +153,8 @@ impl Daemon {
         let log = log.expect("a log file");
         let mut command = Command::new("setpriv");
         command.args(["--pdeathsig", "KILL", "--"]).args(wrapper);
-        command.arg(program("anyportd").unwrap_or_else(|missing| panic!("{missing}")));
+        let built = || program("anyportd").unwrap_or_else(|missing| panic!("{missing}"));
+        command.arg(self.setup.executable.clone().unwrap_or_else(built));
         command.arg("--bpffs").arg(&self.bpffs);
         let config = self.setup.config.clone().unwrap_or_else(|| {
             let empty = self.directory.path().join("anyport.toml");
@@ -173,10 +183,20 @@ impl Daemon {
         });
     }
 
-    /// The process's id.
-    pub fn pid(&self) -> Pid {
+    /// The process that keeps the sockets: the one that was started.
+    pub fn keeper(&self) -> Pid {
         let id = self.process.as_ref().expect("a running daemon").id();
         Pid::from_raw(id.try_into().expect("a process id"))
+    }
+
+    /// The process that serves: the youngest that the keeper has started.
+    pub fn pid(&self) -> Pid {
+        *self.servers().last().expect("a process that serves")
+    }
+
+    /// The process that serves, and those that were replaced and have connections still.
+    pub fn servers(&self) -> Vec<Pid> {
+        children(self.keeper())
     }
 
     /// The control socket.
@@ -289,32 +309,21 @@ impl Daemon {
 
     /// Asks the daemon to end, which it must do within `limit`, and returns its exit status.
     pub fn terminate(&mut self, limit: Duration) -> i32 {
-        kill(self.pid(), Signal::SIGTERM).expect("SIGTERM to the daemon");
+        kill(self.keeper(), Signal::SIGTERM).expect("SIGTERM to the daemon");
         self.wait_for_end(limit)
     }
 
-    /// Kills the daemon without a chance to clean up.
+    /// Kills the daemon, all of its processes, without a chance to clean up.
     pub fn kill(&mut self) {
         if let Some(mut process) = self.process.take() {
-            process.kill().expect("SIGKILL to the daemon");
+            kill_all(Pid::from_raw(process.id().try_into().expect("a process id")));
             process.wait().expect("the end of a killed daemon");
         }
     }
 
-    /// Stops all threads of the daemon, until [`Self::resume`].
+    /// Stops all threads of the process that serves, until [`Self::resume`].
     pub fn pause(&self) {
-        kill(self.pid(), Signal::SIGSTOP).expect("SIGSTOP to the daemon");
-        wait_for("standstill of the daemon", Duration::from_secs(5), || {
-            let threads = fs::read_dir(format!("/proc/{}/task", self.pid())).expect("the daemon's threads");
-            for thread in threads {
-                let stat = fs::read_to_string(thread.expect("a thread").path().join("stat")).expect("a thread's state");
-                let (_, state) = stat.rsplit_once(") ").expect("a state behind the name");
-                if !state.starts_with('T') {
-                    return Err(stat);
-                }
-            }
-            Ok(())
-        });
+        stop_threads(self.pid());
     }
 
     /// Lets a paused daemon go on.
@@ -329,6 +338,36 @@ impl Daemon {
         });
         status.code().unwrap_or(-1)
     }
+}
+
+/// Kills a daemon by the process that keeps its sockets. That one is stopped first, so that it starts no other.
+pub fn kill_all(keeper: Pid) {
+    stop_threads(keeper);
+    for pid in children(keeper).into_iter().chain([keeper]) {
+        // One that has ended by itself is no failure.
+        kill(pid, Signal::SIGKILL).ok();
+    }
+}
+
+fn children(parent: Pid) -> Vec<Pid> {
+    let children = fs::read_to_string(format!("/proc/{parent}/task/{parent}/children")).unwrap_or_default();
+    children.split_whitespace().map(|pid| Pid::from_raw(pid.parse().expect("a process id"))).collect()
+}
+
+/// Stops all threads of a process, if it is still there.
+fn stop_threads(pid: Pid) {
+    kill(pid, Signal::SIGSTOP).ok();
+    wait_for("standstill of the daemon", Duration::from_secs(5), || {
+        for thread in fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten() {
+            // Threads may end meanwhile.
+            let Ok(stat) = fs::read_to_string(thread.path().join("stat")) else { continue };
+            let (_, state) = stat.rsplit_once(") ").expect("a state behind the name");
+            if !state.starts_with(['T', 'Z', 'X']) {
+                return Err(stat);
+            }
+        }
+        Ok(())
+    });
 }
 
 impl Drop for Daemon {

@@ -16,4 +16,5 @@ pub mod netns;
 pub mod packet;
 pub mod random;
 pub mod servers;
+pub mod steady;
 pub mod topology;

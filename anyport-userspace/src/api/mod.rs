@@ -17,5 +17,5 @@ pub(crate) use server::stopping;
 pub use server::{Shared, bind, serve};
 pub use types::{
     AddPrefixes, Applied, Apply, BackEndView, Changed, ListPrefixes, PrefixView, ProgressView, RemovePrefixes,
-    ServiceView, StatusView, Totals, parse,
+    ServiceView, StatusView, Taken, Totals, parse,
 };

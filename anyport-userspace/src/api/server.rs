@@ -40,12 +40,13 @@ use tokio::{
 use tracing::{info, warn};
 
 use super::{
-    Kind, Peer, Problem, parse,
+    Kind, Peer, Problem, Taken, parse,
     peer::GROUP,
     types::{MAX_BODY, MAX_FILE, too_large},
 };
 use crate::{
     engine::{Engine, Progress},
+    keeper::Handover,
     rules::{InvalidText, ServiceName},
 };
 
@@ -87,7 +88,12 @@ pub fn bind(path: &Path) -> anyhow::Result<UnixListener> {
 ///
 /// # Errors
 /// The socket fails.
-pub async fn serve(listener: UnixListener, engine: Shared, mut stop: watch::Receiver<bool>) -> anyhow::Result<()> {
+pub async fn serve(
+    listener: UnixListener,
+    engine: Shared,
+    handover: Handover,
+    mut stop: watch::Receiver<bool>,
+) -> anyhow::Result<()> {
     let how_far = engine.lock().await.as_ref().map(Engine::progress).unwrap_or_default();
     let api = Router::new()
         .route("/v1/status", get(status))
@@ -96,12 +102,14 @@ pub async fn serve(listener: UnixListener, engine: Shared, mut stop: watch::Rece
         .route("/v1/confirm", post(confirm))
         .route("/v1/progress", get(progress))
         .route("/v1/explain", get(explain))
+        .route("/v1/takeover", post(take_over))
         .route("/v1/services", get(services).post(add_service))
         .route("/v1/services/{name}", delete(remove_service))
         .fallback(no_such_thing)
         .method_not_allowed_fallback(no_such_thing)
         .layer(DefaultBodyLimit::max(MAX_BODY))
         .layer(Extension(how_far))
+        .layer(Extension(handover))
         .layer(middleware::from_fn(permit))
         .with_state(engine)
         .into_make_service_with_connect_info::<Peer>();
@@ -188,6 +196,10 @@ fn bytes(body: Body, limit: usize) -> Result<Bytes, Problem> {
 async fn no_such_thing(request: Request) -> Problem {
     Problem::new(Kind::NotFound, format!("there is no {} {} in this API", request.method(), request.uri().path()))
         .hint("docs/api.md describes the requests")
+}
+
+async fn take_over(ConnectInfo(peer): ConnectInfo<Peer>, Extension(handover): Extension<Handover>) -> Answer<Taken> {
+    handover.request(&peer).await.map(Json)
 }
 
 async fn status(State(engine): State<Shared>) -> Answer<super::StatusView> {

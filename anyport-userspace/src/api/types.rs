@@ -302,6 +302,13 @@ pub struct Totals {
     pub receive_drops: u64,
 }
 
+/// Answer to a takeover: another process serves from now on.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub struct Taken {
+    /// The process that has served so far.
+    pub pid: u32,
+}
+
 /// A back end and why it is used or not.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct BackEndView {

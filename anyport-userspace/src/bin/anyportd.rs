@@ -10,6 +10,7 @@ use std::{
 use anyport::{
     config::{Config, LogFormat, Settings},
     daemon,
+    keeper::{self, Link},
 };
 use clap::Parser;
 use tracing::error;
@@ -25,27 +26,50 @@ struct Options {
     /// Configuration file [default: /etc/anyport/anyport.toml, which may be absent]
     #[arg(long, env = "ANYPORT_CONFIG", value_name = "FILE")]
     config: Option<PathBuf>,
+    /// Takes over from the anyportd that runs, without losing a connection, and leaves: what serves then is this program with the
+    /// options of that one
+    #[arg(long)]
+    takeover: bool,
     #[command(flatten)]
     settings: Settings,
 }
 
 fn main() -> ExitCode {
-    let Options { config, settings } = Options::parse();
+    let Options { config, takeover, settings } = Options::parse();
+    // Before there is another thread.
+    let link = match Link::of_process() {
+        Ok(link) => link,
+        Err(error) => return fail(&error),
+    };
+    if link.is_none() && !takeover {
+        return keeper::keep()
+            .unwrap_or_else(|error| fail(&anyhow::Error::from(error).context("start the server process")));
+    }
     let config = match Config::new(settings, config.as_deref()) {
         Ok(config) => config,
         Err(error) => {
             eprintln!("anyportd: {error:#}");
+            link.inspect(|link| link.failed(&error));
             return ExitCode::from(2);
         }
     };
+    let Some(link) = link else {
+        return keeper::take_over(&config.socket).map_or_else(|error| fail(&error), |()| ExitCode::SUCCESS);
+    };
     open_log(&config);
-    match daemon::run(&config) {
+    match daemon::run(&config, &link) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             error!("{error:#}");
+            link.failed(&error);
             ExitCode::FAILURE
         }
     }
+}
+
+fn fail(error: &anyhow::Error) -> ExitCode {
+    eprintln!("anyportd: {error:#}");
+    ExitCode::FAILURE
 }
 
 fn open_log(config: &Config) {

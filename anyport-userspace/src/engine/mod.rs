@@ -29,7 +29,7 @@ use crate::{
     host,
     routes::{Coverage, Edits, Routes},
     rules::{Origin, Prefix, RuleSet, ServiceName, Terms},
-    service::{Commons, Service, ServiceConfig},
+    service::{Commons, DescriptorPool, Service, ServiceConfig},
     steering::{Steering, choose::Outcome},
     store::Store,
     table::{Published, Table},
@@ -168,6 +168,20 @@ impl Engine {
             self.coverage.remove(prefix, around, &mut edits);
         }
         self.routes.apply(&edits.difference()).await.map(drop)
+    }
+
+    /// Leaves steering in the kernel and the sockets with the keeper, for another process to go on with. Connections go on in this
+    /// one; they are over when what is returned is whole again.
+    ///
+    /// # Errors
+    /// The counters could not be kept.
+    pub async fn leave(self) -> anyhow::Result<DescriptorPool> {
+        let counters = if self.counters_kept.is_some() { self.keep_counters() } else { Ok(()) };
+        for running in self.services.into_values() {
+            running.service.leave().await;
+        }
+        self.steering.leave();
+        counters.map(|()| self.commons.descriptors)
     }
 
     /// Takes everything out of the kernel. The state file stays.

@@ -17,6 +17,7 @@ use tracing::error;
 use super::{Engine, Running, numbers::Numbers, register::expect_fallbacks};
 use crate::{
     config::Config,
+    keeper::Link,
     routes::Routes,
     rules::{Change, Origin, RuleSet, to_address},
     service::{Commons, DescriptorPool, LoopGuard, Service, ServiceConfig, WorkerHandles},
@@ -36,8 +37,13 @@ impl Engine {
     /// What an earlier daemon left is replaced or removed.
     ///
     /// # Errors
-    /// What does not work, and nothing is left behind.
-    pub async fn start(config: &Config, workers: WorkerHandles) -> anyhow::Result<Self> {
+    /// What does not work. Nothing is left behind, except by a successor: what was steered before still is, and newcomers wait.
+    pub async fn start(
+        config: &Config,
+        workers: WorkerHandles,
+        keeper: Link,
+        is_successor: bool,
+    ) -> anyhow::Result<Self> {
         let (store, state) = Store::open(&config.state_dir)?;
         let (services, rules) = desired(config, &state)?;
         let routes = Routes::open()?;
@@ -55,6 +61,7 @@ impl Engine {
             control: Handle::current(),
             descriptors: DescriptorPool::of_process()?,
             loop_guard: loop_guard(&published),
+            keeper,
         };
         let own_segments = || OwnSegments { readers: Arc::clone(&published) };
         let has_no_table = chosen.steering.back_end() == BackEnd::Tproxy;
@@ -89,12 +96,21 @@ impl Engine {
         match engine.bring_up(services, rules).await {
             Ok(()) => Ok(engine),
             Err(error) => {
-                if let Err(second) = engine.stop().await {
+                let cleaned = if is_successor { engine.leave().await.map(drop) } else { engine.stop().await };
+                if let Err(second) = cleaned {
                     error!("clean up after a start that failed: {second:#}");
                 }
                 Err(error)
             }
         }
+    }
+
+    /// Finds out whether configuration and state directory make sense together. Changes nothing.
+    ///
+    /// # Errors
+    /// They do not.
+    pub fn check(config: &Config) -> anyhow::Result<()> {
+        desired(config, &Store::look(&config.state_dir)?).map(drop)
     }
 
     async fn bring_up(&mut self, services: Vec<(ServiceConfig, Origin)>, rules: RuleSet) -> anyhow::Result<()> {
@@ -105,6 +121,7 @@ impl Engine {
         let added = rules.prefixes().map(|(prefix, rules)| (*prefix, rules.clone())).collect();
         self.start_with(Change { removed: Vec::new(), added }).await?;
         self.let_go_of_registered();
+        self.commons.keeper.forget_rest();
         self.restore_counters()
     }
 

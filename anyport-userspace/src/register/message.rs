@@ -15,21 +15,21 @@ use rustix::{
 };
 
 /// Bytes of the largest request, and of the largest answer.
-pub(super) const MAX_MESSAGE: usize = 16 << 10;
+pub(crate) const MAX_MESSAGE: usize = 16 << 10;
 /// `SCM_MAX_FD`: the kernel takes no more descriptors with a message.
-pub(super) const MAX_DESCRIPTORS: usize = 253;
+pub(crate) const MAX_DESCRIPTORS: usize = 253;
 
 /// A message that has arrived.
 #[derive(Debug)]
-pub(super) struct Message {
-    pub(super) text: Vec<u8>,
-    pub(super) descriptors: Vec<OwnedFd>,
+pub(crate) struct Message {
+    pub(crate) text: Vec<u8>,
+    pub(crate) descriptors: Vec<OwnedFd>,
     /// Whether there was more than fits.
-    pub(super) is_cut_off: bool,
+    pub(crate) is_cut_off: bool,
 }
 
 /// Takes a message from a socket; an empty one if the other side has closed it.
-pub(super) fn receive(socket: impl AsFd) -> Result<Message> {
+pub(crate) fn receive(socket: impl AsFd) -> Result<Message> {
     let mut space = vec![MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let mut text = vec![0; MAX_MESSAGE];
@@ -48,7 +48,7 @@ pub(super) fn receive(socket: impl AsFd) -> Result<Message> {
 }
 
 /// Puts a message into a socket.
-pub(super) fn put(socket: impl AsFd, text: &[u8], descriptors: &[BorrowedFd<'_>]) -> Result<()> {
+pub(crate) fn put(socket: impl AsFd, text: &[u8], descriptors: &[BorrowedFd<'_>]) -> Result<()> {
     let mut space = vec![MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
     let mut control = SendAncillaryBuffer::new(&mut space);
     if !descriptors.is_empty() && !control.push(SendAncillaryMessage::ScmRights(descriptors)) {

@@ -4,7 +4,7 @@
 //! closes it the map forgets it at once, and newcomers are refused rather than left in a queue that nobody serves.
 
 mod client;
-mod message;
+pub(crate) mod message;
 mod process;
 mod server;
 mod socket;

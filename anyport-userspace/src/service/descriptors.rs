@@ -23,6 +23,7 @@ pub struct DescriptorPool(Arc<Shared>);
 #[derive(Debug)]
 #[repr(align(128))]
 struct Shared {
+    size: usize,
     free: AtomicUsize,
     /// How many wait for some to become free.
     waiting: AtomicUsize,
@@ -46,7 +47,13 @@ impl DescriptorPool {
 
     /// A pool of this many.
     pub fn new(size: usize) -> Self {
-        Self(Arc::new(Shared { free: AtomicUsize::new(size), waiting: AtomicUsize::new(0), freed: Notify::new() }))
+        let free = AtomicUsize::new(size);
+        Self(Arc::new(Shared { size, free, waiting: AtomicUsize::new(0), freed: Notify::new() }))
+    }
+
+    /// Whether clients have none of it.
+    pub fn is_whole(&self) -> bool {
+        self.0.free.load(SeqCst) == self.0.size
     }
 
     /// Takes so many descriptors, if there are.
@@ -73,7 +80,7 @@ impl DescriptorPool {
 
 impl Drop for Descriptors {
     fn drop(&mut self) {
-        let Shared { free, waiting, freed } = &*self.pool.0;
+        let Shared { free, waiting, freed, .. } = &*self.pool.0;
         free.fetch_add(self.count as usize, SeqCst);
         // Whoever began to wait before this looks sees what was given back; who begins later finds it.
         if waiting.load(SeqCst) > 0 {
@@ -116,7 +123,9 @@ mod tests {
         drop(two);
         assert!(pool.try_take(3).is_none());
         drop(one);
+        assert!(!pool.is_whole());
         assert!(pool.try_take(3).is_some());
+        assert!(pool.is_whole());
     }
 
     #[tokio::test]

@@ -37,7 +37,7 @@ use tokio::{
 pub(crate) use config::ServiceTable;
 pub use config::{HandlerKind, ServiceConfig};
 pub use descriptors::DescriptorPool;
-pub use forward::{UpstreamState, UpstreamView};
+pub use forward::{UpstreamState, UpstreamView, config::Span};
 pub use registrant::Registrant;
 pub use sockets::{Family, SocketInfo};
 pub use stats::ServiceStats;
@@ -51,7 +51,7 @@ use self::{
     tcp::{Acceptor, Site},
     udp::{Receiver, UdpWorker},
 };
-use crate::{steering::GroupSocket, sys};
+use crate::{keeper::Link, steering::GroupSocket, sys};
 
 /// Whether the source of a datagram is itself steered for what comes from the address that it dialled, so that an answer
 /// would come back to us. Asked for each datagram that is to be answered, source first.
@@ -68,6 +68,8 @@ pub struct Commons {
     pub descriptors: DescriptorPool,
     /// Tells which sources are steered.
     pub loop_guard: LoopGuard,
+    /// Keeps the services' sockets for a process that comes later.
+    pub keeper: Link,
 }
 
 impl fmt::Debug for Commons {
@@ -87,6 +89,7 @@ pub struct Service {
     forwarder: Option<Arc<Forwarder>>,
     listeners: Vec<Arc<TcpListener>>,
     receivers: Vec<Arc<UdpSocket>>,
+    keeper: Link,
     /// They serve what arrives at these.
     tasks: JoinSet<()>,
 }
@@ -153,6 +156,14 @@ impl Service {
     /// Closes the service's sockets; they are closed when this returns. Connections go on until they end by
     /// themselves, but those that wait to be accepted are refused.
     pub async fn stop(self) {
+        for socket in &self.sockets {
+            self.keeper.forget(sockets::kept_name(&self.config.name, socket));
+        }
+        self.leave().await;
+    }
+
+    /// As [`Self::stop`], but the keeper goes on to keep the sockets, so that those who wait are not refused.
+    pub async fn leave(self) {
         let Self { mut tasks, groups, .. } = self;
         drop(groups);
         tasks.shutdown().await;
@@ -200,12 +211,17 @@ impl<'a> Start<'a> {
             if !self.config.has_sockets(transport) {
                 continue;
             }
-            let Some(group) = Group::open(family, transport, self.commons.workers.count())? else {
+            let kept = self.commons.keeper.take(&sockets::kept_prefix(&self.config.name, family, transport));
+            let Some(group) = Group::open(family, transport, self.commons.workers.count(), kept)? else {
                 continue;
             };
             *handle = Some(group.handle()?);
-            sockets.extend(group.info()?);
-            for (socket, worker) in group.sockets.into_iter().zip(self.commons.workers.iter()) {
+            for (socket, info) in group.sockets.iter().zip(group.info()?) {
+                self.commons.keeper.keep(sockets::kept_name(&self.config.name, &info), socket.as_fd());
+                sockets.push(info);
+            }
+            // There may be more sockets than workers, where there were more workers before.
+            for (socket, worker) in group.sockets.into_iter().zip(self.commons.workers.iter().cycle()) {
                 let _context = worker.enter();
                 match transport {
                     Transport::Tcp => self.accept(socket, worker)?,
@@ -218,8 +234,9 @@ impl<'a> Start<'a> {
         if let Some(forwarder) = &self.forwarder {
             self.tasks.spawn_on(forward::keep_up(Arc::clone(forwarder)), &self.commons.control);
         }
-        let Self { config, tcp, udp, forwarder, listeners, receivers, tasks, .. } = self;
-        Ok(Service { config, groups, sockets, tcp, udp, forwarder, listeners, receivers, tasks })
+        let Self { config, commons, tcp, udp, forwarder, listeners, receivers, tasks, .. } = self;
+        let keeper = commons.keeper.clone();
+        Ok(Service { config, groups, sockets, tcp, udp, forwarder, listeners, receivers, keeper, tasks })
     }
 
     fn accept(&mut self, socket: Socket, worker: &Handle) -> anyhow::Result<()> {

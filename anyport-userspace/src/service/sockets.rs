@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use socket2::{Domain, Socket, TcpKeepalive, Type};
 
 use crate::{
-    rules::Protocol,
+    rules::{Protocol, ServiceName},
     steering::{GroupSocket, Holder},
 };
 
@@ -74,8 +74,19 @@ pub(super) struct Group {
 impl Group {
     /// Opens a group of `size` sockets, non-blocking, on a free port of the loopback address. None if the host
     /// does not have the family.
-    pub(super) fn open(family: Family, transport: Transport, size: NonZeroUsize) -> anyhow::Result<Option<Self>> {
+    ///
+    /// A group out of sockets that were kept goes on where it was. It may be larger than `size`: what waits at
+    /// each of them is not lost.
+    pub(super) fn open(
+        family: Family,
+        transport: Transport,
+        size: NonZeroUsize,
+        kept: Vec<OwnedFd>,
+    ) -> anyhow::Result<Option<Self>> {
         let what = || format!("open {size} {} sockets over {family}", Protocol::from(transport));
+        if let Some(group) = Self::of_kept(family, transport, kept) {
+            return group.fill(size).map(Some).with_context(what);
+        }
         let first = match transparent(family, transport) {
             Err(error) if error.raw_os_error() == Some(libc::EAFNOSUPPORT) => return Ok(None),
             first => first.map_err(explain).with_context(what)?,
@@ -94,20 +105,34 @@ impl Group {
         first.bind(&loopback.into())?;
         first.set_reuse_port(true)?;
         let bound = first.local_addr()?.as_socket().ok_or(io::ErrorKind::InvalidData)?;
-        let mut sockets = vec![first];
-        for _ in 1..size.get() {
-            let socket = transparent(family, transport)?;
+        Self { family, transport, bound, sockets: vec![first] }.fill(size)
+    }
+
+    /// Those of the sockets that are bound where the first of them is. There are others only after a crash between the
+    /// end of a service and the beginning of another of the same name.
+    fn of_kept(family: Family, transport: Transport, kept: Vec<OwnedFd>) -> Option<Self> {
+        let bound = |socket: &Socket| socket.local_addr().ok()?.as_socket();
+        let mut sockets: Vec<Socket> = kept.into_iter().map(Socket::from).collect();
+        let first = sockets.iter().find_map(bound)?;
+        sockets.retain(|socket| bound(socket) == Some(first));
+        Some(Self { family, transport, bound: first, sockets })
+    }
+
+    /// Opens what is missing to `size` sockets, and has all of them listen.
+    fn fill(mut self, size: NonZeroUsize) -> io::Result<Self> {
+        while self.sockets.len() < size.get() {
+            let socket = transparent(self.family, self.transport)?;
             socket.set_reuse_port(true)?;
-            socket.bind(&bound.into())?;
-            sockets.push(socket);
+            socket.bind(&self.bound.into())?;
+            self.sockets.push(socket);
         }
-        if transport == Transport::Tcp {
-            for socket in &sockets {
+        if self.transport == Transport::Tcp {
+            for socket in &self.sockets {
                 // The kernel takes as much as net.core.somaxconn allows.
                 socket.listen(i32::MAX)?;
             }
         }
-        Ok(Self { family, transport, bound, sockets })
+        Ok(self)
     }
 
     /// The group as back ends see it.
@@ -130,6 +155,16 @@ impl Group {
         });
         info.collect()
     }
+}
+
+/// Beginning of the names under which the sockets of a group are kept.
+pub(super) fn kept_prefix(service: &ServiceName, family: Family, transport: Transport) -> String {
+    format!("{service}/{}-{}/", Protocol::from(transport), family.to_string().to_lowercase())
+}
+
+/// The name under which a socket is kept.
+pub(super) fn kept_name(service: &ServiceName, SocketInfo { family, protocol, cookie, .. }: &SocketInfo) -> String {
+    format!("{service}/{protocol}-{}/{cookie}", family.to_string().to_lowercase())
 }
 
 /// A socket, not bound yet, that may have foreign addresses for its own.
@@ -199,8 +234,8 @@ mod tests {
         for family in [Family::Ipv4, Family::Ipv6] {
             for transport in [Transport::Tcp, Transport::Udp] {
                 let size = NonZeroUsize::new(3).unwrap();
-                let group = Group::open(family, transport, size).unwrap().unwrap();
-                let other = Group::open(family, transport, size).unwrap().unwrap();
+                let group = Group::open(family, transport, size, Vec::new()).unwrap().unwrap();
+                let other = Group::open(family, transport, size, Vec::new()).unwrap().unwrap();
                 assert_ne!(group.bound, other.bound);
                 assert!(group.bound.ip().is_loopback());
                 for socket in &group.sockets {

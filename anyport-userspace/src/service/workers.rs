@@ -90,7 +90,7 @@ impl WorkerHandles {
     }
 
     /// Each of them, always in the same order.
-    pub(super) fn iter(&self) -> impl Iterator<Item = &Handle> {
+    pub(super) fn iter(&self) -> impl Iterator<Item = &Handle> + Clone {
         self.0.iter()
     }
 

@@ -209,4 +209,7 @@ pub trait Steering: Send + Sync + fmt::Debug {
 
     /// Takes everything out of the kernel.
     fn detach(self: Box<Self>) -> anyhow::Result<()>;
+
+    /// Leaves steering in the kernel, for another process to take over, and gives back what would keep that from it.
+    fn leave(self: Box<Self>);
 }

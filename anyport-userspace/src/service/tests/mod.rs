@@ -17,6 +17,7 @@ use std::{
 use tokio::runtime::Runtime;
 
 use super::{Commons, DescriptorPool, HandlerKind, Service, ServiceConfig, Workers};
+use crate::keeper::Link;
 
 const TIMEOUT: Duration = Duration::from_secs(5);
 /// The groups' places.
@@ -51,6 +52,7 @@ impl Scene {
             control: workers.handles().first().clone(),
             descriptors,
             loop_guard: Arc::new(loop_guard),
+            keeper: Link::default(),
         };
         let service = Service::start(config, &commons).unwrap();
         Self { service, workers }

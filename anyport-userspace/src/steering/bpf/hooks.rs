@@ -35,6 +35,8 @@ pub(super) trait Hook: Send + Sync + fmt::Debug {
     }
     /// Detaches the program, as far as that can be done; pins of it go with the directory.
     fn detach(self: Box<Self>) -> anyhow::Result<()>;
+    /// Leaves the program where it is.
+    fn leave(self: Box<Self>);
 }
 
 /// A link until it is pinned, and afterwards.
@@ -125,6 +127,9 @@ impl Hook for SkLookupHook {
     fn detach(self: Box<Self>) -> anyhow::Result<()> {
         Ok(())
     }
+
+    /// The link is pinned.
+    fn leave(self: Box<Self>) {}
 }
 
 /// A program that only is to be looked at.

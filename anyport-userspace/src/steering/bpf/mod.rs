@@ -231,6 +231,10 @@ impl Steering for Bpf {
         let detached = hook.detach();
         detached.and(pins.remove())
     }
+
+    fn leave(self: Box<Self>) {
+        self.hook.leave();
+    }
 }
 
 impl Bpf {

@@ -206,6 +206,15 @@ impl Hook for TcHook {
         }
         result
     }
+
+    /// Links are pinned. Filters stay by themselves, unless aya takes them away.
+    fn leave(self: Box<Self>) {
+        for attached in self.attached.into_values() {
+            if let TcLink::Clsact { filter, .. } = attached.link {
+                mem::forget(filter);
+            }
+        }
+    }
 }
 
 /// Takes away the clsact filters that a daemon left, also from interfaces that are down by now. A qdisc that it added

@@ -37,10 +37,12 @@ pub(super) struct Chains {
     is_state_certain: bool,
     /// What was counted by lines and sets that are gone.
     counted: Counted,
+    /// Whether what the kernel holds may be of an earlier daemon, who had other numbers for its rules.
+    is_inherited: bool,
 }
 
 impl Chains {
-    /// Tries out whether TPROXY works here, and removes what an earlier daemon left.
+    /// Tries out whether TPROXY works here. What an earlier daemon left is in force until the first plan.
     pub(super) fn open(family: Family) -> anyhow::Result<Self> {
         let (tools, name) = match family {
             Family::V4 => ("iptables-restore and iptables-save", "IPv4"),
@@ -48,18 +50,15 @@ impl Chains {
         };
         let table =
             Table::find(family)?.with_context(|| format!("{tools} are not in PATH; `apt-get install iptables`"))?;
-        table.save().and_then(|saved| table.remove(&saved)).and_then(|()| table.probe()).with_context(|| {
+        table.probe().with_context(|| {
             format!(
                 "trying out TPROXY for {name}; it needs CAP_NET_ADMIN, CAP_NET_RAW and the kernel modules of \
                  `modprobe -a xt_TPROXY xt_socket xt_multiport xt_comment`"
             )
         })?;
-        if let Err(error) = sets::destroy_all(family) {
-            tracing::warn!("a set that an earlier daemon left stays: {error:#}");
-        }
         let sets = Sets::new(family, &sets::names(family)?);
         let (state, counted) = (State::default(), Counted::default());
-        Ok(Self { family, table, sets, state, is_state_certain: true, counted })
+        Ok(Self { family, table, sets, state, is_state_certain: false, counted, is_inherited: true })
     }
 
     /// Makes the kernel steer by a plan. `former` are the rules of the plan before, from which this one differs only
@@ -181,7 +180,9 @@ impl Chains {
             let rules: Vec<_> = lines.iter().map(ToString::to_string).collect();
             self.table.replace(&saved, &lines::guards(lines, waiting, RULES_CHAIN), &rules)?;
         }
-        self.counted.add_all(&table::counted(&saved));
+        if !std::mem::take(&mut self.is_inherited) {
+            self.counted.add_all(&table::counted(&saved));
+        }
         Ok(())
     }
 

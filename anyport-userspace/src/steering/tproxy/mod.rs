@@ -47,7 +47,7 @@ pub struct Tproxy {
 }
 
 impl Tproxy {
-    /// Tries out whether TPROXY works here, and removes what an earlier daemon left.
+    /// Tries out whether TPROXY works here. What an earlier daemon left is in force until the first plan.
     ///
     /// # Errors
     /// What is missing for IPv4 and how to get it. IPv6 is asked for only when there are rules for it.
@@ -140,6 +140,9 @@ impl Steering for Tproxy {
     fn bytes(&self) -> u64 {
         self.chains().map(Chains::bytes).sum()
     }
+
+    /// Nothing in the kernel goes with this process.
+    fn leave(self: Box<Self>) {}
 
     fn detach(self: Box<Self>) -> anyhow::Result<()> {
         // Both families are tried, whatever becomes of the first.

@@ -1,0 +1,298 @@
+//! The keeper's side.
+
+use std::{
+    collections::BTreeMap,
+    env,
+    ffi::OsString,
+    io,
+    os::{fd::OwnedFd, unix::process::ExitStatusExt as _},
+    path::{Path, PathBuf},
+    process::{ExitCode, ExitStatus},
+    time::Duration,
+};
+
+use nix::{
+    sys::{
+        resource::{Resource, getrlimit, setrlimit},
+        signal::Signal,
+    },
+    unistd::Pid,
+};
+use tokio::{
+    runtime::Builder,
+    signal::unix::{SignalKind, signal},
+    sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel},
+    time::{Instant, sleep_until},
+};
+
+use super::{
+    Begin, Order, Report,
+    server::{News, Server},
+};
+
+/// Between the starts of servers that crash.
+const SHORTEST_PAUSE: Duration = Duration::from_millis(100);
+/// Before another try where one could not even start. It is doubled each time.
+const FIRST_PAUSE: Duration = Duration::from_millis(500);
+const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+
+/// Keeps the sockets of the servers that it starts, which are of this executable and have the same arguments, until one of them
+/// ends for good: the exit code is that one's.
+///
+/// SIGTERM and SIGINT stop it; SIGUSR2 has the executable take over that is now where this one was.
+///
+/// # Errors
+/// The kernel refuses the first process.
+pub fn keep() -> io::Result<ExitCode> {
+    // Each socket of a service is a descriptor here too.
+    getrlimit(Resource::RLIMIT_NOFILE).and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard)).ok();
+    let runtime = Builder::new_current_thread().enable_all().build()?;
+    let (news, heard) = unbounded_channel();
+    let code = runtime.block_on(async { Keeper::new(news)?.run(heard).await });
+    // Threads that still listen to servers end with the process.
+    runtime.shutdown_background();
+    code.map(ExitCode::from)
+}
+
+#[derive(Debug)]
+struct Keeper {
+    sockets: BTreeMap<String, OwnedFd>,
+    arguments: Vec<OsString>,
+    /// Where the executable was at the start: another version may be there by now.
+    place: PathBuf,
+    /// What servers are started from: this very executable, even when it has been replaced, or the one that took over.
+    executable: PathBuf,
+    /// The one that serves or is about to.
+    serving: Option<Server>,
+    /// One that is to take over, with its executable.
+    next: Option<(Server, PathBuf)>,
+    /// What the server was started from whose place the one that serves has taken, until that one is ready.
+    former: Option<PathBuf>,
+    /// Those that accept nothing any more, and serve the connections that they have.
+    leaving: Vec<Server>,
+    /// How the last server ended, if it crashed, until another one begins.
+    crash: Option<String>,
+    /// When that is to be started.
+    restart_at: Option<Instant>,
+    /// Before the next restart after a server that could not start.
+    pause: Duration,
+    /// Whether steering may be in the kernel.
+    has_served: bool,
+    /// Once it is to stop, or nobody serves any more.
+    code: Option<u8>,
+    news: UnboundedSender<(Pid, News)>,
+}
+
+impl Keeper {
+    fn new(news: UnboundedSender<(Pid, News)>) -> io::Result<Self> {
+        Ok(Self {
+            sockets: BTreeMap::new(),
+            arguments: env::args_os().skip(1).collect(),
+            place: env::current_exe()?,
+            executable: PathBuf::from("/proc/self/exe"),
+            serving: None,
+            next: None,
+            former: None,
+            leaving: Vec::new(),
+            crash: None,
+            restart_at: None,
+            pause: FIRST_PAUSE,
+            has_served: false,
+            code: None,
+            news,
+        })
+    }
+
+    /// Until nobody serves any more.
+    async fn run(mut self, mut heard: UnboundedReceiver<(Pid, News)>) -> io::Result<u8> {
+        let mut terminate = signal(SignalKind::terminate())?;
+        let mut interrupt = signal(SignalKind::interrupt())?;
+        let mut replace = signal(SignalKind::user_defined2())?;
+        self.serving = Some(self.start(&self.executable)?);
+        loop {
+            tokio::select! {
+                Some((pid, news)) = heard.recv() => self.hear(pid, news),
+                _ = terminate.recv() => self.stop(),
+                _ = interrupt.recv() => self.stop(),
+                _ = replace.recv() => self.replace(self.place.clone()),
+                () = sleep_until(self.restart_at.unwrap_or_else(Instant::now)), if self.restart_at.is_some() => {
+                    self.start_again();
+                }
+            }
+            if let Some(code) = self.code
+                && self.serving.is_none()
+                && self.leaving.is_empty()
+            {
+                return Ok(code);
+            }
+        }
+    }
+
+    fn start(&self, executable: &Path) -> io::Result<Server> {
+        Server::start(executable, &self.arguments, self.news.clone())
+    }
+
+    fn hear(&mut self, pid: Pid, news: News) {
+        let is = |server: &Server| server.pid == pid;
+        match news {
+            News::Said(report, socket) if self.serving.as_ref().is_some_and(is) => self.hear_serving(report, socket),
+            News::Said(report, _) if self.next.as_ref().is_some_and(|(server, _)| is(server)) => {
+                self.hear_next(report);
+            }
+            // What one that is leaving says concerns nobody any more.
+            News::Said(..) => {}
+            News::Ended(status) if self.serving.as_ref().is_some_and(is) => self.serving_ended(status),
+            News::Ended(status) if self.next.as_ref().is_some_and(|(server, _)| is(server)) => self.next_ended(status),
+            News::Ended(_) => self.leaving.retain(|server| !is(server)),
+        }
+    }
+
+    fn hear_serving(&mut self, report: Report, socket: Option<OwnedFd>) {
+        let Some(server) = &mut self.serving else { return };
+        match report {
+            Report::Prepared => self.begin(),
+            Report::Keep(name) => {
+                if let Some(socket) = socket {
+                    self.sockets.insert(name, socket);
+                }
+            }
+            Report::Forget(name) => drop(self.sockets.remove(&name)),
+            Report::Ready => {
+                server.is_ready = true;
+                self.has_served = true;
+                self.former = None;
+            }
+            Report::Failed(why) => server.failure = Some(why),
+            Report::Replace(executable) => self.replace(executable),
+            Report::Left => self.hand_over(),
+        }
+    }
+
+    fn hear_next(&mut self, report: Report) {
+        let Some((next, _)) = &mut self.next else { return };
+        match report {
+            // It could start, so the other one may end.
+            Report::Prepared => match &self.serving {
+                Some(serving) => serving.tell(&Order::Leave, &[]),
+                None => self.hand_over(),
+            },
+            Report::Failed(why) => next.failure = Some(why),
+            // The rest is said by servers that have begun.
+            _ => {}
+        }
+    }
+
+    /// Has the server begin that is ready to.
+    fn begin(&mut self) {
+        let begin = Begin { is_successor: self.has_served, crash: self.crash.take() };
+        if let Some(server) = &self.serving {
+            server.give(self.sockets.iter());
+            server.tell(&Order::Begin(begin), &[]);
+        }
+    }
+
+    /// Has another executable take over, as soon as it has shown that it could.
+    fn replace(&mut self, executable: PathBuf) {
+        let why = match &self.serving {
+            Some(serving) if serving.is_ready && self.next.is_none() => match self.start(&executable) {
+                Ok(next) => return self.next = Some((next, executable)),
+                Err(error) => format!("start {}: {error}", executable.display()),
+            },
+            _ => "another server is about to start already".to_owned(),
+        };
+        self.say_not_replaced(why);
+    }
+
+    fn say_not_replaced(&self, why: String) {
+        if let Some(serving) = &self.serving {
+            serving.tell(&Order::NotReplaced(why), &[]);
+        }
+    }
+
+    /// The one that serves has left, so the next one begins.
+    fn hand_over(&mut self) {
+        self.leaving.extend(self.serving.take());
+        if let Some((next, executable)) = self.next.take() {
+            self.former = Some(std::mem::replace(&mut self.executable, executable));
+            self.serving = Some(next);
+            self.begin();
+        }
+    }
+
+    fn next_ended(&mut self, status: ExitStatus) {
+        if let Some((next, executable)) = self.next.take() {
+            let why = next.failure.unwrap_or_else(|| end_in_words(status));
+            self.say_not_replaced(format!("{}: {why}", executable.display()));
+        }
+    }
+
+    fn serving_ended(&mut self, status: ExitStatus) {
+        let Some(server) = self.serving.take() else { return };
+        if self.code.is_some() || status.success() || !(self.has_served || self.former.is_some()) {
+            // It was told to stop, by us or by somebody else, or can't start at all.
+            self.code = Some(code_of(status));
+            return self.end_others();
+        }
+        self.crash = Some(format!("pid {}: {}", server.pid, server.failure.unwrap_or_else(|| end_in_words(status))));
+        let pause = if let Some(former) = self.former.take() {
+            self.executable = former;
+            Duration::ZERO
+        } else if server.is_ready {
+            self.pause = FIRST_PAUSE;
+            SHORTEST_PAUSE.saturating_sub(server.started.elapsed())
+        } else {
+            let pause = self.pause;
+            self.pause = (pause * 2).min(LONGEST_PAUSE);
+            pause
+        };
+        self.restart_at = Some(Instant::now() + pause);
+    }
+
+    fn start_again(&mut self) {
+        match self.start(&self.executable) {
+            Ok(server) => {
+                self.serving = Some(server);
+                self.restart_at = None;
+            }
+            // Newcomers wait meanwhile.
+            Err(error) => {
+                self.crash = Some(format!("start {}: {error}", self.executable.display()));
+                self.restart_at = Some(Instant::now() + LONGEST_PAUSE);
+            }
+        }
+    }
+
+    fn stop(&mut self) {
+        self.code.get_or_insert(0);
+        self.restart_at = None;
+        if let Some(serving) = &self.serving {
+            serving.signal(Signal::SIGTERM);
+        }
+        self.end_others();
+    }
+
+    fn end_others(&mut self) {
+        if let Some((next, _)) = self.next.take() {
+            next.signal(Signal::SIGTERM);
+        }
+        for server in &self.leaving {
+            server.signal(Signal::SIGTERM);
+        }
+    }
+}
+
+/// As shells have it.
+fn code_of(status: ExitStatus) -> u8 {
+    let code = status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or_default());
+    u8::try_from(code).unwrap_or(1)
+}
+
+fn end_in_words(status: ExitStatus) -> String {
+    match status.signal() {
+        Some(number) => match Signal::try_from(number) {
+            Ok(signal) => format!("was killed by {signal}"),
+            Err(_) => format!("was killed by signal {number}"),
+        },
+        None => format!("ended with status {}", status.code().unwrap_or_default()),
+    }
+}

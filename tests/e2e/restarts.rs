@@ -1,0 +1,324 @@
+//! What a restart, an upgrade and a crash of the process that serves do to clients: nothing, as far as they can see.
+
+use std::{
+    fs,
+    io::Read as _,
+    net::UdpSocket,
+    os::unix::fs::PermissionsExt as _,
+    path::{Path, PathBuf},
+    process::Command,
+    sync::atomic::{AtomicU64, Ordering::Relaxed},
+    thread::{self, sleep},
+    time::Duration,
+};
+
+use anyport_tests::{
+    daemon::{Daemon, LogOnPanic},
+    dial::{PATIENCE, any, expect_tcp_hello, expect_tcp_line, tcp, udp, udp_over},
+    ground::{program, public_copy, scratch},
+    host::{Outcome, wait_for},
+    random::Random,
+    steady::{Tally, dial_during},
+    topology::SERVER,
+};
+use libtest_mimic::Trial;
+use nix::sys::signal::{Signal, kill};
+
+use crate::{
+    cases::{Lab, at, on_each_back_end, trial},
+    crash::snapshot,
+};
+
+const PREFIXES: [&str; 2] = ["192.0.2.0/24", "2001:db8:0:a::/64"];
+/// How many dial at the same time.
+const CLIENTS: usize = 3;
+const CRASHES: u64 = 8;
+const UPGRADES: u64 = 6;
+/// Connections between two of these.
+const BETWEEN: u64 = 200;
+
+pub(crate) fn trials() -> Vec<Trial> {
+    let mut trials = Vec::new();
+    trials.extend(on_each_back_end("restarts::SIGKILL of the process that serves", crashes));
+    trials.extend(on_each_back_end("restarts::upgrades under load", upgrades));
+    trials.extend(on_each_back_end("restarts::what is established goes on", established));
+    trials.extend(on_each_back_end("restarts::an upgrade that fails is undone", failed_upgrade));
+    trials.extend(on_each_back_end("restarts::--keep leaves steering behind", keep));
+    trials.push(trial("restarts::what can't start does not take over", refused_upgrade));
+    trials.push(trial("restarts::the number of workers changes", workers));
+    trials.push(trial("restarts::connections have their time", deadline));
+    trials.push(trial("restarts::without keeper it stops", orphan));
+    trials
+}
+
+fn lab(backend: &str) -> Lab {
+    let lab = Lab::new(backend);
+    lab.daemon.ok(&format!("add-prefix {} --protocol both", PREFIXES.join(" ")));
+    lab
+}
+
+/// Has clients dial during `work`. Nobody may be refused, nor served by another.
+fn dial_while(lab: &Lab, work: impl FnOnce(&AtomicU64)) -> Tally {
+    let tally = dial_during(&lab.topology.client, &PREFIXES, CLIENTS, work);
+    let lost = tally.failures.len() - tally.unanswered();
+    assert!(lost == 0, "{lost} of {} connections:{}", tally.served, tally.sample());
+    tally
+}
+
+fn wait_for_more(served: &AtomicU64) {
+    let enough = served.load(Relaxed) + BETWEEN;
+    wait_for("more connections", Duration::from_secs(30), || {
+        if served.load(Relaxed) >= enough { Ok(()) } else { Err(format!("{served:?} of {enough}")) }
+    });
+}
+
+/// A copy of the daemon, as an upgrade brings it.
+fn copy(directory: &Path, name: &str) -> PathBuf {
+    let copy = directory.join(name);
+    public_copy(&program("anyportd").expect("the program under test"), &copy);
+    copy
+}
+
+fn take_over(daemon: &Daemon, executable: &Path) -> Outcome {
+    let mut command = Command::new(executable);
+    command.arg("--takeover").arg("--socket").arg(daemon.socket()).env("ANYPORT_CONFIG", "/dev/null");
+    daemon.namespace().output(&mut command)
+}
+
+fn wait_for_successor(daemon: &Daemon, before: nix::unistd::Pid) {
+    wait_for("another process that serves", Duration::from_secs(20), || {
+        let outcome = daemon.ctl(&["status", "--json"]);
+        let is_other = outcome.status == 0 && !outcome.stdout.contains(&format!("\"pid\":{before},"));
+        if is_other { Ok(()) } else { Err(outcome.to_string()) }
+    });
+}
+
+/// Connections that it has accepted die with the process. There is one at most for each worker that it has not yet answered; all others
+/// wait.
+fn crashes(backend: &'static str) {
+    let mut lab = lab(backend);
+    let mut random = Random::new(backend);
+    let tally = dial_while(&lab, |served| {
+        for _ in 0..CRASHES {
+            wait_for_more(served);
+            sleep(Duration::from_micros(random.below(50_000) as u64));
+            let pid = lab.daemon.pid();
+            kill(pid, Signal::SIGKILL).expect("SIGKILL to the process that serves");
+            wait_for_successor(&lab.daemon, pid);
+        }
+        wait_for_more(served);
+    });
+    let bound = CRASHES as usize * CLIENTS;
+    assert!(tally.unanswered() <= bound, "{} of {} connections:{}", tally.unanswered(), tally.served, tally.sample());
+    assert!(lab.daemon.log().contains("was killed by SIGKILL"), "{}", lab.daemon.log());
+    lab.daemon.stop();
+}
+
+fn upgrades(backend: &'static str) {
+    let mut lab = lab(backend);
+    let _log = LogOnPanic(&lab.daemon);
+    let directory = scratch();
+    let versions = ["one", "two"].map(|name| copy(directory.path(), name));
+    let tally = dial_while(&lab, |served| {
+        for (round, version) in (0..UPGRADES).zip(versions.iter().cycle()) {
+            wait_for_more(served);
+            let before = lab.daemon.pid();
+            let outcome = take_over(&lab.daemon, version);
+            assert!(outcome.status == 0, "upgrade {round}: {outcome}");
+            let serving = fs::read_link(format!("/proc/{}/exe", lab.daemon.pid())).expect("what serves");
+            assert!(serving == *version && lab.daemon.pid() != before, "{} serves", serving.display());
+        }
+        wait_for_more(served);
+    });
+    assert!(tally.failures.is_empty(), "{} of {}:{}", tally.failures.len(), tally.served, tally.sample());
+    lab.topology.client.enter(|| drop(udp(at("192.0.2.5", 5), b"question").expect("an answer")));
+    assert_eq!(lab.daemon.json("prefixes").as_array().expect("an array").len(), 2);
+    drop(_log);
+    lab.daemon.stop();
+}
+
+/// TCP connections and flows of datagrams stay with the process that has them, until they end.
+fn established(backend: &'static str) {
+    let mut lab = Lab::new(backend);
+    lab.daemon.ok("add-service echo --handler echo");
+    lab.daemon.ok(&format!("add-service edge --handler forward --upstream {}:4242", SERVER[0]));
+    lab.daemon.ok("add-prefix 192.0.2.0/24 --service echo");
+    lab.daemon.ok("add-prefix 192.0.2.0/24 --protocol udp --service edge");
+    let socket = lab.topology.server.enter(|| UdpSocket::bind(at(SERVER[0], 4242))).expect("a UDP socket");
+    thread::spawn(move || {
+        let mut buffer = [0; 64];
+        while let Ok((_, from)) = socket.recv_from(&mut buffer) {
+            // Clients may be gone.
+            socket.send_to(from.to_string().as_bytes(), from).ok();
+        }
+    });
+    let (mut stream, flow) = lab.topology.client.enter(|| {
+        let flow = UdpSocket::bind(any(at("192.0.2.9", 9).ip())).expect("a UDP socket");
+        flow.connect(at("192.0.2.9", 9)).expect("a connected UDP socket");
+        (tcp(at("192.0.2.7", 7)).expect("a connection"), flow)
+    });
+    let seen = |question: &str| {
+        let answer = udp_over(&flow, question.as_bytes(), PATIENCE).expect("an answer");
+        String::from_utf8(answer).expect("text")
+    };
+    expect_tcp_line(&mut stream, "before\n");
+    let peer = seen("one");
+    assert_eq!(seen("two"), peer);
+
+    let before = lab.daemon.pid();
+    let directory = scratch();
+    let outcome = take_over(&lab.daemon, &copy(directory.path(), "next"));
+    assert!(outcome.status == 0, "{outcome}");
+    assert!(lab.daemon.servers().contains(&before) && lab.daemon.pid() != before);
+    expect_tcp_line(&mut stream, "after\n");
+    assert_eq!(seen("three"), peer, "the upstream sees another flow");
+    lab.topology.client.enter(|| expect_tcp_line(&mut tcp(at("192.0.2.8", 8)).expect("a new one"), "new\n"));
+    drop(stream);
+    assert!(lab.daemon.servers().contains(&before), "the flow goes on");
+    lab.daemon.stop();
+}
+
+/// What read its configuration, but could not serve when it was its turn.
+fn failed_upgrade(backend: &'static str) {
+    let directory = scratch();
+    let place = copy(directory.path(), "anyportd");
+    let mut lab = Lab::with(backend, |setup| setup.executable(&place));
+    lab.daemon.ok(&format!("add-prefix {}", PREFIXES.join(" ")));
+    let before = lab.daemon.rules();
+    // Too few descriptors for the sockets of a service.
+    let working = copy(directory.path(), "working");
+    fs::remove_file(&place).expect("the file goes");
+    fs::write(&place, format!("#!/bin/sh\nulimit -n 16\nexec {} \"$@\"\n", working.display())).expect("a script");
+    fs::set_permissions(&place, fs::Permissions::from_mode(0o755)).expect("a mode");
+    let pid = lab.daemon.pid();
+    let tally = dial_while(&lab, |served| {
+        wait_for_more(served);
+        kill(lab.daemon.keeper(), Signal::SIGUSR2).expect("SIGUSR2 to the keeper");
+        wait_for_successor(&lab.daemon, pid);
+        wait_for_more(served);
+    });
+    assert!(tally.failures.is_empty(), "{} of {}:{}", tally.failures.len(), tally.served, tally.sample());
+    let log = lab.daemon.log();
+    assert!(log.contains("the process that served before failed") && log.contains("Too many open files"), "{log}");
+    assert_eq!(lab.daemon.rules(), before);
+    lab.daemon.stop();
+}
+
+/// What says at once that it can't start never gets its turn.
+fn refused_upgrade() {
+    let directory = scratch();
+    let config = directory.path().join("anyport.toml");
+    fs::write(&config, "").expect("a configuration");
+    let mut lab = Lab::with("sk-lookup", |setup| setup.config(&config));
+    lab.daemon.ok(&format!("add-prefix {}", PREFIXES[0]));
+    let next = copy(directory.path(), "next");
+    let before = lab.daemon.pid();
+    let expect = |named: &str| {
+        let outcome = take_over(&lab.daemon, &next);
+        assert!(outcome.status == 1 && outcome.stderr.contains(named), "{outcome}");
+        assert!(outcome.stderr.contains("the one that serves goes on"), "{outcome}");
+        assert_eq!(lab.daemon.pid(), before);
+        lab.topology.client.enter(|| expect_tcp_hello(at("192.0.2.3", 3)));
+    };
+    fs::write(&config, "[daemon]\nworker = 3\n").expect("a configuration");
+    expect("unknown field `worker`");
+    fs::write(&config, "[[rule]]\nprefix = \"198.51.100.0/24\"\nservice = \"nobody\"\n").expect("a configuration");
+    expect("nobody");
+    fs::write(&config, "").expect("a configuration");
+    // As a later version may leave it.
+    let state = lab.daemon.state().join("state.json");
+    let text = fs::read_to_string(&state).expect("the state");
+    fs::write(
+        &state,
+        text.replacen("\"version\": 1", "\"version\": 2", 1).replacen("\"version\":1", "\"version\":2", 1),
+    )
+    .expect("another state");
+    expect("its version is 2");
+    fs::write(&state, text).expect("the state");
+    // A stranger has nothing to say here.
+    let stranger = ["setpriv", "--reuid=65533", "--regid=65533", "--clear-groups"];
+    let mut command = Command::new(stranger[0]);
+    command.args(&stranger[1..]).arg(&next).arg("--takeover").arg("--socket").arg(lab.daemon.socket());
+    let outcome = lab.topology.host.output(command.env("ANYPORT_CONFIG", "/dev/null"));
+    assert!(outcome.status == 1 && lab.daemon.pid() == before, "{outcome}");
+    lab.daemon.stop();
+}
+
+fn workers() {
+    let directory = scratch();
+    let config = directory.path().join("anyport.toml");
+    let write = |workers: usize| fs::write(&config, format!("[daemon]\nworkers = {workers}\n")).expect("a file");
+    write(1);
+    let mut lab = Lab::with("sk-lookup", |setup| setup.config(&config));
+    lab.daemon.ok(&format!("add-prefix {} --protocol both", PREFIXES.join(" ")));
+    let next = copy(directory.path(), "next");
+    let sockets = || lab.daemon.json("services")[0]["sockets"].as_array().expect("an array").len();
+    let tally = dial_while(&lab, |served| {
+        // Sockets that there are stay: somebody may wait there.
+        for (count, expected) in [(3, 12), (2, 12)] {
+            wait_for_more(served);
+            write(count);
+            let outcome = take_over(&lab.daemon, &next);
+            assert!(outcome.status == 0, "{outcome}");
+            assert_eq!(lab.daemon.json("status")["workers"], count);
+            assert_eq!(sockets(), expected);
+        }
+        wait_for_more(served);
+    });
+    assert!(tally.failures.is_empty(), "{} of {}:{}", tally.failures.len(), tally.served, tally.sample());
+    lab.daemon.stop();
+}
+
+fn deadline() {
+    let mut lab = Lab::with("sk-lookup", |setup| setup.args(["--drain-timeout", "1s"]));
+    lab.daemon.ok("add-service echo --handler echo");
+    lab.daemon.ok("add-prefix 192.0.2.0/24 --service echo");
+    let mut stream = lab.topology.client.enter(|| tcp(at("192.0.2.7", 7))).expect("a connection");
+    expect_tcp_line(&mut stream, "before\n");
+    let directory = scratch();
+    let outcome = take_over(&lab.daemon, &copy(directory.path(), "next"));
+    assert!(outcome.status == 0, "{outcome}");
+    expect_tcp_line(&mut stream, "after\n");
+    let mut rest = Vec::new();
+    // A reset is as good an end as any.
+    assert!(stream.read_to_end(&mut rest).is_err() || rest.is_empty(), "{rest:?}");
+    wait_for("end of the process that was replaced", Duration::from_secs(5), || {
+        let servers = lab.daemon.servers();
+        if servers.len() == 1 { Ok(()) } else { Err(format!("{servers:?}")) }
+    });
+    lab.daemon.stop();
+}
+
+/// Packets are refused while nobody serves, rather than left to the host, and the next start goes on.
+fn keep(backend: &'static str) {
+    let mut lab = Lab::with(backend, |setup| setup.args(["--keep"]));
+    let own = lab.topology.host.enter(|| std::net::TcpListener::bind("0.0.0.0:8080")).expect("the host's own listener");
+    lab.daemon.ok(&format!("add-prefix {}", PREFIXES[0]));
+    let during = snapshot(&lab.topology.host);
+    lab.daemon.stop();
+    own.set_nonblocking(true).expect("non-blocking");
+    lab.topology.client.enter(|| {
+        let limit = Duration::from_millis(500);
+        assert!(std::net::TcpStream::connect_timeout(&at("192.0.2.3", 8080), limit).is_err(), "somebody answers");
+    });
+    assert!(own.accept().is_err(), "the host's own listener got it");
+    assert_eq!(snapshot(&lab.topology.host)["ip -4 route show table all"], during["ip -4 route show table all"]);
+    lab.daemon.restart();
+    lab.topology.client.enter(|| expect_tcp_hello(at("192.0.2.3", 8080)));
+    lab.daemon.ok(&format!("remove-prefix {}", PREFIXES[0]));
+    lab.daemon.stop();
+}
+
+/// A server whose keeper is gone cleans up.
+fn orphan() {
+    let lab = Lab::new("sk-lookup");
+    lab.daemon.ok(&format!("add-prefix {}", PREFIXES[0]));
+    let server = lab.daemon.pid();
+    kill(lab.daemon.keeper(), Signal::SIGKILL).expect("SIGKILL to the keeper");
+    wait_for("end of the server", Duration::from_secs(10), || {
+        if kill(server, None).is_err() { Ok(()) } else { Err(lab.daemon.log()) }
+    });
+    let routes = lab.topology.host.run("ip", ["route", "show", "table", "local", "proto", "165"]);
+    assert_eq!(routes, "", "routes that stayed");
+    assert!(lab.daemon.log().contains("nothing is left in the kernel"), "{}", lab.daemon.log());
+}
