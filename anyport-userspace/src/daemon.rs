@@ -20,7 +20,7 @@ use crate::{
     api,
     config::Config,
     engine::Engine,
-    keeper::{Command, Commands, Handover, Link},
+    keeper::{Begin, Command, Commands, Handover, Link},
     lock::Lock,
     register, routes,
     service::{DescriptorPool, WorkerHandles, Workers},
@@ -62,7 +62,7 @@ pub fn run(config: &Config, keeper: &Link) -> anyhow::Result<()> {
         .enable_all()
         .build()
         .context("start the control threads")?;
-    control.block_on(control_loop(config, workers.handles(), lock, keeper, begin.is_successor))
+    control.block_on(control_loop(config, workers.handles(), lock, keeper, &begin))
 }
 
 /// How the daemon ends.
@@ -79,14 +79,17 @@ struct Ends {
     terminate: Signal,
     interrupt: Signal,
     commands: Commands,
+    /// Whether somebody starts the keeper again, should it end.
+    is_restarted: bool,
 }
 
 impl Ends {
-    fn new(keeper: &Link) -> anyhow::Result<Self> {
+    fn new(keeper: &Link, is_restarted: bool) -> anyhow::Result<Self> {
         Ok(Self {
             terminate: signal(SignalKind::terminate()).context("wait for SIGTERM")?,
             interrupt: signal(SignalKind::interrupt()).context("wait for SIGINT")?,
             commands: keeper.commands()?,
+            is_restarted,
         })
     }
 
@@ -106,6 +109,10 @@ impl Ends {
                         handover.not_replaced(why);
                         continue;
                     }
+                    Command::Gone if self.is_restarted => {
+                        warn!("the process that keeps the sockets has ended, and is started again: leaving the rest to it");
+                        return End::Leave;
+                    }
                     Command::Gone => warn!("the process that keeps the sockets has ended: stopping"),
                 },
             }
@@ -119,15 +126,15 @@ async fn control_loop(
     workers: WorkerHandles,
     mut lock: Lock,
     keeper: &Link,
-    is_successor: bool,
+    begin: &Begin,
 ) -> anyhow::Result<()> {
-    let mut ends = Ends::new(keeper)?;
+    let mut ends = Ends::new(keeper, begin.is_restarted)?;
     lock.answer()?;
     let listener = api::bind(&config.socket)?;
     let registering = register::bind(&register::socket_beside(&config.socket)).inspect_err(|_| {
         fs::remove_file(&config.socket).ok();
     })?;
-    let engine: api::Shared = match Engine::start(config, workers, keeper.clone(), is_successor).await {
+    let engine: api::Shared = match Engine::start(config, workers, keeper.clone(), begin.is_successor).await {
         Ok(engine) => Arc::new(Mutex::new(Some(engine))),
         Err(error) => {
             remove_sockets(config);
@@ -165,12 +172,12 @@ async fn control_loop(
         return Ok(());
     }
     keeper.left();
-    drain(&left?, config.drain_timeout, &mut ends, &handover).await;
+    drain(&left?, config.drain_timeout, &mut ends).await;
     Ok(())
 }
 
 /// Waits for the end of the connections that this process has.
-async fn drain(connections: &DescriptorPool, limit: Duration, ends: &mut Ends, handover: &Handover) {
+async fn drain(connections: &DescriptorPool, limit: Duration, ends: &mut Ends) {
     let over = async {
         while !connections.is_whole() {
             sleep(DRAIN_INTERVAL).await;
@@ -179,7 +186,7 @@ async fn drain(connections: &DescriptorPool, limit: Duration, ends: &mut Ends, h
     tokio::select! {
         () = over => info!("the last connection has ended"),
         () = sleep(limit) => info!("connections are closed that went on for {limit:?} after the end (drain-timeout)"),
-        _ = ends.wait(handover) => {}
+        _ = ends.terminate.recv() => info!("SIGTERM: closing the connections that are left"),
     }
 }
 

@@ -343,9 +343,18 @@ impl Daemon {
 /// Kills a daemon by the process that keeps its sockets. That one is stopped first, so that it starts no other.
 pub fn kill_all(keeper: Pid) {
     stop_threads(keeper);
-    for pid in children(keeper).into_iter().chain([keeper]) {
+    let servers = children(keeper);
+    for pid in servers.iter().chain([&keeper]) {
         // One that has ended by itself is no failure.
-        kill(pid, Signal::SIGKILL).ok();
+        kill(*pid, Signal::SIGKILL).ok();
+    }
+    for pid in servers {
+        wait_for("end of a killed server", Duration::from_secs(10), || {
+            match fs::read_to_string(format!("/proc/{pid}/stat")) {
+                Ok(stat) if !stat.contains(") Z ") => Err(stat),
+                _ => Ok(()),
+            }
+        });
     }
 }
 

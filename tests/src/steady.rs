@@ -55,7 +55,8 @@ impl Tally {
 
     /// The first few failures in words.
     pub fn sample(&self) -> String {
-        self.failures.iter().take(5).map(|failure| format!("\n{failure}")).collect()
+        let some: Vec<String> = self.failures.iter().take(5).map(ToString::to_string).collect();
+        format!("\n{}", some.join("\n"))
     }
 }
 

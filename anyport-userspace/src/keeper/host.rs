@@ -1,11 +1,14 @@
 //! The keeper's side.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, btree_map::Entry},
     env,
     ffi::OsString,
     io,
-    os::{fd::OwnedFd, unix::process::ExitStatusExt as _},
+    os::{
+        fd::{AsFd as _, OwnedFd},
+        unix::process::ExitStatusExt as _,
+    },
     path::{Path, PathBuf},
     process::{ExitCode, ExitStatus},
     time::Duration,
@@ -28,6 +31,7 @@ use tokio::{
 use super::{
     Begin, Order, Report,
     server::{News, Server},
+    systemd,
 };
 
 /// Between the starts of servers that crash.
@@ -78,6 +82,8 @@ struct Keeper {
     pause: Duration,
     /// Whether steering may be in the kernel.
     has_served: bool,
+    /// Whether those that leave are nobody's business any more.
+    is_restarting: bool,
     /// Once it is to stop, or nobody serves any more.
     code: Option<u8>,
     news: UnboundedSender<(Pid, News)>,
@@ -86,7 +92,7 @@ struct Keeper {
 impl Keeper {
     fn new(news: UnboundedSender<(Pid, News)>) -> io::Result<Self> {
         Ok(Self {
-            sockets: BTreeMap::new(),
+            sockets: systemd::kept(),
             arguments: env::args_os().skip(1).collect(),
             place: env::current_exe()?,
             executable: PathBuf::from("/proc/self/exe"),
@@ -98,6 +104,7 @@ impl Keeper {
             restart_at: None,
             pause: FIRST_PAUSE,
             has_served: false,
+            is_restarting: false,
             code: None,
             news,
         })
@@ -152,13 +159,24 @@ impl Keeper {
         match report {
             Report::Prepared => self.begin(),
             Report::Keep(name) => {
-                if let Some(socket) = socket {
-                    self.sockets.insert(name, socket);
+                // A server that goes on with kept sockets has them kept once more.
+                if let (Some(socket), Entry::Vacant(place)) = (socket, self.sockets.entry(name)) {
+                    if systemd::is_there() {
+                        systemd::keep(place.key(), socket.as_fd());
+                    }
+                    place.insert(socket);
                 }
             }
-            Report::Forget(name) => drop(self.sockets.remove(&name)),
+            Report::Forget(name) => {
+                if self.sockets.remove(&name).is_some() && systemd::is_there() {
+                    systemd::forget(&name);
+                }
+            }
             Report::Ready => {
                 server.is_ready = true;
+                if systemd::is_there() {
+                    systemd::ready();
+                }
                 self.has_served = true;
                 self.former = None;
             }
@@ -184,7 +202,11 @@ impl Keeper {
 
     /// Has the server begin that is ready to.
     fn begin(&mut self) {
-        let begin = Begin { is_successor: self.has_served, crash: self.crash.take() };
+        let begin = Begin {
+            is_successor: self.has_served || !self.sockets.is_empty(),
+            is_restarted: systemd::is_there(),
+            crash: self.crash.take(),
+        };
         if let Some(server) = &self.serving {
             server.give(self.sockets.iter());
             server.tell(&Order::Begin(begin), &[]);
@@ -211,7 +233,11 @@ impl Keeper {
 
     /// The one that serves has left, so the next one begins.
     fn hand_over(&mut self) {
-        self.leaving.extend(self.serving.take());
+        let left = self.serving.take();
+        if self.is_restarting {
+            return;
+        }
+        self.leaving.extend(left);
         if let Some((next, executable)) = self.next.take() {
             self.former = Some(std::mem::replace(&mut self.executable, executable));
             self.serving = Some(next);
@@ -262,9 +288,19 @@ impl Keeper {
         }
     }
 
+    /// For good; or, where the service manager restarts the unit and keeps the sockets meanwhile, so that those who serve go on until
+    /// their last connection has ended.
     fn stop(&mut self) {
         self.code.get_or_insert(0);
         self.restart_at = None;
+        if systemd::is_there() && systemd::is_restarting() {
+            self.is_restarting = true;
+            self.leaving.clear();
+            return match &self.serving {
+                Some(serving) if serving.is_ready => serving.tell(&Order::Leave, &[]),
+                _ => self.serving = None,
+            };
+        }
         if let Some(serving) = &self.serving {
             serving.signal(Signal::SIGTERM);
         }

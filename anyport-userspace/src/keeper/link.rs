@@ -24,6 +24,8 @@ use crate::register::message::{Message, put, receive};
 pub struct Begin {
     /// Whether there was a server before, whose steering is still in the kernel.
     pub is_successor: bool,
+    /// Whether somebody starts the keeper again when it has ended.
+    pub is_restarted: bool,
     /// How that one ended, if it did not leave by itself.
     pub crash: Option<String>,
 }

@@ -13,6 +13,7 @@ mod handover;
 mod host;
 mod link;
 mod server;
+mod systemd;
 
 use std::path::PathBuf;
 

@@ -1,0 +1,106 @@
+//! The service manager above the keeper, if there is one: its descriptor store keeps the sockets while the unit restarts.
+
+use std::{
+    collections::BTreeMap,
+    env, fs, io,
+    os::fd::{BorrowedFd, OwnedFd, RawFd},
+    process::Command,
+};
+
+use nix::unistd::close;
+use sd_notify::NotifyState;
+
+use crate::sys;
+
+/// Where `Type=notify` units find the manager's socket (`sd_notify(3)`).
+const SOCKET: &str = "NOTIFY_SOCKET";
+
+/// Whether a service manager is told what happens, and keeps what it is given.
+pub(super) fn is_there() -> bool {
+    env::var_os(SOCKET).is_some()
+}
+
+/// The sockets that the manager has kept (`LISTEN_FDS`), by the names under which it was given them. To be called once.
+pub(super) fn kept() -> BTreeMap<String, OwnedFd> {
+    let inherited = match sd_notify::listen_fds_with_names() {
+        Ok(inherited) => inherited,
+        Err(error) => {
+            warn(&format_args!("take the sockets that the service manager kept: {error}"));
+            return BTreeMap::new();
+        }
+    };
+    inherited.filter_map(|(number, name)| Some((name, take(number)?))).collect()
+}
+
+/// A descriptor that the process was started with, in a handle that closes it in the end.
+fn take(number: RawFd) -> Option<OwnedFd> {
+    let owned = sys::inherited(number)?.try_clone_to_owned().ok()?;
+    close(number).ok()?;
+    Some(owned)
+}
+
+/// Has the manager keep a socket.
+pub(super) fn keep(name: &str, socket: BorrowedFd<'_>) {
+    // Without FDPOLL=0 the manager would drop a socket with an error that somebody is about to read.
+    let state = [NotifyState::FdStore, NotifyState::FdName(name), NotifyState::Custom("FDPOLL=0")];
+    complain(sd_notify::notify_with_fds(&state, &[socket]));
+}
+
+/// Has it keep one no more.
+pub(super) fn forget(name: &str) {
+    complain(sd_notify::notify(&[NotifyState::FdStoreRemove, NotifyState::FdName(name)]));
+}
+
+/// Tells that connections are served.
+pub(super) fn ready() {
+    complain(sd_notify::notify(&[NotifyState::Ready]));
+}
+
+/// Whether the unit of this process is being restarted rather than stopped: only its job says so. Without an answer it is stopped.
+pub(super) fn is_restarting() -> bool {
+    let Some(unit) = own_unit() else { return false };
+    let jobs = Command::new("systemctl").args(["list-jobs", "--full", "--plain", "--no-legend", "--no-pager"]).output();
+    jobs.is_ok_and(|output| is_restart_of(&unit, &String::from_utf8_lossy(&output.stdout)))
+}
+
+/// By lines such as `123 anyport.service restart running`.
+fn is_restart_of(unit: &str, jobs: &str) -> bool {
+    jobs.lines().any(|line| {
+        let mut words = line.split_whitespace().skip(1);
+        words.next() == Some(unit) && words.next() == Some("restart")
+    })
+}
+
+/// The last unit in the path of the process's control group, such as `0::/system.slice/anyport.service`.
+fn own_unit() -> Option<String> {
+    let groups = fs::read_to_string("/proc/self/cgroup").ok()?;
+    let path = groups.lines().find_map(|line| line.strip_prefix("0::"))?;
+    path.rsplit('/').find(|part| part.ends_with(".service")).map(ToOwned::to_owned)
+}
+
+fn complain(told: io::Result<()>) {
+    if let Err(error) = told {
+        warn(&format_args!("tell the service manager: {error}"));
+    }
+}
+
+#[expect(
+    clippy::print_stderr,
+    reason = "the keeper has no log of its own; a service manager puts this into its journal"
+)]
+fn warn(what: &std::fmt::Arguments<'_>) {
+    eprintln!("anyportd: {what}");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::is_restart_of;
+
+    #[test]
+    fn a_restart_is_told_from_a_stop() {
+        let jobs = "  88 anyport.service restart running\n 91 other.service stop waiting\n";
+        assert!(is_restart_of("anyport.service", jobs));
+        assert!(!is_restart_of("other.service", jobs));
+        assert!(!is_restart_of("port.service", jobs));
+    }
+}
