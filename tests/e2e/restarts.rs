@@ -18,8 +18,9 @@ use anyport_tests::{
     ground::{program, public_copy, scratch},
     host::{Outcome, wait_for},
     random::Random,
-    steady::{Tally, dial_during},
-    topology::SERVER,
+    steady::{Loss, Tally, dial_during},
+    systemd::Systemd,
+    topology::{SERVER, Topology},
 };
 use libtest_mimic::Trial;
 use nix::sys::signal::{Signal, kill};
@@ -32,7 +33,7 @@ use crate::{
 const PREFIXES: [&str; 2] = ["192.0.2.0/24", "2001:db8:0:a::/64"];
 /// How many dial at the same time.
 const CLIENTS: usize = 3;
-const CRASHES: u64 = 8;
+const CRASHES: usize = 8;
 const UPGRADES: u64 = 6;
 /// Connections between two of these.
 const BETWEEN: u64 = 200;
@@ -48,6 +49,7 @@ pub(crate) fn trials() -> Vec<Trial> {
     trials.push(trial("restarts::the number of workers changes", workers));
     trials.push(trial("restarts::connections have their time", deadline));
     trials.push(trial("restarts::without keeper it stops", orphan));
+    trials.push(trial("restarts::under systemd", systemd));
     trials
 }
 
@@ -59,8 +61,12 @@ fn lab(backend: &str) -> Lab {
 
 /// Has clients dial during `work`. Nobody may be refused, nor served by another.
 fn dial_while(lab: &Lab, work: impl FnOnce(&AtomicU64)) -> Tally {
-    let tally = dial_during(&lab.topology.client, &PREFIXES, CLIENTS, work);
-    let lost = tally.failures.len() - tally.unanswered();
+    dial_from(&lab.topology, work)
+}
+
+fn dial_from(topology: &Topology, work: impl FnOnce(&AtomicU64)) -> Tally {
+    let tally = dial_during(&topology.client, &PREFIXES, CLIENTS, work);
+    let lost = tally.count(Loss::Refused) + tally.count(Loss::Misdirected);
     assert!(lost == 0, "{lost} of {} connections:{}", tally.served, tally.sample());
     tally
 }
@@ -108,17 +114,17 @@ fn crashes(backend: &'static str) {
         }
         wait_for_more(served);
     });
-    let bound = CRASHES as usize * CLIENTS;
-    assert!(tally.unanswered() <= bound, "{} of {} connections:{}", tally.unanswered(), tally.served, tally.sample());
+    let lost = tally.count(Loss::Unanswered);
+    assert!(lost <= CRASHES * CLIENTS, "{lost} of {} connections:{}", tally.served, tally.sample());
     assert!(lab.daemon.log().contains("was killed by SIGKILL"), "{}", lab.daemon.log());
     lab.daemon.stop();
 }
 
 fn upgrades(backend: &'static str) {
     let mut lab = lab(backend);
-    let _log = LogOnPanic(&lab.daemon);
     let directory = scratch();
     let versions = ["one", "two"].map(|name| copy(directory.path(), name));
+    let log = LogOnPanic(&lab.daemon);
     let tally = dial_while(&lab, |served| {
         for (round, version) in (0..UPGRADES).zip(versions.iter().cycle()) {
             wait_for_more(served);
@@ -133,7 +139,7 @@ fn upgrades(backend: &'static str) {
     assert!(tally.failures.is_empty(), "{} of {}:{}", tally.failures.len(), tally.served, tally.sample());
     lab.topology.client.enter(|| drop(udp(at("192.0.2.5", 5), b"question").expect("an answer")));
     assert_eq!(lab.daemon.json("prefixes").as_array().expect("an array").len(), 2);
-    drop(_log);
+    drop(log);
     lab.daemon.stop();
 }
 
@@ -321,4 +327,60 @@ fn orphan() {
     let routes = lab.topology.host.run("ip", ["route", "show", "table", "local", "proto", "165"]);
     assert_eq!(routes, "", "routes that stayed");
     assert!(lab.daemon.log().contains("nothing is left in the kernel"), "{}", lab.daemon.log());
+}
+
+/// The unit as it is shipped, with the programs from where they were built.
+fn systemd() {
+    let topology = Topology::new();
+    let directory = scratch();
+    fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o755)).expect("a mode");
+    let manager = Systemd::start(&topology.host);
+    let [daemon, client] =
+        ["anyportd", "anyportctl"].map(|name| program(name).expect("a program").display().to_string());
+    manager.write("/run/systemd/system/anyport.service", include_str!("../../xtask/packaging/anyport.service"));
+    let drop_in = format!(
+        "[Unit]\nDefaultDependencies=no\n[Service]\nExecStart=\nExecStart={daemon} --drain-timeout 20s\n\
+         StandardOutput=append:/run/log\nStandardError=append:/run/log\n"
+    );
+    manager.write("/run/systemd/system/anyport.service.d/test.conf", &drop_in);
+    manager.ok(&["systemctl", "daemon-reload"]);
+    manager.ok(&["systemctl", "start", "anyport"]);
+    let ctl = |words: &str| manager.ok(&[&[client.as_str()][..], &words.split(' ').collect::<Vec<_>>()].concat());
+    let serving = || -> serde_json::Value {
+        let status = serde_json::from_str::<serde_json::Value>(&ctl("status --json")).expect("JSON");
+        status["pid"].clone()
+    };
+    ctl("add-service echo --handler echo");
+    ctl("add-prefix 198.51.100.128/25 --no-route --service echo");
+    ctl(&format!("add-prefix {} {}", PREFIXES[0], PREFIXES[1]));
+    ctl("add-prefix 192.0.2.7/32 --service echo --ports 65535");
+    let mut stream = topology.client.enter(|| tcp(at("192.0.2.7", 65_535))).expect("a connection");
+    expect_tcp_line(&mut stream, "before\n");
+    let tally = dial_from(&topology, |served| {
+        for what in ["restart", "reload", "restart"] {
+            wait_for_more(served);
+            let before = serving();
+            manager.ok(&["systemctl", what, "anyport"]);
+            wait_for("another process that serves", Duration::from_secs(10), || {
+                let outcome = manager.run(&[&client, "status", "--json"]);
+                let is_other = outcome.status == 0 && !outcome.stdout.contains(&format!("\"pid\":{before},"));
+                if is_other { Ok(()) } else { Err(format!("after {what}: {outcome}")) }
+            });
+            expect_tcp_line(&mut stream, "during\n");
+        }
+        wait_for_more(served);
+    });
+    let log = || manager.run(&["cat", "/run/log"]).stdout;
+    assert!(tally.failures.is_empty(), "{} of {}:{}\n{}", tally.failures.len(), tally.served, tally.sample(), log());
+    // The keeper itself is killed: newcomers wait until it is started again.
+    let tally = dial_from(&topology, |served| {
+        wait_for_more(served);
+        manager.ok(&["systemctl", "kill", "--kill-who=main", "--signal=KILL", "anyport"]);
+        wait_for_more(served);
+    });
+    assert!(tally.failures.is_empty(), "{} of {}:{}\n{}", tally.failures.len(), tally.served, tally.sample(), log());
+    manager.ok(&["systemctl", "stop", "anyport"]);
+    let routes = topology.host.run("ip", ["route", "show", "table", "local", "proto", "165"]);
+    assert_eq!(routes, "", "routes that stayed; the log:\n{}", log());
+    assert_eq!(manager.run(&["systemctl", "show", "--property=Result", "--value", "anyport"]).stdout.trim(), "success");
 }

@@ -358,7 +358,7 @@ pub fn kill_all(keeper: Pid) {
     }
 }
 
-fn children(parent: Pid) -> Vec<Pid> {
+pub(crate) fn children(parent: Pid) -> Vec<Pid> {
     let children = fs::read_to_string(format!("/proc/{parent}/task/{parent}/children")).unwrap_or_default();
     children.split_whitespace().map(|pid| Pid::from_raw(pid.parse().expect("a process id"))).collect()
 }

@@ -49,6 +49,7 @@ pub fn missing() -> Vec<String> {
         "ip6tables-restore",
         "xtables-nft-multi",
         "xtables-legacy-multi",
+        "systemctl",
     ] {
         if !search.iter().any(|directory| directory.join(tool).is_file()) {
             missing.push(format!("the program `{tool}`"));

@@ -17,4 +17,5 @@ pub mod packet;
 pub mod random;
 pub mod servers;
 pub mod steady;
+pub mod systemd;
 pub mod topology;

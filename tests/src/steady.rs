@@ -8,6 +8,7 @@ use std::{
         atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
     },
     thread::scope,
+    time::Instant,
 };
 
 use crate::{
@@ -17,22 +18,36 @@ use crate::{
 };
 
 /// What became of a connection to the handler `hello` that was not served.
-#[derive(Clone, Debug)]
-pub enum Failure {
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Loss {
     /// There was none.
-    Refused(SocketAddr, String),
+    Refused,
     /// It was established, and ended before the first byte.
-    Unanswered(SocketAddr, String),
+    Unanswered,
     /// Somebody else answered.
-    Misdirected(SocketAddr, String),
+    Misdirected,
+}
+
+/// A connection that was not served.
+#[derive(Clone, Debug)]
+pub struct Failure {
+    /// When that was known.
+    pub at: Instant,
+    /// What was dialled.
+    pub to: SocketAddr,
+    /// What became of it.
+    pub loss: Loss,
+    /// What the kernel or the other side said.
+    pub why: String,
 }
 
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (what, to, why) = match self {
-            Self::Refused(to, why) => ("refused", to, why),
-            Self::Unanswered(to, why) => ("established and not answered", to, why),
-            Self::Misdirected(to, why) => ("answered by another", to, why),
+        let Self { to, loss, why, .. } = self;
+        let what = match loss {
+            Loss::Refused => "refused",
+            Loss::Unanswered => "established and not answered",
+            Loss::Misdirected => "answered by another",
         };
         write!(f, "{to} {what}: {why}")
     }
@@ -48,9 +63,9 @@ pub struct Tally {
 }
 
 impl Tally {
-    /// Those that were established and not answered.
-    pub fn unanswered(&self) -> usize {
-        self.failures.iter().filter(|failure| matches!(failure, Failure::Unanswered(..))).count()
+    /// How many were lost this way.
+    pub fn count(&self, loss: Loss) -> usize {
+        self.failures.iter().filter(|failure| failure.loss == loss).count()
     }
 
     /// The first few failures in words.
@@ -97,13 +112,17 @@ pub fn dial_during(namespace: &Netns, prefixes: &[&str], clients: usize, work: i
 }
 
 fn dial(to: SocketAddr) -> Result<(), Failure> {
-    let mut stream = tcp(to).map_err(|error| Failure::Refused(to, error.to_string()))?;
+    let lost = |loss, why: String| Err(Failure { at: Instant::now(), to, loss, why });
+    let mut stream = match tcp(to) {
+        Ok(stream) => stream,
+        Err(error) => return lost(Loss::Refused, error.to_string()),
+    };
     let local = stream.local_addr();
     match (read_text(&mut stream), local) {
         (Ok(text), Ok(local)) if text == hello(local, to, "tcp") => Ok(()),
-        (Ok(text), Ok(_)) if text.is_empty() => Err(Failure::Unanswered(to, "end of stream".into())),
-        (Ok(text), Ok(_)) => Err(Failure::Misdirected(to, text)),
-        // Without an address of its own the connection was reset at once.
-        (Err(error), _) | (_, Err(error)) => Err(Failure::Unanswered(to, error.to_string())),
+        (Ok(text), Ok(_)) if text.is_empty() => lost(Loss::Unanswered, "end of stream".into()),
+        (Ok(text), Ok(_)) => lost(Loss::Misdirected, text),
+        // Without an address of its own it was reset at once.
+        (Err(error), _) | (_, Err(error)) => lost(Loss::Unanswered, error.to_string()),
     }
 }

@@ -37,6 +37,8 @@ enum Command {
     Test(test::Options),
     /// Measure, and print the numbers as ratios.
     Bench(programs::BenchOptions),
+    /// Restart, upgrade and kill the daemon under load for a quarter of an hour.
+    Soak(programs::DemoOptions),
     /// Feed random input to everything that reads foreign bytes.
     Fuzz(fuzz::Options),
     /// Build the BPF object that is kept in the repository.
@@ -49,6 +51,7 @@ fn main() -> ExitCode {
         Command::Demo(options) => programs::demo(&options),
         Command::Test(options) => return report(test::run(&options)),
         Command::Bench(options) => programs::bench(&options),
+        Command::Soak(options) => programs::soak(&options),
         Command::Fuzz(options) => fuzz::run(&options),
         Command::BuildEbpf(options) => build_ebpf::run(&options),
     };

@@ -13,10 +13,10 @@ use crate::{
     process::{self, exec},
 };
 
-/// Options of `cargo xtask demo`.
+/// Options of `cargo xtask demo` and `soak`.
 #[derive(clap::Args)]
 pub(crate) struct DemoOptions {
-    /// Arguments for the demonstration.
+    /// Arguments for the program.
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     arguments: Vec<OsString>,
 }
@@ -65,6 +65,12 @@ impl Programs {
 pub(crate) fn demo(options: &DemoOptions) -> Result<()> {
     host::require(&[host::IP, host::BPFTOOL, host::IPTABLES])?;
     show("demo", &options.arguments)
+}
+
+/// Builds and runs the long test.
+pub(crate) fn soak(options: &DemoOptions) -> Result<()> {
+    host::require(&[&[host::IP, host::IPTABLES, host::BPFTOOL][..], &host::FOR_TESTS].concat())?;
+    show("soak", &options.arguments)
 }
 
 /// Builds and runs a measurement.

@@ -76,7 +76,7 @@ struct Subject {
 
 enum Process {
     Loop(Running),
-    Anyport(Daemon),
+    Anyport(Box<Daemon>),
 }
 
 impl Process {
@@ -108,7 +108,7 @@ impl Subject {
                 if !others.is_empty() {
                     daemon.ok(&format!("add-prefix {} --service sink", others.join(" ")));
                 }
-                Process::Anyport(daemon)
+                Process::Anyport(Box::new(daemon))
             }
         };
         wait_for("connection", Duration::from_secs(20), || {

@@ -1,0 +1,90 @@
+//! A service manager of its own: the installed systemd as the first process of a PID namespace. It starts nothing by itself.
+
+use std::{
+    fs,
+    path::Path,
+    process::{Child, Command, Stdio},
+    time::Duration,
+};
+
+use nix::unistd::Pid;
+
+use crate::{
+    daemon::children,
+    host::{Outcome, wait_for},
+    netns::Netns,
+};
+
+/// What the manager finds: its own /run, /var, /etc and control groups, and units in /run/systemd/system.
+const SCRIPT: &str = r"
+set -e
+mount --make-rprivate /
+mount -t tmpfs tmpfs /run
+mount -t proc proc /proc
+mount -t sysfs sysfs /sys
+mount -t cgroup2 cgroup2 /sys/fs/cgroup
+mount -t bpf bpf /sys/fs/bpf
+cp -a /etc /run/etc
+mount --bind /run/etc /etc
+mount -t tmpfs tmpfs /var
+mkdir -p /run/lock /run/systemd/system
+printf '[Unit]\nDefaultDependencies=no\n' > /run/systemd/system/quiet.target
+exec env container=other SYSTEMD_LOG_TARGET=console /lib/systemd/systemd --system --unit=quiet.target
+";
+
+/// A manager in a namespace. All that it has started ends when this is dropped.
+#[derive(Debug)]
+pub struct Systemd {
+    namespace: Netns,
+    process: Child,
+    manager: Pid,
+}
+
+impl Systemd {
+    /// Starts it.
+    pub fn start(namespace: &Netns) -> Self {
+        let mut command = Command::new("setpriv");
+        command.args(["--pdeathsig", "KILL", "--", "unshare", "--pid", "--fork", "--kill-child", "--mount", "--ipc"]);
+        command.args(["--uts", "--cgroup", "bash", "-c", SCRIPT]);
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        let process = namespace.spawn(command);
+        let parent = Pid::from_raw(process.id().try_into().expect("a pid"));
+        let manager = wait_for("manager", Duration::from_secs(10), || {
+            children(parent).first().copied().ok_or_else(|| "no process".to_owned())
+        });
+        let this = Self { namespace: namespace.clone(), process, manager };
+        wait_for("manager that answers", Duration::from_secs(20), || {
+            let outcome = this.run(&["systemctl", "is-active", "quiet.target"]);
+            if outcome.status == 0 { Ok(()) } else { Err(outcome.to_string()) }
+        });
+        this
+    }
+
+    /// Runs a command as the manager's services see the host.
+    pub fn run(&self, command: &[&str]) -> Outcome {
+        let mut inside = Command::new("nsenter");
+        inside.args(["--pid", "--mount", "--ipc", "--uts", "--cgroup", "--target", &self.manager.to_string(), "--"]);
+        self.namespace.output(inside.args(command))
+    }
+
+    /// Runs a command, which must succeed.
+    pub fn ok(&self, command: &[&str]) -> String {
+        let outcome = self.run(command);
+        assert!(outcome.status == 0, "{command:?}: {outcome}");
+        outcome.stdout
+    }
+
+    /// Writes a file where the manager sees it.
+    pub fn write(&self, path: &str, text: &str) {
+        let seen = Path::new("/proc").join(self.manager.to_string()).join("root").join(path.trim_start_matches('/'));
+        fs::create_dir_all(seen.parent().expect("a directory")).expect("directories");
+        fs::write(&seen, text).unwrap_or_else(|error| panic!("{}: {error}", seen.display()));
+    }
+}
+
+impl Drop for Systemd {
+    fn drop(&mut self) {
+        drop(self.process.kill());
+        drop(self.process.wait());
+    }
+}
