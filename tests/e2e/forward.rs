@@ -38,6 +38,7 @@ pub(crate) fn trials() -> Vec<Trial> {
     trials.extend(on_each_back_end("forward::upstreams read our PROXY header", told));
     trials.extend(on_each_back_end("forward::the dialled port is kept", kept_port));
     trials.push(trial("forward::a proxy in front tells who dialled", in_front));
+    trials.push(trial("forward::no packet is spent on what another one can carry", few_packets));
     trials.push(trial("forward::1 GiB each way", large));
     trials.push(trial("forward::a slow reader costs no memory", slow_reader));
     trials.push(trial("forward::half-close both ways", half_close));
@@ -178,6 +179,37 @@ fn in_front() {
         let bad = services.as_array().expect("services").iter().map(|it| it["bad_headers"].as_u64().expect("a count"));
         assert_eq!(bad.sum::<u64>(), 1);
     }
+}
+
+/// Packets of TCP that a host has got.
+fn packets(host: &Netns) -> u64 {
+    /// The column `InSegs`.
+    const IN_SEGS: usize = 10;
+    let text = host.enter(|| fs::read_to_string("/proc/thread-self/net/snmp")).expect("the kernel's counts");
+    let numbers = text.lines().filter(|line| line.starts_with("Tcp:")).nth(1).expect("a line of TCP");
+    numbers.split_whitespace().nth(IN_SEGS).and_then(|it| it.parse().ok()).expect("a number")
+}
+
+fn few_packets() {
+    /// By then everything has arrived, what was delayed by the kernel too.
+    const SETTLED: Duration = Duration::from_millis(500);
+    let lab = lab("sk-lookup", &format!("--upstream {}:7001 --proxy-protocol v1", SERVER[0]));
+    let server_host = &lab.topology.server;
+    server(server_host, at(SERVER[0], 7001), |mut stream| {
+        stream.read_to_end(&mut Vec::new())?;
+        sleep(SETTLED * 4);
+        Ok(())
+    });
+    let before = packets(server_host);
+    let stream = lab.topology.client.enter(|| tcp(at(ONE[0], 31_337))).expect("a connection");
+    sleep(SETTLED);
+    let greeted = packets(server_host);
+    assert_eq!(greeted - before, 2, "the SYN, and the header that ends the handshake");
+    // The client's kernel keeps these for the end of the stream.
+    SockRef::from(&stream).send_with_flags(b"last words", libc::MSG_MORE).expect("words");
+    stream.shutdown(Shutdown::Write).expect("the end");
+    sleep(SETTLED);
+    assert_eq!(packets(server_host) - greeted, 1, "the last words with the end");
 }
 
 /// Sends [`LARGE`] bytes; what follows of a position is told by it.

@@ -27,12 +27,7 @@ use std::{
 use anyhow::Context as _;
 use anyport_common::{flow::Transport, maps::SOCKETS_PER_SERVICE};
 use socket2::Socket;
-use tokio::{
-    net::{TcpListener, UdpSocket},
-    runtime::Handle,
-    sync::Notify,
-    task::JoinSet,
-};
+use tokio::{net::UdpSocket, runtime::Handle, sync::Notify, task::JoinSet};
 
 pub(crate) use config::ServiceTable;
 pub use config::{HandlerKind, ServiceConfig};
@@ -87,7 +82,7 @@ pub struct Service {
     tcp: Vec<Arc<Site>>,
     udp: Vec<Arc<UdpWorker>>,
     forwarder: Option<Arc<Forwarder>>,
-    listeners: Vec<Arc<TcpListener>>,
+    listeners: Vec<Arc<Socket>>,
     receivers: Vec<Arc<UdpSocket>>,
     keeper: Link,
     /// They serve what arrives at these.
@@ -177,7 +172,7 @@ struct Start<'a> {
     tcp: Vec<Arc<Site>>,
     udp: Vec<Arc<UdpWorker>>,
     forwarder: Option<Arc<Forwarder>>,
-    listeners: Vec<Arc<TcpListener>>,
+    listeners: Vec<Arc<Socket>>,
     receivers: Vec<Arc<UdpSocket>>,
     reply_opened: Arc<Notify>,
     tasks: JoinSet<()>,
@@ -250,9 +245,9 @@ impl<'a> Start<'a> {
             forwarder: self.forwarder.clone(),
             log: ConnectionLog::of(&self.config),
         });
-        let listener = Arc::new(TcpListener::from_std(socket.into()).context("watch a listening socket")?);
+        let listener = Arc::new(socket);
         self.listeners.push(Arc::clone(&listener));
-        let acceptor = Acceptor { listener, site: Arc::clone(&site) };
+        let acceptor = Acceptor::new(listener, Arc::clone(&site)).context("watch a listening socket")?;
         self.tcp.push(site);
         self.tasks.spawn_on(acceptor.run(), worker);
         Ok(())

@@ -1,31 +1,52 @@
-//! Accepting connections.
+//! Accepting connections, and serving them.
+
+pub(super) mod events;
+mod slab;
+pub(super) mod stream;
+mod talk;
+mod timers;
 
 use std::{
+    cell::RefCell,
     fmt::Display,
     io,
     net::SocketAddr,
+    os::fd::AsFd as _,
     sync::Arc,
     time::{Duration, Instant},
 };
 
+use anyhow::Context as _;
 use anyport_common::flow::Transport;
+use nix::sys::epoll::EpollTimeout;
+use socket2::Socket;
 use tokio::{
-    net::{TcpListener, TcpStream},
-    time::sleep,
+    io::unix::AsyncFd,
+    sync::Notify,
+    task::yield_now,
+    time::{sleep, sleep_until},
 };
 
+use self::{
+    events::{Context, Event, EventLoop, Machine, Next},
+    talk::Talk,
+};
 use super::{
     ServiceConfig,
     datagram::Ends,
     descriptors::{DescriptorPool, Descriptors},
-    forward::{End, Forwarder, Outcome, Refusal, Served},
-    handlers::{self, Talk},
+    forward::{Client, End, Forwarder, Outcome, Refusal, Served},
     log::{ConnectionLog, Entry},
     stats::TcpCounts,
 };
+use crate::sys;
 
 const FIRST_PAUSE: Duration = Duration::from_millis(10);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+/// Connections that are accepted before others have their turn.
+const ACCEPTS: usize = 64;
+/// For a timer that is set anew before it is due.
+const LONG: Duration = Duration::from_hours(1);
 
 /// What a worker has for the connections of one listening socket.
 #[derive(Debug)]
@@ -46,6 +67,7 @@ impl Site {
 }
 
 /// A connection that is open until this is dropped.
+#[derive(Debug)]
 struct Open {
     site: Arc<Site>,
     /// When it began, if it is to be written down.
@@ -62,20 +84,25 @@ impl Drop for Open {
 /// One listening socket at work.
 #[derive(Debug)]
 pub(super) struct Acceptor {
-    pub(super) listener: Arc<TcpListener>,
+    pub(super) listener: AsyncFd<Arc<Socket>>,
     pub(super) site: Arc<Site>,
 }
 
 impl Acceptor {
+    /// Watches a listening socket. To be called where the worker's runtime is the current one.
+    pub(super) fn new(listener: Arc<Socket>, site: Arc<Site>) -> io::Result<Self> {
+        Ok(Self { listener: sys::watch_readable(listener)?, site })
+    }
+
     /// Accepts for ever. Connections go on when this is dropped.
     pub(super) async fn run(self) {
+        if let Some(forwarder) = &self.site.forwarder {
+            forwarder.wait_for_names().await;
+        }
         let mut pause = Duration::ZERO;
         loop {
-            match self.listener.accept().await {
-                Ok((stream, client)) => {
-                    pause = Duration::ZERO;
-                    self.start(stream, client).await;
-                }
+            match self.accept_some().await {
+                Ok(()) => pause = Duration::ZERO,
                 Err(error) => {
                     self.site.counts.accept_errors.raise();
                     pause = pause_after(&error, pause);
@@ -89,10 +116,26 @@ impl Acceptor {
         }
     }
 
-    async fn start(&self, stream: TcpStream, client: SocketAddr) {
+    /// Waits for connections, and accepts those that are there.
+    async fn accept_some(&self) -> io::Result<()> {
+        let mut ready = self.listener.readable().await?;
+        for _ in 0..ACCEPTS {
+            match ready.try_io(|listener| accept(listener.get_ref())) {
+                Ok(accepted) => {
+                    let (socket, client) = accepted?;
+                    self.start(socket, client).await;
+                }
+                Err(_) => return Ok(()),
+            }
+        }
+        yield_now().await;
+        Ok(())
+    }
+
+    async fn start(&self, socket: Socket, client: SocketAddr) {
         let site = &self.site;
         site.counts.accepted.raise();
-        let Ok(dialled) = stream.local_addr() else { return };
+        let Ok(Some(dialled)) = socket.local_addr().map(|address| address.as_socket()) else { return };
         let ends = Ends { client, dialled };
         // While the pool is empty one connection waits here and the others in the kernel's queue. Listening
         // sockets that wait for connections take nothing from the pool, however many there are.
@@ -102,12 +145,7 @@ impl Acceptor {
         };
         site.counts.served.raise();
         let open = Open { site: Arc::clone(site), logged: site.log.begin(), _descriptors: descriptors };
-        // The futures differ in size, and each takes no more than its own.
-        if site.forwarder.is_some() {
-            tokio::spawn(forward(open, stream, ends));
-        } else {
-            tokio::spawn(converse(open, stream, ends));
-        }
+        Connections::start(Connection::new(open, socket, ends));
     }
 
     async fn wait_for_descriptors(&self) -> Descriptors {
@@ -117,15 +155,59 @@ impl Acceptor {
     }
 }
 
-async fn converse(open: Open, stream: TcpStream, ends: Ends) {
+fn accept(listener: &Socket) -> io::Result<(Socket, SocketAddr)> {
+    let flags = libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
+    let (socket, client) = listener.accept4(flags)?;
+    Ok((socket, client.as_socket().ok_or(io::ErrorKind::InvalidData)?))
+}
+
+/// One accepted connection. The kinds differ in size, and each takes no more than its own.
+#[derive(Debug)]
+enum Connection {
+    Talk(Box<(Open, Ends, Talk)>),
+    Forwarded(Box<(Open, Client)>),
+}
+
+impl Connection {
+    fn new(open: Open, socket: Socket, ends: Ends) -> Self {
+        if open.site.forwarder.is_some() {
+            return Self::Forwarded(Box::new((open, Client::new(socket, ends))));
+        }
+        let talk = Talk::new(&open.site.config, socket, ends);
+        Self::Talk(Box::new((open, ends, talk)))
+    }
+}
+
+impl Machine for Connection {
+    fn advance(&mut self, cx: &mut Context<'_>, event: Event) -> Next {
+        match self {
+            Self::Talk(it) => {
+                let (open, ends, talk) = &mut **it;
+                talk.advance(open.site.config.handler, cx, event).unwrap_or_else(|end| {
+                    talk_ended(open, *ends, talk, &end);
+                    Next::Close
+                })
+            }
+            Self::Forwarded(it) => {
+                let (open, client) = &mut **it;
+                let Site { forwarder, descriptors, .. } = &*open.site;
+                let Some(forwarder) = forwarder else { return Next::Close };
+                client.advance(forwarder, descriptors, cx, event).unwrap_or_else(|served| {
+                    forwarding_ended(open, &served);
+                    Next::Close
+                })
+            }
+        }
+    }
+}
+
+fn talk_ended(open: &Open, ends: Ends, talk: &Talk, end: &io::Result<()>) {
     let Site { config, log, .. } = &*open.site;
-    let talk = Talk::default();
-    let end = handlers::converse(config, stream, ends, &talk).await;
-    if let Err(error) = &end {
+    if let Err(error) = end {
         tracing::debug!("service {}: {} to {}: {error}", config.name, ends.client, ends.dialled);
     }
     if let Some(began) = open.logged {
-        let reason: &dyn Display = match &end {
+        let reason: &dyn Display = match end {
             Ok(()) => &"closed by both sides",
             Err(error) if error.kind() == io::ErrorKind::TimedOut => &"closed as idle",
             Err(error) => error,
@@ -135,16 +217,14 @@ async fn converse(open: Open, stream: TcpStream, ends: Ends) {
     }
 }
 
-async fn forward(open: Open, stream: TcpStream, ends: Ends) {
-    let Site { config, counts, descriptors, forwarder, log } = &*open.site;
-    let Some(forwarder) = forwarder else { return };
-    let Served { ends, upstream, end } = forwarder.serve(stream, ends, descriptors).await;
-    match &end {
+fn forwarding_ended(open: &Open, Served { ends, upstream, end }: &Served) {
+    let Site { config, counts, log, .. } = &*open.site;
+    match end {
         Err(Refusal::Header(_)) => counts.bad_headers.raise(),
         Err(Refusal::Upstream(_)) => counts.unforwarded.raise(),
         Ok(_) => {}
     }
-    let (from_client, to_client, reason): (_, _, &dyn Display) = match &end {
+    let (from_client, to_client, reason): (_, _, &dyn Display) = match end {
         Ok(outcome) => (outcome.to_upstream, outcome.to_client, &outcome.end),
         Err(refusal) => (0, 0, refusal),
     };
@@ -153,7 +233,101 @@ async fn forward(open: Open, stream: TcpStream, ends: Ends) {
     }
     if let Some(began) = open.logged {
         let upstream = upstream.as_ref().map(|upstream| upstream as &dyn Display);
+        let ends = *ends;
         log.write(&Entry { began, transport: Transport::Tcp, ends, upstream, from_client, to_client, reason });
+    }
+}
+
+/// The connections of a worker, served by a task of its runtime: the loop's own descriptor becomes readable when one of the
+/// connections has something to tell.
+#[derive(Debug)]
+pub(super) struct Connections {
+    events: EventLoop<Connection>,
+    /// When the task wakes by itself.
+    alarm: Instant,
+    /// Raised when it has to do so sooner.
+    sooner: Arc<Notify>,
+}
+
+thread_local! {
+    static CONNECTIONS: RefCell<Option<Connections>> = const { RefCell::new(None) };
+}
+
+impl Connections {
+    /// None yet.
+    ///
+    /// # Errors
+    /// The kernel refuses a descriptor.
+    pub(super) fn new() -> anyhow::Result<Self> {
+        let events = EventLoop::new().context("open an epoll descriptor")?;
+        Ok(Self { events, alarm: Instant::now() + LONG, sooner: Arc::default() })
+    }
+
+    /// Serves a connection on this thread, which must be a worker.
+    fn start(connection: Connection) {
+        CONNECTIONS.with_borrow_mut(|connections| {
+            let Some(Self { events, alarm, sooner }) = connections else { return };
+            events.start(connection);
+            if events.wants_turn() || events.next_due().is_some_and(|due| due < *alarm) {
+                sooner.notify_one();
+            }
+        });
+    }
+
+    /// Serves the connections that this thread starts, for ever.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub(super) async fn serve(self) -> io::Result<()> {
+        let descriptor = sys::watch_readable(self.events.as_fd().try_clone_to_owned()?)?;
+        let sooner = Arc::clone(&self.sooner);
+        let timer = sleep_until(self.alarm.into());
+        let mut timer = std::pin::pin!(timer);
+        let _closer = Closer::of(self);
+        loop {
+            let (goes_on, alarm) = CONNECTIONS.with_borrow_mut(|connections| {
+                let Some(Self { events, alarm, .. }) = connections else { return Ok((false, None)) };
+                let goes_on = events.turn(EpollTimeout::ZERO)?;
+                let now = Instant::now();
+                let due = events.next_due().unwrap_or(now + LONG);
+                // What is due later needs no new alarm before this one has gone off.
+                let is_new = due < *alarm || *alarm <= now;
+                if is_new {
+                    *alarm = due;
+                }
+                io::Result::Ok((goes_on, is_new.then_some(due)))
+            })?;
+            if let Some(alarm) = alarm {
+                timer.as_mut().reset(alarm.into());
+            }
+            if goes_on {
+                yield_now().await;
+                continue;
+            }
+            tokio::select! {
+                biased;
+                // What becomes ready from here on is told anew.
+                ready = descriptor.readable() => ready?.clear_ready(),
+                () = sooner.notified() => {}
+                () = &mut timer => {}
+            }
+        }
+    }
+}
+
+/// Closes the thread's connections when it is dropped.
+struct Closer;
+
+impl Closer {
+    fn of(connections: Connections) -> Self {
+        CONNECTIONS.set(Some(connections));
+        Self
+    }
+}
+
+impl Drop for Closer {
+    fn drop(&mut self) {
+        drop(CONNECTIONS.take());
     }
 }
 
@@ -185,7 +359,7 @@ fn pause_after(error: &io::Error, last: Duration) -> Duration {
 mod tests {
     use std::{io, time::Duration};
 
-    use super::pause_after;
+    use super::{Client, Ends, Open, Talk, pause_after};
 
     #[test]
     fn backs_off_while_resources_lack() {
@@ -208,5 +382,11 @@ mod tests {
             let error = io::Error::from_raw_os_error(number);
             assert_eq!(pause_after(&error, Duration::from_secs(1)), Duration::ZERO);
         }
+    }
+
+    #[test]
+    fn a_connection_takes_little_memory() {
+        let sizes = (size_of::<(Open, Client)>(), size_of::<(Open, Ends, Talk)>());
+        assert!(sizes.0 <= 512 && sizes.1 <= 256, "{sizes:?} bytes for each connection");
     }
 }

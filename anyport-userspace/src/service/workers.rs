@@ -3,6 +3,7 @@
 use std::{
     fmt,
     num::NonZeroUsize,
+    pin::pin,
     sync::Arc,
     thread::{self, JoinHandle},
     time::Duration,
@@ -14,6 +15,8 @@ use tokio::{
     sync::watch,
     time::interval,
 };
+
+use super::tcp::Connections;
 
 /// A timer that is due before all others has the runtime wake itself, by two system calls. That of each connection would be,
 /// were there not always this one before it.
@@ -43,19 +46,9 @@ impl Workers {
             let runtime =
                 Builder::new_current_thread().enable_all().build().context("start a runtime for connections")?;
             handles.push(runtime.handle().clone());
-            let mut stopped = stopped.clone();
-            let serve = move || {
-                runtime.block_on(async {
-                    let mut tick = interval(TICK);
-                    loop {
-                        tokio::select! {
-                            _ = tick.tick() => {}
-                            // An error says that the sender is gone, which is what is waited for.
-                            _ = stopped.changed() => break,
-                        }
-                    }
-                });
-            };
+            let connections = Connections::new()?;
+            let stopped = stopped.clone();
+            let serve = move || runtime.block_on(work(connections, stopped));
             let thread = thread::Builder::new().name(format!("anyport-data-{number}")).spawn(serve);
             workers.threads.push(thread.context("start a thread that serves connections")?);
         }
@@ -75,6 +68,23 @@ impl Drop for Workers {
         for thread in self.threads.drain(..) {
             // A panic has been printed by then.
             thread.join().ok();
+        }
+    }
+}
+
+/// What the thread of a worker does beside the tasks that others spawn there.
+async fn work(connections: Connections, mut stopped: watch::Receiver<()>) {
+    let mut serving = pin!(connections.serve());
+    let mut tick = interval(TICK);
+    loop {
+        tokio::select! {
+            end = &mut serving => {
+                tracing::error!("connections can't be served any more: {end:?}");
+                break;
+            }
+            _ = tick.tick() => {}
+            // An error says that the sender is gone, which is what is waited for.
+            _ = stopped.changed() => break,
         }
     }
 }

@@ -7,30 +7,31 @@ use std::{
 
 use nix::sys::socket::{setsockopt, sockopt};
 use socket2::{Domain, Socket, TcpKeepalive, Type};
-use tokio::{
-    net::{TcpSocket, TcpStream},
-    time::timeout,
-};
 
-use super::config::{ForwardConfig, TcpOptions};
+use super::config::TcpOptions;
 use crate::{
-    service::{Family, sockets::set_transparent},
+    service::{Family, sockets::set_transparent, tcp::stream::Stream},
     sys,
 };
 
 /// Connections with data in their first packet that may wait for their handshake.
 const FAST_OPEN_QUEUE: u32 = 1024;
 
-/// Connects to `to`, from the address `source` if there is one.
-pub(super) async fn connect(config: &ForwardConfig, to: SocketAddr, source: Option<IpAddr>) -> io::Result<TcpStream> {
-    let socket = TcpSocket::from_std_stream(prepare(&config.tcp, to, source)?.into());
-    match timeout(config.connect_timeout.0, socket.connect(to)).await {
-        Ok(connected) => connected,
-        Err(_) => Err(io::Error::new(
-            io::ErrorKind::TimedOut,
-            format!("no answer within connect-timeout = {}", config.connect_timeout),
-        )),
+/// Begins to connect to `to`, from the address `source` if there is one. With `has_words` there is something to say, and it takes
+/// the place of the last packet of the handshake.
+pub(super) fn begin(
+    options: &TcpOptions,
+    to: SocketAddr,
+    source: Option<IpAddr>,
+    has_words: bool,
+) -> io::Result<Stream> {
+    let socket = prepare(options, to, source)?;
+    let stream = Stream::unconnected(socket);
+    if has_words {
+        stream.hold_acknowledgement();
     }
+    stream.connect(to)?;
+    Ok(stream)
 }
 
 fn prepare(options: &TcpOptions, to: SocketAddr, source: Option<IpAddr>) -> io::Result<Socket> {

@@ -34,8 +34,8 @@ pub(super) struct Pipe {
 impl Pipe {
     /// An empty pipe: one that this worker has kept, or a new one. None if there is none to be had; transfers go on
     /// without.
-    pub(super) fn take(pool: &DescriptorPool) -> Option<Self> {
-        KEPT_PIPES.with_borrow_mut(Vec::pop).or_else(|| Self::open(pool))
+    pub(super) fn take(pool: &DescriptorPool) -> Option<Box<Self>> {
+        KEPT_PIPES.with_borrow_mut(Vec::pop).or_else(|| Self::open(pool)).map(Box::new)
     }
 
     fn open(pool: &DescriptorPool) -> Option<Self> {
@@ -48,10 +48,10 @@ impl Pipe {
     }
 
     /// Keeps the pipe, which is empty, for the next transfer, unless there are enough.
-    pub(super) fn give_back(self) {
+    pub(super) fn give_back(self: Box<Self>) {
         KEPT_PIPES.with_borrow_mut(|kept| {
             if self.is_empty() && kept.len() < KEPT {
-                kept.push(self);
+                kept.push(*self);
             }
         });
     }

@@ -5,28 +5,19 @@
 //! peer down and memory stays bounded. Large transfers go through a pipe (splice(2)).
 
 use std::{
-    cell::RefCell,
-    fmt,
-    future::poll_fn,
-    io,
-    net::Shutdown,
-    pin::{Pin, pin},
-    task::{Context, Poll, ready},
-    time::Duration,
-};
-
-use socket2::SockRef;
-use tokio::{
-    io::{AsyncRead as _, AsyncWrite as _, Interest, ReadBuf},
-    net::TcpStream,
-    time::{Instant, sleep_until},
+    fmt, io,
+    time::{Duration, Instant},
 };
 
 use super::{pipe::Pipe, upstream::Traffic};
-use crate::service::descriptors::DescriptorPool;
+use crate::service::{
+    descriptors::DescriptorPool,
+    tcp::{
+        events::{Context, Next},
+        stream::Stream,
+    },
+};
 
-/// Bytes of the worker's buffer: what is read at once, and the most that is kept for a peer that takes nothing.
-const SCRATCH: usize = 64 << 10;
 /// A pipe is used for a direction that has moved at least so many bytes ...
 const PIPE_AFTER: u64 = 256 << 10;
 /// ... and at least so many since it was last woken, or the time before. For less, two calls of splice(2) cost more than
@@ -34,10 +25,8 @@ const PIPE_AFTER: u64 = 256 << 10;
 const PIPE_RUN: usize = 64 << 10;
 /// Bytes that may be missing in the upstream's counts while a connection is open.
 const UNCOUNTED: u64 = 1 << 20;
-
-thread_local! {
-    static BUFFER: RefCell<Box<[u8]>> = RefCell::new(vec![0; SCRATCH].into());
-}
+/// How often a direction reads before other connections have their turn.
+const READS: u32 = 16;
 
 /// How long a connection may last.
 #[derive(Clone, Copy, Debug)]
@@ -86,76 +75,101 @@ impl fmt::Display for End {
     }
 }
 
-/// Moves data in both directions until both have ended or something breaks. `first` is what the upstream gets before
-/// anything that the client says from now on; `header` bytes of it are ours. If one side breaks, the other one is reset,
-/// so that nobody takes a part for the whole.
-pub(super) async fn relay(
-    mut client: TcpStream,
-    mut upstream: TcpStream,
-    first: Vec<u8>,
-    header: usize,
-    limits: Limits,
-    pool: &DescriptorPool,
-    traffic: &Traffic,
-) -> Outcome {
-    let mut up = Way::new(first, header);
-    let mut down = Way::new(Vec::new(), 0);
-    let mut counted = (0, 0);
-    let mut quiet = Quiet::new(limits);
-    let mut timer = pin!(sleep_until(quiet.next));
-    let end = poll_fn(|cx| {
-        if let Poll::Ready(end) = poll_both(cx, &mut client, &mut upstream, (&mut up, &mut down), pool) {
-            return Poll::Ready(end);
-        }
-        let moved = (up.moved, down.moved);
-        if moved.0 - counted.0 + moved.1 - counted.1 > UNCOUNTED {
-            traffic.add(moved.0 - counted.0, moved.1 - counted.1);
-            counted = moved;
-        }
-        while timer.as_mut().poll(cx).is_ready() {
-            if let Some(end) = quiet.look(moved.0 + moved.1) {
-                return Poll::Ready(end);
-            }
-            timer.as_mut().reset(quiet.next);
-        }
-        Poll::Pending
-    })
-    .await;
-    traffic.add(up.moved - counted.0, down.moved - counted.1);
-    if matches!(end, End::Client(_) | End::Upstream(_)) {
-        reset(&client);
-        reset(&upstream);
-    }
-    Outcome { to_upstream: up.moved, to_client: down.moved, end }
+/// What an upstream gets before anything that its client says from now on.
+#[derive(Debug, Default)]
+pub(super) struct First {
+    pub(super) bytes: Vec<u8>,
+    /// How many of them are ours.
+    pub(super) header: usize,
+    /// Whether the client has said all.
+    pub(super) has_ended: bool,
 }
 
-/// Has the kernel reset the connection when it is closed.
-pub(super) fn reset(stream: &TcpStream) {
-    // It fails on a connection that is gone already.
-    SockRef::from(stream).set_linger(Some(Duration::ZERO)).ok();
+/// The two directions of a connection.
+#[derive(Debug)]
+pub(super) struct Relay {
+    up: Way,
+    down: Way,
+    /// Bytes in either direction that the upstream's counts have.
+    counted: (u64, u64),
+    quiet: Quiet,
 }
 
-fn poll_both(
-    cx: &mut Context<'_>,
-    client: &mut TcpStream,
-    upstream: &mut TcpStream,
-    (up, down): (&mut Way, &mut Way),
-    pool: &DescriptorPool,
-) -> Poll<End> {
-    match up.poll(cx, client, upstream, down.has_ended(), pool) {
-        Err(Fault::Source(error)) => return Poll::Ready(End::Client(error)),
-        Err(Fault::Sink(error)) => return Poll::Ready(End::Upstream(error)),
-        Ok(()) => {}
+impl Relay {
+    pub(super) fn new(first: First, limits: Limits) -> Self {
+        Self { up: Way::new(first), down: Way::new(First::default()), counted: (0, 0), quiet: Quiet::new(limits) }
     }
-    match down.poll(cx, upstream, client, up.has_ended(), pool) {
-        Err(Fault::Source(error)) => return Poll::Ready(End::Upstream(error)),
-        Err(Fault::Sink(error)) => return Poll::Ready(End::Client(error)),
-        Ok(()) => {}
+
+    /// Moves data in both directions until nothing goes any more; how it has ended if both have ended or something broke.
+    pub(super) fn advance(
+        &mut self,
+        cx: &mut Context<'_>,
+        client: &mut Stream,
+        upstream: &mut Stream,
+        pool: &DescriptorPool,
+        traffic: &Traffic,
+    ) -> Result<Next, End> {
+        let moved = self.advance_both(cx, client, upstream, pool);
+        if self.uncounted() > UNCOUNTED || moved.is_err() {
+            self.count(traffic);
+        }
+        moved
     }
-    if up.has_ended() && down.has_ended() { Poll::Ready(End::Closed) } else { Poll::Pending }
+
+    fn advance_both(
+        &mut self,
+        cx: &mut Context<'_>,
+        client: &mut Stream,
+        upstream: &mut Stream,
+        pool: &DescriptorPool,
+    ) -> Result<Next, End> {
+        let Self { up, down, .. } = self;
+        let next = up.advance(cx, client, upstream, down.has_ended(), pool).map_err(|fault| match fault {
+            Fault::Source(error) => End::Client(error),
+            Fault::Sink(error) => End::Upstream(error),
+        })?;
+        let other = down.advance(cx, upstream, client, up.has_ended(), pool).map_err(|fault| match fault {
+            Fault::Source(error) => End::Upstream(error),
+            Fault::Sink(error) => End::Client(error),
+        })?;
+        match (next, other) {
+            _ if up.has_ended() && down.has_ended() => Err(End::Closed),
+            (Next::Wait, Next::Wait) => Ok(Next::Wait),
+            _ => Ok(Next::Turn),
+        }
+    }
+
+    /// When to look for silence next.
+    pub(super) fn next_look(&self) -> Instant {
+        self.quiet.next
+    }
+
+    /// Looks whether it has been silent for too long, or has lasted too long.
+    pub(super) fn look(&mut self, traffic: &Traffic) -> Result<(), End> {
+        let looked = self.quiet.look(self.up.moved + self.down.moved);
+        if looked.is_err() {
+            self.count(traffic);
+        }
+        looked
+    }
+
+    fn uncounted(&self) -> u64 {
+        self.up.moved - self.counted.0 + self.down.moved - self.counted.1
+    }
+
+    fn count(&mut self, traffic: &Traffic) {
+        traffic.add(self.up.moved - self.counted.0, self.down.moved - self.counted.1);
+        self.counted = (self.up.moved, self.down.moved);
+    }
+
+    /// What became of it, if it ends like this.
+    pub(super) fn outcome(&self, end: End) -> Outcome {
+        Outcome { to_upstream: self.up.moved, to_client: self.down.moved, end }
+    }
 }
 
 /// Tells when nothing has happened for too long, looking twice in that time.
+#[derive(Debug)]
 struct Quiet {
     limits: Limits,
     next: Instant,
@@ -175,18 +189,18 @@ impl Quiet {
         self.next = self.limits.end.map_or(look, |end| look.min(end));
     }
 
-    fn look(&mut self, moved: u64) -> Option<End> {
+    fn look(&mut self, moved: u64) -> Result<(), End> {
         if self.limits.end.is_some_and(|end| end <= Instant::now()) {
-            return Some(End::TooLong);
+            return Err(End::TooLong);
         }
         self.looks = if moved == self.moved { self.looks + 1 } else { 0 };
         self.moved = moved;
         // The first quiet look comes half the time after the last word at least, the second one all of it.
         if self.looks >= 2 {
-            return Some(End::Idle);
+            return Err(End::Idle);
         }
         self.schedule();
-        None
+        Ok(())
     }
 }
 
@@ -196,7 +210,7 @@ enum Fault {
     Sink(io::Error),
 }
 
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stage {
     /// `kept` is to be sent together with what the source says, if that is there already.
     First,
@@ -207,23 +221,28 @@ enum Stage {
 }
 
 /// One direction.
+#[derive(Debug)]
 struct Way {
     /// What the sink has not taken yet, from `sent` on.
     kept: Vec<u8>,
     sent: usize,
-    pipe: Option<Pipe>,
+    pipe: Option<Box<Pipe>>,
     stage: Stage,
     /// Bytes of the source so far.
     moved: u64,
-    /// Bytes moved when this was last woken and had something to move.
+    /// Bytes moved when this last had something to move.
     run: usize,
 }
 
 impl Way {
-    fn new(first: Vec<u8>, header: usize) -> Self {
-        let stage = if first.is_empty() { Stage::Open } else { Stage::First };
-        let moved = (first.len() - header) as u64;
-        Self { kept: first, sent: 0, pipe: None, stage, moved, run: 0 }
+    fn new(First { bytes, header, has_ended }: First) -> Self {
+        let stage = match bytes.is_empty() {
+            _ if has_ended => Stage::Flushing,
+            true => Stage::Open,
+            false => Stage::First,
+        };
+        let moved = (bytes.len() - header) as u64;
+        Self { kept: bytes, sent: 0, pipe: None, stage, moved, run: 0 }
     }
 
     fn has_ended(&self) -> bool {
@@ -232,36 +251,29 @@ impl Way {
 
     /// Moves as much as goes now. `is_last` says that the other direction has ended, so that the sockets will be closed
     /// when this one has.
-    fn poll(
+    fn advance(
         &mut self,
         cx: &mut Context<'_>,
-        from: &mut TcpStream,
-        to: &mut TcpStream,
+        from: &mut Stream,
+        to: &mut Stream,
         is_last: bool,
         pool: &DescriptorPool,
-    ) -> Result<(), Fault> {
+    ) -> Result<Next, Fault> {
         let before = self.moved;
-        while self.stage != Stage::Ended {
-            if self.stage != Stage::First && self.poll_flush(cx, to)?.is_pending() {
+        let mut next = Next::Turn;
+        for _ in 0..READS {
+            if self.stage != Stage::First && !self.flush(cx, to).map_err(Fault::Sink)? {
+                next = Next::Wait;
                 break;
             }
             if self.stage == Stage::Flushing {
                 if !is_last {
-                    end(to)?;
+                    to.end().map_err(Fault::Sink)?;
                 }
                 self.stage = Stage::Ended;
-                break;
             }
-            let run = usize::try_from(self.moved - before).unwrap_or(usize::MAX);
-            let is_bulk = self.moved >= PIPE_AFTER && (self.run >= PIPE_RUN || run >= PIPE_RUN);
-            if self.pipe.is_none() && is_bulk && self.stage == Stage::Open {
-                self.pipe = Pipe::take(pool);
-            }
-            let progress = match &mut self.pipe {
-                Some(pipe) => poll_fill(cx, from, pipe).map_err(Fault::Source)?.map(|read| self.account(read)),
-                None => self.poll_copy(cx, from, to)?,
-            };
-            if progress.is_pending() {
+            if self.stage == Stage::Ended || !self.read(cx, from, to, before, pool)? {
+                next = Next::Wait;
                 break;
             }
         }
@@ -271,7 +283,29 @@ impl Way {
         if self.moved > before {
             self.run = usize::try_from(self.moved - before).unwrap_or(usize::MAX);
         }
-        Ok(())
+        Ok(next)
+    }
+
+    /// Reads once; whether there was anything. `before` is what was moved when it was woken.
+    fn read(
+        &mut self,
+        cx: &mut Context<'_>,
+        from: &mut Stream,
+        to: &mut Stream,
+        before: u64,
+        pool: &DescriptorPool,
+    ) -> Result<bool, Fault> {
+        let run = usize::try_from(self.moved - before).unwrap_or(usize::MAX);
+        let is_bulk = self.moved >= PIPE_AFTER && (self.run >= PIPE_RUN || run >= PIPE_RUN);
+        if self.pipe.is_none() && is_bulk && self.stage == Stage::Open {
+            self.pipe = Pipe::take(pool);
+        }
+        let Some(pipe) = &mut self.pipe else { return self.copy(cx, from, to) };
+        let filled = from.read_by(|from| pipe.fill(from)).map_err(Fault::Source)?;
+        if let Some(read) = filled {
+            self.account(read);
+        }
+        Ok(filled.is_some())
     }
 
     fn account(&mut self, read: usize) {
@@ -279,100 +313,79 @@ impl Way {
         self.stage = if read == 0 { Stage::Flushing } else { Stage::Open };
     }
 
-    /// Ready when nothing is kept any more.
-    fn poll_flush(&mut self, cx: &mut Context<'_>, to: &mut TcpStream) -> Result<Poll<()>, Fault> {
+    /// Whether nothing is kept any more.
+    fn flush(&mut self, cx: &Context<'_>, to: &mut Stream) -> io::Result<bool> {
         while self.sent < self.kept.len() {
-            match Pin::new(&mut *to).poll_write(cx, &self.kept[self.sent..]) {
-                Poll::Pending => return Ok(Poll::Pending),
-                Poll::Ready(written) => self.sent += written.map_err(Fault::Sink)?,
+            match to.write(cx.watcher, &self.kept[self.sent..], self.stage == Stage::Flushing)? {
+                None => return Ok(false),
+                Some(written) => self.sent += written,
             }
         }
         if self.sent > 0 {
             (self.kept, self.sent) = (Vec::new(), 0);
         }
         while let Some(pipe) = self.pipe.as_mut().filter(|pipe| !pipe.is_empty()) {
-            if poll_drain(cx, pipe, to).map_err(Fault::Sink)?.is_pending() {
-                return Ok(Poll::Pending);
+            if to.write_by(cx.watcher, |to| pipe.drain(to))?.is_none() {
+                return Ok(false);
             }
         }
-        Ok(Poll::Ready(()))
+        Ok(true)
     }
 
-    /// Reads into the worker's buffer, behind what goes first, and writes what the sink takes; keeps the rest. Pending if
-    /// the source has nothing to say.
-    fn poll_copy(&mut self, cx: &mut Context<'_>, from: &mut TcpStream, to: &mut TcpStream) -> Result<Poll<()>, Fault> {
-        BUFFER.with_borrow_mut(|buffer| {
-            let mut buffer = ReadBuf::new(buffer);
-            buffer.put_slice(&self.kept);
-            let first = self.kept.len();
-            match Pin::new(from).poll_read(cx, &mut buffer) {
-                Poll::Pending if first == 0 => return Ok(Poll::Pending),
-                Poll::Pending => self.stage = Stage::Open,
-                Poll::Ready(read) => {
-                    read.map_err(Fault::Source)?;
-                    self.account(buffer.filled().len() - first);
-                }
+    /// Reads into the worker's buffer, behind what goes first, and writes what the sink takes; keeps the rest. Whether
+    /// there was anything.
+    fn copy(&mut self, cx: &mut Context<'_>, from: &mut Stream, to: &mut Stream) -> Result<bool, Fault> {
+        let first = self.kept.len();
+        cx.buffer[..first].copy_from_slice(&self.kept);
+        let mut length = first;
+        while let Some(read) = from.read(&mut cx.buffer[length..]).map_err(Fault::Source)? {
+            length += read;
+            self.account(read);
+            // The end that is known leaves with the last words.
+            if read == 0 || length == cx.buffer.len() || !from.has_end() {
+                break;
             }
-            let words = buffer.filled();
-            let mut written = 0;
-            while written < words.len() {
-                match Pin::new(&mut *to).poll_write(cx, &words[written..]) {
-                    Poll::Pending => break,
-                    Poll::Ready(count) => written += count.map_err(Fault::Sink)?,
-                }
-            }
-            self.kept = words[written..].to_vec();
-            Ok(Poll::Ready(()))
-        })
-    }
-}
-
-fn poll_fill(cx: &mut Context<'_>, from: &TcpStream, pipe: &mut Pipe) -> io::Result<Poll<usize>> {
-    poll_io(|| {
-        ready!(from.poll_read_ready(cx))?;
-        Poll::Ready(from.try_io(Interest::READABLE, || pipe.fill(from)))
-    })
-}
-
-fn poll_drain(cx: &mut Context<'_>, pipe: &mut Pipe, to: &TcpStream) -> io::Result<Poll<usize>> {
-    poll_io(|| {
-        ready!(to.poll_write_ready(cx))?;
-        Poll::Ready(to.try_io(Interest::WRITABLE, || pipe.drain(to)))
-    })
-}
-
-/// Tries again until it is pending by the runtime's word, which then wakes the task.
-fn poll_io(mut attempt: impl FnMut() -> Poll<io::Result<usize>>) -> io::Result<Poll<usize>> {
-    loop {
-        match attempt() {
-            Poll::Pending => return Ok(Poll::Pending),
-            Poll::Ready(Err(error)) if error.kind() == io::ErrorKind::WouldBlock => {}
-            Poll::Ready(done) => return done.map(Poll::Ready),
         }
-    }
-}
-
-/// Tells the sink that no more comes.
-fn end(to: &TcpStream) -> Result<(), Fault> {
-    match SockRef::from(to).shutdown(Shutdown::Write) {
-        // The peer has reset the connection; whoever reads from it learns that.
-        Err(error) if error.kind() == io::ErrorKind::NotConnected => Ok(()),
-        result => result.map_err(Fault::Sink),
+        if self.stage == Stage::First {
+            self.stage = Stage::Open;
+        } else if length == first && self.stage == Stage::Open {
+            return Ok(false);
+        }
+        let words = &cx.buffer[..length];
+        let mut written = 0;
+        while written < words.len() {
+            match to.write(cx.watcher, &words[written..], self.stage == Stage::Flushing).map_err(Fault::Sink)? {
+                None => break,
+                Some(count) => written += count,
+            }
+        }
+        self.kept = words[written..].to_vec();
+        Ok(true)
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::{net::SocketAddr, time::Duration};
+    use std::{
+        net::SocketAddr,
+        time::{Duration, Instant},
+    };
 
+    use nix::sys::epoll::EpollTimeout;
+    use socket2::{SockRef, Socket};
     use tokio::{
         io::{AsyncReadExt as _, AsyncWriteExt as _},
         net::{TcpListener, TcpStream},
-        task::JoinHandle,
-        time::{Instant, sleep, timeout},
+        sync::oneshot,
+        task::{JoinHandle, spawn_blocking},
+        time::{sleep, timeout},
     };
 
-    use super::{DescriptorPool, End, Limits, Outcome, SockRef, Traffic, relay, reset};
+    use super::{Context, DescriptorPool, End, First, Limits, Next, Outcome, Relay, Stream, Traffic};
+    use crate::service::tcp::{
+        events::{Event, EventLoop, Machine},
+        stream::{Side, reset},
+    };
 
     const LONG: Limits = Limits { idle: Duration::from_mins(1), end: None };
     const LARGE: usize = 32 << 20;
@@ -382,6 +395,51 @@ mod tests {
         client: TcpStream,
         upstream: TcpStream,
         relay: JoinHandle<Outcome>,
+    }
+
+    /// The connection that is in between, and who wants to know its end.
+    struct Middle {
+        client: Stream,
+        upstream: Stream,
+        relay: Relay,
+        pool: DescriptorPool,
+        traffic: Traffic,
+        outcome: Option<oneshot::Sender<Outcome>>,
+    }
+
+    impl Machine for Middle {
+        fn advance(&mut self, cx: &mut Context<'_>, event: Event) -> Next {
+            let Self { client, upstream, relay, pool, traffic, outcome } = self;
+            let next = match event {
+                Event::Due => relay.look(traffic).map(|()| Next::Wait),
+                Event::Ready(side, flags) => {
+                    let stream = if side == Side::Client { &mut *client } else { &mut *upstream };
+                    stream.note(flags);
+                    relay.advance(cx, client, upstream, pool, traffic)
+                }
+                Event::Start => {
+                    client.watch(cx.watcher).unwrap();
+                    upstream.watch(cx.watcher).unwrap();
+                    relay.advance(cx, client, upstream, pool, traffic)
+                }
+                Event::Turn => relay.advance(cx, client, upstream, pool, traffic),
+            };
+            if matches!(event, Event::Start | Event::Due) {
+                cx.wake_at(relay.next_look());
+            }
+            next.unwrap_or_else(|end| {
+                if matches!(end, End::Client(_) | End::Upstream(_)) {
+                    reset(client);
+                    reset(upstream);
+                }
+                outcome.take().unwrap().send(relay.outcome(end)).unwrap();
+                Next::Close
+            })
+        }
+    }
+
+    fn stream(stream: TcpStream, wrap: fn(Socket) -> Stream) -> Stream {
+        wrap(stream.into_std().unwrap().into())
     }
 
     async fn pair() -> (TcpStream, TcpStream) {
@@ -397,10 +455,31 @@ mod tests {
 
     async fn line(first: &'static [u8], limits: Limits, pool: DescriptorPool) -> Line {
         let ((client, inner_client), (upstream, inner_upstream)) = (pair().await, pair().await);
+        let first = First { bytes: first.to_vec(), header: first.len(), has_ended: false };
+        let (sender, receiver) = oneshot::channel();
+        let middle = Middle {
+            client: stream(inner_client, Stream::accepted),
+            upstream: stream(inner_upstream, Stream::unconnected),
+            relay: Relay::new(first, limits),
+            pool,
+            traffic: Traffic::default(),
+            outcome: Some(sender),
+        };
         let relay = tokio::spawn(async move {
-            relay(inner_client, inner_upstream, first.to_vec(), first.len(), limits, &pool, &Traffic::default()).await
+            spawn_blocking(move || serve(middle)).await.unwrap();
+            receiver.await.unwrap()
         });
         Line { client, upstream, relay }
+    }
+
+    /// Serves it to its end.
+    fn serve(middle: Middle) {
+        let mut events = EventLoop::new().unwrap();
+        events.start(middle);
+        while !events.is_empty() {
+            let timeout = if events.wants_turn() { EpollTimeout::ZERO } else { EpollTimeout::from(5_u8) };
+            events.turn(timeout).unwrap();
+        }
     }
 
     /// Bytes in which each place can be told from others nearby.

@@ -18,10 +18,9 @@ use super::{
     Forwarder,
     config::HealthCheck,
     names,
-    relay::reset,
     upstream::{Upstream, UpstreamState},
 };
-use crate::service::lock;
+use crate::service::{lock, tcp::stream::reset};
 
 /// How often it is looked whether a client's connections lack a way back.
 const RETURNS_INTERVAL: Duration = Duration::from_secs(1);

@@ -7,15 +7,9 @@ use std::{
     time::Duration,
 };
 
-use socket2::{Domain, Socket, Type};
-use tokio::net;
-
 use super::{DescriptorPool, Scene, ServiceConfig, TCP, UDP, eventually, rest};
-use crate::service::{
-    UpstreamState,
-    datagram::Ends,
-    forward::{Forwarder, config::ForwardConfig},
-};
+use crate::service::UpstreamState;
+use socket2::{Domain, Socket, Type};
 
 /// Tells each client `name` and then what it said until its end.
 fn upstream(address: &str, name: &'static str) -> SocketAddr {
@@ -97,6 +91,25 @@ fn tells_upstreams_who_dialled_what() {
             assert!(answer.starts_with("one heard \r\n\r\n\0\r\nQUIT\n") && answer.ends_with("abc"), "{answer:?}");
         }
     }
+}
+
+#[test]
+fn what_the_client_has_said_leaves_with_the_header() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let upstreams = [listener.local_addr().unwrap().to_string()];
+    let text = format!("name = \"test\"\nhandler = \"forward\"\nupstreams = {upstreams:?}\nproxy-protocol = \"v1\"");
+    let scene = Scene::of(toml::from_str(&text).unwrap(), DescriptorPool::new(2), |_, _| false);
+    let first = scene.dial(0);
+    let accepted = listener.accept().unwrap();
+    // It is accepted when the first one has ended, and so has said something by then.
+    let mut second = scene.dial(0);
+    second.write_all(b"early words").unwrap();
+    drop((first, accepted));
+    let (mut stream, _) = listener.accept().unwrap();
+    let mut packet = [0; 200];
+    let length = stream.read(&mut packet).unwrap();
+    let packet = str::from_utf8(&packet[..length]).unwrap();
+    assert!(packet.starts_with("PROXY ") && packet.ends_with("\r\nearly words"), "{packet:?}");
 }
 
 #[test]
@@ -194,17 +207,6 @@ fn a_connection_takes_two_descriptors() {
     for thread in threads {
         assert_eq!(thread.join().unwrap(), "one heard my turn");
     }
-}
-
-#[tokio::test]
-async fn a_connection_takes_little_memory() {
-    let forward = ForwardConfig { upstreams: vec!["127.0.0.1:1".parse().unwrap()], ..ForwardConfig::default() };
-    let forwarder = Forwarder::new("test".into(), forward);
-    let listener = net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let stream = net::TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
-    let ends = Ends { client: stream.local_addr().unwrap(), dialled: stream.peer_addr().unwrap() };
-    let size = size_of_val(&forwarder.serve(stream, ends, &DescriptorPool::new(0)));
-    assert!(size <= 1088, "{size} bytes for each connection");
 }
 
 #[test]

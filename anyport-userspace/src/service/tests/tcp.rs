@@ -8,13 +8,8 @@ use std::{
 };
 
 use socket2::SockRef;
-use tokio::{net, runtime::Runtime};
 
-use super::{DescriptorPool, HandlerKind, Scene, ServiceConfig, TCP, eventually, rest};
-use crate::service::{
-    datagram::Ends,
-    handlers::{Talk, converse},
-};
+use super::{DescriptorPool, HandlerKind, Scene, TCP, eventually, rest};
 
 #[test]
 fn hello_over_tcp() {
@@ -117,18 +112,4 @@ fn connections_wait_while_the_pool_is_empty() {
     for thread in threads.collect::<Vec<_>>() {
         assert_eq!(thread.join().unwrap(), "my turn");
     }
-}
-
-#[test]
-fn a_connection_takes_little_memory() {
-    let config = ServiceConfig::new("test".parse().unwrap(), HandlerKind::Echo);
-    let runtime = Runtime::new().unwrap();
-    let size = runtime.block_on(async {
-        let listener = net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let stream = net::TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
-        let ends = Ends { client: stream.local_addr().unwrap(), dialled: stream.peer_addr().unwrap() };
-        let talk = Talk::default();
-        size_of_val(&talk) + size_of_val(&converse(&config, stream, ends, &talk))
-    });
-    assert!(size <= 1088, "{size} bytes for each connection");
 }

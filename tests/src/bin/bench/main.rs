@@ -9,6 +9,7 @@ mod apply;
 mod connect;
 mod forward;
 mod lookup;
+mod memory;
 mod plot;
 mod prefixes;
 mod proxies;
@@ -44,6 +45,8 @@ enum What {
     Apply(apply::Options),
     /// The handler `forward` beside HAProxy and nginx.
     Forward(forward::Options),
+    /// What a daemon keeps of connections that are over.
+    Memory(memory::Options),
     /// Ways to move data from one TCP connection to another.
     Relay(relay::Options),
     /// The handler `discard` beside a bare accept loop.
@@ -81,6 +84,7 @@ fn main() -> Result<()> {
         What::Lookup(options) => lookup::lookup(options),
         What::Apply(options) => apply::apply(options),
         What::Forward(options) => forward::forward(options),
+        What::Memory(options) => memory::memory(options),
         What::Relay(options) => relay::relay(options),
         What::Accept(options) => accept::accept(options),
         What::Sink(_) | What::RelayBy(_) | What::Loop(_) | What::Upstream { .. } => Ok(()),

@@ -78,6 +78,31 @@ pub(crate) fn rate(load: Load, to: SocketAddr, request: usize, clients: usize, t
     })
 }
 
+/// Makes so many connections, each with one request, `clients` at a time.
+pub(crate) fn connect_often(to: SocketAddr, request: usize, clients: usize, total: u64) -> Result<()> {
+    run(async move {
+        let left = Rc::new(Cell::new(total));
+        let tasks = LocalSet::new();
+        let clients: Vec<_> = std::iter::repeat_with(|| {
+            let left = Rc::clone(&left);
+            tasks.spawn_local(async move {
+                let mut buffer = vec![0; request];
+                while let Some(rest) = left.get().checked_sub(1) {
+                    left.set(rest);
+                    ask(&mut connect(to).await?, &mut buffer).await?;
+                }
+                anyhow::Ok(())
+            })
+        })
+        .take(clients)
+        .collect();
+        for client in clients {
+            tasks.run_until(client).await??;
+        }
+        Ok(())
+    })
+}
+
 /// Times of single requests over one connection, one after the other.
 pub(crate) fn latencies(to: SocketAddr, request: usize, count: usize) -> Result<Vec<Duration>> {
     run(async move {

@@ -1,0 +1,291 @@
+//! A client on its way to an upstream, and connected to it.
+
+use std::{
+    io,
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use anyport_common::flow::Transport;
+use nix::sys::epoll::EpollFlags;
+use socket2::Socket;
+
+use super::{
+    Connected, Forwarder, Refusal, Served, connect,
+    header::{self, LONGEST_READ, LONGEST_WRITTEN, Parsed},
+    relay::{End, First, Limits, Outcome, Relay},
+    upstream::Upstream,
+};
+use crate::service::{
+    datagram::Ends,
+    descriptors::DescriptorPool,
+    tcp::{
+        events::{Context, Event, Next},
+        stream::{Side, Stream, reset},
+    },
+};
+
+/// How long a peer that has to send a PROXY header may take.
+const HEADER_TIMEOUT: Duration = Duration::from_secs(3);
+/// Most bytes of a client that are kept while its upstream is connected.
+const EARLY: usize = 16 << 10;
+
+/// One client. If one side breaks, the other one is reset, so that nobody takes a part for the whole.
+#[derive(Debug)]
+pub(in crate::service) struct Client {
+    ends: Ends,
+    stream: Stream,
+    upstream: Option<Stream>,
+    phase: Phase,
+}
+
+#[derive(Debug)]
+enum Phase {
+    /// The peer has to tell who dialled what. That is what it has said so far.
+    Header(Vec<u8>),
+    /// The upstream is being connected.
+    Dialling(Dialling),
+    Connected(Connected, Relay),
+    Over,
+}
+
+/// A client that has no upstream yet.
+#[derive(Debug)]
+struct Dialling {
+    first: First,
+    /// Those that were tried in vain, and behind them the one that is being tried.
+    tried: Vec<Arc<Upstream>>,
+    /// Why the last one did not do.
+    last: io::Error,
+}
+
+/// How a client has ended, and the upstream that it had.
+type Ended = (Option<Arc<Upstream>>, Result<Outcome, Refusal>);
+
+/// It broke before there was an upstream.
+fn broken(error: io::Error) -> Ended {
+    (None, Ok(Outcome { to_upstream: 0, to_client: 0, end: End::Client(error) }))
+}
+
+impl Client {
+    pub(in crate::service) fn new(socket: Socket, ends: Ends) -> Self {
+        Self { ends, stream: Stream::accepted(socket), upstream: None, phase: Phase::Over }
+    }
+
+    /// Goes as far as it can; what became of it if that is its end.
+    pub(in crate::service) fn advance(
+        &mut self,
+        forwarder: &Forwarder,
+        pool: &DescriptorPool,
+        cx: &mut Context<'_>,
+        event: Event,
+    ) -> Result<Next, Served> {
+        self.try_advance(forwarder, pool, cx, event).map_err(|(upstream, end)| {
+            if !matches!(end, Ok(Outcome { end: End::Closed | End::Idle | End::TooLong, .. })) {
+                reset(&self.stream);
+                self.upstream.iter().for_each(reset);
+            }
+            Served { ends: self.ends, upstream, end }
+        })
+    }
+
+    fn try_advance(
+        &mut self,
+        forwarder: &Forwarder,
+        pool: &DescriptorPool,
+        cx: &mut Context<'_>,
+        event: Event,
+    ) -> Result<Next, Ended> {
+        match (event, &mut self.upstream) {
+            (Event::Start, _) => return self.start(forwarder, cx),
+            (Event::Ready(Side::Client, flags), _) => self.stream.note(flags),
+            (Event::Ready(Side::Upstream, flags), Some(upstream)) => upstream.note(flags),
+            (Event::Ready(..) | Event::Turn | Event::Due, _) => {}
+        }
+        match &mut self.phase {
+            Phase::Header(_) => self.read_header(forwarder, cx, event),
+            Phase::Dialling(_) => self.dial_on(forwarder, pool, cx, event),
+            Phase::Connected(..) => self.relay(pool, cx, event),
+            Phase::Over => Ok(Next::Close),
+        }
+    }
+
+    fn start(&mut self, forwarder: &Forwarder, cx: &mut Context<'_>) -> Result<Next, Ended> {
+        let peer = self.ends.client.ip().to_canonical();
+        let next = if forwarder.config.accept_proxy.iter().any(|prefix| prefix.contains(peer)) {
+            self.phase = Phase::Header(Vec::new());
+            cx.wake_at(Instant::now() + HEADER_TIMEOUT);
+            self.read_header(forwarder, cx, Event::Start)
+        } else {
+            self.dial(forwarder, cx, First::default())
+        }?;
+        // What was there was read by now.
+        self.stream.watch(cx.watcher).map_err(broken)?;
+        Ok(next)
+    }
+
+    /// Reads who dialled what, by the word of the peer.
+    fn read_header(&mut self, forwarder: &Forwarder, cx: &mut Context<'_>, event: Event) -> Result<Next, Ended> {
+        let Phase::Header(heard) = &mut self.phase else { return Ok(Next::Close) };
+        let refused = |error| (None, Err(Refusal::Header(error)));
+        if matches!(event, Event::Due) {
+            return Err(refused(io::ErrorKind::TimedOut.into()));
+        }
+        loop {
+            match self.stream.read(&mut cx.buffer[..LONGEST_READ - heard.len()]).map_err(refused)? {
+                None => return Ok(Next::Wait),
+                Some(0) => return Err(refused(io::ErrorKind::UnexpectedEof.into())),
+                Some(length) => heard.extend_from_slice(&cx.buffer[..length]),
+            }
+            match header::parse(heard) {
+                Ok(Parsed::Incomplete) => {}
+                Ok(Parsed::Header { ends, length }) => {
+                    self.ends = ends.unwrap_or(self.ends);
+                    let bytes = heard.split_off(length);
+                    return self.dial(forwarder, cx, First { bytes, ..First::default() });
+                }
+                Err(malformed) => return Err(refused(io::Error::new(io::ErrorKind::InvalidData, malformed))),
+            }
+        }
+    }
+
+    /// Connects to an upstream.
+    fn dial(&mut self, forwarder: &Forwarder, cx: &mut Context<'_>, first: First) -> Result<Next, Ended> {
+        let mut dialling = Dialling { first, tried: Vec::new(), last: io::Error::other("none is up") };
+        dialling.hear(&mut self.stream, cx).map_err(broken)?;
+        self.phase = Phase::Dialling(dialling);
+        self.dial_next(forwarder, cx)
+    }
+
+    /// Connects to the upstream whose turn it is, or else to another one.
+    fn dial_next(&mut self, forwarder: &Forwarder, cx: &mut Context<'_>) -> Result<Next, Ended> {
+        let Phase::Dialling(dialling) = &mut self.phase else { return Ok(Next::Close) };
+        self.upstream = None;
+        while dialling.tried.len() <= forwarder.config.retries as usize {
+            let Some(upstream) = forwarder.choose(self.ends, &dialling.tried) else { break };
+            let to = upstream.target(self.ends.dialled.port());
+            dialling.tried.push(upstream);
+            match dialling.begin(forwarder, cx, to, self.ends) {
+                Ok(stream) => {
+                    self.upstream = Some(stream);
+                    cx.wake_at(Instant::now() + forwarder.config.connect_timeout.0);
+                    return Ok(Next::Wait);
+                }
+                Err(error) => dialling.failed(forwarder, self.ends, error),
+            }
+        }
+        let last = std::mem::replace(&mut dialling.last, io::ErrorKind::Other.into());
+        Err((None, Err(Refusal::Upstream(last))))
+    }
+
+    /// Something has happened while an upstream was being connected.
+    fn dial_on(
+        &mut self,
+        forwarder: &Forwarder,
+        pool: &DescriptorPool,
+        cx: &mut Context<'_>,
+        event: Event,
+    ) -> Result<Next, Ended> {
+        let (Phase::Dialling(dialling), Some(upstream)) = (&mut self.phase, &self.upstream) else {
+            return Ok(Next::Close);
+        };
+        let error = match event {
+            Event::Ready(Side::Upstream, flags) => {
+                let is_broken = flags.intersects(EpollFlags::EPOLLERR | EpollFlags::EPOLLHUP);
+                match is_broken.then(|| upstream.error()).flatten() {
+                    Some(error) => error,
+                    None if flags.contains(EpollFlags::EPOLLOUT) => return self.connected(forwarder, pool, cx),
+                    None => return Ok(Next::Wait),
+                }
+            }
+            Event::Due => io::Error::new(
+                io::ErrorKind::TimedOut,
+                format!("no answer within connect-timeout = {}", forwarder.config.connect_timeout),
+            ),
+            Event::Ready(Side::Client, _) | Event::Start | Event::Turn => {
+                if dialling.first.bytes.is_empty() {
+                    dialling.hear(&mut self.stream, cx).map_err(broken)?;
+                    if !dialling.first.bytes.is_empty() {
+                        upstream.hold_acknowledgement();
+                    }
+                }
+                return Ok(Next::Wait);
+            }
+        };
+        dialling.failed(forwarder, self.ends, error);
+        self.dial_next(forwarder, cx)
+    }
+
+    fn connected(&mut self, forwarder: &Forwarder, pool: &DescriptorPool, cx: &mut Context<'_>) -> Result<Next, Ended> {
+        let Phase::Dialling(Dialling { mut first, mut tried, .. }) = std::mem::replace(&mut self.phase, Phase::Over)
+        else {
+            return Ok(Next::Close);
+        };
+        let Some(upstream) = tried.pop() else { return Ok(Next::Close) };
+        let config = &forwarder.config;
+        if let Some(version) = config.proxy_protocol {
+            let mut told = Vec::with_capacity(LONGEST_WRITTEN + first.bytes.len());
+            header::write(version, Transport::Tcp, self.ends, &mut told);
+            first.header = told.len();
+            told.append(&mut first.bytes);
+            first.bytes = told;
+        }
+        let limits =
+            Limits { idle: config.idle_timeout.0, end: config.max_duration.map(|longest| Instant::now() + longest.0) };
+        let relay = Relay::new(first, limits);
+        cx.wake_at(relay.next_look());
+        self.phase = Phase::Connected(Connected::to(upstream), relay);
+        self.relay(pool, cx, Event::Turn)
+    }
+
+    /// Moves what can be moved.
+    fn relay(&mut self, pool: &DescriptorPool, cx: &mut Context<'_>, event: Event) -> Result<Next, Ended> {
+        let (Phase::Connected(connected, relay), Some(upstream)) = (&mut self.phase, &mut self.upstream) else {
+            return Ok(Next::Close);
+        };
+        let traffic = &connected.0.traffic;
+        let next = if matches!(event, Event::Due) {
+            relay.look(traffic).map(|()| {
+                cx.wake_at(relay.next_look());
+                Next::Wait
+            })
+        } else {
+            relay.advance(cx, &mut self.stream, upstream, pool, traffic)
+        };
+        next.map_err(|end| (Some(Arc::clone(&connected.0)), Ok(relay.outcome(end))))
+    }
+}
+
+impl Dialling {
+    /// Reads what the client has said by now, so that it leaves with the first packet that can carry it.
+    fn hear(&mut self, client: &mut Stream, cx: &mut Context<'_>) -> io::Result<()> {
+        let First { bytes, has_ended, .. } = &mut self.first;
+        while !*has_ended && bytes.len() < EARLY {
+            let Some(length) = client.read(&mut cx.buffer[..EARLY - bytes.len()])? else { break };
+            bytes.extend_from_slice(&cx.buffer[..length]);
+            *has_ended = length == 0;
+        }
+        Ok(())
+    }
+
+    fn begin(&self, forwarder: &Forwarder, cx: &Context<'_>, to: SocketAddr, ends: Ends) -> io::Result<Stream> {
+        let config = &forwarder.config;
+        let has_words = config.proxy_protocol.is_some() || !self.first.bytes.is_empty();
+        let source = config.transparent_source.then(|| ends.client.ip());
+        let mut stream = connect::begin(&config.tcp, to, source, has_words)?;
+        stream.watch(cx.watcher)?;
+        Ok(stream)
+    }
+
+    /// The upstream that is being tried does not do.
+    fn failed(&mut self, forwarder: &Forwarder, ends: Ends, error: io::Error) {
+        if let Some(upstream) = self.tried.last() {
+            if forwarder.config.transparent_source && error.kind() == io::ErrorKind::TimedOut {
+                forwarder.returns.doubt(upstream.address, ends.client.ip());
+            }
+            forwarder.note_failure(upstream, &error);
+        }
+        self.last = error;
+    }
+}

@@ -1,0 +1,162 @@
+//! Conversations of the handlers `hello`, `echo` and `discard`.
+
+use std::{
+    io,
+    mem::MaybeUninit,
+    time::{Duration, Instant},
+};
+
+use anyport_common::flow::Transport;
+use socket2::Socket;
+
+use super::{
+    events::{Context, Event, Next},
+    stream::Stream,
+};
+use crate::service::{HandlerKind, ServiceConfig, datagram::Ends, handlers::Line};
+
+/// A connection over which nothing was said for this long is closed, at the earliest after half of it.
+const IDLE_LIMIT: Duration = Duration::from_mins(5);
+/// How long to listen after the last word, so that the client gets it: closing a connection with unread data resets
+/// it, and the client's kernel may then throw away what we said.
+const LINGER_LIMIT: Duration = Duration::from_secs(1);
+/// How much to listen to after the last word, in bytes.
+const LINGER_BYTES: u64 = 64 << 10;
+/// Most bytes that an echo reads at once, and holds for a connection.
+const ECHO_CHUNK: usize = 16 << 10;
+/// Most bytes forgotten at once.
+const FORGET_CHUNK: usize = 16 << 10;
+/// Reads of a connection before others have their turn.
+const READS: usize = 16;
+
+/// A conversation with one client.
+#[derive(Debug)]
+pub(super) struct Talk {
+    stream: Stream,
+    /// What the client has not taken yet.
+    kept: Box<[u8]>,
+    /// How much of it it has.
+    sent: usize,
+    /// What it has said, in bytes.
+    heard: u64,
+    /// What it was told, in bytes.
+    said: u64,
+    /// Of both, when it was last looked whether anything is said.
+    seen: Option<u64>,
+}
+
+/// What a conversation wants next, or how it has ended.
+type Step = Result<Next, io::Result<()>>;
+
+impl Talk {
+    pub(super) fn new(config: &ServiceConfig, socket: Socket, ends: Ends) -> Self {
+        let kept = match config.handler {
+            HandlerKind::Hello => Line::hello(ends.client, ends.dialled, Transport::Tcp).as_bytes().into(),
+            HandlerKind::Discard => config.banner.as_deref().unwrap_or_default().as_bytes().into(),
+            // Echo has nothing to say, and the others are served elsewhere.
+            HandlerKind::Echo | HandlerKind::Forward | HandlerKind::Registered => Box::default(),
+        };
+        Self { stream: Stream::accepted(socket), kept, sent: 0, heard: 0, said: 0, seen: None }
+    }
+
+    /// Bytes of the client, and bytes to it.
+    pub(super) fn bytes(&self) -> (u64, u64) {
+        (self.heard, self.said)
+    }
+
+    /// Goes as far as it can.
+    pub(super) fn advance(&mut self, kind: HandlerKind, cx: &mut Context<'_>, event: Event) -> Step {
+        match event {
+            Event::Ready(_, flags) => self.stream.note(flags),
+            Event::Due => self.look(kind, cx)?,
+            Event::Start | Event::Turn => {}
+        }
+        let next = self.speak(kind, cx)?;
+        if matches!(event, Event::Start) {
+            // Many have ended by now, and need not be watched.
+            self.stream.watch(cx.watcher).map_err(Err)?;
+            let limit = if kind == HandlerKind::Hello { LINGER_LIMIT } else { IDLE_LIMIT / 2 };
+            cx.wake_at(Instant::now() + limit);
+        }
+        Ok(next)
+    }
+
+    fn speak(&mut self, kind: HandlerKind, cx: &mut Context<'_>) -> Step {
+        for _ in 0..READS {
+            if !self.flush(kind, cx).map_err(Err)? {
+                return Ok(Next::Wait);
+            }
+            let heard = match kind {
+                HandlerKind::Echo => self.echo(cx),
+                _ => self.forget(),
+            };
+            match heard.map_err(Err)? {
+                None => return Ok(Next::Wait),
+                Some(0) => return Err(Ok(())),
+                Some(length) => self.heard += length as u64,
+            }
+            if kind == HandlerKind::Hello && self.heard >= LINGER_BYTES {
+                return Err(Ok(()));
+            }
+        }
+        Ok(Next::Turn)
+    }
+
+    /// Whether the client has taken all that there is for it.
+    fn flush(&mut self, kind: HandlerKind, cx: &Context<'_>) -> io::Result<bool> {
+        let is_last = kind == HandlerKind::Hello;
+        while self.sent < self.kept.len() {
+            match self.stream.write(cx.watcher, &self.kept[self.sent..], is_last)? {
+                None => return Ok(false),
+                Some(length) => {
+                    self.sent += length;
+                    self.said += length as u64;
+                }
+            }
+        }
+        if self.sent > 0 {
+            (self.kept, self.sent) = (Box::default(), 0);
+            if is_last {
+                self.stream.end()?;
+            }
+        }
+        Ok(true)
+    }
+
+    /// Hears something, and repeats as much of it as the client takes.
+    fn echo(&mut self, cx: &mut Context<'_>) -> io::Result<Option<usize>> {
+        let chunk = &mut cx.buffer[..ECHO_CHUNK];
+        let Some(length) = self.stream.read(chunk)? else { return Ok(None) };
+        let mut said = 0;
+        while said < length {
+            match self.stream.write(cx.watcher, &chunk[said..length], false)? {
+                None => break,
+                Some(count) => said += count,
+            }
+        }
+        self.said += said as u64;
+        self.kept = chunk[said..length].into();
+        Ok(Some(length))
+    }
+
+    /// Drops what has arrived.
+    fn forget(&mut self) -> io::Result<Option<usize>> {
+        // With MSG_TRUNC the kernel drops what TCP has received instead of copying it here.
+        let mut nowhere = [MaybeUninit::uninit(); FORGET_CHUNK];
+        self.stream.read_by(|socket| socket.recv_with_flags(&mut nowhere, libc::MSG_TRUNC))
+    }
+
+    /// Ends it when it has lasted too long, or nothing was said for too long.
+    fn look(&mut self, kind: HandlerKind, cx: &mut Context<'_>) -> Result<(), io::Result<()>> {
+        if kind == HandlerKind::Hello {
+            return Err(Ok(()));
+        }
+        let seen = Some(self.heard + self.said);
+        if self.seen == seen {
+            return Err(Err(io::ErrorKind::TimedOut.into()));
+        }
+        self.seen = seen;
+        cx.wake_at(Instant::now() + IDLE_LIMIT / 2);
+        Ok(())
+    }
+}
