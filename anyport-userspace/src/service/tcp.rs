@@ -161,20 +161,21 @@ fn accept(listener: &Socket) -> io::Result<(Socket, SocketAddr)> {
     Ok((socket, client.as_socket().ok_or(io::ErrorKind::InvalidData)?))
 }
 
-/// One accepted connection. The kinds differ in size, and each takes no more than its own.
+/// One accepted connection. The kinds differ in size, and each takes no more than its own. It counts as open until its
+/// sockets are closed, so that comes last.
 #[derive(Debug)]
 enum Connection {
-    Talk(Box<(Open, Ends, Talk)>),
-    Forwarded(Box<(Open, Client)>),
+    Talk(Box<(Talk, Ends, Open)>),
+    Forwarded(Box<(Client, Open)>),
 }
 
 impl Connection {
     fn new(open: Open, socket: Socket, ends: Ends) -> Self {
         if open.site.forwarder.is_some() {
-            return Self::Forwarded(Box::new((open, Client::new(socket, ends))));
+            return Self::Forwarded(Box::new((Client::new(socket, ends), open)));
         }
         let talk = Talk::new(&open.site.config, socket, ends);
-        Self::Talk(Box::new((open, ends, talk)))
+        Self::Talk(Box::new((talk, ends, open)))
     }
 }
 
@@ -182,14 +183,14 @@ impl Machine for Connection {
     fn advance(&mut self, cx: &mut Context<'_>, event: Event) -> Next {
         match self {
             Self::Talk(it) => {
-                let (open, ends, talk) = &mut **it;
+                let (talk, ends, open) = &mut **it;
                 talk.advance(open.site.config.handler, cx, event).unwrap_or_else(|end| {
                     talk_ended(open, *ends, talk, &end);
                     Next::Close
                 })
             }
             Self::Forwarded(it) => {
-                let (open, client) = &mut **it;
+                let (client, open) = &mut **it;
                 let Site { forwarder, descriptors, .. } = &*open.site;
                 let Some(forwarder) = forwarder else { return Next::Close };
                 client.advance(forwarder, descriptors, cx, event).unwrap_or_else(|served| {
@@ -386,7 +387,7 @@ mod tests {
 
     #[test]
     fn a_connection_takes_little_memory() {
-        let sizes = (size_of::<(Open, Client)>(), size_of::<(Open, Ends, Talk)>());
+        let sizes = (size_of::<(Client, Open)>(), size_of::<(Talk, Ends, Open)>());
         assert!(sizes.0 <= 512 && sizes.1 <= 256, "{sizes:?} bytes for each connection");
     }
 }

@@ -43,6 +43,8 @@ pub(super) struct Talk {
     said: u64,
     /// Of both, when it was last looked whether anything is said.
     seen: Option<u64>,
+    /// How long after its beginning, or the last time, that is.
+    interval: Duration,
 }
 
 /// What a conversation wants next, or how it has ended.
@@ -56,7 +58,8 @@ impl Talk {
             // Echo has nothing to say, and the others are served elsewhere.
             HandlerKind::Echo | HandlerKind::Forward | HandlerKind::Registered => Box::default(),
         };
-        Self { stream: Stream::accepted(socket), kept, sent: 0, heard: 0, said: 0, seen: None }
+        let interval = if config.handler == HandlerKind::Hello { LINGER_LIMIT } else { IDLE_LIMIT / 2 };
+        Self { stream: Stream::accepted(socket), kept, sent: 0, heard: 0, said: 0, seen: None, interval }
     }
 
     /// Bytes of the client, and bytes to it.
@@ -75,8 +78,7 @@ impl Talk {
         if matches!(event, Event::Start) {
             // Many have ended by now, and need not be watched.
             self.stream.watch(cx.watcher).map_err(Err)?;
-            let limit = if kind == HandlerKind::Hello { LINGER_LIMIT } else { IDLE_LIMIT / 2 };
-            cx.wake_at(Instant::now() + limit);
+            cx.wake_at(Instant::now() + self.interval);
         }
         Ok(next)
     }
@@ -156,7 +158,79 @@ impl Talk {
             return Err(Err(io::ErrorKind::TimedOut.into()));
         }
         self.seen = seen;
-        cx.wake_at(Instant::now() + IDLE_LIMIT / 2);
+        cx.wake_at(Instant::now() + self.interval);
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        io::{self, Read as _, Write as _},
+        net::{TcpListener, TcpStream},
+        sync::mpsc::{Receiver, Sender, channel},
+        thread::{self, sleep},
+        time::{Duration, Instant},
+    };
+
+    use nix::sys::epoll::EpollTimeout;
+
+    use super::{Context, Ends, Event, HandlerKind, Next, ServiceConfig, Talk};
+    use crate::service::tcp::events::{EventLoop, Machine};
+
+    const INTERVAL: Duration = Duration::from_millis(200);
+
+    struct Speaker(Talk, Sender<io::Result<()>>);
+
+    impl Machine for Speaker {
+        fn advance(&mut self, cx: &mut Context<'_>, event: Event) -> Next {
+            let Self(talk, ended) = self;
+            talk.advance(HandlerKind::Echo, cx, event).unwrap_or_else(|end| {
+                ended.send(end).unwrap();
+                Next::Close
+            })
+        }
+    }
+
+    /// A client of an echo with a short interval, and how that ends.
+    fn echo() -> (TcpStream, Receiver<io::Result<()>>) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (accepted, _) = listener.accept().unwrap();
+        accepted.set_nonblocking(true).unwrap();
+        let ends = Ends { client: client.local_addr().unwrap(), dialled: client.peer_addr().unwrap() };
+        let config = ServiceConfig::new("test".parse().unwrap(), HandlerKind::Echo);
+        let talk = Talk { interval: INTERVAL, ..Talk::new(&config, accepted.into(), ends) };
+        let (sender, ended) = channel();
+        thread::spawn(move || {
+            let mut events = EventLoop::new().unwrap();
+            events.start(Speaker(talk, sender));
+            while !events.is_empty() {
+                events.turn(EpollTimeout::from(5_u8)).unwrap();
+            }
+        });
+        (client, ended)
+    }
+
+    #[test]
+    fn silence_ends_a_conversation_and_words_keep_it() {
+        let (mut client, ended) = echo();
+        let start = Instant::now();
+        for _ in 0..10 {
+            client.write_all(b"x").unwrap();
+            client.read_exact(&mut [0]).unwrap();
+            sleep(INTERVAL / 3);
+        }
+        assert!(ended.try_recv().is_err(), "it lasts");
+        assert_eq!(client.read(&mut [0]).unwrap(), 0);
+        assert!(start.elapsed() >= INTERVAL * 4);
+        assert_eq!(ended.recv().unwrap().unwrap_err().kind(), io::ErrorKind::TimedOut);
+    }
+
+    #[test]
+    fn the_clients_end_ends_it() {
+        let (client, ended) = echo();
+        drop(client);
+        ended.recv().unwrap().unwrap();
     }
 }
