@@ -2,7 +2,7 @@
 
 use std::{
     fmt, fs, io,
-    num::NonZeroUsize,
+    num::{NonZeroU32, NonZeroUsize},
     path::{Path, PathBuf},
     thread,
     time::Duration,
@@ -15,7 +15,7 @@ use toml::Spanned;
 
 use crate::{
     rules::{Origin, RuleSet, RuleText, ServiceName},
-    service::{ServiceConfig, Span},
+    service::{Limits, ServiceConfig, Span},
     steering::BackEnd,
 };
 
@@ -109,6 +109,12 @@ pub struct Settings {
     /// Listening sockets for each service, transport and family [default: number of CPUs]
     #[arg(long, env = "ANYPORT_WORKERS", value_name = "N")]
     pub workers: Option<NonZeroUsize>,
+    /// Most connections and flows of datagrams at a time [default: what the limit of open files allows]
+    #[arg(long, env = "ANYPORT_MAX_CONNECTIONS", value_name = "N")]
+    pub max_connections: Option<NonZeroU32>,
+    /// Most of them for one source, an IPv4 address or a /64 of IPv6 [default: four for each that is free]
+    #[arg(long, env = "ANYPORT_MAX_CONNECTIONS_PER_SOURCE", value_name = "N")]
+    pub max_connections_per_source: Option<NonZeroU32>,
     /// Most rules at a time; the programs can't number more [default: 1048576]
     #[arg(long, env = "ANYPORT_MAX_RULES", value_name = "N")]
     pub max_rules: Option<usize>,
@@ -137,6 +143,8 @@ impl Settings {
             steering: self.steering.or(other.steering),
             interface: if self.interface.is_empty() { other.interface } else { self.interface },
             workers: self.workers.or(other.workers),
+            max_connections: self.max_connections.or(other.max_connections),
+            max_connections_per_source: self.max_connections_per_source.or(other.max_connections_per_source),
             max_rules: self.max_rules.or(other.max_rules),
             drain_timeout: self.drain_timeout.or(other.drain_timeout),
             keep: self.keep.or(other.keep),
@@ -159,6 +167,7 @@ pub struct Config {
     pub max_rules: usize,
     pub drain_timeout: Duration,
     pub keep: bool,
+    pub limits: Limits,
     pub log_level: LogLevel,
     pub log_format: LogFormat,
     /// The services of the file.
@@ -204,6 +213,11 @@ impl Config {
             max_rules,
             drain_timeout: settings.drain_timeout.map_or(DEFAULT_DRAIN_TIMEOUT, |time| time.0),
             keep: settings.keep.unwrap_or_default(),
+            limits: Limits {
+                max_connections: settings.max_connections,
+                max_connections_per_source: settings.max_connections_per_source,
+                accept_rate_per_source: None,
+            },
             log_level: settings.log_level.unwrap_or_default(),
             log_format: settings.log_format.unwrap_or_default(),
             services,

@@ -221,7 +221,7 @@ fn idle(backend: &'static str) {
 fn evicted() {
     let lab = Lab::with("sk-lookup", |setup| setup.args(["--workers", "1"]));
     let upstreams = same_port();
-    serve(&lab, &[&upstreams[0]], "--udp max-flows=4");
+    serve(&lab, &[&upstreams[0]], "--udp max-flows=4 --max-connections-per-source 100");
     let to = at(ONE[0], PORT);
     witness(&lab, at(SERVER[0], PORT));
     let kept = client(&lab, to);

@@ -15,6 +15,7 @@ mod explain;
 mod flows;
 mod forward;
 mod interrupted;
+mod limits;
 mod load;
 mod malformed;
 mod queues;
@@ -67,6 +68,7 @@ fn main() -> ExitCode {
     trials.extend(flows::trials());
     trials.extend(connections::trials());
     trials.extend(queues::trials());
+    trials.extend(limits::trials());
     trials.extend(rules::trials());
     trials.extend(apply::trials());
     trials.extend(differential::trials());

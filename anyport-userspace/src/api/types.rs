@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use super::{Kind, Problem};
 use crate::{
     rules::{Origin, PortSet, Prefix, Protocol, ServiceName, Terms},
-    service::{HandlerKind, Registrant, ServiceStats, SocketInfo, UpstreamView},
+    service::{HandlerKind, Limits, Registrant, ServiceStats, SocketInfo, UpstreamView},
     steering::BackEnd,
 };
 
@@ -229,6 +229,9 @@ pub struct ServiceView {
     /// Who receives what `registered` has no live socket for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fallback: Option<ServiceName>,
+    /// Its limits on connections.
+    #[serde(flatten)]
+    pub limits: Limits,
     /// Where it came from.
     pub origin: Origin,
     /// Number of rules that steer to it.
@@ -296,6 +299,8 @@ pub struct Totals {
     pub unmatched: u64,
     /// Connections that are open.
     pub active: u64,
+    /// As [`ServiceStats::refused`].
+    pub refused: u64,
     /// As [`ServiceStats::listen_drops`].
     pub listen_drops: u64,
     /// As [`ServiceStats::receive_drops`].

@@ -54,6 +54,7 @@ pub(super) async fn list(client: &Client, out: &mut Output<'_>) -> Result<(), Pr
             "UNASSIGNED",
             "ACTIVE",
             "ACCEPTED",
+            "REFUSED",
             "DATAGRAMS",
             "ANSWERED",
             "PID",
@@ -69,7 +70,7 @@ pub(super) async fn list(client: &Client, out: &mut Output<'_>) -> Result<(), Pr
     })
 }
 
-fn row(view: &ServiceView) -> [String; 13] {
+fn row(view: &ServiceView) -> [String; 14] {
     [
         view.name.to_string(),
         view.handler.to_string(),
@@ -81,6 +82,7 @@ fn row(view: &ServiceView) -> [String; 13] {
         view.assign_error.to_string(),
         view.stats.active.to_string(),
         view.stats.accepted.to_string(),
+        view.stats.refused().to_string(),
         view.stats.datagrams.to_string(),
         view.stats.answered.to_string(),
         pids(view),

@@ -26,6 +26,9 @@ fn text(view: &StatusView) -> String {
         "totals      {} steered, {} dropped, {} unmatched, {} connections open",
         totals.steered, totals.dropped, totals.unmatched, totals.active
     ));
+    if totals.refused > 0 {
+        lines.push(format!("limits      {} connections and flows refused", totals.refused));
+    }
     if totals.listen_drops + totals.receive_drops > 0 {
         lines.push(format!(
             "full queues {} attempts to connect and {} datagrams dropped",

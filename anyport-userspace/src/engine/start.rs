@@ -20,7 +20,7 @@ use crate::{
     keeper::Link,
     routes::Routes,
     rules::{Change, Origin, RuleSet, to_address},
-    service::{Commons, DescriptorPool, LoopGuard, Service, ServiceConfig, WorkerHandles},
+    service::{Capacity, Commons, DescriptorPool, LoopGuard, Service, ServiceConfig, WorkerHandles},
     steering::{
         BackEnd, bpf,
         choose::{choose, remove_leftovers},
@@ -56,10 +56,12 @@ impl Engine {
         };
         let chosen = choose(config.steering.back_end(), &options)?;
         remove_leftovers(chosen.steering.back_end(), &options).context("remove what an earlier daemon left")?;
+        let descriptors = DescriptorPool::of_process()?;
         let commons = Commons {
             workers,
             control: Handle::current(),
-            descriptors: DescriptorPool::of_process()?,
+            capacity: Capacity::new(config.limits, descriptors.clone()),
+            descriptors,
             loop_guard: loop_guard(&published),
             keeper,
         };

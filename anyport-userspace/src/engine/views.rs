@@ -9,6 +9,7 @@ use super::Engine;
 use crate::{
     api::{BackEndView, ListPrefixes, PrefixView, Problem, ServiceView, StatusView, Totals},
     rules::{Numbered, Prefix, PrefixRules, ServiceName, Terms},
+    service::ServiceStats,
 };
 
 impl Engine {
@@ -80,6 +81,7 @@ impl Engine {
                 banner: config.banner,
                 owners: config.owners,
                 fallback: config.fallback,
+                limits: config.limits,
                 origin: running.origin,
                 sockets: self.sockets_of(running),
                 upstreams: running.service.upstreams(),
@@ -120,6 +122,7 @@ impl Engine {
                 dropped: counters.values().map(|(_, it)| it.no_socket + it.assign_error).sum(),
                 unmatched: self.steering.unmatched()?,
                 active: stats.iter().map(|it| it.active).sum(),
+                refused: stats.iter().map(ServiceStats::refused).sum(),
                 listen_drops: stats.iter().map(|it| it.listen_drops).sum(),
                 receive_drops: stats.iter().map(|it| it.receive_drops).sum(),
             },

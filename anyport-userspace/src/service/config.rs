@@ -5,11 +5,11 @@ use std::{fmt, num::NonZeroU32};
 use anyport_common::flow::Transport;
 use serde::{Deserialize, Serialize};
 
-use super::Registrant;
 use super::forward::config::{
     Balance, Ejection, ForwardConfig, HealthCheck, ProxyVersion, Span, TcpOptions, UdpOptions, UpstreamAddress,
     table_of_words,
 };
+use super::{Limits, Rate, Registrant};
 use crate::rules::{InvalidText, Prefix, ServiceName};
 
 /// Longest banner in bytes: what the kernel takes at once even from a client that reads nothing.
@@ -59,6 +59,8 @@ pub struct ServiceConfig {
     pub fallback: Option<ServiceName>,
     /// A line of the log for one of so many connections and forwarded flows, at their end; none if absent.
     pub connection_log: Option<NonZeroU32>,
+    /// Limits on connections, for those with sockets of the daemon.
+    pub limits: Limits,
     /// The settings of `forward`.
     pub forward: Option<Box<ForwardConfig>>,
 }
@@ -66,7 +68,16 @@ pub struct ServiceConfig {
 impl ServiceConfig {
     /// A service without settings.
     pub fn new(name: ServiceName, handler: HandlerKind) -> Self {
-        Self { name, handler, banner: None, owners: Vec::new(), fallback: None, connection_log: None, forward: None }
+        Self {
+            name,
+            handler,
+            banner: None,
+            owners: Vec::new(),
+            fallback: None,
+            connection_log: None,
+            limits: Limits::default(),
+            forward: None,
+        }
     }
 
     /// The service that is there when nobody has made one of its name: it greets.
@@ -83,7 +94,7 @@ impl ServiceConfig {
 
     /// Whether the settings fit each other.
     pub fn validate(&self) -> Result<(), InvalidText> {
-        let Self { name, handler, banner, owners, fallback, connection_log, forward } = self;
+        let Self { name, handler, banner, owners, fallback, connection_log, limits, forward } = self;
         let is_registered = *handler == HandlerKind::Registered || (owners.is_empty() && fallback.is_none());
         let checked = check_banner(*handler, banner.as_deref()).and_then(|()| match (handler, forward) {
             _ if !is_registered => {
@@ -91,6 +102,11 @@ impl ServiceConfig {
             }
             _ if *handler == HandlerKind::Registered && connection_log.is_some() => Err(InvalidText(
                 "connections to registered sockets are their owner's to log; leave connection-log out".into(),
+            )),
+            _ if *handler == HandlerKind::Registered && *limits != Limits::default() => Err(InvalidText(
+                "connections to registered sockets are their owner's to limit; leave max-connections, \
+                 max-connections-per-source and accept-rate-per-source out"
+                    .into(),
             )),
             _ if fallback.as_ref() == Some(name) => Err(InvalidText("it can't be its own fallback".into())),
             (HandlerKind::Forward, Some(forward)) => forward.validate(),
@@ -143,6 +159,18 @@ pub(crate) struct ServiceTable {
     #[arg(long, value_name = "N")]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     connection_log: Option<NonZeroU32>,
+    /// How many connections, and flows of datagrams, may be open [default: as many as the daemon may have]
+    #[arg(long, value_name = "N")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    max_connections: Option<NonZeroU32>,
+    /// How many of them one source may have, an IPv4 address or a /64 of IPv6 [default: four for each that is free]
+    #[arg(long, value_name = "N")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    max_connections_per_source: Option<NonZeroU32>,
+    /// How fast one source may open them: 100/s, 20/10s; as many may come at once [default: no limit]
+    #[arg(long, value_name = "N/TIME")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    accept_rate_per_source: Option<Rate>,
     /// Where forward connects to: ADDR:PORT, NAME:PORT, or with * for the port that was dialled; may be repeated
     #[arg(long = "upstream", value_name = "ADDR:PORT")]
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -231,6 +259,11 @@ impl From<ServiceTable> for ServiceConfig {
             owners: table.owners,
             fallback: table.fallback,
             connection_log: table.connection_log,
+            limits: Limits {
+                max_connections: table.max_connections,
+                max_connections_per_source: table.max_connections_per_source,
+                accept_rate_per_source: table.accept_rate_per_source,
+            },
             forward,
         }
     }
@@ -242,7 +275,7 @@ impl From<ServiceConfig> for ServiceTable {
         fn unless<T: PartialEq>(value: T, default: &T) -> Option<T> {
             (value != *default).then_some(value)
         }
-        let ServiceConfig { name, handler, banner, owners, fallback, connection_log, forward } = config;
+        let ServiceConfig { name, handler, banner, owners, fallback, connection_log, limits, forward } = config;
         let default = ForwardConfig::default();
         let forward = forward.map_or_else(|| default.clone(), |it| *it);
         Self {
@@ -252,6 +285,9 @@ impl From<ServiceConfig> for ServiceTable {
             owners,
             fallback,
             connection_log,
+            max_connections: limits.max_connections,
+            max_connections_per_source: limits.max_connections_per_source,
+            accept_rate_per_source: limits.accept_rate_per_source,
             upstreams: forward.upstreams,
             balance: unless(forward.balance, &default.balance),
             proxy_protocol: forward.proxy_protocol,

@@ -1,16 +1,12 @@
 //! How many file descriptors clients may make the daemon hold.
 
-use std::{
-    pin::pin,
-    sync::{
-        Arc,
-        atomic::{AtomicUsize, Ordering::SeqCst},
-    },
+use std::sync::{
+    Arc,
+    atomic::{AtomicUsize, Ordering::Relaxed},
 };
 
 use anyhow::Context as _;
 use nix::sys::resource::{Resource, getrlimit};
-use tokio::sync::Notify;
 
 /// File descriptors for connections and reply sockets, one pool for all services of the process: however many
 /// clients there are, descriptors are left for control.
@@ -25,9 +21,6 @@ pub struct DescriptorPool(Arc<Shared>);
 struct Shared {
     size: usize,
     free: AtomicUsize,
-    /// How many wait for some to become free.
-    waiting: AtomicUsize,
-    freed: Notify,
 }
 
 /// Descriptors out of the pool, given back when dropped.
@@ -47,70 +40,35 @@ impl DescriptorPool {
 
     /// A pool of this many.
     pub fn new(size: usize) -> Self {
-        let free = AtomicUsize::new(size);
-        Self(Arc::new(Shared { size, free, waiting: AtomicUsize::new(0), freed: Notify::new() }))
+        Self(Arc::new(Shared { size, free: AtomicUsize::new(size) }))
+    }
+
+    /// How many there are.
+    pub(super) fn free(&self) -> usize {
+        self.0.free.load(Relaxed)
     }
 
     /// Whether clients have none of it.
     pub fn is_whole(&self) -> bool {
-        self.0.free.load(SeqCst) == self.0.size
+        self.free() == self.0.size
     }
 
     /// Takes so many descriptors, if there are.
     pub(super) fn try_take(&self, count: u32) -> Option<Descriptors> {
         let less = |free: usize| free.checked_sub(count as usize);
-        self.0.free.fetch_update(SeqCst, SeqCst, less).ok()?;
+        self.0.free.fetch_update(Relaxed, Relaxed, less).ok()?;
         Some(Descriptors { pool: self.clone(), count })
-    }
-
-    /// Waits for so many descriptors.
-    pub(super) async fn take(&self, count: u32) -> Descriptors {
-        let _waiting = Waiting::at(&self.0);
-        loop {
-            let mut freed = pin!(self.0.freed.notified());
-            // From here on nothing that is given back is missed.
-            freed.as_mut().enable();
-            if let Some(descriptors) = self.try_take(count) {
-                return descriptors;
-            }
-            freed.await;
-        }
     }
 }
 
 impl Drop for Descriptors {
     fn drop(&mut self) {
-        let Shared { free, waiting, freed, .. } = &*self.pool.0;
-        free.fetch_add(self.count as usize, SeqCst);
-        // Whoever began to wait before this looks sees what was given back; who begins later finds it.
-        if waiting.load(SeqCst) > 0 {
-            freed.notify_waiters();
-        }
-    }
-}
-
-/// Counted as waiting until this is dropped.
-struct Waiting<'a>(&'a Shared);
-
-impl<'a> Waiting<'a> {
-    fn at(shared: &'a Shared) -> Self {
-        shared.waiting.fetch_add(1, SeqCst);
-        Self(shared)
-    }
-}
-
-impl Drop for Waiting<'_> {
-    fn drop(&mut self) {
-        self.0.waiting.fetch_sub(1, SeqCst);
+        self.pool.0.free.fetch_add(self.count as usize, Relaxed);
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
-    use tokio::time::timeout;
-
     use super::DescriptorPool;
 
     #[test]
@@ -126,24 +84,5 @@ mod tests {
         assert!(!pool.is_whole());
         assert!(pool.try_take(3).is_some());
         assert!(pool.is_whole());
-    }
-
-    #[tokio::test]
-    async fn all_who_wait_get_theirs_in_the_end() {
-        let pool = DescriptorPool::new(2);
-        let held = [pool.try_take(1).unwrap(), pool.try_take(1).unwrap()];
-        let waiting: Vec<_> = [2, 1, 2, 1]
-            .into_iter()
-            .map(|count| {
-                let pool = pool.clone();
-                tokio::spawn(async move { drop(pool.take(count).await) })
-            })
-            .collect();
-        assert!(timeout(Duration::from_millis(20), pool.take(1)).await.is_err());
-        drop(held);
-        for task in waiting {
-            task.await.unwrap();
-        }
-        assert!(pool.try_take(2).is_some());
     }
 }

@@ -5,6 +5,7 @@ mod datagram;
 mod descriptors;
 pub mod forward;
 mod handlers;
+mod limits;
 mod log;
 mod raw;
 mod registrant;
@@ -33,6 +34,7 @@ pub(crate) use config::ServiceTable;
 pub use config::{HandlerKind, ServiceConfig};
 pub use descriptors::DescriptorPool;
 pub use forward::{UpstreamState, UpstreamView, config::Span};
+pub use limits::{Capacity, Limits, Rate};
 pub use registrant::Registrant;
 pub use sockets::{Family, SocketInfo};
 pub use stats::ServiceStats;
@@ -40,6 +42,7 @@ pub use workers::{WorkerHandles, Workers};
 
 use self::{
     forward::{Forwarder, UdpForwarder},
+    limits::{Gate, Room},
     log::ConnectionLog,
     sockets::Group,
     stats::TcpCounts,
@@ -61,6 +64,8 @@ pub struct Commons {
     pub control: Handle,
     /// Descriptors for what clients bring about.
     pub descriptors: DescriptorPool,
+    /// How many connections and flows they may have.
+    pub capacity: Capacity,
     /// Tells which sources are steered.
     pub loop_guard: LoopGuard,
     /// Keeps the services' sockets for a process that comes later.
@@ -169,6 +174,10 @@ impl Service {
 struct Start<'a> {
     config: Arc<ServiceConfig>,
     commons: &'a Commons,
+    /// For connections.
+    gate: Arc<Gate>,
+    /// For flows of datagrams.
+    flow_gate: Arc<Gate>,
     tcp: Vec<Arc<Site>>,
     udp: Vec<Arc<UdpWorker>>,
     forwarder: Option<Arc<Forwarder>>,
@@ -182,9 +191,12 @@ impl<'a> Start<'a> {
     fn new(config: ServiceConfig, commons: &'a Commons) -> Self {
         let forward = config.forward.as_deref();
         let forwarder = forward.map(|forward| Arc::new(Forwarder::new(config.name.to_string(), forward.clone())));
+        let [gate, flow_gate] = gates(&config, &commons.capacity).map(Arc::new);
         Self {
             config: Arc::new(config),
             commons,
+            gate,
+            flow_gate,
             forwarder,
             tcp: Vec::new(),
             udp: Vec::new(),
@@ -241,6 +253,7 @@ impl<'a> Start<'a> {
         let site = Arc::new(Site {
             config: Arc::clone(&self.config),
             counts: TcpCounts::default(),
+            gate: Arc::clone(&self.gate),
             descriptors: self.commons.descriptors.clone(),
             forwarder: self.forwarder.clone(),
             log: ConnectionLog::of(&self.config),
@@ -259,7 +272,8 @@ impl<'a> Start<'a> {
         let shared = Arc::new(UdpWorker::new(self.commons.descriptors.clone(), Arc::clone(&self.reply_opened)));
         let workers = self.commons.workers.count().get();
         let log = ConnectionLog::of(&self.config);
-        let start = |forwarder| UdpForwarder::start(forwarder, Arc::clone(&shared), bound, workers, log);
+        let gate = Arc::clone(&self.flow_gate);
+        let start = |forwarder| UdpForwarder::start(forwarder, Arc::clone(&shared), gate, bound, workers, log);
         let receiver = Receiver {
             socket: Arc::clone(&socket),
             bound,
@@ -272,6 +286,20 @@ impl<'a> Start<'a> {
         self.tasks.spawn_on(receiver.run(), worker);
         Ok(())
     }
+}
+
+/// What connections and what flows of a service have to pass. A forwarded connection has two sockets, and so has a flow.
+fn gates(config: &ServiceConfig, capacity: &Capacity) -> [Gate; 2] {
+    let forward = config.forward.as_deref();
+    let rooms: Vec<_> = Room::of_service(config.limits).into_iter().collect();
+    let of_flows = forward.map(|forward| Room::of_flows(forward.udp.max_flows, config.limits));
+    let flow_rooms = rooms.iter().cloned().chain(of_flows).collect();
+    let proxies = forward.map(|forward| forward.accept_proxy.clone()).unwrap_or_default();
+    let descriptors = if forward.is_some() { 2 } else { 1 };
+    [
+        Gate { rooms, capacity: capacity.clone(), descriptors, proxies },
+        Gate { rooms: flow_rooms, capacity: capacity.clone(), descriptors, proxies: Vec::new() },
+    ]
 }
 
 /// Locks what no panic can leave half done.

@@ -4,15 +4,25 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use serde::{Deserialize, Serialize};
 
+use super::limits::Refusals;
+
 /// What became of the connections and datagrams of a service since it was started.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ServiceStats {
     /// Connections that are open now.
     pub active: u64,
-    /// Connections accepted.
+    /// Connections accepted, those that were then refused included.
     pub accepted: u64,
     /// Failed attempts to accept.
     pub accept_errors: u64,
+    /// Connections and flows refused: the daemon had as many as it may have.
+    pub refused_total: u64,
+    /// Connections and flows refused: the service had as many as it may have.
+    pub refused_service: u64,
+    /// Connections and flows refused: their source had as many as it may have.
+    pub refused_source: u64,
+    /// Connections and flows refused: their source came faster than it may.
+    pub refused_rate: u64,
     /// Connections closed since their peer had to send a PROXY header and did not.
     pub bad_headers: u64,
     /// Connections closed, and datagrams lost, since no upstream took them.
@@ -64,10 +74,11 @@ impl Count {
 #[repr(align(128))]
 pub(super) struct TcpCounts {
     pub(super) accepted: Count,
-    /// Of the accepted ones, those that have found a free descriptor.
+    /// Of the accepted ones, those that were let in.
     pub(super) served: Count,
     /// Of the served ones, those that are over.
     pub(super) ended: Count,
+    pub(super) refused: Refusals,
     pub(super) accept_errors: Count,
     pub(super) bad_headers: Count,
     pub(super) unforwarded: Count,
@@ -87,14 +98,28 @@ pub(super) struct UdpCounts {
     pub(super) unforwarded: Count,
     pub(super) flows: Count,
     pub(super) evicted: Count,
+    pub(super) refused: Refusals,
 }
 
 impl ServiceStats {
+    /// Connections and flows that were over a limit.
+    pub fn refused(&self) -> u64 {
+        self.refused_total + self.refused_service + self.refused_source + self.refused_rate
+    }
+
+    fn add_refusals(&mut self, Refusals { total, service, source, rate }: &Refusals) {
+        self.refused_total += total.get();
+        self.refused_service += service.get();
+        self.refused_source += source.get();
+        self.refused_rate += rate.get();
+    }
+
     pub(super) fn add_tcp(&mut self, counts: &TcpCounts) {
-        let TcpCounts { accepted, served, ended, accept_errors, bad_headers, unforwarded } = counts;
+        let TcpCounts { accepted, served, ended, refused, accept_errors, bad_headers, unforwarded } = counts;
         // Not read at one moment, so one that comes and goes in between must not make it negative.
         self.active += served.get().saturating_sub(ended.get());
         self.accepted += accepted.get();
+        self.add_refusals(refused);
         self.accept_errors += accept_errors.get();
         self.bad_headers += bad_headers.get();
         self.unforwarded += unforwarded.get();
@@ -112,7 +137,9 @@ impl ServiceStats {
             unforwarded,
             flows,
             evicted,
+            refused,
         } = counts;
+        self.add_refusals(refused);
         self.datagrams += datagrams.get();
         self.answered += answered.get();
         self.refused_loop += refused_loop.get();

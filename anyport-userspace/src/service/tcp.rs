@@ -34,8 +34,9 @@ use self::{
 use super::{
     ServiceConfig,
     datagram::Ends,
-    descriptors::{DescriptorPool, Descriptors},
+    descriptors::DescriptorPool,
     forward::{Client, End, Forwarder, Outcome, Refusal, Served},
+    limits::{Gate, Pass},
     log::{ConnectionLog, Entry},
     stats::TcpCounts,
 };
@@ -53,17 +54,11 @@ const LONG: Duration = Duration::from_hours(1);
 pub(super) struct Site {
     pub(super) config: Arc<ServiceConfig>,
     pub(super) counts: TcpCounts,
+    pub(super) gate: Arc<Gate>,
     pub(super) descriptors: DescriptorPool,
     /// For `forward`.
     pub(super) forwarder: Option<Arc<Forwarder>>,
     pub(super) log: ConnectionLog,
-}
-
-impl Site {
-    /// Descriptors that a connection takes: a forwarded one has two sockets.
-    fn descriptors_each(&self) -> u32 {
-        if self.forwarder.is_some() { 2 } else { 1 }
-    }
 }
 
 /// A connection that is open until this is dropped.
@@ -72,7 +67,7 @@ struct Open {
     site: Arc<Site>,
     /// When it began, if it is to be written down.
     logged: Option<Instant>,
-    _descriptors: Descriptors,
+    _pass: Pass,
 }
 
 impl Drop for Open {
@@ -123,7 +118,7 @@ impl Acceptor {
             match ready.try_io(|listener| accept(listener.get_ref())) {
                 Ok(accepted) => {
                     let (socket, client) = accepted?;
-                    self.start(socket, client).await;
+                    self.start(socket, client);
                 }
                 Err(_) => return Ok(()),
             }
@@ -132,27 +127,28 @@ impl Acceptor {
         Ok(())
     }
 
-    async fn start(&self, socket: Socket, client: SocketAddr) {
+    fn start(&self, socket: Socket, client: SocketAddr) {
         let site = &self.site;
         site.counts.accepted.raise();
+        let pass = match site.gate.admit(client.ip()) {
+            Ok(pass) => pass,
+            Err(why) => {
+                site.counts.refused.raise(why);
+                return reset_at_end(&socket);
+            }
+        };
         let Ok(Some(dialled)) = socket.local_addr().map(|address| address.as_socket()) else { return };
         let ends = Ends { client, dialled };
-        // While the pool is empty one connection waits here and the others in the kernel's queue. Listening
-        // sockets that wait for connections take nothing from the pool, however many there are.
-        let descriptors = match site.descriptors.try_take(site.descriptors_each()) {
-            Some(descriptors) => descriptors,
-            None => self.wait_for_descriptors().await,
-        };
         site.counts.served.raise();
-        let open = Open { site: Arc::clone(site), logged: site.log.begin(), _descriptors: descriptors };
+        let open = Open { site: Arc::clone(site), logged: site.log.begin(), _pass: pass };
         Connections::start(Connection::new(open, socket, ends));
     }
+}
 
-    async fn wait_for_descriptors(&self) -> Descriptors {
-        let name = &self.site.config.name;
-        tracing::debug!("service {name}: as many connections as the limit of open files allows; new ones wait");
-        self.site.descriptors.take(self.site.descriptors_each()).await
-    }
+/// Has a connection be closed by a reset, which leaves nothing of it behind.
+fn reset_at_end(socket: &Socket) {
+    // It fails on a connection that is gone already.
+    socket.set_linger(Some(Duration::ZERO)).ok();
 }
 
 fn accept(listener: &Socket) -> io::Result<(Socket, SocketAddr)> {

@@ -37,7 +37,6 @@ const PAUSE: Duration = Duration::from_millis(100);
 pub(super) struct UdpWorker {
     pub(super) counts: Arc<UdpCounts>,
     pub(super) replies: Mutex<ReplySockets>,
-    pub(super) descriptors: DescriptorPool,
     /// Raised when there is a reply socket and was none.
     reply_opened: Arc<Notify>,
 }
@@ -45,8 +44,8 @@ pub(super) struct UdpWorker {
 impl UdpWorker {
     pub(super) fn new(descriptors: DescriptorPool, reply_opened: Arc<Notify>) -> Self {
         let counts = Arc::default();
-        let replies = Mutex::new(ReplySockets::new(descriptors.clone(), Arc::clone(&counts)));
-        Self { counts, replies, descriptors, reply_opened }
+        let replies = Mutex::new(ReplySockets::new(descriptors, Arc::clone(&counts)));
+        Self { counts, replies, reply_opened }
     }
 
     /// Answers a client from what it dialled.

@@ -38,7 +38,7 @@ use crate::{
     service::{
         Family,
         datagram::Ends,
-        descriptors::Descriptors,
+        limits::{Gate, Pass, Refused},
         lock,
         log::{ConnectionLog, Entry},
         sockets::set_transparent,
@@ -51,8 +51,6 @@ use crate::{
 const SWEEP: Duration = Duration::from_secs(1);
 /// Bytes of the buffers of a flow that lasts, as the kernel counts them: a client may send a window's worth at once.
 const BUFFER: usize = 1 << 20;
-/// Descriptors that a flow takes.
-const DESCRIPTORS: u32 = 2;
 
 thread_local! {
     /// One for all flows of a worker: what is received is sent on at once.
@@ -69,6 +67,7 @@ pub(in crate::service) struct UdpForwarder {
 struct Shared {
     forwarder: Arc<Forwarder>,
     worker: Arc<UdpWorker>,
+    gate: Arc<Gate>,
     flows: Mutex<Flows<Flow>>,
     /// Raised with the first flow, and when no more will come.
     changed: Notify,
@@ -91,7 +90,7 @@ struct Flow {
     to_upstream: AtomicU64,
     to_client: AtomicU64,
     tasks: Mutex<Vec<AbortHandle>>,
-    _descriptors: Descriptors,
+    _pass: Pass,
 }
 
 impl Used for Flow {
@@ -122,13 +121,14 @@ impl UdpForwarder {
     pub(in crate::service) fn start(
         forwarder: Arc<Forwarder>,
         worker: Arc<UdpWorker>,
+        gate: Arc<Gate>,
         bound: SocketAddr,
         workers: usize,
         log: ConnectionLog,
     ) -> Self {
         let limit = forwarder.config.udp.max_flows.get() as usize / workers;
         let flows = Mutex::new(Flows::new(limit));
-        let shared = Arc::new(Shared { forwarder, worker, flows, changed: Notify::new(), bound, log });
+        let shared = Arc::new(Shared { forwarder, worker, gate, flows, changed: Notify::new(), bound, log });
         let this = Self { shared: Arc::clone(&shared) };
         let idle = shared.forwarder.config.udp.idle_timeout.0;
         tokio::spawn(sweep(Arc::downgrade(&shared), idle));
@@ -151,7 +151,14 @@ impl UdpForwarder {
                 }
             }
             // The first one, or the upstream that it went to has gone.
-            let flow = shared.open(ends)?;
+            let pass = match shared.admit(ends) {
+                Ok(pass) => pass,
+                Err(why) => {
+                    shared.worker.counts.refused.raise(why);
+                    return Ok(());
+                }
+            };
+            let flow = shared.open(ends, pass)?;
             shared.send_to_upstream(&flow, batch)
         });
         if let Err(error) = taken {
@@ -189,12 +196,11 @@ async fn sweep(shared: Weak<Shared>, idle: Duration) {
 }
 
 impl Shared {
-    fn open(self: &Arc<Self>, ends: Ends) -> io::Result<Arc<Flow>> {
+    fn open(self: &Arc<Self>, ends: Ends, pass: Pass) -> io::Result<Arc<Flow>> {
         if ends.dialled == self.bound {
             return Err(io::Error::other("dialled the service's own socket"));
         }
         let forwarder = &self.forwarder;
-        let descriptors = self.descriptors()?;
         let chosen = forwarder.choose(ends, &[]).ok_or_else(|| io::Error::other("no upstream is up"))?;
         let to = chosen.target(ends.dialled.port());
         let source = forwarder.config.transparent_source.then_some(ends.client);
@@ -211,7 +217,7 @@ impl Shared {
             to_upstream: AtomicU64::new(0),
             to_client: AtomicU64::new(0),
             tasks: Mutex::default(),
-            _descriptors: descriptors,
+            _pass: pass,
         });
         let gone = {
             let mut flows = lock(&self.flows);
@@ -229,16 +235,18 @@ impl Shared {
         Ok(flow)
     }
 
-    /// Descriptors for a flow, those of the oldest one if there are no others.
-    fn descriptors(&self) -> io::Result<Descriptors> {
-        if let Some(descriptors) = self.worker.descriptors.try_take(DESCRIPTORS) {
-            return Ok(descriptors);
+    /// Lets a flow in, in the place of the oldest one if there is no other.
+    fn admit(&self, ends: Ends) -> Result<Pass, Refused> {
+        let client = ends.client.ip();
+        let admitted = self.gate.admit(client);
+        if !matches!(admitted, Err(Refused::Total)) {
+            return admitted;
         }
-        if let Some(gone) = lock(&self.flows).remove_oldest() {
+        let oldest = lock(&self.flows).remove_oldest();
+        if let Some(gone) = oldest {
             self.evicted(&gone);
         }
-        let none = || io::Error::other("as many connections and flows as the limit of open files allows");
-        self.worker.descriptors.try_take(DESCRIPTORS).ok_or_else(none)
+        self.gate.admit(client)
     }
 
     /// Gives a flow a socket towards the client, if the kernel has one for it.

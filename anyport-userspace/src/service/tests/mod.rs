@@ -16,7 +16,7 @@ use std::{
 
 use tokio::runtime::Runtime;
 
-use super::{Commons, DescriptorPool, HandlerKind, Service, ServiceConfig, Workers};
+use super::{Capacity, Commons, DescriptorPool, HandlerKind, Limits, Service, ServiceConfig, Workers};
 use crate::keeper::Link;
 
 const TIMEOUT: Duration = Duration::from_secs(5);
@@ -50,6 +50,7 @@ impl Scene {
         let commons = Commons {
             workers: workers.handles(),
             control: workers.handles().first().clone(),
+            capacity: Capacity::new(Limits::default(), descriptors.clone()),
             descriptors,
             loop_guard: Arc::new(loop_guard),
             keeper: Link::default(),

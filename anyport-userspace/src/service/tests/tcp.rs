@@ -2,12 +2,12 @@
 
 use std::{
     io::{Read as _, Write as _},
-    net::{Shutdown, TcpStream},
-    thread::{self, sleep},
+    net::{Shutdown, SocketAddr, TcpStream},
+    thread,
     time::Duration,
 };
 
-use socket2::SockRef;
+use socket2::{Domain, SockRef, Socket, Type};
 
 use super::{DescriptorPool, HandlerKind, Scene, TCP, eventually, rest};
 
@@ -95,21 +95,31 @@ fn accepted_connections_are_set_up_by_their_listener() {
 }
 
 #[test]
-fn connections_wait_while_the_pool_is_empty() {
+fn who_finds_no_descriptor_is_refused() {
     let scene = Scene::with(HandlerKind::Echo, None, DescriptorPool::new(2), |_, _| false);
-    let mut streams: Vec<TcpStream> = (0..6).map(|_| scene.dial(0)).collect();
+    // Each from a source of its own, of which none takes more than its share.
+    let dial = |source: u8| {
+        let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+        socket.bind(&SocketAddr::from(([127, 0, 0, source], 0)).into()).unwrap();
+        socket.connect(&scene.address(0).into()).unwrap();
+        TcpStream::from(socket)
+    };
+    let served = |mut stream: TcpStream| {
+        stream.write_all(b"my turn")?;
+        stream.shutdown(Shutdown::Write)?;
+        let mut heard = String::new();
+        stream.read_to_string(&mut heard).map(|_| heard)
+    };
+    let held = [dial(1), dial(2)];
     eventually("two are served", || scene.service.stats().active == 2);
-    sleep(Duration::from_millis(50));
-    assert_eq!(scene.service.stats().active, 2);
-    // Each that ends lets another one in; in which order is up to the workers.
-    let threads = streams.drain(..).map(|mut stream| {
-        thread::spawn(move || {
-            stream.write_all(b"my turn").unwrap();
-            stream.shutdown(Shutdown::Write).unwrap();
-            rest(&mut stream)
-        })
-    });
-    for thread in threads.collect::<Vec<_>>() {
-        assert_eq!(thread.join().unwrap(), "my turn");
+    for source in 3..6 {
+        assert!(served(dial(source)).is_err(), "it is reset");
     }
+    let stats = scene.service.stats();
+    assert_eq!((stats.accepted, stats.active, stats.refused_total), (5, 2, 3));
+    for stream in held {
+        assert_eq!(served(stream).unwrap(), "my turn");
+    }
+    eventually("both have ended", || scene.service.stats().active == 0);
+    assert_eq!(served(dial(3)).unwrap(), "my turn");
 }

@@ -1,0 +1,227 @@
+//! Limits on connections and flows: in total, for each service and for each source.
+//!
+//! What comes in has to pass a [`Gate`]: the rooms of its service, then the [`Capacity`] that all services share. In a room no
+//! source may hold more than [`SHARE`] times as many connections as are free, so that whoever holds none finds room however
+//! greedy others are: a single one ends up with four fifths of all, and `n` of them leave one of `4n + 1` parts.
+
+mod config;
+mod sources;
+
+use std::{
+    net::IpAddr,
+    num::NonZeroU32,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
+};
+
+pub use self::config::{Limits, Rate};
+use self::sources::{Source, Sources};
+use super::{
+    descriptors::{DescriptorPool, Descriptors},
+    stats::Count,
+};
+use crate::rules::Prefix;
+
+/// How many connections a source may hold for each that is free, unless a limit for sources is set.
+const SHARE: usize = 4;
+
+/// Why somebody is not let in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub(super) enum Refused {
+    /// The daemon has as many connections and flows as it may have, by its setting or by its limit of open files.
+    #[error("the daemon has as many connections and flows as it may have")]
+    Total,
+    /// The service has as many as it may have.
+    #[error("the service has as many connections and flows as it may have")]
+    Service,
+    /// The source has as many as it may have.
+    #[error("the source has as many connections and flows as it may have")]
+    Source,
+    /// The source comes faster than it may.
+    #[error("the source comes faster than it may")]
+    Rate,
+}
+
+/// Counts of those that were not let in.
+#[derive(Debug, Default)]
+pub(super) struct Refusals {
+    pub(super) total: Count,
+    pub(super) service: Count,
+    pub(super) source: Count,
+    pub(super) rate: Count,
+}
+
+impl Refusals {
+    pub(super) fn raise(&self, why: Refused) {
+        let count = match why {
+            Refused::Total => &self.total,
+            Refused::Service => &self.service,
+            Refused::Source => &self.source,
+            Refused::Rate => &self.rate,
+        };
+        count.raise();
+    }
+}
+
+/// Connections and flows that are counted together. No lock is shared by sources, but for those that a hash throws together.
+#[derive(Debug)]
+pub(super) struct Room {
+    /// How many may still come, if that is limited.
+    free: Option<AtomicUsize>,
+    per_source: Option<NonZeroU32>,
+    sources: Sources,
+    when_full: Refused,
+}
+
+impl Room {
+    fn new(limits: Limits, when_full: Refused) -> Self {
+        Self {
+            free: limits.max_connections.map(|most| AtomicUsize::new(most.get() as usize)),
+            per_source: limits.max_connections_per_source,
+            sources: Sources::new(limits.accept_rate_per_source),
+            when_full,
+        }
+    }
+
+    /// The room of a service, if it has limits of its own.
+    pub(super) fn of_service(limits: Limits) -> Option<Arc<Self>> {
+        (limits != Limits::default()).then(|| Arc::new(Self::new(limits, Refused::Service)))
+    }
+
+    /// A room for flows, of which those that were least recently used go when there are `most`. Those of one source may not
+    /// drive out all others.
+    pub(super) fn of_flows(most: NonZeroU32, limits: Limits) -> Arc<Self> {
+        let most = most.get() as usize;
+        let share = u32::try_from(most * SHARE / (SHARE + 1)).ok().and_then(NonZeroU32::new).unwrap_or(NonZeroU32::MIN);
+        let max_connections_per_source = limits.max_connections_per_source.or(Some(share));
+        Arc::new(Self::new(Limits { max_connections_per_source, ..Limits::default() }, Refused::Service))
+    }
+
+    /// Lets one in, with what `take` finds for it; `spare` is for how many that is there. Without a source it is counted in
+    /// total only.
+    fn enter<T>(&self, source: Option<Source>, spare: usize, take: impl FnOnce() -> Option<T>) -> Result<T, Refused> {
+        let enter = |held| {
+            let free = self.free.as_ref().map_or(usize::MAX, |free| free.load(Relaxed)).min(spare);
+            if source.is_some() {
+                self.is_within_share(held, free)?;
+            }
+            self.take_place()?;
+            take().ok_or_else(|| {
+                self.give_place_back();
+                self.when_full
+            })
+        };
+        match source {
+            Some(source) => self.sources.enter(source, enter),
+            None => enter(0),
+        }
+    }
+
+    fn is_within_share(&self, held: usize, free: usize) -> Result<(), Refused> {
+        if free == 0 {
+            return Err(self.when_full);
+        }
+        // The last place is for who has none.
+        let most = self.per_source.map_or((free - 1).saturating_mul(SHARE).max(1), |most| most.get() as usize);
+        if held < most { Ok(()) } else { Err(Refused::Source) }
+    }
+
+    fn take_place(&self) -> Result<(), Refused> {
+        let Some(free) = &self.free else { return Ok(()) };
+        let taken = free.fetch_update(Relaxed, Relaxed, |free| free.checked_sub(1));
+        taken.map(drop).map_err(|_| self.when_full)
+    }
+
+    fn give_place_back(&self) {
+        if let Some(free) = &self.free {
+            free.fetch_add(1, Relaxed);
+        }
+    }
+
+    fn leave(&self, source: Option<Source>) {
+        self.give_place_back();
+        if let Some(source) = source {
+            self.sources.leave(source);
+        }
+    }
+}
+
+/// What all services share: how many connections and flows the daemon may have, and the descriptors for them.
+#[derive(Clone, Debug)]
+pub struct Capacity(Arc<Shared>);
+
+#[derive(Debug)]
+struct Shared {
+    room: Room,
+    descriptors: DescriptorPool,
+}
+
+impl Capacity {
+    /// For what these limits and these descriptors allow.
+    pub fn new(limits: Limits, descriptors: DescriptorPool) -> Self {
+        Self(Arc::new(Shared { room: Room::new(limits, Refused::Total), descriptors }))
+    }
+
+    fn enter(&self, source: Option<Source>, descriptors: u32) -> Result<Descriptors, Refused> {
+        let Shared { room, descriptors: pool } = &*self.0;
+        room.enter(source, pool.free() / descriptors as usize, || pool.try_take(descriptors))
+    }
+
+    fn leave(&self, source: Option<Source>) {
+        self.0.room.leave(source);
+    }
+}
+
+/// What connections, or flows, of a service have to pass; one for all of its workers.
+#[derive(Debug)]
+pub(super) struct Gate {
+    pub(super) rooms: Vec<Arc<Room>>,
+    pub(super) capacity: Capacity,
+    /// Descriptors that each takes.
+    pub(super) descriptors: u32,
+    /// They speak for many, so that there are no limits for them as sources.
+    pub(super) proxies: Vec<Prefix>,
+}
+
+impl Gate {
+    /// Lets a client in until the pass is dropped.
+    pub(super) fn admit(self: &Arc<Self>, client: IpAddr) -> Result<Pass, Refused> {
+        let client = client.to_canonical();
+        let is_proxy = self.proxies.iter().any(|prefix| prefix.contains(client));
+        let source = (!is_proxy).then(|| Source::of(client));
+        // What was entered already is left again when this is dropped.
+        let mut pass = Pass { gate: Arc::clone(self), source, entered: 0, descriptors: None };
+        for room in &self.rooms {
+            room.enter(source, usize::MAX, || Some(()))?;
+            pass.entered += 1;
+        }
+        pass.descriptors = Some(self.capacity.enter(source, self.descriptors)?);
+        Ok(pass)
+    }
+}
+
+/// A connection or flow that was let in; counted until this is dropped.
+#[derive(Debug)]
+pub(super) struct Pass {
+    gate: Arc<Gate>,
+    source: Option<Source>,
+    /// How many rooms it is in.
+    entered: usize,
+    descriptors: Option<Descriptors>,
+}
+
+impl Drop for Pass {
+    fn drop(&mut self) {
+        for room in &self.gate.rooms[..self.entered] {
+            room.leave(self.source);
+        }
+        if self.descriptors.take().is_some() {
+            self.gate.capacity.leave(self.source);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;
