@@ -1,18 +1,53 @@
 //! anyport: one Linux socket that answers for every address and every port of whole prefixes.
+//!
+//! This crate is the daemon, its client, and what a program needs that wants to *be* a service: a [`Listener`] or a
+//! [`UdpSocket`] that receives what is steered to a service of the handler `registered`, and tells which address and
+//! port was dialled. Such a program needs no privilege; the service's `owners` have to name its user or group. It takes
+//! the crate without the daemon, which leaves few dependencies:
+//!
+//! ```toml
+//! [dependencies]
+//! anyport = { package = "anyport-userspace", path = "…", default-features = false }
+//! ```
+//!
+//! The feature `tokio` adds [`tokio::Listener`] and [`tokio::UdpSocket`]. `examples/service.rs` is a whole program.
+
+#[cfg(feature = "daemon")]
+pub mod cli;
+#[cfg(feature = "daemon")]
+pub mod config;
+#[cfg(feature = "daemon")]
+pub mod daemon;
+#[cfg(feature = "daemon")]
+pub mod engine;
+#[cfg(feature = "daemon")]
+pub mod host;
+#[cfg(feature = "daemon")]
+pub mod keeper;
+#[cfg(feature = "daemon")]
+pub mod lock;
+#[cfg(feature = "daemon")]
+pub mod routes;
+#[cfg(feature = "daemon")]
+pub mod service;
+#[cfg(feature = "daemon")]
+pub mod steering;
+#[cfg(feature = "daemon")]
+pub mod store;
+#[cfg(feature = "daemon")]
+pub mod sys;
+#[cfg(feature = "daemon")]
+pub mod table;
 
 pub mod api;
-pub mod cli;
-pub mod config;
-pub mod daemon;
-pub mod engine;
-pub mod host;
-pub mod keeper;
-pub mod lock;
+mod datagram;
+mod owner;
 pub mod register;
-pub mod routes;
 pub mod rules;
-pub mod service;
-pub mod steering;
-pub mod store;
-pub mod sys;
-pub mod table;
+
+#[cfg(feature = "tokio")]
+pub use self::owner::tokio;
+pub use self::{
+    datagram::Ends,
+    owner::{Accepted, Datagram, Listener, Registration, UdpSocket},
+};

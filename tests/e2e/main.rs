@@ -15,6 +15,7 @@ mod explain;
 mod flows;
 mod forward;
 mod interrupted;
+mod library;
 mod limits;
 mod load;
 mod malformed;
@@ -79,6 +80,7 @@ fn main() -> ExitCode {
     trials.extend(state::trials());
     trials.extend(malformed::trials());
     trials.extend(register::trials());
+    trials.extend(library::trials());
     trials.extend(crash::trials());
     trials.extend(restarts::trials());
     trials.extend(interrupted::trials());

@@ -62,14 +62,14 @@ pub(crate) fn trials() -> Vec<Trial> {
 }
 
 /// A process with a socket, killed when dropped.
-struct Owner {
+pub(crate) struct Owner {
     process: Child,
     /// What it printed first.
     line: String,
 }
 
 impl Owner {
-    fn start(namespace: &Netns, program: &[&str]) -> Self {
+    pub(crate) fn start(namespace: &Netns, program: &[&str]) -> Self {
         let mut command = Command::new("setpriv");
         command.args(["--pdeathsig", "KILL"]).args(program).stdin(Stdio::null()).stdout(Stdio::piped());
         let mut process = namespace.spawn(command);
@@ -86,7 +86,7 @@ impl Owner {
         Self::start(namespace, &["python3", &script("greeter.py"), name, address, &port])
     }
 
-    fn pid(&self) -> u32 {
+    pub(crate) fn pid(&self) -> u32 {
         self.process.id()
     }
 
@@ -102,11 +102,11 @@ impl Owner {
         self.number(1).into()
     }
 
-    fn signal(&self, signal: Signal) {
+    pub(crate) fn signal(&self, signal: Signal) {
         kill(Pid::from_raw(self.pid().try_into().expect("a pid")), signal).expect("a signal to the owner");
     }
 
-    fn wait_for_end(mut self) {
+    pub(crate) fn wait_for_end(mut self) {
         wait_for("end of a drained owner", Duration::from_secs(20), || {
             self.process.try_wait().expect("its state").ok_or_else(|| "it runs".into())
         });
@@ -124,7 +124,7 @@ fn script(name: &str) -> String {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("e2e/owners").join(name).display().to_string()
 }
 
-fn register_socket(daemon: &Daemon) -> PathBuf {
+pub(crate) fn register_socket(daemon: &Daemon) -> PathBuf {
     socket_beside(&daemon.socket())
 }
 
@@ -252,7 +252,7 @@ fn group(backend: &'static str) {
 }
 
 /// Ends the load also when the test panics.
-struct EndOfLoad<'a>(&'a AtomicBool);
+pub(crate) struct EndOfLoad<'a>(pub(crate) &'a AtomicBool);
 
 impl Drop for EndOfLoad<'_> {
     fn drop(&mut self) {

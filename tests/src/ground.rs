@@ -29,6 +29,7 @@ pub fn missing() -> Vec<String> {
     for name in ["anyportd", "anyportctl"] {
         missing.extend(program(name).err());
     }
+    missing.extend(example("service").err());
     let search: Vec<PathBuf> = env::split_paths(&env::var_os("PATH").unwrap_or_default()).collect();
     for tool in [
         "ip",
@@ -96,6 +97,17 @@ pub fn program(name: &str) -> Result<PathBuf, String> {
     candidates.iter().find(|path| path.is_file()).cloned().ok_or_else(|| {
         format!("{name}, looked for at {candidates:?}: run `cargo xtask test`, which builds it, or set {variable}")
     })
+}
+
+/// The example of the crate `anyport` that stands beside the tests.
+pub fn example(name: &str) -> Result<PathBuf, String> {
+    let executable = env::current_exe().map_err(|error| error.to_string())?;
+    let path = executable.ancestors().nth(2).unwrap_or(&executable).join("examples").join(name);
+    if path.is_file() {
+        Ok(path)
+    } else {
+        Err(format!("the example {name}, looked for at {}: run `cargo xtask test`, which builds it", path.display()))
+    }
 }
 
 /// Gives the process mounts of its own: an empty `/run` (no lock file of iptables is shared with the host) and a

@@ -35,8 +35,9 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
         checks(&mut session, &root);
     }
     // In one go, so that the dependencies are built once; the tests only run then.
-    let built =
-        session.check("building tests and programs", || exec(host_crates(&root, "build").args(["--bins", "--tests"])));
+    let built = session.check("building tests and programs", || {
+        exec(host_crates(&root, "build").args(["--bins", "--tests", "--examples"]))
+    });
     if built {
         tests(&mut session, &root, options.filter.as_deref())?;
     }
@@ -47,6 +48,20 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
 fn checks(session: &mut Session, root: &Path) {
     session.check("formatting", || exec(Command::new("cargo").current_dir(root).args(["fmt", "--all", "--check"])));
     session.check("lints", || exec(host_crates(root, "clippy").args(["--all-targets", "--", "--deny", "warnings"])));
+    for features in ["", "tokio"] {
+        session.check(&format!("lints of the library without the daemon, features `{features}`"), || {
+            let mut clippy = process::cargo(root, "clippy");
+            clippy.args([
+                "--package",
+                "anyport-userspace",
+                "--lib",
+                "--examples",
+                "--no-default-features",
+                "--features",
+            ]);
+            exec(clippy.args([features, "--", "--deny", "warnings"]))
+        });
+    }
     match Toolchain::find() {
         Ok(toolchain) => {
             session.check("lints of the BPF programs", || {

@@ -1,21 +1,32 @@
 //! The control API: HTTP and JSON on a Unix socket.
 
+mod changed;
+#[cfg(feature = "daemon")]
 mod client;
+#[cfg(feature = "daemon")]
 mod explain;
+#[cfg(feature = "daemon")]
 mod peer;
 mod problem;
+#[cfg(feature = "daemon")]
 mod server;
+#[cfg(feature = "daemon")]
 mod types;
 
-pub use client::Client;
-pub use explain::{
-    Considered, Endpoint, Explain, Explanation, ListenerView, Reason, RouteView, RuleView, SocketView, Verdict,
+#[cfg(feature = "daemon")]
+pub use self::{
+    client::Client,
+    explain::{
+        Considered, Endpoint, Explain, Explanation, ListenerView, Reason, RouteView, RuleView, SocketView, Verdict,
+    },
+    peer::Peer,
+    server::{Shared, bind, serve},
+    types::{
+        AddPrefixes, Applied, Apply, BackEndView, ListPrefixes, PrefixView, ProgressView, RemovePrefixes, ServiceView,
+        StatusView, Taken, Totals, parse,
+    },
 };
-pub use peer::Peer;
+pub use changed::Changed;
 pub use problem::{Kind, Problem};
+#[cfg(feature = "daemon")]
 pub(crate) use server::stopping;
-pub use server::{Shared, bind, serve};
-pub use types::{
-    AddPrefixes, Applied, Apply, BackEndView, Changed, ListPrefixes, PrefixView, ProgressView, RemovePrefixes,
-    ServiceView, StatusView, Taken, Totals, parse,
-};

@@ -86,6 +86,7 @@ impl Problem {
     }
 }
 
+#[cfg(feature = "daemon")]
 impl From<anyhow::Error> for Problem {
     fn from(error: anyhow::Error) -> Self {
         Self::new(Kind::Failed, format!("{error:#}"))

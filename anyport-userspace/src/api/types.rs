@@ -153,17 +153,6 @@ pub struct ProgressView {
     pub steps: u32,
 }
 
-/// Answer to a change.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Changed {
-    /// The generation that the kernel holds now.
-    pub generation: u64,
-    /// How many rules or services were added or removed; 0 if all was so already.
-    pub changed: usize,
-    /// What the caller should know although it worked.
-    pub notes: Vec<String>,
-}
-
 /// A rule and what became of its packets, in texts of the JSON: there may be a million of them.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct PrefixView<'a> {

@@ -4,23 +4,30 @@ use std::{
     collections::{BTreeMap, HashSet},
     fs,
     net::SocketAddr,
+    os::fd::OwnedFd,
     sync::Arc,
 };
 
 use anyhow::Context as _;
-use anyport_common::{flow::Transport, maps::SOCKETS_PER_SERVICE};
+use anyport_common::{
+    flow::{Flow, Transport},
+    maps::SOCKETS_PER_SERVICE,
+    table::Verdict,
+};
 use socket2::{Domain, SockRef};
 use tracing::{error, info, warn};
 
 use super::{Engine, Running, change::Keep};
 use crate::{
     api::{Changed, Kind, Peer, Problem},
+    datagram::Ends,
     host,
     register::{Candidate, Process, Registered, Unregister, choose, holders},
-    rules::{Change, Protocol, ServiceName},
-    service::{Family, HandlerKind, ServiceConfig, SocketInfo},
+    rules::{Change, Protocol, ServiceName, to_address},
+    service::{AnswerGuard, Family, HandlerKind, ServiceConfig, SocketInfo},
     steering::{BackEnd, GroupSocket, Holder},
     store::KeptSocket,
+    table::Published,
 };
 
 /// In the order of [`anyport_common::flow::Flow::socket_offset`].
@@ -141,6 +148,19 @@ impl Engine {
         }
         self.replace_registrations(service, before, after, false).await?;
         Ok(self.changed(changed, Vec::new()))
+    }
+
+    /// Sends what comes over this connection from what is steered to a service, until the service is closed.
+    ///
+    /// # Errors
+    /// See [`Kind`].
+    pub fn answer_for(&mut self, service: &ServiceName, peer: &Peer, connection: OwnedFd) -> Result<Changed, Problem> {
+        self.expect_registrant(service, peer)?;
+        if let Some(running) = self.services.get_mut(service) {
+            let is_ours = steered_to(&self.published, running.slot);
+            running.service.answer_for(connection, is_ours, &self.commons)?;
+        }
+        Ok(self.changed(0, Vec::new()))
     }
 
     async fn replace_registrations(
@@ -303,6 +323,20 @@ impl Engine {
         }
         self.store.save_registered(&boot_id(), kept.into_values().collect())
     }
+}
+
+/// Tells which answers are of what is steered to a service.
+fn steered_to(published: &Arc<Published>, slot: u16) -> AnswerGuard {
+    let published = Arc::clone(published);
+    Arc::new(move |Ends { client, dialled }| {
+        let flow = Flow {
+            source: to_address(client.ip()),
+            address: to_address(dialled.ip()),
+            transport: Transport::Udp,
+            port: dialled.port(),
+        };
+        matches!(published.read(|reader| reader.lookup(&flow)), Verdict::Steer { service, .. } if service == slot)
+    })
 }
 
 /// Each fallback must be a service that has sockets of its own.

@@ -1,6 +1,10 @@
 //! Asking at the socket for registering.
 
-use std::{os::fd::BorrowedFd, path::Path, time::Duration};
+use std::{
+    os::fd::{BorrowedFd, OwnedFd},
+    path::Path,
+    time::Duration,
+};
 
 use rustix::{
     io::{Errno, retry_on_intr},
@@ -16,15 +20,32 @@ use crate::api::{Changed, Kind, Problem};
 
 /// Longer than any registration takes, tproxy with a busy iptables lock included.
 const PATIENCE: Duration = Duration::from_secs(30);
+/// Nobody waits longer for an answer to a datagram.
+const PATIENCE_OF_ANSWERS: Duration = Duration::from_secs(1);
 
 /// Has the daemon carry out a request, with these descriptors.
 ///
 /// # Errors
 /// The daemon's own, or that none answers at `path`.
 pub fn send(path: &Path, request: &Request, descriptors: &[BorrowedFd<'_>]) -> Result<Changed, Problem> {
+    ask(path, request, descriptors).map(|(_, changed)| changed)
+}
+
+/// Has the daemon take answers over the connection that is returned. Sending over it waits for a second at most.
+///
+/// # Errors
+/// The daemon's own, or that none answers at `path`.
+pub fn open(path: &Path, request: &Request) -> Result<OwnedFd, Problem> {
+    let (connection, _) = ask(path, request, &[])?;
+    set_socket_timeout(&connection, Timeout::Send, Some(PATIENCE_OF_ANSWERS))
+        .map_err(|error| Problem::new(Kind::Failed, format!("limit the time that an answer may take: {error}")))?;
+    Ok(connection)
+}
+
+fn ask(path: &Path, request: &Request, descriptors: &[BorrowedFd<'_>]) -> Result<(OwnedFd, Changed), Problem> {
     let text = serde_json::to_vec(request)
         .map_err(|error| Problem::new(Kind::Failed, format!("write the request: {error}")))?;
-    let answer = exchange(path, &text, descriptors).map_err(|error| match error {
+    let (connection, answer) = exchange(path, &text, descriptors).map_err(|error| match error {
         Errno::ACCESS | Errno::PERM => {
             Problem::new(Kind::NotPermitted, format!("connect to {}: {error}", path.display()))
                 .hint("the directory of the socket has to be open to those who register")
@@ -40,10 +61,10 @@ pub fn send(path: &Path, request: &Request, descriptors: &[BorrowedFd<'_>]) -> R
         _ => Problem::new(Kind::NoDaemon, format!("no anyportd answers at {}: {error}", path.display()))
             .hint("start anyportd, or name its socket with --socket"),
     })?;
-    understand(&answer)
+    understand(&answer).map(|changed| (connection, changed))
 }
 
-fn exchange(path: &Path, text: &[u8], descriptors: &[BorrowedFd<'_>]) -> rustix::io::Result<Vec<u8>> {
+fn exchange(path: &Path, text: &[u8], descriptors: &[BorrowedFd<'_>]) -> rustix::io::Result<(OwnedFd, Vec<u8>)> {
     let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?;
     for timeout in [Timeout::Recv, Timeout::Send] {
         set_socket_timeout(&socket, timeout, Some(PATIENCE))?;
@@ -52,7 +73,7 @@ fn exchange(path: &Path, text: &[u8], descriptors: &[BorrowedFd<'_>]) -> rustix:
     retry_on_intr(|| connect(&socket, &address))?;
     message::put(&socket, text, descriptors)?;
     let answer = message::receive(&socket)?;
-    if answer.text.is_empty() { Err(Errno::CONNRESET) } else { Ok(answer.text) }
+    if answer.text.is_empty() { Err(Errno::CONNRESET) } else { Ok((socket, answer.text)) }
 }
 
 fn understand(answer: &[u8]) -> Result<Changed, Problem> {

@@ -21,6 +21,7 @@ pub(crate) const MAX_DESCRIPTORS: usize = 253;
 
 /// A message that has arrived.
 #[derive(Debug)]
+#[cfg_attr(not(feature = "daemon"), expect(dead_code, reason = "only the daemon is sent descriptors"))]
 pub(crate) struct Message {
     pub(crate) text: Vec<u8>,
     pub(crate) descriptors: Vec<OwnedFd>,

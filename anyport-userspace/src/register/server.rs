@@ -22,7 +22,7 @@ use serde_json::{Value, json};
 use tokio::{io::unix::AsyncFd, time::sleep};
 use tracing::{debug, warn};
 
-use super::{Candidate, Process, Register, Request, message};
+use super::{Answer, Candidate, Process, Register, Request, message};
 use crate::{
     api::{Changed, Kind, Peer, Problem, Shared, parse, stopping},
     sys::watch_readable,
@@ -104,7 +104,7 @@ async fn converse(client: OwnedFd, engine: Shared, clients: Clients) -> anyhow::
             if request.text.is_empty() && request.descriptors.is_empty() {
                 return Ok(());
             }
-            carry_out(request, peer, engine).await
+            carry_out(request, &client, peer, engine).await
         }
         None => Err(Problem::new(Kind::Failed, format!("user {} has {MAX_CLIENTS} requests under way", peer.uid))
             .hint("try again when they are done")),
@@ -132,7 +132,12 @@ fn to_json(answer: Result<Changed, Problem>) -> serde_json::Result<Value> {
     Ok(fields)
 }
 
-async fn carry_out(message: message::Message, peer: Peer, engine: Shared) -> Result<Changed, Problem> {
+async fn carry_out(
+    message: message::Message,
+    client: &AsyncFd<OwnedFd>,
+    peer: Peer,
+    engine: Shared,
+) -> Result<Changed, Problem> {
     let message::Message { text, descriptors, is_cut_off } = message;
     if is_cut_off {
         return Err(Problem::new(
@@ -149,6 +154,10 @@ async fn carry_out(message: message::Message, peer: Peer, engine: Shared) -> Res
     let (register, sockets) = match request {
         Request::Unregister(unregister) => {
             return engine.lock().await.as_mut().ok_or_else(stopping)?.unregister(&unregister, &peer).await;
+        }
+        Request::Answer(Answer { service }) => {
+            let connection = client.get_ref().try_clone().context("duplicate a descriptor")?;
+            return engine.lock().await.as_mut().ok_or_else(stopping)?.answer_for(&service, &peer, connection);
         }
         Request::Register(register) => {
             // Processes may have very many descriptors.

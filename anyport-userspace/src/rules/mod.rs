@@ -1,22 +1,38 @@
 //! What to steer: prefixes, ports, rules and their order. Pure; knows nothing of the kernel.
 
 #[cfg(test)]
+#[cfg(feature = "daemon")]
 pub(crate) mod arbitrary;
+#[cfg(feature = "daemon")]
 mod decide;
+#[cfg(feature = "daemon")]
 pub mod file;
+#[cfg(feature = "daemon")]
 pub mod lines;
+mod name;
+#[cfg(feature = "daemon")]
 mod ports;
+#[cfg(feature = "daemon")]
 mod prefix;
+mod protocol;
+#[cfg(feature = "daemon")]
 mod rule;
+#[cfg(feature = "daemon")]
 mod set;
+#[cfg(feature = "daemon")]
 mod why;
 
-pub use decide::{Decision, decide};
-pub use ports::PortSet;
-pub use prefix::{Prefix, from_address, to_address};
-pub use rule::{Origin, Origins, Protocol, Rule, RuleText, ServiceName, Terms};
-pub use set::{Change, Conflict, Draft, Held, Numbered, PrefixRules, RuleSet};
-pub use why::{considered, why};
+#[cfg(feature = "daemon")]
+pub use self::{
+    decide::{Decision, decide},
+    ports::PortSet,
+    prefix::{Prefix, from_address, to_address},
+    rule::{Origin, Origins, Rule, RuleText, Terms},
+    set::{Change, Conflict, Draft, Held, Numbered, PrefixRules, RuleSet},
+    why::{considered, why},
+};
+pub use name::ServiceName;
+pub use protocol::{Family, Protocol};
 
 /// Text that is not what it should be: says what was read, what is wrong with it and what would be right.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

@@ -1,118 +1,8 @@
-use std::{cmp::Reverse, fmt, net::IpAddr, str::FromStr, sync::Arc};
+use std::{cmp::Reverse, fmt, net::IpAddr, sync::Arc};
 
-use anyport_common::flow::Transport;
-use serde::{Deserialize, Deserializer, Serialize, de::Error as _};
+use serde::{Deserialize, Serialize};
 
-use super::{InvalidText, PortSet, Prefix};
-
-/// The transports that a rule speaks of.
-#[derive(
-    Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, clap::ValueEnum,
-)]
-#[serde(rename_all = "lowercase")]
-pub enum Protocol {
-    /// TCP only.
-    #[default]
-    Tcp,
-    /// UDP only.
-    Udp,
-    /// TCP and UDP.
-    Both,
-}
-
-impl Protocol {
-    /// The transports that this covers.
-    pub fn transports(self) -> &'static [Transport] {
-        match self {
-            Self::Tcp => &[Transport::Tcp],
-            Self::Udp => &[Transport::Udp],
-            Self::Both => &Transport::ALL,
-        }
-    }
-
-    /// The protocol as text.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Tcp => "tcp",
-            Self::Udp => "udp",
-            Self::Both => "both",
-        }
-    }
-
-    /// Whether the two have a transport in common.
-    pub fn overlaps(self, other: Self) -> bool {
-        self == other || self == Self::Both || other == Self::Both
-    }
-}
-
-impl From<Transport> for Protocol {
-    fn from(transport: Transport) -> Self {
-        match transport {
-            Transport::Tcp => Self::Tcp,
-            Transport::Udp => Self::Udp,
-        }
-    }
-}
-
-impl fmt::Display for Protocol {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.as_str())
-    }
-}
-
-/// A service's name: a lower-case letter or digit, then up to 62 of those, dots, underscores and hyphens.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
-#[serde(transparent)]
-pub struct ServiceName(String);
-
-impl ServiceName {
-    /// The service that rules steer to when they name none.
-    pub fn default_service() -> Self {
-        Self("default".into())
-    }
-
-    /// A name that no service can have. It sorts behind all others, so that of rules that are equally specific one of
-    /// another service decides.
-    pub(crate) fn nobody() -> Self {
-        Self("~".into())
-    }
-
-    /// The name as text.
-    pub fn as_str(&self) -> &str {
-        &self.0
-    }
-}
-
-impl fmt::Display for ServiceName {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-impl FromStr for ServiceName {
-    type Err = InvalidText;
-
-    fn from_str(text: &str) -> Result<Self, InvalidText> {
-        let is_plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit();
-        let is_valid = text.len() <= 63
-            && text.bytes().next().is_some_and(is_plain)
-            && text.bytes().all(|b| is_plain(b) || b"._-".contains(&b));
-        if is_valid {
-            Ok(Self(text.to_owned()))
-        } else {
-            Err(InvalidText(format!(
-                "service name {text:?}: use a lower-case letter or digit, then up to 62 of those and . _ -"
-            )))
-        }
-    }
-}
-
-impl<'de> Deserialize<'de> for ServiceName {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let text = String::deserialize(deserializer)?;
-        text.parse().map_err(D::Error::custom)
-    }
-}
+use super::{InvalidText, PortSet, Prefix, Protocol, ServiceName};
 
 /// Where a rule or a service came from.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -371,21 +261,5 @@ impl From<&Rule> for RuleText {
     fn from(rule: &Rule) -> Self {
         let Terms { protocol, ports, except, source, service, route } = Terms::clone(&rule.terms);
         Self { prefix: rule.prefix, protocol, ports, except, source, service, route }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::ServiceName;
-
-    #[test]
-    fn service_names_have_a_safe_alphabet() {
-        for name in ["default", "a", "0-0", "edge.v4_x"] {
-            assert!(name.parse::<ServiceName>().is_ok(), "{name}");
-        }
-        let long = "x".repeat(64);
-        for name in ["", "Edge", "-a", ".a", "a b", "a\n", "ä", "a/b", &long] {
-            assert!(name.parse::<ServiceName>().is_err(), "{name}");
-        }
     }
 }

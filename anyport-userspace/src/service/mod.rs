@@ -1,7 +1,7 @@
 //! The daemon's own services: groups of sockets, and handlers for what arrives on them.
 
+mod answers;
 mod config;
-mod datagram;
 mod descriptors;
 pub mod forward;
 mod handlers;
@@ -21,11 +21,11 @@ mod workers;
 use std::{
     fmt,
     net::SocketAddr,
-    os::fd::{AsFd as _, BorrowedFd},
+    os::fd::{AsFd as _, BorrowedFd, OwnedFd},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use anyhow::Context as _;
+use anyhow::{Context as _, bail};
 use anyport_common::{flow::Transport, maps::SOCKETS_PER_SERVICE};
 use socket2::Socket;
 use tokio::{net::UdpSocket, runtime::Handle, sync::Notify, task::JoinSet};
@@ -36,11 +36,12 @@ pub use descriptors::DescriptorPool;
 pub use forward::{UpstreamState, UpstreamView, config::Span};
 pub use limits::{Capacity, Limits, Rate};
 pub use registrant::Registrant;
-pub use sockets::{Family, SocketInfo};
+pub use sockets::SocketInfo;
 pub use stats::ServiceStats;
 pub use workers::{WorkerHandles, Workers};
 
 use self::{
+    answers::{Answering, MAX_ANSWERING},
     forward::{Forwarder, UdpForwarder},
     limits::{Gate, Room},
     log::ConnectionLog,
@@ -49,11 +50,20 @@ use self::{
     tcp::{Acceptor, Site},
     udp::{Receiver, UdpWorker},
 };
-use crate::{keeper::Link, steering::GroupSocket, sys};
+pub use crate::rules::Family;
+use crate::{
+    datagram::{self, Ends},
+    keeper::Link,
+    steering::GroupSocket,
+    sys,
+};
 
 /// Whether the source of a datagram is itself steered for what comes from the address that it dialled, so that an answer
 /// would come back to us. Asked for each datagram that is to be answered, source first.
 pub type LoopGuard = Arc<dyn Fn(SocketAddr, SocketAddr) -> bool + Send + Sync>;
+
+/// Whether what was dialled is steered to the service that answers. Asked for each answer of an owner.
+pub type AnswerGuard = Arc<dyn Fn(Ends) -> bool + Send + Sync>;
 
 /// What all services of a daemon have in common.
 #[derive(Clone)]
@@ -92,6 +102,8 @@ pub struct Service {
     keeper: Link,
     /// They serve what arrives at these.
     tasks: JoinSet<()>,
+    /// They send answers for owners of registered sockets.
+    answering: JoinSet<()>,
 }
 
 impl Service {
@@ -144,6 +156,25 @@ impl Service {
         self.forwarder.as_ref().map(|forwarder| forwarder.degraded()).unwrap_or_default()
     }
 
+    /// Has answers sent for an owner of registered sockets, who writes them to this connection, until the owner closes it.
+    ///
+    /// # Errors
+    /// There are too many such connections, or the kernel does not let us watch this one.
+    pub fn answer_for(&mut self, owner: OwnedFd, is_ours: AnswerGuard, commons: &Commons) -> anyhow::Result<()> {
+        while self.answering.try_join_next().is_some() {}
+        let Some(worker) = self.udp.first() else { bail!("the service {} answers by itself", self.config.name) };
+        if self.answering.len() >= MAX_ANSWERING {
+            bail!("{MAX_ANSWERING} owners have a connection for answers of the service {} already", self.config.name);
+        }
+        let turn = self.answering.len() % commons.workers.count();
+        let handle = commons.workers.iter().nth(turn).context("there is no worker")?;
+        let _context = handle.enter();
+        let owner = sys::watch_readable(owner).context("watch the connection for answers")?;
+        let loop_guard = Arc::clone(&commons.loop_guard);
+        self.answering.spawn_on(Answering { owner, worker: Arc::clone(worker), is_ours, loop_guard }.run(), handle);
+        Ok(())
+    }
+
     /// Closes the sockets that answers were sent from, so that they are in nobody's way. To be called whenever
     /// the kernel has new rules.
     pub fn forget_replies(&self) {
@@ -164,9 +195,10 @@ impl Service {
 
     /// As [`Self::stop`], but the keeper goes on to keep the sockets, so that those who wait are not refused.
     pub async fn leave(self) {
-        let Self { mut tasks, groups, .. } = self;
+        let Self { mut tasks, mut answering, groups, .. } = self;
         drop(groups);
         tasks.shutdown().await;
+        answering.shutdown().await;
     }
 }
 
@@ -236,14 +268,18 @@ impl<'a> Start<'a> {
                 }
             }
         }
+        if self.config.handler == HandlerKind::Registered {
+            // Nobody of us receives, but owners have their answers sent.
+            self.udp.push(Arc::new(UdpWorker::new(self.commons.descriptors.clone(), Arc::clone(&self.reply_opened))));
+        }
         let ageing = udp::age_replies(self.udp.clone(), self.reply_opened);
         self.tasks.spawn_on(ageing, self.commons.workers.first());
         if let Some(forwarder) = &self.forwarder {
             self.tasks.spawn_on(forward::keep_up(Arc::clone(forwarder)), &self.commons.control);
         }
         let Self { config, commons, tcp, udp, forwarder, listeners, receivers, tasks, .. } = self;
-        let keeper = commons.keeper.clone();
-        Ok(Service { config, groups, sockets, tcp, udp, forwarder, listeners, receivers, keeper, tasks })
+        let (keeper, answering) = (commons.keeper.clone(), JoinSet::new());
+        Ok(Service { config, groups, sockets, tcp, udp, forwarder, listeners, receivers, keeper, tasks, answering })
     }
 
     fn accept(&mut self, socket: Socket, worker: &Handle) -> anyhow::Result<()> {

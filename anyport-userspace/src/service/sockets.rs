@@ -1,7 +1,7 @@
 //! Opening the groups of transparent sockets that packets are steered to.
 
 use std::{
-    fmt, io,
+    io,
     net::{Ipv4Addr, Ipv6Addr, SocketAddr},
     num::NonZeroUsize,
     os::fd::OwnedFd,
@@ -17,7 +17,8 @@ use serde::{Deserialize, Serialize};
 use socket2::{Domain, Socket, TcpKeepalive, Type};
 
 use crate::{
-    rules::{Protocol, ServiceName},
+    datagram,
+    rules::{Family, Protocol, ServiceName},
     steering::{GroupSocket, Holder},
 };
 
@@ -26,25 +27,6 @@ use crate::{
 const RECEIVE_BUFFER: usize = 4 << 20;
 /// A peer that went away without a word is noticed after this time and nine probes, 75 seconds apart.
 const KEEP_ALIVE: Duration = Duration::from_mins(5);
-
-/// An address family.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "lowercase")]
-pub enum Family {
-    /// IPv4.
-    Ipv4,
-    /// IPv6.
-    Ipv6,
-}
-
-impl fmt::Display for Family {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Ipv4 => "IPv4",
-            Self::Ipv6 => "IPv6",
-        })
-    }
-}
 
 /// One of a service's sockets.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -188,11 +170,7 @@ pub(super) fn transparent(family: Family, transport: Transport) -> io::Result<So
             socket.set_tcp_nodelay(true)?;
             socket.set_tcp_keepalive(&TcpKeepalive::new().with_time(KEEP_ALIVE))?;
         }
-        (Transport::Udp, Family::Ipv4) => {
-            setsockopt(&socket, sockopt::Ipv4OrigDstAddr, &true)?;
-            setsockopt(&socket, sockopt::Ipv4PacketInfo, &true)?;
-        }
-        (Transport::Udp, Family::Ipv6) => setsockopt(&socket, sockopt::Ipv6OrigDstAddr, &true)?,
+        (Transport::Udp, _) => datagram::tell_destinations(&socket, family)?,
     }
     if transport == Transport::Udp && setsockopt(&socket, sockopt::RcvBufForce, &RECEIVE_BUFFER).is_err() {
         // Not privileged enough to go beyond net.core.rmem_max, such as in a container.

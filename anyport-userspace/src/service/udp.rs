@@ -165,13 +165,13 @@ impl Receiver {
 
 /// Why a datagram is not answered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Refusal {
+pub(super) enum Refusal {
     Unanswerable,
     Loop,
     Size,
 }
 
-fn refusal(ends: Ends, question: usize, answer: usize, loop_guard: &LoopGuard) -> Option<Refusal> {
+pub(super) fn refusal(ends: Ends, question: usize, answer: usize, loop_guard: &LoopGuard) -> Option<Refusal> {
     let Ends { client, dialled } = ends;
     let headers = if client.is_ipv4() { 20 + 8 } else { 40 + 8 };
     if client.port() == 0 {

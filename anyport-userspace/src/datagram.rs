@@ -3,37 +3,55 @@
 use std::{
     io::{self, IoSliceMut},
     net::{IpAddr, SocketAddr},
-    os::fd::AsRawFd,
+    os::fd::{AsFd, AsRawFd},
 };
 
-use nix::sys::socket::{ControlMessageOwned, MsgFlags, SockaddrIn, SockaddrIn6, SockaddrStorage, recvmsg};
+use nix::sys::socket::{
+    ControlMessageOwned, MsgFlags, SockaddrIn, SockaddrIn6, SockaddrStorage, recvmsg, setsockopt, sockopt,
+};
+
+use crate::rules::Family;
 
 /// The largest datagram; IPv6 jumbograms are not for us.
-pub(super) const LARGEST: usize = 65_535;
+pub(crate) const LARGEST: usize = 65_535;
 
 /// A datagram whose bytes are in the buffer that it was received into.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Datagram {
-    pub(super) length: usize,
+pub(crate) struct Datagram {
+    pub(crate) length: usize,
     /// None if the datagram is not one to answer: it did not fit, or its destination is a group of hosts. An answer
     /// would not leave from there, and many hosts answering one question make an attack.
-    pub(super) ends: Option<Ends>,
+    pub(crate) ends: Option<Ends>,
 }
 
 /// Who wrote to what.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) struct Ends {
-    pub(super) client: SocketAddr,
-    pub(super) dialled: SocketAddr,
+pub struct Ends {
+    /// Where it came from.
+    pub client: SocketAddr,
+    /// The address and port that it was sent to.
+    pub dialled: SocketAddr,
+}
+
+/// Has the kernel tell with each datagram where it was sent to. Takes no privilege.
+pub(crate) fn tell_destinations(socket: &impl AsFd, family: Family) -> io::Result<()> {
+    match family {
+        Family::Ipv4 => {
+            setsockopt(socket, sockopt::Ipv4OrigDstAddr, &true)?;
+            setsockopt(socket, sockopt::Ipv4PacketInfo, &true)?;
+        }
+        Family::Ipv6 => setsockopt(socket, sockopt::Ipv6OrigDstAddr, &true)?,
+    }
+    Ok(())
 }
 
 /// Room for what the kernel tells about a datagram.
-pub(super) fn control_buffer() -> Vec<u8> {
+pub(crate) fn control_buffer() -> Vec<u8> {
     nix::cmsg_space!(libc::sockaddr_in6, libc::in_pktinfo)
 }
 
 /// Takes the next datagram into `buffer`; `WouldBlock` if there is none.
-pub(super) fn receive(socket: &impl AsRawFd, buffer: &mut [u8], control: &mut [u8]) -> io::Result<Datagram> {
+pub(crate) fn receive(socket: &impl AsRawFd, buffer: &mut [u8], control: &mut [u8]) -> io::Result<Datagram> {
     let mut parts = [IoSliceMut::new(buffer)];
     let message = recvmsg::<SockaddrStorage>(socket.as_raw_fd(), &mut parts, Some(control), MsgFlags::empty())?;
     let is_whole = !message.flags.contains(MsgFlags::MSG_TRUNC);
@@ -64,17 +82,14 @@ pub(super) fn receive(socket: &impl AsRawFd, buffer: &mut [u8], control: &mut [u
 mod tests {
     use std::net::{SocketAddr, UdpSocket};
 
-    use anyport_common::flow::Transport;
-
-    use super::{Ends, control_buffer, receive};
-    use crate::service::{Family, sockets::transparent};
+    use super::{Ends, control_buffer, receive, tell_destinations};
+    use crate::rules::Family;
 
     #[test]
     fn tells_one_host_from_many() {
-        let socket = transparent(Family::Ipv4, Transport::Udp).unwrap();
-        socket.bind(&SocketAddr::from(([0, 0, 0, 0], 0)).into()).unwrap();
-        socket.set_nonblocking(false).unwrap();
-        let port = socket.local_addr().unwrap().as_socket().unwrap().port();
+        let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
+        tell_destinations(&socket, Family::Ipv4).unwrap();
+        let port = socket.local_addr().unwrap().port();
         let client = UdpSocket::bind("127.0.0.1:0").unwrap();
         client.set_broadcast(true).unwrap();
         let (mut buffer, mut control) = ([0; 9], control_buffer());

@@ -1,0 +1,121 @@
+//! Answers that owners of registered UDP sockets have us send, from the address and port that the client wrote to.
+//!
+//! No owner gets a socket that is bound there. If that were transparent, it could send from any address at all
+//! (`IP_PKTINFO`, `udp_sendmsg`); and if it were not, still from every address of the host, from a port that may take
+//! privileges. It could also hold the port for ever. So owners hand over the answers, and each is judged.
+
+use std::{
+    net::SocketAddr,
+    os::fd::{AsRawFd as _, OwnedFd},
+    sync::Arc,
+};
+
+use nix::{
+    errno::Errno,
+    sys::socket::{MsgFlags, recv},
+};
+use tokio::{io::unix::AsyncFd, task::yield_now};
+use tracing::debug;
+
+use super::{
+    AnswerGuard, LoopGuard,
+    udp::{Refusal, UdpWorker, refusal},
+};
+use crate::datagram::{Ends, LARGEST};
+
+/// Connections for answers of one service: each process that owns a socket has one, and those that drain.
+pub(super) const MAX_ANSWERING: usize = 64;
+/// Bytes of the longest line with both ends.
+const LONGEST_LINE: usize = 128;
+/// Answers taken before other tasks have their turn.
+const BATCH: usize = 64;
+
+/// The answers of one owner.
+pub(super) struct Answering {
+    pub(super) owner: AsyncFd<OwnedFd>,
+    pub(super) worker: Arc<UdpWorker>,
+    pub(super) is_ours: AnswerGuard,
+    pub(super) loop_guard: LoopGuard,
+}
+
+impl Answering {
+    /// Sends answers until the owner closes the connection.
+    pub(super) async fn run(self) {
+        let mut buffer = vec![0; LONGEST_LINE + LARGEST];
+        loop {
+            let Ok(mut ready) = self.owner.readable().await else { return };
+            for _ in 0..BATCH {
+                match recv(self.owner.as_raw_fd(), &mut buffer, MsgFlags::MSG_DONTWAIT) {
+                    Ok(0) => return,
+                    Ok(length) => self.send(&buffer[..length]),
+                    Err(Errno::EAGAIN) => {
+                        ready.clear_ready();
+                        break;
+                    }
+                    Err(Errno::EINTR) => {}
+                    Err(error) => return debug!("receive answers of an owner: {error}"),
+                }
+            }
+            yield_now().await;
+        }
+    }
+
+    fn send(&self, message: &[u8]) {
+        let counts = &self.worker.counts;
+        let Some((ends, answer)) = parse(message) else {
+            return counts.unanswerable.raise();
+        };
+        // How much larger than the question it is, is the owner's affair.
+        match refusal(ends, answer.len(), answer.len(), &self.loop_guard) {
+            Some(Refusal::Loop) => counts.refused_loop.raise(),
+            Some(_) => counts.unanswerable.raise(),
+            None if !(self.is_ours)(ends) => counts.unanswerable.raise(),
+            None => match self.worker.answer(ends.dialled, ends.client, answer) {
+                Ok(()) => counts.answered.raise(),
+                Err(error) => {
+                    counts.unsent.raise();
+                    debug!("send the answer of an owner, {ends:?}: {error}");
+                }
+            },
+        }
+    }
+}
+
+/// Reads a line `DIALLED CLIENT`, which is followed by the answer.
+fn parse(message: &[u8]) -> Option<(Ends, &[u8])> {
+    let end = message.iter().take(LONGEST_LINE).position(|byte| *byte == b'\n')?;
+    let (dialled, client) = str::from_utf8(&message[..end]).ok()?.split_once(' ')?;
+    let (dialled, client): (SocketAddr, SocketAddr) = (dialled.parse().ok()?, client.parse().ok()?);
+    (dialled.is_ipv4() == client.is_ipv4()).then_some((Ends { client, dialled }, &message[end + 1..]))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::parse;
+    use crate::datagram::Ends;
+
+    #[test]
+    fn answers_begin_with_both_ends() {
+        for (dialled, client) in [("192.0.2.1:53", "198.51.100.1:9"), ("[2001:db8::1]:53", "[2001:db8::2%3]:9")] {
+            let ends = Ends { client: client.parse().unwrap(), dialled: dialled.parse().unwrap() };
+            for answer in ["", "yes", "two\nlines"] {
+                let message = format!("{dialled} {client}\n{answer}");
+                assert_eq!(parse(message.as_bytes()), Some((ends, answer.as_bytes())));
+            }
+        }
+        let long = format!("192.0.2.1:53 {}198.51.100.1:9\n", " ".repeat(200));
+        for message in [
+            "",
+            "\n",
+            "192.0.2.1:53 198.51.100.1:9",
+            "192.0.2.1:53\n",
+            "192.0.2.1 198.51.100.1:9\n",
+            "192.0.2.1:53  198.51.100.1:9\n",
+            "192.0.2.1:53 [2001:db8::1]:9\n",
+            "\u{ff}:53 198.51.100.1:9\n",
+            &long,
+        ] {
+            assert_eq!(parse(message.as_bytes()), None, "{message:?}");
+        }
+    }
+}
