@@ -25,6 +25,7 @@ use anyport_tests::{
     http,
     netns::Netns,
     random::Random,
+    servers::Server,
 };
 use libtest_mimic::Trial;
 use nix::{
@@ -46,6 +47,7 @@ const STRANGER: [&str; 3] = ["--reuid=65533", "--regid=65533", "--groups=4711"];
 pub(crate) fn trials() -> Vec<Trial> {
     let mut trials = Vec::new();
     trials.extend(on_each_back_end("register::an unmodified server", unmodified_server));
+    trials.extend(on_each_back_end("register::nginx, reloaded under load", nginx));
     trials.extend(on_each_back_end("register::a UDP socket", udp_socket));
     trials.extend(on_each_back_end("register::a group of sockets", group));
     trials.extend(on_each_back_end("register::a hundred restarts under load", restarts));
@@ -205,6 +207,60 @@ fn unmodified_server(backend: &'static str) {
     assert_eq!(degraded(&lab.daemon), "[]");
     let again = lab.daemon.json(&format!("register web --pid {pid} --listen tcp:0.0.0.0:8080"));
     assert_eq!(again["changed"], 0, "the same once more");
+}
+
+/// nginx as it comes: new workers have the sockets of the old ones, so nothing registers again.
+fn nginx(backend: &'static str) {
+    let lab = lab(backend, "");
+    let answer = "return 200 \"$server_addr $server_port\";";
+    let http = format!("server {{ listen 8080; listen [::]:8080; location / {{ {answer} }} }}");
+    let server = Server::nginx_http(&lab.topology.host, &http);
+    for listen in ["tcp:0.0.0.0:8080", "tcp:[::]:8080"] {
+        wait_for("registration", Duration::from_secs(10), || {
+            let outcome = lab.daemon.ctl(&["register", "web", "--pid", &server.pid().to_string(), "--listen", listen]);
+            if outcome.status == 0 { Ok(()) } else { Err(outcome.to_string()) }
+        });
+    }
+    let get = |to: SocketAddr| {
+        let mut stream = tcp(to)?;
+        stream.write_all(b"GET / HTTP/1.0\r\n\r\n")?;
+        let mut text = String::new();
+        stream.read_to_string(&mut text)?;
+        Ok::<_, std::io::Error>(text.lines().last().unwrap_or_default().to_owned())
+    };
+    let master = server.pid();
+    let (failures, served, is_over) = (Mutex::new(Vec::new()), AtomicUsize::new(0), AtomicBool::new(false));
+    scope(|scope| {
+        let _end = EndOfLoad(&is_over);
+        scope.spawn(|| {
+            lab.topology.client.enter(|| {
+                let mut random = Random::new(&format!("nginx {backend}"));
+                while !is_over.load(Relaxed) {
+                    let prefix = PREFIXES[served.fetch_add(1, Relaxed) % PREFIXES.len()];
+                    let to = SocketAddr::new(random.address(prefix), random.port());
+                    match get(to) {
+                        Ok(text) if text == format!("{} {}", to.ip(), to.port()) => {}
+                        other => failures.lock().expect("a lock").push(format!("{to}: {other:?}")),
+                    }
+                }
+            });
+        });
+        let at_least = |more: usize| {
+            let before = served.load(Relaxed);
+            wait_for("clients", Duration::from_secs(20), || {
+                if served.load(Relaxed) >= before + more { Ok(()) } else { Err("too few".to_owned()) }
+            });
+        };
+        for _ in 0..5 {
+            kill(master, Signal::SIGHUP).expect("a reload");
+            at_least(50);
+        }
+    });
+    let failures = failures.into_inner().expect("a lock");
+    let served = served.into_inner();
+    assert!(failures.is_empty(), "{} of {served} failed, such as {:?}", failures.len(), &failures[..1]);
+    assert_eq!(sockets(&lab.daemon, "web").len(), 2);
+    assert_eq!(degraded(&lab.daemon), "[]");
 }
 
 fn udp_socket(backend: &'static str) {

@@ -6,9 +6,14 @@ use std::{
     process::{Child, Command, Stdio},
 };
 
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+
 use crate::{ground::scratch, netns::Netns};
 
-/// A running server. Killed when dropped.
+/// A running server. Ended when dropped.
 #[derive(Debug)]
 pub struct Server {
     process: Child,
@@ -39,6 +44,22 @@ impl Server {
         })
     }
 
+    /// nginx as a web server with these lines in its `http` block, its workers beside it.
+    pub fn nginx_http(namespace: &Netns, http: &str) -> Self {
+        let config = format!(
+            "daemon off;\nuser root;\nworker_processes 2;\npid nginx.pid;\nerror_log stderr;\nevents {{}}\n\
+             http {{\naccess_log off;\n{http}\n}}\n"
+        );
+        Self::start(namespace, &config, |file, command| {
+            command.args(["nginx", "-e", "stderr", "-p"]).arg(file.parent().expect("a directory")).arg("-c").arg(file);
+        })
+    }
+
+    /// Its process; of nginx the master.
+    pub fn pid(&self) -> Pid {
+        Pid::from_raw(self.process.id().try_into().expect("a process id"))
+    }
+
     fn start(namespace: &Netns, config: &str, arguments: impl FnOnce(&Path, &mut Command)) -> Self {
         let directory = scratch();
         let file = directory.path().join("config");
@@ -53,7 +74,8 @@ impl Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
-        drop(self.process.kill());
+        // Killed, nginx would leave its workers behind.
+        kill(self.pid(), Signal::SIGTERM).ok();
         drop(self.process.wait());
     }
 }

@@ -3,10 +3,16 @@
 
 use anyport::{
     api::{AddPrefixes, Problem, RemovePrefixes, parse},
-    service::ServiceConfig,
+    service::{
+        ServiceConfig,
+        forward::{
+            config::ProxyVersion,
+            header::{self, Parsed},
+        },
+    },
 };
 use anyport_common::{
-    flow::{Address, Version},
+    flow::{Address, Transport, Version},
     packet::{self, Packet},
 };
 use serde::{Serialize, de::DeserializeOwned};
@@ -30,6 +36,23 @@ pub fn api(input: &[u8]) {
     body::<AddPrefixes>(input);
     body::<RemovePrefixes>(input);
     body::<ServiceConfig>(input);
+}
+
+/// Reads the input as the beginning of a connection. A header is none before its last byte has come, is no other one with
+/// what follows, and tells the same after it has been written, in either version, and read again.
+pub fn header(input: &[u8]) {
+    let Ok(Parsed::Header { ends, length }) = header::parse(input) else { return };
+    let whole = Ok(Parsed::Header { ends, length });
+    assert_eq!(header::parse(&input[..length]), whole);
+    for end in 0..length {
+        assert_eq!(header::parse(&input[..end]), Ok(Parsed::Incomplete), "{end} of {length} bytes");
+    }
+    let Some(ends) = ends else { return };
+    for version in [ProxyVersion::V1, ProxyVersion::V2] {
+        let mut written = Vec::new();
+        header::write(version, Transport::Tcp, ends, &mut written);
+        assert_eq!(header::parse(&written), Ok(Parsed::Header { ends: Some(ends), length: written.len() }));
+    }
 }
 
 fn body<T: Serialize + DeserializeOwned>(input: &[u8]) {
@@ -74,6 +97,11 @@ mod tests {
     #[test]
     fn packet_corpus() {
         replay("packet", super::packet);
+    }
+
+    #[test]
+    fn header_corpus() {
+        replay("header", super::header);
     }
 
     #[test]

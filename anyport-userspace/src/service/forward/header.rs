@@ -44,21 +44,28 @@ pub enum ProxyVersion {
 
 /// What the first bytes of a connection are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Parsed {
+pub enum Parsed {
     /// More bytes are needed.
     Incomplete,
-    /// A header of `length` bytes. No ends if the proxy speaks for itself, such as to see whether we are there, or does
-    /// not know them.
-    Header { ends: Option<Ends>, length: usize },
+    /// A header.
+    Header {
+        /// Who dialled what. Nothing if the proxy speaks for itself, such as to see whether we are there, or does not know.
+        ends: Option<Ends>,
+        /// Its bytes; what follows is the client's.
+        length: usize,
+    },
 }
 
 /// Bytes that are no header, and can't become one by more bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("no PROXY header: {0}")]
-pub(super) struct Malformed(&'static str);
+pub struct Malformed(&'static str);
 
 /// Reads a header at the beginning of `bytes`.
-pub(super) fn parse(bytes: &[u8]) -> Result<Parsed, Malformed> {
+///
+/// # Errors
+/// The bytes are none, whatever follows.
+pub fn parse(bytes: &[u8]) -> Result<Parsed, Malformed> {
     if agree(bytes, SIGNATURE) {
         parse_binary(bytes)
     } else if agree(bytes, LINE_START) {
@@ -156,7 +163,7 @@ where
 }
 
 /// Appends the header that tells of `ends`. Version 1 has no words for UDP.
-pub(super) fn write(version: ProxyVersion, transport: Transport, ends: Ends, to: &mut Vec<u8>) {
+pub fn write(version: ProxyVersion, transport: Transport, ends: Ends, to: &mut Vec<u8>) {
     let Ends { client, dialled } = ends;
     let (source, destination) = match (client.ip(), dialled.ip()) {
         (source @ IpAddr::V4(_), destination @ IpAddr::V4(_)) => (source, destination),

@@ -4,7 +4,7 @@ mod client;
 pub mod config;
 mod connect;
 mod flows;
-mod header;
+pub mod header;
 mod names;
 mod pipe;
 mod relay;
