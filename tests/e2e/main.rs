@@ -11,6 +11,7 @@ mod connections;
 mod control;
 mod crash;
 mod differential;
+mod doctor;
 mod explain;
 mod flows;
 mod forward;
@@ -87,6 +88,7 @@ fn main() -> ExitCode {
     trials.extend(starts::trials());
     trials.extend(load::trials());
     trials.extend(backends::trials());
+    trials.extend(doctor::trials());
     let trials = trials.into_iter().map(|trial| trial.with_ignored_flag(ignored)).collect();
     libtest_mimic::run(&arguments, trials).exit_code()
 }

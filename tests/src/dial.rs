@@ -32,7 +32,12 @@ pub fn any(like: IpAddr) -> SocketAddr {
 
 /// A TCP connection to `to`, with time limits on reading and writing.
 pub fn tcp(to: SocketAddr) -> io::Result<TcpStream> {
-    with_limits(TcpStream::connect_timeout(&to, PATIENCE)?)
+    tcp_within(to, PATIENCE)
+}
+
+/// The same, if it comes to be within `limit`.
+pub fn tcp_within(to: SocketAddr, limit: Duration) -> io::Result<TcpStream> {
+    with_limits(TcpStream::connect_timeout(&to, limit)?)
 }
 
 /// A TCP connection from the very address and port `from`.

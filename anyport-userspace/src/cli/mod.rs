@@ -1,6 +1,7 @@
 //! `anyportctl`: one file a verb.
 
 mod apply;
+mod doctor;
 mod explain;
 mod prefixes;
 mod register;
@@ -63,6 +64,8 @@ enum Verb {
     Explain(explain::Explain),
     /// Show the back end, the generation, totals, and what is degraded
     Status,
+    /// Check this host for what silently breaks steering
+    Doctor(doctor::Doctor),
 }
 
 impl Cli {
@@ -87,6 +90,7 @@ impl Cli {
             Verb::Unregister(remove) => remove.run(&client, out),
             Verb::Explain(explain) => explain.run(&client, out).await,
             Verb::Status => status::show(&client, out).await,
+            Verb::Doctor(doctor) => doctor.run(&client, out).await,
         }
     }
 }

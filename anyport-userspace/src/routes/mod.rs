@@ -43,6 +43,26 @@ pub struct Route {
     pub protocol: u8,
 }
 
+/// What the kernel's routing tables say of addresses of this host, whoever made the routes.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct LocalTable {
+    /// The addresses that the table `local` makes local.
+    pub local: Coverage,
+    /// The routes of the table `local` that say something else of their addresses.
+    pub others: Vec<(Prefix, RouteKind)>,
+    /// Tables besides `local` in which every IPv4 address is local, as set-ups with packet marks have them.
+    pub all_local_tables: usize,
+}
+
+/// What a route of the table `local` makes of its addresses, if it does not make them local.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RouteKind {
+    /// The broadcast addresses of an interface's subnet, which the kernel adds by itself, and anycast and multicast.
+    Shared,
+    /// Packets are thrown away: blackhole, unreachable, prohibit, throw.
+    Refused,
+}
+
 /// The routes of one network namespace, seen through a netlink socket.
 ///
 /// A change that has begun goes on to its end, even if nobody waits for it any more; what comes next waits.
@@ -122,6 +142,11 @@ impl Routes {
         .await
     }
 
+    /// The table `local`, and what else speaks of local addresses.
+    pub async fn local_table(&self) -> anyhow::Result<LocalTable> {
+        self.with(local_table).await
+    }
+
     /// The gateways of all routes of all tables.
     pub async fn gateways(&self) -> anyhow::Result<Vec<IpAddr>> {
         self.with(|netlink| {
@@ -186,6 +211,27 @@ fn local(netlink: &mut Netlink) -> anyhow::Result<Local> {
     local.ours.sort_unstable_by_key(position);
     local.ours.dedup();
     Ok(local)
+}
+
+fn local_table(netlink: &mut Netlink) -> anyhow::Result<LocalTable> {
+    let (mut local, mut others, mut all_local_tables) = (Vec::new(), Vec::new(), 0);
+    list(netlink, libc::RT_TABLE_LOCAL, libc::RTN_UNSPEC, |route, attributes| {
+        let Some(prefix) = destination(route, attributes) else { return };
+        match route.kind {
+            libc::RTN_LOCAL => local.push(prefix),
+            libc::RTN_BLACKHOLE | libc::RTN_UNREACHABLE | libc::RTN_PROHIBIT | libc::RTN_THROW => {
+                others.push((prefix, RouteKind::Refused));
+            }
+            _ => others.push((prefix, RouteKind::Shared)),
+        }
+    })?;
+    list(netlink, libc::RT_TABLE_UNSPEC, libc::RTN_LOCAL, |route, attributes| {
+        let is_everything = destination(route, attributes).is_some_and(|prefix| prefix.is_everything());
+        if is_everything && route.table != libc::RT_TABLE_LOCAL && i32::from(route.family) == libc::AF_INET {
+            all_local_tables += 1;
+        }
+    })?;
+    Ok(LocalTable { local: local.into_iter().collect(), others, all_local_tables })
 }
 
 fn list(

@@ -14,10 +14,14 @@ const MAP_LOOKUP_ELEM: c_long = 1;
 const MAP_UPDATE_ELEM: c_long = 2;
 const PROG_TEST_RUN: c_long = 10;
 const OBJ_GET_INFO_BY_FD: c_long = 15;
+const PROG_QUERY: c_long = 16;
 const BTF_GET_FD_BY_ID: c_long = 19;
 const MAP_UPDATE_BATCH: c_long = 26;
 
 const MAP_TYPE_ARRAY: u32 = 2;
+const ATTACH_SK_LOOKUP: u32 = 36;
+/// `MAX_BPF_ATTACH` of `kernel/bpf/net_namespace.c`: a network namespace takes no more programs.
+pub const MAX_SK_LOOKUP: usize = 64;
 const F_MMAPABLE: u32 = 1 << 10;
 
 /// The types of a map's keys and values, by which `bpftool` shows them with the names of their fields.
@@ -95,6 +99,18 @@ struct TestRun {
     flags: u32,
     cpu: u32,
     batch_size: u32,
+    reserved: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Default, Pod, Zeroable)]
+struct Query {
+    target_fd: u32,
+    attach_type: u32,
+    flags: u32,
+    attach_flags: u32,
+    prog_ids: u64,
+    prog_count: u32,
     reserved: u32,
 }
 
@@ -276,6 +292,23 @@ pub fn run_sk_lookup(program: impl AsFd, context: &mut SkLookup, repeat: u32) ->
     };
     call(PROG_TEST_RUN, &mut attr)?;
     Ok(Ran { returned: attr.retval, nanoseconds: attr.duration })
+}
+
+/// The ids of the `sk_lookup` programs of a network namespace, in the order in which they run.
+///
+/// # Errors
+/// The kernel's, such as `EPERM` without `CAP_NET_ADMIN`, and `EINVAL` before Linux 5.9.
+pub fn sk_lookup_programs(namespace: impl AsFd) -> io::Result<Vec<u32>> {
+    let mut ids = [0_u32; MAX_SK_LOOKUP];
+    let mut attr = Query {
+        target_fd: number(namespace.as_fd().as_raw_fd())?,
+        attach_type: ATTACH_SK_LOOKUP,
+        prog_ids: address(ids.as_mut_ptr().cast_const().cast()),
+        prog_count: size(ids.len())?,
+        ..Query::default()
+    };
+    call(PROG_QUERY, &mut attr)?;
+    Ok(ids.iter().copied().take(attr.prog_count as usize).collect())
 }
 
 /// Makes the call. What `attr` points to must be as long as it says and live until this returns.

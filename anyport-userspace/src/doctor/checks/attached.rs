@@ -1,0 +1,51 @@
+//! Whether what steers is still where the daemon has put it.
+
+use crate::{
+    doctor::{Daemon, Finding, Host, firewall::Tool, host::known},
+    steering::BackEnd,
+};
+
+const WHY: &str =
+    "Somebody has taken it away, and nothing is steered there: clients are refused or reach the host's own sockets.";
+
+pub(super) fn look(host: &Host) -> anyhow::Result<Vec<Finding>> {
+    let Ok(daemon) = &host.daemon else { return Ok(Vec::new()) };
+    let missing: Vec<String> = match daemon.status.backend {
+        BackEnd::SkLookup if known(&host.sk_lookup)?.iter().any(|name| name == super::sk_lookup_order::OURS) => {
+            Vec::new()
+        }
+        BackEnd::SkLookup => vec!["the sk_lookup program is not attached to this network namespace".into()],
+        BackEnd::Tc => tc(host, daemon)?,
+        BackEnd::Tproxy => tproxy(host)?,
+    };
+    let step = format!("stop anyportd (pid {}) and start it again", daemon.status.pid);
+    Ok(missing.into_iter().map(|finding| Finding::broken(finding, WHY).by_hand(&step)).collect())
+}
+
+fn tc(host: &Host, daemon: &Daemon) -> anyhow::Result<Vec<String>> {
+    let attached = known(&host.tcx)?;
+    // Where there is none of ours at all, the kernel has no tcx and the programs are filters.
+    let is_ours = |name: &String| super::tc_order::OURS.contains(&name.as_str());
+    if attached.values().flatten().all(|name| !is_ours(name)) && host.release()? < (6, 6) {
+        return Ok(Vec::new());
+    }
+    let lost = daemon
+        .status
+        .interfaces
+        .iter()
+        .filter(|interface| attached.get(*interface).is_some_and(|programs| !programs.iter().any(is_ours)));
+    Ok(lost.map(|interface| format!("the tc program is not attached to {interface}")).collect())
+}
+
+/// There are chains of a family only while it has rules.
+fn tproxy(host: &Host) -> anyhow::Result<Vec<String>> {
+    let firewall = known(&host.firewall)?;
+    let mut missing = Vec::new();
+    for (tool, name, is_ipv4) in [(Tool::Iptables, "iptables", true), (Tool::Ip6tables, "ip6tables", false)] {
+        let has_rules = host.steered().iter().any(|it| it.prefix.is_ipv4() == is_ipv4);
+        if has_rules && !firewall.has(tool, "mangle", "PREROUTING", "-A PREROUTING -j ANYPORT") {
+            missing.push(format!("the chain PREROUTING of {name} -t mangle does not jump to ANYPORT"));
+        }
+    }
+    Ok(missing)
+}

@@ -1,0 +1,63 @@
+//! The checks, one a file.
+
+mod attached;
+mod back_ends;
+mod backlog;
+mod bridge_netfilter;
+mod conntrack;
+mod daemon;
+mod descriptors;
+mod firewall;
+mod ipv6;
+mod local_routes;
+mod loopback;
+mod netkit;
+mod nonlocal_bind;
+mod policy_routing;
+mod reuseport;
+mod rp_filter;
+mod sk_lookup_order;
+mod src_valid_mark;
+mod tc_order;
+mod time_wait;
+mod tools;
+
+#[cfg(test)]
+mod tests;
+
+use super::Check;
+
+/// All of them. Where two would speak of the same fault, the more fundamental comes first.
+pub(super) const ALL: &[Check] = &[
+    Check { name: "daemon", look: daemon::look },
+    Check { name: "back-ends", look: back_ends::look },
+    Check { name: "attached", look: attached::look },
+    Check { name: "loopback", look: loopback::look },
+    Check { name: "ipv6", look: ipv6::look },
+    Check { name: "local-routes", look: local_routes::look },
+    Check { name: "policy-routing", look: policy_routing::look },
+    Check { name: "rp-filter", look: rp_filter::look },
+    Check { name: "src-valid-mark", look: src_valid_mark::look },
+    Check { name: "bridge-netfilter", look: bridge_netfilter::look },
+    Check { name: "firewall", look: firewall::look },
+    Check { name: "sk-lookup-order", look: sk_lookup_order::look },
+    Check { name: "tc-order", look: tc_order::look },
+    Check { name: "netkit", look: netkit::look },
+    Check { name: "reuseport", look: reuseport::look },
+    Check { name: "conntrack", look: conntrack::look },
+    Check { name: "nonlocal-bind", look: nonlocal_bind::look },
+    Check { name: "backlog", look: backlog::look },
+    Check { name: "descriptors", look: descriptors::look },
+    Check { name: "time-wait", look: time_wait::look },
+    Check { name: "tools", look: tools::look },
+];
+
+/// The first few of many, for a sentence.
+fn few(items: &[impl ToString]) -> String {
+    const SHOWN: usize = 3;
+    let shown = items.iter().take(SHOWN).map(ToString::to_string).collect::<Vec<_>>().join(", ");
+    match items.len().checked_sub(SHOWN) {
+        None | Some(0) => shown,
+        Some(more) => format!("{shown} and {more} more"),
+    }
+}

@@ -1,0 +1,299 @@
+//! What the host's firewall makes of the first packet of a client that nobody knows.
+//!
+//! The chains are gone through as the kernel does, as far as they can be understood: what a match says that is not
+//! understood, or that depends on the client, is left open. So a packet is only ever said to be stopped if nothing that is
+//! left open could have let it pass.
+
+mod iptables;
+mod nftables;
+#[cfg(test)]
+mod tests;
+
+use std::{collections::BTreeSet, net::IpAddr};
+
+use crate::rules::Prefix;
+
+/// Chains call each other no deeper than this (`NFT_JUMP_STACK_SIZE`); for iptables there is no such number.
+const DEEPEST: u8 = 16;
+/// Ports that are tried, of those that rules name.
+const MOST_PORTS: usize = 128;
+/// A port of which no rule speaks, unless there are rules about all of them.
+const ANY_PORT: u16 = 31_337;
+
+/// A packet from a client that nobody knows, by an interface that is not `lo`, to an address that is local.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Packet {
+    pub(super) to: IpAddr,
+    pub(super) protocol: &'static str,
+    pub(super) port: u16,
+}
+
+/// What becomes of a packet that is not let pass.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Stopped {
+    /// What is done to it.
+    pub(super) how: How,
+    /// The rule or the policy, as its tool shows it.
+    pub(super) by: String,
+    /// What shows the chain.
+    pub(super) tool: Tool,
+    /// The table, for nftables with its family.
+    pub(super) table: String,
+    /// The chain.
+    pub(super) chain: String,
+}
+
+/// How a packet is kept from its socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum How {
+    Dropped,
+    /// Its destination is changed.
+    Translated,
+    /// Another transparent proxy takes it.
+    Taken,
+}
+
+/// The tool that shows and changes a chain.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Tool {
+    Iptables,
+    Ip6tables,
+    Nft,
+}
+
+/// All chains that a packet on its way in passes.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Ruleset {
+    /// The chains of hooks, in the order in which they are passed.
+    hooks: Vec<Hook>,
+    chains: Vec<Chain>,
+}
+
+#[derive(Clone, Debug)]
+struct Hook {
+    /// prerouting before input, and then by priority.
+    order: (u8, i64),
+    chain: usize,
+}
+
+#[derive(Clone, Debug)]
+struct Chain {
+    tool: Tool,
+    families: Families,
+    table: String,
+    name: String,
+    drops_by_policy: bool,
+    rules: Vec<Rule>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Families {
+    V4,
+    V6,
+    Both,
+}
+
+#[derive(Clone, Debug)]
+struct Rule {
+    text: String,
+    matches: Vec<Match>,
+    action: Action,
+}
+
+/// A condition, and whether it has to hold or must not.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Match {
+    what: What,
+    negated: bool,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum What {
+    Destination(Vec<Prefix>),
+    Protocol(Vec<String>),
+    Ports(Vec<(u16, u16)>),
+    /// By which interface it comes in.
+    Interface(String),
+    /// Whether the destination is local.
+    ToLocal,
+    /// The states of connection tracking.
+    States(Vec<String>),
+    Ipv4(bool),
+    Unknown,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Action {
+    Continue,
+    Accept,
+    Return,
+    Stop(How),
+    Jump(String),
+    Goto(String),
+    /// Something that may let it pass, such as a map of verdicts.
+    MayAccept,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Answer {
+    No,
+    Maybe,
+    Yes,
+}
+
+/// Where a walk through a chain ends.
+enum End {
+    /// At its end, or at a return.
+    Back,
+    /// The packet goes on to the next hook, or may do so.
+    Passed,
+    Stopped(Box<Stopped>),
+}
+
+impl Ruleset {
+    /// Reads the rules of iptables and of nftables, as far as the tools are there.
+    pub(super) fn read() -> anyhow::Result<Self> {
+        let mut ruleset = Self::default();
+        let mut by_iptables = false;
+        for (program, tool) in [("iptables-save", Tool::Iptables), ("ip6tables-save", Tool::Ip6tables)] {
+            if let Some(text) = super::host::output(program, &[])? {
+                by_iptables |= text.contains("(nf_tables)");
+                iptables::read(&text, tool, &mut ruleset);
+            }
+        }
+        if let Some(text) = super::host::output("nft", &["-j", "list", "ruleset"])? {
+            nftables::read(&serde_json::from_str(&text)?, by_iptables, &mut ruleset);
+        }
+        ruleset.hooks.sort_by_key(|hook| hook.order);
+        Ok(ruleset)
+    }
+
+    /// Everything by which a packet is kept from its socket for certain.
+    pub(super) fn stops<'a>(&'a self, packet: &'a Packet) -> impl Iterator<Item = Stopped> + 'a {
+        let chains = self.hooks.iter().map(|hook| &self.chains[hook.chain]);
+        chains.filter(|chain| chain.families.has(packet.to)).filter_map(|chain| {
+            match self.walk(chain, packet, DEEPEST) {
+                End::Stopped(stopped) => Some(*stopped),
+                End::Back if chain.drops_by_policy => Some(chain.stopped(How::Dropped, "its policy")),
+                End::Back | End::Passed => None,
+            }
+        })
+    }
+
+    /// The ports to try: those that rules name, at both ends of their ranges, and one that none names.
+    pub(super) fn ports(&self) -> Vec<u16> {
+        let rules = self.chains.iter().flat_map(|chain| &chain.rules);
+        let mut named = BTreeSet::new();
+        for (first, last) in rules.flat_map(|rule| &rule.matches).flat_map(Match::ports) {
+            named.extend([*first, *last].into_iter().filter(|port| (1..u16::MAX).contains(port)));
+        }
+        let any = (ANY_PORT..u16::MAX).find(|port| !named.contains(port)).unwrap_or(ANY_PORT);
+        std::iter::once(any).chain(named.into_iter().take(MOST_PORTS)).collect()
+    }
+
+    /// Whether a chain of iptables for this family has this rule.
+    pub(super) fn has(&self, tool: Tool, table: &str, chain: &str, rule: &str) -> bool {
+        let here = |it: &&Chain| it.tool == tool && it.table == table && it.name == chain;
+        self.chains.iter().filter(here).any(|it| it.rules.iter().any(|it| it.text == rule))
+    }
+
+    fn walk(&self, chain: &Chain, packet: &Packet, deepest: u8) -> End {
+        for rule in &chain.rules {
+            let answer = rule.matches.iter().map(|it| it.answer(packet)).min().unwrap_or(Answer::Yes);
+            if answer == Answer::No {
+                continue;
+            }
+            let is_certain = answer == Answer::Yes;
+            match &rule.action {
+                Action::Accept | Action::MayAccept => return End::Passed,
+                Action::Return if is_certain => return End::Back,
+                // What comes next may be passed over, and then what is after the chain decides: too much to follow.
+                Action::Return => return self.back_or(chain, packet, deepest, rule),
+                Action::Stop(how) if is_certain => {
+                    return End::Stopped(Box::new(chain.stopped(*how, &rule.text)));
+                }
+                Action::Continue | Action::Stop(_) => {}
+                Action::Jump(name) | Action::Goto(name) => {
+                    let is_goto = matches!(rule.action, Action::Goto(_));
+                    let end = match self.chain(chain, name) {
+                        Some(next) if deepest > 0 => self.walk(next, packet, deepest - 1),
+                        _ => End::Passed,
+                    };
+                    match end {
+                        End::Passed => return End::Passed,
+                        End::Stopped(stopped) if is_certain => return End::Stopped(stopped),
+                        End::Back if is_goto && is_certain => return End::Back,
+                        End::Stopped(_) | End::Back => {}
+                    }
+                }
+            }
+        }
+        End::Back
+    }
+
+    /// The end after a return of which it is open whether it happens: a stop only counts if the chain's rest does not let
+    /// the packet pass, and as an end of the chain, since the caller may let it pass as well.
+    fn back_or(&self, chain: &Chain, packet: &Packet, deepest: u8, after: &Rule) -> End {
+        let rest = chain.rules.iter().skip_while(|rule| !std::ptr::eq(*rule, after)).skip(1).cloned().collect();
+        match self.walk(&Chain { rules: rest, ..chain.clone() }, packet, deepest) {
+            End::Passed => End::Passed,
+            End::Back | End::Stopped(_) => End::Back,
+        }
+    }
+
+    fn chain(&self, from: &Chain, name: &str) -> Option<&Chain> {
+        self.chains.iter().find(|it| {
+            it.name == name && it.table == from.table && it.tool == from.tool && it.families == from.families
+        })
+    }
+}
+
+impl Chain {
+    fn stopped(&self, how: How, by: &str) -> Stopped {
+        let Self { tool, families, table, name, .. } = self;
+        let table = match (tool, families) {
+            (Tool::Iptables | Tool::Ip6tables, _) => table.clone(),
+            (Tool::Nft, Families::V4) => format!("ip {table}"),
+            (Tool::Nft, Families::V6) => format!("ip6 {table}"),
+            (Tool::Nft, Families::Both) => format!("inet {table}"),
+        };
+        Stopped { how, by: by.to_owned(), tool: *tool, table, chain: name.clone() }
+    }
+}
+
+impl Families {
+    fn has(self, address: IpAddr) -> bool {
+        match self {
+            Self::V4 => address.is_ipv4(),
+            Self::V6 => address.is_ipv6(),
+            Self::Both => true,
+        }
+    }
+}
+
+impl Match {
+    fn yes(what: What) -> Self {
+        Self { what, negated: false }
+    }
+
+    fn ports(&self) -> &[(u16, u16)] {
+        match &self.what {
+            What::Ports(ranges) => ranges,
+            _ => &[],
+        }
+    }
+
+    fn answer(&self, packet: &Packet) -> Answer {
+        let holds = match &self.what {
+            What::Destination(prefixes) => prefixes.iter().any(|prefix| prefix.contains(packet.to)),
+            What::Protocol(names) => names.iter().any(|name| name == packet.protocol),
+            What::Ports(ranges) => ranges.iter().any(|(first, last)| (*first..=*last).contains(&packet.port)),
+            What::Interface(name) if name == "lo" => false,
+            What::ToLocal => true,
+            What::States(states) => states.iter().any(|state| state.eq_ignore_ascii_case("new")),
+            What::Ipv4(is_ipv4) => packet.to.is_ipv4() == *is_ipv4,
+            What::Interface(_) | What::Unknown => return Answer::Maybe,
+        };
+        if holds == self.negated { Answer::No } else { Answer::Yes }
+    }
+}
