@@ -2,7 +2,9 @@
 //! so, and after what it says has been typed (or done by `--fix`) all is well again.
 
 mod faults;
+mod firewalls;
 mod limits;
+mod programs;
 
 use std::process::Command;
 
@@ -30,6 +32,8 @@ pub(crate) fn trials() -> Vec<Trial> {
     let mut trials: Vec<Trial> = on_each_back_end("doctor::a healthy host", healthy).collect();
     trials.push(trial("doctor::without a daemon", without_daemon));
     trials.extend(faults::trials());
+    trials.extend(firewalls::trials());
+    trials.extend(programs::trials());
     trials.extend(limits::trials());
     trials
 }

@@ -204,6 +204,27 @@ impl Host {
     }
 }
 
+#[cfg(test)]
+impl Host {
+    /// A host of which nothing is known but what a test adds, with `proc` in the place of `/proc`.
+    pub(super) fn unknown(proc: &Path) -> Self {
+        let unknown = || "nobody has looked".to_owned();
+        Self {
+            daemon: Err(unknown()),
+            proc: proc.to_owned(),
+            links: Err(unknown()),
+            policy: Err(unknown()),
+            local: Err(unknown()),
+            routes: Err(unknown()),
+            sk_lookup: Err(unknown()),
+            tcx: Err(unknown()),
+            programs: Err(unknown()),
+            firewall: Err(unknown()),
+            path: Vec::new(),
+        }
+    }
+}
+
 impl Daemon {
     async fn ask(client: &Client) -> Result<Self, Problem> {
         let status: StatusView = client.get("/v1/status").await?;

@@ -1,5 +1,7 @@
 //! Whether what steers is still where the daemon has put it.
 
+use anyhow::Context as _;
+
 use crate::{
     doctor::{Daemon, Finding, Host, firewall::Tool, host::known},
     steering::BackEnd,
@@ -11,7 +13,7 @@ const WHY: &str =
 pub(super) fn look(host: &Host) -> anyhow::Result<Vec<Finding>> {
     let Ok(daemon) = &host.daemon else { return Ok(Vec::new()) };
     let missing: Vec<String> = match daemon.status.backend {
-        BackEnd::SkLookup if known(&host.sk_lookup)?.iter().any(|name| name == super::sk_lookup_order::OURS) => {
+        BackEnd::SkLookup if known(&host.sk_lookup)?.iter().any(|name| name == super::sk_lookup_programs::OURS) => {
             Vec::new()
         }
         BackEnd::SkLookup => vec!["the sk_lookup program is not attached to this network namespace".into()],
@@ -42,8 +44,11 @@ fn tproxy(host: &Host) -> anyhow::Result<Vec<String>> {
     let firewall = known(&host.firewall)?;
     let mut missing = Vec::new();
     for (tool, name, is_ipv4) in [(Tool::Iptables, "iptables", true), (Tool::Ip6tables, "ip6tables", false)] {
-        let has_rules = host.steered().iter().any(|it| it.prefix.is_ipv4() == is_ipv4);
-        if has_rules && !firewall.has(tool, "mangle", "PREROUTING", "-A PREROUTING -j ANYPORT") {
+        if host.steered().iter().all(|it| it.prefix.is_ipv4() != is_ipv4) {
+            continue;
+        }
+        let jumps = firewall.has(tool, "mangle", "PREROUTING", "-A PREROUTING -j ANYPORT");
+        if !jumps.with_context(|| format!("{name}-save is not in PATH"))? {
             missing.push(format!("the chain PREROUTING of {name} -t mangle does not jump to ANYPORT"));
         }
     }

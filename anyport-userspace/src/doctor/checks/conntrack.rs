@@ -6,7 +6,7 @@ pub(super) fn look(host: &Host) -> anyhow::Result<Vec<Finding>> {
     let count = host.number("net/netfilter/nf_conntrack_count")?;
     let max = host.number("net/netfilter/nf_conntrack_max")?;
     let (Some(count), Some(max)) = (count, max) else { return Ok(Vec::new()) };
-    if max == 0 || count < max / 10 * 8 {
+    if max == 0 || count * 10 < max * 8 {
         return Ok(Vec::new());
     }
     let finding = format!("{count} of at most {max} connections are tracked");

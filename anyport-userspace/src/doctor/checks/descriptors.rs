@@ -19,7 +19,7 @@ pub(super) fn look(host: &Host) -> anyhow::Result<Vec<Finding>> {
     let directory = host.proc.join(format!("{pid}/fd"));
     let open = fs::read_dir(&directory).with_context(|| format!("reading {}", directory.display()))?.count() as u64;
     // Clients are let have three quarters, and wait for one another after that.
-    let is_full = open >= soft / 10 * 7;
+    let is_full = open * 10 >= soft * 7;
     if soft >= LOW && !is_full {
         return Ok(Vec::new());
     }

@@ -16,7 +16,7 @@ mod nonlocal_bind;
 mod policy_routing;
 mod reuseport;
 mod rp_filter;
-mod sk_lookup_order;
+mod sk_lookup_programs;
 mod src_valid_mark;
 mod tc_order;
 mod time_wait;
@@ -40,7 +40,7 @@ pub(super) const ALL: &[Check] = &[
     Check { name: "src-valid-mark", look: src_valid_mark::look },
     Check { name: "bridge-netfilter", look: bridge_netfilter::look },
     Check { name: "firewall", look: firewall::look },
-    Check { name: "sk-lookup-order", look: sk_lookup_order::look },
+    Check { name: "sk-lookup-programs", look: sk_lookup_programs::look },
     Check { name: "tc-order", look: tc_order::look },
     Check { name: "netkit", look: netkit::look },
     Check { name: "reuseport", look: reuseport::look },

@@ -11,7 +11,7 @@ pub(super) fn look(host: &Host) -> anyhow::Result<Vec<Finding>> {
     let tcp = sockets.lines().find_map(|line| line.strip_prefix("TCP:")).unwrap_or_default();
     let mut words = tcp.split_ascii_whitespace().skip_while(|word| *word != "tw").skip(1);
     let waiting: u64 = words.next().and_then(|it| it.parse().ok()).unwrap_or_default();
-    if waiting < most.div_ceil(10) * 9 {
+    if waiting * 10 < most * 9 {
         return Ok(Vec::new());
     }
     let over = host.counter("TcpExt", "TCPTimeWaitOverflow")?;

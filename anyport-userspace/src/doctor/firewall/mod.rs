@@ -67,6 +67,8 @@ pub(super) struct Ruleset {
     /// The chains of hooks, in the order in which they are passed.
     hooks: Vec<Hook>,
     chains: Vec<Chain>,
+    /// What could be read: tools that are not installed show nothing.
+    tools: Vec<Tool>,
 }
 
 #[derive(Clone, Debug)]
@@ -159,6 +161,7 @@ impl Ruleset {
             if let Some(text) = super::host::output(program, &[])? {
                 by_iptables |= text.contains("(nf_tables)");
                 iptables::read(&text, tool, &mut ruleset);
+                ruleset.tools.push(tool);
             }
         }
         if let Some(text) = super::host::output("nft", &["-j", "list", "ruleset"])? {
@@ -191,10 +194,11 @@ impl Ruleset {
         std::iter::once(any).chain(named.into_iter().take(MOST_PORTS)).collect()
     }
 
-    /// Whether a chain of iptables for this family has this rule.
-    pub(super) fn has(&self, tool: Tool, table: &str, chain: &str, rule: &str) -> bool {
+    /// Whether a chain has this rule; nothing if the tool is not there to show it.
+    pub(super) fn has(&self, tool: Tool, table: &str, chain: &str, rule: &str) -> Option<bool> {
         let here = |it: &&Chain| it.tool == tool && it.table == table && it.name == chain;
-        self.chains.iter().filter(here).any(|it| it.rules.iter().any(|it| it.text == rule))
+        let has = self.chains.iter().filter(here).any(|it| it.rules.iter().any(|it| it.text == rule));
+        self.tools.contains(&tool).then_some(has)
     }
 
     fn walk(&self, chain: &Chain, packet: &Packet, deepest: u8) -> End {

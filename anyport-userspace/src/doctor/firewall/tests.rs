@@ -1,1 +1,189 @@
+use serde_json::{Value, json};
 
+use super::{How, Packet, Ruleset, Stopped, Tool, iptables, nftables};
+
+/// What ufw makes of `ufw enable` and `ufw allow 22/tcp`, shortened.
+const UFW: &str = r#"
+*filter
+:INPUT DROP [0:0]
+:ufw-before-input - [0:0]
+:ufw-not-local - [0:0]
+:ufw-user-input - [0:0]
+:ufw-logging-deny - [0:0]
+-A INPUT -j ufw-before-input
+-A INPUT -j ufw-user-input
+-A ufw-before-input -i lo -j ACCEPT
+-A ufw-before-input -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT
+-A ufw-before-input -m conntrack --ctstate INVALID -j ufw-logging-deny
+-A ufw-before-input -m conntrack --ctstate INVALID -j DROP
+-A ufw-before-input -p icmp -m icmp --icmp-type 8 -j ACCEPT
+-A ufw-before-input -p udp -m udp --sport 67 --dport 68 -j ACCEPT
+-A ufw-before-input -j ufw-not-local
+-A ufw-before-input -d 224.0.0.251/32 -p udp -m udp --dport 5353 -j ACCEPT
+-A ufw-not-local -m addrtype --dst-type LOCAL -j RETURN
+-A ufw-not-local -m limit --limit 3/min --limit-burst 10 -j ufw-logging-deny
+-A ufw-not-local -j DROP
+-A ufw-logging-deny -m limit --limit 3/min --limit-burst 10 -j LOG --log-prefix "[UFW BLOCK] "
+-A ufw-user-input -p tcp -m tcp --dport 22 -m comment --comment "allow \"ssh\" -j DROP" -j ACCEPT
+COMMIT
+"#;
+
+fn iptables(text: &str) -> Ruleset {
+    let mut ruleset = Ruleset::default();
+    iptables::read(text, Tool::Iptables, &mut ruleset);
+    ruleset.hooks.sort_by_key(|hook| hook.order);
+    ruleset
+}
+
+fn nftables(json: &Value) -> Ruleset {
+    let mut ruleset = Ruleset::default();
+    nftables::read(json, false, &mut ruleset);
+    ruleset
+}
+
+/// A chain of the hook `input` with these rules, that drops by its policy.
+fn input(rules: &[Value]) -> Ruleset {
+    let chain = json!({"chain": {"family": "inet", "table": "filter", "name": "input", "handle": 1, "type": "filter",
+        "hook": "input", "prio": 0, "policy": "drop"}});
+    let rules = rules.iter().map(|expressions| {
+        json!({"rule": {"family": "inet", "table": "filter", "chain": "input", "handle": 7, "expr": expressions}})
+    });
+    let items: Vec<Value> = [chain].into_iter().chain(rules).collect();
+    nftables(&json!({"nftables": items}))
+}
+
+fn stops(ruleset: &Ruleset, protocol: &'static str, to: &str, port: u16) -> Option<Stopped> {
+    ruleset.stops(&Packet { to: to.parse().unwrap(), protocol, port }).next()
+}
+
+#[test]
+fn what_ufw_allows_and_what_it_drops() {
+    let ruleset = iptables(UFW);
+    assert_eq!(stops(&ruleset, "tcp", "192.0.2.3", 22), None);
+    for (protocol, port) in [("tcp", 80), ("udp", 22), ("udp", 68)] {
+        // Where the client's port decides, it may pass.
+        let stopped = stops(&ruleset, protocol, "192.0.2.3", port);
+        assert_eq!(stopped.is_some(), port != 68, "{protocol} {port}: {stopped:?}");
+    }
+    let Stopped { how, by, tool, table, chain } = stops(&ruleset, "tcp", "192.0.2.3", 80).unwrap();
+    assert_eq!((how, by.as_str(), tool), (How::Dropped, "its policy", Tool::Iptables));
+    assert_eq!((table.as_str(), chain.as_str()), ("filter", "INPUT"));
+    // It is about IPv4.
+    assert_eq!(stops(&ruleset, "tcp", "2001:db8::3", 80), None);
+    assert_eq!(ruleset.ports(), [31_337, 22, 68, 5353]);
+}
+
+#[test]
+fn what_is_left_open_may_pass() {
+    for allowed in [
+        "-s 198.51.100.0/24 -j ACCEPT",
+        "-i eth0 -j ACCEPT",
+        "-m set --match-set good src -j ACCEPT",
+        "-m mark --mark 0x1 -j ACCEPT",
+        "-d 192.0.2.0/24 -j ACCEPT",
+        "! -d 203.0.113.0/24 -p tcp -m multiport --dports 80,8000:8999 -j ACCEPT",
+        "-m conntrack --ctstate NEW -j ACCEPT",
+        "-j NFQUEUE --queue-num 0",
+        "-m addrtype --dst-type LOCAL -g ELSEWHERE",
+    ] {
+        let ruleset = iptables(&format!("*filter\n:INPUT DROP [0:0]\n-A INPUT {allowed}\nCOMMIT\n"));
+        assert_eq!(stops(&ruleset, "tcp", "192.0.2.3", 80), None, "{allowed}");
+    }
+    for not_allowed in [
+        "-i lo -j ACCEPT",
+        "! -d 192.0.2.0/24 -j ACCEPT",
+        "-p udp -j ACCEPT",
+        "-p tcp -m tcp --dport 81 -j ACCEPT",
+        "! -p tcp -j ACCEPT",
+        "-m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT",
+        "-j LOG",
+        "-j EMPTY",
+        "-m addrtype ! --dst-type LOCAL -j ACCEPT",
+    ] {
+        let text = format!("*filter\n:INPUT DROP [0:0]\n:EMPTY - [0:0]\n-A INPUT {not_allowed}\nCOMMIT\n");
+        assert!(stops(&iptables(&text), "tcp", "192.0.2.3", 80).is_some(), "{not_allowed}");
+    }
+}
+
+#[test]
+fn a_drop_that_is_left_open_is_no_drop() {
+    for (rule, is_stopped) in [
+        ("-s 198.51.100.0/24 -j DROP", false),
+        ("-m limit --limit 3/min -j DROP", false),
+        ("-s 198.51.100.0/24 -j CHAIN", false),
+        ("-j CHAIN", true),
+        ("-g CHAIN", true),
+        ("-p tcp -j REJECT --reject-with tcp-reset", true),
+    ] {
+        let text = format!("*filter\n:INPUT ACCEPT [0:0]\n:CHAIN - [0:0]\n-A INPUT {rule}\n-A CHAIN -j DROP\nCOMMIT\n");
+        assert_eq!(stops(&iptables(&text), "tcp", "192.0.2.3", 80).is_some(), is_stopped, "{rule}");
+    }
+    // A return that may happen or not.
+    let text = "*filter\n:INPUT ACCEPT [0:0]\n:CHAIN - [0:0]\n-A INPUT -j CHAIN\n-A CHAIN -s 198.51.100.1/32 -j RETURN\n\
+                -A CHAIN -j DROP\nCOMMIT\n";
+    assert_eq!(stops(&iptables(text), "tcp", "192.0.2.3", 80), None);
+}
+
+#[test]
+fn docker_takes_the_ports_that_it_publishes() {
+    let ruleset = iptables(
+        "*nat\n:PREROUTING ACCEPT [0:0]\n:DOCKER - [0:0]\n-A PREROUTING -m addrtype --dst-type LOCAL -j DOCKER\n\
+         -A DOCKER -i docker0 -j RETURN\n\
+         -A DOCKER ! -i docker0 -p tcp -m tcp --dport 8080 -j DNAT --to-destination 198.51.100.2:80\nCOMMIT\n",
+    );
+    // Which interface is left open, and so it may pass.
+    assert_eq!(stops(&ruleset, "tcp", "192.0.2.3", 8080), None);
+    let everywhere = "*nat\n:PREROUTING ACCEPT [0:0]\n-A PREROUTING -p tcp -m tcp --dport 8080 -j DNAT --to-destination 198.51.100.2:80\nCOMMIT\n";
+    assert_eq!(stops(&iptables(everywhere), "tcp", "192.0.2.3", 8080).map(|it| it.how), Some(How::Translated));
+    assert_eq!(stops(&iptables(everywhere), "tcp", "192.0.2.3", 80), None);
+}
+
+#[test]
+fn chains_that_go_round_come_to_an_end() {
+    let text = "*filter\n:INPUT DROP [0:0]\n:A - [0:0]\n-A INPUT -j A\n-A A -j A\nCOMMIT\n";
+    assert_eq!(stops(&iptables(text), "tcp", "192.0.2.3", 80), None);
+}
+
+#[test]
+fn expressions_of_nftables() {
+    let matching = |left: Value, right: Value| json!({"match": {"op": "==", "left": left, "right": right}});
+    let field = |protocol: &str, field: &str| json!({"payload": {"protocol": protocol, "field": field}});
+    let accept = json!({"accept": null});
+    let states = json!({"vmap": {"key": {"ct": {"key": "state"}}, "data": {"set": [
+        [{"set": ["established", "related"]}, {"accept": null}], ["invalid", {"drop": null}]
+    ]}}});
+    assert!(stops(&input(&[json!([states])]), "tcp", "192.0.2.3", 80).is_some());
+    let ports = json!({"set": [22, {"range": [79, 81]}]});
+    let prefix = json!({"prefix": {"addr": "192.0.2.0", "len": 24}});
+    for (condition, passes) in [
+        (matching(field("tcp", "dport"), ports.clone()), [true, false, false, true]),
+        (matching(field("th", "dport"), ports), [true, true, false, true]),
+        (matching(field("ip", "daddr"), prefix), [true, true, true, false]),
+        (matching(json!({"meta": {"key": "l4proto"}}), json!("udp")), [false, true, false, false]),
+        (matching(json!({"meta": {"key": "iifname"}}), json!("lo")), [false; 4]),
+        (matching(json!({"meta": {"key": "iifname"}}), json!("eth0")), [true; 4]),
+        (matching(json!({"meta": {"key": "nfproto"}}), json!("ipv6")), [false, false, false, true]),
+        (matching(json!({"fib": {"result": "type", "flags": ["daddr"]}}), json!("local")), [true; 4]),
+        (matching(json!({"ct": {"key": "state"}}), json!(["established", "related"])), [false; 4]),
+        (matching(field("ip", "saddr"), json!("@good")), [true, true, true, false]),
+        (json!({"xt": {"type": "match", "name": "owner"}}), [true; 4]),
+    ] {
+        let ruleset = input(&[json!([condition, {"counter": {"packets": 0, "bytes": 0}}, accept])]);
+        let packets =
+            [("tcp", "192.0.2.3", 80), ("udp", "192.0.2.3", 80), ("tcp", "192.0.2.3", 443), ("tcp", "2001:db8::3", 80)];
+        let passed = packets.map(|(protocol, to, port)| stops(&ruleset, protocol, to, port).is_none());
+        assert_eq!(passed, passes, "{condition}");
+    }
+}
+
+#[test]
+fn anything_can_be_read() {
+    for json in [json!(null), json!({"nftables": [{"rule": {}}, {"chain": {"family": "inet"}}, 7]}), json!([])] {
+        assert!(nftables(&json).chains.is_empty());
+    }
+    for text in
+        ["", "*", ":", "*filter\n:INPUT\n-A INPUT\n-A INPUT -d\n-A OTHER -j DROP\n-A INPUT -m\n-A INPUT --comment \""]
+    {
+        assert_eq!(stops(&iptables(text), "tcp", "192.0.2.3", 80), None, "{text}");
+    }
+}

@@ -15,16 +15,19 @@ pub(super) fn look(host: &Host) -> anyhow::Result<Vec<Finding>> {
         return Ok(Vec::new());
     }
     let programs = known(&host.sk_lookup)?;
-    let Some(place) = programs.iter().rposition(|name| name == OURS) else {
+    if !programs.iter().any(|name| name == OURS) {
         return Ok(full(programs.len()).into_iter().collect());
-    };
-    let behind = &programs[place + 1..];
-    if behind.is_empty() {
+    }
+    let others: Vec<&String> = programs.iter().filter(|name| *name != OURS).collect();
+    if others.is_empty() {
         return Ok(Vec::new());
     }
-    let finding = format!("other sk_lookup programs run after anyport's: {}", few(behind));
-    let why = "Where several select a socket, the last one wins: they may take what is steered.";
-    Ok(vec![Finding::warning(finding, why).by_hand("stop anyportd and start it again, which puts its program last")])
+    let finding = format!("other sk_lookup programs look sockets up beside anyport's: {}", few(&others));
+    let why = "The first that selects a socket for a packet wins, unless a later one replaces it on purpose: what is steered may \
+               get their sockets. `assign_error` in `anyportctl services --json` counts where they came first.";
+    let step = "see that they select nothing in steered prefixes, or take them away: `bpftool link` shows the links (type netns), \
+                `bpftool link detach id ID` ends one";
+    Ok(vec![Finding::warning(finding, why).by_hand(step)])
 }
 
 fn full(attached: usize) -> Option<Finding> {

@@ -1,0 +1,151 @@
+//! The host's own firewall, made by iptables and by nft.
+
+use std::process::Command;
+
+use libtest_mimic::Trial;
+
+use super::{ADDRESSES, Report, V4, V6, expect_not_steered, expect_steered, steering, type_fixes};
+use crate::cases::{Lab, on_each_back_end, trial};
+
+/// Firewalls that keep clients from `192.0.2.3`, port 80: what makes them, and what is found.
+const STOPPING: [(&str, &str, &str, &str); 8] = [
+    ("by its policy", "iptables -P INPUT DROP", "broken", "dropped by the firewall: its policy in INPUT"),
+    (
+        "by its last rule",
+        "iptables -A INPUT -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT; iptables -A INPUT -i lo -j ACCEPT; \
+         iptables -A INPUT -p tcp --dport 22 -j ACCEPT; iptables -A INPUT -j REJECT",
+        "broken",
+        "-A INPUT -j REJECT",
+    ),
+    (
+        "by chains of its own",
+        "iptables -N allowed; iptables -A allowed -p tcp --dport 22 -j ACCEPT; iptables -A allowed -d 203.0.113.0/24 -j ACCEPT; \
+         iptables -A INPUT -j allowed; iptables -P INPUT DROP",
+        "broken",
+        "its policy in INPUT",
+    ),
+    (
+        "before routing",
+        "iptables -t raw -A PREROUTING -d 192.0.2.0/24 -j DROP",
+        "broken",
+        "PREROUTING of the table raw",
+    ),
+    (
+        "on one port",
+        "iptables -A INPUT -p tcp --dport 80 -j DROP; iptables -A INPUT -p udp --dport 80 -j DROP",
+        "warning",
+        "on port 80",
+    ),
+    (
+        "by translation",
+        "iptables -t nat -A PREROUTING -m addrtype --dst-type LOCAL -p tcp --dport 80 -j REDIRECT --to-ports 9",
+        "warning",
+        "on port 80 gets another destination",
+    ),
+    (
+        "of nftables",
+        "nft add table inet f; nft add chain inet f in '{ type filter hook input priority 0; policy drop; }'; \
+         nft add rule inet f in ct state vmap '{ established : accept, related : accept, invalid : drop }'; \
+         nft add rule inet f in iifname lo accept; nft add rule inet f in tcp dport '{ 22, 8000-8100 }' accept; \
+         nft add rule inet f in ip protocol icmp accept; nft add rule inet f in meta l4proto ipv6-icmp accept",
+        "broken",
+        "its policy in in of the table inet f (nft)",
+    ),
+    (
+        "of nftables, by a rule in a chain of its own",
+        "nft add table ip f; nft add chain ip f zone; nft add rule ip f zone tcp dport 22 accept; nft add rule ip f zone reject; \
+         nft add chain ip f in '{ type filter hook input priority 0; }'; nft add rule ip f in iifname lo accept; \
+         nft add rule ip f in ct state established,related accept; nft add rule ip f in goto zone",
+        "broken",
+        "in zone of the table ip f (nft)",
+    ),
+];
+
+/// Firewalls that let this client pass.
+const PASSING: [(&str, &str); 5] = [
+    ("that allows the prefix", "iptables -A INPUT -d 192.0.2.0/24 -j ACCEPT; iptables -P INPUT DROP"),
+    ("that allows this client", "iptables -A INPUT -s 198.51.100.0/24 -j ACCEPT; iptables -P INPUT DROP"),
+    ("that allows this interface", "iptables -A INPUT -i client -j ACCEPT; iptables -P INPUT DROP"),
+    ("that drops other clients", "iptables -A INPUT -s 203.0.113.0/24 -j DROP"),
+    (
+        "of nftables that allows the prefix",
+        "nft add table inet f; nft add chain inet f in '{ type filter hook input priority 0; policy drop; }'; \
+         nft add rule inet f in ip daddr 192.0.2.0/24 accept; nft add rule inet f in ip6 daddr 2001:db8::/32 accept; \
+         nft add rule inet f in meta l4proto ipv6-icmp accept",
+    ),
+];
+
+pub(super) fn trials() -> Vec<Trial> {
+    let mut trials: Vec<Trial> = on_each_back_end("doctor::a firewall", on_back_end).collect();
+    for (name, script, severity, part) in STOPPING {
+        trials.push(trial(format!("doctor::a firewall that stops {name}"), move || stopping(script, severity, part)));
+    }
+    for (name, script) in PASSING {
+        trials.push(trial(format!("doctor::a firewall {name}"), move || passing(script)));
+    }
+    trials.push(trial("doctor::a rule of another transparent proxy", other_proxy));
+    trials
+}
+
+fn run(lab: &Lab, script: &str) {
+    let outcome = lab.topology.host.output(Command::new("sh").args(["-ec", script]));
+    assert!(outcome.status == 0, "{script}: {outcome}");
+}
+
+/// Types what all findings of the firewall say.
+fn allow(lab: &Lab, report: &Report) {
+    for finding in report.findings().iter().filter(|it| it["check"] == "firewall") {
+        type_fixes(&lab.topology.host, finding);
+    }
+}
+
+/// All back ends alike: steered packets pass INPUT.
+fn on_back_end(backend: &'static str) {
+    let lab = steering(backend);
+    Report::of(&lab.daemon).expect_fine("firewall");
+    for (tool, addresses) in [("iptables", V4), ("ip6tables", V6)] {
+        run(&lab, &format!("{tool} -A INPUT -p {}icmp -j ACCEPT", if tool == "iptables" { "" } else { "ipv6-" }));
+        run(&lab, &format!("{tool} -P INPUT DROP"));
+        expect_not_steered(&lab, addresses);
+        let report = Report::of(&lab.daemon);
+        let finding = report.expect("firewall", "broken", "tcp and udp to");
+        assert!(finding["finding"].as_str().is_some_and(|it| it.contains(&format!("({tool})"))), "{finding}");
+        allow(&lab, &report);
+        expect_steered(&lab, addresses);
+        Report::of(&lab.daemon).expect_fine("firewall");
+    }
+}
+
+fn stopping(script: &str, severity: &str, part: &str) {
+    let lab = steering("sk-lookup");
+    expect_steered(&lab, V4);
+    run(&lab, script);
+    expect_not_steered(&lab, V4);
+    let report = Report::of(&lab.daemon);
+    let found: Vec<_> = report.findings().iter().filter(|it| it["check"] == "firewall").collect();
+    let is_found = |it: &&&serde_json::Value| {
+        it["severity"] == severity && it["finding"].as_str().is_some_and(|finding| finding.contains(part))
+    };
+    assert!(found.iter().any(|it| is_found(&it)), "{part:?} among {found:#?}");
+    allow(&lab, &report);
+    expect_steered(&lab, V4);
+    Report::of(&lab.daemon).expect_fine("firewall");
+}
+
+fn passing(script: &str) {
+    let lab = steering("sk-lookup");
+    run(&lab, script);
+    expect_steered(&lab, V4);
+    Report::of(&lab.daemon).expect_fine("firewall");
+}
+
+fn other_proxy() {
+    let lab = steering("sk-lookup");
+    run(&lab, "iptables -t mangle -A PREROUTING -p tcp -d 192.0.2.0/24 -j TPROXY --on-port 9 --on-ip 127.0.0.1");
+    expect_not_steered(&lab, &ADDRESSES[..1]);
+    let report = Report::of(&lab.daemon);
+    report.expect("firewall", "broken", "taken by another proxy");
+    allow(&lab, &report);
+    expect_steered(&lab, V4);
+    Report::of(&lab.daemon).expect_fine("firewall");
+}
