@@ -40,6 +40,8 @@ pub mod store;
 pub mod sys;
 #[cfg(feature = "daemon")]
 pub mod table;
+#[cfg(feature = "daemon")]
+mod text;
 
 pub mod api;
 mod datagram;

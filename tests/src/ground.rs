@@ -41,6 +41,8 @@ pub fn missing() -> Vec<String> {
         "nginx",
         "setpriv",
         "sh",
+        "sysctl",
+        "prlimit",
         "python3",
         "bpftool",
         "nft",

@@ -36,7 +36,7 @@ pub(crate) const IP: Tool = Tool {
     purpose: "looking at routes, and the networks of tests and demo",
 };
 /// The rest of what the tests use.
-pub(crate) const FOR_TESTS: [Tool; 9] = [
+pub(crate) const FOR_TESTS: [Tool; 10] = [
     Tool { program: "ss", debian: "iproute2", fedora: "iproute", purpose: "tests" },
     IPSET,
     Tool { program: "curl", debian: "curl", fedora: "curl", purpose: "tests" },
@@ -50,6 +50,7 @@ pub(crate) const FOR_TESTS: [Tool; 9] = [
         purpose: "tests",
     },
     Tool { program: "systemctl", debian: "systemd", fedora: "systemd", purpose: "tests" },
+    Tool { program: "sysctl", debian: "procps", fedora: "procps-ng", purpose: "tests" },
     Tool { program: "nsenter", debian: "util-linux", fedora: "util-linux", purpose: "tests" },
 ];
 

@@ -51,7 +51,7 @@ impl Doctor {
         if undo {
             changed = Journal::open(journal(client))?.undo().await?;
         }
-        let mut report = Report::of(&Host::look(client).await);
+        let mut report = Report::of(&Host::look(client).await?);
         if fix {
             let mut journal = Journal::open(journal(client))?;
             for _ in 0..ROUNDS {
@@ -64,7 +64,7 @@ impl Doctor {
                     journal.make(&change).await?;
                     changed.push(change.to_string());
                 }
-                report = Report::of(&Host::look(client).await);
+                report = Report::of(&Host::look(client).await?);
             }
         }
         let answer = Answer { report, changed };

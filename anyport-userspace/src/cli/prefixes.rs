@@ -2,13 +2,11 @@ use std::{borrow::Cow, num::NonZeroU16};
 
 use serde_json::value::RawValue;
 
-use super::{
-    Output, path,
-    show::{list_of, table},
-};
+use super::{Output, path, show::table};
 use crate::{
     api::{AddPrefixes, Changed, Client, Kind, ListPrefixes, PrefixView, Problem, RemovePrefixes},
     rules::{PortSet, Prefix, Protocol, ServiceName},
+    text::list_of,
 };
 
 /// Steers prefixes to a service: all of those that are given, or none.

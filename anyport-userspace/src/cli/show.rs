@@ -1,6 +1,6 @@
 //! What several verbs need for printing.
 
-use std::{borrow::Cow, fmt::Display, time::Duration};
+use std::{borrow::Cow, time::Duration};
 
 /// Columns under their headers, without lines, so that `awk` and `grep` can work on it. There may be very many rows.
 pub(super) fn table<'a, const N: usize>(header: [&'a str; N], rows: impl Iterator<Item = [Cow<'a, str>; N]>) -> String {
@@ -24,16 +24,6 @@ pub(super) fn table<'a, const N: usize>(header: [&'a str; N], rows: impl Iterato
     // Whoever prints ends the last line.
     text.pop();
     text
-}
-
-/// The first few of many.
-pub(super) fn list_of(items: &[impl Display]) -> String {
-    const SHOWN: usize = 3;
-    let shown: Vec<String> = items.iter().take(SHOWN).map(ToString::to_string).collect();
-    match items.len().checked_sub(SHOWN) {
-        None | Some(0) => shown.join(", "),
-        Some(more) => format!("{} and {more} more", shown.join(", ")),
-    }
 }
 
 /// How long something has been so.

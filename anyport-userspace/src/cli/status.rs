@@ -1,7 +1,10 @@
 use std::fmt::Write as _;
 
-use super::{Output, show::list_of};
-use crate::api::{BackEndView, Client, Problem, StatusView};
+use super::Output;
+use crate::{
+    api::{BackEndView, Client, Problem, StatusView},
+    text::list_of,
+};
 
 pub(super) async fn show(client: &Client, out: &mut Output<'_>) -> Result<(), Problem> {
     let view: StatusView = client.get("/v1/status").await?;

@@ -1,12 +1,18 @@
 //! What `--fix` changes, and how it is put back.
 
 use std::{
-    fmt, fs, io,
+    fmt,
+    fs::{self, File},
+    io::{self, Read as _, Write as _},
+    os::unix::fs::{MetadataExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
 };
 
 use anyhow::{Context as _, bail};
-use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
+use nix::{
+    sys::socket::{AddressFamily, SockFlag, SockType, socket},
+    unistd::geteuid,
+};
 use serde::{Deserialize, Serialize};
 
 use super::Sysctl;
@@ -78,13 +84,9 @@ impl Journal {
         let any = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)
             .context("opening a socket to tell network namespaces apart")?;
         let namespace = netns_cookie(&any).context("telling network namespaces apart (Linux 5.14)")?;
-        let content = match fs::read(&path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Content { namespace, made: Vec::new() },
-            text => text
-                .map_err(anyhow::Error::from)
-                .and_then(|text| Ok(serde_json::from_slice(&text)?))
-                .with_context(|| format!("read {}, which says what --fix has changed", path.display()))?,
-        };
+        let content = read(&path)
+            .with_context(|| format!("read {}, which says what --fix has changed", path.display()))?
+            .unwrap_or(Content { namespace, made: Vec::new() });
         if content.namespace != namespace {
             bail!("{} is about another network namespace; run this there, or remove the file", path.display());
         }
@@ -141,11 +143,32 @@ impl Journal {
                 fs::create_dir_all(directory)?;
             }
             let new = self.path.with_extension("new");
-            fs::write(&new, serde_json::to_vec_pretty(&self.content)?)?;
+            match fs::remove_file(&new) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
+            // The daemon's user may have put a link there, which is not followed.
+            File::create_new(&new)?.write_all(&serde_json::to_vec_pretty(&self.content)?)?;
             fs::rename(&new, &self.path)
         };
         write().with_context(|| format!("write {}, which says what --fix changes", self.path.display()))
     }
+}
+
+/// What is in a journal, if it is there.
+fn read(path: &Path) -> anyhow::Result<Option<Content>> {
+    let mut file = match File::options().read(true).custom_flags(libc::O_NOFOLLOW).open(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        file => file?,
+    };
+    // The directory may be the daemon's, and what stands here is done with all rights of the caller.
+    let owner = file.metadata()?.uid();
+    if owner != geteuid().as_raw() {
+        bail!("it belongs to the user {owner}, and not to the one who is to undo it");
+    }
+    let mut text = Vec::new();
+    file.read_to_end(&mut text)?;
+    Ok(Some(serde_json::from_slice(&text)?))
 }
 
 async fn put_back(made: &Made) -> anyhow::Result<String> {

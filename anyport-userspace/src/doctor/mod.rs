@@ -6,6 +6,7 @@ mod checks;
 mod firewall;
 mod fix;
 mod host;
+mod look;
 mod sysctl;
 
 use std::fmt;

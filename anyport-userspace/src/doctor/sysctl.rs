@@ -9,8 +9,24 @@ use serde::{Deserialize, Serialize};
 
 /// The name of a kernel parameter: its path below `/proc/sys`, since names of interfaces may hold dots.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(transparent)]
+#[serde(try_from = "String", into = "String")]
 pub struct Sysctl(String);
+
+/// Only parameters of the network are ever changed, whatever a file says.
+impl TryFrom<String> for Sysctl {
+    type Error = String;
+
+    fn try_from(path: String) -> Result<Self, String> {
+        let is_below = path.starts_with("net/") && path.split('/').all(|part| !matches!(part, "" | "." | ".."));
+        if is_below { Ok(Self(path)) } else { Err(format!("{path} is no parameter of the network")) }
+    }
+}
+
+impl From<Sysctl> for String {
+    fn from(sysctl: Sysctl) -> Self {
+        sysctl.0
+    }
+}
 
 impl Sysctl {
     /// The parameter at this path, such as `net/core/somaxconn`.
@@ -64,5 +80,18 @@ mod tests {
         assert_eq!(Sysctl::new("net/core/somaxconn").to_string(), "net.core.somaxconn");
         let vlan = Sysctl::of_interface("eth0.100", "rp_filter");
         assert_eq!(vlan.to_string(), "net/ipv4/conf/eth0.100/rp_filter");
+    }
+
+    #[test]
+    fn files_name_parameters_of_the_network_only() {
+        for (path, is_taken) in [
+            ("net/core/somaxconn", true),
+            ("kernel/core_pattern", false),
+            ("net/../kernel/core_pattern", false),
+            ("net//", false),
+        ] {
+            let read: Result<Sysctl, _> = serde_json::from_value(path.into());
+            assert_eq!(read.is_ok(), is_taken, "{path}");
+        }
     }
 }

@@ -48,19 +48,10 @@ pub struct Route {
 pub struct LocalTable {
     /// The addresses that the table `local` makes local.
     pub local: Coverage,
-    /// The routes of the table `local` that say something else of their addresses.
-    pub others: Vec<(Prefix, RouteKind)>,
+    /// The addresses whose packets the table `local` has thrown away: blackhole, unreachable, prohibit, throw.
+    pub refused: Vec<Prefix>,
     /// Tables besides `local` in which every IPv4 address is local, as set-ups with packet marks have them.
     pub all_local_tables: usize,
-}
-
-/// What a route of the table `local` makes of its addresses, if it does not make them local.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum RouteKind {
-    /// The broadcast addresses of an interface's subnet, which the kernel adds by itself, and anycast and multicast.
-    Shared,
-    /// Packets are thrown away: blackhole, unreachable, prohibit, throw.
-    Refused,
 }
 
 /// The routes of one network namespace, seen through a netlink socket.
@@ -214,15 +205,14 @@ fn local(netlink: &mut Netlink) -> anyhow::Result<Local> {
 }
 
 fn local_table(netlink: &mut Netlink) -> anyhow::Result<LocalTable> {
-    let (mut local, mut others, mut all_local_tables) = (Vec::new(), Vec::new(), 0);
+    let (mut local, mut refused, mut all_local_tables) = (Vec::new(), Vec::new(), 0);
     list(netlink, libc::RT_TABLE_LOCAL, libc::RTN_UNSPEC, |route, attributes| {
         let Some(prefix) = destination(route, attributes) else { return };
         match route.kind {
             libc::RTN_LOCAL => local.push(prefix),
-            libc::RTN_BLACKHOLE | libc::RTN_UNREACHABLE | libc::RTN_PROHIBIT | libc::RTN_THROW => {
-                others.push((prefix, RouteKind::Refused));
-            }
-            _ => others.push((prefix, RouteKind::Shared)),
+            libc::RTN_BLACKHOLE | libc::RTN_UNREACHABLE | libc::RTN_PROHIBIT | libc::RTN_THROW => refused.push(prefix),
+            // The broadcast addresses of interfaces, anycast and multicast, which the kernel adds by itself.
+            _ => {}
         }
     })?;
     list(netlink, libc::RT_TABLE_UNSPEC, libc::RTN_LOCAL, |route, attributes| {
@@ -231,7 +221,7 @@ fn local_table(netlink: &mut Netlink) -> anyhow::Result<LocalTable> {
             all_local_tables += 1;
         }
     })?;
-    Ok(LocalTable { local: local.into_iter().collect(), others, all_local_tables })
+    Ok(LocalTable { local: local.into_iter().collect(), refused, all_local_tables })
 }
 
 fn list(

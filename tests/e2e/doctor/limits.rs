@@ -1,6 +1,10 @@
 //! What is too small, in the way only under load, or not as it was left.
 
-use std::process::Command;
+use std::{
+    fs,
+    os::unix::fs::{chown, symlink},
+    process::Command,
+};
 
 use anyport_tests::{
     dial::expect_tcp_hello,
@@ -21,6 +25,8 @@ pub(super) fn trials() -> Vec<Trial> {
         trial("doctor::tools of tproxy that are missing", missing_tools),
         trial("doctor::what the daemon says itself", degraded),
         trial("doctor::--undo leaves what others have set since", undo_leaves),
+        trial("doctor::--undo takes no orders of others", undo_of_others),
+        trial("doctor::in another network namespace", elsewhere),
     ]
 }
 
@@ -115,4 +121,41 @@ fn undo_leaves() {
     assert!(undone.0["changed"].to_string().contains("somebody else has set it"), "{:#}", undone.0);
     Report::with(&lab.daemon, &["--fix"]);
     expect_steered(&lab, V4);
+}
+
+/// The directory of the control socket may be the daemon's user's, who must not get root's rights by it.
+fn undo_of_others() {
+    let lab = steering("sk-lookup");
+    lab.topology.host.sysctl("net.core.somaxconn", "128");
+    Report::with(&lab.daemon, &["--fix"]).expect_fine("backlog");
+    let journal = lab.daemon.socket().with_file_name("doctor.json");
+    let text = fs::read_to_string(&journal).expect("a journal");
+    let refused = |part: &str| {
+        let outcome = lab.daemon.ctl(&["doctor", "--undo"]);
+        assert!(outcome.status == 1 && outcome.stderr.contains(part), "{part:?}: {outcome}");
+        assert_eq!(lab.topology.host.run("sysctl", ["-n", "net.core.somaxconn"]).trim(), "4096");
+    };
+    chown(&journal, Some(1), None).expect("another owner");
+    refused("belongs to the user 1");
+    fs::remove_file(&journal).expect("to remove it");
+    fs::write(&journal, text.replace("net/core/somaxconn", "net/../kernel/hostname")).expect("a journal");
+    refused("no parameter of the network");
+    fs::write(&journal, text.replace("\"namespace\": ", "\"namespace\": 1")).expect("a journal");
+    refused("another network namespace");
+    fs::write(&journal, "nonsense").expect("a journal");
+    refused("doctor.json");
+    fs::write(&journal, &text).expect("a journal");
+    // Nor is a link followed to where the next one is written.
+    let target = lab.daemon.state().join("target");
+    symlink(&target, journal.with_extension("new")).expect("a link");
+    Report::with(&lab.daemon, &["--undo"]).expect("backlog", "warning", "net.core.somaxconn=128");
+    Report::with(&lab.daemon, &["--fix"]).expect_fine("backlog");
+    assert!(!target.exists(), "the link was followed");
+}
+
+fn elsewhere() {
+    let lab = steering("sk-lookup");
+    let outcome = lab.topology.client.output(&mut lab.daemon.ctl_command(&[], &["doctor"]));
+    assert!(outcome.status == 1 && outcome.stderr.contains("another network namespace"), "{outcome}");
+    assert!(outcome.stderr.contains(&format!("nsenter --net=/proc/{}/ns/net", lab.daemon.pid())), "{outcome}");
 }

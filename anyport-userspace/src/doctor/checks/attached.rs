@@ -26,11 +26,7 @@ pub(super) fn look(host: &Host) -> anyhow::Result<Vec<Finding>> {
 
 fn tc(host: &Host, daemon: &Daemon) -> anyhow::Result<Vec<String>> {
     let attached = known(&host.tcx)?;
-    // Where there is none of ours at all, the kernel has no tcx and the programs are filters.
     let is_ours = |name: &String| super::tc_order::OURS.contains(&name.as_str());
-    if attached.values().flatten().all(|name| !is_ours(name)) && host.release()? < (6, 6) {
-        return Ok(Vec::new());
-    }
     let lost = daemon
         .status
         .interfaces

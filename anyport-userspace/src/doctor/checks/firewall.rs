@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 
-use super::few;
 use crate::{
     doctor::{
         Finding, Host, Severity, Steered,
@@ -10,6 +9,7 @@ use crate::{
         host::known,
     },
     rules::{Prefix, Protocol},
+    text::list_of,
 };
 
 /// Prefixes that are tried.
@@ -68,8 +68,8 @@ fn describe(stopped: &Stopped, victims: &Victims) -> Finding {
         How::Translated => "gets another destination",
         How::Taken => "is taken by another proxy",
     };
-    let what = format!("{} to {}", victims.protocols.join(" and "), few(&victims.prefixes));
-    let ports = if victims.all { String::new() } else { format!(" on port {}", few(&victims.ports)) };
+    let what = format!("{} to {}", victims.protocols.join(" and "), list_of(&victims.prefixes));
+    let ports = if victims.all { String::new() } else { format!(" on port {}", list_of(&victims.ports)) };
     let tool_name = match tool {
         Tool::Iptables => "iptables",
         Tool::Ip6tables => "ip6tables",

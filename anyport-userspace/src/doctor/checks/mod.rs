@@ -51,13 +51,3 @@ pub(super) const ALL: &[Check] = &[
     Check { name: "time-wait", look: time_wait::look },
     Check { name: "tools", look: tools::look },
 ];
-
-/// The first few of many, for a sentence.
-fn few(items: &[impl ToString]) -> String {
-    const SHOWN: usize = 3;
-    let shown = items.iter().take(SHOWN).map(ToString::to_string).collect::<Vec<_>>().join(", ");
-    match items.len().checked_sub(SHOWN) {
-        None | Some(0) => shown,
-        Some(more) => format!("{shown} and {more} more"),
-    }
-}

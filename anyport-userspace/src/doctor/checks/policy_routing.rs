@@ -1,9 +1,9 @@
 //! Rules of policy routing that come before the table `local`.
 
-use super::few;
 use crate::{
     doctor::{Finding, Host, PolicyRule, host::known},
     rules::Prefix,
+    text::list_of,
 };
 
 /// `RT_TABLE_LOCAL`
@@ -33,7 +33,7 @@ pub(super) fn look(host: &Host) -> anyhow::Result<Vec<Finding>> {
 
 fn before_local(host: &Host, before: &[&PolicyRule], is_ipv4: bool, ip: &str) -> anyhow::Result<Option<Finding>> {
     let priorities: Vec<u32> = before.iter().map(|rule| rule.priority).collect();
-    let rules = format!("rules of `{ip} rule` before the table local (priority {})", few(&priorities));
+    let rules = format!("rules of `{ip} rule` before the table local (priority {})", list_of(&priorities));
     // What has no local route is what another check speaks of.
     let local = &known(&host.local)?.local;
     let diverted: Vec<Prefix> = known(&host.routes)?
@@ -45,7 +45,7 @@ fn before_local(host: &Host, before: &[&PolicyRule], is_ipv4: bool, ip: &str) ->
     let step = format!("{ip} rule add pref 0 lookup local");
     if !diverted.is_empty() {
         let why = "Their packets are routed elsewhere before the local routes are asked.";
-        let finding = format!("{rules} lead {} away", few(&diverted));
+        let finding = format!("{rules} lead {} away", list_of(&diverted));
         return Ok(Some(Finding::broken(finding, why).by_hand(step)));
     }
     if host.steered().iter().all(|it| it.prefix.is_ipv4() != is_ipv4) || before.iter().all(|it| it.table == 0) {

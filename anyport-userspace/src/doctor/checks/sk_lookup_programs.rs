@@ -1,10 +1,10 @@
 //! Other `sk_lookup` programs of the network namespace.
 
-use super::few;
 use crate::{
     doctor::{Finding, Host, host::known},
     steering::BackEnd,
     sys::bpf::MAX_SK_LOOKUP,
+    text::list_of,
 };
 
 /// The name of our program.
@@ -22,7 +22,7 @@ pub(super) fn look(host: &Host) -> anyhow::Result<Vec<Finding>> {
     if others.is_empty() {
         return Ok(Vec::new());
     }
-    let finding = format!("other sk_lookup programs look sockets up beside anyport's: {}", few(&others));
+    let finding = format!("other sk_lookup programs look sockets up beside anyport's: {}", list_of(&others));
     let why = "The first that selects a socket for a packet wins, unless a later one replaces it on purpose: what is steered may \
                get their sockets. `assign_error` in `anyportctl services --json` counts where they came first.";
     let step = "see that they select nothing in steered prefixes, or take them away: `bpftool link` shows the links (type netns), \

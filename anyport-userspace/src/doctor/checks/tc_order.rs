@@ -1,9 +1,9 @@
 //! Programs at the ingress of interfaces that see packets before anyport's.
 
-use super::few;
 use crate::{
     doctor::{Finding, Host, host::known},
     steering::BackEnd,
+    text::list_of,
 };
 
 /// The names of our programs.
@@ -18,7 +18,7 @@ pub(super) fn look(host: &Host) -> anyhow::Result<Vec<Finding>> {
     for (interface, programs) in known(&host.tcx)? {
         let place = programs.iter().position(|name| OURS.contains(&name.as_str())).unwrap_or_default();
         if place > 0 {
-            let finding = format!("tc programs on {interface} come before anyport's: {}", few(&programs[..place]));
+            let finding = format!("tc programs on {interface} come before anyport's: {}", list_of(&programs[..place]));
             let why = "Unless they hand each packet on (TCX_NEXT), anyport does not see it and it is not steered.";
             let step = "stop anyportd and start it again, which puts its program in front";
             findings.push(Finding::warning(finding, why).by_hand(step));

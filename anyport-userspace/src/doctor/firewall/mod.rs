@@ -158,13 +158,13 @@ impl Ruleset {
         let mut ruleset = Self::default();
         let mut by_iptables = false;
         for (program, tool) in [("iptables-save", Tool::Iptables), ("ip6tables-save", Tool::Ip6tables)] {
-            if let Some(text) = super::host::output(program, &[])? {
+            if let Some(text) = super::look::output(program, &[])? {
                 by_iptables |= text.contains("(nf_tables)");
                 iptables::read(&text, tool, &mut ruleset);
                 ruleset.tools.push(tool);
             }
         }
-        if let Some(text) = super::host::output("nft", &["-j", "list", "ruleset"])? {
+        if let Some(text) = super::look::output("nft", &["-j", "list", "ruleset"])? {
             nftables::read(&serde_json::from_str(&text)?, by_iptables, &mut ruleset);
         }
         ruleset.hooks.sort_by_key(|hook| hook.order);
