@@ -10,12 +10,13 @@ use std::{
 
 use anyhow::{Context as _, bail};
 use anyport_common::maps::MAX_RULES;
+use clap::Parser;
 use serde::Deserialize;
 use toml::Spanned;
 
 use crate::{
     rules::{Origin, RuleSet, RuleText, ServiceName},
-    service::{Limits, ServiceConfig, Span},
+    service::{HandlerKind, Limits, ServiceConfig, Span},
     steering::BackEnd,
 };
 
@@ -84,6 +85,32 @@ pub enum LogFormat {
     Text,
     /// A JSON object a line.
     Json,
+}
+
+/// Lets one socket answer for every address and every port of whole prefixes.
+///
+/// Without any configuration it starts, steers nothing, and says what to type next. Each option may also stand
+/// under [daemon] in the configuration file, by its long name.
+#[derive(Debug, Parser)]
+#[command(
+    name = "anyportd",
+    version,
+    after_help = "Exit status: 0 ended by SIGTERM or SIGINT; 1 failed; 2 wrong usage or configuration."
+)]
+pub struct Options {
+    /// Configuration file [default: /etc/anyport/anyport.toml, which may be absent]
+    #[arg(long, env = "ANYPORT_CONFIG", value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Only say whether options and configuration are right; needs no rights, and touches nothing
+    #[arg(long)]
+    pub check: bool,
+    /// Take over from the anyportd that runs, without losing a connection: what serves from then on is this program, with the options of
+    /// that one
+    #[arg(long, conflicts_with = "check")]
+    pub takeover: bool,
+    /// What may stand in the file, too.
+    #[command(flatten)]
+    pub settings: Settings,
 }
 
 /// The options, as the command line, the environment and `[daemon]` in the file give them.
@@ -203,6 +230,9 @@ impl Config {
         if max_rules > DEFAULT_MAX_RULES {
             bail!("max-rules = {max_rules}: the limit is {DEFAULT_MAX_RULES}");
         }
+        if rules.len() > max_rules {
+            bail!("there are {} rules; the limit is {max_rules}, see max-rules", rules.len());
+        }
         Ok(Self {
             socket: settings.socket.unwrap_or_else(|| DEFAULT_SOCKET.into()),
             state_dir: settings.state_dir.unwrap_or_else(|| "/var/lib/anyport".into()),
@@ -236,6 +266,7 @@ struct ConfigFile {
 
 fn services(tables: Vec<Spanned<ServiceConfig>>, text: &str) -> anyhow::Result<Vec<ServiceConfig>> {
     let mut services: Vec<ServiceConfig> = Vec::new();
+    let mut fallbacks = Vec::new();
     for table in tables {
         let at = place(text, table.span().start);
         let service = table.into_inner();
@@ -243,7 +274,19 @@ fn services(tables: Vec<Spanned<ServiceConfig>>, text: &str) -> anyhow::Result<V
         if services.iter().any(|other| other.name == service.name) {
             bail!("{at}: there is a second service {}", service.name);
         }
+        fallbacks.extend(service.fallback.clone().map(|fallback| (at, fallback)));
         services.push(service);
+    }
+    for (at, fallback) in fallbacks {
+        match services.iter().find(|service| service.name == fallback) {
+            Some(service) if service.handler == HandlerKind::Registered => {
+                bail!("{at}: the fallback {fallback} has the handler registered itself");
+            }
+            None if fallback != ServiceName::default_service() => {
+                bail!("{at}: there is no [[service]] with the name {fallback} for a fallback");
+            }
+            _ => {}
+        }
     }
     Ok(services)
 }
@@ -332,6 +375,8 @@ mod tests {
             ("[[service]]\nname = \"x\"\nhandler = \"nope\"", ["line 3", "discard"]),
             ("[[service]]\nname = \"x\"\nhandler = \"echo\"\nbanner = \"y\"", ["line 1", "banner"]),
             ("[[rule]]\nprefix = 7", ["line 2", "string"]),
+            ("[daemon]\nmax-rules = 0\n[[rule]]\nprefix = \"192.0.2.0/24\"", ["1 rules", "max-rules"]),
+            ("[[service]]\nname = \"x\"\nhandler = \"registered\"\nfallback = \"y\"", ["line 1", "no [[service]]"]),
             ("prefix", ["line 1", "="]),
         ] {
             let error = format!("{:#}", Config::parse(Settings::default(), text).unwrap_err());
@@ -339,6 +384,12 @@ mod tests {
                 assert!(error.contains(word), "{text:?} lacks {word:?}: {error}");
             }
         }
+        let registered = |name, fallback| {
+            format!("[[service]]\nname = \"{name}\"\nhandler = \"registered\"\nfallback = \"{fallback}\"\n")
+        };
+        let chained = registered("x", "y") + &registered("y", "default");
+        let error = format!("{:#}", Config::parse(Settings::default(), &chained).unwrap_err());
+        assert!(error.contains("line 1") && error.contains("y has the handler registered itself"), "{error}");
         let rule = |service| format!("[[rule]]\nprefix = \"192.0.2.0/24\"\nservice = \"{service}\"\n");
         let twice = format!("[[service]]\nname = \"a\"\nhandler = \"echo\"\n{}{}", rule("a"), rule("default"));
         let error = format!("{:#}", Config::parse(Settings::default(), &twice).unwrap_err());

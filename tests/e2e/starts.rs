@@ -4,6 +4,7 @@ use std::{
     ffi::{OsStr, OsString},
     fs,
     io::{self, BufRead as _, BufReader, Write as _},
+    net::Shutdown,
     os::{
         linux::net::SocketAddrExt as _,
         unix::{
@@ -19,9 +20,10 @@ use std::{
 
 use anyport_tests::{
     daemon::{Daemon, Setup},
-    dial::expect_tcp_hello,
-    ground::{public_copy, scratch},
+    dial::{expect_tcp_hello, expect_tcp_refused, read_text, tcp, tcp_server, tcp_text},
+    ground::{program, public_copy, scratch},
     netns::Netns,
+    topology::Topology,
 };
 use libtest_mimic::Trial;
 
@@ -33,14 +35,74 @@ use crate::{
 /// Has this program hold an abstract Unix socket of that name instead of running tests.
 const HOLD: &str = "ANYPORT_E2E_HOLD";
 
+/// The configuration that comes with packages.
+const SAMPLE: &str = include_str!("../../docs/anyport.toml");
+
 pub(crate) fn trials() -> Vec<Trial> {
     let mut trials = vec![
         trial("starts::a file in the place of the control socket stays", file_as_socket),
         trial("starts::a service of the configuration that is there with other settings", service_twice),
         trial("starts::a service that added rules miss", service_gone),
+        trial("starts::--check without rights", check),
+        trial("starts::the sample configuration", sample),
     ];
     trials.extend(on_each_back_end("starts::other users can't keep the daemon from starting", name_taken));
     trials
+}
+
+/// Right or wrong, nothing is touched, and nobody's rights are needed.
+fn check() {
+    let directory = scratch();
+    public_copy(&program("anyportd").unwrap_or_else(|missing| panic!("{missing}")), &directory.path().join("anyportd"));
+    fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o755)).expect("a directory for all");
+    let file = directory.path().join("anyport.toml");
+    let run = |text: &str| {
+        fs::write(&file, text).expect("a configuration");
+        let mut command = Command::new("setpriv");
+        command.args([
+            "--reuid",
+            "65534",
+            "--regid",
+            "65534",
+            "--clear-groups",
+            "--bounding-set=-all",
+            "--inh-caps=-all",
+        ]);
+        command.arg("--").arg(directory.path().join("anyportd")).arg("--check").arg("--config").arg(&file);
+        Netns::new().output(command.args(["--socket", "/proc/nowhere/sock", "--state-dir", "/proc/nowhere"]))
+    };
+    let right = run(SAMPLE);
+    assert!(right.status == 0 && right.stdout.contains("2 services, 2 rules"), "{right}");
+    for (text, part) in [
+        ("[[rule]]\nprefix = \"192.0.2.1/24\"\n", "line 2"),
+        ("[[rule]]\nprefix = \"192.0.2.0/24\"\nservice = \"nobody\"\n", "nobody"),
+        ("[daemons]\n", "daemons"),
+    ] {
+        let wrong = run(text);
+        assert!(wrong.status == 2 && wrong.stderr.contains(part) && wrong.stdout.is_empty(), "{text}: {wrong}");
+    }
+    let absent = Setup::new(&Netns::new(), "auto").config("/proc/nowhere").args(["--check"]).run_to_end();
+    assert!(absent.status == 2 && absent.stderr.contains("/proc/nowhere"), "{absent}");
+}
+
+/// What comes with a package steers as it stands.
+fn sample() {
+    let topology = Topology::new();
+    let directory = scratch();
+    let file = directory.path().join("anyport.toml");
+    fs::write(&file, SAMPLE).expect("a configuration");
+    let daemon = Setup::new(&topology.host, "auto").config(&file).start();
+    let server = topology.host.enter(|| tcp_server(at("127.0.0.1", 8080), "upstream"));
+    let trapped = topology.client.enter(|| {
+        let mut stream = tcp(at("192.0.2.3", 80)).expect("a connection to the trap");
+        stream.shutdown(Shutdown::Write).expect("half-close");
+        read_text(&mut stream).expect("a banner")
+    });
+    assert_eq!(trapped, "220 ready\r\n");
+    topology.client.enter(|| expect_tcp_refused(at("192.0.2.3", 22)));
+    let carried = topology.client.enter(|| tcp_text(at("2001:db8:0:a::3", server.port()))).expect("an answer");
+    assert_eq!(carried, "upstream");
+    drop(daemon);
 }
 
 /// Whatever `--socket` names by mistake is neither removed nor changed.

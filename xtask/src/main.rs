@@ -4,6 +4,7 @@
 
 mod btf;
 mod build_ebpf;
+mod dist;
 mod fuzz;
 mod host;
 mod object;
@@ -41,6 +42,8 @@ enum Command {
     Soak(programs::DemoOptions),
     /// Feed random input to everything that reads foreign bytes.
     Fuzz(fuzz::Options),
+    /// Make what packages are made of: programs, manual pages, shell completions, a sample configuration.
+    Dist(dist::Options),
     /// Build the BPF object that is kept in the repository.
     BuildEbpf(build_ebpf::Options),
 }
@@ -53,6 +56,7 @@ fn main() -> ExitCode {
         Command::Bench(options) => programs::bench(&options),
         Command::Soak(options) => programs::soak(&options),
         Command::Fuzz(options) => fuzz::run(&options),
+        Command::Dist(options) => dist::run(&options),
         Command::BuildEbpf(options) => build_ebpf::run(&options),
     };
     report(result.map(|()| ExitCode::SUCCESS))

@@ -55,9 +55,14 @@ impl Programs {
         self.directory.join("anyportd")
     }
 
+    /// The daemon's client.
+    pub(crate) fn client(&self) -> PathBuf {
+        self.directory.join("anyportctl")
+    }
+
     /// Tells tests, demonstration and measurements which programs are meant.
     pub(crate) fn name_to(&self, command: &mut Command) {
-        command.env("ANYPORTD", self.daemon()).env("ANYPORTCTL", self.directory.join("anyportctl"));
+        command.env("ANYPORTD", self.daemon()).env("ANYPORTCTL", self.client());
     }
 }
 

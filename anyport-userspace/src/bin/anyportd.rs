@@ -1,47 +1,28 @@
 //! The daemon.
-#![expect(clippy::print_stderr, reason = "errors before the log is open go to standard error")]
+#![expect(clippy::print_stdout, clippy::print_stderr, reason = "without the log, there is the terminal")]
 
 use std::{
     io::{IsTerminal as _, stderr},
-    path::PathBuf,
     process::ExitCode,
 };
 
 use anyport::{
-    config::{Config, LogFormat, Settings},
+    config::{Config, LogFormat, Options},
     daemon,
     keeper::{self, Link},
 };
-use clap::Parser;
+use clap::Parser as _;
 use tracing::error;
 use tracing_subscriber::EnvFilter;
 
-/// Lets one socket answer for every address and every port of whole prefixes.
-///
-/// Without any configuration it starts, steers nothing, and says what to type next. Each option may also stand
-/// under [daemon] in the configuration file, by its long name.
-#[derive(Debug, Parser)]
-#[command(name = "anyportd", version)]
-struct Options {
-    /// Configuration file [default: /etc/anyport/anyport.toml, which may be absent]
-    #[arg(long, env = "ANYPORT_CONFIG", value_name = "FILE")]
-    config: Option<PathBuf>,
-    /// Takes over from the anyportd that runs, without losing a connection, and leaves: what serves then is this program with the
-    /// options of that one
-    #[arg(long)]
-    takeover: bool,
-    #[command(flatten)]
-    settings: Settings,
-}
-
 fn main() -> ExitCode {
-    let Options { config, takeover, settings } = Options::parse();
+    let Options { config, check, takeover, settings } = Options::parse();
     // Before there is another thread.
     let link = match Link::of_process() {
         Ok(link) => link,
         Err(error) => return fail(&error),
     };
-    if link.is_none() && !takeover {
+    if link.is_none() && !takeover && !check {
         return keeper::keep()
             .unwrap_or_else(|error| fail(&anyhow::Error::from(error).context("start the server process")));
     }
@@ -53,6 +34,11 @@ fn main() -> ExitCode {
             return ExitCode::from(2);
         }
     };
+    if check {
+        let Config { services, rules, .. } = &config;
+        println!("the configuration is right: {} services, {} rules", services.len(), rules.len());
+        return ExitCode::SUCCESS;
+    }
     let Some(link) = link else {
         return keeper::take_over(&config.socket).map_or_else(|error| fail(&error), |()| ExitCode::SUCCESS);
     };

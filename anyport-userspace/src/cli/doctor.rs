@@ -18,9 +18,6 @@ const SHOWN: usize = 6;
 const WIDTH: usize = 110;
 
 /// Checks this host for everything that silently breaks steering.
-///
-/// Works without a daemon, and then speaks of what any back end would need. It looks at the network namespace that it
-/// is run in, and needs root to see everything.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Exit status: 1 if something is broken.")]
 pub(super) struct Doctor {

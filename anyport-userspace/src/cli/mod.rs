@@ -65,6 +65,9 @@ enum Verb {
     /// Show the back end, the generation, totals, and what is degraded
     Status,
     /// Check this host for what silently breaks steering
+    ///
+    /// Works without a daemon, and then speaks of what any back end would need. It looks at the network namespace that
+    /// it is run in, and needs root to see everything.
     Doctor(doctor::Doctor),
 }
 
