@@ -9,6 +9,7 @@ use std::{
 
 use anyport_common::flow::Transport;
 use nix::sys::epoll::EpollFlags;
+use smallvec::SmallVec;
 use socket2::Socket;
 
 use super::{
@@ -55,7 +56,7 @@ enum Phase {
 struct Dialling {
     first: First,
     /// Those that were tried in vain, and behind them the one that is being tried.
-    tried: Vec<Arc<Upstream>>,
+    tried: SmallVec<[Arc<Upstream>; 2]>,
     /// Why the last one did not do.
     last: io::Error,
 }
@@ -152,7 +153,7 @@ impl Client {
 
     /// Connects to an upstream.
     fn dial(&mut self, forwarder: &Forwarder, cx: &mut Context<'_>, first: First) -> Result<Next, Ended> {
-        let mut dialling = Dialling { first, tried: Vec::new(), last: io::Error::other("none is up") };
+        let mut dialling = Dialling { first, tried: SmallVec::new(), last: io::Error::other("none is up") };
         dialling.hear(&mut self.stream, cx).map_err(broken)?;
         self.phase = Phase::Dialling(dialling);
         self.dial_next(forwarder, cx)
