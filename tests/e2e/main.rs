@@ -29,6 +29,7 @@ mod starts;
 mod state;
 mod steer;
 mod udp;
+mod upstreams;
 mod wire;
 
 use std::{env, process::ExitCode};
@@ -68,6 +69,7 @@ fn main() -> ExitCode {
     trials.extend(udp::trials());
     trials.extend(forward::trials());
     trials.extend(flows::trials());
+    trials.extend(upstreams::trials());
     trials.extend(connections::trials());
     trials.extend(queues::trials());
     trials.extend(limits::trials());

@@ -16,7 +16,7 @@ mod views;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashSet},
-    sync::Arc,
+    sync::{Arc, atomic::AtomicBool},
     time::{Duration, Instant},
 };
 
@@ -79,6 +79,8 @@ pub struct Engine {
     counters_kept: Option<Instant>,
     store: Store,
     commons: Commons,
+    /// By slot: whether its service is one of the handler `forward`.
+    forwarding: Arc<[AtomicBool]>,
 }
 
 /// A service at work.

@@ -2,7 +2,10 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashSet},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
 };
 
 use anyhow::{Context as _, bail};
@@ -20,7 +23,9 @@ use crate::{
     keeper::Link,
     routes::Routes,
     rules::{Change, Origin, RuleSet, to_address},
-    service::{Capacity, Commons, DescriptorPool, LoopGuard, Service, ServiceConfig, WorkerHandles},
+    service::{
+        Capacity, Commons, DescriptorPool, ForwardGuard, HandlerKind, LoopGuard, Service, ServiceConfig, WorkerHandles,
+    },
     steering::{
         BackEnd, bpf,
         choose::{choose, remove_leftovers},
@@ -57,12 +62,14 @@ impl Engine {
         let chosen = choose(config.steering.back_end(), &options)?;
         remove_leftovers(chosen.steering.back_end(), &options).context("remove what an earlier daemon left")?;
         let descriptors = DescriptorPool::of_process()?;
+        let forwarding: Arc<[AtomicBool]> = (0..MAX_SERVICES).map(|_| AtomicBool::new(false)).collect();
         let commons = Commons {
             workers,
             control: Handle::current(),
             capacity: Capacity::new(config.limits, descriptors.clone()),
             descriptors,
             loop_guard: loop_guard(&published),
+            forward_guard: forward_guard(&published, &forwarding),
             keeper,
         };
         let own_segments = || OwnSegments { readers: Arc::clone(&published) };
@@ -94,6 +101,7 @@ impl Engine {
             counters_kept: None,
             store,
             commons,
+            forwarding,
         };
         match engine.bring_up(services, rules).await {
             Ok(()) => Ok(engine),
@@ -132,6 +140,8 @@ impl Engine {
         let name = config.name.clone();
         let service = Service::start(config, &self.commons)?;
         let slot = self.service_slots.take(1).context("there are too many services")?.start;
+        let is_forwarding = service.config().handler == HandlerKind::Forward;
+        self.forwarding[usize::try_from(slot)?].store(is_forwarding, Relaxed);
         self.services.insert(name, Running { service, origin, slot: slot.try_into()? });
         Ok(())
     }
@@ -157,6 +167,18 @@ fn loop_guard(published: &Arc<Published>) -> LoopGuard {
             port: asker.port(),
         };
         matches!(published.read(|reader| reader.lookup(&flow)), Verdict::Steer { .. })
+    })
+}
+
+/// Tells what comes back to a service that forwards when this host sends it.
+fn forward_guard(published: &Arc<Published>, forwarding: &Arc<[AtomicBool]>) -> ForwardGuard {
+    let (published, forwarding) = (Arc::clone(published), Arc::clone(forwarding));
+    Arc::new(move |transport, from, to| {
+        let flow = Flow { source: to_address(from), address: to_address(to.ip()), transport, port: to.port() };
+        match published.read(|reader| reader.lookup(&flow)) {
+            Verdict::Steer { service, .. } => forwarding[usize::from(service)].load(Relaxed),
+            _ => false,
+        }
     })
 }
 

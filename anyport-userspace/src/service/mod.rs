@@ -20,7 +20,7 @@ mod workers;
 
 use std::{
     fmt,
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     os::fd::{AsFd as _, BorrowedFd, OwnedFd},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
@@ -62,6 +62,10 @@ use crate::{
 /// would come back to us. Asked for each datagram that is to be answered, source first.
 pub type LoopGuard = Arc<dyn Fn(SocketAddr, SocketAddr) -> bool + Send + Sync>;
 
+/// Whether a packet of this host, from an address to an address and port, is steered to a service of the handler `forward`.
+/// Asked for each connection and each flow that is forwarded.
+pub type ForwardGuard = Arc<dyn Fn(Transport, IpAddr, SocketAddr) -> bool + Send + Sync>;
+
 /// Whether what was dialled is steered to the service that answers. Asked for each answer of an owner.
 pub type AnswerGuard = Arc<dyn Fn(Ends) -> bool + Send + Sync>;
 
@@ -78,6 +82,8 @@ pub struct Commons {
     pub capacity: Capacity,
     /// Tells which sources are steered.
     pub loop_guard: LoopGuard,
+    /// Tells which upstreams are steered to `forward`.
+    pub forward_guard: ForwardGuard,
     /// Keeps the services' sockets for a process that comes later.
     pub keeper: Link,
 }
@@ -222,7 +228,9 @@ struct Start<'a> {
 impl<'a> Start<'a> {
     fn new(config: ServiceConfig, commons: &'a Commons) -> Self {
         let forward = config.forward.as_deref();
-        let forwarder = forward.map(|forward| Arc::new(Forwarder::new(config.name.to_string(), forward.clone())));
+        let forwarder = forward.map(|forward| {
+            Arc::new(Forwarder::new(config.name.to_string(), forward.clone(), Arc::clone(&commons.forward_guard)))
+        });
         let [gate, flow_gate] = gates(&config, &commons.capacity).map(Arc::new);
         Self {
             config: Arc::new(config),

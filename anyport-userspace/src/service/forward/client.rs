@@ -164,7 +164,7 @@ impl Client {
         let Phase::Dialling(dialling) = &mut self.phase else { return Ok(Next::Close) };
         self.upstream = None;
         while dialling.tried.len() <= forwarder.config.retries as usize {
-            let Some(upstream) = forwarder.choose(self.ends, &dialling.tried) else { break };
+            let Some(upstream) = forwarder.choose(Transport::Tcp, self.ends, &dialling.tried) else { break };
             let to = upstream.target(self.ends.dialled.port());
             dialling.tried.push(upstream);
             match dialling.begin(forwarder, cx, to, self.ends) {

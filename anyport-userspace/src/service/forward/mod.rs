@@ -3,6 +3,7 @@
 mod client;
 pub mod config;
 mod connect;
+mod detour;
 mod flows;
 pub mod header;
 mod names;
@@ -21,6 +22,7 @@ use std::{
     },
 };
 
+use anyport_common::flow::Transport;
 use arc_swap::ArcSwap;
 use tokio::{sync::Notify, time::timeout};
 
@@ -34,11 +36,12 @@ pub(super) use self::{
 };
 use self::{
     config::ForwardConfig,
+    detour::Detours,
     names::Names,
     transparent::Returns,
     upstream::{Balancer, Upstream},
 };
-use super::datagram::Ends;
+use super::{ForwardGuard, datagram::Ends};
 
 /// What all workers of one service share.
 #[derive(Debug)]
@@ -53,6 +56,7 @@ pub(super) struct Forwarder {
     is_resolved: AtomicBool,
     resolved: Notify,
     returns: Returns,
+    detours: Detours,
 }
 
 /// Why a client was not connected.
@@ -93,7 +97,7 @@ impl Drop for Connected {
 }
 
 impl Forwarder {
-    pub(super) fn new(name: String, config: ForwardConfig) -> Self {
+    pub(super) fn new(name: String, config: ForwardConfig, guard: ForwardGuard) -> Self {
         let names = Names::of(&config.upstreams);
         Self {
             name,
@@ -103,16 +107,19 @@ impl Forwarder {
             names: Mutex::new(names),
             resolved: Notify::new(),
             returns: Returns::default(),
+            detours: Detours::new(guard),
             config,
         }
     }
 
-    fn choose(&self, ends: Ends, tried: &[Arc<Upstream>]) -> Option<Arc<Upstream>> {
+    fn choose(&self, transport: Transport, ends: Ends, tried: &[Arc<Upstream>]) -> Option<Arc<Upstream>> {
+        let source = self.config.transparent_source.then(|| ends.client.ip());
         let is_allowed = |upstream: &Arc<Upstream>| {
             let can_have_source = upstream.address.is_ipv4() == ends.client.is_ipv4();
+            let to = upstream.target(ends.dialled.port());
             // To dial what was dialled would come back here, for ever.
-            let is_loop = upstream.target(ends.dialled.port()) == ends.dialled;
-            !is_loop
+            to != ends.dialled
+                && !self.detours.is_one(&self.name, transport, source, to)
                 && (can_have_source || !self.config.transparent_source)
                 && !tried.iter().any(|it| Arc::ptr_eq(it, upstream))
         };
@@ -156,7 +163,7 @@ impl Forwarder {
         let upstreams = self.views().into_iter().filter_map(of_upstream);
         let names = super::lock(&self.names).complaints();
         let returns = self.returns.complaint();
-        let all = upstreams.chain(names).chain(returns);
+        let all = upstreams.chain(names).chain(returns).chain(self.detours.complaint());
         all.map(|what| format!("service {}: {what}", self.name)).collect()
     }
 }

@@ -201,7 +201,8 @@ impl Shared {
             return Err(io::Error::other("dialled the service's own socket"));
         }
         let forwarder = &self.forwarder;
-        let chosen = forwarder.choose(ends, &[]).ok_or_else(|| io::Error::other("no upstream is up"))?;
+        let chosen =
+            forwarder.choose(Transport::Udp, ends, &[]).ok_or_else(|| io::Error::other("no upstream is up"))?;
         let to = chosen.target(ends.dialled.port());
         let source = forwarder.config.transparent_source.then_some(ends.client);
         let upstream = connected(to, source)

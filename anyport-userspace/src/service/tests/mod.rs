@@ -53,6 +53,7 @@ impl Scene {
             capacity: Capacity::new(Limits::default(), descriptors.clone()),
             descriptors,
             loop_guard: Arc::new(loop_guard),
+            forward_guard: Arc::new(|_, _, _| false),
             keeper: Link::default(),
         };
         let service = Service::start(config, &commons).unwrap();

@@ -16,6 +16,7 @@ mod proxies;
 mod relay;
 mod subjects;
 mod traffic;
+mod udp;
 
 use std::{net::IpAddr, thread, time::Duration};
 
@@ -47,6 +48,8 @@ enum What {
     Forward(forward::Options),
     /// What a daemon keeps of connections that are over.
     Memory(memory::Options),
+    /// Datagrams through the handler `forward` beside nginx.
+    Udp(udp::Options),
     /// Ways to move data from one TCP connection to another.
     Relay(relay::Options),
     /// The handler `discard` beside a bare accept loop.
@@ -85,6 +88,7 @@ fn main() -> Result<()> {
         What::Apply(options) => apply::apply(options),
         What::Forward(options) => forward::forward(options),
         What::Memory(options) => memory::memory(options),
+        What::Udp(options) => udp::udp(options),
         What::Relay(options) => relay::relay(options),
         What::Accept(options) => accept::accept(options),
         What::Sink(_) | What::RelayBy(_) | What::Loop(_) | What::Upstream { .. } => Ok(()),

@@ -148,7 +148,7 @@ pub(crate) fn target(kind: Kind, load: Load, has_header: bool) -> SocketAddr {
     SocketAddr::new(address, port)
 }
 
-fn write(directory: &TempDir, name: &str, text: &str) -> Result<PathBuf> {
+pub(crate) fn write(directory: &TempDir, name: &str, text: &str) -> Result<PathBuf> {
     let path = directory.path().join(name);
     fs::write(&path, text).with_context(|| format!("write {}", path.display()))?;
     Ok(path)
@@ -167,18 +167,22 @@ fn haproxy() -> String {
 }
 
 fn nginx(directory: &TempDir) -> String {
-    /// Where Debian keeps it; elsewhere it is built in.
-    const MODULE: &str = "/usr/lib/nginx/modules/ngx_stream_module.so";
-    let directory = directory.path().display();
     let servers = upstream_ports().into_iter().zip(FIRST_PORTS[1]..).map(|((port, has_header), own)| {
         let (port, header) = if has_header { (port + WITH_HEADER, "proxy_protocol on;") } else { (port, "") };
         let listen = format!("listen {}:{own} backlog=4096;", HOST[0]);
         format!(" server {{ {listen} proxy_pass {}:{port}; proxy_timeout 5m; {header} }}\n", SERVER[0])
     });
+    nginx_config(directory, &servers.collect::<String>())
+}
+
+/// nginx with one thread, for streams.
+pub(crate) fn nginx_config(directory: &TempDir, servers: &str) -> String {
+    /// Where Debian keeps it; elsewhere it is built in.
+    const MODULE: &str = "/usr/lib/nginx/modules/ngx_stream_module.so";
+    let directory = directory.path().display();
     let module = if Path::new(MODULE).exists() { format!("load_module {MODULE};\n") } else { String::new() };
     format!(
         "{module}daemon off;\nmaster_process off;\nuser root;\npid {directory}/nginx.pid;\n\
-         error_log /dev/null;\nevents {{ worker_connections 19000; }}\nstream {{\n{}}}\n",
-        servers.collect::<String>()
+         error_log /dev/null;\nevents {{ worker_connections 19000; }}\nstream {{\n{servers}}}\n"
     )
 }

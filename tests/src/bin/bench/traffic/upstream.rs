@@ -1,12 +1,15 @@
 //! The server behind the proxies.
 
 use std::{
-    io,
-    net::{IpAddr, SocketAddr},
+    io::{self, IoSlice, IoSliceMut},
+    net::{IpAddr, SocketAddr, UdpSocket},
+    os::fd::AsRawFd as _,
+    thread,
 };
 
 use anyhow::{Context as _, Result, ensure};
-use socket2::{Domain, Socket, Type};
+use nix::sys::socket::{MsgFlags, MultiHeaders, SockaddrStorage, recvmmsg, sendmmsg};
+use socket2::{Domain, SockRef, Socket, Type};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::{TcpListener, TcpStream},
@@ -24,8 +27,11 @@ const CHUNK: usize = 4 << 10;
 /// Bytes that a source hands to the kernel at once.
 const MUCH: usize = 256 << 10;
 
-/// Serves at this address until the process ends, with one thread.
+/// Serves at this address until the process ends, with one thread, and another one for datagrams.
 pub(crate) fn serve(address: IpAddr) -> Result<()> {
+    let datagrams = UdpSocket::bind((address, ECHO)).context("bind a UDP socket")?;
+    SockRef::from(&datagrams).set_recv_buffer_size(4 << 20)?;
+    thread::spawn(move || echo_datagrams(&datagrams));
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         for port in [ECHO, SOURCE] {
@@ -37,6 +43,30 @@ pub(crate) fn serve(address: IpAddr) -> Result<()> {
         }
         std::future::pending().await
     })
+}
+
+/// Returns datagrams to whoever sent them, many with one system call.
+fn echo_datagrams(socket: &UdpSocket) -> Result<()> {
+    /// Datagrams at a time.
+    const MANY: usize = 64;
+    /// More than any of them has.
+    const ROOM: usize = 2048;
+    let mut memory = vec![[0; ROOM]; MANY];
+    let mut received = MultiHeaders::<SockaddrStorage>::preallocate(MANY, None);
+    let mut sent = MultiHeaders::<SockaddrStorage>::preallocate(MANY, None);
+    loop {
+        let from: Vec<(usize, Option<SockaddrStorage>)> = {
+            let mut parts: Vec<_> = memory.iter_mut().map(|part| [IoSliceMut::new(part)]).collect();
+            let flags = MsgFlags::MSG_WAITFORONE;
+            let headers = recvmmsg(socket.as_raw_fd(), &mut received, parts.iter_mut(), flags, None)?;
+            headers.map(|it| (it.bytes, it.address)).collect()
+        };
+        let parts: Vec<_> =
+            memory.iter().zip(&from).map(|(part, (length, _))| [IoSlice::new(&part[..*length])]).collect();
+        let addresses: Vec<_> = from.iter().map(|(_, address)| *address).collect();
+        // Who is gone by now gets none.
+        sendmmsg(socket.as_raw_fd(), &mut sent, &parts, addresses, [], MsgFlags::empty()).map(drop).ok();
+    }
 }
 
 fn listen(address: SocketAddr) -> io::Result<TcpListener> {
