@@ -49,7 +49,8 @@ fn main() -> ExitCode {
     arguments.test_threads.get_or_insert(THREADS);
     let mut ignored = false;
     if !arguments.list {
-        let missing = ground::missing();
+        let mut missing = ground::missing();
+        missing.extend(ground::example("service").err());
         for what in &missing {
             eprintln!("missing: {what}");
         }

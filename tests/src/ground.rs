@@ -29,7 +29,6 @@ pub fn missing() -> Vec<String> {
     for name in ["anyportd", "anyportctl"] {
         missing.extend(program(name).err());
     }
-    missing.extend(example("service").err());
     let search: Vec<PathBuf> = env::split_paths(&env::var_os("PATH").unwrap_or_default()).collect();
     for tool in [
         "ip",

@@ -105,3 +105,36 @@ pub(super) fn is_of_one_peer(error: &io::Error) -> bool {
             | NetworkUnreachable
     )
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{net::UdpSocket, thread, time::Instant};
+
+    use super::{QUIET, Queue};
+
+    #[test]
+    fn what_is_there_is_taken_before_the_end() {
+        let sockets = ["127.0.0.1:0", "127.0.0.2:0"].map(|address| UdpSocket::bind(address).unwrap());
+        let addresses = sockets.each_ref().map(|socket| socket.local_addr().unwrap());
+        for socket in &sockets {
+            socket.set_nonblocking(true).unwrap();
+        }
+        let queue = Queue::new(sockets.into()).unwrap();
+        let take = || queue.take(|socket| socket.recv(&mut [0; 9])).unwrap();
+        let client = UdpSocket::bind("127.0.0.1:0").unwrap();
+        for length in 0..4 {
+            client.send_to(&[0; 9][..length], addresses[length % 2]).unwrap();
+            assert_eq!(take(), Some(length), "from either");
+        }
+        thread::scope(|scope| {
+            let begun = Instant::now();
+            let waiting = scope.spawn(take);
+            queue.drain();
+            client.send_to(b"last", addresses[1]).unwrap();
+            assert_eq!(waiting.join().unwrap(), Some(4));
+            assert_eq!(take(), None);
+            assert!(begun.elapsed() >= QUIET);
+        });
+        assert!(Queue::<UdpSocket>::new(Vec::new()).is_err());
+    }
+}
