@@ -5,7 +5,7 @@ use bytemuck::{Pod, Zeroable};
 use crate::table::{NUMBER_BITS, OFFSET_BITS, SEGMENT_BITS};
 
 /// Changes whenever programs and user space of different versions could misunderstand each other's maps.
-pub const ABI: u32 = 3;
+pub const ABI: u32 = 4;
 
 /// Names of the maps in the kernel, where 15 characters are the limit.
 pub mod names {
@@ -142,6 +142,8 @@ pub struct Drops {
     pub no_socket: u64,
     /// Packets dropped since the socket could not be assigned, fragments at tc among them.
     pub assign_error: u64,
+    /// Packets dropped since the service does not take their source.
+    pub denied: u64,
 }
 
 /// What became of the packets that a rule decided about.
@@ -153,6 +155,8 @@ pub struct Counters {
     pub no_socket: u64,
     /// Packets dropped since the socket could not be assigned, fragments at tc among them.
     pub assign_error: u64,
+    /// Packets dropped since the service does not take their source.
+    pub denied: u64,
 }
 
 /// Packets of a CPU that were handed to a socket and are not counted yet. Among many rules the counter of one is never in
@@ -210,12 +214,14 @@ pub const EXPLAINED_STEER: u32 = 3;
 pub const EXPLAINED_NO_SOCKET: u32 = 4;
 /// In [`Explained`]: the rule steers to the service, but its socket could not be assigned.
 pub const EXPLAINED_ASSIGN_ERROR: u32 = 5;
+/// In [`Explained`]: the rule steers to a service that does not take the source.
+pub const EXPLAINED_DENIED: u32 = 6;
 
 const _: () = {
     assert!(size_of::<Control>() == 16 + 24 * GENERATIONS);
     assert!(size_of::<RuleEntry>() == 56);
     assert!(size_of::<PortEntry>() == 8);
-    assert!(size_of::<Drops>() == 16);
+    assert!(size_of::<Drops>() == 24);
     assert!(size_of::<Journal>() == 256, "cache lines of its own");
     assert!(MAX_SEGMENTS << SEGMENT_BITS <= 1 << OFFSET_BITS);
 };

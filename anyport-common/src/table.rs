@@ -84,6 +84,11 @@ pub enum Verdict {
         /// The service's slot.
         service: u16,
     },
+    /// A rule steers it to a service that does not take its source.
+    Deny {
+        /// The deciding rule's number.
+        rule: u32,
+    },
 }
 
 /// What holds for a range of keys: a verdict, the ports that have to be looked at, or a node that divides it further.
@@ -136,6 +141,7 @@ const LINES: u64 = 4;
 const UNMATCHED: u64 = 0;
 const HOST: u64 = 1;
 const STEER: u64 = 2;
+const DENY: u64 = 3;
 
 impl Slot {
     /// No rule has an opinion.
@@ -147,6 +153,7 @@ impl Slot {
             Verdict::Unmatched => return Self::UNMATCHED,
             Verdict::Host { rule } => (HOST, 0, rule),
             Verdict::Steer { rule, service } => (STEER, service, rule),
+            Verdict::Deny { rule } => (DENY, 0, rule),
         };
         Self(VERDICT | kind << 5 | (is_relative as u64) << 7 | (service as u64) << 16 | (rule as u64) << 32)
     }
@@ -251,6 +258,7 @@ impl Slot {
         match self.0 >> 5 & 3 {
             HOST => Verdict::Host { rule },
             STEER => Verdict::Steer { rule, service: (self.0 >> 16 & 0xffff) as u16 },
+            DENY => Verdict::Deny { rule },
             _ => Verdict::Unmatched,
         }
     }

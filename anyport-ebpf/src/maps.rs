@@ -3,9 +3,9 @@
 use anyport_common::{
     flow::{Address, Flow, Version},
     maps::{
-        COUNTER_SETS, Control, Drops, EXPLAINED_HOST, EXPLAINED_STEER, EXPLAINED_UNMATCHED, Explained, GENERATIONS,
-        Generation, JOURNAL_ENTRIES, Journal, MAX_SEGMENTS, MAX_SERVICES, PORTION_RULES, PORTIONS, PortEntry,
-        RuleEntry, SOCKETS_PER_SERVICE, Totals,
+        COUNTER_SETS, Control, Drops, EXPLAINED_DENIED, EXPLAINED_HOST, EXPLAINED_STEER, EXPLAINED_UNMATCHED,
+        Explained, GENERATIONS, Generation, JOURNAL_ENTRIES, Journal, MAX_SEGMENTS, MAX_SERVICES, PORTION_RULES,
+        PORTIONS, PortEntry, RuleEntry, SOCKETS_PER_SERVICE, Totals,
     },
     table::{self, Keys, SEGMENT_WORDS, Slot, Store, Verdict, Words},
 };
@@ -126,7 +126,7 @@ pub fn judge(flow: &Flow) -> Judged {
         match judged.verdict {
             Verdict::Unmatched => count_total(|totals| &mut totals.unmatched),
             Verdict::Host { .. } => count_total(|totals| &mut totals.excepted),
-            Verdict::Steer { .. } => {}
+            Verdict::Steer { .. } | Verdict::Deny { .. } => {}
         }
     }
     judged
@@ -269,6 +269,7 @@ fn write_down(generation: u64, flow: &Flow, verdict: Verdict) {
         Verdict::Unmatched => (EXPLAINED_UNMATCHED, 0, 0),
         Verdict::Host { rule } => (EXPLAINED_HOST, rule, 0),
         Verdict::Steer { rule, service } => (EXPLAINED_STEER, rule, u32::from(service)),
+        Verdict::Deny { rule } => (EXPLAINED_DENIED, rule, 0),
     };
     let Address { high, low, .. } = flow.address;
     if let Some(explained) = EXPLAINED.get_ptr_mut(0) {

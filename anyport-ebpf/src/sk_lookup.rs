@@ -28,6 +28,14 @@ pub fn steer(ctx: &SkLookupContext) -> u32 {
     match verdict {
         Verdict::Unmatched | Verdict::Host { .. } => SK_PASS,
         Verdict::Steer { rule, service } => assign(ctx, &flow, rule, service, is_asked),
+        Verdict::Deny { rule } => {
+            if !is_asked {
+                // SAFETY: only the place of the field is taken.
+                count_drop(rule, |drops| unsafe { &raw mut (*drops).denied });
+                debug!(ctx, "rule {} port {}: the service does not take the source", rule, flow.port);
+            }
+            SK_DROP
+        }
     }
 }
 

@@ -62,22 +62,32 @@ fn steer(ctx: &TcContext, packet: &Packet) -> i32 {
         return if covers(packet.flow.address) { TC_ACT_SHOT } else { TC_ACT_UNSPEC };
     }
     let Judged { verdict, is_asked } = judge(&packet.flow);
-    let Verdict::Steer { rule, service } = verdict else {
-        return TC_ACT_UNSPEC;
-    };
     let flow = &packet.flow;
+    let (rule, service) = match verdict {
+        Verdict::Unmatched | Verdict::Host { .. } => return TC_ACT_UNSPEC,
+        Verdict::Steer { rule, service } => (rule, Some(service)),
+        Verdict::Deny { rule } => (rule, None),
+    };
     if is_asked {
         // A frame that no interface received can't be assigned a socket, so it is only looked for.
-        match socket(service, flow) {
+        match service.map(|service| socket(service, flow)) {
             // SAFETY: the reference is given back, and nothing else is done with the socket.
-            Some(socket) => drop(unsafe { bpf_sk_release(socket.as_ptr().cast()) }),
-            None => write_down_failure(EXPLAINED_NO_SOCKET),
+            Some(Some(socket)) => drop(unsafe { bpf_sk_release(socket.as_ptr().cast()) }),
+            Some(None) => write_down_failure(EXPLAINED_NO_SOCKET),
+            None => {}
         }
         return TC_ACT_UNSPEC;
     }
     if belongs_to_somebody(ctx, packet) {
         return TC_ACT_UNSPEC;
     }
+    let Some(service) = service else {
+        // SAFETY: only the place of the field is taken.
+        count_drop(rule, |drops| unsafe { &raw mut (*drops).denied });
+        debug!(ctx, "rule {} port {}: the service does not take the source", rule, flow.port);
+        // Reassembly forgets the assignment of what refuses.
+        return if packet.is_fragmented { TC_ACT_SHOT } else { refuse(ctx, flow) };
+    };
     if packet.is_fragmented {
         // Reassembly forgets the assignment, and the whole datagram could reach a socket of the host.
         // SAFETY: only the place of the field is taken.

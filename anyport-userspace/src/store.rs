@@ -189,8 +189,8 @@ impl Store {
     /// What could not be written.
     pub fn save_counters(&self, counted: impl Iterator<Item = (Prefix, Arc<Terms>, Counters)>) -> anyhow::Result<()> {
         let mut text = String::new();
-        for (prefix, terms, Counters { steered, no_socket, assign_error }) in counted {
-            let _ = writeln!(text, "{steered} {no_socket} {assign_error} {}", Line(&prefix, &terms));
+        for (prefix, terms, Counters { steered, no_socket, assign_error, denied }) in counted {
+            let _ = writeln!(text, "{steered} {no_socket} {assign_error} {denied} {}", Line(&prefix, &terms));
         }
         self.replace(COUNTERS, text.as_bytes())
     }
@@ -201,12 +201,10 @@ impl Store {
         let text = fs::read_to_string(self.directory.join(COUNTERS)).unwrap_or_default();
         let mut counted: HashMap<Prefix, Vec<_>> = HashMap::new();
         for line in text.lines() {
-            let mut words = line.splitn(4, ' ');
-            let mut number = || words.next()?.parse().ok();
-            let (Some(steered), Some(no_socket), Some(assign_error)) = (number(), number(), number()) else { continue };
-            let Some(Ok(rules)) = words.next().map(|rule| lines::parse(rule, Arc::new)) else { continue };
+            let Some((counters, rule)) = read_counters(line) else { continue };
+            let Ok(rules) = lines::parse(rule, Arc::new) else { continue };
             for ((prefix, terms), _) in rules {
-                counted.entry(prefix).or_default().push((terms, Counters { steered, no_socket, assign_error }));
+                counted.entry(prefix).or_default().push((terms, counters));
             }
         }
         counted
@@ -264,6 +262,14 @@ fn number_of(name: &str) -> Option<u64> {
     name.strip_prefix(APPLIED)?.strip_suffix(LINES)?.parse().ok()
 }
 
+/// Reads what was counted for a rule, and leaves the rule.
+fn read_counters(line: &str) -> Option<(Counters, &str)> {
+    let mut words = line.splitn(5, ' ');
+    let mut number = || words.next()?.parse().ok();
+    let counters = Counters { steered: number()?, no_socket: number()?, assign_error: number()?, denied: number()? };
+    Some((counters, words.next()?))
+}
+
 #[cfg(test)]
 mod tests {
     use std::{fs, sync::Arc};
@@ -304,7 +310,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let (store, _) = Store::open(directory.path()).unwrap();
         let prefix = "192.0.2.0/24".parse().unwrap();
-        let counters = Counters { steered: 7, no_socket: 8, assign_error: 9 };
+        let counters = Counters { steered: 7, no_socket: 8, assign_error: 9, denied: 10 };
         let terms = Terms { except: "22".parse().unwrap(), ..Terms::default() };
         store.save_counters([(prefix, Arc::new(terms.clone()), counters)].into_iter()).unwrap();
         assert_eq!(store.counters()[&prefix], [(Arc::new(terms), counters)]);

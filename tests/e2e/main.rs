@@ -18,6 +18,7 @@ mod forward;
 mod interrupted;
 mod library;
 mod limits;
+mod lists;
 mod load;
 mod malformed;
 mod queues;
@@ -74,6 +75,7 @@ fn main() -> ExitCode {
     trials.extend(connections::trials());
     trials.extend(queues::trials());
     trials.extend(limits::trials());
+    trials.extend(lists::trials());
     trials.extend(rules::trials());
     trials.extend(apply::trials());
     trials.extend(differential::trials());

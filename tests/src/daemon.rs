@@ -277,7 +277,7 @@ impl Daemon {
         let mut rules = all.as_array().expect("an array of rules").clone();
         for rule in &mut rules {
             let rule = rule.as_object_mut().expect("an object for each rule");
-            rule.retain(|key, _| !["steered", "dropped", "no_socket"].contains(&key.as_str()));
+            rule.retain(|key, _| !["steered", "dropped", "no_socket", "denied"].contains(&key.as_str()));
         }
         rules.iter().map(Value::to_string).collect()
     }

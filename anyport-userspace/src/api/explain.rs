@@ -105,6 +105,9 @@ pub struct Explanation {
     pub rule: Option<RuleView>,
     /// The service that the rule steers to.
     pub service: Option<ServiceName>,
+    /// What the service's lists of sources say of the packet's, if it has any.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sources: Option<String>,
     /// The socket that gets the packet.
     pub socket: Option<SocketView>,
     /// The rules around the address, in order of precedence.
@@ -150,6 +153,8 @@ pub enum Reason {
     Unmatched,
     /// A rule steers it to a service that has no live socket for it.
     NoSocket,
+    /// A rule steers it to a service that does not take its source.
+    Denied,
 }
 
 /// A rule without its counters.

@@ -175,10 +175,13 @@ pub struct PrefixView<'a> {
     pub origin: Origin,
     /// Packets that were handed to the service's socket: the first of each connection, and each datagram.
     pub steered: u64,
-    /// Packets dropped since the service had no live socket or the kernel would not assign it.
+    /// Packets dropped since the service had no live socket, the kernel would not assign it, or the service does not take
+    /// their source.
     pub dropped: u64,
     /// Of these, those for which there was no live socket.
     pub no_socket: u64,
+    /// Of these, those whose source the service does not take.
+    pub denied: u64,
 }
 
 /// Query of `GET /v1/prefixes`: which rules to list.
@@ -221,6 +224,12 @@ pub struct ServiceView {
     /// Its limits on connections.
     #[serde(flatten)]
     pub limits: Limits,
+    /// The sources that it takes, if it does not take all.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub source_allow: Vec<Prefix>,
+    /// The sources that it does not take.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub source_deny: Vec<Prefix>,
     /// Where it came from.
     pub origin: Origin,
     /// Number of rules that steer to it.
@@ -284,6 +293,8 @@ pub struct Totals {
     pub steered: u64,
     /// As [`PrefixView::dropped`].
     pub dropped: u64,
+    /// As [`ServiceStats::denied`].
+    pub denied: u64,
     /// Packets about which no rule has an opinion, of those that the back end sees.
     pub unmatched: u64,
     /// Connections that are open.

@@ -60,6 +60,7 @@ fn text(answer: &Explanation) -> String {
         lines.push(format!("socket      {}", socket_text(socket)));
         lines.push(format!("owner       {}", owner(socket.pid, socket.process.as_deref())));
     }
+    lines.extend(answer.sources.iter().map(|text| format!("sources     {text}")));
     lines.push(format!("route       {}", answer.route.text));
     lines.extend(answer.listeners.iter().take(1).map(|it| format!("receiver    {}", listener(it))));
     lines.extend(answer.listeners.iter().skip(1).map(|it| format!("behind it   {}", listener(it))));
@@ -91,6 +92,7 @@ fn sentence(answer: &Explanation) -> String {
     let becomes = match answer.reason {
         Reason::Steered => format!("is steered to the service {service}"),
         Reason::NoSocket => format!("is refused: the service {service} has no live socket for it"),
+        Reason::Denied => format!("is refused: the service {service} does not take {}", answer.from.0.ip()),
         Reason::Excepted => format!("is left to the host: a rule excepts port {port}"),
         Reason::Unmatched if answer.considered.is_empty() => {
             "is left to the host: no rule is about that address".into()

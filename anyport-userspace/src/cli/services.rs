@@ -52,6 +52,7 @@ pub(super) async fn list(client: &Client, out: &mut Output<'_>) -> Result<(), Pr
             "STEERED",
             "NO-SOCKET",
             "UNASSIGNED",
+            "DENIED",
             "ACTIVE",
             "ACCEPTED",
             "REFUSED",
@@ -70,7 +71,7 @@ pub(super) async fn list(client: &Client, out: &mut Output<'_>) -> Result<(), Pr
     })
 }
 
-fn row(view: &ServiceView) -> [String; 14] {
+fn row(view: &ServiceView) -> [String; 15] {
     [
         view.name.to_string(),
         view.handler.to_string(),
@@ -80,6 +81,7 @@ fn row(view: &ServiceView) -> [String; 14] {
         view.steered.to_string(),
         view.no_socket.to_string(),
         view.assign_error.to_string(),
+        view.stats.denied.to_string(),
         view.stats.active.to_string(),
         view.stats.accepted.to_string(),
         view.stats.refused().to_string(),

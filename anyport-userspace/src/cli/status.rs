@@ -29,6 +29,9 @@ fn text(view: &StatusView) -> String {
         "totals      {} steered, {} dropped, {} unmatched, {} connections open",
         totals.steered, totals.dropped, totals.unmatched, totals.active
     ));
+    if totals.denied > 0 {
+        lines.push(format!("denied      {} of sources that services do not take", totals.denied));
+    }
     if totals.refused > 0 {
         lines.push(format!("limits      {} connections and flows refused", totals.refused));
     }

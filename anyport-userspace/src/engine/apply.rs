@@ -184,6 +184,7 @@ impl Engine {
         let names: Vec<_> = services.iter().map(|it| it.name.clone()).collect();
         let mut opened = Vec::new();
         for service in services {
+            self.expect_enforceable(&service)?;
             match self.services.get(&service.name) {
                 Some(running) if *running.service.config() == service => continue,
                 // The one that is there when nobody has made one of its name.

@@ -18,9 +18,10 @@ use crate::{
     api::Problem,
     host,
     routes::{Coverage, Difference, Edits},
-    rules::{Change, Numbered, Origin, Prefix, PrefixRules, ServiceName, Terms, lines::Line},
+    rules::{Change, Numbered, Origin, Prefix, PrefixRules, ServiceName, SourceLists, Terms, lines::Line},
     steering::{Plan, ServiceSockets},
     store::State,
+    table::Receiver,
 };
 
 /// Where more prefixes than this are concerned, everything is compared rather than one after the other.
@@ -273,7 +274,8 @@ impl Engine {
         self.generation += 1;
         let mut services = vec![ServiceSockets::refusing()];
         for (name, running) in &self.services {
-            services.push(ServiceSockets { slot: running.slot, name: name.clone(), groups: self.groups_of(running) });
+            let (groups, sources) = (self.groups_of(running), Arc::clone(&running.service.config().sources));
+            services.push(ServiceSockets { slot: running.slot, name: name.clone(), groups, sources });
         }
         let plan = Plan {
             generation: self.generation,
@@ -285,11 +287,13 @@ impl Engine {
             services: &services,
         };
         if let Some(table) = &mut self.own_table {
-            let slots: HashMap<_, _> = services.iter().map(|it| (&it.name, it.slot)).collect();
-            let slot = |name: &_| slots.get(name).copied().with_context(|| format!("there is no service {name}"));
+            // Whom services take is not known to this table, which only tells what is steered at all.
+            let receiver = |slot| Receiver { slot, sources: SourceLists::EVERYBODY };
+            let receivers: HashMap<_, _> = services.iter().map(|it| (&it.name, receiver(it.slot))).collect();
+            let find = |name: &_| receivers.get(name).copied().with_context(|| format!("there is no service {name}"));
             let made = match changed {
-                Some(prefixes) => table.change(&self.rules, prefixes, &slot),
-                None => table.make(&self.rules, &slot),
+                Some(prefixes) => table.change(&self.rules, prefixes, &find),
+                None => table.make(&self.rules, &find),
             };
             if let Err(error) = made {
                 table.abort();

@@ -93,6 +93,7 @@ impl Engine {
             };
         }
         self.expect_confirmed()?;
+        self.expect_enforceable(&config)?;
         expect_fallbacks(&self.configs().chain([&config]).collect::<Vec<_>>())?;
         let name = config.name.clone();
         self.open_service(config, Origin::Added)?;

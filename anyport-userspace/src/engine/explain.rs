@@ -13,7 +13,7 @@ use crate::{
     api::{Considered, Endpoint, Explain, Explanation, ListenerView, Problem, Reason, RouteView, SocketView, Verdict},
     host::{self, Owner},
     routes::{ROUTE_PROTOCOL, Route},
-    rules::{self, Decision, Numbered, Prefix, Protocol, ServiceName, decide, to_address},
+    rules::{self, Decision, Numbered, Prefix, Protocol, ServiceName, SourceLists, decide, to_address},
     service::Family,
     steering::{Decided, Fate},
 };
@@ -37,7 +37,11 @@ impl Engine {
         let flow = Flow { source: to_address(from.ip()), address: to_address(to.ip()), transport, port: to.port() };
 
         let (decided, rule) = self.decided(&flow, from.port())?;
+        let sources = rule.as_ref().map_or(SourceLists::EVERYBODY, |rule| self.sources_of(&rule.terms.service));
         let (verdict, reason) = match decided.fate {
+            // Such as with tproxy, where the service sees to it.
+            Fate::Steer if !sources.takes(from.ip()) => (Verdict::Drop, Reason::Denied),
+            Fate::Deny => (Verdict::Drop, Reason::Denied),
             Fate::Steer => (Verdict::Steer, Reason::Steered),
             Fate::Host => (Verdict::Host, Reason::Excepted),
             Fate::Unmatched => (Verdict::Host, Reason::Unmatched),
@@ -58,6 +62,9 @@ impl Engine {
         if from_assumed && is_about_some {
             notes
                 .push("some of these rules are about certain clients only: --from says which client to ask for".into());
+        }
+        if from_assumed && !sources.is_empty() {
+            notes.push("the service takes certain clients only: --from says which client to ask for".into());
         }
         let service = rule.filter(|_| verdict != Verdict::Host).map(|rule| rule.terms.service.clone());
         let socket = match (&service, verdict) {
@@ -81,6 +88,7 @@ impl Engine {
             from: Endpoint(from),
             from_assumed,
             rule: rule.as_ref().map(Into::into),
+            sources: service.as_ref().filter(|_| !sources.is_empty()).map(|_| text_of(sources, from.ip())),
             service,
             socket,
             considered,
@@ -92,6 +100,10 @@ impl Engine {
             generation: decided.generation.unwrap_or(self.generation),
             notes,
         })
+    }
+
+    fn sources_of(&self, service: &ServiceName) -> &SourceLists {
+        self.services.get(service).map_or(SourceLists::EVERYBODY, |it| &*it.service.config().sources)
     }
 
     /// What the kernel decides, with the rule that it names.
@@ -114,6 +126,11 @@ impl Engine {
         let (demanded, number) = match decide(&self.rules, to.ip(), transport, to.port(), source) {
             Decision::Unmatched => (&[Fate::Unmatched][..], None),
             Decision::Host(rule) => (&[Fate::Host][..], Some(rule.number)),
+            Decision::Steer(rule)
+                if !self.commons.sees_to_sources && !self.sources_of(&rule.terms.service).takes(source) =>
+            {
+                (&[Fate::Deny][..], Some(rule.number))
+            }
             Decision::Steer(rule) => (&[Fate::Steer, Fate::Drop][..], Some(rule.number)),
         };
         let is_right = demanded.contains(&decided.fate) && (decided.rule == number || decided.rule.is_none());
@@ -189,6 +206,16 @@ impl Engine {
 /// Whether a socket that is bound to `local` is found at `at`: TPROXY looks for one at a wildcard address by loopback's.
 fn is_found_at(local: SocketAddr, at: SocketAddr) -> bool {
     local == at || (local.ip().is_unspecified() && at.ip().is_loopback() && local.port() == at.port())
+}
+
+/// What lists say of a source.
+fn text_of(sources: &SourceLists, source: IpAddr) -> String {
+    match sources.deciding(source) {
+        Some(prefix) if sources.takes(source) => format!("{source} is allowed by source-allow {prefix}"),
+        Some(prefix) => format!("{source} is denied by source-deny {prefix}"),
+        None if sources.takes(source) => format!("{source} is not in source-deny"),
+        None => format!("{source} is not in source-allow"),
+    }
 }
 
 fn loopback(is_ipv4: bool) -> IpAddr {

@@ -19,6 +19,7 @@ use tracing::error;
 
 use super::{Engine, Running, numbers::Numbers, register::expect_fallbacks};
 use crate::{
+    api::{Kind, Problem},
     config::Config,
     keeper::Link,
     routes::Routes,
@@ -67,6 +68,7 @@ impl Engine {
             workers,
             control: Handle::current(),
             capacity: Capacity::new(config.limits, descriptors.clone()),
+            sees_to_sources: chosen.steering.back_end() == BackEnd::Tproxy,
             descriptors,
             loop_guard: loop_guard(&published),
             forward_guard: forward_guard(&published, &forwarding),
@@ -138,12 +140,26 @@ impl Engine {
     /// Opens the sockets of a service. They receive nothing before the next plan.
     pub(super) fn open_service(&mut self, config: ServiceConfig, origin: Origin) -> anyhow::Result<()> {
         let name = config.name.clone();
+        self.expect_enforceable(&config)?;
         let service = Service::start(config, &self.commons)?;
         let slot = self.service_slots.take(1).context("there are too many services")?.start;
         let is_forwarding = service.config().handler == HandlerKind::Forward;
         self.forwarding[usize::try_from(slot)?].store(is_forwarding, Relaxed);
         self.services.insert(name, Running { service, origin, slot: slot.try_into()? });
         Ok(())
+    }
+
+    /// Where the back end leaves it to services to refuse sources, registered sockets would take all of them.
+    pub(super) fn expect_enforceable(&self, config: &ServiceConfig) -> Result<(), Problem> {
+        let ServiceConfig { name, handler, sources, .. } = config;
+        if *handler != HandlerKind::Registered || sources.is_empty() || !self.commons.sees_to_sources {
+            return Ok(());
+        }
+        Err(Problem::new(
+            Kind::Invalid,
+            format!("service {name}: with tproxy nobody would keep sources from registered sockets"),
+        )
+        .hint("leave source-allow and source-deny out, or steer by sk-lookup or tc"))
     }
 
     /// Closes the sockets of a service that is not steered to any more.

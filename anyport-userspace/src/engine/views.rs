@@ -38,7 +38,7 @@ impl Engine {
             let Terms { protocol, ports, except, source, service, route } = &**rule.terms;
             let [ports, except] =
                 texts.entry(Arc::as_ptr(rule.terms)).or_insert_with(|| [ports.to_string(), except.to_string()]);
-            let Counters { steered, no_socket, assign_error } = counters(rule.number);
+            let Counters { steered, no_socket, assign_error, denied } = counters(rule.number);
             let (prefix, source) = (rule.prefix.to_string(), source.map(|it| it.to_string()));
             let view = PrefixView {
                 prefix: &prefix,
@@ -50,8 +50,9 @@ impl Engine {
                 route: *route,
                 origin: rule.origins.first(),
                 steered,
-                dropped: no_socket + assign_error,
+                dropped: no_socket + assign_error + denied,
                 no_socket,
+                denied,
             };
             if json.len() > 1 {
                 json.push(b',');
@@ -69,7 +70,7 @@ impl Engine {
     pub fn services(&self) -> Result<Vec<ServiceView>, Problem> {
         let sums = self.counters_by_service()?;
         let views = self.services.values().map(|running| {
-            let config = running.service.config().clone();
+            let (config, stats) = (running.service.config().clone(), running.service.stats());
             let (rules, counters) = sums.get(&config.name).copied().unwrap_or_default();
             ServiceView {
                 rules,
@@ -82,10 +83,12 @@ impl Engine {
                 owners: config.owners,
                 fallback: config.fallback,
                 limits: config.limits,
+                source_allow: config.sources.allow().to_vec(),
+                source_deny: config.sources.deny().to_vec(),
                 origin: running.origin,
                 sockets: self.sockets_of(running),
                 upstreams: running.service.upstreams(),
-                stats: running.service.stats(),
+                stats: ServiceStats { denied: stats.denied + counters.denied, ..stats },
             }
         });
         Ok(views.collect())
@@ -119,7 +122,8 @@ impl Engine {
             draining,
             totals: Totals {
                 steered: counters.values().map(|(_, it)| it.steered).sum(),
-                dropped: counters.values().map(|(_, it)| it.no_socket + it.assign_error).sum(),
+                dropped: counters.values().map(|(_, it)| it.no_socket + it.assign_error + it.denied).sum(),
+                denied: stats.iter().map(|it| it.denied).chain(counters.values().map(|(_, it)| it.denied)).sum(),
                 unmatched: self.steering.unmatched()?,
                 active: stats.iter().map(|it| it.active).sum(),
                 refused: stats.iter().map(ServiceStats::refused).sum(),
@@ -142,11 +146,12 @@ impl Engine {
         let mut sums: HashMap<&ServiceName, (usize, Counters)> = HashMap::new();
         for rule in self.rules.iter() {
             let (rules, sum) = sums.entry(&rule.terms.service).or_default();
-            let Counters { steered, no_socket, assign_error } = counters(rule.number);
+            let Counters { steered, no_socket, assign_error, denied } = counters(rule.number);
             *rules += 1;
             sum.steered += steered;
             sum.no_socket += no_socket;
             sum.assign_error += assign_error;
+            sum.denied += denied;
         }
         Ok(sums)
     }

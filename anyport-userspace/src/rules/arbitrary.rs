@@ -1,11 +1,14 @@
 //! Random rules for tests: few distinct addresses and ports, so that rules overlap and edges are met often.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+};
 
 use anyport_common::flow::{Flow, Transport};
 use proptest::prelude::*;
 
-use super::{Origin, PortSet, Prefix, Protocol, Rule, RuleSet, RuleText, to_address};
+use super::{Origin, PortSet, Prefix, Protocol, Rule, RuleSet, RuleText, SourceLists, to_address};
 
 /// The services that random rules steer to.
 pub(crate) const SERVICES: [&str; 3] = ["a", "b", "c"];
@@ -61,6 +64,16 @@ pub(crate) fn rules(count: usize) -> impl Strategy<Value = RuleSet> {
             drop(set.insert(rule));
         }
         set
+    })
+}
+
+/// Lists that do not contradict themselves, mostly of the clients that flows come from.
+pub(crate) fn source_lists() -> impl Strategy<Value = SourceLists> {
+    let prefix = any::<bool>().prop_flat_map(sources).prop_filter_map("everybody", |it| it);
+    prop::collection::vec((prefix, any::<bool>()), 0..6).prop_map(|entries| {
+        let entries: BTreeMap<Prefix, bool> = entries.into_iter().collect();
+        let of = |is_allowed| entries.iter().filter(|(_, it)| **it == is_allowed).map(|(prefix, _)| *prefix).collect();
+        SourceLists::new(of(true), of(false))
     })
 }
 

@@ -20,6 +20,8 @@ mod rule;
 #[cfg(feature = "daemon")]
 mod set;
 #[cfg(feature = "daemon")]
+mod sources;
+#[cfg(feature = "daemon")]
 mod why;
 
 #[cfg(feature = "daemon")]
@@ -29,6 +31,7 @@ pub use self::{
     prefix::{Prefix, from_address, to_address},
     rule::{Origin, Origins, Rule, RuleText, Terms},
     set::{Change, Conflict, Draft, Held, Numbered, PrefixRules, RuleSet},
+    sources::SourceLists,
     why::{considered, why},
 };
 pub use name::ServiceName;

@@ -1,6 +1,6 @@
 //! What a service is called and what it does with what it gets.
 
-use std::{fmt, num::NonZeroU32};
+use std::{fmt, num::NonZeroU32, sync::Arc};
 
 use anyport_common::flow::Transport;
 use serde::{Deserialize, Serialize};
@@ -10,7 +10,7 @@ use super::forward::config::{
     table_of_words,
 };
 use super::{Limits, Rate, Registrant};
-use crate::rules::{InvalidText, Prefix, ServiceName};
+use crate::rules::{InvalidText, Prefix, ServiceName, SourceLists};
 
 /// Longest banner in bytes: what the kernel takes at once even from a client that reads nothing.
 const MAX_BANNER: usize = 1024;
@@ -61,6 +61,8 @@ pub struct ServiceConfig {
     pub connection_log: Option<NonZeroU32>,
     /// Limits on connections, for those with sockets of the daemon.
     pub limits: Limits,
+    /// Whose connections and datagrams it takes.
+    pub sources: Arc<SourceLists>,
     /// The settings of `forward`.
     pub forward: Option<Box<ForwardConfig>>,
 }
@@ -76,6 +78,7 @@ impl ServiceConfig {
             fallback: None,
             connection_log: None,
             limits: Limits::default(),
+            sources: Arc::default(),
             forward: None,
         }
     }
@@ -94,9 +97,10 @@ impl ServiceConfig {
 
     /// Whether the settings fit each other.
     pub fn validate(&self) -> Result<(), InvalidText> {
-        let Self { name, handler, banner, owners, fallback, connection_log, limits, forward } = self;
+        let Self { name, handler, banner, owners, fallback, connection_log, limits, sources, forward } = self;
         let is_registered = *handler == HandlerKind::Registered || (owners.is_empty() && fallback.is_none());
-        let checked = check_banner(*handler, banner.as_deref()).and_then(|()| match (handler, forward) {
+        let checked = check_banner(*handler, banner.as_deref()).and_then(|()| sources.validate());
+        let checked = checked.and_then(|()| match (handler, forward) {
             _ if !is_registered => {
                 Err(InvalidText(format!("the handler {handler} has neither owners nor fallback; only registered has")))
             }
@@ -171,6 +175,14 @@ pub(crate) struct ServiceTable {
     #[arg(long, value_name = "N/TIME")]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     accept_rate_per_source: Option<Rate>,
+    /// Take connections and datagrams from there only; may be repeated
+    #[arg(long, value_name = "CIDR", value_delimiter = ',')]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    source_allow: Vec<Prefix>,
+    /// Take none from there; of this and --source-allow the longest prefix decides; may be repeated
+    #[arg(long, value_name = "CIDR", value_delimiter = ',')]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    source_deny: Vec<Prefix>,
     /// Where forward connects to: ADDR:PORT, NAME:PORT, or with * for the port that was dialled; may be repeated
     #[arg(long = "upstream", value_name = "ADDR:PORT")]
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -264,6 +276,7 @@ impl From<ServiceTable> for ServiceConfig {
                 max_connections_per_source: table.max_connections_per_source,
                 accept_rate_per_source: table.accept_rate_per_source,
             },
+            sources: Arc::new(SourceLists::new(table.source_allow, table.source_deny)),
             forward,
         }
     }
@@ -275,7 +288,8 @@ impl From<ServiceConfig> for ServiceTable {
         fn unless<T: PartialEq>(value: T, default: &T) -> Option<T> {
             (value != *default).then_some(value)
         }
-        let ServiceConfig { name, handler, banner, owners, fallback, connection_log, limits, forward } = config;
+        let ServiceConfig { name, handler, banner, owners, fallback, connection_log, limits, sources, forward } =
+            config;
         let default = ForwardConfig::default();
         let forward = forward.map_or_else(|| default.clone(), |it| *it);
         Self {
@@ -288,6 +302,8 @@ impl From<ServiceConfig> for ServiceTable {
             max_connections: limits.max_connections,
             max_connections_per_source: limits.max_connections_per_source,
             accept_rate_per_source: limits.accept_rate_per_source,
+            source_allow: sources.allow().to_vec(),
+            source_deny: sources.deny().to_vec(),
             upstreams: forward.upstreams,
             balance: unless(forward.balance, &default.balance),
             proxy_protocol: forward.proxy_protocol,

@@ -80,6 +80,8 @@ pub struct Commons {
     pub descriptors: DescriptorPool,
     /// How many connections and flows they may have.
     pub capacity: Capacity,
+    /// Whether services have to refuse sources that they do not take, since the back end leaves that to them.
+    pub sees_to_sources: bool,
     /// Tells which sources are steered.
     pub loop_guard: LoopGuard,
     /// Tells which upstreams are steered to `forward`.
@@ -231,7 +233,7 @@ impl<'a> Start<'a> {
         let forwarder = forward.map(|forward| {
             Arc::new(Forwarder::new(config.name.to_string(), forward.clone(), Arc::clone(&commons.forward_guard)))
         });
-        let [gate, flow_gate] = gates(&config, &commons.capacity).map(Arc::new);
+        let [gate, flow_gate] = gates(&config, commons).map(Arc::new);
         Self {
             config: Arc::new(config),
             commons,
@@ -323,6 +325,7 @@ impl<'a> Start<'a> {
             bound,
             config: Arc::clone(&self.config),
             worker: Arc::clone(&shared),
+            gate: Arc::clone(&self.flow_gate),
             loop_guard: Arc::clone(&self.commons.loop_guard),
             forwarder: self.forwarder.clone().map(start),
         };
@@ -333,7 +336,9 @@ impl<'a> Start<'a> {
 }
 
 /// What connections and what flows of a service have to pass. A forwarded connection has two sockets, and so has a flow.
-fn gates(config: &ServiceConfig, capacity: &Capacity) -> [Gate; 2] {
+fn gates(config: &ServiceConfig, commons: &Commons) -> [Gate; 2] {
+    let capacity = &commons.capacity;
+    let sources = (commons.sees_to_sources && !config.sources.is_empty()).then(|| Arc::clone(&config.sources));
     let forward = config.forward.as_deref();
     let rooms: Vec<_> = Room::of_service(config.limits).into_iter().collect();
     let of_flows = forward.map(|forward| Room::of_flows(forward.udp.max_flows, config.limits));
@@ -341,8 +346,8 @@ fn gates(config: &ServiceConfig, capacity: &Capacity) -> [Gate; 2] {
     let proxies = forward.map(|forward| forward.accept_proxy.clone()).unwrap_or_default();
     let descriptors = if forward.is_some() { 2 } else { 1 };
     [
-        Gate { rooms, capacity: capacity.clone(), descriptors, proxies },
-        Gate { rooms: flow_rooms, capacity: capacity.clone(), descriptors, proxies: Vec::new() },
+        Gate { rooms, capacity: capacity.clone(), descriptors, proxies, sources: sources.clone() },
+        Gate { rooms: flow_rooms, capacity: capacity.clone(), descriptors, proxies: Vec::new(), sources },
     ]
 }
 

@@ -23,6 +23,8 @@ pub struct ServiceStats {
     pub refused_source: u64,
     /// Connections and flows refused: their source came faster than it may.
     pub refused_rate: u64,
+    /// Connections and datagrams refused since the service does not take their source: packets, where the back end sees to that.
+    pub denied: u64,
     /// Connections closed since their peer had to send a PROXY header and did not.
     pub bad_headers: u64,
     /// Connections closed, and datagrams lost, since no upstream took them.
@@ -108,11 +110,12 @@ impl ServiceStats {
         self.refused_total + self.refused_service + self.refused_source + self.refused_rate
     }
 
-    fn add_refusals(&mut self, Refusals { total, service, source, rate }: &Refusals) {
+    fn add_refusals(&mut self, Refusals { total, service, source, rate, denied }: &Refusals) {
         self.refused_total += total.get();
         self.refused_service += service.get();
         self.refused_source += source.get();
         self.refused_rate += rate.get();
+        self.denied += denied.get();
     }
 
     pub(super) fn add_tcp(&mut self, counts: &TcpCounts) {

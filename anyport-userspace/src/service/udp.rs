@@ -17,6 +17,7 @@ use super::{
     descriptors::DescriptorPool,
     forward::UdpForwarder,
     handlers::Line,
+    limits::{Gate, Refused},
     lock,
     reply::ReplySockets,
     stats::UdpCounts,
@@ -79,6 +80,7 @@ pub(super) struct Receiver {
     pub(super) bound: SocketAddr,
     pub(super) config: Arc<ServiceConfig>,
     pub(super) worker: Arc<UdpWorker>,
+    pub(super) gate: Arc<Gate>,
     pub(super) loop_guard: LoopGuard,
     /// For `forward`.
     pub(super) forwarder: Option<UdpForwarder>,
@@ -118,6 +120,9 @@ impl Receiver {
         let Some(ends) = datagram.ends else {
             return counts.unanswerable.raise();
         };
+        if !self.gate.takes(ends.client.ip()) {
+            return counts.refused.raise(Refused::Denied);
+        }
         let line;
         let answer = match self.config.handler {
             HandlerKind::Discard | HandlerKind::Registered => return,

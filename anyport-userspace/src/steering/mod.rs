@@ -14,8 +14,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     register::Registered,
-    rules::{Prefix, RuleSet, ServiceName},
-    table::Reader,
+    rules::{Prefix, RuleSet, ServiceName, SourceLists},
+    table::{Reader, Receiver},
 };
 
 /// A way to hand packets to sockets.
@@ -89,12 +89,19 @@ pub struct ServiceSockets {
     /// One socket a group, in the order of [`anyport_common::flow::Flow::socket_offset`]: TCP and UDP over IPv4,
     /// then TCP and UDP over IPv6. None where the host has no such family.
     pub groups: [Option<GroupSocket>; SOCKETS_PER_SERVICE as usize],
+    /// Whom it takes. A service that takes others has another slot.
+    pub sources: Arc<SourceLists>,
 }
 
 impl ServiceSockets {
+    /// The service as the lookup table sees it.
+    pub fn receiver(&self) -> Receiver<'_> {
+        Receiver { slot: self.slot, sources: &self.sources }
+    }
+
     /// What has no sockets, so that whatever is steered there is refused.
     pub fn refusing() -> Self {
-        Self { slot: REFUSE, name: ServiceName::nobody(), groups: [const { None }; 4] }
+        Self { slot: REFUSE, name: ServiceName::nobody(), groups: [const { None }; 4], sources: Arc::default() }
     }
 }
 
@@ -137,6 +144,9 @@ pub enum Fate {
     Host,
     /// It is refused, since the service has no socket for it.
     Drop,
+    /// It is refused, since the service does not take its source. A back end that leaves this to the service says that it
+    /// goes there.
+    Deny,
     /// No rule has an opinion.
     Unmatched,
 }

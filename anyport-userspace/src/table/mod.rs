@@ -27,7 +27,7 @@ use self::{
 };
 pub use self::{
     arena::{OwnSegments, Segment, Segments, View},
-    policy::ServiceSlots,
+    policy::{Receiver, Receivers},
     readers::Published,
 };
 use crate::rules::{Prefix, PrefixRules, RuleSet};
@@ -92,7 +92,7 @@ impl Table {
     ///
     /// # Errors
     /// There is not enough memory, or a rule names an unknown service.
-    pub fn make(&mut self, rules: &RuleSet, services: &ServiceSlots<'_>) -> anyhow::Result<()> {
+    pub fn make(&mut self, rules: &RuleSet, services: &Receivers<'_>) -> anyhow::Result<()> {
         self.arena.begin_anew();
         self.policies.begin_anew();
         let mut sorted: [Vec<(Prefix, &PrefixRules)>; 2] = [Vec::new(), Vec::new()];
@@ -115,7 +115,7 @@ impl Table {
     ///
     /// # Errors
     /// There is not enough memory, or a rule names an unknown service.
-    pub fn change(&mut self, rules: &RuleSet, prefixes: &[Prefix], services: &ServiceSlots<'_>) -> anyhow::Result<()> {
+    pub fn change(&mut self, rules: &RuleSet, prefixes: &[Prefix], services: &Receivers<'_>) -> anyhow::Result<()> {
         // Rules for many prefixes are compiled faster together. And what was changed as many times over may have lost
         // its good shape.
         const FEW: usize = 4096;
@@ -200,12 +200,12 @@ impl Table {
     }
 
     /// Compiles what is inside of a prefix, and puts it in the place of what was there.
-    fn renew(&mut self, rules: &RuleSet, prefix: Prefix, services: &ServiceSlots<'_>) -> Result<(), Trouble> {
+    fn renew(&mut self, rules: &RuleSet, prefix: Prefix, services: &Receivers<'_>) -> Result<(), Trouble> {
         let mut around = Vec::new();
         let mut outside: Vec<_> = rules.around(prefix).filter(|(it, _)| *it != prefix).collect();
         outside.reverse();
-        for (_, rules) in outside {
-            around.push(self.policies.level(&mut self.arena, &around, rules, services)?);
+        for (outer, rules) in outside {
+            around.push(self.policies.level(&mut self.arena, &around, (&outer, rules), services)?);
         }
         let mut inside: Vec<_> = rules.within(prefix).collect();
         sort(&mut inside);
@@ -257,7 +257,7 @@ impl Table {
         pieces: &mut Vec<Piece<Halves>>,
         prefixes: &[(Prefix, &'a PrefixRules)],
         around: Vec<Level<'a>>,
-        services: &ServiceSlots<'_>,
+        services: &Receivers<'_>,
     ) -> anyhow::Result<()> {
         // The levels around have no end here.
         let mut ends: Vec<Halves> = vec![(u64::MAX, u64::MAX); around.len()];
@@ -275,7 +275,7 @@ impl Table {
         for (prefix, rules) in prefixes {
             let (first, last) = halves(prefix);
             close(&mut levels, &mut ends, pieces, Some(first));
-            let level = self.policies.level(&mut self.arena, &levels, rules, services)?;
+            let level = self.policies.level(&mut self.arena, &levels, (prefix, rules), services)?;
             begin(pieces, first, level.slot);
             levels.push(level);
             ends.push(last);

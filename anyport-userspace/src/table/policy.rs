@@ -17,10 +17,19 @@ use super::{
     arena::{Arena, Block},
     tree::{Halves, Piece, build, build_addresses, by_first_half},
 };
-use crate::rules::{PortSet, Prefix, PrefixRules, ServiceName, Terms};
+use crate::rules::{PortSet, Prefix, PrefixRules, ServiceName, SourceLists, Terms};
 
-/// Gives a service's slot.
-pub type ServiceSlots<'a> = dyn Fn(&ServiceName) -> anyhow::Result<u16> + 'a;
+/// A service as the rules that steer to it see it.
+#[derive(Clone, Copy, Debug)]
+pub struct Receiver<'a> {
+    /// Its slot. Another incarnation of the service, which may take others, has another one.
+    pub slot: u16,
+    /// Whom it takes.
+    pub sources: &'a SourceLists,
+}
+
+/// Finds a service by its name.
+pub type Receivers<'a> = dyn Fn(&ServiceName) -> anyhow::Result<Receiver<'a>> + 'a;
 
 /// The policies of a table. Prefixes share one where they say the same inside of the same.
 #[derive(Debug, Default)]
@@ -39,6 +48,8 @@ pub(super) struct Policies {
 /// Terms are compared by their place in memory, which a policy holds.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct Key {
+    /// The clients of the two versions are different ones.
+    is_ipv4: bool,
     own: SmallVec<[usize; 1]>,
     outer: Option<Outer>,
 }
@@ -88,13 +99,14 @@ impl Policies {
         &mut self,
         arena: &mut Arena,
         around: &[Level<'a>],
-        rules: &'a PrefixRules,
-        services: &ServiceSlots<'_>,
+        (prefix, rules): (&Prefix, &'a PrefixRules),
+        services: &Receivers<'_>,
     ) -> anyhow::Result<Level<'a>> {
         // Where the prefix has an opinion on everything that is spoken of around it, that is never asked.
         let is_asked = around.last().is_some_and(|it| !closes(rules, &it.speaks_of));
         let around = if is_asked { around } else { &[] };
         let key = Key {
+            is_ipv4: prefix.is_ipv4(),
             own: rules.iter().map(|it| Arc::as_ptr(&it.terms) as usize).collect(),
             outer: around.last().map(|it| it.outer),
         };
@@ -117,7 +129,7 @@ impl Policies {
         key: Key,
         around: &[Level<'_>],
         rules: &PrefixRules,
-        services: &ServiceSlots<'_>,
+        services: &Receivers<'_>,
     ) -> anyhow::Result<()> {
         let own = (0..).zip(rules.iter()).map(|(number, it)| Opinion { terms: &it.terms, number, is_relative: true });
         let others = around.iter().rev().flat_map(|level| {
@@ -130,7 +142,7 @@ impl Policies {
         for (transport, slot) in Transport::ALL.iter().zip(&mut slots) {
             let about: Vec<_> =
                 opinions.iter().copied().filter(|it| it.terms.protocol.transports().contains(transport)).collect();
-            *slot = ports(arena, &about, services)?;
+            *slot = ports(arena, &about, key.is_ipv4, services)?;
         }
         let offset = arena.put(1, slots.map(|it| it.0))?;
         let blocks = arena.taken_since(mark);
@@ -214,7 +226,7 @@ fn words(blocks: &[Block]) -> u64 {
 }
 
 /// The tree of the ports for opinions in order of precedence.
-fn ports(arena: &mut Arena, opinions: &[Opinion<'_>], services: &ServiceSlots<'_>) -> anyhow::Result<Slot> {
+fn ports(arena: &mut Arena, opinions: &[Opinion<'_>], is_ipv4: bool, services: &Receivers<'_>) -> anyhow::Result<Slot> {
     // What a rule says changes only where one of its ranges begins or ends.
     let mut begins: Vec<(u16, usize)> = Vec::new();
     let mut ends: Vec<(u16, usize)> = Vec::new();
@@ -235,7 +247,7 @@ fn ports(arena: &mut Arena, opinions: &[Opinion<'_>], services: &ServiceSlots<'_
     edges.dedup();
     let (mut begins, mut ends) = (begins.into_iter().peekable(), ends.into_iter().peekable());
     let mut active: BTreeSet<usize> = BTreeSet::new();
-    let mut clients = Clients::default();
+    let mut clients = Clients { is_ipv4, known: HashMap::new(), depth: 0 };
     let mut pieces: Vec<Piece> = Vec::with_capacity(edges.len());
     for port in edges {
         while let Some((_, place)) = ends.next_if(|(at, _)| *at <= port) {
@@ -257,8 +269,9 @@ fn ports(arena: &mut Arena, opinions: &[Opinion<'_>], services: &ServiceSlots<'_
 }
 
 /// The trees of clients that the ports of one policy lead to.
-#[derive(Default)]
 struct Clients {
+    is_ipv4: bool,
+    /// A slot of a service stands for whom it takes.
     known: HashMap<Vec<(Option<Prefix>, Slot)>, Slot>,
     depth: u32,
 }
@@ -270,17 +283,19 @@ impl Clients {
         arena: &mut Arena,
         opinions: impl Iterator<Item = &'a Opinion<'a>>,
         port: u16,
-        services: &ServiceSlots<'_>,
+        services: &Receivers<'_>,
     ) -> anyhow::Result<Slot> {
         let mut by_source = Vec::new();
+        let mut answers = Vec::new();
         for opinion in opinions {
-            let verdict = opinion.verdict(port, services)?;
-            by_source.push((opinion.terms.source, verdict));
+            let answer = opinion.answer(port, services)?;
+            by_source.push((opinion.terms.source, answer.verdict));
+            answers.push((opinion.terms.source, answer));
             if opinion.terms.source.is_none() {
                 break;
             }
         }
-        if let [(None, verdict)] = by_source[..] {
+        if let [(None, Answer { verdict, denial: None })] = answers[..] {
             return Ok(verdict);
         }
         if by_source.is_empty() {
@@ -291,10 +306,16 @@ impl Clients {
         }
         let mut pieces = vec![Piece { first: (0, 0), slot: Slot::UNMATCHED }];
         // The first one decides, so it is painted last.
-        for (source, verdict) in by_source.iter().rev() {
-            match source {
-                Some(source) => paint(&mut pieces, halves(source), *verdict),
-                None => pieces = vec![Piece { first: (0, 0), slot: *verdict }],
+        for (source, answer) in answers.iter().rev() {
+            let area = source.as_ref().map_or(EVERYBODY, halves);
+            paint(&mut pieces, area, answer.verdict);
+            let Some((sources, denied)) = answer.denial else { continue };
+            for (first, last, _) in sources.ranges(self.is_ipv4).filter(|(_, _, is_taken)| !is_taken) {
+                let (first, last) = self.halves(first, last);
+                let (first, last) = (first.max(area.0), last.min(area.1));
+                if first <= last {
+                    paint(&mut pieces, (first, last), denied);
+                }
             }
         }
         let built = build_addresses(arena, &pieces, Turn::Source)?;
@@ -302,17 +323,37 @@ impl Clients {
         self.known.insert(by_source, built.slot);
         Ok(built.slot)
     }
+
+    /// A range of addresses, which are numbers, as keys of the tree.
+    fn halves(&self, first: u128, last: u128) -> (Halves, Halves) {
+        let rest = if self.is_ipv4 { 96 } else { 0 };
+        let half = |bits: u128| u64::try_from(bits & u128::from(u64::MAX)).unwrap_or_default();
+        let split = |bits: u128| (half(bits >> 64), half(bits));
+        (split(first << rest), split(last << rest | ((1 << rest) - 1)))
+    }
+}
+
+/// All clients.
+const EVERYBODY: (Halves, Halves) = ((0, 0), (u64::MAX, u64::MAX));
+
+/// What a rule says at a port.
+#[derive(Clone, Copy)]
+struct Answer<'a> {
+    verdict: Slot,
+    /// Where it is not for all clients: for whom it is, and what it says of the others.
+    denial: Option<(&'a SourceLists, Slot)>,
 }
 
 impl Opinion<'_> {
-    fn verdict(&self, port: u16, services: &ServiceSlots<'_>) -> anyhow::Result<Slot> {
+    fn answer<'s>(&self, port: u16, services: &Receivers<'s>) -> anyhow::Result<Answer<'s>> {
         let rule = self.number;
-        let verdict = if self.terms.except.contains(port) {
-            Verdict::Host { rule }
-        } else {
-            Verdict::Steer { rule, service: services(&self.terms.service)? }
-        };
-        Ok(Slot::verdict(verdict, self.is_relative))
+        let slot = |verdict| Slot::verdict(verdict, self.is_relative);
+        if self.terms.except.contains(port) {
+            return Ok(Answer { verdict: slot(Verdict::Host { rule }), denial: None });
+        }
+        let Receiver { slot: service, sources } = services(&self.terms.service)?;
+        let denial = (!sources.is_empty()).then(|| (sources, slot(Verdict::Deny { rule })));
+        Ok(Answer { verdict: slot(Verdict::Steer { rule, service }), denial })
     }
 }
 

@@ -3,16 +3,27 @@ use std::collections::HashMap;
 use anyport_common::{flow::Flow, table::Verdict};
 use proptest::prelude::*;
 
-use super::{OwnSegments, Table};
+use super::{OwnSegments, Receiver, Table};
 use crate::rules::{
-    Change, Decision, Draft, Origin, Prefix, PrefixRules, Rule, RuleSet, RuleText, ServiceName,
-    arbitrary::{SERVICES, flow, rule, rules},
+    Change, Decision, Draft, Origin, Prefix, PrefixRules, Rule, RuleSet, RuleText, ServiceName, SourceLists,
+    arbitrary::{SERVICES, flow, rule, rules, source_lists},
     decide, from_address,
 };
 
-fn service(name: &ServiceName) -> anyhow::Result<u16> {
-    let slot = (1..).zip(SERVICES).find(|(_, it)| *it == name.as_str());
-    slot.map(|(slot, _)| slot).ok_or_else(|| anyhow::anyhow!("no service {name}"))
+/// The services in slots from 1 on, with whom they take.
+type Lists = [SourceLists; SERVICES.len()];
+
+fn lists() -> impl Strategy<Value = Lists> {
+    let some = || prop_oneof![Just(SourceLists::default()), source_lists()];
+    [some(), some(), some()]
+}
+
+fn slot(name: &ServiceName) -> u16 {
+    (1..).zip(SERVICES).find(|(_, it)| *it == name.as_str()).unwrap().0
+}
+
+fn find<'a>(lists: &'a Lists) -> impl Fn(&ServiceName) -> anyhow::Result<Receiver<'a>> + 'a {
+    |name| Ok(Receiver { slot: slot(name), sources: &lists[usize::from(slot(name) - 1)] })
 }
 
 /// Gives each prefix that has changed new numbers, as the engine does.
@@ -33,25 +44,34 @@ fn numbered(set: &RuleSet) -> (RuleSet, u32) {
     (set, next)
 }
 
-fn expected(rules: &RuleSet, flow: &Flow) -> Verdict {
+fn expected(rules: &RuleSet, lists: &Lists, flow: &Flow) -> Verdict {
     if flow.port == 0 {
         return Verdict::Unmatched;
     }
     match decide(rules, from_address(flow.address), flow.transport, flow.port, from_address(flow.source)) {
         Decision::Unmatched => Verdict::Unmatched,
         Decision::Host(rule) => Verdict::Host { rule: rule.number },
-        Decision::Steer(rule) => Verdict::Steer { rule: rule.number, service: service(&rule.terms.service).unwrap() },
+        Decision::Steer(rule) => {
+            let Receiver { slot: service, sources } = find(lists)(&rule.terms.service).unwrap();
+            let rule = rule.number;
+            if sources.takes(from_address(flow.source)) {
+                Verdict::Steer { rule, service }
+            } else {
+                Verdict::Deny { rule }
+            }
+        }
     }
 }
 
-fn check(table: &Table, rules: &RuleSet, flows: &[Flow]) -> Result<(), TestCaseError> {
+fn check(table: &Table, rules: &RuleSet, lists: &Lists, flows: &[Flow]) -> Result<(), TestCaseError> {
     let reader = table.reader();
     for flow in flows {
         prop_assert_eq!(
             reader.lookup(flow),
-            expected(rules, flow),
-            "{:?} under {:#?}",
+            expected(rules, lists, flow),
+            "{:?} of {:?} under {:#?}",
             flow,
+            lists,
             rules.iter().map(|it| format!("{} {}", it.number, it.to_rule())).collect::<Vec<_>>()
         );
     }
@@ -62,24 +82,25 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(1_000))]
 
     #[test]
-    fn decides_as_the_reference(set in rules(30), flows in prop::collection::vec(flow(), 100)) {
+    fn decides_as_the_reference(set in rules(30), lists in lists(), flows in prop::collection::vec(flow(), 100)) {
         let (set, _) = numbered(&set);
         let mut table = Table::new(Box::new(OwnSegments::default()));
-        table.make(&set, &service).unwrap();
+        table.make(&set, &find(&lists)).unwrap();
         table.commit();
-        check(&table, &set, &flows)?;
+        check(&table, &set, &lists, &flows)?;
     }
 
     /// Change after change, some of which are given up, on the same table.
     #[test]
     fn changes_decide_as_the_reference(
         set in rules(60),
+        lists in lists(),
         steps in prop::collection::vec((prop::collection::vec((rule(), any::<bool>()), 1..4), any::<bool>()), 1..30),
         flows in prop::collection::vec(flow(), 60),
     ) {
         let (mut set, mut next) = numbered(&set);
         let mut table = Table::new(Box::new(OwnSegments::default()));
-        table.make(&set, &service).unwrap();
+        table.make(&set, &find(&lists)).unwrap();
         table.commit();
         for (rules, is_kept) in steps {
             let mut draft = Draft::of(&set);
@@ -95,14 +116,14 @@ proptest! {
             number(&mut change, &mut next);
             let prefixes = change.prefixes();
             set.apply(&change);
-            table.change(&set, &prefixes, &service).unwrap();
-            check(&table, &set, &flows)?;
+            table.change(&set, &prefixes, &find(&lists)).unwrap();
+            check(&table, &set, &lists, &flows)?;
             if is_kept {
                 table.commit();
             } else {
                 table.abort();
                 set.apply(&change.inverse());
-                check(&table, &set, &flows)?;
+                check(&table, &set, &lists, &flows)?;
             }
         }
     }
@@ -127,6 +148,8 @@ fn simple(prefix: Prefix, service: &str) -> Rule {
 #[test]
 fn large_sets_decide_as_a_map() {
     let mut number_of = numbers(7);
+    let everybody = Lists::default();
+    let service = find(&everybody);
     let shapes: [(&str, &dyn Fn(u64) -> Prefix); 5] = [
         ("scattered /32", &|n| Prefix::from_bits(true, u128::from(n >> 32), 32)),
         ("dense /32", &|n| Prefix::from_bits(true, 0xc000_0000 | u128::from(n % 8192), 32)),
@@ -173,7 +196,7 @@ fn large_sets_decide_as_a_map() {
             };
             for (prefix, rule) in &rules {
                 let of_prefix: &PrefixRules = set.of_prefix(prefix).unwrap();
-                let service = service(&rule.terms.service).unwrap();
+                let service = slot(&rule.terms.service);
                 let expected = Verdict::Steer { rule: of_prefix.first_number, service };
                 assert_eq!(judge(prefix), expected, "{name}: {prefix}");
                 let (first, last) = prefix.bounds();

@@ -22,7 +22,7 @@ use super::{
     descriptors::{DescriptorPool, Descriptors},
     stats::Count,
 };
-use crate::rules::Prefix;
+use crate::rules::{Prefix, SourceLists};
 
 /// How many connections a source may hold for each that is free, unless a limit for sources is set.
 const SHARE: usize = 4;
@@ -39,6 +39,9 @@ pub(super) enum Refused {
     /// The source has as many as it may have.
     #[error("the source has as many connections and flows as it may have")]
     Source,
+    /// The service does not take the source.
+    #[error("the service does not take the source")]
+    Denied,
     /// The source comes faster than it may.
     #[error("the source comes faster than it may")]
     Rate,
@@ -51,6 +54,7 @@ pub(super) struct Refusals {
     pub(super) service: Count,
     pub(super) source: Count,
     pub(super) rate: Count,
+    pub(super) denied: Count,
 }
 
 impl Refusals {
@@ -60,6 +64,7 @@ impl Refusals {
             Refused::Service => &self.service,
             Refused::Source => &self.source,
             Refused::Rate => &self.rate,
+            Refused::Denied => &self.denied,
         };
         count.raise();
     }
@@ -183,12 +188,22 @@ pub(super) struct Gate {
     pub(super) descriptors: u32,
     /// They speak for many, so that there are no limits for them as sources.
     pub(super) proxies: Vec<Prefix>,
+    /// Whom the service takes, where the back end leaves it to the service to see to that.
+    pub(super) sources: Option<Arc<SourceLists>>,
 }
 
 impl Gate {
+    /// Whether the service takes what comes from there.
+    pub(super) fn takes(&self, client: IpAddr) -> bool {
+        self.sources.as_ref().is_none_or(|sources| sources.takes(client.to_canonical()))
+    }
+
     /// Lets a client in until the pass is dropped.
     pub(super) fn admit(self: &Arc<Self>, client: IpAddr) -> Result<Pass, Refused> {
         let client = client.to_canonical();
+        if !self.takes(client) {
+            return Err(Refused::Denied);
+        }
         let is_proxy = self.proxies.iter().any(|prefix| prefix.contains(client));
         let source = (!is_proxy).then(|| Source::of(client));
         // What was entered already is left again when this is dropped.

@@ -19,7 +19,8 @@ fn limits(max_connections: u32, per_source: u32, rate: Option<&str>) -> Limits {
 fn gate(of_service: Limits, of_daemon: Limits, descriptors: usize) -> Arc<Gate> {
     let capacity = Capacity::new(of_daemon, DescriptorPool::new(descriptors));
     let proxies = vec!["203.0.113.0/24".parse().unwrap()];
-    Arc::new(Gate { rooms: Room::of_service(of_service).into_iter().collect(), capacity, descriptors: 2, proxies })
+    let rooms = Room::of_service(of_service).into_iter().collect();
+    Arc::new(Gate { rooms, capacity, descriptors: 2, proxies, sources: None })
 }
 
 /// Passes for as many as are let in, and why the next one is not.
@@ -95,7 +96,7 @@ fn flows_of_one_source_do_not_drive_out_all_others() {
     let flows = |most: u32, limits| {
         let capacity = Capacity::new(Limits::default(), DescriptorPool::new(1000));
         let rooms = vec![Room::of_flows(NonZeroU32::new(most).unwrap(), limits)];
-        Arc::new(Gate { rooms, capacity, descriptors: 2, proxies: Vec::new() })
+        Arc::new(Gate { rooms, capacity, descriptors: 2, proxies: Vec::new(), sources: None })
     };
     for (gate, expected) in
         [(flows(10, Limits::default()), 8), (flows(1, Limits::default()), 1), (flows(10, limits(0, 20, None)), 20)]

@@ -51,6 +51,7 @@ impl Scene {
             workers: workers.handles(),
             control: workers.handles().first().clone(),
             capacity: Capacity::new(Limits::default(), descriptors.clone()),
+            sees_to_sources: true,
             descriptors,
             loop_guard: Arc::new(loop_guard),
             forward_guard: Arc::new(|_, _, _| false),

@@ -41,7 +41,8 @@ impl Steered {
         let bound = listener.local_addr().unwrap();
         let group = GroupSocket { cookie: 0, bound, holder: Holder::Us(Arc::new(listener.into())) };
         let groups = [Some(group), None, None, None];
-        let services = [ServiceSockets { slot: 1, name: ServiceName::default_service(), groups }];
+        let services =
+            [ServiceSockets { slot: 1, name: ServiceName::default_service(), groups, sources: Arc::default() }];
         let bpf = open(BackEnd::SkLookup, &directory.path().join("bpf"));
         let mut steered = Self { bpf, services, generation: 0, _directory: directory };
         steered.apply(1, slice_of(&(1..RULES + 1)), &[]);

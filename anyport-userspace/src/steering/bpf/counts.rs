@@ -138,6 +138,7 @@ impl Counts {
             steered: by_cpu.fold(shared, u64::wrapping_add),
             no_socket: drops.map_or(0, |drops| read(&drops[0])),
             assign_error: drops.map_or(0, |drops| read(&drops[1])),
+            denied: drops.map_or(0, |drops| read(&drops[2])),
         }
     }
 
@@ -183,11 +184,11 @@ impl Counts {
 
     /// Adds to what was counted for a rule, where anybody may write.
     pub(super) fn add(&self, number: u32, counted: Counters) {
-        let Counters { steered, no_socket, assign_error } = counted;
+        let Counters { steered, no_socket, assign_error, denied } = counted;
         let portion = number / PORTION_RULES;
         let shared = self.steered.counter(portion, number).into_iter().flatten();
         let drops = self.drops.counter(portion, number).into_iter().flatten();
-        for (counter, more) in shared.chain(drops).zip([steered, no_socket, assign_error]) {
+        for (counter, more) in shared.chain(drops).zip([steered, no_socket, assign_error, denied]) {
             counter.fetch_add(more, Ordering::Relaxed);
         }
     }

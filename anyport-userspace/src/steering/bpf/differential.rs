@@ -19,8 +19,8 @@ use proptest::{
 use super::{Bpf, Options, tests::in_new_namespace};
 use crate::{
     rules::{
-        Change, Decision, RuleSet,
-        arbitrary::{SERVICES, flow, rules},
+        Change, Decision, RuleSet, ServiceName, SourceLists,
+        arbitrary::{SERVICES, flow, rules, source_lists},
         decide, from_address,
     },
     steering::{BackEnd, Decided, Fate, Plan, ServiceSockets, Steering as _},
@@ -49,11 +49,14 @@ fn numbered(rules: &RuleSet) -> (RuleSet, Range<u32>) {
 }
 
 /// The services have no sockets, so that what they should get is dropped.
-fn expected(rules: &RuleSet, flow: &Flow) -> (Fate, Option<u32>) {
-    match decide(rules, from_address(flow.address), flow.transport, flow.port, from_address(flow.source)) {
+fn expected(rules: &RuleSet, services: &[ServiceSockets], flow: &Flow) -> (Fate, Option<u32>) {
+    let source = from_address(flow.source);
+    let takes = |name: &ServiceName| services.iter().any(|it| it.name == *name && it.sources.takes(source));
+    match decide(rules, from_address(flow.address), flow.transport, flow.port, source) {
         Decision::Unmatched => (Fate::Unmatched, None),
         Decision::Host(rule) => (Fate::Host, Some(rule.number)),
-        Decision::Steer(rule) => (Fate::Drop, Some(rule.number)),
+        Decision::Steer(rule) if takes(&rule.terms.service) => (Fate::Drop, Some(rule.number)),
+        Decision::Steer(rule) => (Fate::Deny, Some(rule.number)),
     }
 }
 
@@ -66,10 +69,6 @@ fn agrees(back_end: BackEnd) {
     in_new_namespace(move || {
         let directory = tempfile::tempdir().unwrap();
         let bpf = RefCell::new(open(back_end, &directory.path().join("bpf")));
-        let services: Vec<_> = (1..)
-            .zip(SERVICES)
-            .map(|(slot, name)| ServiceSockets { slot, name: name.parse().unwrap(), groups: [const { None }; 4] })
-            .collect();
         let generations = Cell::new(0);
         let cases = Config {
             cases: decisions() / FLOWS,
@@ -78,10 +77,18 @@ fn agrees(back_end: BackEnd) {
             max_local_rejects: u32::MAX,
             ..Config::default()
         };
-        let strategy = (rules(40), prop::collection::vec(flow(), FLOWS as usize));
+        let lists = || prop_oneof![Just(SourceLists::default()), source_lists()];
+        let strategy = (rules(40), [lists(), lists(), lists()], prop::collection::vec(flow(), FLOWS as usize));
         TestRunner::new(cases)
-            .run(&strategy, |(rules, flows)| {
+            .run(&strategy, |(rules, lists, flows)| {
                 let (rules, numbers) = numbered(&rules);
+                let service = |(slot, (name, sources)): (u16, (&str, SourceLists))| ServiceSockets {
+                    slot,
+                    name: name.parse().unwrap(),
+                    groups: [const { None }; 4],
+                    sources: Arc::new(sources),
+                };
+                let services: Vec<_> = (1..).zip(SERVICES.into_iter().zip(lists)).map(service).collect();
                 let generation = generations.get() + 1;
                 generations.set(generation);
                 let mut bpf = bpf.borrow_mut();
@@ -99,7 +106,13 @@ fn agrees(back_end: BackEnd) {
                     let Decided { fate, rule, generation: judged_by, .. } = bpf.decide(flow, 40_000).unwrap();
                     let listed =
                         || rules.iter().map(|it| format!("{} {}", it.number, it.to_rule())).collect::<Vec<_>>();
-                    prop_assert_eq!((fate, rule), expected(&rules, flow), "{:?} under {:#?}", flow, listed());
+                    prop_assert_eq!(
+                        (fate, rule),
+                        expected(&rules, &services, flow),
+                        "{:?} under {:#?}",
+                        flow,
+                        listed()
+                    );
                     prop_assert_eq!(judged_by, Some(generation));
                 }
                 Ok(())

@@ -6,8 +6,8 @@ use anyhow::{Context as _, bail};
 use anyport_common::{
     flow::{Address, Flow, Transport, Version},
     maps::{
-        EXPLAINED_ASSIGN_ERROR, EXPLAINED_HOST, EXPLAINED_NO_SOCKET, EXPLAINED_STEER, EXPLAINED_UNMATCHED, Explained,
-        SOCKETS_PER_SERVICE,
+        EXPLAINED_ASSIGN_ERROR, EXPLAINED_DENIED, EXPLAINED_HOST, EXPLAINED_NO_SOCKET, EXPLAINED_STEER,
+        EXPLAINED_UNMATCHED, Explained, SOCKETS_PER_SERVICE,
     },
 };
 use nix::libc::{AF_INET, AF_INET6};
@@ -51,6 +51,7 @@ impl Bpf {
             EXPLAINED_HOST => (Fate::Host, Some(rule), None),
             EXPLAINED_STEER => (Fate::Steer, Some(rule), socket()?),
             EXPLAINED_NO_SOCKET | EXPLAINED_ASSIGN_ERROR => (Fate::Drop, Some(rule), None),
+            EXPLAINED_DENIED => (Fate::Deny, Some(rule), None),
             other => bail!("the BPF program wrote down a verdict that is not known here: {other}"),
         };
         Ok(Decided { fate, rule, cookie, bound: None, generation: Some(generation) })

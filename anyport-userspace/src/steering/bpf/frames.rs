@@ -29,7 +29,12 @@ fn steering() -> (Ebpf, BpfTable) {
         let rule = format!(r#"{{"prefix": "{prefix}", "protocol": "both", "except": "22"}}"#);
         rules.insert(&serde_json::from_str::<RuleText>(&rule).unwrap().into_rule(Origin::Added)).unwrap();
     }
-    let services = [ServiceSockets { slot: 1, name: "default".parse().unwrap(), groups: [const { None }; 4] }];
+    let services = [ServiceSockets {
+        slot: 1,
+        name: "default".parse().unwrap(),
+        groups: [const { None }; 4],
+        sources: Arc::default(),
+    }];
 
     let mut ebpf = load(false).unwrap();
     // Before the maps' descriptors go.

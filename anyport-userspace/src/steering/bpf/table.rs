@@ -14,7 +14,7 @@ use anyport_common::{
 use aya::maps::Map;
 
 use crate::{
-    rules::{RuleSet, ServiceName},
+    rules::{RuleSet, ServiceName, SourceLists},
     steering::{Plan, ServiceSockets},
     sys::{self, MappedWords, wait_for_running_programs},
     table::{Published, Reader, Segment, Segments, Table},
@@ -39,9 +39,9 @@ pub(super) struct BpfTable {
     current: usize,
     /// Whether programs note packets before they count them.
     is_noted: bool,
-    /// The slots of all services, also those that are gone, since everything was compiled anew: policies that nobody uses
-    /// at the moment still have them.
-    slots: HashMap<ServiceName, u16>,
+    /// The slots of all services and whom they take, also of those that are gone, since everything was compiled anew: policies
+    /// that nobody uses at the moment still have them.
+    slots: HashMap<ServiceName, (u16, Arc<SourceLists>)>,
 }
 
 impl BpfTable {
@@ -57,8 +57,10 @@ impl BpfTable {
 
     /// Puts a plan in force: made aside first, then switched to by a single store.
     pub(super) fn publish(&mut self, plan: &Plan<'_>) -> anyhow::Result<()> {
-        // A service under another slot changes what every rule for it says.
-        let stays = |it: &ServiceSockets| self.slots.get(&it.name).is_none_or(|slot| *slot == it.slot);
+        // A service under another slot, or one that takes others, changes what every rule for it says.
+        let stays = |it: &ServiceSockets| {
+            self.slots.get(&it.name).is_none_or(|(slot, sources)| *slot == it.slot && *sources == it.sources)
+        };
         // Names that come and go are not remembered for ever.
         let are_slots_kept = self.slots.len() < MANY_SLOTS && plan.services.iter().all(stays);
         let made = self.make(plan.rules, plan, are_slots_kept).and_then(|()| self.table.connect());
@@ -73,16 +75,16 @@ impl BpfTable {
         if !are_slots_kept || plan.changed.is_none() {
             self.slots.clear();
         }
-        self.slots.extend(plan.services.iter().map(|it| (it.name.clone(), it.slot)));
+        self.slots.extend(plan.services.iter().map(|it| (it.name.clone(), (it.slot, Arc::clone(&it.sources)))));
         Ok(())
     }
 
     fn make(&mut self, rules: &RuleSet, plan: &Plan<'_>, are_slots_kept: bool) -> anyhow::Result<()> {
-        let slots: HashMap<_, _> = plan.services.iter().map(|it| (&it.name, it.slot)).collect();
-        let slot = |name: &_| slots.get(name).copied().with_context(|| format!("the plan has no service {name}"));
+        let receivers: HashMap<_, _> = plan.services.iter().map(|it| (&it.name, it.receiver())).collect();
+        let find = |name: &_| receivers.get(name).copied().with_context(|| format!("the plan has no service {name}"));
         match plan.changed {
-            Some(prefixes) if are_slots_kept => self.table.change(rules, prefixes, &slot),
-            _ => self.table.make(rules, &slot),
+            Some(prefixes) if are_slots_kept => self.table.change(rules, prefixes, &find),
+            _ => self.table.make(rules, &find),
         }
     }
 

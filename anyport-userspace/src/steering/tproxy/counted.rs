@@ -30,6 +30,7 @@ impl Counted {
         counters.steered += more.steered;
         counters.no_socket += more.no_socket;
         counters.assign_error += more.assign_error;
+        counters.denied += more.denied;
     }
 
     /// Adds all that was counted elsewhere.

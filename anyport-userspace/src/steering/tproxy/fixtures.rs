@@ -29,7 +29,12 @@ pub(super) fn service(name: &str, slot: u16, bound: [Option<&str>; 4]) -> Servic
     let socket = Arc::new(File::open("/dev/null").unwrap().into());
     let group =
         |bound: &str| GroupSocket { cookie: 0, bound: bound.parse().unwrap(), holder: Holder::Us(Arc::clone(&socket)) };
-    ServiceSockets { slot, name: name.parse().unwrap(), groups: bound.map(|bound| bound.map(group)) }
+    ServiceSockets {
+        slot,
+        name: name.parse().unwrap(),
+        groups: bound.map(|bound| bound.map(group)),
+        sources: Arc::default(),
+    }
 }
 
 pub(super) fn services() -> Vec<ServiceSockets> {

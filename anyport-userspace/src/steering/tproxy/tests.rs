@@ -115,7 +115,7 @@ impl Service {
             groups[offset + 1] = Some(group(socket.local_addr().unwrap(), socket.try_clone().unwrap()));
             udp.insert(offset == 0, socket);
         }
-        let sockets = ServiceSockets { slot: 1, name: ServiceName::default_service(), groups };
+        let sockets = ServiceSockets { slot: 1, name: ServiceName::default_service(), groups, sources: Arc::default() };
         Self { sockets, udp }
     }
 

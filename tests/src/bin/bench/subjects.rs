@@ -267,8 +267,12 @@ fn anyport(rules: &Rules, sockets: &Sockets) -> Result<(ProgramFd, Bpf)> {
     }
     let mut set = RuleSet::default();
     set.apply(&Change { removed: Vec::new(), added });
-    let service =
-        ServiceSockets { slot: SERVICE, name: ServiceName::default_service(), groups: sockets.groups(*space)? };
+    let service = ServiceSockets {
+        slot: SERVICE,
+        name: ServiceName::default_service(),
+        groups: sockets.groups(*space)?,
+        sources: Arc::default(),
+    };
     let numbers = 1..u32::try_from(prefixes.len())? + 1;
     bpf.apply(&Plan {
         generation: 1,
