@@ -10,7 +10,7 @@ use std::{
     sync::Arc,
 };
 
-use anyport_common::flow::Flow;
+use anyport_common::flow::{Flow, Transport};
 use proptest::{
     prelude::*,
     test_runner::{Config, TestRunner},
@@ -19,9 +19,9 @@ use proptest::{
 use super::{Bpf, Options, tests::in_new_namespace};
 use crate::{
     rules::{
-        Change, Decision, RuleSet, ServiceName, SourceLists,
+        Change, Decision, Origin, RuleSet, RuleText, ServiceName, SourceLists,
         arbitrary::{SERVICES, flow, rules, source_lists},
-        decide, from_address,
+        decide, from_address, to_address,
     },
     steering::{BackEnd, Decided, Fate, Plan, ServiceSockets, Steering as _},
 };
@@ -130,4 +130,40 @@ fn sk_lookup_decides_as_the_reference() {
 #[test]
 fn tc_decides_as_the_reference() {
     agrees(BackEnd::Tc);
+}
+
+/// Whom a service takes may change while no rule does, even under the same slot.
+#[test]
+fn lists_change_with_the_plan() {
+    in_new_namespace(|| {
+        let directory = tempfile::tempdir().unwrap();
+        let mut bpf = open(BackEnd::SkLookup, &directory.path().join("bpf"));
+        let mut rules = RuleSet::default();
+        let rule = r#"{"prefix": "192.0.2.0/24", "service": "a"}"#;
+        rules.insert(&serde_json::from_str::<RuleText>(rule).unwrap().into_rule(Origin::Added)).unwrap();
+        let (rules, numbers) = numbered(&rules);
+        let address = |text: &str| to_address(text.parse().unwrap());
+        let (source, address) = (address("198.51.100.1"), address("192.0.2.1"));
+        let flow = Flow { source, address, transport: Transport::Tcp, port: 80 };
+        for (generation, denied, fate) in
+            [(1, None, Fate::Drop), (2, Some("198.51.100.0/24"), Fate::Deny), (3, None, Fate::Drop)]
+        {
+            let denied = denied.map(|it| it.parse().unwrap()).into_iter().collect();
+            let sources = Arc::new(SourceLists::new(Vec::new(), denied));
+            let services =
+                [ServiceSockets { slot: 1, name: "a".parse().unwrap(), groups: [const { None }; 4], sources }];
+            let plan = Plan {
+                generation,
+                rules: &rules,
+                changed: (generation > 1).then_some(&[]),
+                fresh: if generation > 1 { &[] } else { std::slice::from_ref(&numbers) },
+                freed: &[],
+                moved: &[],
+                services: &services,
+            };
+            bpf.apply(&plan).unwrap();
+            assert_eq!(bpf.decide(&flow, 40_000).unwrap().fate, fate, "generation {generation}");
+        }
+        Box::new(bpf).detach().unwrap();
+    });
 }
