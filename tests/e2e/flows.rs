@@ -40,6 +40,7 @@ pub(crate) fn trials() -> Vec<Trial> {
     trials.extend(on_each_back_end("flows::batches arrive whole", batches));
     trials.extend(on_each_back_end("flows::idle ones are forgotten", idle));
     trials.push(trial("flows::the least recently used go first", evicted));
+    trials.push(trial("flows::a newcomer gets the descriptors of the oldest", few_descriptors));
     trials.push(trial("flows::who refuses gets no more", refused));
     trials.push(trial("flows::the upstream is told who dialled what", header));
     trials.push(trial("flows::version 1 of the PROXY protocol has no words for them", version_1));
@@ -233,6 +234,23 @@ fn evicted() {
     let counted = lab.daemon.json("services");
     let counted = counted.as_array().expect("services").iter().find(|it| it["name"] == "up4").expect("it");
     assert_eq!((&counted["flows"], &counted["evicted"]), (&21.into(), &17.into()), "{counted}");
+}
+
+/// Of 256 descriptors, a quarter is kept for other things, and a flow takes two.
+fn few_descriptors() {
+    const CLIENTS: u64 = 200;
+    let lab = Lab::with("sk-lookup", |setup| setup.args(["--workers", "1"]).through(["prlimit", "--nofile=256:256"]));
+    let upstreams = same_port();
+    serve(&lab, &[&upstreams[0]], "");
+    witness(&lab, at(SERVER[0], PORT));
+    for number in 0..CLIENTS {
+        // Asked once, and answered.
+        let _ = seen(&client(&lab, at(ONE[0], PORT)), &format!("client {number}"));
+    }
+    let counted = lab.daemon.json("services");
+    let counted = counted.as_array().expect("services").iter().find(|it| it["name"] == "up4").expect("it");
+    assert_eq!((&counted["flows"], &counted["unforwarded"]), (&CLIENTS.into(), &0.into()), "{counted}");
+    assert!(counted["evicted"].as_u64() >= Some(CLIENTS - 96), "{counted}");
 }
 
 /// One of two upstreams is not there: its host says so, and the flow's next datagram goes to the other one.

@@ -90,7 +90,8 @@ struct Flow {
     to_upstream: AtomicU64,
     to_client: AtomicU64,
     tasks: Mutex<Vec<AbortHandle>>,
-    _pass: Pass,
+    /// Nothing once its place is another's.
+    pass: Mutex<Option<Pass>>,
 }
 
 impl Used for Flow {
@@ -218,7 +219,7 @@ impl Shared {
             to_upstream: AtomicU64::new(0),
             to_client: AtomicU64::new(0),
             tasks: Mutex::default(),
-            _pass: pass,
+            pass: Mutex::new(Some(pass)),
         });
         let gone = {
             let mut flows = lock(&self.flows);
@@ -246,6 +247,10 @@ impl Shared {
         let oldest = lock(&self.flows).remove_oldest();
         if let Some(gone) = oldest {
             self.evicted(&gone);
+            // Its sockets are closed when its tasks have their turn. Until then there are some more than the pool knows of, which has
+            // left enough.
+            let place = lock(&gone.pass).take();
+            drop(place);
         }
         self.gate.admit(client)
     }
