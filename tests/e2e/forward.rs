@@ -31,7 +31,7 @@ const LARGE: u64 = 1 << 30;
 /// a quarter of its 20,000 for other things, and two of this process.
 const IDLE: usize = 5_000;
 /// Most memory of the daemon that an idle connection may take, in bytes of the unoptimised program.
-const IDLE_MEMORY: usize = 8 << 10;
+const IDLE_MEMORY: usize = 2 << 10;
 
 pub(crate) fn trials() -> Vec<Trial> {
     let mut trials = Vec::new();
