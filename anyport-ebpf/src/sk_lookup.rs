@@ -10,7 +10,10 @@ use anyport_common::{
 };
 use aya_ebpf::{
     EbpfContext as _,
-    bindings::sk_action::{SK_DROP, SK_PASS},
+    bindings::{
+        BPF_SK_LOOKUP_F_REPLACE,
+        sk_action::{SK_DROP, SK_PASS},
+    },
     helpers::{bpf_sk_assign, bpf_sk_release},
     programs::SkLookupContext,
 };
@@ -53,7 +56,9 @@ fn assign(ctx: &SkLookupContext, flow: &Flow, rule: u32, service: u16, is_asked:
     };
     // SAFETY: the socket is referenced until it is released below; both pointers are the kernel's own.
     let error = unsafe {
-        let error = bpf_sk_assign(ctx.as_ptr(), socket.as_ptr().cast(), 0);
+        // Another program may have been attached before and have selected a socket. A rule wins over that, as it does
+        // over the host's own sockets (Documentation/bpf/prog_sk_lookup.rst: the last selection counts if it replaces).
+        let error = bpf_sk_assign(ctx.as_ptr(), socket.as_ptr().cast(), BPF_SK_LOOKUP_F_REPLACE.into());
         bpf_sk_release(socket.as_ptr().cast());
         error
     };

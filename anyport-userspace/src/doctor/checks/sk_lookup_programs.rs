@@ -23,11 +23,11 @@ pub(super) fn look(host: &Host) -> anyhow::Result<Vec<Finding>> {
         return Ok(Vec::new());
     }
     let finding = format!("other sk_lookup programs look sockets up beside anyport's: {}", list_of(&others));
-    let why = "The first that selects a socket for a packet wins, unless a later one replaces it on purpose: what is steered may \
-               get their sockets. `assign_error` in `anyportctl services --json` counts where they came first.";
+    let why = "Anyport's choice of a socket replaces theirs, unless they were attached later and replace it on purpose \
+               (BPF_SK_LOOKUP_F_REPLACE).";
     let step = "see that they select nothing in steered prefixes, or take them away: `bpftool link` shows the links (type netns), \
                 `bpftool link detach id ID` ends one";
-    Ok(vec![Finding::warning(finding, why).by_hand(step)])
+    Ok(vec![Finding::note(finding, why).by_hand(step)])
 }
 
 fn full(attached: usize) -> Option<Finding> {

@@ -105,7 +105,7 @@ impl Hook for SkLookupHook {
             let netns = File::open("/proc/thread-self/ns/net").context("open the network namespace")?;
             let link = program.attach(netns).context(
                 "attach the sk_lookup program to the network namespace (which takes 64 such programs at most; \
-                 bpftool net lists them)",
+                 bpftool link lists them)",
             )?;
             let link = program.take_link(link).context("take the sk_lookup link over")?;
             self.link = Some(MaybePinned::No(link.into()));
