@@ -67,7 +67,7 @@ impl Lock {
                 Err(error) => return Err(error).context("take the lock of this network namespace"),
             }
             match holder_of_lock().filter(is_daemon) {
-                // A daemon was killed while it was starting a tool, which has its descriptors for a moment more.
+                // A daemon was killed, and is not quite gone; or a tool that it was starting has its descriptors for a moment more.
                 Some(holder) if is_gone(holder.pid()) => thread::sleep(PAUSE),
                 Some(holder) => return Err(already_running(&holder.pid().to_string())),
                 None => {
@@ -112,7 +112,13 @@ impl Lock {
 
 fn is_gone(pid: i32) -> bool {
     // Processes of other namespaces show as 0.
-    pid != 0 && kill(Pid::from_raw(pid), None) == Err(Errno::ESRCH)
+    pid != 0 && (kill(Pid::from_raw(pid), None) == Err(Errno::ESRCH) || is_ending(pid))
+}
+
+/// Whether it will run no more, by proc_pid_stat(5): its first thread may be a zombie while others are still about to end.
+fn is_ending(pid: i32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit_once(") ").is_some_and(|(_, state)| state.starts_with(['Z', 'X']))
 }
 
 fn lock_file() -> anyhow::Result<Lock> {

@@ -352,6 +352,8 @@ pub fn kill_all(keeper: Pid) {
         wait_for("end of a killed server", Duration::from_secs(10), || {
             match fs::read_to_string(format!("/proc/{pid}/stat")) {
                 Ok(stat) if !stat.contains(") Z ") => Err(stat),
+                // The first thread has ended; the others hold everything until they have.
+                Ok(stat) if fs::read_dir(format!("/proc/{pid}/task")).is_ok_and(|tasks| tasks.count() > 1) => Err(stat),
                 _ => Ok(()),
             }
         });

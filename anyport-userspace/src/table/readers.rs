@@ -25,8 +25,11 @@ impl Published {
 
     /// Puts another generation in force.
     pub fn publish(&self, reader: Reader) {
-        let former = self.current.swap(Arc::new(reader));
-        self.former.lock().unwrap_or_else(PoisonError::into_inner).push(former);
+        let replaced = self.current.swap(Arc::new(reader));
+        let mut former = self.former.lock().unwrap_or_else(PoisonError::into_inner);
+        former.push(replaced);
+        // Whoever began to read one before has a count of its own since the swap.
+        former.retain(|it| Arc::strong_count(it) > 1);
     }
 
     /// Waits until nobody reads a former generation.
@@ -35,5 +38,24 @@ impl Published {
         while former.iter().any(|it| Arc::strong_count(it) > 1) {
             thread::sleep(Duration::from_micros(50));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Published, Reader};
+
+    #[test]
+    fn only_what_is_read_is_kept() {
+        let published = Published::default();
+        published.read(|_| {
+            for _ in 0..100 {
+                published.publish(Reader::default());
+            }
+            assert_eq!(published.former.lock().unwrap().len(), 1, "the one that is read");
+        });
+        published.publish(Reader::default());
+        assert_eq!(published.former.lock().unwrap().len(), 0);
+        published.wait_for_readers();
     }
 }
