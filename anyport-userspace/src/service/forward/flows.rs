@@ -41,7 +41,7 @@ impl<F: Used> Flows<F> {
 
     /// Adds a flow that is not there. Returns the one that had to go for it.
     pub(super) fn insert(&mut self, ends: Ends, flow: Arc<F>) -> Option<Arc<F>> {
-        let gone = if self.by_ends.len() >= self.limit { self.remove_oldest() } else { None };
+        let gone = if self.by_ends.len() >= self.limit { self.remove_oldest(|_| true) } else { None };
         self.row.push_back((flow.last_used(), ends, Arc::downgrade(&flow)));
         self.by_ends.insert(ends, flow);
         gone
@@ -80,25 +80,31 @@ impl<F: Used> Flows<F> {
         gone
     }
 
-    /// Removes the flow that was not used for the longest time, among those that come first in the row.
-    pub(super) fn remove_oldest(&mut self) -> Option<Arc<F>> {
+    /// Removes the flow that was not used for the longest time, among those that come first in the row and may go.
+    pub(super) fn remove_oldest(&mut self, may_go: impl Fn(&Ends) -> bool) -> Option<Arc<F>> {
         let mut seen = Vec::with_capacity(LOOKED_AT);
         while seen.len() < LOOKED_AT
             && let Some((time, ends, flow)) = self.row.pop_front()
         {
             let Some(flow) = self.alive(&ends, &flow) else { continue };
             let last_used = flow.last_used();
-            seen.push((last_used, ends, flow));
-            if last_used <= time {
+            seen.push((time, last_used, ends, flow));
+            if last_used <= time && may_go(&ends) {
                 // Not used since, and all that follow have a later time.
                 break;
             }
         }
-        let oldest = (0..seen.len()).min_by_key(|at| seen[*at].0)?;
-        let (_, ends, _) = seen.remove(oldest);
-        for (last_used, ends, flow) in seen {
-            self.row.push_back((last_used, ends, Arc::downgrade(&flow)));
+        let oldest = (0..seen.len()).filter(|at| may_go(&seen[*at].2)).min_by_key(|at| seen[*at].1);
+        let gone = oldest.map(|at| seen.remove(at));
+        for (time, last_used, ends, flow) in seen.into_iter().rev() {
+            let flow = Arc::downgrade(&flow);
+            if last_used <= time {
+                self.row.push_front((time, ends, flow));
+            } else {
+                self.row.push_back((last_used, ends, flow));
+            }
         }
+        let (_, _, ends, _) = gone?;
         self.by_ends.remove(&ends)
     }
 
@@ -147,6 +153,21 @@ mod tests {
         assert_eq!(flows.insert(ends(6), at(13)).unwrap().last_used(), 10);
         assert_eq!(flows.len(), 3);
         assert!(flows.get(&ends(4)).is_some() && flows.get(&ends(1)).is_none());
+    }
+
+    #[test]
+    fn only_those_go_that_may() {
+        let mut flows = Flows::new(100);
+        for port in 1..=4 {
+            flows.insert(ends(port), at(port.into()));
+        }
+        let mut gone = |ports: &[u16]| {
+            let may_go = |it: &Ends| ports.contains(&it.client.port());
+            flows.remove_oldest(may_go).map(|it| it.last_used())
+        };
+        assert_eq!((gone(&[7]), gone(&[3, 2]), gone(&[2])), (None, Some(2), None));
+        // The others are where they were.
+        assert_eq!(flows.expire(4).iter().map(|it| it.last_used()).collect::<Vec<_>>(), [1, 3]);
     }
 
     #[test]

@@ -38,7 +38,7 @@ use crate::{
     service::{
         Family,
         datagram::Ends,
-        limits::{Gate, Pass, Refused},
+        limits::{self, Gate, Pass, Refused},
         lock,
         log::{ConnectionLog, Entry},
         sockets::set_transparent,
@@ -241,17 +241,20 @@ impl Shared {
     fn admit(&self, ends: Ends) -> Result<Pass, Refused> {
         let client = ends.client.ip();
         let admitted = self.gate.admit(client);
-        if !matches!(admitted, Err(Refused::Total)) {
-            return admitted;
-        }
-        let oldest = lock(&self.flows).remove_oldest();
-        if let Some(gone) = oldest {
-            self.evicted(&gone);
-            // Its sockets are closed when its tasks have their turn. Until then there are some more than the pool knows of, which has
-            // left enough.
-            let place = lock(&gone.pass).take();
-            drop(place);
-        }
+        let oldest = match admitted {
+            // A resolver has a flow for each question, so its old ones go, where they are among the oldest of all.
+            Err(Refused::Source) => {
+                lock(&self.flows).remove_oldest(|it| limits::is_same_source(it.client.ip(), client))
+            }
+            Err(Refused::Total) => lock(&self.flows).remove_oldest(|_| true),
+            _ => return admitted,
+        };
+        let Some(gone) = oldest else { return admitted };
+        self.evicted(&gone);
+        // Its sockets are closed when its tasks have their turn. Until then there are some more than the pool knows of, which has
+        // left enough.
+        let place = lock(&gone.pass).take();
+        drop(place);
         self.gate.admit(client)
     }
 

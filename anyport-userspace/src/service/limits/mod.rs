@@ -47,6 +47,11 @@ pub(super) enum Refused {
     Rate,
 }
 
+/// Whether two addresses are taken for one source.
+pub(super) fn is_same_source(one: IpAddr, other: IpAddr) -> bool {
+    Source::of(one.to_canonical()) == Source::of(other.to_canonical())
+}
+
 /// Counts of those that were not let in.
 #[derive(Debug, Default)]
 pub(super) struct Refusals {
