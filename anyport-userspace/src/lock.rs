@@ -115,7 +115,7 @@ fn is_gone(pid: i32) -> bool {
     pid != 0 && (kill(Pid::from_raw(pid), None) == Err(Errno::ESRCH) || is_ending(pid))
 }
 
-/// Whether it will run no more, by proc_pid_stat(5): its first thread may be a zombie while others are still about to end.
+/// Whether it will run no more, by `proc_pid_stat(5)`: its first thread may be a zombie while others are still about to end.
 fn is_ending(pid: i32) -> bool {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     stat.rsplit_once(") ").is_some_and(|(_, state)| state.starts_with(['Z', 'X']))

@@ -251,8 +251,9 @@ fn few_descriptors() {
     }
     let counted = lab.daemon.json("services");
     let counted = counted.as_array().expect("services").iter().find(|it| it["name"] == "up4").expect("it");
-    assert_eq!((&counted["flows"], &counted["unforwarded"]), (&CLIENTS.into(), &0.into()), "{counted}");
-    assert!(counted["evicted"].as_u64() >= Some(CLIENTS - 96), "{counted}");
+    // Now and then a client has the port of one whose flow is still there.
+    assert_eq!((&counted["answered"], &counted["unforwarded"]), (&CLIENTS.into(), &0.into()), "{counted}");
+    assert!(counted["evicted"].as_u64() >= Some(CLIENTS / 4), "{counted}");
 }
 
 /// One of two upstreams is not there: its host says so, and the flow's next datagram goes to the other one.

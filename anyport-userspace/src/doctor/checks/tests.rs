@@ -23,7 +23,8 @@ fn daemon(backend: &str, workers: usize) -> Daemon {
     let status = json!({
         "version": "0.1.0", "pid": 1, "backend": backend, "backends": [], "generation": 1, "workers": workers,
         "rules": 1, "max_rules": 1, "bytes": 0, "services": 1, "interfaces": [], "draining": [], "degraded": [],
-        "totals": {"steered": 0, "dropped": 0, "unmatched": 0, "active": 0, "listen_drops": 0, "receive_drops": 0},
+        "totals": {"steered": 0, "dropped": 0, "denied": 0, "refused": 0, "unmatched": 0, "active": 0, "listen_drops": 0,
+            "receive_drops": 0},
     });
     let steered = Steered {
         prefix: "192.0.2.0/24".parse().unwrap(),

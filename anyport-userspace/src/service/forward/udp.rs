@@ -243,9 +243,7 @@ impl Shared {
         let admitted = self.gate.admit(client);
         let oldest = match admitted {
             // A resolver has a flow for each question, so its old ones go, where they are among the oldest of all.
-            Err(Refused::Source) => {
-                lock(&self.flows).remove_oldest(|it| limits::is_same_source(it.client.ip(), client))
-            }
+            Err(Refused::Share) => lock(&self.flows).remove_oldest(|it| limits::is_same_source(it.client.ip(), client)),
             Err(Refused::Total) => lock(&self.flows).remove_oldest(|_| true),
             _ => return admitted,
         };

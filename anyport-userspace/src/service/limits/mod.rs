@@ -39,6 +39,9 @@ pub(super) enum Refused {
     /// The source has as many as it may have.
     #[error("the source has as many connections and flows as it may have")]
     Source,
+    /// The source has its share, where it has no limit of its own.
+    #[error("the source has its share of connections and flows")]
+    Share,
     /// The service does not take the source.
     #[error("the service does not take the source")]
     Denied,
@@ -67,7 +70,7 @@ impl Refusals {
         let count = match why {
             Refused::Total => &self.total,
             Refused::Service => &self.service,
-            Refused::Source => &self.source,
+            Refused::Source | Refused::Share => &self.source,
             Refused::Rate => &self.rate,
             Refused::Denied => &self.denied,
         };
@@ -81,6 +84,8 @@ pub(super) struct Room {
     /// How many may still come, if that is limited.
     free: Option<AtomicUsize>,
     per_source: Option<NonZeroU32>,
+    /// Whether that is a share rather than a limit that somebody has set.
+    is_share: bool,
     sources: Sources,
     when_full: Refused,
 }
@@ -90,6 +95,7 @@ impl Room {
         Self {
             free: limits.max_connections.map(|most| AtomicUsize::new(most.get() as usize)),
             per_source: limits.max_connections_per_source,
+            is_share: limits.max_connections_per_source.is_none(),
             sources: Sources::new(limits.accept_rate_per_source),
             when_full,
         }
@@ -106,7 +112,8 @@ impl Room {
         let most = most.get() as usize;
         let share = u32::try_from(most * SHARE / (SHARE + 1)).ok().and_then(NonZeroU32::new).unwrap_or(NonZeroU32::MIN);
         let max_connections_per_source = limits.max_connections_per_source.or(Some(share));
-        Arc::new(Self::new(Limits { max_connections_per_source, ..Limits::default() }, Refused::Service))
+        let room = Self::new(Limits { max_connections_per_source, ..Limits::default() }, Refused::Service);
+        Arc::new(Self { is_share: limits.max_connections_per_source.is_none(), ..room })
     }
 
     /// Lets one in, with what `take` finds for it; `spare` is for how many that is there. Without a source it is counted in
@@ -135,7 +142,11 @@ impl Room {
         }
         // The last place is for who has none.
         let most = self.per_source.map_or((free - 1).saturating_mul(SHARE).max(1), |most| most.get() as usize);
-        if held < most { Ok(()) } else { Err(Refused::Source) }
+        match (held < most, self.is_share) {
+            (true, _) => Ok(()),
+            (false, true) => Err(Refused::Share),
+            (false, false) => Err(Refused::Source),
+        }
     }
 
     fn take_place(&self) -> Result<(), Refused> {

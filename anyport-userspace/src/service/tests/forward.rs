@@ -97,14 +97,14 @@ fn tells_upstreams_who_dialled_what() {
 fn what_the_client_has_said_leaves_with_the_header() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let upstreams = [listener.local_addr().unwrap().to_string()];
-    let text = format!("name = \"test\"\nhandler = \"forward\"\nupstreams = {upstreams:?}\nproxy-protocol = \"v1\"");
-    let scene = Scene::of(toml::from_str(&text).unwrap(), DescriptorPool::new(2), |_, _| false);
-    let first = scene.dial(0);
-    let accepted = listener.accept().unwrap();
-    // It is accepted when the first one has ended, and so has said something by then.
-    let mut second = scene.dial(0);
-    second.write_all(b"early words").unwrap();
-    drop((first, accepted));
+    let scene = scene(&upstreams, "proxy-protocol = \"v1\"");
+    // It is accepted when the workers have time again, and has said something by then.
+    for worker in scene.workers.handles().iter() {
+        worker.spawn(async { thread::sleep(Duration::from_millis(300)) });
+    }
+    thread::sleep(Duration::from_millis(50));
+    let mut client = scene.dial(0);
+    client.write_all(b"early words").unwrap();
     let (mut stream, _) = listener.accept().unwrap();
     let mut packet = [0; 200];
     let length = stream.read(&mut packet).unwrap();

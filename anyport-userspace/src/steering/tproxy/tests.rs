@@ -413,9 +413,12 @@ fn many_prefixes_go_through_sets() {
         let mut tproxy = Tproxy::open().unwrap();
         tproxy.apply(&rules.all()).unwrap();
         drop(tproxy);
+        // What was left is in force until the first plan, and nothing of it afterwards.
+        let left = kernel_state();
         let mut tproxy = Tproxy::open().unwrap();
-        assert_eq!(kernel_state(), before);
+        assert_eq!(kernel_state(), left);
         tproxy.apply(&rules.all()).unwrap();
+        assert_eq!(steered(&tproxy), [0; 6]);
         Box::new(tproxy).detach().unwrap();
         assert_eq!(kernel_state(), before);
     });
