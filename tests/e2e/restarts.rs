@@ -13,10 +13,10 @@ use std::{
 };
 
 use anyport_tests::{
-    daemon::{Daemon, LogOnPanic},
+    daemon::LogOnPanic,
     dial::{PATIENCE, any, expect_tcp_hello, expect_tcp_line, tcp, udp, udp_over},
     ground::{program, public_copy, scratch},
-    host::{Outcome, wait_for},
+    host::wait_for,
     random::Random,
     steady::{Loss, Tally, dial_during},
     systemd::Systemd,
@@ -85,22 +85,7 @@ fn copy(directory: &Path, name: &str) -> PathBuf {
     copy
 }
 
-fn take_over(daemon: &Daemon, executable: &Path) -> Outcome {
-    let mut command = Command::new(executable);
-    command.arg("--takeover").arg("--socket").arg(daemon.socket()).env("ANYPORT_CONFIG", "/dev/null");
-    daemon.namespace().output(&mut command)
-}
-
-fn wait_for_successor(daemon: &Daemon, before: nix::unistd::Pid) {
-    wait_for("another process that serves", Duration::from_secs(20), || {
-        let outcome = daemon.ctl(&["status", "--json"]);
-        let is_other = outcome.status == 0 && !outcome.stdout.contains(&format!("\"pid\":{before},"));
-        if is_other { Ok(()) } else { Err(outcome.to_string()) }
-    });
-}
-
-/// Connections that it has accepted die with the process. There is one at most for each worker that it has not yet answered; all others
-/// wait.
+/// Connections that it has accepted and not answered die with the process, one of each client at most. All others wait.
 fn crashes(backend: &'static str) {
     let mut lab = lab(backend);
     let mut random = Random::new(backend);
@@ -110,7 +95,7 @@ fn crashes(backend: &'static str) {
             sleep(Duration::from_micros(random.below(50_000) as u64));
             let pid = lab.daemon.pid();
             kill(pid, Signal::SIGKILL).expect("SIGKILL to the process that serves");
-            wait_for_successor(&lab.daemon, pid);
+            lab.daemon.wait_for_successor(pid);
         }
         wait_for_more(served);
     });
@@ -129,7 +114,7 @@ fn upgrades(backend: &'static str) {
         for (round, version) in (0..UPGRADES).zip(versions.iter().cycle()) {
             wait_for_more(served);
             let before = lab.daemon.pid();
-            let outcome = take_over(&lab.daemon, version);
+            let outcome = lab.daemon.take_over(version);
             assert!(outcome.status == 0, "upgrade {round}: {outcome}");
             let serving = fs::read_link(format!("/proc/{}/exe", lab.daemon.pid())).expect("what serves");
             assert!(serving == *version && lab.daemon.pid() != before, "{} serves", serving.display());
@@ -173,7 +158,7 @@ fn established(backend: &'static str) {
 
     let before = lab.daemon.pid();
     let directory = scratch();
-    let outcome = take_over(&lab.daemon, &copy(directory.path(), "next"));
+    let outcome = lab.daemon.take_over(&copy(directory.path(), "next"));
     assert!(outcome.status == 0, "{outcome}");
     assert!(lab.daemon.servers().contains(&before) && lab.daemon.pid() != before);
     expect_tcp_line(&mut stream, "after\n");
@@ -200,7 +185,7 @@ fn failed_upgrade(backend: &'static str) {
     let tally = dial_while(&lab, |served| {
         wait_for_more(served);
         kill(lab.daemon.keeper(), Signal::SIGUSR2).expect("SIGUSR2 to the keeper");
-        wait_for_successor(&lab.daemon, pid);
+        lab.daemon.wait_for_successor(pid);
         wait_for_more(served);
     });
     assert!(tally.failures.is_empty(), "{} of {}:{}", tally.failures.len(), tally.served, tally.sample());
@@ -220,7 +205,7 @@ fn refused_upgrade() {
     let next = copy(directory.path(), "next");
     let before = lab.daemon.pid();
     let expect = |named: &str| {
-        let outcome = take_over(&lab.daemon, &next);
+        let outcome = lab.daemon.take_over(&next);
         assert!(outcome.status == 1 && outcome.stderr.contains(named), "{outcome}");
         assert!(outcome.stderr.contains("the one that serves goes on"), "{outcome}");
         assert_eq!(lab.daemon.pid(), before);
@@ -264,7 +249,7 @@ fn workers() {
         for (count, expected) in [(3, 12), (2, 12)] {
             wait_for_more(served);
             write(count);
-            let outcome = take_over(&lab.daemon, &next);
+            let outcome = lab.daemon.take_over(&next);
             assert!(outcome.status == 0, "{outcome}");
             assert_eq!(lab.daemon.json("status")["workers"], count);
             assert_eq!(sockets(), expected);
@@ -282,7 +267,7 @@ fn deadline() {
     let mut stream = lab.topology.client.enter(|| tcp(at("192.0.2.7", 7))).expect("a connection");
     expect_tcp_line(&mut stream, "before\n");
     let directory = scratch();
-    let outcome = take_over(&lab.daemon, &copy(directory.path(), "next"));
+    let outcome = lab.daemon.take_over(&copy(directory.path(), "next"));
     assert!(outcome.status == 0, "{outcome}");
     expect_tcp_line(&mut stream, "after\n");
     let mut rest = Vec::new();

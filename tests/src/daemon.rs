@@ -199,6 +199,22 @@ impl Daemon {
         children(self.keeper())
     }
 
+    /// Has another executable of the daemon take over.
+    pub fn take_over(&self, executable: &Path) -> Outcome {
+        let mut command = Command::new(executable);
+        command.arg("--takeover").arg("--socket").arg(self.socket()).env("ANYPORT_CONFIG", "/dev/null");
+        self.namespace().output(&mut command)
+    }
+
+    /// Waits until another process than `before` serves.
+    pub fn wait_for_successor(&self, before: Pid) {
+        wait_for("another process that serves", Duration::from_secs(30), || {
+            let outcome = self.ctl(&["status", "--json"]);
+            let is_other = outcome.status == 0 && !outcome.stdout.contains(&format!("\"pid\":{before},"));
+            if is_other { Ok(()) } else { Err(outcome.to_string()) }
+        });
+    }
+
     /// The control socket.
     pub fn socket(&self) -> PathBuf {
         self.directory.path().join("anyportd.sock")

@@ -134,7 +134,7 @@ impl Acceptor {
             Ok(pass) => pass,
             Err(why) => {
                 site.counts.refused.raise(why);
-                return reset_at_end(&socket);
+                return stream::reset(&socket);
             }
         };
         let Ok(Some(dialled)) = socket.local_addr().map(|address| address.as_socket()) else { return };
@@ -143,12 +143,6 @@ impl Acceptor {
         let open = Open { site: Arc::clone(site), logged: site.log.begin(), _pass: pass };
         Connections::start(Connection::new(open, socket, ends));
     }
-}
-
-/// Has a connection be closed by a reset, which leaves nothing of it behind.
-fn reset_at_end(socket: &Socket) {
-    // It fails on a connection that is gone already.
-    socket.set_linger(Some(Duration::ZERO)).ok();
 }
 
 fn accept(listener: &Socket) -> io::Result<(Socket, SocketAddr)> {

@@ -4,7 +4,6 @@
 use std::{
     fs,
     path::{Path, PathBuf},
-    process::Command,
     sync::atomic::{AtomicU64, Ordering::Relaxed},
     thread::sleep,
     time::{Duration, Instant},
@@ -158,17 +157,11 @@ fn happen(daemon: &Daemon, event: Event, version: &Path) {
         Event::Restart => kill(daemon.keeper(), Signal::SIGUSR2).expect("SIGUSR2 to the keeper"),
         Event::Crash => kill(before, Signal::SIGKILL).expect("SIGKILL to the server"),
         Event::Upgrade => {
-            let mut command = Command::new(version);
-            command.arg("--takeover").arg("--socket").arg(daemon.socket()).env("ANYPORT_CONFIG", "/dev/null");
-            let outcome = daemon.namespace().output(&mut command);
+            let outcome = daemon.take_over(version);
             assert!(outcome.status == 0, "upgrade: {outcome}");
         }
     }
-    wait_for("another server", PATIENCE, || {
-        let outcome = daemon.ctl(&["status", "--json"]);
-        let is_other = outcome.status == 0 && !outcome.stdout.contains(&format!("\"pid\":{before},"));
-        if is_other { Ok(()) } else { Err(outcome.to_string()) }
-    });
+    daemon.wait_for_successor(before);
 }
 
 fn holdings(daemon: &Daemon) -> Holdings {
