@@ -40,6 +40,7 @@ pub(crate) fn trials() -> Vec<Trial> {
     trials.extend(on_each_back_end("flows::batches arrive whole", batches));
     trials.extend(on_each_back_end("flows::idle ones are forgotten", idle));
     trials.push(trial("flows::the least recently used go first", evicted));
+    trials.push(trial("flows::answered questions end a flow", responses));
     trials.push(trial("flows::a newcomer gets the descriptors of the oldest", few_descriptors));
     trials.push(trial("flows::who refuses gets no more", refused));
     trials.push(trial("flows::the upstream is told who dialled what", header));
@@ -236,6 +237,25 @@ fn evicted() {
     // A source has four fifths of the flows, and its oldest one goes for another.
     assert_eq!((&counted["flows"], &counted["evicted"]), (&21.into(), &18.into()), "{counted}");
     assert_eq!(counted["refused_source"], 0, "{counted}");
+}
+
+/// A flow is over when each question has as many answers as were told.
+fn responses() {
+    for responses in [1, 2] {
+        let lab = Lab::with("sk-lookup", |setup| setup.args(["--workers", "1"]));
+        let upstreams = same_port();
+        serve(&lab, &[&upstreams[0]], &format!("--udp responses={responses}"));
+        witness(&lab, at(SERVER[0], PORT));
+        let socket = client(&lab, at(ONE[0], PORT));
+        for number in 0..10 {
+            // The witness answers each question once.
+            let _ = seen(&socket, &format!("question {number}"));
+        }
+        let counted = lab.daemon.json("services");
+        let counted = counted.as_array().expect("services").iter().find(|it| it["name"] == "up4").expect("it");
+        let flows = if responses == 1 { 10 } else { 1 };
+        assert_eq!((&counted["flows"], &counted["answered"]), (&flows.into(), &10.into()), "{counted}");
+    }
 }
 
 /// Of 256 descriptors, a quarter is kept for other things, and a flow takes two.

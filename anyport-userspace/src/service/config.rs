@@ -238,7 +238,7 @@ pub(crate) struct ServiceTable {
     #[arg(long, value_name = "KEY=VALUE,...", value_parser = table_of_words::<TcpOptions>)]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     tcp: Option<TcpOptions>,
-    /// How datagrams are forwarded [default: idle-timeout=30s,max-flows=16384]
+    /// How datagrams are forwarded [default: idle-timeout=30s,max-flows=16384; also responses=N]
     #[arg(long, value_name = "KEY=VALUE,...", value_parser = table_of_words::<UdpOptions>)]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     udp: Option<UdpOptions>,

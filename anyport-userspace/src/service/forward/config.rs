@@ -246,11 +246,15 @@ pub struct UdpOptions {
     pub idle_timeout: Span,
     /// Most flows at a time; the least recently used go first.
     pub max_flows: NonZeroU32,
+    /// A flow is over when so many datagrams have come for each one that was sent to the upstream; without, only when it is idle.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub responses: Option<NonZeroU32>,
 }
 
 impl Default for UdpOptions {
     fn default() -> Self {
-        Self { idle_timeout: Span::seconds(30), max_flows: NonZeroU32::MIN.saturating_add((1 << 14) - 1) }
+        let max_flows = NonZeroU32::MIN.saturating_add((1 << 14) - 1);
+        Self { idle_timeout: Span::seconds(30), max_flows, responses: None }
     }
 }
 

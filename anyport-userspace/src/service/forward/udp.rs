@@ -89,6 +89,9 @@ struct Flow {
     /// Bytes.
     to_upstream: AtomicU64,
     to_client: AtomicU64,
+    /// Datagrams.
+    questions: AtomicU64,
+    answers: AtomicU64,
     tasks: Mutex<Vec<AbortHandle>>,
     /// Nothing once its place is another's.
     pass: Mutex<Option<Pass>>,
@@ -143,8 +146,8 @@ impl UdpForwarder {
             batch.put(datagram);
             let known = lock(&shared.flows).get(&ends).cloned();
             if let Some(flow) = known {
-                // The client goes on, so it is worth a socket.
-                if flow.client.get().is_none() {
+                // The client goes on, so it is worth a socket; one that ends with an answer would lose what waits in it.
+                if flow.client.get().is_none() && shared.forwarder.config.udp.responses.is_none() {
                     shared.connect_to_client(&flow);
                 }
                 if shared.send_to_upstream(&flow, batch).is_ok() {
@@ -218,6 +221,8 @@ impl Shared {
             logged: self.log.begin(),
             to_upstream: AtomicU64::new(0),
             to_client: AtomicU64::new(0),
+            questions: AtomicU64::new(0),
+            answers: AtomicU64::new(0),
             tasks: Mutex::default(),
             pass: Mutex::new(Some(pass)),
         });
@@ -287,6 +292,7 @@ impl Shared {
         };
         flow.chosen.0.traffic.add(sent.bytes, 0);
         flow.to_upstream.fetch_add(sent.bytes, Relaxed);
+        flow.questions.fetch_add(sent.datagrams, Relaxed);
         // What came back by ICMP for an earlier datagram; other errors are of one datagram.
         if let Some(error @ (libc::ECONNREFUSED | libc::EHOSTUNREACH | libc::ENETUNREACH)) = sent.error {
             let error = io::Error::from_raw_os_error(error);
@@ -297,7 +303,7 @@ impl Shared {
         Ok(())
     }
 
-    fn send_to_client(&self, flow: &Flow, batch: &Batch) {
+    fn send_to_client(&self, flow: &Arc<Flow>, batch: &Batch) {
         flow.last_used.store(moment(), Relaxed);
         let sent = match flow.client.get() {
             Some(Some(client)) => batch.send(client),
@@ -307,6 +313,12 @@ impl Shared {
         flow.to_client.fetch_add(sent.bytes, Relaxed);
         self.worker.counts.answered.add(sent.datagrams);
         self.worker.counts.unsent.add(sent.lost);
+        let arrived = sent.datagrams + sent.lost;
+        let answers = flow.answers.fetch_add(arrived, Relaxed) + arrived;
+        let is_answered = |responses| answers >= flow.questions.load(Relaxed).saturating_mul(responses);
+        if self.forwarder.config.udp.responses.map(|it| u64::from(it.get())).is_some_and(is_answered) {
+            self.end(flow, &"answered");
+        }
     }
 
     /// Through the sockets that all answers share.

@@ -47,8 +47,8 @@ pub(crate) struct Options {
 const LENGTH: usize = 100;
 /// Where nginx waits for flows that are kept, and for those of one question.
 const NGINX: [u16; 2] = [8_200, 8_201];
-/// What anyport answers for.
-const DIALLED: &str = "192.0.2.1";
+/// What anyport answers for, in the same order.
+const DIALLED: [&str; 2] = ["192.0.2.1", "192.0.2.2"];
 /// Before anything counts.
 const WARM_UP: Duration = Duration::from_millis(200);
 /// After this, a datagram is taken for lost.
@@ -141,8 +141,10 @@ impl Lab {
         let nginx = Running::start(&topology.host, on_first_cpu("nginx").arg("-c").arg(config));
         let daemon = Setup::new(&topology.host, "sk-lookup").through(["taskset", "--cpu-list", "0"]);
         let daemon = daemon.args(["--workers", "1"]).start();
-        daemon.ok(&format!("add-service udp --handler forward --upstream {}:{ECHO}", SERVER[0]));
-        daemon.ok(&format!("add-prefix {DIALLED}/32 --protocol udp --service udp"));
+        for (dialled, more) in DIALLED.iter().zip(["", "--udp responses=1"]) {
+            daemon.ok(&format!("add-service to-{dialled} --handler forward --upstream {}:{ECHO} {more}", SERVER[0]));
+            daemon.ok(&format!("add-prefix {dialled}/32 --protocol udp --service to-{dialled}"));
+        }
         let lab = Self { topology, nginx, daemon, _upstream: upstream, _directory: directory };
         for kind in [Kind::Direct, Kind::Nginx, Kind::Anyport] {
             for load in LOADS {
@@ -192,7 +194,7 @@ fn target(kind: Kind, load: Load) -> SocketAddr {
     let (address, port) = match kind {
         Kind::Direct => (SERVER[0], ECHO),
         Kind::Nginx => (HOST[0], NGINX[load as usize]),
-        Kind::Anyport => (DIALLED, 7),
+        Kind::Anyport => (DIALLED[load as usize], 7),
     };
     SocketAddr::new(address.parse().expect("an address"), port)
 }
@@ -332,7 +334,7 @@ fn print(subjects: &[Subject; 3], options: &Options) {
          which everybody has both loads for {} ms, in random order. Rates are medians of the rounds; a ratio is the median of the \
          rounds' ratios to nginx. Datagrams have {LENGTH} bytes, and so have their answers. Kept flows: {}, each with {} datagrams \
          under way. New flows: {} at a time, of one question and one answer each (nginx with `proxy_requests 1` and \
-         `proxy_responses 1`; anyport, which is not told, keeps them for 30 s or until there are 16,384). CPU: time of the proxy's \
+         `proxy_responses 1`, anyport with `responses = 1`). CPU: time of the proxy's \
          threads for one answer.",
         options.rounds, options.slice, options.flows, options.window, options.flows
     );
