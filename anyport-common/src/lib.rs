@@ -12,6 +12,7 @@
 #[cfg(test)]
 extern crate std;
 
+pub mod event;
 pub mod flow;
 pub mod maps;
 pub mod packet;

@@ -5,7 +5,7 @@ use bytemuck::{Pod, Zeroable};
 use crate::table::{NUMBER_BITS, OFFSET_BITS, SEGMENT_BITS};
 
 /// Changes whenever programs and user space of different versions could misunderstand each other's maps.
-pub const ABI: u32 = 4;
+pub const ABI: u32 = 5;
 
 /// Names of the maps in the kernel, where 15 characters are the limit.
 pub mod names {
@@ -31,6 +31,10 @@ pub mod names {
     pub const SOCKETS: &str = "anyport_sockets";
     /// One [`super::Explained`].
     pub const EXPLAINED: &str = "anyport_explain";
+    /// A ring buffer of [`crate::event::Event`]s.
+    pub const EVENTS: &str = "anyport_events";
+    /// A [`crate::event::Filter`] for each listener.
+    pub const FILTERS: &str = "anyport_filters";
 }
 
 /// Most segments of the table, of 512 KiB each: 512 MiB. They are made as they are needed.
@@ -69,6 +73,10 @@ pub struct Control {
     pub explain: u32,
     /// Whether packets are noted in the [`Journal`]s; else they are counted one by one.
     pub is_noted: u32,
+    /// Which listeners are told of events, a bit each; 0 while nobody listens.
+    pub listeners: u32,
+    /// Nothing.
+    pub reserved: u32,
     /// The generations.
     pub generations: [Generation; GENERATIONS],
 }
@@ -218,7 +226,7 @@ pub const EXPLAINED_ASSIGN_ERROR: u32 = 5;
 pub const EXPLAINED_DENIED: u32 = 6;
 
 const _: () = {
-    assert!(size_of::<Control>() == 16 + 24 * GENERATIONS);
+    assert!(size_of::<Control>() == 24 + 24 * GENERATIONS);
     assert!(size_of::<RuleEntry>() == 56);
     assert!(size_of::<PortEntry>() == 8);
     assert!(size_of::<Drops>() == 24);

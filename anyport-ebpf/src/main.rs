@@ -5,6 +5,7 @@
 #![feature(core_intrinsics)]
 #![expect(internal_features, reason = "atomic addition, which the standard library has only where there is also CAS")]
 
+mod events;
 mod maps;
 mod sk_lookup;
 mod tc;

@@ -132,6 +132,13 @@ pub fn judge(flow: &Flow) -> Judged {
     judged
 }
 
+/// Which listeners are told of events.
+#[inline(always)]
+pub fn listeners() -> u32 {
+    // SAFETY: the reference is valid; user space may change the value at any time.
+    CONTROL.get(0).map_or(0, |control| unsafe { ptr::read_volatile(&raw const control.listeners) })
+}
+
 /// Whether a rule of the generation in force has an opinion on any port of an address.
 #[inline(always)]
 pub fn covers(address: Address) -> bool {
@@ -258,7 +265,7 @@ pub fn count_drop(rule: u32, counter: impl Fn(*mut Drops) -> *mut u64) {
 /// # Safety
 /// The counter is valid and aligned.
 #[inline(always)]
-unsafe fn add_one(counter: *mut u64) {
+pub unsafe fn add_one(counter: *mut u64) {
     // SAFETY: as the caller says.
     unsafe { atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(counter, 1) };
 }

@@ -4,6 +4,7 @@
 //! host's input firewall are behind it (Documentation/bpf/prog_sk_lookup.rst, since Linux 5.9).
 
 use anyport_common::{
+    event::{ASSIGN_ERROR, DENIED, NO_SOCKET, STEERED},
     flow::{Address, Flow, Transport},
     maps::{EXPLAINED_ASSIGN_ERROR, EXPLAINED_NO_SOCKET},
     table::Verdict,
@@ -19,7 +20,10 @@ use aya_ebpf::{
 };
 use aya_log_ebpf::debug;
 
-use crate::maps::{Judged, count_drop, count_steered, judge, socket, write_down_failure};
+use crate::{
+    events::tell,
+    maps::{Judged, count_drop, count_steered, judge, socket, write_down_failure},
+};
 
 const AF_INET: u32 = 2;
 
@@ -35,6 +39,7 @@ pub fn steer(ctx: &SkLookupContext) -> u32 {
             if !is_asked {
                 // SAFETY: only the place of the field is taken.
                 count_drop(rule, |drops| unsafe { &raw mut (*drops).denied });
+                tell(&flow, source_port(ctx), rule, 0, DENIED);
                 debug!(ctx, "rule {} port {}: the service does not take the source", rule, flow.port);
             }
             SK_DROP
@@ -50,6 +55,7 @@ fn assign(ctx: &SkLookupContext, flow: &Flow, rule: u32, service: u16, is_asked:
         } else {
             // SAFETY: only the place of the field is taken.
             count_drop(rule, |drops| unsafe { &raw mut (*drops).no_socket });
+            tell(flow, source_port(ctx), rule, service, NO_SOCKET);
             debug!(ctx, "rule {} port {}: service {} has no socket", rule, flow.port, service);
         }
         return SK_DROP;
@@ -68,15 +74,24 @@ fn assign(ctx: &SkLookupContext, flow: &Flow, rule: u32, service: u16, is_asked:
         } else {
             // SAFETY: only the place of the field is taken.
             count_drop(rule, |drops| unsafe { &raw mut (*drops).assign_error });
+            tell(flow, source_port(ctx), rule, service, ASSIGN_ERROR);
             debug!(ctx, "rule {} port {}: bpf_sk_assign: {}", rule, flow.port, error);
         }
         return SK_DROP;
     }
     if !is_asked {
         count_steered(rule);
+        tell(flow, source_port(ctx), rule, service, STEERED);
         debug!(ctx, "rule {} port {}: steered to service {}", rule, flow.port, service);
     }
     SK_PASS
+}
+
+#[inline(always)]
+fn source_port(ctx: &SkLookupContext) -> u16 {
+    // SAFETY: the verifier lets a program read this field. Two bytes of it: before Linux 5.18 it had four, of which the kernel fills
+    // the first two in the same way (commit 9a69e2b385f4).
+    u16::from_be(unsafe { (*ctx.lookup).remote_port })
 }
 
 #[inline(always)]

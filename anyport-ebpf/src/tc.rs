@@ -4,6 +4,7 @@
 //! again for each packet that does not (`bpf_sk_assign` for tc, since Linux 5.7).
 
 use anyport_common::{
+    event::{ASSIGN_ERROR, DENIED, NO_SOCKET, STEERED},
     flow::{Address, Flow, Transport, Version},
     maps::{EXPLAINED_NO_SOCKET, REFUSE},
     packet::{self, Bytes, Packet},
@@ -18,7 +19,10 @@ use aya_ebpf::{
 use aya_log_ebpf::debug;
 use core::{mem::MaybeUninit, ptr::NonNull};
 
-use crate::maps::{Judged, count_drop, count_steered, covers, judge, socket, write_down_failure};
+use crate::{
+    events::tell,
+    maps::{Judged, count_drop, count_steered, covers, judge, socket, write_down_failure},
+};
 
 const TCP_ESTABLISHED: u32 = 1;
 const TCP_TIME_WAIT: u32 = 6;
@@ -84,6 +88,7 @@ fn steer(ctx: &TcContext, packet: &Packet) -> i32 {
     let Some(service) = service else {
         // SAFETY: only the place of the field is taken.
         count_drop(rule, |drops| unsafe { &raw mut (*drops).denied });
+        tell(flow, packet.source_port, rule, 0, DENIED);
         debug!(ctx, "rule {} port {}: the service does not take the source", rule, flow.port);
         // Reassembly forgets the assignment of what refuses.
         return if packet.is_fragmented { TC_ACT_SHOT } else { refuse(ctx, flow) };
@@ -92,12 +97,14 @@ fn steer(ctx: &TcContext, packet: &Packet) -> i32 {
         // Reassembly forgets the assignment, and the whole datagram could reach a socket of the host.
         // SAFETY: only the place of the field is taken.
         count_drop(rule, |drops| unsafe { &raw mut (*drops).assign_error });
+        tell(flow, packet.source_port, rule, service, ASSIGN_ERROR);
         debug!(ctx, "rule {} port {}: dropped a fragment", rule, flow.port);
         return TC_ACT_SHOT;
     }
     let Some(socket) = socket(service, flow) else {
         // SAFETY: only the place of the field is taken.
         count_drop(rule, |drops| unsafe { &raw mut (*drops).no_socket });
+        tell(flow, packet.source_port, rule, service, NO_SOCKET);
         debug!(ctx, "rule {} port {}: service {} has no socket", rule, flow.port, service);
         return refuse(ctx, flow);
     };
@@ -105,10 +112,12 @@ fn steer(ctx: &TcContext, packet: &Packet) -> i32 {
     if error != 0 {
         // SAFETY: only the place of the field is taken.
         count_drop(rule, |drops| unsafe { &raw mut (*drops).assign_error });
+        tell(flow, packet.source_port, rule, service, ASSIGN_ERROR);
         debug!(ctx, "rule {} port {}: bpf_sk_assign: {}", rule, flow.port, error);
         return TC_ACT_SHOT;
     }
     count_steered(rule);
+    tell(flow, packet.source_port, rule, service, STEERED);
     debug!(ctx, "rule {} port {}: steered to service {}", rule, flow.port, service);
     TC_ACT_UNSPEC
 }

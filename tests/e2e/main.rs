@@ -12,6 +12,7 @@ mod control;
 mod crash;
 mod differential;
 mod doctor;
+mod events;
 mod explain;
 mod flows;
 mod forward;
@@ -82,6 +83,7 @@ fn main() -> ExitCode {
     trials.extend(selftests::trials());
     trials.extend(wire::trials());
     trials.extend(control::trials());
+    trials.extend(events::trials());
     trials.extend(explain::trials());
     trials.extend(state::trials());
     trials.extend(malformed::trials());

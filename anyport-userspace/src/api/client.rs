@@ -1,11 +1,16 @@
 use std::{
     io::ErrorKind,
+    ops::ControlFlow,
     path::{Path, PathBuf},
     time::Duration,
 };
 
 use http_body_util::{BodyExt as _, Full};
-use hyper::{Method, Request, body::Bytes, client::conn::http1};
+use hyper::{
+    Method, Request,
+    body::{Bytes, Incoming},
+    client::conn::http1,
+};
 use hyper_util::rt::TokioIo;
 use serde::{Serialize, de::DeserializeOwned};
 use tokio::{net::UnixStream, time::timeout};
@@ -89,21 +94,48 @@ impl Client {
     ) -> Result<T, Problem> {
         match timeout(patience, self.exchange(method, path, body)).await {
             Ok(answer) => answer,
-            Err(_) => Err(Problem::new(
-                Kind::NoDaemon,
-                format!("no answer from {} for {} s", self.socket.display(), patience.as_secs()),
-            )
-            .hint("it may still carry the command out; anyportd's log says what it is busy with")),
+            Err(_) => Err(self.silent(patience)),
         }
     }
 
     async fn exchange<T: DeserializeOwned>(&self, method: Method, path: &str, body: Vec<u8>) -> Result<T, Problem> {
-        let broken = |error: &dyn std::error::Error| {
-            Problem::new(Kind::NoDaemon, format!("talk to anyportd at {}: {error}", self.socket.display()))
-                .hint("anyportd's log may say more")
-        };
+        let body = self.ask(method, path, body).await?;
+        let body = body.collect().await.map_err(|error| self.broken(&error))?.to_bytes();
+        serde_json::from_slice(&body).map_err(|error| self.broken(&error))
+    }
+
+    /// Hears an answer that comes line by line, each of them JSON, until `hear` says that it is enough or the daemon ends.
+    ///
+    /// # Errors
+    /// The daemon's own, that of `hear`, or that no daemon answers.
+    pub async fn hear<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        mut hear: impl FnMut(T) -> Result<ControlFlow<()>, Problem>,
+    ) -> Result<(), Problem> {
+        let asked = timeout(PATIENCE, self.ask(Method::GET, path, Vec::new())).await;
+        let mut body = asked.map_err(|_| self.silent(PATIENCE))??;
+        let mut rest = Vec::new();
+        // A daemon that ends does so in the middle of its answer.
+        while let Some(Ok(frame)) = body.frame().await {
+            rest.extend_from_slice(frame.data_ref().map_or(&[], |data| data));
+            let end = rest.iter().rposition(|byte| *byte == b'\n').map_or(0, |at| at + 1);
+            let lines: Vec<u8> = rest.drain(..end).collect();
+            for line in lines.split(|byte| *byte == b'\n').filter(|line| !line.is_empty()) {
+                let told = serde_json::from_slice(line).map_err(|error| self.broken(&error))?;
+                if hear(told)?.is_break() {
+                    return Ok(());
+                }
+            }
+        }
+        Err(Problem::new(Kind::NoDaemon, format!("anyportd at {} has ended", self.socket.display()))
+            .hint("after a restart or an upgrade, ask the one that followed"))
+    }
+
+    /// Asks for something, and gives the body of a good answer.
+    async fn ask(&self, method: Method, path: &str, body: Vec<u8>) -> Result<Incoming, Problem> {
         let stream = UnixStream::connect(&self.socket).await.map_err(|error| self.unreachable(&error))?;
-        let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(|e| broken(&e))?;
+        let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(|e| self.broken(&e))?;
         tokio::spawn(connection);
         let request = Request::builder()
             .method(method)
@@ -111,18 +143,28 @@ impl Client {
             .header("host", "anyport")
             .header("content-type", "application/json")
             .body(Full::new(Bytes::from(body)))
-            .map_err(|error| broken(&error))?;
-        let response = sender.send_request(request).await.map_err(|error| broken(&error))?;
+            .map_err(|error| self.broken(&error))?;
+        let response = sender.send_request(request).await.map_err(|error| self.broken(&error))?;
         let status = response.status();
-        let body = response.into_body().collect().await.map_err(|error| broken(&error))?.to_bytes();
         if status.is_success() {
-            return serde_json::from_slice(&body).map_err(|error| broken(&error));
+            return Ok(response.into_body());
         }
+        let body = response.into_body().collect().await.map_err(|error| self.broken(&error))?.to_bytes();
         let kind = Kind::from_http_status(status.as_u16());
         Err(match serde_json::from_slice::<Problem>(&body) {
             Ok(problem) => Problem { kind, ..problem },
             Err(_) => Problem::new(kind, format!("anyportd answered {status}: {}", String::from_utf8_lossy(&body))),
         })
+    }
+
+    fn broken(&self, error: &dyn std::error::Error) -> Problem {
+        Problem::new(Kind::NoDaemon, format!("talk to anyportd at {}: {error}", self.socket.display()))
+            .hint("anyportd's log may say more")
+    }
+
+    fn silent(&self, patience: Duration) -> Problem {
+        Problem::new(Kind::NoDaemon, format!("no answer from {} for {} s", self.socket.display(), patience.as_secs()))
+            .hint("it may still carry the command out; anyportd's log says what it is busy with")
     }
 
     fn unreachable(&self, error: &std::io::Error) -> Problem {

@@ -4,6 +4,8 @@ mod changed;
 #[cfg(feature = "daemon")]
 mod client;
 #[cfg(feature = "daemon")]
+mod events;
+#[cfg(feature = "daemon")]
 mod explain;
 #[cfg(feature = "daemon")]
 mod peer;
@@ -16,6 +18,7 @@ mod types;
 #[cfg(feature = "daemon")]
 pub use self::{
     client::Client,
+    events::{EventView, Listen, Outcome, Told, Wanted},
     explain::{
         Considered, Endpoint, Explain, Explanation, ListenerView, Reason, RouteView, RuleView, SocketView, Verdict,
     },

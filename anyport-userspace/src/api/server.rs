@@ -101,6 +101,7 @@ pub async fn serve(
         .route("/v1/apply", post(apply).layer(DefaultBodyLimit::max(MAX_FILE)))
         .route("/v1/confirm", post(confirm))
         .route("/v1/progress", get(progress))
+        .route("/v1/events", get(events))
         .route("/v1/explain", get(explain))
         .route("/v1/takeover", post(take_over))
         .route("/v1/services", get(services).post(add_service))
@@ -221,6 +222,14 @@ async fn explain(
 ) -> Answer<super::Explanation> {
     let Query(query) = query.map_err(|rejection| Problem::new(Kind::Invalid, rejection.body_text()))?;
     command(engine, move |engine| engine.explain(query).boxed()).await
+}
+
+async fn events(
+    State(engine): State<Shared>,
+    query: Result<Query<super::Listen>, QueryRejection>,
+) -> Result<Response, Problem> {
+    let Query(query) = query.map_err(|rejection| Problem::new(Kind::Invalid, rejection.body_text()))?;
+    super::events::tell(engine, query).await
 }
 
 async fn services(State(engine): State<Shared>) -> Answer<Vec<super::ServiceView>> {

@@ -2,6 +2,7 @@
 
 mod apply;
 mod doctor;
+mod events;
 mod explain;
 mod prefixes;
 mod register;
@@ -62,6 +63,8 @@ enum Verb {
     Unregister(register::Remove),
     /// Say what becomes of a packet, and why
     Explain(explain::Explain),
+    /// Print connections and flows as they begin
+    Events(events::Events),
     /// Show the back end, the generation, totals, and what is degraded
     Status,
     /// Check this host for what silently breaks steering
@@ -79,7 +82,7 @@ impl Cli {
     pub async fn run(self, out: &mut dyn Write) -> Result<(), Problem> {
         let Self { socket, json, verb } = self;
         let client = Client::new(socket);
-        let out = &mut Output { out, json };
+        let out = &mut Output { out, json, is_closed: false };
         match verb {
             Verb::AddPrefix(add) => add.run(&client, out).await,
             Verb::RemovePrefix(remove) => remove.run(&client, out).await,
@@ -92,6 +95,7 @@ impl Cli {
             Verb::Register(add) => add.run(&client, out),
             Verb::Unregister(remove) => remove.run(&client, out),
             Verb::Explain(explain) => explain.run(&client, out).await,
+            Verb::Events(events) => events.run(&client, out).await,
             Verb::Status => status::show(&client, out).await,
             Verb::Doctor(doctor) => doctor.run(&client, out).await,
         }
@@ -109,6 +113,8 @@ fn path(path: &str, query: &impl Serialize) -> Result<String, Problem> {
 struct Output<'a> {
     out: &'a mut dyn Write,
     json: bool,
+    /// Whoever reads, such as head, has had enough.
+    is_closed: bool,
 }
 
 impl Output<'_> {
@@ -123,10 +129,19 @@ impl Output<'_> {
         self.print_text(&text)
     }
 
+    /// Prints one of many answers as a line of JSON.
+    fn print_line(&mut self, answer: &impl Serialize) -> Result<(), Problem> {
+        let text = serde_json::to_string(answer)
+            .map_err(|error| Problem::new(Kind::Failed, format!("write the answer as JSON: {error}")))?;
+        self.print_text(&text)
+    }
+
     fn print_text(&mut self, text: &str) -> Result<(), Problem> {
         match writeln!(self.out, "{text}").and_then(|()| self.out.flush()) {
-            // Whoever reads, such as head, has had enough.
-            Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
+            Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => {
+                self.is_closed = true;
+                Ok(())
+            }
             written => written.map_err(|error| Problem::new(Kind::Failed, format!("print the answer: {error}"))),
         }
     }

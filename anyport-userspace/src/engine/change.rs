@@ -304,6 +304,7 @@ impl Engine {
             table.commit();
         }
         self.steering.apply(&plan)?;
+        self.events.follow(|name| services.iter().find(|it| it.name == *name).map(|it| it.slot));
         if let Some(reader) = self.steering.reader() {
             self.published.publish(reader);
         }

@@ -7,6 +7,7 @@
 mod apply;
 mod change;
 mod commands;
+mod events;
 mod explain;
 mod numbers;
 mod progress;
@@ -23,9 +24,10 @@ use std::{
 use tokio::sync::Notify;
 use tracing::error;
 
-pub use self::progress::Progress;
 use self::{apply::Unconfirmed, numbers::Numbers, register::Registrations};
+pub use self::{events::Clock, progress::Progress};
 use crate::{
+    events::Board,
     host,
     routes::{Coverage, Edits, Routes},
     rules::{Origin, Prefix, RuleSet, ServiceName, Terms},
@@ -77,6 +79,8 @@ pub struct Engine {
     progress: Arc<Progress>,
     /// When the counters were kept last; nothing while they do not go on from those of an earlier daemon yet.
     counters_kept: Option<Instant>,
+    /// Who listens to events.
+    events: Arc<Board>,
     store: Store,
     commons: Commons,
     /// By slot: whether its service is one of the handler `forward`.

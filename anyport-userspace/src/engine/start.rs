@@ -21,6 +21,7 @@ use super::{Engine, Running, numbers::Numbers, register::expect_fallbacks};
 use crate::{
     api::{Kind, Problem},
     config::Config,
+    events::{Board, Teller},
     keeper::Link,
     routes::Routes,
     rules::{Change, Origin, RuleSet, to_address},
@@ -54,11 +55,13 @@ impl Engine {
         let (services, rules) = desired(config, &state)?;
         let routes = Routes::open()?;
         let published: Arc<Published> = Arc::default();
+        let events: Arc<Board> = Arc::default();
         let options = bpf::Options {
             bpffs: config.bpffs.clone(),
             interfaces: config.interfaces.clone(),
             debug: config.log_level >= crate::config::LogLevel::Debug,
             readers: Arc::clone(&published),
+            events: Arc::clone(&events),
         };
         let chosen = choose(config.steering.back_end(), &options)?;
         remove_leftovers(chosen.steering.back_end(), &options).context("remove what an earlier daemon left")?;
@@ -72,6 +75,7 @@ impl Engine {
             descriptors,
             loop_guard: loop_guard(&published),
             forward_guard: forward_guard(&published, &forwarding),
+            teller: (!events.is_connected()).then(|| Teller::new(Arc::clone(&events), Arc::clone(&published))),
             keeper,
         };
         let own_segments = || OwnSegments { readers: Arc::clone(&published) };
@@ -101,6 +105,7 @@ impl Engine {
             unconfirmed: None,
             progress: Arc::default(),
             counters_kept: None,
+            events,
             store,
             commons,
             forwarding,

@@ -53,6 +53,7 @@ use self::{
 pub use crate::rules::Family;
 use crate::{
     datagram::{self, Ends},
+    events::Teller,
     keeper::Link,
     steering::GroupSocket,
     sys,
@@ -86,6 +87,8 @@ pub struct Commons {
     pub loop_guard: LoopGuard,
     /// Tells which upstreams are steered to `forward`.
     pub forward_guard: ForwardGuard,
+    /// Tells of what arrives, where the back end does not.
+    pub teller: Option<Teller>,
     /// Keeps the services' sockets for a process that comes later.
     pub keeper: Link,
 }
@@ -302,6 +305,7 @@ impl<'a> Start<'a> {
             gate: Arc::clone(&self.gate),
             descriptors: self.commons.descriptors.clone(),
             forwarder: self.forwarder.clone(),
+            teller: self.commons.teller.clone(),
             log: ConnectionLog::of(&self.config),
         });
         let listener = Arc::new(socket);
@@ -327,6 +331,7 @@ impl<'a> Start<'a> {
             worker: Arc::clone(&shared),
             gate: Arc::clone(&self.flow_gate),
             loop_guard: Arc::clone(&self.commons.loop_guard),
+            teller: self.commons.teller.clone(),
             forwarder: self.forwarder.clone().map(start),
         };
         self.udp.push(shared);

@@ -36,11 +36,11 @@ use super::{
     datagram::Ends,
     descriptors::DescriptorPool,
     forward::{Client, End, Forwarder, Outcome, Refusal, Served},
-    limits::{Gate, Pass},
+    limits::{Gate, Pass, Refused},
     log::{ConnectionLog, Entry},
     stats::TcpCounts,
 };
-use crate::sys;
+use crate::{events::Teller, sys};
 
 const FIRST_PAUSE: Duration = Duration::from_millis(10);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
@@ -58,6 +58,7 @@ pub(super) struct Site {
     pub(super) descriptors: DescriptorPool,
     /// For `forward`.
     pub(super) forwarder: Option<Arc<Forwarder>>,
+    pub(super) teller: Option<Teller>,
     pub(super) log: ConnectionLog,
 }
 
@@ -130,19 +131,30 @@ impl Acceptor {
     fn start(&self, socket: Socket, client: SocketAddr) {
         let site = &self.site;
         site.counts.accepted.raise();
-        let pass = match site.gate.admit(client.ip()) {
+        let admitted = site.gate.admit(client.ip());
+        if let Some(teller) = site.teller.as_ref().filter(|it| it.is_heard())
+            && let Some(dialled) = dialled(&socket)
+        {
+            teller.tell(Transport::Tcp, Ends { client, dialled }, matches!(admitted, Err(Refused::Denied)));
+        }
+        let pass = match admitted {
             Ok(pass) => pass,
             Err(why) => {
                 site.counts.refused.raise(why);
                 return stream::reset(&socket);
             }
         };
-        let Ok(Some(dialled)) = socket.local_addr().map(|address| address.as_socket()) else { return };
+        let Some(dialled) = dialled(&socket) else { return };
         let ends = Ends { client, dialled };
         site.counts.served.raise();
         let open = Open { site: Arc::clone(site), logged: site.log.begin(), _pass: pass };
         Connections::start(Connection::new(open, socket, ends));
     }
+}
+
+/// What the client of an accepted socket dialled.
+fn dialled(socket: &Socket) -> Option<SocketAddr> {
+    socket.local_addr().ok()?.as_socket()
 }
 
 fn accept(listener: &Socket) -> io::Result<(Socket, SocketAddr)> {

@@ -22,6 +22,7 @@ use super::{
     reply::ReplySockets,
     stats::UdpCounts,
 };
+use crate::events::Teller;
 
 /// Datagrams taken before other tasks have their turn.
 const BATCH: usize = 64;
@@ -82,6 +83,7 @@ pub(super) struct Receiver {
     pub(super) worker: Arc<UdpWorker>,
     pub(super) gate: Arc<Gate>,
     pub(super) loop_guard: LoopGuard,
+    pub(super) teller: Option<Teller>,
     /// For `forward`.
     pub(super) forwarder: Option<UdpForwarder>,
 }
@@ -120,7 +122,11 @@ impl Receiver {
         let Some(ends) = datagram.ends else {
             return counts.unanswerable.raise();
         };
-        if !self.gate.takes(ends.client.ip()) {
+        let is_taken = self.gate.takes(ends.client.ip());
+        if let Some(teller) = self.teller.as_ref().filter(|it| it.is_heard()) {
+            teller.tell(Transport::Udp, ends, !is_taken);
+        }
+        if !is_taken {
             return counts.refused.raise(Refused::Denied);
         }
         let line;

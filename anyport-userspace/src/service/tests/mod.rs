@@ -55,6 +55,7 @@ impl Scene {
             descriptors,
             loop_guard: Arc::new(loop_guard),
             forward_guard: Arc::new(|_, _, _| false),
+            teller: None,
             keeper: Link::default(),
         };
         let service = Service::start(config, &commons).unwrap();

@@ -61,7 +61,13 @@ fn expected(rules: &RuleSet, services: &[ServiceSockets], flow: &Flow) -> (Fate,
 }
 
 pub(super) fn open(back_end: BackEnd, bpffs: &Path) -> Bpf {
-    let options = Options { bpffs: bpffs.to_owned(), interfaces: Vec::new(), debug: false, readers: Arc::default() };
+    let options = Options {
+        bpffs: bpffs.to_owned(),
+        interfaces: Vec::new(),
+        debug: false,
+        readers: Arc::default(),
+        events: Arc::default(),
+    };
     Bpf::open(back_end, &options).unwrap()
 }
 

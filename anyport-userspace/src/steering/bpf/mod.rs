@@ -5,6 +5,7 @@ mod counting;
 mod counts;
 #[cfg(test)]
 mod differential;
+mod events;
 mod explain;
 #[cfg(test)]
 mod frames;
@@ -39,16 +40,18 @@ use tracing::warn;
 
 use self::{
     counts::Counts,
+    events::BpfEars,
     explain::EXPLAINED_WORDS,
     hooks::{Hook, SkLookupHook},
     listing::Listing,
     pins::{PINNED_AT_ONCE, PinDirectory},
     refuse::RefuseSockets,
-    table::BpfTable,
+    table::{BpfTable, LISTENERS_WORD, map_control},
     tc::TcHook,
 };
 use super::{BackEnd, Decided, Holder, Plan, Steering};
 use crate::{
+    events::Board,
     sys::{self, MappedWords},
     table::{Published, Reader},
 };
@@ -66,6 +69,8 @@ pub struct Options {
     pub debug: bool,
     /// Who of this process reads the lookup table.
     pub readers: Arc<Published>,
+    /// Who listens to events.
+    pub events: Arc<Board>,
 }
 
 /// A BPF back end at work.
@@ -82,6 +87,7 @@ pub struct Bpf {
     /// What was put into the map of sockets, by cookie. A socket whose owner has closed it is gone from the map by itself.
     held: HashMap<u32, u64>,
     pins: PinDirectory,
+    events: Arc<Board>,
     /// Handles for pinning the maps, each with its name, until that is done.
     unpinned_maps: Vec<(&'static str, MapData)>,
     #[expect(dead_code, reason = "keeps the sockets open that a hook needs which can't refuse by itself")]
@@ -116,7 +122,11 @@ impl Bpf {
         let sockets = take_map(&mut ebpf, names::SOCKETS)?;
         // The maps have to stay open until the programs that use them are loaded.
         let explained = take_map(&mut ebpf, names::EXPLAINED)?;
+        let filters = take_map(&mut ebpf, names::FILTERS)?;
         let sockets_fd = fd_of(&sockets)?;
+        let ring = take_map(&mut ebpf, names::EVENTS)?;
+        let ears =
+            BpfEars::new(&fd_of(&filters)?, ring, map_control(fd_of(&control)?)?, LISTENERS_WORD, &options.events)?;
         let [rules, ports, portion] =
             [names::RULES, names::PORTS, names::PORTION].map(|name| take_map(&mut ebpf, name));
         let unpinned_maps = PINNED_AT_ONCE
@@ -136,8 +146,10 @@ impl Bpf {
             }
             BackEnd::Tproxy => bail!("tproxy works without BPF"),
         };
+        options.events.connect(Some(Arc::new(ears)));
         Ok(Self {
             hook,
+            events: Arc::clone(&options.events),
             table: BpfTable::new(table, control, Arc::clone(&options.readers))?,
             listing: Listing::new(rules?, ports?)?,
             counts: Counts::new(counts, drops, portion?, journals)?,
@@ -227,12 +239,14 @@ impl Steering for Bpf {
     }
 
     fn detach(self: Box<Self>) -> anyhow::Result<()> {
-        let Self { hook, pins, .. } = *self;
+        let Self { hook, pins, events, .. } = *self;
+        events.connect(None);
         let detached = hook.detach();
         detached.and(pins.remove())
     }
 
     fn leave(self: Box<Self>) {
+        self.events.connect(None);
         self.hook.leave();
     }
 }

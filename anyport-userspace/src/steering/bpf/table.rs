@@ -2,7 +2,7 @@
 
 use std::{
     collections::HashMap,
-    os::fd::{AsFd as _, OwnedFd},
+    os::fd::{AsFd, OwnedFd},
     sync::{Arc, atomic::Ordering},
 };
 
@@ -22,8 +22,10 @@ use crate::{
 
 /// Words of the control map.
 const CONTROL_WORDS: usize = size_of::<Control>() / 8;
+/// Which of them says who listens to events.
+pub(super) const LISTENERS_WORD: usize = 2;
 /// Where the generations begin among them, and how many words each has.
-const FIRST_GENERATION: usize = 2;
+const FIRST_GENERATION: usize = 3;
 const GENERATION_WORDS: usize = size_of::<Generation>() / 8;
 
 /// The counters of so few rules stay in a processor's caches, where counting is cheaper than noting.
@@ -47,7 +49,7 @@ pub(super) struct BpfTable {
 impl BpfTable {
     pub(super) fn new(table: Map, control: Map, readers: Arc<Published>) -> anyhow::Result<Self> {
         let Map::Array(control) = control else { anyhow::bail!("the control map is no array") };
-        let control = MappedWords::new(control.fd(), CONTROL_WORDS).context("map the control map into memory")?;
+        let control = map_control(control.fd())?;
         control.words()[0].store(word(ABI, 0), Ordering::Release);
         let Map::ArrayOfMaps(table) = table else { anyhow::bail!("the map of the table is no array of maps") };
         let outer = table.fd().as_fd().try_clone_to_owned().context("duplicate the descriptor of the table")?;
@@ -127,6 +129,11 @@ impl BpfTable {
     pub(super) fn bytes(&self) -> u64 {
         self.table.bytes().1
     }
+}
+
+/// The words of the control map.
+pub(super) fn map_control(control: impl AsFd) -> anyhow::Result<MappedWords> {
+    MappedWords::new(control, CONTROL_WORDS).context("map the control map into memory")
 }
 
 /// Two neighbours in a map, as one word.

@@ -379,6 +379,7 @@ mod tests {
                 interfaces: Vec::new(),
                 debug: false,
                 readers: Arc::default(),
+                events: Arc::default(),
             };
             let opened = Bpf::open(BackEnd::SkLookup, &options).unwrap();
             assert!(!filters().contains("anyport_eth"), "{}", filters());
@@ -395,6 +396,7 @@ mod tests {
                 interfaces: vec!["nope0".into()],
                 debug: false,
                 readers: Arc::default(),
+                events: Arc::default(),
             };
             Bpf::open(BackEnd::Tc, &options).unwrap_err();
             assert!(!options.bpffs.exists());

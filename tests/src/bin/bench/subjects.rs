@@ -254,7 +254,8 @@ fn load(rules: &Rules, sockets: &Sockets) -> Result<Ebpf> {
 fn anyport(rules: &Rules, sockets: &Sockets) -> Result<(ProgramFd, Bpf)> {
     let Rules { space, prefixes, terms } = rules;
     let bpffs = Path::new(BPFFS).join("bench");
-    let options = Options { bpffs: bpffs.clone(), interfaces: Vec::new(), debug: false, readers: Arc::default() };
+    let (readers, events) = (Arc::default(), Arc::default());
+    let options = Options { bpffs: bpffs.clone(), interfaces: Vec::new(), debug: false, readers, events };
     let mut bpf = Bpf::open(BackEnd::SkLookup, &options)?;
     let mut sorted = prefixes.clone();
     sorted.sort_unstable();

@@ -1,0 +1,80 @@
+use std::{
+    io::{self, Write as _},
+    num::{NonZeroU16, NonZeroU32, NonZeroU64},
+    ops::ControlFlow,
+};
+
+use super::{Output, path};
+use crate::{
+    api::{Client, EventView, Listen, Outcome, Problem, Told, Wanted},
+    rules::{Prefix, Protocol, ServiceName},
+};
+
+/// Prints a line for each connection and each flow of datagrams that begins, or that is kept from it.
+#[derive(Debug, clap::Args)]
+pub(super) struct Events {
+    /// Only those to addresses of this prefix
+    #[arg(long, value_name = "PREFIX")]
+    prefix: Option<Prefix>,
+    /// Only those of clients with such an address
+    #[arg(long, value_name = "PREFIX")]
+    source: Option<Prefix>,
+    /// Only those over this transport
+    #[arg(long, value_enum, default_value_t = Protocol::Both)]
+    protocol: Protocol,
+    /// Only those to this port
+    #[arg(long)]
+    port: Option<NonZeroU16>,
+    /// Only those that rules steer to this service
+    #[arg(long, value_name = "NAME")]
+    service: Option<ServiceName>,
+    /// Only those of which this became
+    #[arg(long, value_enum)]
+    outcome: Option<Wanted>,
+    /// One of so many, chosen at random
+    #[arg(long, value_name = "N")]
+    sample: Option<NonZeroU32>,
+    /// End after so many
+    #[arg(long, value_name = "N")]
+    count: Option<NonZeroU64>,
+}
+
+impl Events {
+    pub(super) async fn run(self, client: &Client, out: &mut Output<'_>) -> Result<(), Problem> {
+        let Self { prefix, source, protocol, port, service, outcome, sample, count } = self;
+        let request = Listen { prefix, source, protocol, port, service, outcome, sample };
+        request.validate()?;
+        let mut left = count.map(NonZeroU64::get);
+        let hear = |told: Told| {
+            if out.json {
+                out.print_line(&told)?;
+            } else {
+                // Beside the events, where nobody who counts lines counts it.
+                let beside = |text: String| writeln!(io::stderr(), "{text}").ok();
+                match &told {
+                    Told::Event(event) => out.print_text(&text(event))?,
+                    Told::Missed { missed } => drop(beside(format!("{missed} events were missed: they came too fast"))),
+                    Told::Note { note } => drop(beside(format!("note: {note}"))),
+                }
+            }
+            if let (Some(left), Told::Event(_)) = (&mut left, told) {
+                *left -= 1;
+            }
+            Ok(if left == Some(0) || out.is_closed { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
+        };
+        client.hear(&path("/v1/events", &request)?, hear).await
+    }
+}
+
+fn text(event: &EventView) -> String {
+    let EventView { time, protocol, from, to, outcome, service, prefix } = event;
+    let name = service.as_ref().map_or("a service that has gone", ServiceName::as_str);
+    let what = match outcome {
+        Outcome::Steered => format!("steered to {name}"),
+        Outcome::NoSocket => format!("refused: {name} has no socket for it"),
+        Outcome::Denied => format!("refused: {name} does not take the source"),
+        Outcome::AssignError => format!("dropped: the socket of {name} could not be assigned"),
+    };
+    let rule = prefix.map_or_else(|| "a rule that has gone".to_owned(), |it| it.to_string());
+    format!("{time} {protocol} {from} to {to} {what} by {rule}")
+}

@@ -1,0 +1,302 @@
+//! Who listens, and to what.
+
+use std::{
+    fmt,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU32, AtomicU64, Ordering::Relaxed},
+    },
+};
+
+use anyport_common::event::{Event, Filter, LISTENERS, RECENT, goes_on, remembered};
+use tokio::sync::mpsc;
+use tracing::warn;
+
+use crate::rules::ServiceName;
+
+/// Events that wait for a listener who is busy. There is room for as many in the kernel.
+const WAITING: usize = 4096;
+/// The slot of a service that is not there.
+const NO_SLOT: u32 = u32::MAX;
+
+/// What tells events in the kernel.
+pub trait Ears: fmt::Debug + Send + Sync {
+    /// Has it tell what this filter wants to the listener with this number, or nothing any more.
+    ///
+    /// # Errors
+    /// What the kernel refused.
+    fn set(&self, number: usize, filter: Option<&Filter>) -> anyhow::Result<()>;
+
+    /// Events for this listener for which the kernel had no room since its filter was set first.
+    fn missed(&self, number: usize) -> u64;
+}
+
+/// Who listens: at most [`LISTENERS`] at a time.
+#[derive(Debug)]
+pub struct Board {
+    inner: Mutex<Inner>,
+    /// Which places are taken, a bit each.
+    taken: AtomicU32,
+    /// As the programs have it, for events that this process makes.
+    recent: Box<[AtomicU64]>,
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    places: [Option<Place>; LISTENERS],
+    /// Without, events are made by this process.
+    ears: Option<Arc<dyn Ears>>,
+}
+
+#[derive(Debug)]
+struct Place {
+    filter: Filter,
+    service: Option<ServiceName>,
+    sender: mpsc::Sender<Event>,
+    missed: u64,
+}
+
+/// All places are taken.
+#[derive(Debug, thiserror::Error)]
+#[error("{LISTENERS} others listen already, which is the limit")]
+pub struct NoRoom;
+
+/// Hears events until it is dropped.
+#[derive(Debug)]
+pub struct Listener {
+    board: Arc<Board>,
+    number: usize,
+    events: mpsc::Receiver<Event>,
+    /// How many of the missed ones were told.
+    told: u64,
+}
+
+impl Default for Board {
+    fn default() -> Self {
+        let recent = (0..RECENT).map(|_| AtomicU64::new(0)).collect();
+        Self { inner: Mutex::default(), taken: AtomicU32::new(0), recent }
+    }
+}
+
+impl Board {
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Has events come from the kernel from now on, or no more.
+    pub fn connect(&self, ears: Option<Arc<dyn Ears>>) {
+        let before = std::mem::replace(&mut self.lock().ears, ears);
+        // Programs may stay when this process ends, and should not go on to tell.
+        if let Some(before) = before {
+            for number in 0..LISTENERS {
+                before.set(number, None).ok();
+            }
+        }
+    }
+
+    /// Whether events come from the kernel, rather than from the services.
+    pub fn is_connected(&self) -> bool {
+        self.lock().ears.is_some()
+    }
+
+    /// Adds a listener; if `service` is there, the filter's slot is kept equal to that of this service.
+    ///
+    /// # Errors
+    /// [`NoRoom`], or the kernel's.
+    pub fn listen(self: &Arc<Self>, filter: Filter, service: Option<ServiceName>) -> anyhow::Result<Listener> {
+        let mut inner = self.lock();
+        let Inner { places, ears } = &mut *inner;
+        let number = places.iter().position(Option::is_none).ok_or(NoRoom)?;
+        if let Some(ears) = ears {
+            ears.set(number, Some(&filter))?;
+        }
+        let (sender, events) = mpsc::channel(WAITING);
+        places[number] = Some(Place { filter, service, sender, missed: 0 });
+        self.taken.fetch_or(1 << number, Relaxed);
+        Ok(Listener { board: Arc::clone(self), number, events, told: 0 })
+    }
+
+    /// Says which slots services have now.
+    pub fn follow(&self, slot_of: impl Fn(&ServiceName) -> Option<u16>) {
+        if !self.is_heard() {
+            return;
+        }
+        let Inner { places, ears } = &mut *self.lock();
+        for (number, place) in places.iter_mut().enumerate() {
+            let Some(Place { filter, service: Some(service), .. }) = place else { continue };
+            let slot = slot_of(service).map_or(NO_SLOT, u32::from);
+            if filter.service != slot {
+                filter.service = slot;
+                if let Some(Err(error)) = ears.as_ref().map(|ears| ears.set(number, Some(filter))) {
+                    warn!("have the kernel tell events of service {service}: {error:#}");
+                }
+            }
+        }
+    }
+
+    /// Whether anybody listens.
+    pub fn is_heard(&self) -> bool {
+        self.taken.load(Relaxed) != 0
+    }
+
+    /// Hands an event to those that it names.
+    pub fn deliver(&self, event: &Event) {
+        for (number, place) in self.lock().places.iter_mut().enumerate() {
+            if event.listeners >> number & 1 != 0
+                && let Some(Place { filter, sender, missed, .. }) = place
+                // It may have been told to somebody who had the place before.
+                && filter.wants(event)
+                && sender.try_send(*event).is_err()
+            {
+                *missed += 1;
+            }
+        }
+    }
+
+    /// Tells an event that this process makes, as the programs do.
+    pub fn tell(&self, mut event: Event, random: u32) {
+        {
+            let inner = self.lock();
+            let wants = |place: &Place| place.filter.wants(&event) && place.filter.is_sampled(random);
+            let places = inner.places.iter().enumerate();
+            let told = places.filter(|(_, place)| place.as_ref().is_some_and(wants));
+            event.listeners = told.fold(0, |told, (number, _)| told | 1 << number);
+        }
+        if event.listeners != 0 && (event.protocol != UDP || !self.is_recent(&event)) {
+            self.deliver(&event);
+        }
+    }
+
+    fn is_recent(&self, event: &Event) -> bool {
+        let mark = event.mark();
+        let place = usize::try_from(mark % RECENT as u64).unwrap_or_default();
+        let before = self.recent[place].swap(remembered(mark, event.time), Relaxed);
+        goes_on(before, mark, event.time)
+    }
+
+    fn close(&self, number: usize) {
+        let Inner { places, ears } = &mut *self.lock();
+        places[number] = None;
+        self.taken.fetch_and(!(1 << number), Relaxed);
+        if let Some(Err(error)) = ears.as_ref().map(|ears| ears.set(number, None)) {
+            warn!("have the kernel tell no more events: {error:#}");
+        }
+    }
+
+    fn missed(&self, number: usize) -> u64 {
+        let Inner { places, ears } = &*self.lock();
+        let here = places[number].as_ref().map_or(0, |place| place.missed);
+        here + ears.as_ref().map_or(0, |ears| ears.missed(number))
+    }
+}
+
+/// The protocol whose packets are not told one by one.
+const UDP: u8 = anyport_common::flow::Transport::Udp.number();
+
+impl Listener {
+    /// The next event.
+    pub async fn next(&mut self) -> Option<Event> {
+        self.events.recv().await
+    }
+
+    /// The next event, if there is one now.
+    pub fn try_next(&mut self) -> Option<Event> {
+        self.events.try_recv().ok()
+    }
+
+    /// How many events are lost for want of room since this was last asked.
+    pub fn missed(&mut self) -> u64 {
+        let missed = self.board.missed(self.number);
+        let new = missed.saturating_sub(self.told);
+        self.told = missed;
+        new
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        self.board.close(self.number);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use anyport_common::{
+        event::{DENIED, Event, Filter, LISTENERS, STEERED},
+        flow::{Address, Flow, Transport},
+    };
+    use bytemuck::Zeroable as _;
+
+    use super::{Board, NO_SLOT, WAITING};
+
+    fn event(transport: Transport, source_port: u16) -> Event {
+        let flow = Flow { source: Address::v4(1), address: Address::v4(2), transport, port: 80 };
+        Event { service: 3, ..Event::new(&flow, source_port, STEERED, 1) }
+    }
+
+    fn all() -> Filter {
+        Filter { outcomes: STEERED | DENIED, ..Filter::zeroed() }
+    }
+
+    fn ports(listener: &mut super::Listener) -> Vec<u16> {
+        std::iter::from_fn(|| listener.try_next()).map(|it| it.source_port).collect()
+    }
+
+    #[test]
+    fn each_hears_what_it_wants() {
+        let board = Arc::new(Board::default());
+        assert!(!board.is_heard());
+        let mut everybody = board.listen(all(), None).unwrap();
+        let mut udp = board.listen(Filter { protocol: 17, ..all() }, None).unwrap();
+        assert!(board.is_heard());
+        board.tell(event(Transport::Tcp, 1), 0);
+        board.tell(event(Transport::Tcp, 1), 0);
+        // Of a flow only the first datagram is told.
+        board.tell(event(Transport::Udp, 2), 0);
+        board.tell(event(Transport::Udp, 2), 0);
+        board.tell(event(Transport::Udp, 3), 0);
+        assert_eq!((ports(&mut everybody), ports(&mut udp)), (vec![1, 1, 2, 3], vec![2, 3]));
+        drop(udp);
+        // What was told to the one before is nothing to the one who has its place.
+        let mut denied = board.listen(Filter { outcomes: DENIED, ..all() }, None).unwrap();
+        board.deliver(&Event { listeners: 0b11, ..event(Transport::Udp, 4) });
+        assert_eq!((ports(&mut everybody), ports(&mut denied)), (vec![4], vec![]));
+        drop((everybody, denied));
+        assert!(!board.is_heard());
+    }
+
+    #[test]
+    fn what_a_busy_one_misses_is_counted() {
+        let board = Arc::new(Board::default());
+        let mut busy = board.listen(all(), None).unwrap();
+        for _ in 0..WAITING + 7 {
+            board.tell(event(Transport::Tcp, 1), 0);
+        }
+        assert_eq!((busy.missed(), busy.missed()), (7, 0));
+        assert_eq!(ports(&mut busy).len(), WAITING);
+    }
+
+    #[test]
+    fn there_is_room_for_some() {
+        let board = Arc::new(Board::default());
+        let mut all: Vec<_> = (0..LISTENERS).map(|_| board.listen(all(), None).unwrap()).collect();
+        board.listen(self::all(), None).unwrap_err();
+        all.swap_remove(3);
+        board.listen(self::all(), None).unwrap();
+    }
+
+    #[test]
+    fn a_service_is_followed_to_its_slot() {
+        let board = Arc::new(Board::default());
+        let name = "web".parse().unwrap();
+        let mut listener = board.listen(Filter { service: 3, ..all() }, Some(name)).unwrap();
+        for (slot, heard) in [(Some(3), 1), (Some(4), 0), (None, 0), (Some(3), 1)] {
+            board.follow(|_| slot);
+            board.tell(event(Transport::Tcp, 1), 0);
+            assert_eq!(ports(&mut listener).len(), heard, "slot {slot:?}");
+        }
+        assert_ne!(NO_SLOT, 3);
+    }
+}

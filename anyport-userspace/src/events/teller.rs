@@ -1,0 +1,51 @@
+//! Events that this process makes, where no BPF program does.
+
+use std::sync::Arc;
+
+use anyport_common::{
+    event::{DENIED, Event, STEERED},
+    flow::{Flow, Transport},
+    table::Verdict,
+};
+use nix::time::{ClockId, clock_gettime};
+
+use super::Board;
+use crate::{datagram::Ends, rules::to_address, table::Published};
+
+/// Tells what arrives at a service.
+#[derive(Clone, Debug)]
+pub struct Teller {
+    board: Arc<Board>,
+    rules: Arc<Published>,
+}
+
+impl Teller {
+    /// One that asks these rules which of them was the reason.
+    pub fn new(board: Arc<Board>, rules: Arc<Published>) -> Self {
+        Self { board, rules }
+    }
+
+    /// Whether anybody listens.
+    pub fn is_heard(&self) -> bool {
+        self.board.is_heard()
+    }
+
+    /// Tells of a connection, or of a datagram.
+    pub fn tell(&self, transport: Transport, Ends { client, dialled }: Ends, is_denied: bool) {
+        let flow = Flow {
+            source: to_address(client.ip()),
+            address: to_address(dialled.ip()),
+            transport,
+            port: dialled.port(),
+        };
+        // What was accepted before a rule went, or at the service's own address.
+        let Verdict::Steer { rule, service } = self.rules.read(|reader| reader.lookup(&flow)) else { return };
+        let outcome = if is_denied { DENIED } else { STEERED };
+        let now = clock_gettime(ClockId::CLOCK_MONOTONIC)
+            .map_or(0, |it| u64::try_from(it.tv_sec() * 1_000_000_000 + it.tv_nsec()).unwrap_or_default());
+        let event = Event { rule, service: service.into(), ..Event::new(&flow, client.port(), outcome, now) };
+        // Good enough for sampling: the low bits of the time, spread over all bits.
+        let random = u32::try_from(now & u64::from(u32::MAX)).unwrap_or_default().wrapping_mul(0x9e37_79b9);
+        self.board.tell(event, random);
+    }
+}
