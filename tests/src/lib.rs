@@ -10,6 +10,7 @@
 pub mod daemon;
 pub mod dial;
 pub mod ground;
+pub mod holdings;
 pub mod host;
 pub mod http;
 pub mod netns;

@@ -2,8 +2,7 @@
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "its result is what it prints")]
 
 use std::{
-    fs,
-    path::{Path, PathBuf},
+    path::Path,
     sync::atomic::{AtomicU64, Ordering::Relaxed},
     thread::sleep,
     time::{Duration, Instant},
@@ -13,6 +12,7 @@ use anyhow::{Result, bail};
 use anyport_tests::{
     daemon::{Daemon, Setup},
     ground::{self, program, public_copy, scratch},
+    holdings::Holdings,
     host::wait_for,
     random::{self, Random},
     steady::{Failure, Loss, dial_during},
@@ -55,14 +55,6 @@ enum Event {
     Crash,
 }
 
-/// What there is at an idle moment.
-#[derive(Debug)]
-struct Holdings {
-    descriptors: usize,
-    /// KiB of the process that serves which no other process shares.
-    memory: u64,
-}
-
 fn main() -> Result<()> {
     let options = Options::parse();
     let missing = ground::missing();
@@ -73,9 +65,9 @@ fn main() -> Result<()> {
     eprintln!("random choices: repeat them with ANYPORT_SEED={}", random::seed());
     println!(
         "| back end | connections | restarts, upgrades, crashes | refused | answered by another | reset before the first byte | \
-         of these in crashes | descriptors before and after | private memory before and after, KiB | minutes |"
+         of these in crashes | descriptors before and after | private memory before and after, KiB | BPF maps before and after, KiB | minutes |"
     );
-    println!("|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|");
+    println!("|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|");
     let mut is_good = true;
     for steering in &options.steering {
         is_good &= soak(steering, &options)?;
@@ -97,7 +89,7 @@ fn soak(steering: &str, options: &Options) -> Result<bool> {
     // The first server of a program has not touched all of its memory yet.
     let warm_up = options.connections / 100;
     dial_during(&topology.client, &PREFIXES, options.clients, |served| wait_until(served, warm_up));
-    let before = holdings(&daemon);
+    let before = Holdings::of(daemon.pid())?;
     let mut events = [Event::Restart, Event::Upgrade, Event::Crash].repeat(usize::try_from(options.events)?);
     random.shuffle(&mut events);
     let between = options.connections / (events.len() as u64 + 1);
@@ -117,20 +109,22 @@ fn soak(steering: &str, options: &Options) -> Result<bool> {
         let servers = daemon.servers();
         if servers.len() == 1 { Ok(()) } else { Err(format!("{servers:?}")) }
     });
-    let after = holdings(&daemon);
+    let after = Holdings::of(daemon.pid())?;
     // A crash resets what was accepted and not yet answered.
     let is_of_crash = |failure: &&Failure| crashes.iter().any(|at| (*at..*at + SHORTLY).contains(&failure.at));
     let of_crashes = tally.failures.iter().filter(|it| it.loss == Loss::Unanswered).filter(is_of_crash).count();
     let [refused, misdirected, unanswered] =
         [Loss::Refused, Loss::Misdirected, Loss::Unanswered].map(|loss| tally.count(loss));
     println!(
-        "| {steering} | {} | {1}, {1}, {1} | {refused} | {misdirected} | {unanswered} | {of_crashes} | {2}, {3} | {4}, {5} | {6:.1} |",
+        "| {steering} | {} | {1}, {1}, {1} | {refused} | {misdirected} | {unanswered} | {of_crashes} | {2}, {3} | {4}, {5} | {6}, {7} | {8:.1} |",
         tally.served,
         options.events,
         before.descriptors,
         after.descriptors,
         before.memory,
         after.memory,
+        before.maps,
+        after.maps,
         start.elapsed().as_secs_f64() / 60.0,
     );
     for failure in tally.failures.iter().take(20) {
@@ -162,13 +156,4 @@ fn happen(daemon: &Daemon, event: Event, version: &Path) {
         }
     }
     daemon.wait_for_successor(before);
-}
-
-fn holdings(daemon: &Daemon) -> Holdings {
-    let process = PathBuf::from(format!("/proc/{}", daemon.pid()));
-    let rollup = fs::read_to_string(process.join("smaps_rollup")).expect("its memory");
-    let private = rollup.lines().filter(|line| line.starts_with("Private_"));
-    let memory = private.filter_map(|line| line.split_whitespace().nth(1)?.parse::<u64>().ok()).sum();
-    let descriptors = fs::read_dir(process.join("fd")).expect("its descriptors").count();
-    Holdings { descriptors, memory }
 }

@@ -1,7 +1,7 @@
 //! `bench apply`: what whole commands take, and what memory, by the number of rules.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::HashSet,
     fmt::{Display, Write as _},
     fs,
     io::{IsTerminal as _, stderr},
@@ -12,7 +12,7 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 use anyport::rules::Prefix;
-use anyport_tests::{daemon::Daemon, ground, netns::Netns, random::Random};
+use anyport_tests::{daemon::Daemon, ground, holdings::Holdings, netns::Netns, random::Random};
 
 use super::{
     plot::{self, Line, Panel},
@@ -163,21 +163,12 @@ fn memory(daemon: &Daemon) -> Result<Memory> {
         let number = line.and_then(|line| line.split_whitespace().next()).context("a number of kB")?;
         Ok(number.parse::<f64>()? / 1024.0)
     };
-    // A map is counted once, however many descriptors there are of it.
-    let mut maps: HashMap<String, f64> = HashMap::new();
-    for info in fs::read_dir(process.join("fdinfo"))? {
-        let info = fs::read_to_string(info?.path()).unwrap_or_default();
-        let field = |name: &str| info.lines().find_map(|line| line.strip_prefix(name)).map(str::trim);
-        if let (Some(id), Some(bytes)) = (field("map_id:"), field("memlock:")) {
-            maps.insert(id.to_owned(), bytes.parse()?);
-        }
-    }
     let told = daemon.json("status")["bytes"].as_f64().context("status tells bytes")?;
     Ok(Memory {
         resident: kilobytes("Rss")?,
         proportional: kilobytes("Pss")?,
         told: mebibytes(told),
-        locked: mebibytes(maps.values().sum()),
+        locked: f64::from(u32::try_from(Holdings::of(daemon.pid())?.maps)?) / 1024.0,
     })
 }
 

@@ -1,8 +1,9 @@
 //! `bench memory`: what a daemon keeps of connections that are over.
 
-use std::{fs, thread, time::Duration};
+use std::{thread, time::Duration};
 
 use anyhow::{Context as _, Result};
+use anyport_tests::holdings::Holdings;
 
 use super::{
     proxies::{Kind, Lab, target},
@@ -32,8 +33,8 @@ pub(crate) fn memory(options: &Options) -> Result<()> {
     leave_first_cpu()?;
     let lab = Lab::start()?;
     let to = target(Kind::Anyport, Load::Connections, false);
-    println!("| connections so far | private memory, KiB | descriptors |");
-    println!("|---:|---:|---:|");
+    println!("| connections so far | private memory, KiB | BPF maps, KiB | descriptors |");
+    println!("|---:|---:|---:|---:|");
     print(&lab, 0)?;
     let mut done = 0;
     // The first hundredth makes the daemon take what so many at a time need.
@@ -46,7 +47,7 @@ pub(crate) fn memory(options: &Options) -> Result<()> {
     println!();
     println!(
         "Connections through `forward`, each with a request of {REQUEST} bytes and its answer, {CONCURRENT} at a time. Private \
-         pages and open descriptors of the daemon, {} s after the last of them has ended.",
+         pages, BPF maps and open descriptors of the daemon, {} s after the last of them has ended.",
         SETTLED.as_secs()
     );
     Ok(())
@@ -54,7 +55,7 @@ pub(crate) fn memory(options: &Options) -> Result<()> {
 
 fn print(lab: &Lab, done: u64) -> Result<()> {
     let pid = lab.process(Kind::Anyport).context("the daemon")?;
-    let descriptors = fs::read_dir(format!("/proc/{pid}/fd"))?.count();
-    println!("| {done} | {} | {descriptors} |", lab.memory(Kind::Anyport)? >> 10);
+    let Holdings { descriptors, memory, maps } = Holdings::of(pid)?;
+    println!("| {done} | {memory} | {maps} | {descriptors} |");
     Ok(())
 }

@@ -11,6 +11,7 @@ use anyhow::{Context as _, Result};
 use anyport_tests::{
     daemon::{Daemon, Setup},
     dial, ground,
+    holdings::Holdings,
     host::wait_for,
     topology::{HOST, SERVER, Topology},
 };
@@ -125,10 +126,7 @@ impl Lab {
     /// Bytes of memory that a proxy has to itself.
     pub(crate) fn memory(&self, kind: Kind) -> Result<u64> {
         let pid = self.process(kind).context("a proxy")?;
-        let text = fs::read_to_string(format!("/proc/{pid}/smaps_rollup"))?;
-        let private = text.lines().filter(|line| line.starts_with("Private_"));
-        let kib = private.filter_map(|line| line.split_whitespace().nth(1)?.parse::<u64>().ok());
-        Ok(kib.sum::<u64>() << 10)
+        Ok(Holdings::of(pid)?.memory << 10)
     }
 }
 
