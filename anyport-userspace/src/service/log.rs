@@ -23,7 +23,7 @@ pub(super) struct ConnectionLog {
 
 /// What is told of a connection or flow.
 pub(super) struct Entry<'a> {
-    /// When it began, as [`ConnectionLog::begin`] has said.
+    /// When it began.
     pub(super) began: Instant,
     pub(super) transport: Transport,
     pub(super) ends: Ends,
@@ -42,11 +42,9 @@ impl ConnectionLog {
         Self { service: config.name.clone(), every: config.connection_log, seen: AtomicU32::new(0) }
     }
 
-    /// The beginning of a connection that is to be written down.
-    pub(super) fn begin(&self) -> Option<Instant> {
-        let every = self.every?;
-        let seen = self.seen.fetch_add(1, Relaxed);
-        (seen % every == 0).then(Instant::now)
+    /// Whether a connection that begins is to be written down.
+    pub(super) fn picks(&self) -> bool {
+        self.every.is_some_and(|every| self.seen.fetch_add(1, Relaxed) % every == 0)
     }
 
     /// Writes a connection down that has ended.
@@ -81,7 +79,7 @@ mod tests {
         };
         for (every, expected) in [(0, 0), (1, 100), (3, 34), (1000, 1)] {
             let log = ConnectionLog::of(&config(every.try_into().ok()));
-            assert_eq!((0..100).filter(|_| log.begin().is_some()).count(), expected, "one of {every}");
+            assert_eq!((0..100).filter(|_| log.picks()).count(), expected, "one of {every}");
         }
     }
 }

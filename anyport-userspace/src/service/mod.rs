@@ -5,6 +5,7 @@ mod config;
 mod descriptors;
 pub mod forward;
 mod handlers;
+mod histogram;
 mod limits;
 mod log;
 mod raw;
@@ -34,6 +35,7 @@ pub(crate) use config::ServiceTable;
 pub use config::{HandlerKind, ServiceConfig};
 pub use descriptors::DescriptorPool;
 pub use forward::{UpstreamState, UpstreamView, config::Span};
+pub use histogram::{ConnectionTimes, Distribution};
 pub use limits::{Capacity, Limits, Rate};
 pub use registrant::Registrant;
 pub use sockets::SocketInfo;
@@ -43,6 +45,7 @@ pub use workers::{WorkerHandles, Workers};
 use self::{
     answers::{Answering, MAX_ANSWERING},
     forward::{Forwarder, UdpForwarder},
+    histogram::{Histogram, Times},
     limits::{Gate, Room},
     log::ConnectionLog,
     sockets::Group,
@@ -155,6 +158,15 @@ impl Service {
         stats.listen_drops = self.listeners.iter().map(|it| drops(it.as_fd())).sum();
         stats.receive_drops = self.receivers.iter().map(|it| drops(it.as_fd())).sum();
         stats
+    }
+
+    /// How long connections waited to be accepted, and how long they lasted.
+    pub fn times(&self) -> ConnectionTimes {
+        let of = |which: fn(&Times) -> &Histogram| {
+            let histograms: Vec<_> = self.tcp.iter().map(|site| which(&site.counts.times)).collect();
+            Distribution::of(&histograms)
+        };
+        ConnectionTimes { durations: of(|times| &times.durations), waits: of(|times| &times.waits) }
     }
 
     /// The upstreams of `forward`.

@@ -4,10 +4,11 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use serde::{Deserialize, Serialize};
 
-use super::limits::Refusals;
+use super::{histogram::Times, limits::Refusals};
 
 /// What became of the connections and datagrams of a service since it was started.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
 pub struct ServiceStats {
     /// Connections that are open now.
     pub active: u64,
@@ -29,6 +30,10 @@ pub struct ServiceStats {
     pub bad_headers: u64,
     /// Connections closed, and datagrams lost, since no upstream took them.
     pub unforwarded: u64,
+    /// Bytes of clients, without headers: of datagrams, and of connections, each of which may lack the last MiB while it is open.
+    pub bytes_from_clients: u64,
+    /// Bytes for clients, likewise.
+    pub bytes_to_clients: u64,
     /// Datagrams received.
     pub datagrams: u64,
     /// Datagrams answered.
@@ -72,6 +77,20 @@ impl Count {
     }
 }
 
+/// Bytes of clients and bytes for clients.
+#[derive(Debug, Default)]
+pub(super) struct Traffic {
+    pub(super) from_client: Count,
+    pub(super) to_client: Count,
+}
+
+impl Traffic {
+    pub(super) fn add(&self, from_client: u64, to_client: u64) {
+        self.from_client.add(from_client);
+        self.to_client.add(to_client);
+    }
+}
+
 /// What a worker counts for one listening socket. Aligned so that workers share no cache line.
 #[derive(Debug, Default)]
 #[repr(align(128))]
@@ -85,6 +104,8 @@ pub(super) struct TcpCounts {
     pub(super) accept_errors: Count,
     pub(super) bad_headers: Count,
     pub(super) unforwarded: Count,
+    pub(super) traffic: Traffic,
+    pub(super) times: Times,
 }
 
 /// What a worker counts for one UDP socket. Aligned so that workers share no cache line.
@@ -102,6 +123,7 @@ pub(super) struct UdpCounts {
     pub(super) flows: Count,
     pub(super) evicted: Count,
     pub(super) refused: Refusals,
+    pub(super) traffic: Traffic,
 }
 
 impl ServiceStats {
@@ -118,12 +140,19 @@ impl ServiceStats {
         self.denied += denied.get();
     }
 
+    fn add_traffic(&mut self, Traffic { from_client, to_client }: &Traffic) {
+        self.bytes_from_clients += from_client.get();
+        self.bytes_to_clients += to_client.get();
+    }
+
     pub(super) fn add_tcp(&mut self, counts: &TcpCounts) {
-        let TcpCounts { accepted, served, ended, refused, accept_errors, bad_headers, unforwarded } = counts;
+        let TcpCounts { accepted, served, ended, refused, accept_errors, bad_headers, unforwarded, traffic, times: _ } =
+            counts;
         // Not read at one moment, so one that comes and goes in between must not make it negative.
         self.active += served.get().saturating_sub(ended.get());
         self.accepted += accepted.get();
         self.add_refusals(refused);
+        self.add_traffic(traffic);
         self.accept_errors += accept_errors.get();
         self.bad_headers += bad_headers.get();
         self.unforwarded += unforwarded.get();
@@ -142,8 +171,10 @@ impl ServiceStats {
             flows,
             evicted,
             refused,
+            traffic,
         } = counts;
         self.add_refusals(refused);
+        self.add_traffic(traffic);
         self.datagrams += datagrams.get();
         self.answered += answered.get();
         self.refused_loop += refused_loop.get();

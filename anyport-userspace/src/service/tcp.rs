@@ -36,6 +36,7 @@ use super::{
     datagram::Ends,
     descriptors::DescriptorPool,
     forward::{Client, End, Forwarder, Outcome, Refusal, Served},
+    histogram::Sampler,
     limits::{Gate, Pass, Refused},
     log::{ConnectionLog, Entry},
     stats::TcpCounts,
@@ -66,14 +67,18 @@ pub(super) struct Site {
 #[derive(Debug)]
 struct Open {
     site: Arc<Site>,
-    /// When it began, if it is to be written down.
-    logged: Option<Instant>,
+    /// When it was accepted.
+    began: Instant,
+    /// Whether it is to be written down.
+    is_logged: bool,
     _pass: Pass,
 }
 
 impl Drop for Open {
     fn drop(&mut self) {
-        self.site.counts.ended.raise();
+        let TcpCounts { ended, times, .. } = &self.site.counts;
+        ended.raise();
+        times.durations.observe(self.began.elapsed(), 1);
     }
 }
 
@@ -82,16 +87,17 @@ impl Drop for Open {
 pub(super) struct Acceptor {
     pub(super) listener: AsyncFd<Arc<Socket>>,
     pub(super) site: Arc<Site>,
+    sampler: Sampler,
 }
 
 impl Acceptor {
     /// Watches a listening socket. To be called where the worker's runtime is the current one.
     pub(super) fn new(listener: Arc<Socket>, site: Arc<Site>) -> io::Result<Self> {
-        Ok(Self { listener: sys::watch_readable(listener)?, site })
+        Ok(Self { listener: sys::watch_readable(listener)?, site, sampler: Sampler::new() })
     }
 
     /// Accepts for ever. Connections go on when this is dropped.
-    pub(super) async fn run(self) {
+    pub(super) async fn run(mut self) {
         if let Some(forwarder) = &self.site.forwarder {
             forwarder.wait_for_names().await;
         }
@@ -113,13 +119,14 @@ impl Acceptor {
     }
 
     /// Waits for connections, and accepts those that are there.
-    async fn accept_some(&self) -> io::Result<()> {
-        let mut ready = self.listener.readable().await?;
+    async fn accept_some(&mut self) -> io::Result<()> {
+        let Self { listener, site, sampler } = self;
+        let mut ready = listener.readable().await?;
         for _ in 0..ACCEPTS {
             match ready.try_io(|listener| accept(listener.get_ref())) {
                 Ok(accepted) => {
                     let (socket, client) = accepted?;
-                    self.start(socket, client);
+                    start(site, sampler, socket, client);
                 }
                 Err(_) => return Ok(()),
             }
@@ -127,29 +134,36 @@ impl Acceptor {
         yield_now().await;
         Ok(())
     }
+}
 
-    fn start(&self, socket: Socket, client: SocketAddr) {
-        let site = &self.site;
-        site.counts.accepted.raise();
-        let admitted = site.gate.admit(client.ip());
-        if let Some(teller) = site.teller.as_ref().filter(|it| it.is_heard())
-            && let Some(dialled) = dialled(&socket)
-        {
-            teller.tell(Transport::Tcp, Ends { client, dialled }, matches!(admitted, Err(Refused::Denied)));
-        }
-        let pass = match admitted {
-            Ok(pass) => pass,
-            Err(why) => {
-                site.counts.refused.raise(why);
-                return stream::reset(&socket);
-            }
-        };
-        let Some(dialled) = dialled(&socket) else { return };
-        let ends = Ends { client, dialled };
-        site.counts.served.raise();
-        let open = Open { site: Arc::clone(site), logged: site.log.begin(), _pass: pass };
-        Connections::start(Connection::new(open, socket, ends));
+/// Serves a connection that was accepted, if it may come in.
+fn start(site: &Arc<Site>, sampler: &mut Sampler, socket: Socket, client: SocketAddr) {
+    let TcpCounts { accepted, served, refused, times, .. } = &site.counts;
+    accepted.raise();
+    let admitted = site.gate.admit(client.ip());
+    if let Some(teller) = site.teller.as_ref().filter(|it| it.is_heard())
+        && let Some(dialled) = dialled(&socket)
+    {
+        teller.tell(Transport::Tcp, Ends { client, dialled }, matches!(admitted, Err(Refused::Denied)));
     }
+    let pass = match admitted {
+        Ok(pass) => pass,
+        Err(why) => {
+            refused.raise(why);
+            return stream::reset(&socket);
+        }
+    };
+    let Some(dialled) = dialled(&socket) else { return };
+    let began = Instant::now();
+    // Nothing was sent to it so far.
+    if let Some(weight) = sampler.pick(began)
+        && let Ok(waited) = sys::time_since_sent(&socket)
+    {
+        times.waits.observe(waited, weight);
+    }
+    served.raise();
+    let open = Open { site: Arc::clone(site), began, is_logged: site.log.picks(), _pass: pass };
+    Connections::start(Connection::new(open, socket, Ends { client, dialled }));
 }
 
 /// What the client of an accepted socket dialled.
@@ -186,16 +200,17 @@ impl Machine for Connection {
         match self {
             Self::Talk(it) => {
                 let (talk, ends, open) = &mut **it;
-                talk.advance(open.site.config.handler, cx, event).unwrap_or_else(|end| {
+                let Site { config, counts, .. } = &*open.site;
+                talk.advance(config.handler, cx, event, &counts.traffic).unwrap_or_else(|end| {
                     talk_ended(open, *ends, talk, &end);
                     Next::Close
                 })
             }
             Self::Forwarded(it) => {
                 let (client, open) = &mut **it;
-                let Site { forwarder, descriptors, .. } = &*open.site;
+                let Site { forwarder, descriptors, counts, .. } = &*open.site;
                 let Some(forwarder) = forwarder else { return Next::Close };
-                client.advance(forwarder, descriptors, cx, event).unwrap_or_else(|served| {
+                client.advance(forwarder, (descriptors, &counts.traffic), cx, event).unwrap_or_else(|served| {
                     forwarding_ended(open, &served);
                     Next::Close
                 })
@@ -209,13 +224,14 @@ fn talk_ended(open: &Open, ends: Ends, talk: &Talk, end: &io::Result<()>) {
     if let Err(error) = end {
         tracing::debug!("service {}: {} to {}: {error}", config.name, ends.client, ends.dialled);
     }
-    if let Some(began) = open.logged {
+    if open.is_logged {
         let reason: &dyn Display = match end {
             Ok(()) => &"closed by both sides",
             Err(error) if error.kind() == io::ErrorKind::TimedOut => &"closed as idle",
             Err(error) => error,
         };
         let (from_client, to_client) = talk.bytes();
+        let began = open.began;
         log.write(&Entry { began, transport: Transport::Tcp, ends, upstream: None, from_client, to_client, reason });
     }
 }
@@ -234,9 +250,10 @@ fn forwarding_ended(open: &Open, Served { ends, upstream, end }: &Served) {
     if !matches!(end, Ok(Outcome { end: End::Closed, .. })) {
         tracing::debug!("service {}: {} to {}: {reason}", config.name, ends.client, ends.dialled);
     }
-    if let Some(began) = open.logged {
+    if open.is_logged {
         let upstream = upstream.as_ref().map(|upstream| upstream as &dyn Display);
         let ends = *ends;
+        let began = open.began;
         log.write(&Entry { began, transport: Transport::Tcp, ends, upstream, from_client, to_client, reason });
     }
 }
@@ -360,9 +377,15 @@ fn pause_after(error: &io::Error, last: Duration) -> Duration {
 
 #[cfg(test)]
 mod tests {
-    use std::{io, time::Duration};
+    use std::{
+        io::{self, Write as _},
+        net::{TcpListener, TcpStream},
+        thread::sleep,
+        time::{Duration, Instant},
+    };
 
     use super::{Client, Ends, Open, Talk, pause_after};
+    use crate::sys;
 
     #[test]
     fn backs_off_while_resources_lack() {
@@ -385,6 +408,22 @@ mod tests {
             let error = io::Error::from_raw_os_error(number);
             assert_eq!(pause_after(&error, Duration::from_secs(1)), Duration::ZERO);
         }
+    }
+
+    #[test]
+    fn the_kernel_knows_how_long_a_connection_has_waited() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let before = Instant::now();
+        let mut client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        sleep(Duration::from_millis(200));
+        // What the client says in the meantime makes no difference.
+        client.write_all(b"x").unwrap();
+        sleep(Duration::from_millis(100));
+        let (accepted, _) = listener.accept().unwrap();
+        let waited = sys::time_since_sent(&accepted).unwrap();
+        // A jiffy has 10 ms at most.
+        let range = Duration::from_millis(290)..=before.elapsed() + Duration::from_millis(10);
+        assert!(range.contains(&waited), "{waited:?} is not in {range:?}");
     }
 
     #[test]

@@ -129,6 +129,9 @@ impl Receiver {
         if !is_taken {
             return counts.refused.raise(Refused::Denied);
         }
+        if self.config.handler != HandlerKind::Forward {
+            counts.traffic.add(question.len() as u64, 0);
+        }
         let line;
         let answer = match self.config.handler {
             HandlerKind::Discard | HandlerKind::Registered => return,
@@ -144,7 +147,10 @@ impl Receiver {
             Some(Refusal::Loop) => counts.refused_loop.raise(),
             Some(Refusal::Size) => counts.refused_size.raise(),
             None => match self.answer(ends, answer) {
-                Ok(()) => counts.answered.raise(),
+                Ok(()) => {
+                    counts.answered.raise();
+                    counts.traffic.add(0, answer.len() as u64);
+                }
                 Err(error) => {
                     counts.unsent.raise();
                     tracing::debug!("service {}: answer {ends:?}: {error}", self.config.name);

@@ -148,6 +148,33 @@ pub fn drops(socket: impl AsFd) -> io::Result<u32> {
     if failed == 0 { Ok(numbers[SK_MEMINFO_DROPS]) } else { Err(io::Error::last_os_error()) }
 }
 
+/// How long ago a TCP connection last sent data, to the jiffy (`TCP_INFO`, Linux 2.6). One that was accepted and has sent nothing
+/// counts from the end of its handshake (`tcp_create_openreq_child` in `net/ipv4/tcp_minisocks.c`, looked at in Linux 6.18): for as long
+/// it has waited to be accepted.
+///
+/// # Errors
+/// The kernel's error.
+pub fn time_since_sent(socket: impl AsFd) -> io::Result<Duration> {
+    let mut info = std::mem::MaybeUninit::<libc::tcp_info>::zeroed();
+    let mut length = libc::socklen_t::try_from(size_of_val(&info)).map_err(io::Error::other)?;
+    // SAFETY: the kernel writes at most `length` bytes to the buffer, which is that long, and how many to `length`.
+    let failed = unsafe {
+        libc::getsockopt(
+            socket.as_fd().as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_INFO,
+            info.as_mut_ptr().cast(),
+            &raw mut length,
+        )
+    };
+    if failed != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: it consists of numbers, for which all zeros, or what the kernel wrote, are values.
+    let info = unsafe { info.assume_init() };
+    Ok(Duration::from_millis(info.tcpi_last_data_sent.into()))
+}
+
 /// Waits until every BPF program that runs now has ended.
 ///
 /// Programs run under RCU's read lock, and `MEMBARRIER_CMD_GLOBAL` (Linux 4.3) is a grace period of RCU, 8 to 16 ms

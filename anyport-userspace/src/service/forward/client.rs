@@ -21,6 +21,7 @@ use super::{
 use crate::service::{
     datagram::Ends,
     descriptors::DescriptorPool,
+    stats::Traffic,
     tcp::{
         events::{Context, Event, Next},
         stream::{Side, Stream, reset},
@@ -78,11 +79,11 @@ impl Client {
     pub(in crate::service) fn advance(
         &mut self,
         forwarder: &Forwarder,
-        pool: &DescriptorPool,
+        (pool, traffic): (&DescriptorPool, &Traffic),
         cx: &mut Context<'_>,
         event: Event,
     ) -> Result<Next, Served> {
-        self.try_advance(forwarder, pool, cx, event).map_err(|(upstream, end)| {
+        self.try_advance(forwarder, (pool, traffic), cx, event).map_err(|(upstream, end)| {
             if !matches!(end, Ok(Outcome { end: End::Closed | End::Idle | End::TooLong, .. })) {
                 reset(&self.stream);
                 self.upstream.iter().for_each(reset);
@@ -94,7 +95,7 @@ impl Client {
     fn try_advance(
         &mut self,
         forwarder: &Forwarder,
-        pool: &DescriptorPool,
+        (pool, traffic): (&DescriptorPool, &Traffic),
         cx: &mut Context<'_>,
         event: Event,
     ) -> Result<Next, Ended> {
@@ -106,8 +107,8 @@ impl Client {
         }
         match &mut self.phase {
             Phase::Header(_) => self.read_header(forwarder, cx, event),
-            Phase::Dialling(_) => self.dial_on(forwarder, pool, cx, event),
-            Phase::Connected(..) => self.relay(pool, cx, event),
+            Phase::Dialling(_) => self.dial_on(forwarder, (pool, traffic), cx, event),
+            Phase::Connected(..) => self.relay((pool, traffic), cx, event),
             Phase::Over => Ok(Next::Close),
         }
     }
@@ -184,7 +185,7 @@ impl Client {
     fn dial_on(
         &mut self,
         forwarder: &Forwarder,
-        pool: &DescriptorPool,
+        (pool, traffic): (&DescriptorPool, &Traffic),
         cx: &mut Context<'_>,
         event: Event,
     ) -> Result<Next, Ended> {
@@ -196,7 +197,9 @@ impl Client {
                 let is_broken = flags.intersects(EpollFlags::EPOLLERR | EpollFlags::EPOLLHUP);
                 match is_broken.then(|| upstream.error()).flatten() {
                     Some(error) => error,
-                    None if flags.contains(EpollFlags::EPOLLOUT) => return self.connected(forwarder, pool, cx),
+                    None if flags.contains(EpollFlags::EPOLLOUT) => {
+                        return self.connected(forwarder, (pool, traffic), cx);
+                    }
                     None => return Ok(Next::Wait),
                 }
             }
@@ -218,7 +221,12 @@ impl Client {
         self.dial_next(forwarder, cx)
     }
 
-    fn connected(&mut self, forwarder: &Forwarder, pool: &DescriptorPool, cx: &mut Context<'_>) -> Result<Next, Ended> {
+    fn connected(
+        &mut self,
+        forwarder: &Forwarder,
+        (pool, traffic): (&DescriptorPool, &Traffic),
+        cx: &mut Context<'_>,
+    ) -> Result<Next, Ended> {
         let Phase::Dialling(Dialling { mut first, mut tried, .. }) = std::mem::replace(&mut self.phase, Phase::Over)
         else {
             return Ok(Next::Close);
@@ -237,15 +245,20 @@ impl Client {
         let relay = Relay::new(first, limits);
         cx.wake_at(relay.next_look());
         self.phase = Phase::Connected(Connected::to(upstream), relay);
-        self.relay(pool, cx, Event::Turn)
+        self.relay((pool, traffic), cx, Event::Turn)
     }
 
     /// Moves what can be moved.
-    fn relay(&mut self, pool: &DescriptorPool, cx: &mut Context<'_>, event: Event) -> Result<Next, Ended> {
+    fn relay(
+        &mut self,
+        (pool, traffic): (&DescriptorPool, &Traffic),
+        cx: &mut Context<'_>,
+        event: Event,
+    ) -> Result<Next, Ended> {
         let (Phase::Connected(connected, relay), Some(upstream)) = (&mut self.phase, &mut self.upstream) else {
             return Ok(Next::Close);
         };
-        let traffic = &connected.0.traffic;
+        let traffic = [&connected.0.traffic, traffic];
         let next = if matches!(event, Event::Due) {
             relay.look(traffic).map(|()| {
                 cx.wake_at(relay.next_look());

@@ -9,9 +9,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{pipe::Pipe, upstream::Traffic};
+use super::pipe::Pipe;
 use crate::service::{
     descriptors::DescriptorPool,
+    stats::Traffic,
     tcp::{
         events::{Context, Next},
         stream::Stream,
@@ -23,7 +24,7 @@ const PIPE_AFTER: u64 = 256 << 10;
 /// ... and at least so many since it was last woken, or the time before. For less, two calls of splice(2) cost more than
 /// the copy that they spare.
 const PIPE_RUN: usize = 64 << 10;
-/// Bytes that may be missing in the upstream's counts while a connection is open.
+/// Bytes that may be missing in the counts while a connection is open.
 const UNCOUNTED: u64 = 1 << 20;
 /// How often a direction reads before other connections have their turn.
 const READS: u32 = 16;
@@ -90,7 +91,7 @@ pub(super) struct First {
 pub(super) struct Relay {
     up: Way,
     down: Way,
-    /// Bytes in either direction that the upstream's counts have.
+    /// Bytes in either direction that the counts of the upstream and of the service have.
     counted: (u64, u64),
     quiet: Quiet,
 }
@@ -107,7 +108,7 @@ impl Relay {
         client: &mut Stream,
         upstream: &mut Stream,
         pool: &DescriptorPool,
-        traffic: &Traffic,
+        traffic: [&Traffic; 2],
     ) -> Result<Next, End> {
         let moved = self.advance_both(cx, client, upstream, pool);
         if self.uncounted() > UNCOUNTED || moved.is_err() {
@@ -145,7 +146,7 @@ impl Relay {
     }
 
     /// Looks whether it has been silent for too long, or has lasted too long.
-    pub(super) fn look(&mut self, traffic: &Traffic) -> Result<(), End> {
+    pub(super) fn look(&mut self, traffic: [&Traffic; 2]) -> Result<(), End> {
         let looked = self.quiet.look(self.up.moved + self.down.moved);
         if looked.is_err() {
             self.count(traffic);
@@ -157,8 +158,10 @@ impl Relay {
         self.up.moved - self.counted.0 + self.down.moved - self.counted.1
     }
 
-    fn count(&mut self, traffic: &Traffic) {
-        traffic.add(self.up.moved - self.counted.0, self.down.moved - self.counted.1);
+    fn count(&mut self, traffic: [&Traffic; 2]) {
+        for traffic in traffic {
+            traffic.add(self.up.moved - self.counted.0, self.down.moved - self.counted.1);
+        }
         self.counted = (self.up.moved, self.down.moved);
     }
 
@@ -411,18 +414,18 @@ mod tests {
         fn advance(&mut self, cx: &mut Context<'_>, event: Event) -> Next {
             let Self { client, upstream, relay, pool, traffic, outcome } = self;
             let next = match event {
-                Event::Due => relay.look(traffic).map(|()| Next::Wait),
+                Event::Due => relay.look([traffic, &Traffic::default()]).map(|()| Next::Wait),
                 Event::Ready(side, flags) => {
                     let stream = if side == Side::Client { &mut *client } else { &mut *upstream };
                     stream.note(flags);
-                    relay.advance(cx, client, upstream, pool, traffic)
+                    relay.advance(cx, client, upstream, pool, [traffic, &Traffic::default()])
                 }
                 Event::Start => {
                     client.watch(cx.watcher).unwrap();
                     upstream.watch(cx.watcher).unwrap();
-                    relay.advance(cx, client, upstream, pool, traffic)
+                    relay.advance(cx, client, upstream, pool, [traffic, &Traffic::default()])
                 }
-                Event::Turn => relay.advance(cx, client, upstream, pool, traffic),
+                Event::Turn => relay.advance(cx, client, upstream, pool, [traffic, &Traffic::default()]),
             };
             if matches!(event, Event::Start | Event::Due) {
                 cx.wake_at(relay.next_look());

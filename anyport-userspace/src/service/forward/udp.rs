@@ -218,7 +218,7 @@ impl Shared {
             client: OnceLock::new(),
             chosen: Connected::to(chosen),
             last_used: AtomicU64::new(moment()),
-            logged: self.log.begin(),
+            logged: self.log.picks().then(Instant::now),
             to_upstream: AtomicU64::new(0),
             to_client: AtomicU64::new(0),
             questions: AtomicU64::new(0),
@@ -291,6 +291,7 @@ impl Shared {
             None => batch.send(&flow.upstream),
         };
         flow.chosen.0.traffic.add(sent.bytes, 0);
+        self.worker.counts.traffic.add(sent.bytes, 0);
         flow.to_upstream.fetch_add(sent.bytes, Relaxed);
         flow.questions.fetch_add(sent.datagrams, Relaxed);
         // What came back by ICMP for an earlier datagram; other errors are of one datagram.
@@ -310,6 +311,7 @@ impl Shared {
             _ => self.answer(flow.ends, batch),
         };
         flow.chosen.0.traffic.add(0, sent.bytes);
+        self.worker.counts.traffic.add(0, sent.bytes);
         flow.to_client.fetch_add(sent.bytes, Relaxed);
         self.worker.counts.answered.add(sent.datagrams);
         self.worker.counts.unsent.add(sent.lost);

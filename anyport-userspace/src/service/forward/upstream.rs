@@ -15,21 +15,7 @@ use serde::{Deserialize, Serialize};
 use smallvec::SmallVec;
 
 use super::config::{Balance, Ejection, HealthCheck};
-use crate::service::lock;
-
-/// Bytes that went through an upstream.
-#[derive(Debug, Default)]
-pub(super) struct Traffic {
-    to_upstream: AtomicU64,
-    to_client: AtomicU64,
-}
-
-impl Traffic {
-    pub(super) fn add(&self, to_upstream: u64, to_client: u64) {
-        self.to_upstream.fetch_add(to_upstream, Relaxed);
-        self.to_client.fetch_add(to_client, Relaxed);
-    }
-}
+use crate::service::{lock, stats::Traffic};
 
 /// One address that clients are connected to. All workers share it; nothing that a connection needs takes a lock.
 #[derive(Debug)]
@@ -213,8 +199,8 @@ impl Upstream {
             active: self.open.load(Relaxed),
             connections: self.total.load(Relaxed),
             failures: self.failures.load(Relaxed),
-            bytes_to: self.traffic.to_upstream.load(Relaxed),
-            bytes_from: self.traffic.to_client.load(Relaxed),
+            bytes_to: self.traffic.from_client.get(),
+            bytes_from: self.traffic.to_client.get(),
         }
     }
 }

@@ -13,7 +13,7 @@ use super::{
     events::{Context, Event, Next},
     stream::Stream,
 };
-use crate::service::{HandlerKind, ServiceConfig, datagram::Ends, handlers::Line};
+use crate::service::{HandlerKind, ServiceConfig, datagram::Ends, handlers::Line, stats::Traffic};
 
 /// A connection over which nothing was said for this long is closed, at the earliest after half of it.
 const IDLE_LIMIT: Duration = Duration::from_mins(5);
@@ -28,6 +28,8 @@ const ECHO_CHUNK: usize = 16 << 10;
 const FORGET_CHUNK: usize = 16 << 10;
 /// Reads of a connection before others have their turn.
 const READS: usize = 16;
+/// Bytes that may be missing in the service's counts while a connection is open.
+const UNCOUNTED: u64 = 1 << 20;
 
 /// A conversation with one client.
 #[derive(Debug)]
@@ -41,6 +43,8 @@ pub(super) struct Talk {
     heard: u64,
     /// What it was told, in bytes.
     said: u64,
+    /// Of these, what the service's counts have.
+    counted: (u64, u64),
     /// Of both, when it was last looked whether anything is said.
     seen: Option<u64>,
     /// How long after its beginning, or the last time, that is.
@@ -59,7 +63,16 @@ impl Talk {
             HandlerKind::Echo | HandlerKind::Forward | HandlerKind::Registered => Box::default(),
         };
         let interval = if config.handler == HandlerKind::Hello { LINGER_LIMIT } else { IDLE_LIMIT / 2 };
-        Self { stream: Stream::accepted(socket), kept, sent: 0, heard: 0, said: 0, seen: None, interval }
+        Self {
+            stream: Stream::accepted(socket),
+            kept,
+            sent: 0,
+            heard: 0,
+            said: 0,
+            counted: (0, 0),
+            seen: None,
+            interval,
+        }
     }
 
     /// Bytes of the client, and bytes to it.
@@ -68,7 +81,17 @@ impl Talk {
     }
 
     /// Goes as far as it can.
-    pub(super) fn advance(&mut self, kind: HandlerKind, cx: &mut Context<'_>, event: Event) -> Step {
+    pub(super) fn advance(&mut self, kind: HandlerKind, cx: &mut Context<'_>, event: Event, traffic: &Traffic) -> Step {
+        let step = self.try_advance(kind, cx, event);
+        let (heard, said) = (self.heard - self.counted.0, self.said - self.counted.1);
+        if step.is_err() || heard + said > UNCOUNTED {
+            traffic.add(heard, said);
+            self.counted = self.bytes();
+        }
+        step
+    }
+
+    fn try_advance(&mut self, kind: HandlerKind, cx: &mut Context<'_>, event: Event) -> Step {
         match event {
             Event::Ready(_, flags) => self.stream.note(flags),
             Event::Due => self.look(kind, cx)?,
@@ -175,7 +198,7 @@ mod tests {
 
     use nix::sys::epoll::EpollTimeout;
 
-    use super::{Context, Ends, Event, HandlerKind, Next, ServiceConfig, Talk};
+    use super::{Context, Ends, Event, HandlerKind, Next, ServiceConfig, Talk, Traffic};
     use crate::service::tcp::events::{EventLoop, Machine};
 
     const INTERVAL: Duration = Duration::from_millis(200);
@@ -185,7 +208,7 @@ mod tests {
     impl Machine for Speaker {
         fn advance(&mut self, cx: &mut Context<'_>, event: Event) -> Next {
             let Self(talk, ended) = self;
-            talk.advance(HandlerKind::Echo, cx, event).unwrap_or_else(|end| {
+            talk.advance(HandlerKind::Echo, cx, event, &Traffic::default()).unwrap_or_else(|end| {
                 ended.send(end).unwrap();
                 Next::Close
             })
