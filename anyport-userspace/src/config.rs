@@ -2,6 +2,7 @@
 
 use std::{
     fmt, fs, io,
+    net::SocketAddr,
     num::{NonZeroU32, NonZeroUsize},
     path::{Path, PathBuf},
     thread,
@@ -152,6 +153,9 @@ pub struct Settings {
     /// left to the host
     #[arg(long, env = "ANYPORT_KEEP", num_args = 0..=1, default_missing_value = "true", value_name = "BOOL")]
     pub keep: Option<bool>,
+    /// Where metrics, health and a page about all of it are served over HTTP, to everybody who can connect [default: nowhere]
+    #[arg(long, env = "ANYPORT_METRICS", value_name = "ADDR:PORT")]
+    pub metrics: Option<SocketAddr>,
     /// How much to log; from debug on, the BPF programs log too [default: info]
     #[arg(long, env = "ANYPORT_LOG_LEVEL", value_name = "LEVEL")]
     pub log_level: Option<LogLevel>,
@@ -175,6 +179,7 @@ impl Settings {
             max_rules: self.max_rules.or(other.max_rules),
             drain_timeout: self.drain_timeout.or(other.drain_timeout),
             keep: self.keep.or(other.keep),
+            metrics: self.metrics.or(other.metrics),
             log_level: self.log_level.or(other.log_level),
             log_format: self.log_format.or(other.log_format),
         }
@@ -194,6 +199,7 @@ pub struct Config {
     pub max_rules: usize,
     pub drain_timeout: Duration,
     pub keep: bool,
+    pub metrics: Option<SocketAddr>,
     pub limits: Limits,
     pub log_level: LogLevel,
     pub log_format: LogFormat,
@@ -243,6 +249,7 @@ impl Config {
             max_rules,
             drain_timeout: settings.drain_timeout.map_or(DEFAULT_DRAIN_TIMEOUT, |time| time.0),
             keep: settings.keep.unwrap_or_default(),
+            metrics: settings.metrics,
             limits: Limits {
                 max_connections: settings.max_connections,
                 max_connections_per_source: settings.max_connections_per_source,
@@ -361,6 +368,7 @@ mod tests {
         for (text, wanted) in [
             ("[daemon]\nworkers = 0", ["line 2", "nonzero"]),
             ("[daemon]\nworkers = 9999", ["9999", "1024"]),
+            ("[daemon]\nmetrics = \"localhost:9464\"", ["line 2", "socket address"]),
             ("[daemon]\nworker = 1", ["line 2, column 1", "worker"]),
             ("[daemon]\nsteering = \"ebpf\"", ["line 2", "sk-lookup"]),
             ("[daemons]", ["line 1", "daemons"]),

@@ -11,7 +11,7 @@ use nix::sys::{
 use tokio::{
     runtime,
     signal::unix::{Signal, SignalKind, signal},
-    sync::{Mutex, watch},
+    sync::watch,
     time::{MissedTickBehavior, interval, sleep},
 };
 use tracing::{info, warn};
@@ -22,6 +22,7 @@ use crate::{
     engine::Engine,
     keeper::{Begin, Command, Commands, Handover, Link},
     lock::Lock,
+    observe::{self, Observer, Servers},
     register, routes,
     service::{DescriptorPool, WorkerHandles, Workers},
 };
@@ -129,21 +130,26 @@ async fn control_loop(
     begin: &Begin,
 ) -> anyhow::Result<()> {
     let mut ends = Ends::new(keeper, begin.is_restarted)?;
+    let engine: api::Shared = Arc::default();
+    let servers = Servers { started: begin.started, crashed: begin.crashed };
+    let observer = Arc::new(Observer::new(Arc::clone(&engine), servers));
+    let watch_at = |address| observe::Server::start(address, Arc::clone(&observer), begin.is_successor);
+    let metrics = config.metrics.map(watch_at).transpose()?;
     lock.answer()?;
     let listener = api::bind(&config.socket)?;
     let registering = register::bind(&register::socket_beside(&config.socket)).inspect_err(|_| {
         fs::remove_file(&config.socket).ok();
     })?;
-    let engine: api::Shared = match Engine::start(config, workers, keeper.clone(), begin.is_successor).await {
-        Ok(engine) => Arc::new(Mutex::new(Some(engine))),
+    match Engine::start(config, workers, keeper.clone(), begin.is_successor).await {
+        Ok(started) => *engine.lock().await = Some(started),
         Err(error) => {
             remove_sockets(config);
             return Err(error);
         }
-    };
+    }
     let (stop, stopped) = watch::channel(false);
     let handover = Handover::new(keeper.clone());
-    let server = tokio::spawn(api::serve(listener, Arc::clone(&engine), handover.clone(), stopped));
+    let server = tokio::spawn(api::serve(listener, Arc::clone(&engine), observer, handover.clone(), stopped));
     let registrar = tokio::spawn(register::serve(registering, Arc::clone(&engine)));
     let watcher = tokio::spawn(keep_looking(Arc::clone(&engine)));
     keeper.ready();
@@ -154,6 +160,8 @@ async fn control_loop(
     stop.send_replace(true);
     // A command under way holds the lock, so it is finished first. Later ones find nothing.
     let engine = engine.lock().await.take().context("the engine went away")?;
+    // A successor serves them at the same address.
+    drop(metrics);
     watcher.abort();
     registrar.abort();
     if end == End::Stop && !config.keep {

@@ -22,6 +22,7 @@ mod limits;
 mod lists;
 mod load;
 mod malformed;
+mod metrics;
 mod queues;
 mod register;
 mod restarts;
@@ -87,6 +88,7 @@ fn main() -> ExitCode {
     trials.extend(explain::trials());
     trials.extend(state::trials());
     trials.extend(malformed::trials());
+    trials.extend(metrics::trials());
     trials.extend(register::trials());
     trials.extend(library::trials());
     trials.extend(crash::trials());

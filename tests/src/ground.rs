@@ -42,6 +42,7 @@ pub fn missing() -> Vec<String> {
         "sh",
         "sysctl",
         "prlimit",
+        "script",
         "python3",
         "bpftool",
         "nft",

@@ -9,6 +9,7 @@
 
 pub mod daemon;
 pub mod dial;
+pub mod exposition;
 pub mod ground;
 pub mod holdings;
 pub mod host;

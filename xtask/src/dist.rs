@@ -29,7 +29,15 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         let name = from.file_name().context("copy something without a name")?;
         fs::copy(from, dist.join(name)).with_context(|| format!("copy {}", from.display()))
     };
-    for file in ["docs/anyport.toml", "xtask/packaging/anyport.service", "LICENSE", "README.md"] {
+    let files = [
+        "docs/anyport.toml",
+        "docs/grafana.json",
+        "docs/alerts.yml",
+        "xtask/packaging/anyport.service",
+        "LICENSE",
+        "README.md",
+    ];
+    for file in files {
         copy(&root.join(file))?;
     }
     let mut pages = process::cargo(&root, "run");

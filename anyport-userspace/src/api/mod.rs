@@ -8,6 +8,8 @@ mod events;
 #[cfg(feature = "daemon")]
 mod explain;
 #[cfg(feature = "daemon")]
+mod live;
+#[cfg(feature = "daemon")]
 mod peer;
 mod problem;
 #[cfg(feature = "daemon")]
@@ -22,6 +24,7 @@ pub use self::{
     explain::{
         Considered, Endpoint, Explain, Explanation, ListenerView, Reason, RouteView, RuleView, SocketView, Verdict,
     },
+    live::{LivePrefix, LiveService, LiveUpstream, LiveView, PrefixCounts, ServiceCounts},
     peer::Peer,
     server::{Shared, bind, serve},
     types::{
@@ -32,4 +35,4 @@ pub use self::{
 pub use changed::Changed;
 pub use problem::{Kind, Problem};
 #[cfg(feature = "daemon")]
-pub(crate) use server::stopping;
+pub(crate) use {live::increase, server::stopping};

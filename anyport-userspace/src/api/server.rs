@@ -47,6 +47,7 @@ use super::{
 use crate::{
     engine::{Engine, Progress},
     keeper::Handover,
+    observe::Observer,
     rules::{InvalidText, ServiceName},
 };
 
@@ -91,12 +92,14 @@ pub fn bind(path: &Path) -> anyhow::Result<UnixListener> {
 pub async fn serve(
     listener: UnixListener,
     engine: Shared,
+    observer: Arc<Observer>,
     handover: Handover,
     mut stop: watch::Receiver<bool>,
 ) -> anyhow::Result<()> {
     let how_far = engine.lock().await.as_ref().map(Engine::progress).unwrap_or_default();
     let api = Router::new()
         .route("/v1/status", get(status))
+        .route("/v1/live", get(live))
         .route("/v1/prefixes", get(prefixes).post(add_prefixes).delete(remove_prefixes))
         .route("/v1/apply", post(apply).layer(DefaultBodyLimit::max(MAX_FILE)))
         .route("/v1/confirm", post(confirm))
@@ -111,6 +114,7 @@ pub async fn serve(
         .layer(DefaultBodyLimit::max(MAX_BODY))
         .layer(Extension(how_far))
         .layer(Extension(handover))
+        .layer(Extension(observer))
         .layer(middleware::from_fn(permit))
         .with_state(engine)
         .into_make_service_with_connect_info::<Peer>();
@@ -205,6 +209,10 @@ async fn take_over(ConnectInfo(peer): ConnectInfo<Peer>, Extension(handover): Ex
 
 async fn status(State(engine): State<Shared>) -> Answer<super::StatusView> {
     ask(&engine, |engine| engine.status()).await
+}
+
+async fn live(Extension(observer): Extension<Arc<Observer>>) -> Answer<super::LiveView> {
+    observer.sample().await.map(|sample| Json(sample.live()))
 }
 
 async fn prefixes(

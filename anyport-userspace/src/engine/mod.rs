@@ -10,6 +10,7 @@ mod commands;
 mod events;
 mod explain;
 mod numbers;
+mod observed;
 mod progress;
 mod register;
 mod start;
@@ -17,6 +18,7 @@ mod views;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashSet},
+    net::SocketAddr,
     sync::{Arc, atomic::AtomicBool},
     time::{Duration, Instant},
 };
@@ -25,7 +27,12 @@ use tokio::sync::Notify;
 use tracing::error;
 
 use self::{apply::Unconfirmed, numbers::Numbers, register::Registrations};
-pub use self::{events::Clock, progress::Progress};
+pub use self::{
+    events::Clock,
+    observed::{Observed, ObservedService},
+    progress::Progress,
+    views::Counted,
+};
 use crate::{
     events::Board,
     host,
@@ -85,6 +92,8 @@ pub struct Engine {
     commons: Commons,
     /// By slot: whether its service is one of the handler `forward`.
     forwarding: Arc<[AtomicBool]>,
+    /// Where metrics are served.
+    metrics: Option<SocketAddr>,
 }
 
 /// A service at work.

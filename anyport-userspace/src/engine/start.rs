@@ -109,6 +109,7 @@ impl Engine {
             store,
             commons,
             forwarding,
+            metrics: config.metrics,
         };
         match engine.bring_up(services, rules).await {
             Ok(()) => Ok(engine),

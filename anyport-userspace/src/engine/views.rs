@@ -3,12 +3,12 @@
 use std::{collections::HashMap, sync::Arc};
 
 use anyhow::Context as _;
-use anyport_common::maps::Counters;
+use anyport_common::{flow::Transport, maps::Counters};
 
 use super::Engine;
 use crate::{
     api::{BackEndView, ListPrefixes, PrefixView, Problem, ServiceView, StatusView, Totals},
-    rules::{Numbered, Prefix, PrefixRules, ServiceName, Terms},
+    rules::{Decision, Numbered, Prefix, PrefixRules, ServiceName, Terms, decide},
     service::ServiceStats,
 };
 
@@ -68,10 +68,13 @@ impl Engine {
     /// # Errors
     /// The counters can't be read.
     pub fn services(&self) -> Result<Vec<ServiceView>, Problem> {
-        let sums = self.counters_by_service()?;
+        Ok(self.services_with(&self.sums(|_| ())?))
+    }
+
+    pub(super) fn services_with(&self, sums: &Sums<'_>) -> Vec<ServiceView> {
         let views = self.services.values().map(|running| {
             let (config, stats) = (running.service.config().clone(), running.service.stats());
-            let (rules, counters) = sums.get(&config.name).copied().unwrap_or_default();
+            let (rules, counters) = sums.of(&config.name);
             ServiceView {
                 rules,
                 steered: counters.steered,
@@ -91,7 +94,7 @@ impl Engine {
                 stats: ServiceStats { denied: stats.denied + counters.denied, ..stats },
             }
         });
-        Ok(views.collect())
+        views.collect()
     }
 
     /// The state of the whole.
@@ -99,7 +102,10 @@ impl Engine {
     /// # Errors
     /// The counters can't be read.
     pub fn status(&self) -> Result<StatusView, Problem> {
-        let counters = self.counters_by_service()?;
+        self.status_with(&self.sums(|_| ())?)
+    }
+
+    pub(super) fn status_with(&self, Sums(sums): &Sums<'_>) -> Result<StatusView, Problem> {
         let stats: Vec<_> = self.services.values().map(|running| running.service.stats()).collect();
         let mut draining: Vec<_> = self.draining.iter().copied().collect();
         draining.sort_by_key(|prefix| (!prefix.is_ipv4(), prefix.bounds()));
@@ -121,9 +127,9 @@ impl Engine {
             interfaces: self.steering.interfaces(),
             draining,
             totals: Totals {
-                steered: counters.values().map(|(_, it)| it.steered).sum(),
-                dropped: counters.values().map(|(_, it)| it.no_socket + it.assign_error + it.denied).sum(),
-                denied: stats.iter().map(|it| it.denied).chain(counters.values().map(|(_, it)| it.denied)).sum(),
+                steered: sums.values().map(|(_, it)| it.steered).sum(),
+                dropped: sums.values().map(|(_, it)| it.no_socket + it.assign_error + it.denied).sum(),
+                denied: stats.iter().map(|it| it.denied).chain(sums.values().map(|(_, it)| it.denied)).sum(),
                 unmatched: self.steering.unmatched()?,
                 active: stats.iter().map(|it| it.active).sum(),
                 refused: stats.iter().map(ServiceStats::refused).sum(),
@@ -137,22 +143,62 @@ impl Engine {
 
     fn degraded(&self) -> Vec<String> {
         let services = self.services.values().flat_map(|running| running.service.degraded());
-        self.broken.iter().cloned().chain(self.steering.degraded()).chain(services).chain(self.lost_sockets()).collect()
+        let own = self.broken.iter().cloned().chain(self.steering.degraded());
+        own.chain(services).chain(self.lost_sockets()).chain(self.shadowed_metrics()).collect()
     }
 
-    /// For each service that rules steer to, how many do and what they counted.
-    fn counters_by_service(&self) -> Result<HashMap<&ServiceName, (usize, Counters)>, Problem> {
+    /// Whether a rule takes what is meant for the address of the metrics.
+    fn shadowed_metrics(&self) -> Option<String> {
+        let metrics = self.metrics?;
+        let (address, port) = (metrics.ip(), metrics.port());
+        match decide(&self.rules, address, Transport::Tcp, port, address) {
+            Decision::Steer(rule) => Some(format!(
+                "the metrics at {metrics} are out of reach: the rule {} takes what is meant for them; keep the port \
+                 with --except {port}",
+                rule.to_rule()
+            )),
+            Decision::Host(_) | Decision::Unmatched => None,
+        }
+    }
+
+    /// Reads the counters of all rules, and shows them to `see` in order of precedence.
+    pub(super) fn sums<'a>(&'a self, mut see: impl FnMut(Counted<'a>)) -> Result<Sums<'a>, Problem> {
         let counters = self.steering.counters()?;
         let mut sums: HashMap<&ServiceName, (usize, Counters)> = HashMap::new();
-        for rule in self.rules.iter() {
-            let (rules, sum) = sums.entry(&rule.terms.service).or_default();
-            let Counters { steered, no_socket, assign_error, denied } = counters(rule.number);
-            *rules += 1;
-            sum.steered += steered;
-            sum.no_socket += no_socket;
-            sum.assign_error += assign_error;
-            sum.denied += denied;
+        for (prefix, rules) in self.rules.prefixes() {
+            for rule in rules.numbered(*prefix) {
+                let (rules, sum) = sums.entry(&rule.terms.service).or_default();
+                let counted = Counted { rule, counters: counters(rule.number) };
+                *rules += 1;
+                add(sum, &counted.counters);
+                see(counted);
+            }
         }
-        Ok(sums)
+        Ok(Sums(sums))
     }
+}
+
+/// A rule and what was counted for it.
+#[derive(Clone, Copy, Debug)]
+pub struct Counted<'a> {
+    /// The rule.
+    pub rule: Numbered<'a>,
+    /// What became of its packets.
+    pub counters: Counters,
+}
+
+/// For each service that rules steer to, how many do and what they counted.
+pub(super) struct Sums<'a>(HashMap<&'a ServiceName, (usize, Counters)>);
+
+impl Sums<'_> {
+    pub(super) fn of(&self, service: &ServiceName) -> (usize, Counters) {
+        self.0.get(service).copied().unwrap_or_default()
+    }
+}
+
+fn add(sum: &mut Counters, Counters { steered, no_socket, assign_error, denied }: &Counters) {
+    sum.steered += steered;
+    sum.no_socket += no_socket;
+    sum.assign_error += assign_error;
+    sum.denied += denied;
 }

@@ -74,6 +74,10 @@ struct Keeper {
     former: Option<PathBuf>,
     /// Those that accept nothing any more, and serve the connections that they have.
     leaving: Vec<Server>,
+    /// Servers that have begun.
+    started: u64,
+    /// Servers that failed after they had begun.
+    crashed: u64,
     /// How the last server ended, if it crashed, until another one begins.
     crash: Option<String>,
     /// When that is to be started.
@@ -100,6 +104,8 @@ impl Keeper {
             next: None,
             former: None,
             leaving: Vec::new(),
+            started: 0,
+            crashed: 0,
             crash: None,
             restart_at: None,
             pause: FIRST_PAUSE,
@@ -202,10 +208,13 @@ impl Keeper {
 
     /// Has the server begin that is ready to.
     fn begin(&mut self) {
+        self.started += 1;
         let begin = Begin {
             is_successor: self.has_served || !self.sockets.is_empty(),
             is_restarted: systemd::is_there(),
             crash: self.crash.take(),
+            started: self.started,
+            crashed: self.crashed,
         };
         if let Some(server) = &self.serving {
             server.give(self.sockets.iter());
@@ -259,6 +268,7 @@ impl Keeper {
             self.code = Some(code_of(status));
             return self.end_others();
         }
+        self.crashed += 1;
         self.crash = Some(format!("pid {}: {}", server.pid, server.failure.unwrap_or_else(|| end_in_words(status))));
         let pause = if let Some(former) = self.former.take() {
             self.executable = former;

@@ -28,6 +28,12 @@ pub struct Begin {
     pub is_restarted: bool,
     /// How that one ended, if it did not leave by itself.
     pub crash: Option<String>,
+    /// How many servers have begun since the keeper was started, this one included.
+    #[serde(default)]
+    pub started: u64,
+    /// How many of them ended by a failure.
+    #[serde(default)]
+    pub crashed: u64,
 }
 
 /// What the keeper wants of a server that has begun.

@@ -43,8 +43,13 @@ impl DescriptorPool {
         Self(Arc::new(Shared { size, free: AtomicUsize::new(size) }))
     }
 
-    /// How many there are.
-    pub(super) fn free(&self) -> usize {
+    /// How many there are in all.
+    pub fn size(&self) -> usize {
+        self.0.size
+    }
+
+    /// How many there are to be had.
+    pub fn free(&self) -> usize {
         self.0.free.load(Relaxed)
     }
 

@@ -1,0 +1,170 @@
+//! What is watched while it happens.
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    rules::{Protocol, ServiceName},
+    service::{HandlerKind, UpstreamState},
+    steering::BackEnd,
+};
+
+/// Answer of `GET /v1/live`: counts, and rates since they were counted before.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct LiveView {
+    /// The daemon's version.
+    pub version: String,
+    /// The process that accepts.
+    pub pid: u32,
+    /// The back end in use.
+    pub backend: BackEnd,
+    /// The generation that the kernel holds.
+    pub generation: u64,
+    /// Number of rules.
+    pub rules: usize,
+    /// Why clients had better go elsewhere, if they had.
+    pub unready: Option<String>,
+    /// What does not work as it should; empty when all is well.
+    pub degraded: Vec<String>,
+    /// How many seconds ago was counted.
+    pub age: f64,
+    /// How many seconds before that was counted before: over that time the rates are means. Nothing if it was never, and then there
+    /// are no rates.
+    pub window: Option<f64>,
+    /// The services by name.
+    pub services: Vec<LiveService>,
+    /// The prefixes with the highest rates of packets, the highest first; then those with most packets.
+    pub prefixes: Vec<LivePrefix>,
+    /// How many prefixes are left out.
+    pub prefixes_omitted: usize,
+}
+
+/// A service, for [`LiveView`].
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct LiveService {
+    /// Its name.
+    pub name: ServiceName,
+    /// What it does with what it accepts.
+    pub handler: HandlerKind,
+    /// Number of rules that steer to it.
+    pub rules: usize,
+    /// Number of its sockets.
+    pub sockets: usize,
+    /// Connections that are open.
+    pub active: u64,
+    /// Counted since the daemon's start.
+    pub counts: ServiceCounts<u64>,
+    /// In a second.
+    pub rates: Option<ServiceCounts<f64>>,
+    /// Where `forward` connects clients to.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub upstreams: Vec<LiveUpstream>,
+}
+
+/// An upstream, for [`LiveService`].
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct LiveUpstream {
+    /// `ADDR:PORT`, or `ADDR:*`.
+    pub address: String,
+    /// Whether clients are connected to it.
+    pub state: UpstreamState,
+    /// Connections that are open.
+    pub active: u64,
+}
+
+/// A prefix, as far as its rules steer a protocol to a service.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct LivePrefix {
+    /// The prefix.
+    pub prefix: String,
+    /// The transports.
+    pub protocol: Protocol,
+    /// Who receives.
+    pub service: ServiceName,
+    /// Counted since the rules were made.
+    pub counts: PrefixCounts<u64>,
+    /// In a second.
+    pub rates: Option<PrefixCounts<f64>>,
+}
+
+/// What is counted for a service.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct ServiceCounts<T> {
+    /// Packets that its rules handed to it: the first of each connection, and each datagram.
+    pub steered: T,
+    /// Packets of its rules that were dropped.
+    pub dropped: T,
+    /// Connections accepted, those that were then refused included.
+    pub accepted: T,
+    /// Connections and flows refused: over a limit, or of a source that it does not take.
+    pub refused: T,
+    /// Datagrams received.
+    pub datagrams: T,
+    /// Bytes of clients.
+    pub bytes_from_clients: T,
+    /// Bytes for clients.
+    pub bytes_to_clients: T,
+}
+
+/// What is counted for a prefix.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct PrefixCounts<T> {
+    /// Packets that its rules handed to the service.
+    pub steered: T,
+    /// Packets of its rules that were dropped.
+    pub dropped: T,
+}
+
+impl ServiceCounts<u64> {
+    /// How much these have risen since `before`, in a second.
+    pub(crate) fn rates_since(&self, before: &Self, seconds: f64) -> ServiceCounts<f64> {
+        let rate = |count: fn(&Self) -> u64| rate(count(self), count(before), seconds);
+        ServiceCounts {
+            steered: rate(|it| it.steered),
+            dropped: rate(|it| it.dropped),
+            accepted: rate(|it| it.accepted),
+            refused: rate(|it| it.refused),
+            datagrams: rate(|it| it.datagrams),
+            bytes_from_clients: rate(|it| it.bytes_from_clients),
+            bytes_to_clients: rate(|it| it.bytes_to_clients),
+        }
+    }
+}
+
+impl PrefixCounts<u64> {
+    /// As [`ServiceCounts::rates_since`].
+    pub(crate) fn rates_since(&self, before: &Self, seconds: f64) -> PrefixCounts<f64> {
+        PrefixCounts {
+            steered: rate(self.steered, before.steered, seconds),
+            dropped: rate(self.dropped, before.dropped, seconds),
+        }
+    }
+
+    /// All packets.
+    pub(crate) fn packets(&self) -> u64 {
+        self.steered.saturating_add(self.dropped)
+    }
+}
+
+/// How much a count has risen. One that is lower than before has begun anew since.
+pub(crate) fn increase(now: u64, before: u64) -> u64 {
+    now.checked_sub(before).unwrap_or(now)
+}
+
+fn rate(now: u64, before: u64, seconds: f64) -> f64 {
+    #[expect(clippy::cast_precision_loss, reason = "beyond 2^53 a rate need not be exact")]
+    let rate = increase(now, before) as f64 / seconds;
+    // Nobody wants to read more digits.
+    (rate * 1000.0).round() / 1000.0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::PrefixCounts;
+
+    #[test]
+    fn rates_are_never_negative() {
+        let now = PrefixCounts { steered: 30, dropped: 5 };
+        let rates = now.rates_since(&PrefixCounts { steered: 10, dropped: 7 }, 1.5);
+        assert_eq!(rates, PrefixCounts { steered: 13.333, dropped: 3.333 });
+    }
+}

@@ -1,0 +1,83 @@
+use anyport_common::maps::Counters;
+
+use super::{Counted, Engine};
+use crate::{
+    api::{Problem, ServiceView, StatusView},
+    service::{ConnectionTimes, HandlerKind, UpstreamState},
+};
+
+/// What the engine knows at a moment, for those who watch it.
+#[derive(Clone, Debug)]
+pub struct Observed {
+    /// The state of the whole.
+    pub status: StatusView,
+    /// The services by name.
+    pub services: Vec<ObservedService>,
+    /// Descriptors for what clients bring about.
+    pub descriptors: usize,
+    /// How many of them are free.
+    pub free_descriptors: usize,
+    /// Why clients had better go elsewhere.
+    pub unready: Option<String>,
+}
+
+/// A service as it was at a moment.
+#[derive(Clone, Debug)]
+pub struct ObservedService {
+    /// What `services` tells of it.
+    pub view: ServiceView,
+    /// What became of the packets of its rules.
+    pub counters: Counters,
+    /// How many connections and datagrams the service itself refused to sources that it does not take.
+    pub denied: u64,
+    /// How long its connections waited and lasted.
+    pub times: ConnectionTimes,
+}
+
+impl ObservedService {
+    /// Why it serves nobody, if it does not.
+    fn useless(&self) -> Option<String> {
+        let ServiceView { name, handler, fallback, sockets, upstreams, .. } = &self.view;
+        if sockets.is_empty() && fallback.is_none() {
+            return Some(format!("service {name} has no live socket"));
+        }
+        let is_lost = *handler == HandlerKind::Forward && upstreams.iter().all(|it| it.state == UpstreamState::Down);
+        is_lost.then(|| format!("service {name} has no upstream that is up"))
+    }
+}
+
+impl Engine {
+    /// All that there is to be seen; the rules with their counters are shown to `see` in order of precedence. Takes about 0.2
+    /// microseconds for each rule.
+    ///
+    /// # Errors
+    /// The counters can't be read.
+    pub fn observe<'a>(&'a self, see: impl FnMut(Counted<'a>)) -> Result<Observed, Problem> {
+        let sums = self.sums(see)?;
+        let views = self.services_with(&sums);
+        let services = views.into_iter().zip(self.services.values()).map(|(view, running)| {
+            let (_, counters) = sums.of(&view.name);
+            let denied = view.stats.denied.saturating_sub(counters.denied);
+            ObservedService { counters, denied, times: running.service.times(), view }
+        });
+        let services: Vec<_> = services.collect();
+        let descriptors = &self.commons.descriptors;
+        Ok(Observed {
+            status: self.status_with(&sums)?,
+            descriptors: descriptors.size(),
+            free_descriptors: descriptors.free(),
+            unready: self.unready(&services),
+            services,
+        })
+    }
+
+    /// Steering is not as it should be, or nobody is served of all who are steered.
+    fn unready(&self, services: &[ObservedService]) -> Option<String> {
+        if let Some(why) = &self.broken {
+            return Some(why.clone());
+        }
+        let useless: Option<Vec<String>> =
+            services.iter().filter(|it| it.view.rules > 0).map(ObservedService::useless).collect();
+        useless.filter(|it| !it.is_empty()).map(|it| it.join("; "))
+    }
+}

@@ -1,0 +1,20 @@
+//! What the daemon tells those who watch it: metrics, health, and a page.
+//!
+//! All of it is served by a thread of its own, so that neither traffic nor control waits for those who watch. What they are told comes
+//! from samples. One sample serves all who ask within a short time, and is taken so rarely that taking them needs a twentieth of a CPU
+//! at most, however many rules there are and however often somebody asks.
+
+mod families;
+mod metrics;
+mod process;
+mod ranking;
+mod sample;
+mod server;
+mod text;
+
+pub use self::{
+    metrics::{Metric, all as all_metrics},
+    sample::{Observer, Sample, Servers},
+    server::Server,
+    text::Kind,
+};

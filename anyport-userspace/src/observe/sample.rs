@@ -1,0 +1,244 @@
+//! Samples of all counters.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, PoisonError, RwLock},
+    time::{Duration, Instant},
+};
+
+use tokio::{sync::Mutex, time::timeout};
+
+use super::ranking::{Counts, Ranked, Ranking};
+use crate::{
+    api::{Kind, LivePrefix, LiveService, LiveUpstream, LiveView, Problem, ServiceCounts, Shared, stopping},
+    engine::{Engine, Observed, ObservedService, Progress},
+    rules::ServiceName,
+};
+
+/// A sample is good for so long.
+const SHORTEST: Duration = Duration::from_millis(900);
+/// And for so many times what it took, so that this part of a CPU is the most that samples take.
+const REST: u32 = 20;
+/// How long to wait for a command that is under way, before an older sample has to do.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// How long control may be silent before it counts as stuck.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Limits {
+    /// To answer a question.
+    pub(super) answer: Duration,
+    /// For a step of a command that is under way.
+    pub(super) step: Duration,
+}
+
+const LIMITS: Limits = Limits { answer: Duration::from_secs(2), step: Duration::from_mins(2) };
+
+/// What all who watch share.
+#[derive(Debug)]
+pub struct Observer {
+    engine: Shared,
+    state: Mutex<State>,
+    limits: Limits,
+    /// How far a long command is, once the engine has started.
+    progress: RwLock<Option<Arc<Progress>>>,
+    /// Since when control has not answered, and what it was doing then.
+    stuck: RwLock<Option<(Instant, (String, u32))>>,
+    /// How the keeper has started servers, and how many of them crashed.
+    servers: Servers,
+}
+
+/// What the keeper has counted.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Servers {
+    /// Servers that have begun, this one included.
+    pub started: u64,
+    /// Servers that ended by a failure.
+    pub crashed: u64,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    latest: Option<Arc<Sample>>,
+    counts: Counts,
+}
+
+/// What was counted at a moment.
+#[derive(Debug)]
+pub struct Sample {
+    pub(super) observed: Observed,
+    pub(super) live: LiveView,
+    /// The prefixes with most packets.
+    pub(super) busiest: Vec<LivePrefix>,
+    /// How many prefixes there are.
+    pub(super) prefixes: usize,
+    pub(super) servers: Servers,
+    taken: Instant,
+    /// How long it took.
+    pub(super) took: Duration,
+}
+
+impl Sample {
+    /// How old it is.
+    pub(super) fn age(&self) -> Duration {
+        self.taken.elapsed()
+    }
+
+    fn is_fresh(&self) -> bool {
+        self.age() < SHORTEST.max(self.took * REST)
+    }
+
+    /// For those who watch what happens.
+    pub fn live(&self) -> LiveView {
+        LiveView { age: (self.age().as_secs_f64() * 1000.0).round() / 1000.0, ..self.live.clone() }
+    }
+}
+
+impl Observer {
+    /// Of this engine, as soon as it is there.
+    pub fn new(engine: Shared, servers: Servers) -> Self {
+        let (state, progress, stuck) = (Mutex::default(), RwLock::default(), RwLock::default());
+        Self { engine, state, limits: LIMITS, progress, stuck, servers }
+    }
+
+    /// The latest sample, or a new one if that is too old.
+    ///
+    /// # Errors
+    /// There is no engine, or the counters can't be read.
+    pub async fn sample(&self) -> Result<Arc<Sample>, Problem> {
+        let mut state = self.state.lock().await;
+        if let Some(latest) = state.latest.as_ref().filter(|it| it.is_fresh()) {
+            return Ok(Arc::clone(latest));
+        }
+        let Ok(engine) = timeout(PATIENCE, self.engine.lock()).await else {
+            let busy = || Problem::new(Kind::Failed, "anyportd is busy with a command").hint("try again");
+            return state.latest.clone().ok_or_else(busy);
+        };
+        let engine = engine.as_ref().ok_or_else(stopping)?;
+        let begun = Instant::now();
+        let State { latest, counts } = &mut *state;
+        let window = latest.as_ref().map(|latest| begun.duration_since(latest.taken).as_secs_f64());
+        let mut ranking = Ranking::new(counts);
+        let observed = engine.observe(|rule| ranking.see(rule))?;
+        let ranked = ranking.finish(window);
+        let prefixes = ranked.rows();
+        let Ranked { busiest, fastest, counts: counted } = ranked;
+        let live = view(&observed, latest.as_deref(), window, fastest, prefixes);
+        let (servers, took) = (self.servers, begun.elapsed());
+        let sample = Arc::new(Sample { observed, live, busiest, prefixes, servers, taken: begun, took });
+        *state = State { latest: Some(Arc::clone(&sample)), counts: counted };
+        Ok(sample)
+    }
+
+    /// Whether control is alive: what it does if it is, what is wrong if not. One that is busy with a command is alive as long as the
+    /// command goes on.
+    pub(super) async fn alive(&self) -> Result<String, String> {
+        let Limits { answer, step } = self.limits;
+        if let Ok(engine) = timeout(answer, self.engine.lock()).await {
+            *self.stuck.write().unwrap_or_else(PoisonError::into_inner) = None;
+            let progress = engine.as_ref().map(Engine::progress);
+            let is_there = progress.is_some();
+            *self.progress.write().unwrap_or_else(PoisonError::into_inner) = progress;
+            return Ok(if is_there { "ok" } else { "starting or stopping" }.to_owned());
+        }
+        let progress = self.progress.read().unwrap_or_else(PoisonError::into_inner).as_ref().map(|it| it.view());
+        let (doing, at) = progress.map_or_else(|| ("a command".to_owned(), 0), |it| (it.doing, it.step));
+        let mut stuck = self.stuck.write().unwrap_or_else(PoisonError::into_inner);
+        let now = (doing.clone(), at);
+        let since = match &*stuck {
+            Some((since, before)) if *before == now => *since,
+            _ => stuck.insert((Instant::now(), now)).0,
+        };
+        let busy = format!("control has been busy for {:.0?} with: {doing}", since.elapsed() + answer);
+        if since.elapsed() < step { Ok(busy) } else { Err(busy) }
+    }
+}
+
+fn view(
+    observed: &Observed,
+    before: Option<&Sample>,
+    window: Option<f64>,
+    prefixes: Vec<LivePrefix>,
+    all: usize,
+) -> LiveView {
+    let Observed { status, services, unready, .. } = observed;
+    let before: HashMap<&ServiceName, ServiceCounts<u64>> =
+        before.iter().flat_map(|it| &it.observed.services).map(|it| (&it.view.name, counts(it))).collect();
+    LiveView {
+        version: status.version.clone(),
+        pid: status.pid,
+        backend: status.backend,
+        generation: status.generation,
+        rules: status.rules,
+        unready: unready.clone(),
+        degraded: status.degraded.clone(),
+        age: 0.0,
+        window,
+        services: services.iter().map(|it| service(it, before.get(&it.view.name), window)).collect(),
+        prefixes_omitted: all - prefixes.len(),
+        prefixes,
+    }
+}
+
+fn service(observed: &ObservedService, before: Option<&ServiceCounts<u64>>, window: Option<f64>) -> LiveService {
+    let view = &observed.view;
+    let upstreams = view.upstreams.iter().map(|it| LiveUpstream {
+        address: it.address.clone(),
+        state: it.state,
+        active: it.active,
+    });
+    let counts = counts(observed);
+    LiveService {
+        name: view.name.clone(),
+        handler: view.handler,
+        rules: view.rules,
+        sockets: view.sockets.len(),
+        active: view.stats.active,
+        // One that was not there before began at zero.
+        rates: window.map(|seconds| counts.rates_since(before.unwrap_or(&ServiceCounts::default()), seconds)),
+        counts,
+        upstreams: upstreams.collect(),
+    }
+}
+
+fn counts(ObservedService { view, counters, denied, .. }: &ObservedService) -> ServiceCounts<u64> {
+    let stats = &view.stats;
+    ServiceCounts {
+        steered: view.steered,
+        dropped: counters.no_socket + counters.assign_error + counters.denied,
+        accepted: stats.accepted,
+        refused: stats.refused() + denied,
+        datagrams: stats.datagrams,
+        bytes_from_clients: stats.bytes_from_clients,
+        bytes_to_clients: stats.bytes_to_clients,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{sync::Arc, time::Duration};
+
+    use tokio::{runtime::Builder, sync::Mutex};
+
+    use super::{Limits, Observer, Servers};
+
+    #[test]
+    fn control_that_does_not_answer_is_busy_first_and_stuck_later() {
+        let limits = Limits { answer: Duration::from_millis(10), step: Duration::from_millis(300) };
+        let runtime = Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let engine = Arc::new(Mutex::new(None));
+            let observer = Observer { limits, ..Observer::new(Arc::clone(&engine), Servers::default()) };
+            assert_eq!(observer.alive().await.unwrap(), "starting or stopping");
+            assert!(observer.sample().await.unwrap_err().error.contains("stopping"));
+            let guard = engine.lock().await;
+            assert!(observer.alive().await.unwrap().contains("busy"));
+            tokio::time::sleep(limits.step).await;
+            assert!(observer.alive().await.unwrap_err().contains("busy"));
+            assert!(observer.sample().await.unwrap_err().error.contains("busy"));
+            drop(guard);
+            observer.alive().await.unwrap();
+            let _guard = engine.lock().await;
+            assert!(observer.alive().await.unwrap().contains("busy"), "it counts from then on");
+        });
+    }
+}

@@ -1,0 +1,242 @@
+//! Metrics, health and the page over HTTP, read-only.
+
+use std::{
+    convert::Infallible,
+    fmt::Write as _,
+    net::{SocketAddr, TcpListener as StdListener},
+    sync::Arc,
+    thread::{self, JoinHandle},
+    time::Duration,
+};
+
+use anyhow::Context as _;
+use http_body_util::Full;
+use hyper::{
+    Method, Request, Response, StatusCode,
+    body::{Bytes, Incoming},
+    header::{
+        ALLOW, CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE, HeaderName, HeaderValue, REFERRER_POLICY,
+        X_CONTENT_TYPE_OPTIONS,
+    },
+    server::conn::http1,
+    service::service_fn,
+};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    runtime::Builder,
+    sync::{Semaphore, watch},
+    time::{sleep, timeout},
+};
+use tracing::{debug, info, warn};
+
+use super::{
+    metrics,
+    sample::{Observer, Sample},
+};
+use crate::api::Problem;
+
+/// Connections at a time; others wait to be accepted.
+const MAX_CONNECTIONS: usize = 64;
+/// Bytes of a request's head; hyper takes no lower limit.
+const MAX_HEAD: usize = 8 << 10;
+/// How long a client may take to ask.
+const ASKING: Duration = Duration::from_secs(5);
+/// How long a connection may last. One request is all that is answered on it.
+const LONGEST: Duration = Duration::from_secs(15);
+/// How long to wait where no descriptor is free, and before another attempt to listen.
+const PAUSE: Duration = Duration::from_secs(1);
+
+const TEXT: &str = "text/plain; charset=utf-8";
+const METRICS: &str = "text/plain; version=0.0.4; charset=utf-8";
+const JSON: &str = "application/json";
+const HTML: &str = "text/html; charset=utf-8";
+const PAGE: &str = include_str!("page.html");
+/// What the page has in place of a nonce.
+const NONCE: &str = "{nonce}";
+
+/// Serves until it is dropped; then nobody listens there any more.
+#[derive(Debug)]
+pub struct Server {
+    /// Closed when the thread is to end.
+    stop: Option<watch::Sender<()>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Server {
+    /// Serves there. A successor, who must not fail for this, tries on where that is not possible yet.
+    ///
+    /// # Errors
+    /// The kernel does not let us listen there.
+    pub fn start(address: SocketAddr, observer: Arc<Observer>, is_successor: bool) -> anyhow::Result<Self> {
+        let listener = match listen(address) {
+            Err(error) if is_successor => {
+                warn!("{error:#}; trying again");
+                None
+            }
+            listener => Some(listener?),
+        };
+        let runtime = Builder::new_current_thread().enable_all().build().context("start a runtime for metrics")?;
+        let (stop, mut stopped) = watch::channel(());
+        let work = move || {
+            runtime.block_on(async {
+                tokio::select! {
+                    () = serve(listener, address, observer) => {}
+                    // An error says that the sender is gone, which is what is waited for.
+                    _ = stopped.changed() => {}
+                }
+            });
+        };
+        let thread = thread::Builder::new().name("anyport-metrics".into()).spawn(work);
+        Ok(Self { stop: Some(stop), thread: Some(thread.context("start a thread for metrics")?) })
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.stop = None;
+        // A panic has been printed by then.
+        self.thread.take().map(JoinHandle::join);
+    }
+}
+
+fn listen(address: SocketAddr) -> anyhow::Result<StdListener> {
+    // It sets SO_REUSEADDR, so that connections of a process before are in nobody's way.
+    let listener = StdListener::bind(address)
+        .with_context(|| format!("listen at {address} for metrics; --metrics names another address"))?;
+    listener.set_nonblocking(true).context("set up the listening socket for metrics")?;
+    info!("metrics at http://{}", listener.local_addr().unwrap_or(address));
+    Ok(listener)
+}
+
+async fn serve(mut first: Option<StdListener>, address: SocketAddr, observer: Arc<Observer>) {
+    let listener = loop {
+        let listener = first.take().or_else(|| listen(address).ok()).map(TcpListener::from_std);
+        match listener {
+            Some(Ok(listener)) => break listener,
+            Some(Err(error)) => return warn!("serve metrics: {error}"),
+            None => sleep(PAUSE).await,
+        }
+    };
+    let free = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    loop {
+        // The semaphore is never closed.
+        let Ok(permit) = Arc::clone(&free).acquire_owned().await else { return };
+        match listener.accept().await {
+            Ok((stream, client)) => {
+                let observer = Arc::clone(&observer);
+                tokio::spawn(async move {
+                    match timeout(LONGEST, converse(stream, observer)).await {
+                        Ok(Ok(())) => {}
+                        Ok(Err(error)) => debug!("metrics: {client}: {error}"),
+                        Err(_) => debug!("metrics: {client} took longer than {LONGEST:?}"),
+                    }
+                    drop(permit);
+                });
+            }
+            Err(error) => {
+                debug!("metrics: accept: {error}");
+                sleep(PAUSE).await;
+            }
+        }
+    }
+}
+
+/// One request and its answer.
+async fn converse(stream: TcpStream, observer: Arc<Observer>) -> hyper::Result<()> {
+    let answer = service_fn(move |request: Request<Incoming>| {
+        let observer = Arc::clone(&observer);
+        async move { Ok::<_, Infallible>(answer(request.method(), request.uri().path(), &observer).await) }
+    });
+    http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(ASKING)
+        .max_buf_size(MAX_HEAD)
+        .keep_alive(false)
+        .serve_connection(TokioIo::new(stream), answer)
+        .await
+}
+
+type Answer = Response<Full<Bytes>>;
+
+async fn answer(method: &Method, path: &str, observer: &Observer) -> Answer {
+    if !matches!(*method, Method::GET | Method::HEAD) {
+        let refusal = plain(StatusCode::METHOD_NOT_ALLOWED, "only GET and HEAD\n".into());
+        return with(refusal, ALLOW, "GET, HEAD");
+    }
+    let sampled = async |make: fn(&Sample) -> Answer| match observer.sample().await {
+        Ok(sample) => make(&sample),
+        Err(problem) => unavailable(&problem),
+    };
+    match path {
+        "/" => page(),
+        "/metrics" => sampled(|sample| of(StatusCode::OK, METRICS, metrics::text(sample))).await,
+        "/live.json" => sampled(live).await,
+        "/healthz" => match observer.alive().await {
+            Ok(how) => plain(StatusCode::OK, format!("{how}\n")),
+            Err(why) => plain(StatusCode::SERVICE_UNAVAILABLE, format!("{why}\n")),
+        },
+        "/readyz" => sampled(readiness).await,
+        _ => plain(StatusCode::NOT_FOUND, "there is /, /live.json, /metrics, /healthz and /readyz\n".into()),
+    }
+}
+
+fn live(sample: &Sample) -> Answer {
+    match serde_json::to_string(&sample.live()) {
+        Ok(json) => of(StatusCode::OK, JSON, json),
+        Err(error) => plain(StatusCode::INTERNAL_SERVER_ERROR, format!("write the answer as JSON: {error}\n")),
+    }
+}
+
+fn readiness(sample: &Sample) -> Answer {
+    match &sample.observed.unready {
+        Some(why) => plain(StatusCode::SERVICE_UNAVAILABLE, format!("{why}\n")),
+        None => plain(StatusCode::OK, "ready\n".into()),
+    }
+}
+
+/// The page with a nonce of its own: nothing but what it came with is run or shown.
+fn page() -> Answer {
+    let mut bytes = [0_u8; 16];
+    if let Err(error) = rustix::rand::getrandom(bytes.as_mut_slice(), rustix::rand::GetRandomFlags::empty()) {
+        return plain(StatusCode::INTERNAL_SERVER_ERROR, format!("get random bytes: {error}\n"));
+    }
+    let nonce = bytes.iter().fold(String::new(), |mut text, byte| {
+        // Writing to a string does not fail.
+        write!(text, "{byte:02x}").ok();
+        text
+    });
+    let policy = format!(
+        "default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; connect-src 'self'; \
+         base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    );
+    with(of(StatusCode::OK, HTML, PAGE.replace(NONCE, &nonce)), CONTENT_SECURITY_POLICY, &policy)
+}
+
+fn unavailable(problem: &Problem) -> Answer {
+    plain(StatusCode::SERVICE_UNAVAILABLE, format!("{}\n", problem.error))
+}
+
+fn plain(status: StatusCode, text: String) -> Answer {
+    of(status, TEXT, text)
+}
+
+fn of(status: StatusCode, kind: &str, body: String) -> Answer {
+    let mut answer = Response::new(Full::new(Bytes::from(body)));
+    *answer.status_mut() = status;
+    let headers = [
+        (CONTENT_TYPE, kind),
+        (CACHE_CONTROL, "no-store"),
+        (X_CONTENT_TYPE_OPTIONS, "nosniff"),
+        (REFERRER_POLICY, "no-referrer"),
+    ];
+    headers.into_iter().fold(answer, |answer, (name, value)| with(answer, name, value))
+}
+
+fn with(mut answer: Answer, name: HeaderName, value: &str) -> Answer {
+    // All of these are ASCII.
+    if let Ok(value) = HeaderValue::from_str(value) {
+        answer.headers_mut().insert(name, value);
+    }
+    answer
+}
