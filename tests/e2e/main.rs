@@ -31,6 +31,7 @@ mod selftests;
 mod starts;
 mod state;
 mod steer;
+mod top;
 mod udp;
 mod upstreams;
 mod wire;
@@ -89,6 +90,7 @@ fn main() -> ExitCode {
     trials.extend(state::trials());
     trials.extend(malformed::trials());
     trials.extend(metrics::trials());
+    trials.extend(top::trials());
     trials.extend(register::trials());
     trials.extend(library::trials());
     trials.extend(crash::trials());

@@ -4,7 +4,7 @@ use std::{
     ops::ControlFlow,
 };
 
-use super::{Output, path};
+use super::{Output, Reader, path};
 use crate::{
     api::{Client, EventView, Listen, Outcome, Problem, Told, Wanted},
     rules::{Prefix, Protocol, ServiceName},
@@ -46,27 +46,33 @@ impl Events {
         request.validate()?;
         let mut left = count.map(NonZeroU64::get);
         let hear = |told: Told| {
-            if out.json {
-                out.print_line(&told)?;
-            } else {
-                // Beside the events, where nobody who counts lines counts it.
-                let beside = |text: String| writeln!(io::stderr(), "{text}").ok();
-                match &told {
-                    Told::Event(event) => out.print_text(&text(event))?,
-                    Told::Missed { missed } => drop(beside(format!("{missed} events were missed: they came too fast"))),
-                    Told::Note { note } => drop(beside(format!("note: {note}"))),
+            let reader = match &told {
+                Told::Missed { .. } | Told::Note { .. } if !out.json => {
+                    // Beside the events, where nobody who counts lines counts it.
+                    writeln!(io::stderr(), "{}", text(&told)).ok();
+                    Reader::There
                 }
-            }
+                _ => out.print_one(&told, text)?,
+            };
             if let (Some(left), Told::Event(_)) = (&mut left, told) {
                 *left -= 1;
             }
-            Ok(if left == Some(0) || out.is_closed { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
+            let is_enough = left == Some(0) || reader == Reader::Gone;
+            Ok(if is_enough { ControlFlow::Break(()) } else { ControlFlow::Continue(()) })
         };
         client.hear(&path("/v1/events", &request)?, hear).await
     }
 }
 
-fn text(event: &EventView) -> String {
+fn text(told: &Told) -> String {
+    match told {
+        Told::Event(event) => sentence(event),
+        Told::Missed { missed } => format!("{missed} events were missed: they came too fast"),
+        Told::Note { note } => format!("note: {note}"),
+    }
+}
+
+fn sentence(event: &EventView) -> String {
     let EventView { time, protocol, from, to, outcome, service, prefix } = event;
     let name = service.as_ref().map_or("a service that has gone", ServiceName::as_str);
     let what = match outcome {

@@ -9,6 +9,7 @@ mod register;
 mod services;
 mod show;
 mod status;
+mod top;
 
 use std::{io::Write, path::PathBuf};
 
@@ -67,6 +68,8 @@ enum Verb {
     Events(events::Events),
     /// Show the back end, the generation, totals, and what is degraded
     Status,
+    /// Show rates by service and prefix, live
+    Top(top::Top),
     /// Check this host for what silently breaks steering
     ///
     /// Works without a daemon, and then speaks of what any back end would need. It looks at the network namespace that
@@ -82,7 +85,7 @@ impl Cli {
     pub async fn run(self, out: &mut dyn Write) -> Result<(), Problem> {
         let Self { socket, json, verb } = self;
         let client = Client::new(socket);
-        let out = &mut Output { out, json, is_closed: false };
+        let out = &mut Output { out, json };
         match verb {
             Verb::AddPrefix(add) => add.run(&client, out).await,
             Verb::RemovePrefix(remove) => remove.run(&client, out).await,
@@ -97,6 +100,7 @@ impl Cli {
             Verb::Explain(explain) => explain.run(&client, out).await,
             Verb::Events(events) => events.run(&client, out).await,
             Verb::Status => status::show(&client, out).await,
+            Verb::Top(top) => top.run(&client, out).await,
             Verb::Doctor(doctor) => doctor.run(&client, out).await,
         }
     }
@@ -109,12 +113,18 @@ fn path(path: &str, query: &impl Serialize) -> Result<String, Problem> {
     Ok(format!("{path}?{query}"))
 }
 
+/// Whether somebody reads what is printed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Reader {
+    There,
+    /// Such as head, which has had enough.
+    Gone,
+}
+
 /// Where answers are printed, and how.
 struct Output<'a> {
     out: &'a mut dyn Write,
     json: bool,
-    /// Whoever reads, such as head, has had enough.
-    is_closed: bool,
 }
 
 impl Output<'_> {
@@ -129,20 +139,29 @@ impl Output<'_> {
         self.print_text(&text)
     }
 
-    /// Prints one of many answers as a line of JSON.
-    fn print_line(&mut self, answer: &impl Serialize) -> Result<(), Problem> {
-        let text = serde_json::to_string(answer)
-            .map_err(|error| Problem::new(Kind::Failed, format!("write the answer as JSON: {error}")))?;
-        self.print_text(&text)
+    /// Prints one of several answers, as a line of JSON or as text.
+    fn print_one<T: Serialize>(&mut self, answer: &T, human: impl FnOnce(&T) -> String) -> Result<Reader, Problem> {
+        let text = if self.json {
+            serde_json::to_string(answer)
+                .map_err(|error| Problem::new(Kind::Failed, format!("write the answer as JSON: {error}")))?
+        } else {
+            human(answer)
+        };
+        self.print_line(&text)
     }
 
     fn print_text(&mut self, text: &str) -> Result<(), Problem> {
+        self.print_line(text).map(drop)
+    }
+
+    /// Prints one of several texts.
+    fn print_line(&mut self, text: &str) -> Result<Reader, Problem> {
         match writeln!(self.out, "{text}").and_then(|()| self.out.flush()) {
-            Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => {
-                self.is_closed = true;
-                Ok(())
+            Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(Reader::Gone),
+            written => {
+                written.map_err(|error| Problem::new(Kind::Failed, format!("print the answer: {error}")))?;
+                Ok(Reader::There)
             }
-            written => written.map_err(|error| Problem::new(Kind::Failed, format!("print the answer: {error}"))),
         }
     }
 
