@@ -373,6 +373,16 @@ fn documents() {
         used.extend(names);
     }
     assert!(used.len() > 30, "{} metrics are shown", used.len());
+    let of_edge: Vec<_> = scrape.series().map(|it| it.0).filter(|it| it.contains("service=\"edge\"")).collect();
+    let count = |is_meant: &dyn Fn(&str) -> bool| of_edge.iter().filter(|series| is_meant(series)).count();
+    let is_histogram = |series: &str| ["_wait_", "_duration_"].iter().any(|part| series.contains(part));
+    let sentence = format!(
+        "For each service {} series and {} of histograms, for each upstream {}",
+        count(&|it| it.starts_with("anyport_service_") && !is_histogram(it)),
+        count(&is_histogram),
+        count(&|it| it.starts_with("anyport_upstream_")),
+    );
+    assert!(read("operations.md").contains(&sentence), "docs/operations.md has to say: {sentence}");
     let labels: BTreeSet<_> = scrape.names().flat_map(|name| scrape.labels(name)).map(String::as_str).collect();
     for text in [&dashboard.to_string(), &alerts] {
         for shown in text.split("{{").skip(1).filter_map(|it| it.split_once("}}")).map(|(inside, _)| inside.trim()) {

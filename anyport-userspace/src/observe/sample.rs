@@ -10,7 +10,7 @@ use tokio::{sync::Mutex, time::timeout};
 
 use super::ranking::{Counts, Ranked, Ranking};
 use crate::{
-    api::{Kind, LivePrefix, LiveService, LiveUpstream, LiveView, Problem, ServiceCounts, Shared, stopping},
+    api::{Kind, LivePrefix, LiveService, LiveUpstream, LiveView, Problem, ServiceCounts, Shared},
     engine::{Engine, Observed, ObservedService, Progress},
     rules::ServiceName,
 };
@@ -30,6 +30,9 @@ pub(super) struct Limits {
     /// For a step of a command that is under way.
     pub(super) step: Duration,
 }
+
+/// How it is without an engine.
+const ABSENT: &str = "starting or stopping";
 
 const LIMITS: Limits = Limits { answer: Duration::from_secs(2), step: Duration::from_mins(2) };
 
@@ -113,7 +116,7 @@ impl Observer {
             let busy = || Problem::new(Kind::Failed, "anyportd is busy with a command").hint("try again");
             return state.latest.clone().ok_or_else(busy);
         };
-        let engine = engine.as_ref().ok_or_else(stopping)?;
+        let engine = engine.as_ref().ok_or_else(|| Problem::new(Kind::Failed, format!("anyportd is {ABSENT}")))?;
         let begun = Instant::now();
         let State { latest, counts } = &mut *state;
         let window = latest.as_ref().map(|latest| begun.duration_since(latest.taken).as_secs_f64());
@@ -138,7 +141,7 @@ impl Observer {
             let progress = engine.as_ref().map(Engine::progress);
             let is_there = progress.is_some();
             *self.progress.write().unwrap_or_else(PoisonError::into_inner) = progress;
-            return Ok(if is_there { "ok" } else { "starting or stopping" }.to_owned());
+            return Ok(if is_there { "ok" } else { ABSENT }.to_owned());
         }
         let progress = self.progress.read().unwrap_or_else(PoisonError::into_inner).as_ref().map(|it| it.view());
         let (doing, at) = progress.map_or_else(|| ("a command".to_owned(), 0), |it| (it.doing, it.step));
@@ -219,7 +222,7 @@ mod tests {
 
     use tokio::{runtime::Builder, sync::Mutex};
 
-    use super::{Limits, Observer, Servers};
+    use super::{ABSENT, Limits, Observer, Servers};
 
     #[test]
     fn control_that_does_not_answer_is_busy_first_and_stuck_later() {
@@ -228,7 +231,7 @@ mod tests {
         runtime.block_on(async {
             let engine = Arc::new(Mutex::new(None));
             let observer = Observer { limits, ..Observer::new(Arc::clone(&engine), Servers::default()) };
-            assert_eq!(observer.alive().await.unwrap(), "starting or stopping");
+            assert_eq!(observer.alive().await.unwrap(), ABSENT);
             assert!(observer.sample().await.unwrap_err().error.contains("stopping"));
             let guard = engine.lock().await;
             assert!(observer.alive().await.unwrap().contains("busy"));

@@ -71,7 +71,7 @@ impl Answering {
             Some(_) => counts.unanswerable.raise(),
             None if !(self.is_ours)(ends) => counts.unanswerable.raise(),
             None => match self.worker.answer(ends.dialled, ends.client, answer) {
-                Ok(()) => counts.answered.raise(),
+                Ok(()) => counts.note_answer(answer),
                 Err(error) => {
                     counts.unsent.raise();
                     debug!("send the answer of an owner, {ends:?}: {error}");

@@ -126,6 +126,14 @@ pub(super) struct UdpCounts {
     pub(super) traffic: Traffic,
 }
 
+impl UdpCounts {
+    /// A datagram was answered.
+    pub(super) fn note_answer(&self, answer: &[u8]) {
+        self.answered.raise();
+        self.traffic.add(0, answer.len() as u64);
+    }
+}
+
 impl ServiceStats {
     /// Connections and flows that were over a limit.
     pub fn refused(&self) -> u64 {

@@ -147,10 +147,7 @@ impl Receiver {
             Some(Refusal::Loop) => counts.refused_loop.raise(),
             Some(Refusal::Size) => counts.refused_size.raise(),
             None => match self.answer(ends, answer) {
-                Ok(()) => {
-                    counts.answered.raise();
-                    counts.traffic.add(0, answer.len() as u64);
-                }
+                Ok(()) => counts.note_answer(answer),
                 Err(error) => {
                     counts.unsent.raise();
                     tracing::debug!("service {}: answer {ends:?}: {error}", self.config.name);
