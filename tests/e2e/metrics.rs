@@ -34,6 +34,7 @@ pub(crate) fn trials() -> Vec<Trial> {
         trial("metrics::nobody but readers is answered, and nobody waits for slow ones", clients),
         trial("metrics::the page runs nothing but its own", page),
         trial("metrics::an address that is taken is an error at the first start", taken),
+        trial("metrics::an address that is taken later is waited for", taken_later),
         trial("metrics::a rule that takes their address is told", shadowed),
     ];
     trials.extend(on_each_back_end("metrics::they tell what has happened", counted));
@@ -301,6 +302,32 @@ fn taken() {
     assert!(outcome.stderr.contains("--metrics"), "{outcome}");
     let outcome = Setup::new(&topology.host, "sk-lookup").args(["--metrics", "nowhere"]).run_to_end();
     assert_eq!(outcome.status, 2, "{outcome}");
+}
+
+/// Steering matters more.
+fn taken_later() {
+    let other: SocketAddr = "127.0.0.1:9465".parse().expect("an address");
+    let directory = scratch();
+    let file = directory.path().join("anyport.toml");
+    let write = |address: SocketAddr| fs::write(&file, format!("[daemon]\nmetrics = \"{address}\"\n")).expect("a file");
+    write(address());
+    let lab = Lab::with("sk-lookup", |setup| setup.config(&file));
+    lab.daemon.ok("add-prefix 192.0.2.0/24");
+    assert_eq!(get(&lab, "/healthz").0, 200);
+    write(other);
+    let holder = lab.topology.host.enter(|| TcpListener::bind(other).expect("a socket"));
+    let before = lab.daemon.pid();
+    let outcome = lab.daemon.take_over(&program("anyportd").expect("a daemon"));
+    assert_eq!(outcome.status, 0, "{outcome}\n{}", lab.daemon.log());
+    lab.daemon.wait_for_successor(before);
+    lab.topology.client.enter(|| expect_tcp_hello(at("192.0.2.7", 80)));
+    let log = lab.daemon.log();
+    assert!(log.contains("listen at 127.0.0.1:9465 for metrics") && log.contains("trying again"), "{log}");
+    lab.topology.host.enter(|| tcp(address()).expect_err("the former address is closed"));
+    drop(holder);
+    wait_for("metrics", Duration::from_secs(10), || {
+        lab.topology.host.enter(|| tcp(other)).map(drop).map_err(|error| error.to_string())
+    });
 }
 
 fn shadowed() {
