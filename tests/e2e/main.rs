@@ -16,6 +16,7 @@ mod events;
 mod explain;
 mod flows;
 mod forward;
+mod fuzzed;
 mod interrupted;
 mod library;
 mod limits;
@@ -84,6 +85,7 @@ fn main() -> ExitCode {
     trials.extend(differential::trials());
     trials.extend(selftests::trials());
     trials.extend(wire::trials());
+    trials.extend(fuzzed::trials());
     trials.extend(control::trials());
     trials.extend(events::trials());
     trials.extend(explain::trials());

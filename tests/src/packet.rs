@@ -2,7 +2,7 @@
 
 use std::{
     io::{self, Read as _},
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, SocketAddr},
     time::{Duration, Instant},
 };
 
@@ -30,10 +30,7 @@ pub enum Extra {
 
 /// Sends a UDP datagram with `payload`, to be called in the namespace of `from`.
 pub fn send_udp(from: SocketAddr, to: SocketAddr, extra: Extra, payload: &[u8]) -> io::Result<()> {
-    let length = u16::try_from(8 + payload.len()).expect("a short payload");
-    let mut segment = [from.port().to_be_bytes(), to.port().to_be_bytes(), length.to_be_bytes(), [0, 0]].concat();
-    segment.extend_from_slice(payload);
-    send(from, to, extra, UDP, segment, 6)
+    send(from, &udp_packets(from, to, extra, payload), to)
 }
 
 /// Sends a SYN and waits for the peer's SYN and acknowledgement as long as `patience`, to be called in the namespace of
@@ -41,10 +38,7 @@ pub fn send_udp(from: SocketAddr, to: SocketAddr, extra: Extra, payload: &[u8]) 
 pub fn shake_hands(from: SocketAddr, to: SocketAddr, extra: Extra, patience: Duration) -> io::Result<()> {
     let inbox = Socket::new(Domain::for_address(from), Type::RAW, Some(Protocol::TCP))?;
     inbox.set_read_timeout(Some(patience))?;
-    let mut segment = [from.port().to_be_bytes(), to.port().to_be_bytes()].concat();
-    segment.extend_from_slice(&SEQUENCE.to_be_bytes());
-    segment.extend_from_slice(&[0, 0, 0, 0, 0x50, SYN, 0xff, 0xff, 0, 0, 0, 0]);
-    send(from, to, extra, TCP, segment, 16)?;
+    send(from, &syn_packets(from, to, extra), to)?;
     let expected = [to.port().to_be_bytes(), from.port().to_be_bytes()].concat();
     let end = Instant::now() + patience;
     let mut buffer = [0; 2_048];
@@ -61,27 +55,44 @@ pub fn shake_hands(from: SocketAddr, to: SocketAddr, extra: Extra, patience: Dur
     Err(io::ErrorKind::TimedOut.into())
 }
 
-/// Sends one packet; `checksum` is where the transport header keeps it.
-fn send(
+fn send(from: SocketAddr, packets: &[Vec<u8>], to: SocketAddr) -> io::Result<()> {
+    let outbox = Socket::new(Domain::for_address(from), Type::RAW, Some(Protocol::from(RAW)))?;
+    for packet in packets {
+        let sent = outbox.send_to(packet, &SocketAddr::new(to.ip(), 0).into())?;
+        assert!(sent > 0, "nothing was sent");
+    }
+    Ok(())
+}
+
+/// The packets that carry a UDP datagram with `payload`.
+pub fn udp_packets(from: SocketAddr, to: SocketAddr, extra: Extra, payload: &[u8]) -> Vec<Vec<u8>> {
+    let length = u16::try_from(8 + payload.len()).expect("a short payload");
+    let mut segment = [from.port().to_be_bytes(), to.port().to_be_bytes(), length.to_be_bytes(), [0, 0]].concat();
+    segment.extend_from_slice(payload);
+    packets(from, to, extra, UDP, segment, 6)
+}
+
+/// The packet of a SYN.
+pub fn syn_packets(from: SocketAddr, to: SocketAddr, extra: Extra) -> Vec<Vec<u8>> {
+    let mut segment = [from.port().to_be_bytes(), to.port().to_be_bytes()].concat();
+    segment.extend_from_slice(&SEQUENCE.to_be_bytes());
+    segment.extend_from_slice(&[0, 0, 0, 0, 0x50, SYN, 0xff, 0xff, 0, 0, 0, 0]);
+    packets(from, to, extra, TCP, segment, 16)
+}
+
+/// The packets that carry one segment or datagram, with all checksums; `checksum` is where the transport header keeps its own.
+fn packets(
     from: SocketAddr,
     to: SocketAddr,
     extra: Extra,
     transport: u8,
     mut segment: Vec<u8>,
     checksum: usize,
-) -> io::Result<()> {
+) -> Vec<Vec<u8>> {
     let sum = !folded(&[pseudo_header(from.ip(), to.ip(), transport, segment.len()), segment.clone()].concat());
     segment[checksum..checksum + 2].copy_from_slice(&sum.to_be_bytes());
     let headers = match (from.ip(), to.ip(), extra) {
-        (IpAddr::V4(from), IpAddr::V4(to), Extra::Options(options)) => {
-            let words = u8::try_from(5 + options.len() / 4).expect("at most ten words of options");
-            // The kernel fills in the total length, the identification and the checksum.
-            let mut packet = vec![0x40 | words, 0, 0, 0, 0, 0, 0, 0, 64, transport, 0, 0];
-            packet.extend_from_slice(&from.octets());
-            packet.extend_from_slice(&to.octets());
-            packet.extend_from_slice(options);
-            packet
-        }
+        (IpAddr::V4(from), IpAddr::V4(to), Extra::Options(options)) => ipv4_header(from, to, transport, options),
         (IpAddr::V6(from), IpAddr::V6(to), Extra::Chain(chain)) => {
             let headers = extension_headers(chain, transport);
             let length = u16::try_from(headers.len() + segment.len()).expect("a short packet");
@@ -93,29 +104,51 @@ fn send(
             packet.extend_from_slice(&headers);
             packet
         }
-        (IpAddr::V4(from), IpAddr::V4(to), Extra::Fragments(_)) => {
-            // Unlike the identification of a whole packet, that of a fragment is not filled in.
-            let mut packet = vec![0x45, 0, 0, 0, 0x12, 0x34, 0, 0, 64, transport, 0, 0];
-            packet.extend_from_slice(&from.octets());
-            packet.extend_from_slice(&to.octets());
-            packet
-        }
+        (IpAddr::V4(from), IpAddr::V4(to), Extra::Fragments(_)) => ipv4_header(from, to, transport, &[]),
         mixed => panic!("one IP version is needed throughout: {mixed:?}"),
     };
-    let outbox = Socket::new(Domain::for_address(from), Type::RAW, Some(Protocol::from(RAW)))?;
     let size = if let Extra::Fragments(size) = extra { size } else { segment.len() };
     let last = segment.len().div_ceil(size) - 1;
-    for (number, part) in segment.chunks(size).enumerate() {
+    let parts = segment.chunks(size).enumerate().map(|(number, part)| {
         let mut packet = [headers.as_slice(), part].concat();
         if let Extra::Fragments(size) = extra {
             let more = if number == last { 0 } else { 0x2000 };
             let offset = u16::try_from(number * size / 8).expect("a short packet") | more;
             packet[6..8].copy_from_slice(&offset.to_be_bytes());
         }
-        let sent = outbox.send_to(&packet, &SocketAddr::new(to.ip(), 0).into())?;
-        assert!(sent > 0, "nothing was sent");
+        complete_ipv4(&mut packet);
+        packet
+    });
+    parts.collect()
+}
+
+fn ipv4_header(from: Ipv4Addr, to: Ipv4Addr, transport: u8, options: &[u8]) -> Vec<u8> {
+    let words = u8::try_from(5 + options.len() / 4).expect("at most ten words of options");
+    // Unlike that of a whole packet, the identification of a fragment is not filled in by the kernel.
+    let mut header = vec![0x40 | words, 0, 0, 0, 0x12, 0x34, 0, 0, 64, transport, 0, 0];
+    header.extend_from_slice(&from.octets());
+    header.extend_from_slice(&to.octets());
+    header.extend_from_slice(options);
+    header
+}
+
+/// Writes length and checksum into the header of an IPv4 packet, as far as there is one.
+fn complete_ipv4(packet: &mut [u8]) {
+    let Ok(length) = u16::try_from(packet.len()) else { return };
+    if packet.first().is_some_and(|first| first >> 4 == 4) && packet.len() >= 20 {
+        packet[2..4].copy_from_slice(&length.to_be_bytes());
+        sum_ipv4(packet);
     }
-    Ok(())
+}
+
+/// Makes the checksum of an IPv4 header right, whatever else is in it.
+pub fn sum_ipv4(packet: &mut [u8]) {
+    let end = usize::from(packet[0] & 0x0f) * 4;
+    if packet[0] >> 4 == 4 && (20..=packet.len()).contains(&end) {
+        packet[10..12].fill(0);
+        let sum = !folded(&packet[..end]);
+        packet[10..12].copy_from_slice(&sum.to_be_bytes());
+    }
 }
 
 fn extension_headers(chain: &[u8], transport: u8) -> Vec<u8> {
