@@ -210,8 +210,9 @@ impl Daemon {
     pub fn wait_for_successor(&self, before: Pid) {
         wait_for("another process that serves", Duration::from_secs(30), || {
             let outcome = self.ctl(&["status", "--json"]);
-            let is_other = outcome.status == 0 && !outcome.stdout.contains(&format!("\"pid\":{before},"));
-            if is_other { Ok(()) } else { Err(outcome.to_string()) }
+            let status: Option<Value> = serde_json::from_str(&outcome.stdout).ok();
+            let pid = status.and_then(|status| status["pid"].as_i64());
+            if pid.is_some_and(|pid| pid != before.as_raw().into()) { Ok(()) } else { Err(outcome.to_string()) }
         });
     }
 
