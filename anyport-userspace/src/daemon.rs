@@ -1,9 +1,8 @@
 //! The daemon: the order in which its parts start and stop.
 
-use std::{ffi::CStr, fs, sync::Arc, time::Duration};
+use std::{ffi::CStr, fs, future::pending, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
-use futures_util::StreamExt as _;
 use nix::sys::{
     prctl,
     resource::{Resource, getrlimit, setrlimit},
@@ -23,7 +22,8 @@ use crate::{
     keeper::{Begin, Command, Commands, Handover, Link},
     lock::Lock,
     observe::{self, Observer, Servers},
-    register, routes,
+    register,
+    routes::News,
     service::{DescriptorPool, WorkerHandles, Workers},
 };
 
@@ -202,24 +202,27 @@ async fn drain(connections: &DescriptorPool, limit: Duration, ends: &mut Ends) {
 async fn keep_looking(engine: api::Shared) {
     let mut timer = interval(REFRESH);
     timer.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut changes = match routes::link_changes() {
-        Ok(changes) => changes.boxed(),
-        Err(error) => {
-            warn!("interfaces are looked for once a second only: {error:#}");
-            futures_util::stream::pending().boxed()
-        }
+    let Some((owner_exits, watch)) = engine.lock().await.as_ref().map(|it| (it.owner_exits(), it.watch())) else {
+        return;
     };
-    let Some(owner_exits) = engine.lock().await.as_ref().map(Engine::owner_exits) else { return };
+    let watch =
+        watch.inspect_err(|error| warn!("interfaces and routes are looked at from time to time only: {error:#}")).ok();
+    let news = async || match &watch {
+        Some(watch) => watch.next().await,
+        None => pending().await,
+    };
     loop {
-        tokio::select! {
-            _ = timer.tick() => {}
-            () = owner_exits.notified() => {}
-            _ = changes.next() => {}
+        let news = tokio::select! {
+            _ = timer.tick() => News::default(),
+            () = owner_exits.notified() => News::default(),
+            news = news() => news,
+        };
+        let mut engine = engine.lock().await;
+        let Some(engine) = engine.as_mut() else { return };
+        if news.of_routes {
+            engine.suspect_routes();
         }
-        match engine.lock().await.as_mut() {
-            Some(engine) => engine.refresh().await,
-            None => return,
-        }
+        engine.refresh().await;
     }
 }
 

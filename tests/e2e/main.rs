@@ -7,6 +7,7 @@
 mod apply;
 mod backends;
 mod cases;
+mod changed;
 mod connections;
 mod control;
 mod crash;
@@ -96,6 +97,7 @@ fn main() -> ExitCode {
     trials.extend(register::trials());
     trials.extend(library::trials());
     trials.extend(crash::trials());
+    trials.extend(changed::trials());
     trials.extend(restarts::trials());
     trials.extend(interrupted::trials());
     trials.extend(starts::trials());

@@ -6,7 +6,7 @@ use super::{Kind, Problem};
 use crate::{
     rules::{Origin, PortSet, Prefix, Protocol, ServiceName, Terms},
     service::{HandlerKind, Limits, Registrant, ServiceStats, SocketInfo, UpstreamView},
-    steering::BackEnd,
+    steering::{self, BackEnd},
 };
 
 /// Bytes of the largest body. Most requests are a few lines.
@@ -282,8 +282,24 @@ pub struct StatusView {
     /// Seconds until what was applied is rolled back, if it waits to be confirmed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub unconfirmed: Option<u64>,
+    /// What others changed outside and was put right, by kind.
+    #[serde(default)]
+    pub mended: Vec<MendedView>,
     /// What does not work as it should; empty when all is well.
     pub degraded: Vec<String>,
+}
+
+/// Things of one kind that others changed and that were put right.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct MendedView {
+    /// Which kind.
+    pub kind: steering::Kind,
+    /// How often, since the process began to serve.
+    pub times: u64,
+    /// What it was the last time.
+    pub last: String,
+    /// When that was, by RFC 3339.
+    pub at: String,
 }
 
 /// Sums for [`StatusView`].

@@ -2,7 +2,7 @@ use std::fmt::Write as _;
 
 use super::Output;
 use crate::{
-    api::{BackEndView, Client, Problem, StatusView},
+    api::{BackEndView, Client, MendedView, Problem, StatusView},
     text::list_of,
 };
 
@@ -43,6 +43,9 @@ fn text(view: &StatusView) -> String {
     }
     if !view.draining.is_empty() {
         lines.push(format!("draining    {}", list_of(&view.draining)));
+    }
+    for MendedView { kind, times, last, at } in &view.mended {
+        lines.push(format!("mended      {kind}: {times} times, last at {at}: {last}"));
     }
     if let Some(seconds) = view.unconfirmed {
         lines.push(format!(

@@ -13,7 +13,7 @@ use anyhow::Context as _;
 use anyport_common::maps::Counters;
 use tracing::{error, info};
 
-use super::Engine;
+use super::{Engine, mend::BackOff};
 use crate::{
     api::Problem,
     host,
@@ -39,7 +39,7 @@ pub(super) enum Keep {
 
 /// The prefixes that a change concerns, and what becomes of rule numbers.
 #[derive(Debug, Default)]
-struct Steps {
+pub(super) struct Steps {
     prefixes: Vec<Prefix>,
     fresh: Vec<Range<u32>>,
     freed: Vec<Range<u32>>,
@@ -159,21 +159,23 @@ impl Engine {
 
     /// Makes the kernel equal to the rules, whatever it holds.
     pub(super) async fn repair(&mut self) {
-        let steered = self.steer(None, &Steps::default());
+        let steered = self.steering.forget_lost().and_then(|()| self.steer(None, &Steps::default()));
         let result = match steered {
             Ok(()) => self.routes.set(&self.coverage).await,
             Err(error) => Err(error),
         };
-        self.broken = match result {
+        match result {
             Ok(foreign) => {
                 self.foreign_routes = foreign;
-                None
+                self.broken = None;
+                self.repairs = BackOff::default();
             }
             Err(error) => {
-                error!("go back to the rules before, which is tried again: {error:#}");
-                Some(format!("the kernel may not hold these rules: {error:#}"))
+                let pause = self.repairs.fail();
+                error!("make the kernel hold the rules, which is tried again in {} s: {error:#}", pause.as_secs());
+                self.broken = Some(format!("the kernel may not hold these rules, which is tried again: {error:#}"));
             }
-        };
+        }
     }
 
     /// Numbers the rules of a change. Prefixes whose rules stay as they are keep their numbers.
@@ -270,7 +272,7 @@ impl Engine {
     }
 
     /// Has the back end steer by the rules, of which these prefixes have changed; nothing says that anything may have.
-    fn steer(&mut self, changed: Option<&[Prefix]>, steps: &Steps) -> anyhow::Result<()> {
+    pub(super) fn steer(&mut self, changed: Option<&[Prefix]>, steps: &Steps) -> anyhow::Result<()> {
         self.generation += 1;
         let mut services = vec![ServiceSockets::refusing()];
         for (name, running) in &self.services {

@@ -9,6 +9,7 @@ mod change;
 mod commands;
 mod events;
 mod explain;
+mod mend;
 mod numbers;
 mod observed;
 mod progress;
@@ -26,7 +27,12 @@ use std::{
 use tokio::sync::Notify;
 use tracing::error;
 
-use self::{apply::Unconfirmed, numbers::Numbers, register::Registrations};
+use self::{
+    apply::Unconfirmed,
+    mend::{BackOff, Mends, RoutesLook},
+    numbers::Numbers,
+    register::Registrations,
+};
 pub use self::{
     events::Clock,
     observed::{Observed, ObservedService},
@@ -36,7 +42,7 @@ pub use self::{
 use crate::{
     events::Board,
     host,
-    routes::{Coverage, Edits, Routes},
+    routes::{Coverage, Edits, Routes, Watch},
     rules::{Origin, Prefix, RuleSet, ServiceName, Terms},
     service::{Commons, DescriptorPool, Service, ServiceConfig},
     steering::{Steering, choose::Outcome},
@@ -80,6 +86,11 @@ pub struct Engine {
     draining: HashSet<Prefix>,
     /// Why the kernel may not hold the rules that it should.
     broken: Option<String>,
+    /// When that is to be tried again.
+    repairs: BackOff,
+    /// What others have removed, and what became of it.
+    mends: Mends,
+    routes_look: RoutesLook,
     /// What was applied and waits to be confirmed.
     unconfirmed: Option<Unconfirmed>,
     /// How far a long command is.
@@ -123,19 +134,29 @@ impl Engine {
         Arc::clone(&self.owner_exits)
     }
 
-    /// Looks again at what may have changed outside: interfaces, and connections whose address can be given up. Tries
+    /// Tells of what others do to interfaces and to our routes. Must be called within a tokio runtime.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn watch(&self) -> anyhow::Result<Watch> {
+        self.routes.watch()
+    }
+
+    /// Looks again at what may have changed outside: interfaces, what others have removed of ours, and connections whose address can be given up. Tries
     /// again what could not be undone.
     pub async fn refresh(&mut self) {
         self.roll_back_if_due().await;
-        if self.broken.is_some() {
+        if self.broken.is_some() && self.repairs.is_over() {
             self.repair().await;
         }
         if let Err(error) = self.look_after_registered().await {
             error!("look after the sockets that were registered: {error:#}");
         }
-        if let Err(error) = self.steering.refresh() {
-            error!("look again at the interfaces: {error:#}");
+        match self.steering.refresh() {
+            Ok(news) => self.note_put_right(news),
+            Err(error) => error!("look again at interfaces and sockets: {error:#}"),
         }
+        self.mend().await;
         if let Err(error) = self.end_draining().await {
             error!("remove the routes of connections that have ended: {error:#}");
         }

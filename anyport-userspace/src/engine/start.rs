@@ -17,7 +17,12 @@ use anyport_common::{
 use tokio::runtime::Handle;
 use tracing::error;
 
-use super::{Engine, Running, numbers::Numbers, register::expect_fallbacks};
+use super::{
+    Engine, Running,
+    mend::{BackOff, Mends, RoutesLook},
+    numbers::Numbers,
+    register::expect_fallbacks,
+};
 use crate::{
     api::{Kind, Problem},
     config::Config,
@@ -102,6 +107,9 @@ impl Engine {
             foreign_routes: Vec::new(),
             draining: HashSet::new(),
             broken: None,
+            repairs: BackOff::default(),
+            mends: Mends::default(),
+            routes_look: RoutesLook::default(),
             unconfirmed: None,
             progress: Arc::default(),
             counters_kept: None,

@@ -137,13 +137,14 @@ impl Engine {
                 receive_drops: stats.iter().map(|it| it.receive_drops).sum(),
             },
             unconfirmed: self.unconfirmed_for(),
+            mended: self.mends.views(),
             degraded: self.degraded(),
         })
     }
 
     fn degraded(&self) -> Vec<String> {
         let services = self.services.values().flat_map(|running| running.service.degraded());
-        let own = self.broken.iter().cloned().chain(self.steering.degraded());
+        let own = self.broken.iter().cloned().chain(self.mends.degraded()).chain(self.steering.degraded());
         own.chain(services).chain(self.lost_sockets()).chain(self.shadowed_metrics()).collect()
     }
 

@@ -5,24 +5,27 @@
 
 mod coverage;
 mod netlink;
+mod watch;
 mod wire;
 
 use std::{
     collections::{BTreeSet, HashSet},
+    fmt,
     net::IpAddr,
     sync::{Arc, Mutex, PoisonError},
 };
 
 use anyhow::Context as _;
-use futures_util::{Stream, StreamExt as _};
 use nix::{errno::Errno, net::if_::if_indextoname};
-use rtnetlink::MulticastGroup;
 
-pub use self::coverage::{Coverage, Difference, Edits};
 use self::{
     coverage::position,
     netlink::{Found, Netlink},
     wire::{Change, Lookup, RouteHeader, destination, family},
+};
+pub use self::{
+    coverage::{Coverage, Difference, Edits},
+    watch::{News, Watch},
 };
 use crate::rules::Prefix;
 
@@ -54,24 +57,61 @@ pub struct LocalTable {
     pub all_local_tables: usize,
 }
 
+/// What holds local routes: the kernel, or what stands in for it in tests.
+pub(crate) trait Holder: Send + fmt::Debug {
+    /// The prefixes that the table `local` makes local.
+    fn local(&mut self) -> anyhow::Result<Local>;
+    /// Adds routes of ours. Returns the prefixes that were left as found, since there is the same route already.
+    fn add(&mut self, prefixes: &[Prefix]) -> anyhow::Result<Vec<Prefix>>;
+    /// Removes routes of ours, if they are there.
+    fn remove(&mut self, prefixes: &[Prefix]) -> anyhow::Result<()>;
+}
+
 /// The routes of one network namespace, seen through a netlink socket.
 ///
 /// A change that has begun goes on to its end, even if nobody waits for it any more; what comes next waits.
 #[derive(Debug)]
 pub struct Routes {
     netlink: Arc<Mutex<Netlink>>,
+    holder: Arc<Mutex<dyn Holder>>,
 }
 
 impl Routes {
     /// Opens a netlink socket in the thread's network namespace.
     pub fn open() -> anyhow::Result<Self> {
-        let netlink = Netlink::open().context("opening a netlink socket for routes")?;
-        Ok(Self { netlink: Arc::new(Mutex::new(netlink)) })
+        let netlink = Arc::new(Mutex::new(open()?));
+        let holder = Arc::clone(&netlink);
+        Ok(Self { netlink, holder })
+    }
+
+    /// Changes nothing but what `holder` holds.
+    #[cfg(test)]
+    pub(crate) fn held_by(holder: Arc<Mutex<dyn Holder>>) -> anyhow::Result<Self> {
+        Ok(Self { netlink: Arc::new(Mutex::new(open()?)), holder })
+    }
+
+    /// Tells of what others do to routes of ours, and of interfaces. Must be called within a tokio runtime.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn watch(&self) -> anyhow::Result<Watch> {
+        Watch::open(self.netlink.lock().unwrap_or_else(PoisonError::into_inner).port)
     }
 
     /// The prefixes that our routes make local, in order.
     pub async fn ours(&self) -> anyhow::Result<Vec<Prefix>> {
-        self.with(|netlink| Ok(local(netlink)?.ours)).await
+        self.change(|holder| Ok(holder.local()?.ours)).await
+    }
+
+    /// Those of the blocks for which there is no local route, neither of ours nor of others.
+    pub async fn missing(&self, coverage: &Coverage) -> anyhow::Result<Vec<Prefix>> {
+        let wanted: Vec<Prefix> = coverage.blocks().collect();
+        self.change(move |holder| {
+            let Local { ours, others } = holder.local()?;
+            let Difference { added, .. } = Difference::between(ours.into_iter(), wanted.into_iter());
+            Ok(added.into_iter().filter(|it| !others.contains(it)).collect())
+        })
+        .await
     }
 
     /// Makes exactly these addresses local by routes of ours, whatever was there before. Reads all local routes, and
@@ -80,12 +120,12 @@ impl Routes {
     /// No address that was local and remains so is without a route in between.
     pub async fn set(&self, coverage: &Coverage) -> anyhow::Result<Vec<Prefix>> {
         let wanted: Vec<Prefix> = coverage.blocks().collect();
-        self.with(move |netlink| {
-            let Local { ours, others } = local(netlink)?;
+        self.change(move |holder| {
+            let Local { ours, others } = holder.local()?;
             let Difference { removed, added } = Difference::between(ours.into_iter(), wanted.into_iter());
             let (mut left_as_found, missing) = added.into_iter().partition::<Vec<_>, _>(|it| others.contains(it));
-            left_as_found.extend(add(netlink, &missing)?);
-            remove(netlink, &removed)?;
+            left_as_found.extend(holder.add(&missing)?);
+            holder.remove(&removed)?;
             Ok(left_as_found)
         })
         .await
@@ -98,9 +138,9 @@ impl Routes {
     /// [`Difference::reversed`] leads back.
     pub async fn apply(&self, difference: &Difference) -> anyhow::Result<Vec<Prefix>> {
         let Difference { removed, added } = difference.clone();
-        self.with(move |netlink| {
-            let left_as_found = add(netlink, &added)?;
-            remove(netlink, &removed)?;
+        self.change(move |holder| {
+            let left_as_found = holder.add(&added)?;
+            holder.remove(&removed)?;
             Ok(left_as_found)
         })
         .await
@@ -110,13 +150,13 @@ impl Routes {
     /// already. After an error, some may have been added.
     pub async fn add(&self, prefixes: &[Prefix]) -> anyhow::Result<Vec<Prefix>> {
         let prefixes = prefixes.to_vec();
-        self.with(move |netlink| add(netlink, &prefixes)).await
+        self.change(move |holder| holder.add(&prefixes)).await
     }
 
     /// Removes routes of ours, if they are there. After an error, some may have been removed.
     pub async fn remove(&self, prefixes: &[Prefix]) -> anyhow::Result<()> {
         let prefixes = prefixes.to_vec();
-        self.with(move |netlink| remove(netlink, &prefixes)).await
+        self.change(move |holder| holder.remove(&prefixes)).await
     }
 
     /// The route that packets to this address take.
@@ -159,49 +199,65 @@ impl Routes {
         let netlink = Arc::clone(&self.netlink);
         // A request holds no state on the socket that could be left half done.
         let work = move || work(&mut netlink.lock().unwrap_or_else(PoisonError::into_inner));
+        tokio::task::spawn_blocking(work).await.context("asking for routes")?
+    }
+
+    async fn change<T: Send + 'static>(
+        &self,
+        work: impl FnOnce(&mut dyn Holder) -> anyhow::Result<T> + Send + 'static,
+    ) -> anyhow::Result<T> {
+        let holder = Arc::clone(&self.holder);
+        let work = move || work(&mut *holder.lock().unwrap_or_else(PoisonError::into_inner));
         tokio::task::spawn_blocking(work).await.context("changing routes")?
     }
 }
 
-fn add(netlink: &mut Netlink, prefixes: &[Prefix]) -> anyhow::Result<Vec<Prefix>> {
-    let mut left_as_found = Vec::new();
-    netlink.change(Change::Add, prefixes, |prefix, errno| match errno {
-        Errno::EEXIST => {
-            left_as_found.push(*prefix);
-            Ok(())
-        }
-        _ => Err(refused("adding", prefix, errno)),
-    })?;
-    Ok(left_as_found)
+fn open() -> anyhow::Result<Netlink> {
+    Netlink::open().context("opening a netlink socket for routes")
 }
 
-fn remove(netlink: &mut Netlink, prefixes: &[Prefix]) -> anyhow::Result<()> {
-    netlink.change(Change::Remove, prefixes, |prefix, errno| match errno {
-        Errno::ESRCH => Ok(()),
-        _ => Err(refused("removing", prefix, errno)),
-    })
+impl Holder for Netlink {
+    fn add(&mut self, prefixes: &[Prefix]) -> anyhow::Result<Vec<Prefix>> {
+        let mut left_as_found = Vec::new();
+        self.change(Change::Add, prefixes, |prefix, errno| match errno {
+            Errno::EEXIST => {
+                left_as_found.push(*prefix);
+                Ok(())
+            }
+            _ => Err(refused("adding", prefix, errno)),
+        })?;
+        Ok(left_as_found)
+    }
+
+    fn remove(&mut self, prefixes: &[Prefix]) -> anyhow::Result<()> {
+        self.change(Change::Remove, prefixes, |prefix, errno| match errno {
+            Errno::ESRCH => Ok(()),
+            _ => Err(refused("removing", prefix, errno)),
+        })
+    }
+
+    fn local(&mut self) -> anyhow::Result<Local> {
+        let mut local = Local::default();
+        list(self, libc::RT_TABLE_LOCAL, libc::RTN_LOCAL, |route, attributes| {
+            let Some(prefix) = destination(route, attributes) else { return };
+            if route.protocol == ROUTE_PROTOCOL {
+                local.ours.push(prefix);
+            } else {
+                local.others.insert(prefix);
+            }
+        })?;
+        local.ours.sort_unstable_by_key(position);
+        local.ours.dedup();
+        Ok(local)
+    }
 }
 
 /// The prefixes that the table `local` makes local.
-struct Local {
+#[derive(Debug, Default)]
+pub(crate) struct Local {
     /// In order, each once.
-    ours: Vec<Prefix>,
-    others: HashSet<Prefix>,
-}
-
-fn local(netlink: &mut Netlink) -> anyhow::Result<Local> {
-    let mut local = Local { ours: Vec::new(), others: HashSet::new() };
-    list(netlink, libc::RT_TABLE_LOCAL, libc::RTN_LOCAL, |route, attributes| {
-        let Some(prefix) = destination(route, attributes) else { return };
-        if route.protocol == ROUTE_PROTOCOL {
-            local.ours.push(prefix);
-        } else {
-            local.others.insert(prefix);
-        }
-    })?;
-    local.ours.sort_unstable_by_key(position);
-    local.ours.dedup();
-    Ok(local)
+    pub(crate) ours: Vec<Prefix>,
+    pub(crate) others: HashSet<Prefix>,
 }
 
 fn local_table(netlink: &mut Netlink) -> anyhow::Result<LocalTable> {
@@ -255,17 +311,6 @@ pub async fn way_back(peer: IpAddr, address: IpAddr) -> anyhow::Result<Option<St
         Ok(Some(name.to_string_lossy().into_owned()))
     };
     routes.with(look).await
-}
-
-/// Gives an item whenever a network interface appears, changes or goes. Must be called within a tokio runtime.
-pub fn link_changes() -> anyhow::Result<impl Stream<Item = ()> + Send + Unpin> {
-    let (connection, handle, messages) = rtnetlink::new_multicast_connection(&[MulticastGroup::Link])
-        .context("opening a netlink socket for news of interfaces")?;
-    tokio::spawn(connection);
-    Ok(messages.map(move |_| {
-        // The connection would end with its last handle.
-        let _keep = &handle;
-    }))
 }
 
 fn refused(doing: &str, prefix: &Prefix, errno: Errno) -> anyhow::Error {

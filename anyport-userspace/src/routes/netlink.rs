@@ -30,6 +30,8 @@ const LONGEST_DATAGRAM: usize = 1 << 16;
 /// A blocking socket: a request is carried out while it is being sent, by the thread that sends it.
 pub(super) struct Netlink {
     socket: Socket,
+    /// By which the kernel tells what is done through this socket.
+    pub(super) port: u32,
     sequence: u32,
     batch: usize,
     requests: Vec<u8>,
@@ -46,7 +48,8 @@ pub(super) struct Found {
 
 impl Netlink {
     pub(super) fn open() -> anyhow::Result<Self> {
-        let socket = Socket::new(NETLINK_ROUTE)?;
+        let mut socket = Socket::new(NETLINK_ROUTE)?;
+        let port = socket.bind_auto()?.port_number();
         // What makes the kernel filter lists by table and type: a router may hold a million routes.
         socket.set_netlink_get_strict_chk(true)?;
         // A refusal need not repeat the request.
@@ -57,7 +60,7 @@ impl Netlink {
         let by_answers = getsockopt(&socket, RcvBuf)? / REFUSAL;
         let by_requests = getsockopt(&socket, SndBuf)? / 2 / LONGEST_REQUEST;
         let batch = BATCH.min(by_answers).min(by_requests).max(1);
-        Ok(Self { socket, sequence: 0, batch, requests: Vec::new(), answers: vec![0; LONGEST_DATAGRAM] })
+        Ok(Self { socket, port, sequence: 0, batch, requests: Vec::new(), answers: vec![0; LONGEST_DATAGRAM] })
     }
 
     /// Makes the same change for each of the prefixes, in an order of its own, and hands over those to which the

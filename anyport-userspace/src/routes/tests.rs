@@ -6,7 +6,7 @@ use nix::sched::{CloneFlags, unshare};
 use rtnetlink::{MulticastGroup, packet_core::NetlinkPayload};
 use tokio::time::timeout;
 
-use super::{Coverage, Edits, ROUTE_PROTOCOL, Route, Routes, link_changes};
+use super::{Coverage, Edits, News, ROUTE_PROTOCOL, Route, Routes};
 use crate::rules::Prefix;
 
 fn prefix(text: &str) -> Prefix {
@@ -244,11 +244,39 @@ fn finds_gateways_of_every_kind() {
 }
 
 #[test]
-fn tells_of_new_interfaces() {
+fn tells_of_what_others_do() {
     in_namespace(async || {
-        let mut changes = link_changes().unwrap();
+        ip("link set lo up");
+        let routes = Routes::open().unwrap();
+        let watch = routes.watch().unwrap();
+        let of_interfaces = News { of_interfaces: true, of_routes: false };
+        let of_routes = News { of_interfaces: false, of_routes: true };
+        let expect = async |news: Option<News>, what: &str| {
+            let patience = Duration::from_millis(if news.is_some() { 5000 } else { 50 });
+            assert_eq!(timeout(patience, watch.next()).await.ok(), news, "{what}");
+        };
+        let blocks: Vec<_> = prefixes(&["192.0.2.0/24", "2001:db8::/64"]);
+        for (block, family) in blocks.iter().zip(["-4", "-6"]) {
+            // Our own changes, and those of others that do not concern us.
+            routes.add(&[*block]).await.unwrap();
+            routes.remove(&[*block]).await.unwrap();
+            routes.add(&[*block]).await.unwrap();
+            ip("route add local 198.51.100.0/24 dev lo");
+            ip("route del local 198.51.100.0/24 dev lo");
+            expect(None, "our own").await;
+            ip(&format!("{family} route del local {block} dev lo"));
+            expect(Some(of_routes), "deleted").await;
+            let coverage: Coverage = blocks.iter().copied().collect();
+            assert!(routes.missing(&coverage).await.unwrap().contains(block));
+        }
         ip("link add port0 type veth peer port1");
-        let change = timeout(Duration::from_secs(5), changes.next());
-        assert_eq!(change.await.unwrap(), Some(()));
+        expect(Some(of_interfaces), "a new interface").await;
+        ip("address add 192.0.2.1/24 dev port0");
+        expect(None, "an address elsewhere").await;
+        // Takes the routes along whose source it is, and the kernel does not tell of those.
+        ip("address del 127.0.0.1/8 dev lo");
+        expect(Some(of_routes), "an address of lo").await;
+        ip("link set lo down");
+        expect(Some(News { of_interfaces: true, of_routes: true }), "lo").await;
     });
 }

@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use bytemuck::{Pod, Zeroable, bytes_of, pod_read_unaligned};
 use nix::errno::Errno;
 
-use super::{LOOPBACK_INDEX, ROUTE_PROTOCOL};
+use super::{LOOPBACK_INDEX, ROUTE_PROTOCOL, watch::News};
 use crate::rules::Prefix;
 
 /// Messages and attributes begin at multiples of this.
@@ -184,6 +184,21 @@ pub(super) fn messages(datagram: &[u8]) -> impl Iterator<Item = (u32, Message<'_
         };
         Some((header.sequence, message))
     })
+}
+
+/// Notes what the messages of a datagram tell that got through [`super::watch`]'s filter.
+pub(super) fn news(datagram: &[u8], news: &mut News) {
+    let mut rest = datagram;
+    while let Some((header, mut content)) = split::<Header>(&mut rest, |header| header.length as usize) {
+        if ![libc::RTM_NEWLINK, libc::RTM_DELLINK].contains(&header.kind) {
+            news.of_routes = true;
+            continue;
+        }
+        news.of_interfaces = true;
+        // `struct ifinfomsg` has the index behind family, padding and type, four bytes in all.
+        let index = pop::<u32>(&mut content).and_then(|_| pop::<u32>(&mut content));
+        news.of_routes |= index == Some(LOOPBACK_INDEX);
+    }
 }
 
 fn outcome(content: &mut &[u8]) -> Option<Result<(), Errno>> {

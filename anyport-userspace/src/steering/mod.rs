@@ -166,6 +166,50 @@ pub struct Decided {
     pub generation: Option<u64>,
 }
 
+/// What others may take from us.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Kind {
+    /// What attaches a BPF program to the network namespace or, by tcx, to an interface.
+    Link,
+    /// The clsact filter that attaches one to an interface of a kernel without tcx, with its qdisc.
+    Filter,
+    /// A map or a link in the BPF file system.
+    Pin,
+    /// A service's socket in the map of sockets.
+    Socket,
+    /// Our chains of iptables, or the jump to them.
+    Chain,
+    /// A set of addresses.
+    Set,
+    /// A local route.
+    Route,
+    /// An interface: one that came is watched, one that went is not.
+    Interface,
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&format!("{self:?}").to_lowercase())
+    }
+}
+
+/// Something of ours that is not in the kernel any more, or not as it was.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Loss {
+    /// Of which kind it is.
+    pub kind: Kind,
+    /// Its name, to stand before "is gone".
+    pub what: String,
+}
+
+impl Loss {
+    /// What stands before "is gone".
+    pub fn new(kind: Kind, what: impl Into<String>) -> Self {
+        Self { kind, what: what.into() }
+    }
+}
+
 /// A back end at work.
 pub trait Steering: Send + Sync + fmt::Debug {
     /// Which one this is.
@@ -177,10 +221,22 @@ pub trait Steering: Send + Sync + fmt::Debug {
     /// What was attempted and what the kernel said; the caller applies the former plan again.
     fn apply(&mut self, plan: &Plan<'_>) -> anyhow::Result<()>;
 
-    /// Looks again at what may have changed outside, such as new interfaces.
-    fn refresh(&mut self) -> anyhow::Result<()> {
-        Ok(())
+    /// Looks again at what may have changed outside, such as new interfaces. Returns what it has put right.
+    fn refresh(&mut self) -> anyhow::Result<Vec<Loss>> {
+        Ok(Vec::new())
     }
+
+    /// What the last plan put into the kernel and is not there any more. Asked every second, so it costs a few system calls.
+    ///
+    /// # Errors
+    /// The kernel can't be asked.
+    fn lost(&mut self) -> anyhow::Result<Vec<Loss>>;
+
+    /// Takes for granted no more what is lost, so that the next plan puts it back, even one that changes nothing.
+    ///
+    /// # Errors
+    /// The kernel can't be asked.
+    fn forget_lost(&mut self) -> anyhow::Result<()>;
 
     /// The interfaces that are watched, where the back end works by interface.
     fn interfaces(&self) -> Vec<String> {

@@ -1,9 +1,13 @@
 //! What of `bpf(2)` aya has no function for. The attributes are those of `union bpf_attr` in `linux/bpf.h`.
 
 use std::{
-    ffi::{c_long, c_void},
+    ffi::{CString, c_long, c_void},
     io,
-    os::fd::{AsFd, AsRawFd, FromRawFd as _, OwnedFd, RawFd},
+    os::{
+        fd::{AsFd, AsRawFd, FromRawFd as _, OwnedFd, RawFd},
+        unix::ffi::OsStrExt as _,
+    },
+    path::Path,
     ptr,
 };
 
@@ -12,6 +16,8 @@ use bytemuck::{Pod, Zeroable};
 const MAP_CREATE: c_long = 0;
 const MAP_LOOKUP_ELEM: c_long = 1;
 const MAP_UPDATE_ELEM: c_long = 2;
+const OBJ_PIN: c_long = 6;
+const OBJ_GET: c_long = 7;
 const PROG_TEST_RUN: c_long = 10;
 const OBJ_GET_INFO_BY_FD: c_long = 15;
 const PROG_QUERY: c_long = 16;
@@ -83,6 +89,14 @@ struct GetInfo {
 
 #[repr(C)]
 #[derive(Clone, Copy, Default, Pod, Zeroable)]
+struct Object {
+    pathname: u64,
+    bpf_fd: u32,
+    file_flags: u32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Default, Pod, Zeroable)]
 struct TestRun {
     prog_fd: u32,
     retval: u32,
@@ -133,6 +147,18 @@ struct MapInfo {
     btf_key_type_id: u32,
     btf_value_type_id: u32,
     reserved: u32,
+}
+
+/// `struct bpf_link_info` up to what the link is attached to: for network namespaces their inode, for tcx the interface's index.
+#[repr(C)]
+#[derive(Clone, Copy, Default, Pod, Zeroable)]
+struct LinkInfo {
+    link_type: u32,
+    id: u32,
+    prog_id: u32,
+    padding: u32,
+    target: u32,
+    attach_type: u32,
 }
 
 /// `struct bpf_sk_lookup`: what an `sk_lookup` program is asked.
@@ -273,6 +299,43 @@ pub fn socket_cookie(map: impl AsFd, key: u32) -> io::Result<Option<u64>> {
         Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENOSPC)) => Ok(None),
         Err(error) => Err(error),
     }
+}
+
+/// Whether a link to a network namespace or an interface (tcx) still is attached to it. Both fill in 0 once it is not
+/// (`bpf_netns_link_fill_info`, `tcx_link_fill_info`).
+///
+/// # Errors
+/// The kernel's.
+pub fn is_link_attached(link: impl AsFd) -> io::Result<bool> {
+    let mut info = LinkInfo::default();
+    let mut attr = GetInfo {
+        fd: number(link.as_fd().as_raw_fd())?,
+        len: size(size_of::<LinkInfo>())?,
+        info: address(ptr::from_mut(&mut info).cast()),
+    };
+    call(OBJ_GET_INFO_BY_FD, &mut attr)?;
+    Ok(info.target != 0)
+}
+
+/// Pins a map or a link.
+///
+/// # Errors
+/// The kernel's, such as `EEXIST`.
+pub fn pin(object: impl AsFd, path: &Path) -> io::Result<()> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    let bpf_fd = number(object.as_fd().as_raw_fd())?;
+    let mut attr = Object { pathname: address(path.as_ptr().cast()), bpf_fd, ..Object::default() };
+    call(OBJ_PIN, &mut attr).map(drop)
+}
+
+/// A descriptor of what is pinned at a path.
+///
+/// # Errors
+/// The kernel's, such as `ENOENT`.
+pub fn pinned(path: &Path) -> io::Result<OwnedFd> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    let mut attr = Object { pathname: address(path.as_ptr().cast()), ..Object::default() };
+    owned(call(OBJ_GET, &mut attr)?)
 }
 
 /// Runs an `sk_lookup` program (Linux 5.13) `repeat` times on what `context` says, and leaves there what it selected.

@@ -1,30 +1,38 @@
 //! Where the programs run.
 
-use std::{fmt, fs::File, os::fd::AsFd as _};
+use std::{
+    fmt,
+    fs::File,
+    os::fd::{AsFd as _, OwnedFd},
+};
 
 use anyhow::Context as _;
 use anyport_common::flow::Flow;
 use aya::{
     Ebpf,
-    programs::{
-        Program, ProgramError, SkLookup,
-        links::{FdLink, PinnedLink},
-    },
+    programs::{Program, ProgramError, SkLookup, links::FdLink},
 };
 
 use super::{
     explain,
     pins::{PinDirectory, remove_pin},
 };
-use crate::{steering::BackEnd, sys::bpf::run_sk_lookup};
+use crate::{
+    steering::{BackEnd, Kind, Loss},
+    sys::{self, bpf::run_sk_lookup},
+};
 
 /// An attached program.
 pub(super) trait Hook: Send + Sync + fmt::Debug {
     fn back_end(&self) -> BackEnd;
     /// Keeps the program attached when this process ends. What can't be pinned stays attached as it was.
     fn pin(&mut self, pins: &PinDirectory) -> anyhow::Result<()>;
-    /// Attaches where the program should be and is not.
-    fn refresh(&mut self) -> anyhow::Result<()>;
+    /// Attaches where the program should be and never was. Returns what it did about interfaces that came and went.
+    fn refresh(&mut self) -> anyhow::Result<Vec<Loss>>;
+    /// Where the program was attached or pinned, and is not any more.
+    fn lost(&self, pins: &PinDirectory) -> anyhow::Result<Vec<Loss>>;
+    /// Forgets that the program was attached where it is not any more, so that [`Self::refresh`] attaches it again.
+    fn forget_lost(&mut self) -> anyhow::Result<()>;
     /// Runs the program on the first packet of a flow.
     fn run(&self, flow: &Flow, source_port: u16) -> anyhow::Result<()>;
     fn interfaces(&self) -> Vec<String> {
@@ -43,31 +51,57 @@ pub(super) trait Hook: Send + Sync + fmt::Debug {
 #[derive(Debug)]
 pub(super) enum MaybePinned {
     No(FdLink),
-    Yes(#[expect(dead_code, reason = "keeps the link attached")] PinnedLink),
+    Yes(OwnedFd),
 }
 
 impl MaybePinned {
-    /// Pins the link, or does nothing if it is pinned. One that can't be pinned is lost (aya gives it back to nobody),
-    /// so that the caller has to attach anew.
+    /// Pins the link where it is not pinned. One that can't be pinned for the first time is lost (aya gives it back to
+    /// nobody), so that the caller has to attach anew.
     pub(super) fn pin(self, pins: &PinDirectory, name: &str) -> anyhow::Result<Self> {
-        let link = match self {
-            Self::No(link) => link,
-            pinned @ Self::Yes(_) => return Ok(pinned),
-        };
         let path = pins.link(name);
-        // An interface that went may have left its pin, and the number comes again.
-        remove_pin(&path)?;
-        link.pin(&path).map(Self::Yes).with_context(|| format!("pin a link as {}", path.display()))
+        let attempt = || format!("pin a link as {}", path.display());
+        match self {
+            Self::No(link) => {
+                // An interface that went may have left its pin, and the number comes again.
+                remove_pin(&path)?;
+                link.pin(&path).with_context(attempt)?;
+                sys::bpf::pinned(&path).map(Self::Yes).with_context(attempt)
+            }
+            Self::Yes(link) => {
+                if !path.exists() {
+                    sys::bpf::pin(&link, &path).with_context(attempt)?;
+                }
+                Ok(Self::Yes(link))
+            }
+        }
+    }
+
+    /// Whether the kernel still has the program there.
+    pub(super) fn is_attached(&self) -> anyhow::Result<bool> {
+        match self {
+            // Between its making and its first pin there is hardly a moment.
+            Self::No(_) => Ok(true),
+            Self::Yes(link) => sys::bpf::is_link_attached(link).context("look at a link"),
+        }
+    }
+
+    /// Why the pin of this name is missing, if it is.
+    pub(super) fn lost_pin(&self, pins: &PinDirectory, name: &str) -> Option<Loss> {
+        let path = pins.link(name);
+        let is_lost = matches!(self, Self::Yes(_)) && !path.exists();
+        is_lost.then(|| Loss::new(Kind::Pin, format!("the pin {}", path.display())))
     }
 }
 
 const SK_LOOKUP_PROGRAM: &str = "anyport_sk";
+/// The name of its link's pin.
+const SK_LOOKUP_PIN: &str = "sk-lookup";
 
 /// The program of `sk-lookup`, attached to the network namespace.
 #[derive(Debug)]
 pub(super) struct SkLookupHook {
     ebpf: Ebpf,
-    /// None only when a link was lost that could not be pinned.
+    /// None only when a link was lost that could not be pinned, or was detached by others.
     link: Option<MaybePinned>,
 }
 
@@ -88,7 +122,7 @@ impl Hook for SkLookupHook {
 
     fn pin(&mut self, pins: &PinDirectory) -> anyhow::Result<()> {
         if let Some(link) = self.link.take() {
-            match link.pin(pins, "sk-lookup") {
+            match link.pin(pins, SK_LOOKUP_PIN) {
                 Ok(link) => self.link = Some(link),
                 Err(error) => {
                     self.refresh()?;
@@ -99,7 +133,7 @@ impl Hook for SkLookupHook {
         Ok(())
     }
 
-    fn refresh(&mut self) -> anyhow::Result<()> {
+    fn refresh(&mut self) -> anyhow::Result<Vec<Loss>> {
         if self.link.is_none() {
             let program: &mut SkLookup = program(&mut self.ebpf, SK_LOOKUP_PROGRAM)?;
             let netns = File::open("/proc/thread-self/ns/net").context("open the network namespace")?;
@@ -109,6 +143,23 @@ impl Hook for SkLookupHook {
             )?;
             let link = program.take_link(link).context("take the sk_lookup link over")?;
             self.link = Some(MaybePinned::No(link.into()));
+        }
+        Ok(Vec::new())
+    }
+
+    fn lost(&self, pins: &PinDirectory) -> anyhow::Result<Vec<Loss>> {
+        let Some(link) = &self.link else { return Ok(vec![detached()]) };
+        if !link.is_attached()? {
+            return Ok(vec![detached()]);
+        }
+        Ok(link.lost_pin(pins, SK_LOOKUP_PIN).into_iter().collect())
+    }
+
+    fn forget_lost(&mut self) -> anyhow::Result<()> {
+        if let Some(link) = &self.link
+            && !link.is_attached()?
+        {
+            self.link = None;
         }
         Ok(())
     }
@@ -130,6 +181,10 @@ impl Hook for SkLookupHook {
 
     /// The link is pinned.
     fn leave(self: Box<Self>) {}
+}
+
+fn detached() -> Loss {
+    Loss::new(Kind::Link, "the link of the sk_lookup program to the network namespace")
 }
 
 /// A program that only is to be looked at.

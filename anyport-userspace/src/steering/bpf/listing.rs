@@ -45,6 +45,16 @@ impl Listing {
         self.ports.pin_at(ports)
     }
 
+    /// Pins those again whose pins somebody has removed.
+    pub(super) fn pin_again(&mut self) -> anyhow::Result<()> {
+        for growing in [&mut self.rules, &mut self.ports] {
+            if let Some(path) = growing.path.take_if(|path| !path.exists()) {
+                growing.pin_at(path)?;
+            }
+        }
+        Ok(())
+    }
+
     /// Makes the maps say what the plan says.
     pub(super) fn apply(&mut self, plan: &Plan<'_>) -> anyhow::Result<()> {
         let slots: HashMap<_, _> = plan.services.iter().map(|it| (&it.name, it.slot)).collect();

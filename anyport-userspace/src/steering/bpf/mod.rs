@@ -20,9 +20,9 @@ use std::{
     cell::RefCell,
     collections::{HashMap, HashSet},
     fmt,
-    os::fd::{AsFd as _, AsRawFd as _, OwnedFd},
+    os::fd::{AsFd as _, AsRawFd, OwnedFd},
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, Weak},
 };
 
 use anyhow::{Context as _, bail};
@@ -44,12 +44,12 @@ use self::{
     explain::EXPLAINED_WORDS,
     hooks::{Hook, SkLookupHook},
     listing::Listing,
-    pins::{PINNED_AT_ONCE, PinDirectory},
+    pins::{PINNED_AGAIN, PINNED_AT_ONCE, PinDirectory},
     refuse::RefuseSockets,
     table::{BpfTable, LISTENERS_WORD, map_control},
     tc::TcHook,
 };
-use super::{BackEnd, Decided, Holder, Plan, Steering};
+use super::{BackEnd, Decided, Holder, Kind, Loss, Plan, Steering};
 use crate::{
     events::Board,
     sys::{self, MappedWords},
@@ -84,14 +84,24 @@ pub struct Bpf {
     sockets_fd: OwnedFd,
     /// Where programs write down what they are asked.
     explained: MappedWords,
-    /// What was put into the map of sockets, by cookie. A socket whose owner has closed it is gone from the map by itself.
-    held: HashMap<u32, u64>,
+    /// What was put into the map of sockets.
+    held: HashMap<u32, Held>,
     pins: PinDirectory,
     events: Arc<Board>,
-    /// Handles for pinning the maps, each with its name, until that is done.
-    unpinned_maps: Vec<(&'static str, MapData)>,
-    #[expect(dead_code, reason = "keeps the sockets open that a hook needs which can't refuse by itself")]
+    /// Handles for pinning the maps, each with its name.
+    maps: Vec<(&'static str, MapData)>,
+    /// Whether that was done.
+    is_pinned: bool,
+    /// Sockets that a hook needs which can't refuse by itself.
     refuse: Option<RefuseSockets>,
+}
+
+/// A socket in the map of sockets.
+#[derive(Debug)]
+struct Held {
+    cookie: u64,
+    /// Of a socket that this process has. One of somebody else is gone from the map by itself when its owner has closed it.
+    descriptor: Weak<OwnedFd>,
 }
 
 impl fmt::Debug for Bpf {
@@ -129,7 +139,7 @@ impl Bpf {
             BpfEars::new(&fd_of(&filters)?, ring, map_control(fd_of(&control)?)?, LISTENERS_WORD, &options.events)?;
         let [rules, ports, portion] =
             [names::RULES, names::PORTS, names::PORTION].map(|name| take_map(&mut ebpf, name));
-        let unpinned_maps = PINNED_AT_ONCE
+        let maps = PINNED_AT_ONCE
             .into_iter()
             .zip([&control, &table, &counts, &journals, &drops, &totals, &sockets])
             .map(|(name, map)| Ok((name, duplicate(map)?)))
@@ -160,7 +170,8 @@ impl Bpf {
                 .context("map the map of explanations into memory")?,
             held: HashMap::new(),
             pins,
-            unpinned_maps,
+            maps,
+            is_pinned: false,
             refuse,
         })
     }
@@ -195,10 +206,35 @@ impl Steering for Bpf {
         self.listing.apply(plan)
     }
 
-    fn refresh(&mut self) -> anyhow::Result<()> {
-        self.hook.refresh()?;
-        self.hook.pin(&self.pins)?;
-        self.table.trim()
+    fn refresh(&mut self) -> anyhow::Result<Vec<Loss>> {
+        let mut news = self.hook.refresh()?;
+        if !news.is_empty() {
+            self.hook.pin(&self.pins)?;
+        }
+        let sockets = self.put_back_sockets()?;
+        if sockets > 0 {
+            news.push(Loss::new(Kind::Socket, format!("{sockets} sockets in the map sockets")));
+        }
+        self.table.trim()?;
+        Ok(news)
+    }
+
+    fn lost(&mut self) -> anyhow::Result<Vec<Loss>> {
+        if !self.is_pinned {
+            return Ok(Vec::new());
+        }
+        let mut lost = self.hook.lost(&self.pins)?;
+        let names = self.maps.iter().map(|(name, _)| *name).chain(PINNED_AGAIN);
+        let gone = names.map(|name| self.pins.map(name)).filter(|path| !path.exists());
+        lost.extend(gone.map(|path| Loss::new(Kind::Pin, format!("the pin {}", path.display()))));
+        if !self.pins.is_in_place() {
+            lost.push(Loss::new(Kind::Pin, "the directory of the pins"));
+        }
+        Ok(lost)
+    }
+
+    fn forget_lost(&mut self) -> anyhow::Result<()> {
+        self.hook.forget_lost()
     }
 
     fn interfaces(&self) -> Vec<String> {
@@ -256,9 +292,10 @@ impl Bpf {
         for service in plan.services {
             for (offset, group) in (0..).zip(&service.groups) {
                 let index = u32::from(service.slot) * SOCKETS_PER_SERVICE + offset;
-                let Some(group) = group.as_ref().filter(|group| self.held.get(&index) != Some(&group.cookie)) else {
+                let Some(group) = group else { continue };
+                if self.held.get(&index).is_some_and(|held| held.cookie == group.cookie) {
                     continue;
-                };
+                }
                 let descriptor = match (group.descriptor(), &group.holder) {
                     // Its owner has ended at this very moment, which must not keep other changes from being made.
                     (Err(error), Holder::Owner(_)) => {
@@ -271,10 +308,26 @@ impl Bpf {
                 self.sockets.set(index, &descriptor.as_raw_fd(), 0).with_context(|| {
                     format!("put the socket {} of service {} into the BPF map", group.bound, service.name)
                 })?;
-                self.held.insert(index, group.cookie);
+                let ours = match &group.holder {
+                    Holder::Us(descriptor) => Arc::downgrade(descriptor),
+                    Holder::Owner(_) => Weak::new(),
+                };
+                self.held.insert(index, Held { cookie: group.cookie, descriptor: ours });
             }
         }
         Ok(())
+    }
+
+    /// Puts the sockets that this process has into the map where others have taken them out. The map does not tell what is
+    /// in it (its values have no room for cookies), so that is the way to find out, too. Returns how many that were.
+    fn put_back_sockets(&mut self) -> anyhow::Result<usize> {
+        let mut count = self.refuse.as_ref().map_or(Ok(0), |refuse| refuse.put_back(&mut self.sockets))?;
+        for (index, held) in &self.held {
+            if let Some(descriptor) = held.descriptor.upgrade() {
+                count += usize::from(put_if_missing(&mut self.sockets, *index, &descriptor)?);
+            }
+        }
+        Ok(count)
     }
 
     fn remove_sockets(&mut self, plan: &Plan<'_>) -> anyhow::Result<()> {
@@ -302,17 +355,36 @@ impl Bpf {
         }
     }
 
-    /// Puts this daemon's pins in the place of those of an earlier one, once.
+    /// Puts this daemon's pins in the place of those of an earlier one, and where others have removed them.
     fn pin(&mut self) -> anyhow::Result<()> {
-        if !self.unpinned_maps.is_empty() {
+        self.pins.put_back()?;
+        if !self.is_pinned {
             self.pins.clear()?;
-            for (name, map) in self.unpinned_maps.drain(..) {
-                let path = self.pins.map(name);
+        }
+        for (name, map) in &self.maps {
+            let path = self.pins.map(name);
+            if !path.exists() {
                 map.pin(&path).with_context(|| format!("pin a map as {}", path.display()))?;
             }
+        }
+        if self.is_pinned {
+            self.listing.pin_again()?;
+        } else {
             self.listing.pin(self.pins.map("rules"), self.pins.map("ports"))?;
+            self.is_pinned = true;
         }
         self.hook.pin(&self.pins)
+    }
+}
+
+/// Puts a socket into the map unless there is one in its place. Returns whether it did.
+fn put_if_missing(map: &mut SockMap<MapData>, index: u32, socket: &impl AsRawFd) -> anyhow::Result<bool> {
+    /// `BPF_NOEXIST`
+    const IF_MISSING: u64 = 1;
+    match map.set(index, &socket.as_raw_fd(), IF_MISSING) {
+        Ok(()) => Ok(true),
+        Err(MapError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::EEXIST) => Ok(false),
+        Err(error) => Err(error).context("put a socket into the BPF map"),
     }
 }
 

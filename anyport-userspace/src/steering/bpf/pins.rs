@@ -2,7 +2,8 @@
 
 use std::{
     fs::{self, File},
-    io,
+    io, mem,
+    os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
 };
 
@@ -26,7 +27,7 @@ const SOURCE: &str = "anyport";
 
 /// Names of the maps that are pinned once, and of those that are replaced.
 pub(super) const PINNED_AT_ONCE: [&str; 7] = ["control", "table", "counts", "journals", "drops", "totals", "sockets"];
-const PINNED_AGAIN: [&str; 2] = ["rules", "ports"];
+pub(super) const PINNED_AGAIN: [&str; 2] = ["rules", "ports"];
 
 /// The directory, locked against other daemons for as long as this lives. If nothing is pinned in it by then, it goes.
 #[derive(Debug)]
@@ -74,6 +75,23 @@ impl PinDirectory {
             }
             Err((_, errno)) => Err(io::Error::from(errno)).with_context(|| format!("lock {}", path.display())),
         }
+    }
+
+    /// Whether the directory is still the one that was opened, on a BPF file system.
+    pub(super) fn is_in_place(&self) -> bool {
+        let opened = self.lock.as_ref().and_then(|lock| lock.metadata().ok());
+        let there = fs::metadata(&self.path).ok();
+        opened.zip(there).is_some_and(|(a, b)| (a.dev(), a.ino()) == (b.dev(), b.ino()))
+    }
+
+    /// Makes the directory anew where somebody has removed or replaced it.
+    pub(super) fn put_back(&mut self) -> anyhow::Result<()> {
+        if !self.is_in_place() {
+            let anew = Self::open(&self.path)?;
+            // What is dropped is not the directory that is there now.
+            mem::replace(self, anew).lock = None;
+        }
+        Ok(())
     }
 
     /// Where a map is pinned.

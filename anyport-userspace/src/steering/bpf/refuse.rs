@@ -3,10 +3,7 @@
 //! A tc program can drop a packet, but not answer it. So it assigns one of these: each is a group of its own whose
 //! program selects nobody, on which the kernel answers as if no socket were there (`inet_lookup_reuseport`, 6.6).
 
-use std::{
-    net::{Ipv4Addr, Ipv6Addr, SocketAddr},
-    os::fd::AsRawFd as _,
-};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use anyhow::Context as _;
 use anyport_common::maps::{REFUSE, SOCKETS_PER_SERVICE};
@@ -18,10 +15,13 @@ use aya::{
 use nix::libc;
 use socket2::{Domain, Socket, Type};
 
-use super::hooks::program;
+use super::{hooks::program, put_if_missing};
+
+/// Where they stand in the map.
+const FIRST: u32 = REFUSE as u32 * SOCKETS_PER_SERVICE;
 
 #[derive(Debug)]
-pub(super) struct RefuseSockets(#[expect(dead_code, reason = "keeps the sockets open")] Vec<Socket>);
+pub(super) struct RefuseSockets(Vec<Socket>);
 
 impl RefuseSockets {
     pub(super) fn open(ebpf: &mut Ebpf, map: &mut SockMap<MapData>) -> anyhow::Result<Self> {
@@ -31,7 +31,6 @@ impl RefuseSockets {
         let addresses = [SocketAddr::from((Ipv4Addr::LOCALHOST, 0)), (Ipv6Addr::LOCALHOST, 0).into()];
         for address in addresses {
             for kind in [Type::STREAM, Type::DGRAM] {
-                let index = u32::from(REFUSE) * SOCKETS_PER_SERVICE + u32::try_from(sockets.len())?;
                 let socket = match Socket::new(Domain::for_address(address), kind, None) {
                     // A host without IPv6 has nothing to refuse there.
                     Err(error) if error.raw_os_error() == Some(libc::EAFNOSUPPORT) => break,
@@ -40,11 +39,21 @@ impl RefuseSockets {
                 .and_then(|socket| listen(socket, address))
                 .with_context(|| format!("open a socket on {address} that refuses"))?;
                 program.attach(&socket).context("attach the program that refuses")?;
-                map.set(index, &socket.as_raw_fd(), 0).context("put the socket that refuses into the BPF map")?;
                 sockets.push(socket);
             }
         }
-        Ok(Self(sockets))
+        let opened = Self(sockets);
+        opened.put_back(map)?;
+        Ok(opened)
+    }
+
+    /// Puts those into the map in whose place there is none. Returns how many that were.
+    pub(super) fn put_back(&self, map: &mut SockMap<MapData>) -> anyhow::Result<usize> {
+        let mut count = 0;
+        for (index, socket) in (FIRST..).zip(&self.0) {
+            count += usize::from(put_if_missing(map, index, socket)?);
+        }
+        Ok(count)
     }
 }
 

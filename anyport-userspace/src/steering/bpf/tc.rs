@@ -1,7 +1,7 @@
 //! The tc programs at the ingress of each interface.
 
 use std::{
-    collections::{BTreeMap, HashSet},
+    collections::{BTreeMap, BTreeSet, HashSet},
     mem, thread,
 };
 
@@ -15,20 +15,21 @@ use aya::{
         tc::{NlOptions, SchedClassifierLink, TcAttachOptions, TcError, qdisc_add_clsact, qdisc_detach_program},
     },
 };
+use futures_util::TryStreamExt as _;
 use netlink_packet_route::tc::TcHandle;
 use nix::{
     ifaddrs::getifaddrs,
     libc,
     net::if_::{InterfaceFlags, if_nameindex},
 };
-use tracing::{debug, info, warn};
+use tracing::{info, warn};
 
 use super::{
     explain,
     hooks::{Hook, MaybePinned, loaded, program},
     pins::PinDirectory,
 };
-use crate::steering::BackEnd;
+use crate::steering::{BackEnd, Kind, Loss};
 
 // Of `linux/if_arp.h`, which libc has in part.
 const ARPHRD_RAWIP: u16 = 519;
@@ -48,6 +49,8 @@ pub(super) struct TcHook {
     /// tcx links where the kernel has them (6.6), else clsact filters.
     attach_by: AttachBy,
     attached: BTreeMap<u32, Attached>,
+    /// The interfaces whose clsact qdisc we added.
+    own_qdiscs: BTreeSet<u32>,
     failures: BTreeMap<u32, String>,
 }
 
@@ -67,7 +70,7 @@ struct Attached {
 #[derive(Debug)]
 enum TcLink {
     Tcx(MaybePinned),
-    Clsact { filter: SchedClassifierLink, is_qdisc_ours: bool },
+    Clsact(SchedClassifierLink),
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -97,7 +100,8 @@ impl TcHook {
             bail!("attach the tc program: no interface of a known kind is up; try: ip link set lo up");
         };
         let attach_by = attach_by.map_or_else(|| probe(&mut ebpf, first), Ok)?;
-        let mut hook = Self { ebpf, selected, attach_by, attached: BTreeMap::new(), failures: BTreeMap::new() };
+        let (attached, own_qdiscs, failures) = (BTreeMap::new(), BTreeSet::new(), BTreeMap::new());
+        let mut hook = Self { ebpf, selected, attach_by, attached, own_qdiscs, failures };
         hook.refresh()?;
         if hook.attached.is_empty()
             && let Some(failure) = hook.failures.values().next()
@@ -115,9 +119,46 @@ impl TcHook {
             AttachBy::Tcx => attach_tcx(&mut self.ebpf, interface)
                 .map(|link| TcLink::Tcx(MaybePinned::No(link)))
                 .map_err(anyhow::Error::from),
-            AttachBy::Clsact => attach_clsact(&mut self.ebpf, interface),
+            AttachBy::Clsact => self.attach_clsact(interface),
         };
         link.with_context(|| format!("attach the tc program to {} ({:?})", interface.name, self.attach_by))
+    }
+
+    fn attach_clsact(&mut self, interface: &Interface) -> anyhow::Result<TcLink> {
+        match qdisc_add_clsact(&interface.name) {
+            Ok(()) => drop(self.own_qdiscs.insert(interface.index)),
+            Err(TcError::NetlinkError(error)) if error.raw_os_error() == Some(libc::EEXIST) => {}
+            Err(error) => return Err(error).context("add the clsact qdisc"),
+        }
+        let program = classifier(&mut self.ebpf, interface)?;
+        let options = TcAttachOptions::Netlink(NlOptions::default());
+        let id = program.attach_with_options(&interface.name, TcAttachType::Ingress, options)?;
+        Ok(TcLink::Clsact(program.take_link(id)?))
+    }
+
+    /// The interfaces that are up, and on which the program is not any more where it was.
+    fn detached(&self) -> anyhow::Result<Vec<u32>> {
+        let mut detached = Vec::new();
+        let filters =
+            if self.attach_by == AttachBy::Clsact { filters(self.attached.keys().copied())? } else { BTreeMap::new() };
+        for (index, Attached { link, .. }) in &self.attached {
+            let is_attached = match link {
+                TcLink::Tcx(link) => link.is_attached()?,
+                TcLink::Clsact(filter) => {
+                    let own = (filter.priority()?, filter.handle()?.into());
+                    filters.get(index).is_some_and(|filters| filters.contains(&own))
+                }
+            };
+            if !is_attached {
+                detached.push(*index);
+            }
+        }
+        if !detached.is_empty() {
+            // One that went a moment ago took its programs along.
+            let up: HashSet<u32> = interfaces()?.iter().map(|it| it.index).collect();
+            detached.retain(|index| up.contains(index));
+        }
+        Ok(detached)
     }
 }
 
@@ -141,7 +182,7 @@ impl Hook for TcHook {
         for (index, Attached { interface, link }) in mem::take(&mut self.attached) {
             let link = match link {
                 TcLink::Tcx(link) => link.pin(pins, &pin_name(index)).map(TcLink::Tcx),
-                clsact @ TcLink::Clsact { .. } => Ok(clsact),
+                clsact @ TcLink::Clsact(_) => Ok(clsact),
             };
             match link {
                 Ok(link) => drop(self.attached.insert(index, Attached { interface, link })),
@@ -155,13 +196,18 @@ impl Hook for TcHook {
     }
 
     /// Attaches to the interfaces that came and forgets those that went.
-    fn refresh(&mut self) -> anyhow::Result<()> {
+    fn refresh(&mut self) -> anyhow::Result<Vec<Loss>> {
         let wanted: BTreeMap<u32, Interface> = interfaces()?
             .into_iter()
             .filter(|it| self.selected.is_empty() || self.selected.contains(&it.name))
             .map(|it| (it.index, it))
             .collect();
-        self.attached.retain(|index, attached| wanted.get(index) == Some(&attached.interface));
+        let is_gone = |index: &u32, attached: &mut Attached| wanted.get(index) != Some(&attached.interface);
+        let mut news = Vec::new();
+        for (index, gone) in self.attached.extract_if(.., is_gone) {
+            self.own_qdiscs.remove(&index);
+            news.push(Loss::new(Kind::Interface, format!("the interface {} went or is down", gone.interface.name)));
+        }
         let known = mem::take(&mut self.failures);
         for (index, interface) in wanted {
             if self.attached.contains_key(&index) {
@@ -169,7 +215,10 @@ impl Hook for TcHook {
             }
             match self.attach_to(&interface) {
                 Ok(link) => {
-                    debug!("watching {}", interface.name);
+                    news.push(Loss::new(
+                        Kind::Interface,
+                        format!("the interface {} came and is watched", interface.name),
+                    ));
                     self.attached.insert(index, Attached { interface, link });
                 }
                 Err(error) => {
@@ -181,6 +230,31 @@ impl Hook for TcHook {
                 }
             }
         }
+        Ok(news)
+    }
+
+    fn lost(&self, pins: &PinDirectory) -> anyhow::Result<Vec<Loss>> {
+        let detached = self.detached()?;
+        let lost = self.attached.iter().filter_map(|(index, Attached { interface, link })| match link {
+            TcLink::Tcx(_) if detached.contains(index) => {
+                Some(Loss::new(Kind::Link, format!("the link of the tc program to {}", interface.name)))
+            }
+            TcLink::Clsact(_) if detached.contains(index) => {
+                Some(Loss::new(Kind::Filter, format!("the clsact filter of {}", interface.name)))
+            }
+            TcLink::Tcx(link) => link.lost_pin(pins, &pin_name(*index)),
+            TcLink::Clsact(_) => None,
+        });
+        Ok(lost.collect())
+    }
+
+    fn forget_lost(&mut self) -> anyhow::Result<()> {
+        for index in self.detached()? {
+            if let Some(Attached { link: TcLink::Clsact(filter), .. }) = self.attached.remove(&index) {
+                // The filter of somebody else may have its number by now.
+                mem::forget(filter);
+            }
+        }
         Ok(())
     }
 
@@ -189,20 +263,22 @@ impl Hook for TcHook {
     }
 
     fn degraded(&self) -> Vec<String> {
-        self.failures.values().cloned().collect()
+        let is_there = |name: &String| self.attached.values().any(|attached| attached.interface.name == *name);
+        let is_failure = |name: &String| self.failures.values().any(|failure| failure.contains(name.as_str()));
+        let missing = self.selected.iter().filter(|name| !is_there(name) && !is_failure(name));
+        let missing = missing.map(|name| format!("the interface {name} is to be watched, and is not there or down"));
+        self.failures.values().cloned().chain(missing).collect()
     }
 
     fn detach(self: Box<Self>) -> anyhow::Result<()> {
+        let names: BTreeMap<u32, String> =
+            self.attached.iter().map(|(index, attached)| (*index, attached.interface.name.clone())).collect();
+        drop(self.attached);
         let mut result = Ok(());
-        for (index, Attached { interface, link }) in self.attached {
-            if let TcLink::Clsact { filter, is_qdisc_ours } = link {
-                drop(filter);
-                if is_qdisc_ours {
-                    let removed = remove_clsact(index);
-                    result =
-                        result.and(removed.with_context(|| format!("remove the clsact qdisc from {}", interface.name)));
-                }
-            }
+        for index in self.own_qdiscs {
+            let name = names.get(&index).map_or("", String::as_str);
+            let removed = remove_clsact(index);
+            result = result.and(removed.with_context(|| format!("remove the clsact qdisc from {name}")));
         }
         result
     }
@@ -210,7 +286,7 @@ impl Hook for TcHook {
     /// Links are pinned. Filters stay by themselves, unless aya takes them away.
     fn leave(self: Box<Self>) {
         for attached in self.attached.into_values() {
-            if let TcLink::Clsact { filter, .. } = attached.link {
+            if let TcLink::Clsact(filter) = attached.link {
                 mem::forget(filter);
             }
         }
@@ -250,36 +326,54 @@ fn attach_tcx(ebpf: &mut Ebpf, interface: &Interface) -> Result<FdLink, ProgramE
     program.take_link(id)?.try_into().map_err(|_| ProgramError::NotAttached)
 }
 
-fn attach_clsact(ebpf: &mut Ebpf, interface: &Interface) -> anyhow::Result<TcLink> {
-    let is_qdisc_ours = match qdisc_add_clsact(&interface.name) {
-        Ok(()) => true,
-        Err(TcError::NetlinkError(error)) if error.raw_os_error() == Some(libc::EEXIST) => false,
-        Err(error) => return Err(error).context("add the clsact qdisc"),
-    };
-    let program = classifier(ebpf, interface)?;
-    let options = TcAttachOptions::Netlink(NlOptions::default());
-    let id = program.attach_with_options(&interface.name, TcAttachType::Ingress, options)?;
-    Ok(TcLink::Clsact { filter: program.take_link(id)?, is_qdisc_ours })
-}
-
 fn classifier<'a>(ebpf: &'a mut Ebpf, interface: &Interface) -> Result<&'a mut SchedClassifier, ProgramError> {
     let program = interface.program.and_then(|program| ebpf.program_mut(program));
     program.ok_or(ProgramError::NotLoaded)?.try_into()
 }
 
 fn remove_clsact(index: u32) -> anyhow::Result<()> {
-    let remove = async move {
-        let (connection, handle, _) = rtnetlink::new_connection()?;
-        tokio::spawn(connection);
+    with_netlink(async move |handle| {
         let mut request = handle.qdisc().del(index.cast_signed());
         request.message_mut().header.parent = TcHandle::CLSACT;
-        request.execute().await?;
-        anyhow::Ok(())
-    };
-    // The caller may be on a runtime of its own, on which nothing may block.
+        Ok(request.execute().await?)
+    })
+}
+
+/// The filters at the ingress of these interfaces, each by priority and handle.
+fn filters(interfaces: impl Iterator<Item = u32>) -> anyhow::Result<BTreeMap<u32, Vec<(u16, u32)>>> {
+    let interfaces: Vec<u32> = interfaces.collect();
+    with_netlink(async move |handle| {
+        let mut filters = BTreeMap::new();
+        for index in interfaces {
+            let listed = handle.traffic_filter(index.cast_signed()).get().ingress().execute().try_collect::<Vec<_>>();
+            let of_interface = match listed.await {
+                Ok(messages) => messages,
+                // There is no qdisc, or no interface.
+                Err(rtnetlink::Error::NetlinkError(_)) => continue,
+                Err(error) => return Err(error).context("list the filters of an interface"),
+            };
+            let number = |header: &netlink_packet_route::tc::TcHeader| {
+                // The upper half is the priority, the lower one the protocol.
+                Some((u16::try_from(header.info >> 16).ok()?, header.handle.into()))
+            };
+            filters.insert(index, of_interface.iter().filter_map(|message| number(&message.header)).collect());
+        }
+        Ok(filters)
+    })
+}
+
+/// Talks to the kernel on a thread of its own: the caller may be on a runtime, on which nothing may block.
+fn with_netlink<T: Send>(talk: impl AsyncFnOnce(rtnetlink::Handle) -> anyhow::Result<T> + Send) -> anyhow::Result<T> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    thread::scope(|scope| scope.spawn(|| runtime.block_on(remove)).join())
-        .unwrap_or_else(|_| bail!("the thread that removes a qdisc panicked"))
+    let on_thread = || {
+        runtime.block_on(async {
+            let (connection, handle, _) = rtnetlink::new_connection()?;
+            tokio::spawn(connection);
+            talk(handle).await
+        })
+    };
+    thread::scope(|scope| scope.spawn(on_thread).join())
+        .unwrap_or_else(|_| bail!("the thread that asks about filters panicked"))
 }
 
 /// The interfaces that are up, `lo` among them.
@@ -337,7 +431,7 @@ mod tests {
             Bpf, Options, Steering as _, load,
             tests::{in_new_namespace, output, with_pins},
         },
-        AttachBy, BackEnd, ETHERNET_PROGRAM, Hook, IP_PROGRAM, Interface, TcHook, program_for,
+        AttachBy, BackEnd, ETHERNET_PROGRAM, Hook, IP_PROGRAM, Interface, Kind, Loss, TcHook, program_for,
     };
 
     fn filters() -> String {
@@ -350,6 +444,28 @@ mod tests {
             let hook = TcHook::attach(load(false).unwrap(), Vec::new(), Some(AttachBy::Clsact)).unwrap();
             assert_eq!(hook.interfaces(), ["lo"]);
             assert!(filters().contains("anyport_eth"), "{}", filters());
+            Box::new(hook).detach().unwrap();
+            assert!(!output("tc", "qdisc show dev lo").contains("clsact"));
+        });
+    }
+
+    /// The older way, which no kernel takes that has tcx.
+    #[test]
+    fn clsact_filters_are_put_back() {
+        with_pins(|pins, _| {
+            let mut hook = TcHook::attach(load(false).unwrap(), Vec::new(), Some(AttachBy::Clsact)).unwrap();
+            for line in ["filter del dev lo ingress", "qdisc del dev lo clsact"] {
+                assert_eq!(hook.lost(&pins).unwrap(), []);
+                output("tc", line);
+                let lost = hook.lost(&pins).unwrap();
+                assert_eq!(lost, [Loss::new(Kind::Filter, "the clsact filter of lo")], "{line}");
+                hook.forget_lost().unwrap();
+                hook.refresh().unwrap();
+                assert!(filters().contains("anyport_eth"), "{line}: {}", filters());
+            }
+            // That of somebody else is no concern of ours.
+            output("tc", "qdisc add dev lo root pfifo");
+            assert_eq!(hook.lost(&pins).unwrap(), []);
             Box::new(hook).detach().unwrap();
             assert!(!output("tc", "qdisc show dev lo").contains("clsact"));
         });

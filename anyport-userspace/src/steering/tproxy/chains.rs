@@ -3,6 +3,7 @@
 use std::{
     collections::{HashMap, HashSet},
     net::SocketAddr,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, bail};
@@ -11,17 +12,21 @@ use anyport_common::{flow::Transport, maps::Counters};
 use super::{
     change::{self, State, Step, Target, Way},
     counted::Counted,
-    groups::{FEW, Key, Sockets, number},
+    groups::{FEW, Key, Prefixes, Sockets, number},
     lines::{self, Family},
+    nftables,
     sets::{self, Sets},
-    table::{self, RULES_CHAIN, Table},
+    table::{self, RULES_CHAIN, Shown, Table},
 };
 use crate::{
     host,
     rules::{Prefix, RuleSet},
-    steering::Plan,
+    steering::{Kind, Loss, Plan},
     sys,
 };
+
+/// How often the legacy tables are looked at, which takes a tool.
+const LEGACY_INTERVAL: Duration = Duration::from_secs(4);
 
 /// As many lines as iptables replaces in a second or so. A packet that none of them matches passes all of them.
 const MAX_LINES: usize = 16_384;
@@ -39,6 +44,21 @@ pub(super) struct Chains {
     counted: Counted,
     /// Whether what the kernel holds may be of an earlier daemon, who had other numbers for its rules.
     is_inherited: bool,
+    look: Look,
+}
+
+/// What is known of our lines in the kernel since they were written.
+#[derive(Debug, Default)]
+struct Look {
+    /// How many guards and lines of rules were written.
+    written: (usize, usize),
+    /// What the table showed at the first look.
+    shown: Option<Shown>,
+    /// What was lost at the last one.
+    lost: Vec<Loss>,
+    /// When `nf_tables` had which generation.
+    generation: Option<u32>,
+    at: Option<Instant>,
 }
 
 impl Chains {
@@ -58,7 +78,16 @@ impl Chains {
         })?;
         let sets = Sets::new(family, &sets::names(family)?);
         let (state, counted) = (State::default(), Counted::default());
-        Ok(Self { family, table, sets, state, is_state_certain: false, counted, is_inherited: true })
+        Ok(Self {
+            family,
+            table,
+            sets,
+            state,
+            is_state_certain: false,
+            counted,
+            is_inherited: true,
+            look: Look::default(),
+        })
     }
 
     /// Makes the kernel steer by a plan. `former` are the rules of the plan before, from which this one differs only
@@ -123,6 +152,63 @@ impl Chains {
         Ok(())
     }
 
+    /// What of our chains and sets others have changed.
+    pub(super) fn lost(&mut self) -> anyhow::Result<Vec<Loss>> {
+        if !self.is_state_certain || self.state.groups.is_empty() {
+            return Ok(Vec::new());
+        }
+        let mut lost = self.lost_lines()?;
+        for group in self.state.groups.values() {
+            let Prefixes::Set { name, len } = &group.prefixes else { continue };
+            let there = nftables::set_len(name).with_context(|| format!("look at the set {name}"))?;
+            if there.map(|there| there as usize) != Some(*len) {
+                let there = there.map_or_else(|| "none".to_owned(), |there| there.to_string());
+                lost.push(Loss::new(
+                    Kind::Set,
+                    format!("what was in the set {name} ({there} of {len} prefixes are there)"),
+                ));
+            }
+        }
+        Ok(lost)
+    }
+
+    /// Has the next plan make everything anew if something is lost.
+    pub(super) fn forget_lost(&mut self) -> anyhow::Result<()> {
+        self.is_state_certain &= self.lost()?.is_empty();
+        Ok(())
+    }
+
+    /// Shows the table only if anything may have changed: `nf_tables` numbers its changes; the legacy tables do not.
+    fn lost_lines(&mut self) -> anyhow::Result<Vec<Loss>> {
+        let generation = match self.table.is_legacy {
+            true => None,
+            false => Some(nftables::generation().context("ask nf_tables for its generation")?),
+        };
+        let is_known = match generation {
+            None => self.look.at.is_some_and(|at| at.elapsed() < LEGACY_INTERVAL),
+            known => self.look.generation == known,
+        };
+        if is_known {
+            return Ok(self.look.lost.clone());
+        }
+        let now = Shown::of(&self.table.save()?);
+        let (guards, rules) = self.look.written;
+        let is_first = self.look.shown.is_none();
+        let shown = *self.look.shown.get_or_insert(now);
+        let mut changed = shown.changed(&now);
+        if is_first && !now.is_complete(guards, rules) {
+            changed.push("a part of the chains".to_owned());
+            self.look.shown = None;
+        }
+        let family = self.family;
+        let lost =
+            changed.into_iter().map(|what| Loss::new(Kind::Chain, format!("{what} of {family:?} in the table mangle")));
+        self.look.lost = lost.collect();
+        self.look.generation = generation;
+        self.look.at = Some(Instant::now());
+        Ok(self.look.lost.clone())
+    }
+
     fn go(&mut self, way: Way, former: &RuleSet, plan: &Plan<'_>) -> anyhow::Result<()> {
         let Way { steps, end, is_anew } = way;
         self.is_state_certain = false;
@@ -174,11 +260,14 @@ impl Chains {
     /// Puts these lines in the place of those that are there, and remembers what those had counted.
     fn replace_lines(&mut self, lines: &[lines::Line], waiting: &[SocketAddr]) -> anyhow::Result<()> {
         let saved = self.table.save()?;
+        self.look = Look::default();
         if lines.is_empty() {
             self.table.remove(&saved)?;
         } else {
             let rules: Vec<_> = lines.iter().map(ToString::to_string).collect();
-            self.table.replace(&saved, &lines::guards(lines, waiting, RULES_CHAIN), &rules)?;
+            let guards = lines::guards(lines, waiting, RULES_CHAIN);
+            self.table.replace(&saved, &guards, &rules)?;
+            self.look.written = (guards.len(), rules.len());
         }
         if !std::mem::take(&mut self.is_inherited) {
             self.counted.add_all(&table::counted(&saved));

@@ -28,7 +28,7 @@ use self::{
     lines::{Family, Verdict},
     table::Table,
 };
-use super::{BackEnd, Decided, Fate, Plan, Steering};
+use super::{BackEnd, Decided, Fate, Loss, Plan, Steering};
 use crate::rules::{Change, Prefix, RuleSet};
 
 /// Up to here a change is always carried out as such; a larger one only if it leaves more as it is than it changes.
@@ -92,14 +92,27 @@ impl Steering for Tproxy {
         Ok(())
     }
 
-    fn refresh(&mut self) -> anyhow::Result<()> {
-        if !self.is_in_force {
-            return Ok(());
+    fn refresh(&mut self) -> anyhow::Result<Vec<Loss>> {
+        if self.is_in_force {
+            for chains in std::iter::once(&mut self.v4).chain(&mut self.v6) {
+                chains.refresh(&self.rules)?;
+            }
         }
-        for chains in std::iter::once(&mut self.v4).chain(&mut self.v6) {
-            chains.refresh(&self.rules)?;
+        Ok(Vec::new())
+    }
+
+    fn lost(&mut self) -> anyhow::Result<Vec<Loss>> {
+        let mut lost = Vec::new();
+        if self.is_in_force {
+            for chains in std::iter::once(&mut self.v4).chain(&mut self.v6) {
+                lost.extend(chains.lost()?);
+            }
         }
-        Ok(())
+        Ok(lost)
+    }
+
+    fn forget_lost(&mut self) -> anyhow::Result<()> {
+        std::iter::once(&mut self.v4).chain(&mut self.v6).try_for_each(Chains::forget_lost)
     }
 
     fn degraded(&self) -> Vec<String> {

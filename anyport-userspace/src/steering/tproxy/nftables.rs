@@ -1,4 +1,5 @@
-//! The few words with `nf_tables` that iptables has no command for: is a table there, and away with it if it is empty.
+//! The few words with netfilter for which there is no command, or none that is quick: is a table there, and away with it if
+//! it is empty; has anything changed; how much is in a set.
 
 use nix::{
     errno::Errno,
@@ -64,8 +65,48 @@ impl Table {
     }
 }
 
+/// A number that grows with each change of any rule of this network namespace.
+pub(super) fn generation() -> nix::Result<u32> {
+    const GENERATION_ID: u16 = 1;
+    let kind = libc::NFNL_SUBSYS_NFTABLES << 8 | libc::NFT_MSG_GETGEN;
+    let mut generation = None;
+    talk(&message(kind, libc::NLM_F_REQUEST, 0, 0, &[]), |body| {
+        generation = generation.or(find(body, GENERATION_ID).and_then(number));
+    })?;
+    generation.ok_or(Errno::ENODATA)
+}
+
+/// How many elements a set of `ipset` has; nothing if there is no such set.
+///
+/// The numbers are those of `linux/netfilter/ipset/ip_set.h`.
+pub(super) fn set_len(name: &str) -> nix::Result<Option<u32>> {
+    const SUBSYSTEM: i32 = 6;
+    const LIST: i32 = 7;
+    const PROTOCOL: u16 = 1;
+    const PROTOCOL_VERSION: u8 = 6;
+    const SET_NAME: u16 = 2;
+    const FLAGS: u16 = 6;
+    const LIST_HEADER: u32 = 1 << 2;
+    const DATA: u16 = 7;
+    const ELEMENTS: u16 = 24;
+    const BIG_ENDIAN: u16 = 1 << 14;
+    let mut query = message(SUBSYSTEM << 8 | LIST, libc::NLM_F_REQUEST | libc::NLM_F_DUMP, libc::AF_INET, 0, &[]);
+    put(&mut query, PROTOCOL, &[PROTOCOL_VERSION]);
+    put(&mut query, SET_NAME, &[name.as_bytes(), &[0]].concat());
+    put(&mut query, FLAGS | BIG_ENDIAN, &LIST_HEADER.to_be_bytes());
+    set_length(&mut query);
+    let mut len = None;
+    let talked =
+        talk(&query, |body| len = len.or(find(body, DATA).and_then(|data| find(data, ELEMENTS)).and_then(number)));
+    match talked {
+        Ok(()) => Ok(len),
+        Err(Errno::ENOENT) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
 fn existence(query: &[u8]) -> nix::Result<bool> {
-    match talk(query) {
+    match talk(query, |_| ()) {
         Ok(()) => Ok(true),
         Err(Errno::ENOENT) => Ok(false),
         Err(error) => Err(error),
@@ -78,7 +119,7 @@ fn batch(messages: &[Vec<u8>]) -> nix::Result<()> {
     let mut bytes = edge(libc::NFNL_MSG_BATCH_BEGIN);
     bytes.extend(messages.concat());
     bytes.extend(edge(libc::NFNL_MSG_BATCH_END));
-    talk(&bytes)
+    talk(&bytes, |_| ())
 }
 
 /// `struct nlmsghdr`, `struct nfgenmsg` and text attributes.
@@ -88,55 +129,87 @@ fn batch(messages: &[Vec<u8>]) -> nix::Result<()> {
     reason = "the constants and lengths are small, whatever type libc gives them"
 )]
 fn message(kind: i32, flags: i32, family: i32, resource: i32, texts: &[(u16, &str)]) -> Vec<u8> {
-    let mut body = vec![family as u8, 0];
-    body.extend((resource as u16).to_be_bytes());
-    for (attribute, text) in texts {
-        // Header and the text with its final zero.
-        body.extend((text.len() as u16 + 5).to_ne_bytes());
-        body.extend(attribute.to_ne_bytes());
-        body.extend(text.as_bytes());
-        body.push(0);
-        body.resize(body.len().next_multiple_of(4), 0);
-    }
-    let mut bytes = Vec::with_capacity(16 + body.len());
-    bytes.extend((16 + body.len() as u32).to_ne_bytes());
+    let mut bytes = vec![0; 4];
     bytes.extend((kind as u16).to_ne_bytes());
     bytes.extend((flags as u16).to_ne_bytes());
     bytes.extend([0; 8]);
-    bytes.extend(body);
+    bytes.extend([family as u8, 0]);
+    bytes.extend((resource as u16).to_be_bytes());
+    for (attribute, text) in texts {
+        put(&mut bytes, *attribute, &[text.as_bytes(), &[0]].concat());
+    }
+    set_length(&mut bytes);
     bytes
 }
 
-/// Sends the bytes and gives the first error among the kernel's answers.
-fn talk(bytes: &[u8]) -> nix::Result<()> {
+/// Appends an attribute.
+#[expect(clippy::cast_possible_truncation, reason = "attributes are short")]
+fn put(bytes: &mut Vec<u8>, attribute: u16, content: &[u8]) {
+    bytes.extend((content.len() as u16 + 4).to_ne_bytes());
+    bytes.extend(attribute.to_ne_bytes());
+    bytes.extend(content);
+    bytes.resize(bytes.len().next_multiple_of(4), 0);
+}
+
+/// Writes the length of a message into its header.
+#[expect(clippy::cast_possible_truncation, reason = "messages are short")]
+fn set_length(message: &mut [u8]) {
+    let length = (message.len() as u32).to_ne_bytes();
+    message[..4].copy_from_slice(&length);
+}
+
+/// The content of the first attribute of this kind.
+fn find(mut attributes: &[u8], wanted: u16) -> Option<&[u8]> {
+    /// The upper bits say that it is nested, or big-endian.
+    const KIND: u16 = 0x3fff;
+    while let Some(([a, b, c, d], _)) = attributes.split_first_chunk::<4>() {
+        let length = usize::from(u16::from_ne_bytes([*a, *b])).max(4);
+        if u16::from_ne_bytes([*c, *d]) & KIND == wanted {
+            return attributes.get(4..length);
+        }
+        attributes = attributes.get(length.next_multiple_of(4)..)?;
+    }
+    None
+}
+
+/// As netfilter writes numbers.
+fn number(content: &[u8]) -> Option<u32> {
+    content.try_into().ok().map(u32::from_be_bytes)
+}
+
+/// Sends the bytes, hands over the attributes of the kernel's answers, and gives the first error among them.
+fn talk(bytes: &[u8], mut heard: impl FnMut(&[u8])) -> nix::Result<()> {
     let socket = socket(AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::NetlinkNetFilter)?;
     send(socket.as_raw_fd(), bytes, MsgFlags::empty())?;
     let mut buffer = [0; 8192];
     loop {
-        // The kernel has answered before `send` returns.
+        // The kernel has answered before `send` returns, or does so in `recv`.
         let length = match recv(socket.as_raw_fd(), &mut buffer, MsgFlags::MSG_DONTWAIT) {
             Ok(length) => length,
             Err(Errno::EAGAIN) => return Ok(()),
             Err(error) => return Err(error),
         };
-        if let Some(error) = first_error(&buffer[..length]) {
-            return Err(error);
-        }
+        read(&buffer[..length], &mut heard)?;
     }
 }
 
-fn first_error(mut messages: &[u8]) -> Option<Errno> {
+fn read(mut messages: &[u8], heard: &mut impl FnMut(&[u8])) -> nix::Result<()> {
+    /// `struct nlmsghdr` and `struct nfgenmsg`
+    const HEADERS: usize = 20;
     while let Some((header, rest)) = messages.split_first_chunk::<16>() {
         let [a, b, c, d, kind_low, kind_high, ..] = *header;
         let length = u32::from_ne_bytes([a, b, c, d]) as usize;
-        let kind = u16::from_ne_bytes([kind_low, kind_high]);
-        if i32::from(kind) == libc::NLMSG_ERROR
-            && let Some(code) = rest.first_chunk().copied().map(i32::from_ne_bytes)
-            && code != 0
-        {
-            return Some(Errno::from_raw(-code));
+        let kind = i32::from(u16::from_ne_bytes([kind_low, kind_high]));
+        if [libc::NLMSG_ERROR, libc::NLMSG_DONE].contains(&kind) {
+            let code = rest.first_chunk().copied().map_or(0, i32::from_ne_bytes);
+            if code != 0 {
+                return Err(Errno::from_raw(-code));
+            }
+        } else if let Some(attributes) = messages.get(HEADERS..length) {
+            heard(attributes);
         }
-        messages = messages.get(length.max(16).next_multiple_of(4)..)?;
+        let Some(next) = messages.get(length.max(16).next_multiple_of(4)..) else { return Ok(()) };
+        messages = next;
     }
-    None
+    Ok(())
 }

@@ -1,6 +1,12 @@
 //! Our chains in the table mangle of one family, through the tools of iptables.
 
-use std::{fmt::Write as _, fs, io::ErrorKind, process::Command};
+use std::{
+    fmt::Write as _,
+    fs,
+    hash::{DefaultHasher, Hash as _, Hasher as _},
+    io::ErrorKind,
+    process::Command,
+};
 
 use anyhow::Context as _;
 use nix::libc;
@@ -35,7 +41,7 @@ pub(super) const UNMATCHED: &str = "anyport unmatched";
 #[derive(Debug)]
 pub(super) struct Table {
     family: Family,
-    is_legacy: bool,
+    pub(super) is_legacy: bool,
 }
 
 impl Table {
@@ -235,6 +241,62 @@ fn deletions_of_jumps(saved: &str) -> impl Iterator<Item = String> {
         let leads_to_us = ["-j", "-g"].iter().any(|verb| rule.ends_with(&format!(" {verb} {CHAIN}")));
         leads_to_us.then(|| format!("-D {rule}\n"))
     })
+}
+
+/// What is of ours in the table, to tell what somebody has changed there.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Shown {
+    has_jump: bool,
+    entry: Chain,
+    rules: Chain,
+}
+
+/// The lines of a chain: how many there are, and what they are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Chain {
+    lines: usize,
+    hash: u64,
+}
+
+impl Shown {
+    /// Given what [`Table::save`] showed.
+    pub(super) fn of(saved: &str) -> Self {
+        let mut shown = Self::default();
+        let mut hashes = [DefaultHasher::new(), DefaultHasher::new()];
+        for line in saved.lines() {
+            let Some((_, rule)) = line.split_once("] -A ") else { continue };
+            let (at, chain) = match rule.split_once(' ') {
+                Some((RULES_CHAIN, _)) => (1, &mut shown.rules),
+                Some((CHAIN, rest)) if !rest.contains(MADE_TABLE) && !rest.contains(MADE_HOOK) => (0, &mut shown.entry),
+                Some((HOOK, rest)) => {
+                    shown.has_jump |= rest == format!("-j {CHAIN}");
+                    continue;
+                }
+                _ => continue,
+            };
+            chain.lines += 1;
+            rule.hash(&mut hashes[at]);
+        }
+        (shown.entry.hash, shown.rules.hash) = (hashes[0].finish(), hashes[1].finish());
+        shown
+    }
+
+    /// Whether there are as many lines as [`Table::replace`] wrote, given so many guards and lines of rules.
+    pub(super) fn is_complete(&self, guards: usize, rules: usize) -> bool {
+        // One more leads from the guards to the rules, and two count what no rule matches.
+        self.has_jump && self.entry.lines == guards + 1 && self.rules.lines == rules + 2
+    }
+
+    /// What somebody has changed since, in words.
+    pub(super) fn changed(&self, now: &Self) -> Vec<String> {
+        let is_changed = [self.has_jump != now.has_jump, self.entry != now.entry, self.rules != now.rules];
+        let names = [
+            format!("the jump from {HOOK} to {CHAIN}"),
+            format!("the chain {CHAIN}"),
+            format!("the chain {RULES_CHAIN}"),
+        ];
+        names.into_iter().zip(is_changed).filter(|(_, is_changed)| *is_changed).map(|(name, _)| name).collect()
+    }
 }
 
 /// The lines of the rules' chain without what they counted, given what [`Table::save`] showed.
