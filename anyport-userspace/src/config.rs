@@ -186,6 +186,13 @@ impl Settings {
     }
 }
 
+/// Where the configuration is read from.
+#[derive(Clone, Debug, Default)]
+pub struct Source {
+    options: Settings,
+    file: Option<PathBuf>,
+}
+
 /// Everything that the daemon is told at its start.
 #[derive(Clone, Debug)]
 #[expect(missing_docs, reason = "the fields are those of Settings, with the defaults filled in")]
@@ -207,6 +214,8 @@ pub struct Config {
     pub services: Vec<ServiceConfig>,
     /// The rules of the file.
     pub rules: RuleSet,
+    /// By which all this can be read again.
+    pub source: Source,
 }
 
 impl Config {
@@ -220,13 +229,76 @@ impl Config {
             Err(error) if error.kind() == io::ErrorKind::NotFound && file.is_none() => String::new(),
             text => text.with_context(|| format!("read the configuration {}", path.display()))?,
         };
-        Self::parse(options, &text).with_context(|| format!("in the configuration {}", path.display()))
+        let config = Self::parse(options.clone(), &text);
+        let config = config.with_context(|| format!("in the configuration {}", path.display()))?;
+        Ok(Self { source: Source { options, file: file.map(Path::to_owned) }, ..config })
+    }
+
+    /// Reads the same file again, with the same options.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn read_again(&self) -> anyhow::Result<Self> {
+        let Source { options, file } = &self.source;
+        Self::new(options.clone(), file.as_deref())
+    }
+
+    /// What differs from the settings of `former`, as text: what can change while the daemon runs, and what takes a restart.
+    pub fn differences(&self, former: &Self) -> (Vec<String>, Vec<String>) {
+        let Self { socket, state_dir, bpffs, steering, interfaces, workers, limits, metrics, log_format, .. } = self;
+        let Self { max_rules, drain_timeout, keep, log_level, .. } = self;
+        let differs = |name: &str, is: &dyn fmt::Debug, was: &dyn fmt::Debug| {
+            let (is, was) = (format!("{is:?}"), format!("{was:?}"));
+            (is != was).then(|| format!("{name}: {was} -> {is}").replace("Some(", "").replace(')', "").to_lowercase())
+        };
+        let live = [
+            differs("max-rules", max_rules, &former.max_rules),
+            differs("drain-timeout", drain_timeout, &former.drain_timeout),
+            differs("keep", keep, &former.keep),
+            differs("log-level", log_level, &former.log_level),
+        ];
+        let per_source = |limits: &Limits| limits.max_connections_per_source;
+        let fixed = [
+            differs("socket", socket, &former.socket),
+            differs("state-dir", state_dir, &former.state_dir),
+            differs("bpffs", bpffs, &former.bpffs),
+            differs("steering", steering, &former.steering),
+            differs("interface", interfaces, &former.interfaces),
+            differs("workers", workers, &former.workers),
+            differs("max-connections", &limits.max_connections, &former.limits.max_connections),
+            differs("max-connections-per-source", &per_source(limits), &per_source(&former.limits)),
+            differs("metrics", metrics, &former.metrics),
+            differs("log-format", log_format, &former.log_format),
+        ];
+        (live.into_iter().flatten().collect(), fixed.into_iter().flatten().collect())
+    }
+
+    /// Takes over what can change while the daemon runs, see [`Self::differences`].
+    pub fn take_live(&mut self, other: &Self) {
+        self.max_rules = other.max_rules;
+        self.drain_timeout = other.drain_timeout;
+        self.keep = other.keep;
+        self.log_level = other.log_level;
+    }
+
+    /// The settings alone.
+    #[must_use]
+    pub fn without_tables(&self) -> Self {
+        let (services, rules) = (Vec::new(), RuleSet::default());
+        let Self { socket, state_dir, bpffs, interfaces, source, .. } = self;
+        let (socket, state_dir, bpffs) = (socket.clone(), state_dir.clone(), bpffs.clone());
+        let (interfaces, source) = (interfaces.clone(), source.clone());
+        Self { socket, state_dir, bpffs, interfaces, source, services, rules, ..*self }
     }
 
     fn parse(options: Settings, text: &str) -> anyhow::Result<Self> {
         let file: ConfigFile = toml::from_str(text)?;
-        let services = services(file.service, text)?;
-        let rules = rules(file.rule, &services, text)?;
+        let mut problems = Vec::new();
+        let services = services(file.service, text, &mut problems);
+        let rules = rules(file.rule, &services, text, &mut problems);
+        if !problems.is_empty() {
+            bail!("{}", problems.join("\n"));
+        }
         let settings = options.or(file.daemon);
         let workers = settings.workers.unwrap_or_else(|| thread::available_parallelism().unwrap_or(NonZeroUsize::MIN));
         if workers.get() > MAX_WORKERS {
@@ -259,6 +331,7 @@ impl Config {
             log_format: settings.log_format.unwrap_or_default(),
             services,
             rules,
+            source: Source::default(),
         })
     }
 }
@@ -271,15 +344,19 @@ struct ConfigFile {
     rule: Vec<Spanned<RuleText>>,
 }
 
-fn services(tables: Vec<Spanned<ServiceConfig>>, text: &str) -> anyhow::Result<Vec<ServiceConfig>> {
+/// Those that are right; what is wrong with the others is added to the problems.
+fn services(tables: Vec<Spanned<ServiceConfig>>, text: &str, problems: &mut Vec<String>) -> Vec<ServiceConfig> {
     let mut services: Vec<ServiceConfig> = Vec::new();
     let mut fallbacks = Vec::new();
     for table in tables {
         let at = place(text, table.span().start);
         let service = table.into_inner();
-        service.validate().with_context(|| at.clone())?;
+        if let Err(error) = service.validate() {
+            problems.push(format!("{at}: {error}"));
+        }
         if services.iter().any(|other| other.name == service.name) {
-            bail!("{at}: there is a second service {}", service.name);
+            problems.push(format!("{at}: there is a second service {}", service.name));
+            continue;
         }
         fallbacks.extend(service.fallback.clone().map(|fallback| (at, fallback)));
         services.push(service);
@@ -287,31 +364,38 @@ fn services(tables: Vec<Spanned<ServiceConfig>>, text: &str) -> anyhow::Result<V
     for (at, fallback) in fallbacks {
         match services.iter().find(|service| service.name == fallback) {
             Some(service) if service.handler == HandlerKind::Registered => {
-                bail!("{at}: the fallback {fallback} has the handler registered itself");
+                problems.push(format!("{at}: the fallback {fallback} has the handler registered itself"));
             }
             None if fallback != ServiceName::default_service() => {
-                bail!("{at}: there is no [[service]] with the name {fallback} for a fallback");
+                problems.push(format!("{at}: there is no [[service]] with the name {fallback} for a fallback"));
             }
             _ => {}
         }
     }
-    Ok(services)
+    services
 }
 
-fn rules(tables: Vec<Spanned<RuleText>>, services: &[ServiceConfig], text: &str) -> anyhow::Result<RuleSet> {
+/// As [`services`].
+fn rules(
+    tables: Vec<Spanned<RuleText>>,
+    services: &[ServiceConfig],
+    text: &str,
+    problems: &mut Vec<String>,
+) -> RuleSet {
     let mut rules = RuleSet::default();
     for table in tables {
         let at = place(text, table.span().start);
         let rule = table.into_inner().into_rule(Origin::Config);
-        rule.terms.validate(&rule.prefix).with_context(|| at.clone())?;
-        let is_known = rule.terms.service == ServiceName::default_service()
-            || services.iter().any(|service| service.name == rule.terms.service);
-        if !is_known {
-            bail!("{at}: there is no [[service]] with the name {}", rule.terms.service);
+        let service = &rule.terms.service;
+        if let Err(error) = rule.terms.validate(&rule.prefix) {
+            problems.push(format!("{at}: {error}"));
+        } else if *service != ServiceName::default_service() && services.iter().all(|it| it.name != *service) {
+            problems.push(format!("{at}: there is no [[service]] with the name {service}"));
+        } else if let Err(conflict) = rules.insert(&rule) {
+            problems.push(format!("{at}: {conflict}"));
         }
-        rules.insert(&rule).with_context(|| at)?;
     }
-    Ok(rules)
+    rules
 }
 
 /// Line and column of an offset, as editors count them.
@@ -395,6 +479,10 @@ mod tests {
         let registered = |name, fallback| {
             format!("[[service]]\nname = \"{name}\"\nhandler = \"registered\"\nfallback = \"{fallback}\"\n")
         };
+        let problems =
+            "[[rule]]\nprefix = \"192.0.2.0/24\"\nservice = \"x\"\n[[rule]]\nprefix = \"192.0.2.0/24\"\nports = \"\"";
+        let error = format!("{:#}", Config::parse(Settings::default(), problems).unwrap_err());
+        assert!(error.contains("line 1, column 1: there is no") && error.contains("line 4, column 1"), "{error}");
         let chained = registered("x", "y") + &registered("y", "default");
         let error = format!("{:#}", Config::parse(Settings::default(), &chained).unwrap_err());
         assert!(error.contains("line 1") && error.contains("y has the handler registered itself"), "{error}");

@@ -135,6 +135,7 @@ async fn control_loop(
     let observer = Arc::new(Observer::new(Arc::clone(&engine), servers));
     let watch_at = |address| observe::Server::start(address, Arc::clone(&observer), begin.is_successor);
     let metrics = config.metrics.map(watch_at).transpose()?;
+    let hangup = signal(SignalKind::hangup()).context("wait for SIGHUP")?;
     lock.answer()?;
     let listener = api::bind(&config.socket)?;
     let registering = register::bind(&register::socket_beside(&config.socket)).inspect_err(|_| {
@@ -151,7 +152,7 @@ async fn control_loop(
     let handover = Handover::new(keeper.clone());
     let server = tokio::spawn(api::serve(listener, Arc::clone(&engine), observer, handover.clone(), stopped));
     let registrar = tokio::spawn(register::serve(registering, Arc::clone(&engine)));
-    let watcher = tokio::spawn(keep_looking(Arc::clone(&engine)));
+    let watcher = tokio::spawn(keep_looking(Arc::clone(&engine), hangup));
     keeper.ready();
     info!("ready at {}; next: anyportctl add-prefix PREFIX", config.socket.display());
 
@@ -164,7 +165,8 @@ async fn control_loop(
     drop(metrics);
     watcher.abort();
     registrar.abort();
-    if end == End::Stop && !config.keep {
+    let &Config { keep, drain_timeout, .. } = engine.config();
+    if end == End::Stop && !keep {
         engine.stop().await.context("remove everything from the kernel")?;
         info!("stopped; nothing is left in the kernel");
         tokio::time::timeout(LAST_ANSWERS, server).await.ok();
@@ -180,7 +182,7 @@ async fn control_loop(
         return Ok(());
     }
     keeper.left();
-    drain(&left?, config.drain_timeout, &mut ends).await;
+    drain(&left?, drain_timeout, &mut ends).await;
     Ok(())
 }
 
@@ -198,8 +200,9 @@ async fn drain(connections: &DescriptorPool, limit: Duration, ends: &mut Ends) {
     }
 }
 
-/// Tells the engine to look again when an interface changes or a process ends that registered a socket, and from time to time.
-async fn keep_looking(engine: api::Shared) {
+/// Tells the engine to look again when an interface or a route changes or a process ends that registered a socket, and from time
+/// to time; and to read the configuration again.
+async fn keep_looking(engine: api::Shared, mut hangup: Signal) {
     let mut timer = interval(REFRESH);
     timer.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let Some((owner_exits, watch)) = engine.lock().await.as_ref().map(|it| (it.owner_exits(), it.watch())) else {
@@ -212,7 +215,12 @@ async fn keep_looking(engine: api::Shared) {
         None => pending().await,
     };
     loop {
+        let mut is_hangup = false;
         let news = tokio::select! {
+            _ = hangup.recv() => {
+                is_hangup = true;
+                News::default()
+            }
             _ = timer.tick() => News::default(),
             () = owner_exits.notified() => News::default(),
             news = news() => news,
@@ -221,6 +229,9 @@ async fn keep_looking(engine: api::Shared) {
         let Some(engine) = engine.as_mut() else { return };
         if news.of_routes {
             engine.suspect_routes();
+        }
+        if is_hangup {
+            engine.reload_on_signal().await;
         }
         engine.refresh().await;
     }

@@ -31,6 +31,8 @@ pub mod keeper;
 #[cfg(feature = "daemon")]
 pub mod lock;
 #[cfg(feature = "daemon")]
+pub mod logging;
+#[cfg(feature = "daemon")]
 pub mod observe;
 #[cfg(feature = "daemon")]
 pub mod routes;

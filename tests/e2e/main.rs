@@ -27,6 +27,7 @@ mod malformed;
 mod metrics;
 mod queues;
 mod register;
+mod reload;
 mod restarts;
 mod rules;
 mod selftests;
@@ -98,6 +99,7 @@ fn main() -> ExitCode {
     trials.extend(library::trials());
     trials.extend(crash::trials());
     trials.extend(changed::trials());
+    trials.extend(reload::trials());
     trials.extend(restarts::trials());
     trials.extend(interrupted::trials());
     trials.extend(starts::trials());

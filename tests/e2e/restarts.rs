@@ -325,7 +325,7 @@ fn systemd() {
     manager.write("/run/systemd/system/anyport.service", include_str!("../../xtask/packaging/anyport.service"));
     let drop_in = format!(
         "[Unit]\nDefaultDependencies=no\n[Service]\nExecStart=\nExecStart={daemon} --drain-timeout 20s\n\
-         StandardOutput=append:/run/log\nStandardError=append:/run/log\n"
+         ExecReload=\nExecReload={client} reload\nStandardOutput=append:/run/log\nStandardError=append:/run/log\n"
     );
     manager.write("/run/systemd/system/anyport.service.d/test.conf", &drop_in);
     manager.ok(&["systemctl", "daemon-reload"]);
@@ -342,10 +342,10 @@ fn systemd() {
     let mut stream = topology.client.enter(|| tcp(at("192.0.2.7", 65_535))).expect("a connection");
     expect_tcp_line(&mut stream, "before\n");
     let tally = dial_from(&topology, |served| {
-        for what in ["restart", "reload", "restart"] {
+        for what in ["restart", "kill --kill-who=main --signal=USR2", "restart"] {
             wait_for_more(served);
             let before = serving();
-            manager.ok(&["systemctl", what, "anyport"]);
+            manager.ok(&[&["systemctl"][..], &what.split(' ').collect::<Vec<_>>(), &["anyport"]].concat());
             wait_for("another process that serves", Duration::from_secs(10), || {
                 let outcome = manager.run(&[&client, "status", "--json"]);
                 let is_other = outcome.status == 0 && !outcome.stdout.contains(&format!("\"pid\":{before},"));
@@ -353,6 +353,10 @@ fn systemd() {
             });
             expect_tcp_line(&mut stream, "during\n");
         }
+        let before = serving();
+        manager.ok(&["systemctl", "reload", "anyport"]);
+        assert_eq!(serving(), before, "the process that serves after a reload");
+        expect_tcp_line(&mut stream, "reloaded\n");
         wait_for_more(served);
     });
     let log = || manager.run(&["cat", "/run/log"]).stdout;

@@ -28,8 +28,8 @@ pub use self::{
     peer::Peer,
     server::{Shared, bind, serve},
     types::{
-        AddPrefixes, Applied, Apply, BackEndView, ListPrefixes, MendedView, PrefixView, ProgressView, RemovePrefixes,
-        ServiceView, StatusView, Taken, Totals, parse,
+        AddPrefixes, Applied, Apply, BackEndView, ListPrefixes, MendedView, PrefixView, ProgressView, Reload, Reloaded,
+        RemovePrefixes, ServiceView, StatusView, Taken, Totals, parse,
     },
 };
 pub use changed::Changed;

@@ -103,6 +103,7 @@ pub async fn serve(
         .route("/v1/prefixes", get(prefixes).post(add_prefixes).delete(remove_prefixes))
         .route("/v1/apply", post(apply).layer(DefaultBodyLimit::max(MAX_FILE)))
         .route("/v1/confirm", post(confirm))
+        .route("/v1/reload", post(reload))
         .route("/v1/progress", get(progress))
         .route("/v1/events", get(events))
         .route("/v1/explain", get(explain))
@@ -263,6 +264,14 @@ async fn apply(
     let text = String::from_utf8(bytes(body, MAX_FILE)?.into())
         .map_err(|error| Problem::new(Kind::Invalid, format!("read the file: {error}")))?;
     command(engine, move |engine| async move { engine.apply(text, &options).await }.boxed()).await
+}
+
+async fn reload(
+    State(engine): State<Shared>,
+    query: Result<Query<super::Reload>, QueryRejection>,
+) -> Answer<super::Reloaded> {
+    let Query(options) = query.map_err(|rejection| Problem::new(Kind::Invalid, rejection.body_text()))?;
+    command(engine, move |engine| async move { engine.reload(&options).await }.boxed()).await
 }
 
 async fn confirm(State(engine): State<Shared>) -> Answer<super::Changed> {

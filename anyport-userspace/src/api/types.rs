@@ -142,6 +142,42 @@ pub struct Applied {
     pub notes: Vec<String>,
 }
 
+/// Query of `POST /v1/reload`, which reads the configuration file again.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
+pub struct Reload {
+    /// Say what would change, and change nothing.
+    pub dry_run: bool,
+    /// Go on although listening sockets are shadowed or the host may be cut off.
+    pub force: bool,
+}
+
+/// Answer of `POST /v1/reload`.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Reloaded {
+    /// As [`Applied::dry_run`].
+    pub dry_run: bool,
+    /// As [`Applied::generation`].
+    pub generation: u64,
+    /// As [`Applied::added`].
+    pub added: usize,
+    /// As [`Applied::removed`].
+    pub removed: usize,
+    /// As [`Applied::unchanged`].
+    pub unchanged: usize,
+    /// As [`Applied::services`].
+    pub services: Vec<String>,
+    /// Settings of `[daemon]` that have changed, or would (`name: before -> after`).
+    pub settings: Vec<String>,
+    /// Those that differ from what is in force and take a restart.
+    pub takes_restart: Vec<String>,
+    /// As [`Applied::difference`].
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub difference: Vec<String>,
+    /// As [`Applied::notes`].
+    pub notes: Vec<String>,
+}
+
 /// Answer of `GET /v1/progress`: what the last long command is doing, or has done.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct ProgressView {

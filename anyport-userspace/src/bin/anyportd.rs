@@ -1,19 +1,16 @@
 //! The daemon.
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "without the log, there is the terminal")]
 
-use std::{
-    io::{IsTerminal as _, stderr},
-    process::ExitCode,
-};
+use std::process::ExitCode;
 
 use anyport::{
-    config::{Config, LogFormat, Options},
+    config::{Config, Options},
     daemon,
     keeper::{self, Link},
+    logging,
 };
 use clap::Parser as _;
 use tracing::error;
-use tracing_subscriber::EnvFilter;
 
 fn main() -> ExitCode {
     let Options { config, check, takeover, settings } = Options::parse();
@@ -42,7 +39,7 @@ fn main() -> ExitCode {
     let Some(link) = link else {
         return keeper::take_over(&config.socket).map_or_else(|error| fail(&error), |()| ExitCode::SUCCESS);
     };
-    open_log(&config);
+    logging::open(config.log_level, config.log_format);
     match daemon::run(&config, &link) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -56,18 +53,4 @@ fn main() -> ExitCode {
 fn fail(error: &anyhow::Error) -> ExitCode {
     eprintln!("anyportd: {error:#}");
     ExitCode::FAILURE
-}
-
-fn open_log(config: &Config) {
-    // The netlink library tells of every message from debug on.
-    let filter = EnvFilter::new(format!("{},netlink_proto=warn,rtnetlink=warn", config.log_level));
-    let log = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(stderr)
-        .with_ansi(stderr().is_terminal())
-        .with_target(false);
-    match config.log_format {
-        LogFormat::Text => log.init(),
-        LogFormat::Json => log.json().init(),
-    }
 }

@@ -6,6 +6,7 @@ mod events;
 mod explain;
 mod prefixes;
 mod register;
+mod reload;
 mod services;
 mod show;
 mod status;
@@ -52,6 +53,8 @@ enum Verb {
     Apply(apply::Apply),
     /// Keep what was applied with --confirm
     Confirm,
+    /// Have the daemon read its configuration file again
+    Reload(reload::Reload),
     /// Open a new service
     AddService(Box<services::Add>),
     /// Close a service that no rule steers to
@@ -92,6 +95,7 @@ impl Cli {
             Verb::Prefixes(list) => list.run(&client, out).await,
             Verb::Apply(apply) => apply.run(&client, out).await,
             Verb::Confirm => apply::confirm(&client, out).await,
+            Verb::Reload(reload) => reload.run(&client, out).await,
             Verb::AddService(add) => add.run(&client, out).await,
             Verb::RemoveService(remove) => remove.run(&client, out).await,
             Verb::Services => services::list(&client, out).await,

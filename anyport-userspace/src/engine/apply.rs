@@ -36,7 +36,7 @@ pub(super) struct Unconfirmed {
 
 /// The services that an apply has closed or replaced, and those that it has opened.
 #[derive(Debug, Default)]
-struct Replaced {
+pub(super) struct Replaced {
     before: BTreeMap<ServiceName, Running>,
     opened: Vec<ServiceName>,
 }
@@ -77,7 +77,7 @@ impl Engine {
             answer.generation = self.generation;
             return Ok(answer);
         }
-        let services = self.replace_services(opened, &closed).await?;
+        let services = self.replace_services(opened, &closed, Origin::Applied).await?;
         // What was read from lines says what the rules say now, line for line.
         let lines = (!has_services).then_some(text);
         let back = options.confirm.map(|_| (change.clone().inverse(), lines.clone()));
@@ -161,7 +161,7 @@ impl Engine {
         let mut answer = Applied { dry_run: options.dry_run, ..Applied::default() };
         let has_services = services.is_some();
         let (opened, closed) = match services {
-            Some(services) => self.service_steps(services, &mut answer)?,
+            Some(services) => self.service_steps(services, Origin::Applied, &mut answer)?,
             None => (Vec::new(), Vec::new()),
         };
         if !rules.is_sorted_by_key(|((prefix, _), _)| *prefix) {
@@ -170,15 +170,16 @@ impl Engine {
         self.expect_services(&rules, &opened, &closed)?;
         let goes = |name: &ServiceName| closed.contains(name) || opened.iter().any(|it| it.name == *name);
         expect_fallbacks(&self.configs().filter(|it| !goes(&it.name)).chain(&opened).collect::<Vec<_>>())?;
-        let change = self.difference(&rules, options.prune, &mut answer)?;
+        let change = self.difference(&rules, Origin::Applied, options.prune, &mut answer)?;
         self.expect_unused(&closed, &change)?;
         Ok(Intent { change, opened, closed, has_services, answer })
     }
 
-    /// Which services have to be opened and closed, so that those that were applied are these.
-    fn service_steps(
+    /// Which services have to be opened and closed, so that those of this origin are these.
+    pub(super) fn service_steps(
         &self,
         services: Vec<ServiceConfig>,
+        origin: Origin,
         answer: &mut Applied,
     ) -> Result<(Vec<ServiceConfig>, Vec<ServiceName>), Problem> {
         let names: Vec<_> = services.iter().map(|it| it.name.clone()).collect();
@@ -188,11 +189,15 @@ impl Engine {
             match self.services.get(&service.name) {
                 Some(running) if *running.service.config() == service => continue,
                 // The one that is there when nobody has made one of its name.
-                Some(running) if running.origin == Origin::Applied || running.is_preset() => {
+                Some(running) if running.origin == origin || running.is_preset() => {
                     answer.services.push(format!("~ {}", service.name));
                 }
                 Some(running) => {
-                    let whose = if running.origin == Origin::Config { "in the configuration" } else { "added by hand" };
+                    let whose = match running.origin {
+                        Origin::Config => "in the configuration",
+                        Origin::Applied => "applied from a file",
+                        Origin::Added => "added by hand",
+                    };
                     return Err(Problem::new(
                         Kind::Conflict,
                         format!("the service {} is {whose} with other settings", service.name),
@@ -203,15 +208,14 @@ impl Engine {
             }
             opened.push(service);
         }
-        let is_gone =
-            |(name, running): &(&ServiceName, &Running)| running.origin == Origin::Applied && !names.contains(name);
+        let is_gone = |(name, running): &(&ServiceName, &Running)| running.origin == origin && !names.contains(name);
         let closed: Vec<_> = self.services.iter().filter(is_gone).map(|(name, _)| name.clone()).collect();
         answer.services.extend(closed.iter().map(|name| format!("- {name}")));
         Ok((opened, closed))
     }
 
     /// Every rule must steer to a service that will be there.
-    fn expect_services(
+    pub(super) fn expect_services(
         &self,
         rules: &[(LineRule, u32)],
         opened: &[ServiceConfig],
@@ -226,7 +230,7 @@ impl Engine {
                 let names: Vec<&str> = self.services.keys().map(ServiceName::as_str).collect();
                 return Err(Problem::new(
                     Kind::NotFound,
-                    format!("line {line}: there is no service {}", terms.service),
+                    format!("{}there is no service {}", at_line(*line), terms.service),
                 )
                 .hint(format!("the services are: {}; add-service makes a new one", names.join(", "))));
             }
@@ -236,7 +240,7 @@ impl Engine {
     }
 
     /// No rule that stays may steer to a service that goes.
-    fn expect_unused(&self, closed: &[ServiceName], change: &Change) -> Result<(), Problem> {
+    pub(super) fn expect_unused(&self, closed: &[ServiceName], change: &Change) -> Result<(), Problem> {
         if closed.is_empty() {
             return Ok(());
         }
@@ -249,7 +253,7 @@ impl Engine {
             Some(rule) => Err(Problem::new(
                 Kind::Conflict,
                 format!(
-                    "the file has no service {}, but a rule stays that steers to it: {}",
+                    "there would be no service {} any more, but a rule stays that steers to it: {}",
                     rule.terms.service,
                     rule.to_rule()
                 ),
@@ -258,8 +262,14 @@ impl Engine {
         }
     }
 
-    /// What has to change so that the applied rules are these, which are sorted by prefix.
-    fn difference(&self, rules: &[(LineRule, u32)], prune: bool, answer: &mut Applied) -> Result<Change, Problem> {
+    /// What has to change so that the rules of this origin are these, which are sorted by prefix.
+    pub(super) fn difference(
+        &self,
+        rules: &[(LineRule, u32)],
+        origin: Origin,
+        prune: bool,
+        answer: &mut Applied,
+    ) -> Result<Change, Problem> {
         let mut change = Change::default();
         let mut here = self.rules.prefixes().peekable();
         let mut there = rules.chunk_by(|a, b| a.0.0 == b.0.0).peekable();
@@ -275,13 +285,13 @@ impl Engine {
             let Some(prefix) = before.map(|(prefix, _)| *prefix).or(new.map(|new| new[0].0.0)) else { break };
             let before = before.map(|(_, rules)| rules);
             let new = new.unwrap_or_default();
-            if before.is_some_and(|before| is_same(before, new, prune)) {
+            if before.is_some_and(|before| is_same(before, new, origin, prune)) {
                 answer.unchanged += new.len();
-                answer.count_others(before, new.len());
+                answer.count_others(before, origin, new.len());
                 continue;
             }
-            let after = after(prefix, before, new, prune)?;
-            answer.tell(prefix, before, &after);
+            let after = after(prefix, before, new, origin, prune)?;
+            answer.tell(prefix, before, &after, origin);
             if before.is_none_or(|before| *before != after) {
                 change.removed.extend(before.map(|before| (prefix, before.clone())));
                 if !after.is_empty() {
@@ -292,17 +302,18 @@ impl Engine {
         Ok(change)
     }
 
-    async fn replace_services(
+    pub(super) async fn replace_services(
         &mut self,
         opened: Vec<ServiceConfig>,
         closed: &[ServiceName],
+        origin: Origin,
     ) -> Result<Replaced, Problem> {
         let mut replaced = Replaced::default();
         for config in opened {
             let name = config.name.clone();
             let before = self.services.remove(&name);
             replaced.before.extend(before.map(|before| (name.clone(), before)));
-            if let Err(error) = self.open_service(config, Origin::Applied) {
+            if let Err(error) = self.open_service(config, origin) {
                 self.put_back(replaced).await;
                 return Err(error.into());
             }
@@ -324,21 +335,21 @@ impl Engine {
         out
     }
 
-    async fn put_back(&mut self, services: Replaced) {
+    pub(super) async fn put_back(&mut self, services: Replaced) {
         let opened = self.swap_in(services);
         self.close_replaced(opened).await;
     }
 
-    async fn close_replaced(&mut self, mut services: Replaced) {
+    pub(super) async fn close_replaced(&mut self, mut services: Replaced) {
         for running in mem::take(&mut services.before).into_values() {
             self.close_service(running).await;
         }
     }
 }
 
-/// Whether the applied rules of a prefix are these already.
-fn is_same(before: &PrefixRules, new: &[(LineRule, u32)], prune: bool) -> bool {
-    let mut applied = before.iter().filter(|it| it.origins.contains(Origin::Applied));
+/// Whether the rules of this origin of a prefix are these already.
+fn is_same(before: &PrefixRules, new: &[(LineRule, u32)], origin: Origin, prune: bool) -> bool {
+    let mut applied = before.iter().filter(|it| it.origins.contains(origin));
     let is_pruned = prune && before.iter().any(|it| it.origins.contains(Origin::Added));
     !is_pruned
         && new.len() <= 1
@@ -346,19 +357,20 @@ fn is_same(before: &PrefixRules, new: &[(LineRule, u32)], prune: bool) -> bool {
         && applied.next().is_none()
 }
 
-/// The rules of a prefix after these have been applied.
+/// The rules of a prefix once those of this origin are these.
 fn after(
     prefix: Prefix,
     before: Option<&PrefixRules>,
     new: &[(LineRule, u32)],
+    origin: Origin,
     prune: bool,
 ) -> Result<PrefixRules, Problem> {
     let mut after = before.cloned().unwrap_or_default();
-    after.remove_origin(Origin::Applied);
+    after.remove_origin(origin);
     if prune {
         after.remove_origin(Origin::Added);
     }
-    let held = new.iter().map(|((_, terms), _)| Held { terms: Arc::clone(terms), origins: Origin::Applied.into() });
+    let held = new.iter().map(|((_, terms), _)| Held { terms: Arc::clone(terms), origins: origin.into() });
     after.extend(prefix, held).map_err(|conflict| {
         let line_of = |rule: &Rule| new.iter().find(|((_, terms), _)| *terms == rule.terms).map(|(_, line)| line);
         let line = match &conflict {
@@ -366,15 +378,20 @@ fn after(
             Conflict::Route(_) => new.first().map(|(_, line)| line),
         };
         let Problem { kind, error, hint } = conflict_problem(&conflict);
-        let error = line.map_or(error.clone(), |line| format!("line {line}: {error}"));
+        let error = format!("{}{error}", at_line(line.copied().unwrap_or_default()));
         Problem { kind, error, hint }
     })?;
     Ok(after)
 }
 
+/// Where a rule stands, to begin a message with. Line 0 is nowhere.
+fn at_line(line: u32) -> String {
+    if line == 0 { String::new() } else { format!("line {line}: ") }
+}
+
 impl Applied {
     /// Notes what becomes of a prefix's rules.
-    fn tell(&mut self, prefix: Prefix, before: Option<&PrefixRules>, after: &PrefixRules) {
+    fn tell(&mut self, prefix: Prefix, before: Option<&PrefixRules>, after: &PrefixRules, origin: Origin) {
         let was: HashSet<&Terms> = before.into_iter().flatten().map(|held| &*held.terms).collect();
         let is: HashSet<&Terms> = before.into_iter().flat_map(|_| after).map(|held| &*held.terms).collect();
         for held in before.into_iter().flatten() {
@@ -387,12 +404,12 @@ impl Applied {
             if !was.contains(&*held.terms) {
                 self.added += 1;
                 self.note_difference(|| format!("+ {}", Line(&prefix, &held.terms)));
-            } else if held.origins.contains(Origin::Applied) {
+            } else if held.origins.contains(origin) {
                 self.unchanged += 1;
             }
         }
-        let applied = after.iter().filter(|it| it.origins.contains(Origin::Applied)).count();
-        self.count_others(Some(after), applied);
+        let of_origin = after.iter().filter(|it| it.origins.contains(origin)).count();
+        self.count_others(Some(after), origin, of_origin);
     }
 
     fn note_difference(&mut self, line: impl FnOnce() -> String) {
@@ -402,9 +419,9 @@ impl Applied {
     }
 
     /// Counts the rules that stay though the file does not have them.
-    fn count_others(&mut self, rules: Option<&PrefixRules>, applied: usize) {
-        let Some(rules) = rules.filter(|rules| rules.len() > applied) else { return };
-        for held in rules.iter().filter(|it| !it.origins.contains(Origin::Applied)) {
+    fn count_others(&mut self, rules: Option<&PrefixRules>, origin: Origin, of_origin: usize) {
+        let Some(rules) = rules.filter(|rules| rules.len() > of_origin) else { return };
+        for held in rules.iter().filter(|it| !it.origins.contains(origin)) {
             if held.origins.contains(Origin::Config) {
                 self.kept_of_config += 1;
             } else {

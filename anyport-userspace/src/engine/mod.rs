@@ -14,12 +14,12 @@ mod numbers;
 mod observed;
 mod progress;
 mod register;
+mod reload;
 mod start;
 mod views;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashSet},
-    net::SocketAddr,
     sync::{Arc, atomic::AtomicBool},
     time::{Duration, Instant},
 };
@@ -40,6 +40,7 @@ pub use self::{
     views::Counted,
 };
 use crate::{
+    config::Config,
     events::Board,
     host,
     routes::{Coverage, Edits, Routes, Watch},
@@ -99,12 +100,14 @@ pub struct Engine {
     counters_kept: Option<Instant>,
     /// Who listens to events.
     events: Arc<Board>,
+    /// The settings, without services and rules.
+    config: Config,
+    /// Why the configuration was not taken when it was read again last.
+    not_reloaded: Option<String>,
     store: Store,
     commons: Commons,
     /// By slot: whether its service is one of the handler `forward`.
     forwarding: Arc<[AtomicBool]>,
-    /// Where metrics are served.
-    metrics: Option<SocketAddr>,
 }
 
 /// A service at work.

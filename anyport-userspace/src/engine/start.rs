@@ -114,10 +114,11 @@ impl Engine {
             progress: Arc::default(),
             counters_kept: None,
             events,
+            config: config.without_tables(),
+            not_reloaded: None,
             store,
             commons,
             forwarding,
-            metrics: config.metrics,
         };
         match engine.bring_up(services, rules).await {
             Ok(()) => Ok(engine),

@@ -144,13 +144,14 @@ impl Engine {
 
     fn degraded(&self) -> Vec<String> {
         let services = self.services.values().flat_map(|running| running.service.degraded());
-        let own = self.broken.iter().cloned().chain(self.mends.degraded()).chain(self.steering.degraded());
-        own.chain(services).chain(self.lost_sockets()).chain(self.shadowed_metrics()).collect()
+        let own = self.broken.iter().chain(&self.not_reloaded).cloned().chain(self.mends.degraded());
+        let all = own.chain(self.steering.degraded()).chain(services).chain(self.lost_sockets());
+        all.chain(self.shadowed_metrics()).collect()
     }
 
     /// Whether a rule takes what is meant for the address of the metrics.
     fn shadowed_metrics(&self) -> Option<String> {
-        let metrics = self.metrics?;
+        let metrics = self.config.metrics?;
         let (address, port) = (metrics.ip(), metrics.port());
         match decide(&self.rules, address, Transport::Tcp, port, address) {
             Decision::Steer(rule) => Some(format!(

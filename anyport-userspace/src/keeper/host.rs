@@ -43,7 +43,8 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 /// Keeps the sockets of the servers that it starts, which are of this executable and have the same arguments, until one of them
 /// ends for good: the exit code is that one's.
 ///
-/// SIGTERM and SIGINT stop it; SIGUSR2 has the executable take over that is now where this one was.
+/// SIGTERM and SIGINT stop it; SIGUSR2 has the executable take over that is now where this one was; SIGHUP is passed on, to
+/// have the configuration read again.
 ///
 /// # Errors
 /// The kernel refuses the first process.
@@ -86,6 +87,8 @@ struct Keeper {
     pause: Duration,
     /// Whether steering may be in the kernel.
     has_served: bool,
+    /// Whether the configuration is to be read again by the one that is about to serve, who may have read it already.
+    is_to_reload: bool,
     /// Whether those that leave are nobody's business any more.
     is_restarting: bool,
     /// Once it is to stop, or nobody serves any more.
@@ -110,6 +113,7 @@ impl Keeper {
             restart_at: None,
             pause: FIRST_PAUSE,
             has_served: false,
+            is_to_reload: false,
             is_restarting: false,
             code: None,
             news,
@@ -121,6 +125,7 @@ impl Keeper {
         let mut terminate = signal(SignalKind::terminate())?;
         let mut interrupt = signal(SignalKind::interrupt())?;
         let mut replace = signal(SignalKind::user_defined2())?;
+        let mut reload = signal(SignalKind::hangup())?;
         self.serving = Some(self.start(&self.executable)?);
         loop {
             tokio::select! {
@@ -128,6 +133,7 @@ impl Keeper {
                 _ = terminate.recv() => self.stop(),
                 _ = interrupt.recv() => self.stop(),
                 _ = replace.recv() => self.replace(self.place.clone()),
+                _ = reload.recv() => self.reload(),
                 () = sleep_until(self.restart_at.unwrap_or_else(Instant::now)), if self.restart_at.is_some() => {
                     self.start_again();
                 }
@@ -185,6 +191,9 @@ impl Keeper {
                 }
                 self.has_served = true;
                 self.former = None;
+                if std::mem::take(&mut self.is_to_reload) {
+                    server.signal(Signal::SIGHUP);
+                }
             }
             Report::Failed(why) => server.failure = Some(why),
             Report::Replace(executable) => self.replace(executable),
@@ -219,6 +228,14 @@ impl Keeper {
         if let Some(server) = &self.serving {
             server.give(self.sockets.iter());
             server.tell(&Order::Begin(begin), &[]);
+        }
+    }
+
+    /// One that is about to serve could not bear the signal yet.
+    fn reload(&mut self) {
+        match self.serving.as_ref().filter(|serving| serving.is_ready) {
+            Some(serving) => serving.signal(Signal::SIGHUP),
+            None => self.is_to_reload = true,
         }
     }
 

@@ -1,0 +1,144 @@
+//! The configuration is read again, with the same care with which a file is applied.
+
+use std::{mem, time::SystemTime};
+
+use tracing::{error, info, warn};
+
+use super::{Engine, change::Keep, register::expect_fallbacks};
+use crate::{
+    api::{Applied, Kind, Problem, Reload, Reloaded},
+    config::{Config, LogLevel},
+    logging,
+    rules::{Origin, ServiceName, Terms, lines::LineRule},
+    service::ServiceConfig,
+};
+
+impl Engine {
+    /// Makes services, rules and what else can change while the daemon runs equal to the configuration file as it is now.
+    ///
+    /// # Errors
+    /// See [`Kind`]. Nothing has changed.
+    pub async fn reload(&mut self, options: &Reload) -> Result<Reloaded, Problem> {
+        if !options.dry_run {
+            self.expect_confirmed()?;
+        }
+        let config = self.config.read_again().map_err(|error| Problem::new(Kind::Invalid, format!("{error:#}")))?;
+        let max_rules = mem::replace(&mut self.max_rules, config.max_rules);
+        let reloaded = self.reload_from(&config, options).await;
+        if reloaded.is_err() || options.dry_run {
+            self.max_rules = max_rules;
+        } else {
+            self.not_reloaded = None;
+            logging::set_level(config.log_level);
+            self.config.take_live(&config);
+        }
+        reloaded
+    }
+
+    /// As [`Self::reload`], for somebody who sees only the log and the status.
+    pub async fn reload_on_signal(&mut self) {
+        match self.reload(&Reload::default()).await {
+            Ok(Reloaded { added, removed, services, settings, takes_restart, .. }) => {
+                info!(
+                    "the configuration was read again: {added} rules added, {removed} removed, services: [{}], settings: [{}]",
+                    services.join(", "),
+                    settings.join(", ")
+                );
+                for setting in takes_restart {
+                    warn!("takes a restart: {setting}");
+                }
+            }
+            Err(Problem { error, .. }) => {
+                error!("the configuration was not taken, and nothing has changed: {error}");
+                let at = humantime::format_rfc3339_seconds(SystemTime::now());
+                self.not_reloaded = Some(format!("the configuration was read again at {at} and not taken: {error}"));
+            }
+        }
+    }
+
+    /// The settings that are in force.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    async fn reload_from(&mut self, config: &Config, options: &Reload) -> Result<Reloaded, Problem> {
+        let mut answer = Applied { dry_run: options.dry_run, ..Applied::default() };
+        let (opened, closed) = self.service_steps(self.configured(config), Origin::Config, &mut answer)?;
+        let rules: Vec<(LineRule, u32)> =
+            config.rules.iter().map(|rule| ((rule.prefix, self.shared(Terms::clone(rule.terms))), 0)).collect();
+        self.expect_services(&rules, &opened, &closed)?;
+        let goes = |name: &ServiceName| closed.contains(name) || opened.iter().any(|it| it.name == *name);
+        expect_fallbacks(&self.configs().filter(|it| !goes(&it.name)).chain(&opened).collect::<Vec<_>>())?;
+        let change = self.difference(&rules, Origin::Config, false, &mut answer)?;
+        self.expect_unused(&closed, &change)?;
+        self.expect_room_for(&change)?;
+        if !options.force {
+            self.expect_safe(&change).await?;
+        }
+        let (settings, takes_restart) = config.differences(&self.config);
+        if crosses_debug(config.log_level, self.config.log_level) {
+            answer.notes.push("from the next start on the BPF programs log as much".into());
+        }
+        if !options.dry_run && !(change.is_empty() && opened.is_empty() && closed.is_empty()) {
+            let replaced = self.replace_services(opened, &closed, Origin::Config).await?;
+            let adopted = self.adopt(config);
+            if let Err(problem) = self.change(change, Keep::OnDisk).await {
+                self.give_back(adopted);
+                self.put_back(replaced).await;
+                self.repair().await;
+                return Err(problem);
+            }
+            self.close_replaced(replaced).await;
+            answer.notes.extend(self.notes_on_routes());
+        }
+        let Applied { dry_run, added, removed, unchanged, services, difference, notes, .. } = answer;
+        let generation = self.generation;
+        Ok(Reloaded {
+            dry_run,
+            generation,
+            added,
+            removed,
+            unchanged,
+            services,
+            settings,
+            takes_restart,
+            difference,
+            notes,
+        })
+    }
+
+    /// The services of the configuration, with the one that is there when nobody has made one of its name.
+    fn configured(&self, config: &Config) -> Vec<ServiceConfig> {
+        let mut services = config.services.clone();
+        let default = ServiceConfig::default_service();
+        let is_others = |name| self.services.get(name).is_some_and(|running| running.origin != Origin::Config);
+        if !services.iter().any(|it| it.name == default.name) && !is_others(&default.name) {
+            services.push(default);
+        }
+        services
+    }
+
+    /// Services that are in the configuration by now come from there. Returns where they came from before.
+    fn adopt(&mut self, config: &Config) -> Vec<(ServiceName, Origin)> {
+        let mut adopted = Vec::new();
+        for ServiceConfig { name, .. } in &config.services {
+            if let Some(running) = self.services.get_mut(name) {
+                adopted.push((name.clone(), mem::replace(&mut running.origin, Origin::Config)));
+            }
+        }
+        adopted
+    }
+
+    fn give_back(&mut self, adopted: Vec<(ServiceName, Origin)>) {
+        for (name, origin) in adopted {
+            if let Some(running) = self.services.get_mut(&name) {
+                running.origin = origin;
+            }
+        }
+    }
+}
+
+/// Whether the BPF programs log with one level, and not with the other.
+fn crosses_debug(one: LogLevel, other: LogLevel) -> bool {
+    (one >= LogLevel::Debug) != (other >= LogLevel::Debug)
+}
