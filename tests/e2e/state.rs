@@ -25,6 +25,13 @@ pub(crate) fn trials() -> Vec<Trial> {
     ];
     trials.extend(on_each_back_end("state::routes come and go with the rules", routes));
     trials.extend(on_each_back_end("state::what can't be kept is not done", unwritable_state));
+    trials.push(trial("state::a full disk", || {
+        no_room("mount -t tmpfs -o size=64k none", "dd if=/dev/zero of", "No space left")
+    }));
+    trials.push(trial("state::a read-only file system", || {
+        no_room("mount --bind", "mount -o remount,bind,ro", "Read-only")
+    }));
+    trials.push(trial("state::spoilt files", spoilt_state));
     trials
 }
 
@@ -108,6 +115,67 @@ fn unwritable_state(backend: &'static str) {
     daemon.ok("add-prefix 203.0.113.0/24 --service one");
     daemon.ok("remove-prefix 203.0.113.0/24");
     daemon.ok("remove-service one");
+}
+
+/// The state directory is mounted over, and then can't be written to: that is said, and what was there is still served.
+fn no_room(mounting: &str, spoiling: &str, reason: &str) {
+    let mut daemon = start();
+    let directory = daemon.state().display().to_string();
+    let shell = |line: &str| daemon.namespace().output(std::process::Command::new("sh").args(["-c", line]));
+    let expect = |line: &str| {
+        let outcome = shell(line);
+        assert!(outcome.status == 0, "{line}: {outcome}");
+    };
+    let bound = if mounting.contains("bind") { directory.as_str() } else { "" };
+    expect(&format!("{mounting} {bound} {directory}"));
+    daemon.ok("add-prefix 192.0.2.0/24");
+    let before = daemon.rules();
+    match spoiling {
+        "dd if=/dev/zero of" => drop(shell(&format!("dd if=/dev/zero of={directory}/filler bs=1k"))),
+        remount => expect(&format!("{remount} {directory}")),
+    }
+    for words in ["add-prefix 203.0.113.0/24", "remove-prefix 192.0.2.0/24", "add-service one --handler echo"] {
+        contains(&daemon.refused(words, 1), &["write the state file", &directory, reason]);
+        assert_eq!(daemon.rules(), before, "rules after {words}");
+        daemon.namespace().enter(|| expect_tcp_hello(at("192.0.2.1", 1)));
+    }
+    let left = shell(&format!("ls {directory}")).stdout;
+    assert!(!left.contains(".new"), "files that are left: {left}");
+    expect(&format!("umount {directory}"));
+    daemon.ok("add-prefix 203.0.113.0/24");
+    daemon.stop();
+    daemon.restart();
+    assert_eq!(daemon.rules().len(), 2);
+}
+
+/// A file that was cut, changed or is of somebody else stops the start; the message says how to go on, and that works.
+fn spoilt_state() {
+    let mut daemon = start();
+    daemon.ok("add-prefix 192.0.2.0/24");
+    daemon.ok("add-prefix 203.0.113.0/24");
+    daemon.stop();
+    let file = daemon.state().join("state.json");
+    let whole = fs::read_to_string(&file).expect("the state");
+    let texts = [
+        whole[..whole.len() / 2].to_owned(),
+        whole.replace("203.0.113.0/24", "203.0.113.0/25"),
+        "{\"version\": 7}".to_owned(),
+        String::new(),
+    ];
+    for text in texts {
+        fs::write(&file, &text).expect("spoiling the state");
+        let setup =
+            Setup::new(daemon.namespace(), "sk-lookup").args([OsStr::new("--state-dir"), daemon.state().as_os_str()]);
+        let outcome = setup.run_to_end();
+        let way_out = format!("mv {0}.former {0}", file.display());
+        assert!(outcome.status == 1, "a start with {text:?}: {outcome}");
+        contains(&outcome.stderr, &[&way_out, "mv ", ".broken"]);
+        assert_eq!(fs::read_to_string(&file).expect("the state"), text, "the file has changed");
+    }
+    fs::rename(daemon.state().join("state.json.former"), &file).expect("the state before");
+    daemon.restart();
+    let rules = daemon.rules();
+    assert!(rules.len() == 1 && rules[0].contains("192.0.2.0/24"), "the rules of the state before: {rules:?}");
 }
 
 fn configuration() {

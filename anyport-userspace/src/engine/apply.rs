@@ -27,7 +27,7 @@ const LONGEST_WAIT: u64 = 24 * 60 * 60;
 /// What an apply has done that rolls back by itself unless it is confirmed.
 #[derive(Debug)]
 pub(super) struct Unconfirmed {
-    until: Instant,
+    pub(super) until: Instant,
     back: Change,
     services: Replaced,
     /// The rules as lines, if that is what they were read from.

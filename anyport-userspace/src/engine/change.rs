@@ -16,7 +16,6 @@ use tracing::{error, info};
 use super::{Engine, mend::BackOff};
 use crate::{
     api::Problem,
-    host,
     routes::{Coverage, Difference, Edits},
     rules::{Change, Numbered, Origin, Prefix, PrefixRules, ServiceName, SourceLists, Terms, lines::Line},
     steering::{Plan, ServiceSockets},
@@ -360,7 +359,7 @@ impl Engine {
     ) -> anyhow::Result<()> {
         let given_up: HashSet<Prefix> = given_up.iter().map(|(prefix, _)| *prefix).collect();
         let is_given_up = |address: &Prefix| (0..=address.len()).any(|len| given_up.contains(&address.truncated(len)));
-        let connected = host::connected_addresses()?;
+        let connected = (self.connected)()?;
         let kept: Vec<_> = connected.into_iter().map(Prefix::host).filter(is_given_up).collect();
         for address in &kept {
             routing.keep(&mut self.coverage, address);

@@ -217,6 +217,19 @@ impl RoutesLook {
 }
 
 impl Engine {
+    /// Has all pauses be over, and all rows.
+    #[cfg(test)]
+    pub(super) fn hurry(&mut self) {
+        self.repairs.until = None;
+        self.mends.0.values_mut().for_each(|mend| (mend.pause.until, mend.last) = (None, None));
+    }
+
+    /// Has the next look be one at the routes, too, if there is reason for it.
+    #[cfg(test)]
+    pub(super) fn look_at_once(&mut self) {
+        self.routes_look.took = Duration::ZERO;
+    }
+
     /// Notes that routes of ours may be gone.
     pub fn suspect_routes(&mut self) {
         self.routes_look.is_suspicious = true;
@@ -262,7 +275,18 @@ impl Engine {
             Ok(lost) => self.lost_routes().await.map(|routes| [lost, routes].concat()),
             Err(error) => Err(error),
         };
-        lost.inspect_err(|error| error!("look whether the kernel has everything still: {error:#}")).ok()
+        let before = self.unseen.take();
+        match lost {
+            Ok(lost) => Some(lost),
+            Err(error) => {
+                let unseen = format!("it can't be seen whether the kernel has everything still: {error:#}");
+                if before.as_ref() != Some(&unseen) {
+                    error!("{unseen}");
+                }
+                self.unseen = Some(unseen);
+                None
+            }
+        }
     }
 
     async fn lost_routes(&mut self) -> anyhow::Result<Vec<Loss>> {

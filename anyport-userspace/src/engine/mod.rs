@@ -9,6 +9,8 @@ mod change;
 mod commands;
 mod events;
 mod explain;
+#[cfg(test)]
+mod faults;
 mod mend;
 mod numbers;
 mod observed;
@@ -20,6 +22,7 @@ mod views;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashSet},
+    net::IpAddr,
     sync::{Arc, atomic::AtomicBool},
     time::{Duration, Instant},
 };
@@ -42,7 +45,6 @@ pub use self::{
 use crate::{
     config::Config,
     events::Board,
-    host,
     routes::{Coverage, Edits, Routes, Watch},
     rules::{Origin, Prefix, RuleSet, ServiceName, Terms},
     service::{Commons, DescriptorPool, Service, ServiceConfig},
@@ -53,6 +55,9 @@ use crate::{
 
 /// How often the counters are kept, for the case that this daemon is killed.
 const COUNTERS_INTERVAL: Duration = Duration::from_mins(1);
+
+/// See [`crate::host::connected_addresses`].
+type Connected = fn() -> anyhow::Result<HashSet<IpAddr>>;
 
 /// The daemon's state and its hold on the kernel.
 #[derive(Debug)]
@@ -79,6 +84,8 @@ pub struct Engine {
     steering: Box<dyn Steering>,
     outcomes: Vec<Outcome>,
     routes: Routes,
+    /// Tells the addresses of this host that have connections.
+    connected: Connected,
     /// What our routes make local.
     coverage: Coverage,
     /// Blocks whose local route was there before us.
@@ -92,6 +99,8 @@ pub struct Engine {
     /// What others have removed, and what became of it.
     mends: Mends,
     routes_look: RoutesLook,
+    /// Why it could not be seen what the kernel has.
+    unseen: Option<String>,
     /// What was applied and waits to be confirmed.
     unconfirmed: Option<Unconfirmed>,
     /// How far a long command is.
@@ -162,6 +171,9 @@ impl Engine {
         self.mend().await;
         if let Err(error) = self.end_draining().await {
             error!("remove the routes of connections that have ended: {error:#}");
+            // All routes are compared then.
+            self.broken =
+                Some(format!("routes of connections that have ended may be there, which is mended: {error:#}"));
         }
         if let Some(table) = &mut self.own_table
             && let Err(error) = table.trim()
@@ -199,7 +211,7 @@ impl Engine {
         if self.draining.is_empty() {
             return Ok(());
         }
-        let connected = host::connected_addresses()?;
+        let connected = (self.connected)()?;
         let ended: Vec<Prefix> = self.draining.extract_if(|prefix| !connected.contains(&prefix.address())).collect();
         let mut edits = Edits::default();
         for prefix in &ended {

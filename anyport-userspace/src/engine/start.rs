@@ -18,7 +18,7 @@ use tokio::runtime::Handle;
 use tracing::error;
 
 use super::{
-    Engine, Running,
+    Connected, Engine, Running,
     mend::{BackOff, Mends, RoutesLook},
     numbers::Numbers,
     register::expect_fallbacks,
@@ -27,6 +27,7 @@ use crate::{
     api::{Kind, Problem},
     config::Config,
     events::{Board, Teller},
+    host,
     keeper::Link,
     routes::Routes,
     rules::{Change, Origin, RuleSet, to_address},
@@ -35,7 +36,7 @@ use crate::{
     },
     steering::{
         BackEnd, bpf,
-        choose::{choose, remove_leftovers},
+        choose::{Chosen, choose, remove_leftovers},
     },
     store::{State, Store},
     table::{OwnSegments, Published, Table},
@@ -43,6 +44,19 @@ use crate::{
 
 /// How many numbers of rules and slots of services rest before they are given out again.
 const RESTING: usize = 32;
+
+/// What an engine works on.
+#[derive(Debug)]
+pub(super) struct Parts {
+    pub(super) store: Store,
+    pub(super) routes: Routes,
+    pub(super) connected: Connected,
+    /// The back end's table, for those who read it here.
+    pub(super) published: Arc<Published>,
+    /// Who listens to events.
+    pub(super) events: Arc<Board>,
+    pub(super) chosen: Chosen,
+}
 
 impl Engine {
     /// Finds a back end, opens the services' sockets, and puts configuration and kept state into the kernel.
@@ -57,7 +71,7 @@ impl Engine {
         is_successor: bool,
     ) -> anyhow::Result<Self> {
         let (store, state) = Store::open(&config.state_dir)?;
-        let (services, rules) = desired(config, &state)?;
+        let desired = desired(config, &state)?;
         let routes = Routes::open()?;
         let published: Arc<Published> = Arc::default();
         let events: Arc<Board> = Arc::default();
@@ -70,6 +84,20 @@ impl Engine {
         };
         let chosen = choose(config.steering.back_end(), &options)?;
         remove_leftovers(chosen.steering.back_end(), &options).context("remove what an earlier daemon left")?;
+        let parts = Parts { store, routes, connected: host::connected_addresses, published, events, chosen };
+        Self::begin(config, parts, desired, workers, keeper, is_successor).await
+    }
+
+    /// Brings up an engine out of its parts.
+    pub(super) async fn begin(
+        config: &Config,
+        parts: Parts,
+        (services, rules): (Vec<(ServiceConfig, Origin)>, RuleSet),
+        workers: WorkerHandles,
+        keeper: Link,
+        is_successor: bool,
+    ) -> anyhow::Result<Self> {
+        let Parts { store, routes, connected, published, events, chosen } = parts;
         let descriptors = DescriptorPool::of_process()?;
         let forwarding: Arc<[AtomicBool]> = (0..MAX_SERVICES).map(|_| AtomicBool::new(false)).collect();
         let commons = Commons {
@@ -104,12 +132,14 @@ impl Engine {
             // What a daemon left that was killed is local too, and stays so where it still has to be.
             coverage: routes.ours().await?.into_iter().collect(),
             routes,
+            connected,
             foreign_routes: Vec::new(),
             draining: HashSet::new(),
             broken: None,
             repairs: BackOff::default(),
             mends: Mends::default(),
             routes_look: RoutesLook::default(),
+            unseen: None,
             unconfirmed: None,
             progress: Arc::default(),
             counters_kept: None,
@@ -214,7 +244,7 @@ fn forward_guard(published: &Arc<Published>, forwarding: &Arc<[AtomicBool]>) -> 
 }
 
 /// What configuration and state file say together. They must not contradict each other.
-fn desired(config: &Config, state: &State) -> anyhow::Result<(Vec<(ServiceConfig, Origin)>, RuleSet)> {
+pub(super) fn desired(config: &Config, state: &State) -> anyhow::Result<(Vec<(ServiceConfig, Origin)>, RuleSet)> {
     const ADVICE: &str = "change the configuration, or what was added by hand: state.json in the state directory";
     let mut services: Vec<_> = config.services.iter().map(|it| (it.clone(), Origin::Config)).collect();
     let kept = state.applied_services.iter().map(|it| (it, Origin::Applied));

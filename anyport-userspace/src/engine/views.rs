@@ -142,9 +142,10 @@ impl Engine {
         })
     }
 
-    fn degraded(&self) -> Vec<String> {
+    pub(super) fn degraded(&self) -> Vec<String> {
         let services = self.services.values().flat_map(|running| running.service.degraded());
-        let own = self.broken.iter().chain(&self.not_reloaded).cloned().chain(self.mends.degraded());
+        let own =
+            self.broken.iter().chain(&self.unseen).chain(&self.not_reloaded).cloned().chain(self.mends.degraded());
         let all = own.chain(self.steering.degraded()).chain(services).chain(self.lost_sockets());
         all.chain(self.shadowed_metrics()).collect()
     }

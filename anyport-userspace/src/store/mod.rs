@@ -1,14 +1,11 @@
 //! What `anyportctl` added and applied, kept in the state directory.
+//!
+//! A file is written aside, put on the disk, and then takes its name; so after a loss of power there is the former state or
+//! the new one. Checksums tell files that somebody or a disk has spoilt. The state before the last one is kept beside it.
 
-use std::{
-    collections::HashMap,
-    fmt::Write as _,
-    fs::{self, File},
-    io::{self, Write as _},
-    net::SocketAddr,
-    path::{Path, PathBuf},
-    sync::Arc,
-};
+mod files;
+
+use std::{collections::HashMap, fmt::Write as _, io, net::SocketAddr, path::Path, sync::Arc};
 
 use anyhow::{Context as _, bail};
 use anyport_common::maps::Counters;
@@ -23,7 +20,12 @@ use crate::{
     service::ServiceConfig,
 };
 
+use self::files::Directory;
+pub(crate) use self::files::Files;
+
 const FILE: &str = "state.json";
+/// The state before.
+const FORMER: &str = "state.json.former";
 const VERSION: u32 = 1;
 /// Beginning and end of the name of the file with the rules that were applied. The state file names it, so that both
 /// change at once.
@@ -35,9 +37,19 @@ const REGISTERED: &str = "registered.json";
 /// The state directory of a daemon.
 #[derive(Debug)]
 pub struct Store {
-    directory: PathBuf,
+    files: Box<dyn Files>,
     /// The file with the rules that were applied, if there are any.
-    applied: Option<String>,
+    applied: Option<Applied>,
+    /// That of the state before.
+    former: Option<String>,
+}
+
+/// The file with the rules that were applied.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Applied {
+    name: String,
+    /// What it has to have, unless it was written by a version without.
+    checksum: Option<u32>,
 }
 
 /// What is kept.
@@ -86,19 +98,28 @@ struct StateFile {
     applied_services: Vec<ServiceConfig>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     applied: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    applied_checksum: Option<String>,
+    /// Of the whole file with zeros in this place. There is none in files of versions without, and where somebody who has
+    /// repaired the file took it out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    checksum: Option<String>,
 }
+
+/// The checksum of a file, until it is known.
+const NO_CHECKSUM: &str = "00000000";
+/// What stands before it. No text within the file can have unescaped quotes.
+const CHECKSUM: &str = "\"checksum\": \"";
 
 impl Store {
     /// Creates the directory where it is missing, and reads what is there.
     ///
     /// # Errors
-    /// The directory can't be made, or a file is not one of ours. It is left as it is.
+    /// The directory can't be made, or a file is not one of ours or spoilt. It is left as it is.
     pub fn open(directory: &Path) -> anyhow::Result<(Self, State)> {
-        fs::create_dir_all(directory).with_context(|| format!("create the state directory {}", directory.display()))?;
-        let mut store = Self { directory: directory.to_owned(), applied: None };
-        let state = store.read()?;
-        store.remove_unused();
-        Ok((store, state))
+        let files = Directory::create(directory)
+            .with_context(|| format!("create the state directory {}", directory.display()))?;
+        Self::of(Box::new(files))
     }
 
     /// Reads what is there, and changes nothing.
@@ -106,25 +127,44 @@ impl Store {
     /// # Errors
     /// As [`Self::open`].
     pub fn look(directory: &Path) -> anyhow::Result<State> {
-        Self { directory: directory.to_owned(), applied: None }.read()
+        Self { files: Box::new(Directory::at(directory)), applied: None, former: None }.read()
+    }
+
+    /// As [`Self::open`], wherever the files are.
+    pub(crate) fn of(files: Box<dyn Files>) -> anyhow::Result<(Self, State)> {
+        let mut store = Self { files, applied: None, former: None };
+        let state = store.read()?;
+        let former = store.files.read(FORMER).ok().and_then(|text| serde_json::from_slice::<StateFile>(&text).ok());
+        store.former = former.and_then(|file| file.applied);
+        store.remove_unused();
+        Ok((store, state))
     }
 
     fn read(&mut self) -> anyhow::Result<State> {
-        let path = self.directory.join(FILE);
-        let text = match fs::read(&path) {
+        let path = self.files.path(FILE);
+        let text = match self.files.read(FILE) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(State::default()),
             text => text.with_context(|| format!("read the state file {}", path.display()))?,
         };
         let advice = || {
+            let path = path.display();
+            let former = match self.files.read(FORMER) {
+                Ok(_) => format!(" go on with the state before the last change: mv {path}.former {path}; or"),
+                Err(_) => String::new(),
+            };
             format!(
-                "read the state file {0}, which holds what anyportctl added and applied; repair it, or go on without \
-                 those rules: mv {0} {0}.broken",
-                path.display()
+                "read the state file {path}, which holds what anyportctl added and applied; repair it, and take the line \
+                 with the checksum out;{former} go on without those rules: mv {path} {path}.broken"
             )
         };
         let file: StateFile = serde_json::from_slice(&text).with_context(advice)?;
         if file.version != VERSION {
             bail!("{}: its version is {}, and this anyportd knows {VERSION}", advice(), file.version);
+        }
+        if let Some(checksum) = &file.checksum
+            && *checksum != checksum_of_state(&text)
+        {
+            bail!("{}: it is not what was written, by its checksum {checksum}", advice());
         }
         let mut state = State {
             services: file.services,
@@ -132,18 +172,25 @@ impl Store {
             applied_services: file.applied_services,
             applied_rules: Vec::new(),
         };
-        if let Some(applied) = file.applied {
+        if let Some(name) = file.applied {
+            let checksum = file.applied_checksum.map(|it| u32::from_str_radix(&it, 16)).transpose();
+            let applied = Applied { name, checksum: checksum.with_context(advice)? };
             state.applied_rules = self.read_applied(&applied).with_context(advice)?;
             self.applied = Some(applied);
         }
         Ok(state)
     }
 
-    fn read_applied(&self, name: &str) -> anyhow::Result<Vec<Rule>> {
-        let path = self.directory.join(name);
-        let attempt = || format!("read the rules that were applied, {}", path.display());
-        let text = fs::read_to_string(&path).with_context(attempt)?;
-        let rules = lines::parse(&text, Arc::new).with_context(attempt)?;
+    fn read_applied(&self, Applied { name, checksum }: &Applied) -> anyhow::Result<Vec<Rule>> {
+        let attempt = || format!("read the rules that were applied, {}", self.files.path(name).display());
+        if number_of(name).is_none() {
+            bail!("{}: that is no name of such a file", attempt());
+        }
+        let text = self.files.read(name).with_context(attempt)?;
+        if checksum.is_some_and(|checksum| checksum != crc32fast::hash(&text)) {
+            bail!("{}: it is not what was written, by its checksum", attempt());
+        }
+        let rules = lines::parse(&String::from_utf8(text).with_context(attempt)?, Arc::new).with_context(attempt)?;
         let origins = Origin::Applied.into();
         Ok(rules.into_iter().map(|((prefix, terms), _)| Rule { prefix, terms, origins }).collect())
     }
@@ -160,27 +207,48 @@ impl Store {
             None => before.clone(),
             Some("") => None,
             Some(lines) => {
-                let number = before.as_ref().and_then(|name| number_of(name)).unwrap_or_default();
+                let number = before.as_ref().and_then(|it| number_of(&it.name)).unwrap_or_default();
                 let name = format!("{APPLIED}{}{LINES}", number.wrapping_add(1));
                 self.replace(&name, lines.as_bytes())?;
-                Some(name)
+                Some(Applied { name, checksum: Some(crc32fast::hash(lines.as_bytes())) })
             }
         };
+        let applied_checksum = now.as_ref().and_then(|it| it.checksum).map(|it| format!("{it:08x}"));
         let file = StateFile {
             version: VERSION,
             services: state.services.clone(),
             rules: state.rules.iter().map(RuleText::from).collect(),
             applied_services: state.applied_services.clone(),
-            applied: now.clone(),
+            applied: now.as_ref().map(|it| it.name.clone()),
+            applied_checksum,
+            checksum: Some(NO_CHECKSUM.to_owned()),
         };
         let mut text = serde_json::to_vec_pretty(&file).context("write the state")?;
         text.push(b'\n');
+        let checksum = checksum_of_state(&text);
+        if let Some(at) = place_of_checksum(&text) {
+            text[at..at + checksum.len()].copy_from_slice(checksum.as_bytes());
+        }
+        self.keep_former();
         self.replace(FILE, &text)?;
         self.applied = now;
-        if self.applied != before {
-            self.remove_unused();
-        }
+        self.former = before.map(|it| it.name);
+        self.remove_unused();
         Ok(())
+    }
+
+    /// Gives the state that is about to be replaced another name, too. Not to be able to is no reason to change nothing.
+    fn keep_former(&self) {
+        let kept = match self.files.remove(FORMER) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => self.files.link(FILE, FORMER),
+        };
+        match kept {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                warn!("keep the state before as {}: {error}", self.files.path(FORMER).display());
+            }
+            _ => {}
+        }
     }
 
     /// Keeps what was counted for rules, for a daemon that comes later.
@@ -198,7 +266,8 @@ impl Store {
     /// What was counted when that was kept last, by prefix. Counters are no reason not to start, so what can't be read is
     /// passed over.
     pub fn counters(&self) -> HashMap<Prefix, Vec<(Arc<Terms>, Counters)>> {
-        let text = fs::read_to_string(self.directory.join(COUNTERS)).unwrap_or_default();
+        let text = self.files.read(COUNTERS).unwrap_or_default();
+        let text = String::from_utf8_lossy(&text);
         let mut counted: HashMap<Prefix, Vec<_>> = HashMap::new();
         for line in text.lines() {
             let Some((counters, rule)) = read_counters(line) else { continue };
@@ -222,39 +291,50 @@ impl Store {
     /// The sockets that were registered earlier in this boot. Their owners can register again, so what can't be read is
     /// passed over.
     pub fn registered(&self, boot: &str) -> Vec<KeptSocket> {
-        let text = fs::read(self.directory.join(REGISTERED)).unwrap_or_default();
+        let text = self.files.read(REGISTERED).unwrap_or_default();
         let file = serde_json::from_slice::<RegisteredFile>(&text).ok().filter(|file| file.boot == boot);
         file.map(|file| file.sockets).unwrap_or_default()
     }
 
     fn replace(&self, name: &str, text: &[u8]) -> anyhow::Result<()> {
-        let path = self.directory.join(name);
-        let aside = self.directory.join(format!("{name}.new"));
-        let write = || {
-            let mut file = File::create(&aside)?;
-            file.write_all(text)?;
-            file.sync_all()?;
-            anyhow::Ok(fs::rename(&aside, &path)?)
-        };
-        write().with_context(|| format!("write the state file {}", path.display()))?;
+        let aside = format!("{name}.new");
+        let written = self.files.write(&aside, text).and_then(|()| self.files.rename(&aside, name));
+        if written.is_err() {
+            // What there is of it takes room on a disk that may be full.
+            self.files.remove(&aside).ok();
+        }
+        written.with_context(|| format!("write the state file {}", self.files.path(name).display()))?;
         // The new state is in place; a loss of power could only bring the old one back.
-        if let Err(error) = File::open(&self.directory).and_then(|directory| directory.sync_all()) {
-            warn!("make sure that the state file in {} outlives a loss of power: {error}", self.directory.display());
+        if let Err(error) = self.files.sync() {
+            warn!("make sure that {} outlives a loss of power: {error}", self.files.path(name).display());
         }
         Ok(())
     }
 
-    /// Removes files of rules that no state file names any more.
+    /// Removes files of rules that neither the state nor the one before names.
     fn remove_unused(&self) {
-        for entry in fs::read_dir(&self.directory).into_iter().flatten().flatten() {
-            let name = entry.file_name();
-            let is_old =
-                name.to_str().is_some_and(|name| number_of(name).is_some() && self.applied.as_deref() != Some(name));
-            if is_old && let Err(error) = fs::remove_file(entry.path()) {
-                warn!("remove the file {}, which is not needed any more: {error}", entry.path().display());
+        let names = [self.applied.as_ref().map(|it| &it.name), self.former.as_ref()];
+        let is_unused = |name: &String| number_of(name).is_some() && !names.contains(&Some(name));
+        for name in self.files.names().unwrap_or_default().iter().filter(|name| is_unused(name)) {
+            if let Err(error) = self.files.remove(name) {
+                warn!("remove the file {}, which is not needed any more: {error}", self.files.path(name).display());
             }
         }
     }
+}
+
+/// Where the checksum stands in a state file that has one.
+fn place_of_checksum(text: &[u8]) -> Option<usize> {
+    let at = text.windows(CHECKSUM.len()).rposition(|window| window == CHECKSUM.as_bytes())? + CHECKSUM.len();
+    (at + NO_CHECKSUM.len() <= text.len()).then_some(at)
+}
+
+fn checksum_of_state(text: &[u8]) -> String {
+    let mut text = text.to_vec();
+    if let Some(at) = place_of_checksum(&text) {
+        text[at..at + NO_CHECKSUM.len()].copy_from_slice(NO_CHECKSUM.as_bytes());
+    }
+    format!("{:08x}", crc32fast::hash(&text))
 }
 
 /// The number in the name of a file with rules that were applied.
@@ -271,81 +351,6 @@ fn read_counters(line: &str) -> Option<(Counters, &str)> {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::{fs, sync::Arc};
-
-    use anyport_common::maps::Counters;
-
-    use super::{KeptSocket, Line, State, Store};
-    use crate::rules::{Origin, RuleText, Terms};
-
-    #[test]
-    fn keeps_what_was_saved() {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("a/b");
-        let (mut store, state) = Store::open(&path).unwrap();
-        assert_eq!(state, State::default());
-        let rule = r#"{"prefix": "192.0.2.0/24", "except": "22", "route": false}"#;
-        let rule = |origin| serde_json::from_str::<RuleText>(rule).unwrap().into_rule(origin);
-        let mut state = State { rules: vec![rule(Origin::Added)], ..State::default() };
-        store.save(&state, None).unwrap();
-        assert_eq!(Store::open(&path).unwrap().1, state);
-        let applied = rule(Origin::Applied);
-        for _ in 0..2 {
-            store.save(&state, Some(&Line(&applied.prefix, &applied.terms).to_string())).unwrap();
-            state.applied_rules = vec![applied.clone()];
-            assert_eq!(Store::open(&path).unwrap().1, state);
-            assert_eq!(fs::read_dir(&path).unwrap().count(), 2);
-            store.save(&state, None).unwrap();
-            assert_eq!(Store::open(&path).unwrap().1, state);
-        }
-        store.save(&state, Some("")).unwrap();
-        state.applied_rules.clear();
-        assert_eq!(Store::open(&path).unwrap().1, state);
-        assert_eq!(fs::read_dir(&path).unwrap().count(), 1);
-    }
-
-    #[test]
-    fn counters_are_kept() {
-        let directory = tempfile::tempdir().unwrap();
-        let (store, _) = Store::open(directory.path()).unwrap();
-        let prefix = "192.0.2.0/24".parse().unwrap();
-        let counters = Counters { steered: 7, no_socket: 8, assign_error: 9, denied: 10 };
-        let terms = Terms { except: "22".parse().unwrap(), ..Terms::default() };
-        store.save_counters([(prefix, Arc::new(terms.clone()), counters)].into_iter()).unwrap();
-        assert_eq!(store.counters()[&prefix], [(Arc::new(terms), counters)]);
-        store.save_counters(std::iter::empty()).unwrap();
-        assert!(store.counters().is_empty());
-    }
-
-    #[test]
-    fn registered_sockets_are_those_of_this_boot() {
-        let directory = tempfile::tempdir().unwrap();
-        let (store, _) = Store::open(directory.path()).unwrap();
-        assert!(store.registered("a").is_empty());
-        let (service, local) = ("web".parse().unwrap(), "127.0.0.1:80".parse().unwrap());
-        let socket = KeptSocket { service, places: vec![0, 2], cookie: 7, inode: 8, local };
-        store.save_registered("a", vec![socket.clone()]).unwrap();
-        assert_eq!(store.registered("a"), [socket]);
-        assert!(store.registered("b").is_empty());
-        fs::write(directory.path().join(super::REGISTERED), "{").unwrap();
-        assert!(store.registered("a").is_empty());
-    }
-
-    #[test]
-    fn never_drops_what_it_can_not_read() {
-        let directory = tempfile::tempdir().unwrap();
-        let file = directory.path().join(super::FILE);
-        for (text, why) in [
-            ("", "EOF"),
-            ("{\"version\": 1, \"services\": [], \"rul", "EOF"),
-            ("{\"version\": 2, \"services\": [], \"rules\": []}", "its version is 2"),
-            ("{\"version\": 1, \"services\": [], \"rules\": [], \"x\": 1}", "unknown field"),
-        ] {
-            fs::write(&file, text).unwrap();
-            let error = format!("{:#}", Store::open(directory.path()).unwrap_err());
-            assert!(error.contains(why) && error.contains("mv "), "{error}");
-            assert_eq!(fs::read_to_string(&file).unwrap(), text);
-        }
-    }
-}
+pub(crate) mod simulated;
+#[cfg(test)]
+mod tests;

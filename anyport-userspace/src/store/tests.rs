@@ -1,0 +1,183 @@
+use std::{fs, sync::Arc};
+
+use anyport_common::maps::Counters;
+
+use super::{KeptSocket, Line, State, Store, simulated::Simulated};
+use crate::rules::{Origin, RuleText, Terms};
+
+#[test]
+fn keeps_what_was_saved() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("a/b");
+    let (mut store, state) = Store::open(&path).unwrap();
+    assert_eq!(state, State::default());
+    let rule = r#"{"prefix": "192.0.2.0/24", "except": "22", "route": false}"#;
+    let rule = |origin| serde_json::from_str::<RuleText>(rule).unwrap().into_rule(origin);
+    let mut state = State { rules: vec![rule(Origin::Added)], ..State::default() };
+    store.save(&state, None).unwrap();
+    assert_eq!(Store::open(&path).unwrap().1, state);
+    let applied = rule(Origin::Applied);
+    for _ in 0..3 {
+        store.save(&state, Some(&Line(&applied.prefix, &applied.terms).to_string())).unwrap();
+        state.applied_rules = vec![applied.clone()];
+        assert_eq!(Store::open(&path).unwrap().1, state);
+        store.save(&state, None).unwrap();
+        assert_eq!(Store::open(&path).unwrap().1, state);
+        // The state and the one before, which name the same rules.
+        assert_eq!(fs::read_dir(&path).unwrap().count(), 3);
+    }
+    store.save(&state, Some("")).unwrap();
+    // The one before is whole, too.
+    let former = tempfile::tempdir().unwrap();
+    for entry in fs::read_dir(&path).unwrap() {
+        let name = entry.unwrap().file_name();
+        fs::copy(path.join(&name), former.path().join(name)).unwrap();
+    }
+    fs::rename(former.path().join(super::FORMER), former.path().join(super::FILE)).unwrap();
+    assert_eq!(Store::open(former.path()).unwrap().1, state);
+    state.applied_rules.clear();
+    assert_eq!(Store::open(&path).unwrap().1, state);
+    store.save(&state, None).unwrap();
+    assert_eq!(fs::read_dir(&path).unwrap().count(), 2);
+}
+
+#[test]
+fn counters_are_kept() {
+    let directory = tempfile::tempdir().unwrap();
+    let (store, _) = Store::open(directory.path()).unwrap();
+    let prefix = "192.0.2.0/24".parse().unwrap();
+    let counters = Counters { steered: 7, no_socket: 8, assign_error: 9, denied: 10 };
+    let terms = Terms { except: "22".parse().unwrap(), ..Terms::default() };
+    store.save_counters([(prefix, Arc::new(terms.clone()), counters)].into_iter()).unwrap();
+    assert_eq!(store.counters()[&prefix], [(Arc::new(terms), counters)]);
+    store.save_counters(std::iter::empty()).unwrap();
+    assert!(store.counters().is_empty());
+}
+
+#[test]
+fn registered_sockets_are_those_of_this_boot() {
+    let directory = tempfile::tempdir().unwrap();
+    let (store, _) = Store::open(directory.path()).unwrap();
+    assert!(store.registered("a").is_empty());
+    let (service, local) = ("web".parse().unwrap(), "127.0.0.1:80".parse().unwrap());
+    let socket = KeptSocket { service, places: vec![0, 2], cookie: 7, inode: 8, local };
+    store.save_registered("a", vec![socket.clone()]).unwrap();
+    assert_eq!(store.registered("a"), [socket]);
+    assert!(store.registered("b").is_empty());
+    fs::write(directory.path().join(super::REGISTERED), "{").unwrap();
+    assert!(store.registered("a").is_empty());
+}
+
+#[test]
+fn never_drops_what_it_can_not_read() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join(super::FILE);
+    for (text, why) in [
+        ("", "EOF"),
+        ("{\"version\": 1, \"services\": [], \"rul", "EOF"),
+        ("{\"version\": 2, \"services\": [], \"rules\": []}", "its version is 2"),
+        ("{\"version\": 1, \"services\": [], \"rules\": [], \"x\": 1}", "unknown field"),
+    ] {
+        fs::write(&file, text).unwrap();
+        let error = format!("{:#}", Store::open(directory.path()).unwrap_err());
+        assert!(error.contains(why) && error.contains("mv "), "{error}");
+        assert_eq!(fs::read_to_string(&file).unwrap(), text);
+    }
+}
+
+/// A state with rules of both kinds, and what it is saved with.
+fn state(numbers: std::ops::Range<u8>) -> (State, String) {
+    let mut state = State::default();
+    let mut lines = String::new();
+    for number in numbers {
+        for (origin, block) in [(Origin::Added, "192.0.2"), (Origin::Applied, "198.51.100")] {
+            let rule = format!(r#"{{"prefix": "{block}.{number}/32", "except": "22"}}"#);
+            let rule = serde_json::from_str::<RuleText>(&rule).unwrap().into_rule(origin);
+            if origin == Origin::Applied {
+                lines.push_str(&format!("{}\n", Line(&rule.prefix, &rule.terms)));
+                state.applied_rules.push(rule);
+            } else {
+                state.rules.push(rule);
+            }
+        }
+    }
+    (state, lines)
+}
+
+/// Whatever a disk or somebody does to a file is noticed, or makes no difference.
+#[test]
+fn spoilt_files_are_told() {
+    let directory = tempfile::tempdir().unwrap();
+    let (mut store, _) = Store::open(directory.path()).unwrap();
+    let (state, lines) = state(0..4);
+    store.save(&state, Some(&lines)).unwrap();
+    for name in [super::FILE, "applied-1.rules"] {
+        let path = directory.path().join(name);
+        let whole = fs::read(&path).unwrap();
+        let expect_error_or_same = |text: &[u8], what: &str| {
+            fs::write(&path, text).unwrap();
+            match Store::look(directory.path()) {
+                Ok(read) => assert_eq!(read, state, "{name}, {what}"),
+                Err(error) => assert!(format!("{error:#}").contains("mv "), "{name}, {what}: {error:#}"),
+            }
+        };
+        for len in 0..whole.len() {
+            expect_error_or_same(&whole[..len], &format!("cut at {len}"));
+        }
+        for at in 0..whole.len() {
+            let mut text = whole.clone();
+            text[at] ^= 1;
+            expect_error_or_same(&text, &format!("spoilt at {at}"));
+        }
+        fs::remove_file(&path).unwrap();
+        assert_eq!(Store::look(directory.path()).is_ok(), name == super::FILE, "without {name}");
+        fs::write(&path, &whole).unwrap();
+    }
+    // Who repairs it by hand takes the checksum out.
+    let path = directory.path().join(super::FILE);
+    let text = fs::read_to_string(&path).unwrap().replace("192.0.2.3/32", "192.0.2.77/32");
+    fs::write(&path, &text).unwrap();
+    assert!(format!("{:#}", Store::look(directory.path()).unwrap_err()).contains("by its checksum"));
+    let without = |line: &&str| !line.contains("\"checksum\"");
+    let text: Vec<_> = text.lines().filter(without).collect();
+    fs::write(&path, text.join("\n").replace("\",\n}", "\"\n}")).unwrap();
+    assert_eq!(Store::look(directory.path()).unwrap().rules.len(), 4);
+}
+
+/// Of each moment at which the power may fail, and of each disk that may be found then, comes the state before or the
+/// new one; once a save has returned, the new one.
+#[test]
+fn power_may_fail_at_any_moment() {
+    let (former, former_lines) = state(0..2);
+    let (next, next_lines) = state(3..6);
+    for (lines, what) in [(Some(next_lines.as_str()), "other rules"), (None, "the same rules"), (Some(""), "no rules")]
+    {
+        let simulated = Simulated::default();
+        let (mut store, _) = Store::of(Box::new(simulated.clone())).unwrap();
+        store.save(&state(0..1).0, Some(&state(0..1).1)).unwrap();
+        store.save(&former, Some(&former_lines)).unwrap();
+        let next = State {
+            applied_rules: match lines {
+                None => former.applied_rules.clone(),
+                Some("") => Vec::new(),
+                Some(_) => next.applied_rules.clone(),
+            },
+            ..next.clone()
+        };
+        simulated.record();
+        store.save(&next, lines).unwrap();
+        let disks = simulated.recorded();
+        assert!(disks.len() > 300, "{what}: {} disks", disks.len());
+        let mut seen = [0, 0];
+        for disk in disks {
+            let (_, read) = Store::of(Box::new(Simulated::with(&disk)))
+                .unwrap_or_else(|error| panic!("{what}: {error:#}\n{disk:?}"));
+            assert!([&former, &next].contains(&&read), "{what}: a mixture: {read:?}\n{disk:?}");
+            seen[usize::from(read == next)] += 1;
+        }
+        assert!(seen.iter().all(|times| *times > 1), "{what}: {seen:?}");
+        for disk in simulated.disks() {
+            assert_eq!(Store::of(Box::new(Simulated::with(&disk))).unwrap().1, next, "{what}: after the end");
+        }
+    }
+}
