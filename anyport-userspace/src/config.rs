@@ -186,6 +186,22 @@ impl Settings {
     }
 }
 
+/// The settings that can change while the daemon runs.
+const LIVE: [&str; 4] = ["max-rules", "drain-timeout", "keep", "log-level"];
+/// Those that take a restart.
+const FIXED: [&str; 10] = [
+    "socket",
+    "state-dir",
+    "bpffs",
+    "steering",
+    "interface",
+    "workers",
+    "max-connections",
+    "max-connections-per-source",
+    "metrics",
+    "log-format",
+];
+
 /// Where the configuration is read from.
 #[derive(Clone, Debug, Default)]
 pub struct Source {
@@ -245,32 +261,46 @@ impl Config {
 
     /// What differs from the settings of `former`, as text: what can change while the daemon runs, and what takes a restart.
     pub fn differences(&self, former: &Self) -> (Vec<String>, Vec<String>) {
-        let Self { socket, state_dir, bpffs, steering, interfaces, workers, limits, metrics, log_format, .. } = self;
-        let Self { max_rules, drain_timeout, keep, log_level, .. } = self;
-        let differs = |name: &str, is: &dyn fmt::Debug, was: &dyn fmt::Debug| {
-            let (is, was) = (format!("{is:?}"), format!("{was:?}"));
-            (is != was).then(|| format!("{name}: {was} -> {is}").replace("Some(", "").replace(')', "").to_lowercase())
+        let differences = |names: &[&str], now: Vec<String>, before: Vec<String>| {
+            let both = now.into_iter().zip(before).zip(names);
+            both.filter(|((now, before), _)| now != before)
+                .map(|((now, before), name)| format!("{name}: {before} -> {now}"))
+                .collect()
         };
-        let live = [
-            differs("max-rules", max_rules, &former.max_rules),
-            differs("drain-timeout", drain_timeout, &former.drain_timeout),
-            differs("keep", keep, &former.keep),
-            differs("log-level", log_level, &former.log_level),
-        ];
-        let per_source = |limits: &Limits| limits.max_connections_per_source;
-        let fixed = [
-            differs("socket", socket, &former.socket),
-            differs("state-dir", state_dir, &former.state_dir),
-            differs("bpffs", bpffs, &former.bpffs),
-            differs("steering", steering, &former.steering),
-            differs("interface", interfaces, &former.interfaces),
-            differs("workers", workers, &former.workers),
-            differs("max-connections", &limits.max_connections, &former.limits.max_connections),
-            differs("max-connections-per-source", &per_source(limits), &per_source(&former.limits)),
-            differs("metrics", metrics, &former.metrics),
-            differs("log-format", log_format, &former.log_format),
-        ];
-        (live.into_iter().flatten().collect(), fixed.into_iter().flatten().collect())
+        (
+            differences(&LIVE, self.live_texts(), former.live_texts()),
+            differences(&FIXED, self.fixed_texts(), former.fixed_texts()),
+        )
+    }
+
+    /// In the order of [`LIVE`].
+    fn live_texts(&self) -> Vec<String> {
+        let Self { max_rules, drain_timeout, keep, log_level, .. } = self;
+        vec![
+            max_rules.to_string(),
+            humantime::format_duration(*drain_timeout).to_string(),
+            keep.to_string(),
+            log_level.to_string(),
+        ]
+    }
+
+    /// In the order of [`FIXED`].
+    fn fixed_texts(&self) -> Vec<String> {
+        let Self { socket, state_dir, bpffs, steering, interfaces, workers, limits, metrics, log_format, .. } = self;
+        let number = |limit: Option<NonZeroU32>| limit.map_or_else(|| "none".to_owned(), |limit| limit.to_string());
+        let steering = steering.back_end().map_or_else(|| "auto".to_owned(), |it| it.to_string());
+        vec![
+            socket.display().to_string(),
+            state_dir.display().to_string(),
+            bpffs.display().to_string(),
+            steering,
+            if interfaces.is_empty() { "all".to_owned() } else { interfaces.join(", ") },
+            workers.to_string(),
+            number(limits.max_connections),
+            number(limits.max_connections_per_source),
+            metrics.map_or_else(|| "nowhere".to_owned(), |it| it.to_string()),
+            format!("{log_format:?}").to_lowercase(),
+        ]
     }
 
     /// Takes over what can change while the daemon runs, see [`Self::differences`].
@@ -288,7 +318,7 @@ impl Config {
         let Self { socket, state_dir, bpffs, interfaces, source, .. } = self;
         let (socket, state_dir, bpffs) = (socket.clone(), state_dir.clone(), bpffs.clone());
         let (interfaces, source) = (interfaces.clone(), source.clone());
-        Self { socket, state_dir, bpffs, interfaces, source, services, rules, ..*self }
+        Self { socket, state_dir, bpffs, interfaces, services, rules, source, ..*self }
     }
 
     fn parse(options: Settings, text: &str) -> anyhow::Result<Self> {

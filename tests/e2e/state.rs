@@ -26,10 +26,10 @@ pub(crate) fn trials() -> Vec<Trial> {
     trials.extend(on_each_back_end("state::routes come and go with the rules", routes));
     trials.extend(on_each_back_end("state::what can't be kept is not done", unwritable_state));
     trials.push(trial("state::a full disk", || {
-        no_room("mount -t tmpfs -o size=64k none", "dd if=/dev/zero of", "No space left")
+        no_room("mount -t tmpfs -o size=64k none", "dd if=/dev/zero of", "No space left");
     }));
     trials.push(trial("state::a read-only file system", || {
-        no_room("mount --bind", "mount -o remount,bind,ro", "Read-only")
+        no_room("mount --bind", "mount -o remount,bind,ro", "Read-only");
     }));
     trials.push(trial("state::spoilt files", spoilt_state));
     trials

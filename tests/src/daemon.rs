@@ -212,7 +212,7 @@ impl Daemon {
             let outcome = self.ctl(&["status", "--json"]);
             let status: Option<Value> = serde_json::from_str(&outcome.stdout).ok();
             let pid = status.and_then(|status| status["pid"].as_i64());
-            if pid.is_some_and(|pid| pid != before.as_raw().into()) { Ok(()) } else { Err(outcome.to_string()) }
+            if pid.is_some_and(|pid| pid != i64::from(before.as_raw())) { Ok(()) } else { Err(outcome.to_string()) }
         });
     }
 

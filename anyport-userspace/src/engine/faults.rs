@@ -174,14 +174,13 @@ impl Steering for Simulated {
         let fault = world.fault();
         ensure!(fault != Some(Fault::Before), "simulated fault before a plan");
         let known = self.rules.take();
-        let prefixes: Vec<Prefix> = match (plan.changed, &known) {
-            (Some(changed), Some(_)) => changed.to_vec(),
-            _ => {
-                world.rules.clear();
-                world.sockets.clear();
-                self.sockets.clear();
-                plan.rules.prefixes().map(|(prefix, _)| *prefix).collect()
-            }
+        let prefixes: Vec<Prefix> = if let (Some(changed), Some(_)) = (plan.changed, &known) {
+            changed.to_vec()
+        } else {
+            world.rules.clear();
+            world.sockets.clear();
+            self.sockets.clear();
+            plan.rules.prefixes().map(|(prefix, _)| *prefix).collect()
         };
         let mut rules = known.unwrap_or_default();
         let half = prefixes.len() / 2;
@@ -297,7 +296,7 @@ impl Holder for SimulatedRoutes {
     }
 
     fn add(&mut self, prefixes: &[Prefix]) -> anyhow::Result<Vec<Prefix>> {
-        self.change(prefixes, |routes, prefix| routes.insert(prefix))?;
+        self.change(prefixes, BTreeSet::insert)?;
         Ok(Vec::new())
     }
 
@@ -311,6 +310,7 @@ thread_local! {
     static IS_CONNECTED: Cell<bool> = const { Cell::new(false) };
 }
 
+#[expect(clippy::unnecessary_wraps, reason = "so it is in the real world")]
 fn connected() -> anyhow::Result<HashSet<IpAddr>> {
     let all = ["192.0.2.5", "192.0.2.33", "2001:db8:0:7::7"].map(|it| it.parse().unwrap());
     Ok(all.into_iter().filter(|_| IS_CONNECTED.get()).collect())

@@ -172,7 +172,7 @@ impl Mends {
                 }
                 (Some(what), None) => lines.push(format!("{what} is gone, and is about to be put back")),
                 (None, _) if mend.row >= PATIENCE && mend.is_in_a_row() => {
-                    lines.push(format!("{} was {row}", mend.what))
+                    lines.push(format!("{} was {row}", mend.what));
                 }
                 (None, _) => {}
             }
@@ -238,9 +238,10 @@ impl Engine {
     /// Notes what the back end has put right by itself.
     pub(super) fn note_put_right(&mut self, news: Vec<Loss>) {
         for Loss { kind, what } in news {
-            match kind {
-                Kind::Interface => info!("{what}"),
-                _ => warn!("somebody removed {what}: it is put back"),
+            if kind == Kind::Interface {
+                info!("{what}");
+            } else {
+                warn!("somebody removed {what}: it is put back");
             }
             self.mends.of(kind).mended(what);
         }

@@ -79,7 +79,8 @@ impl Engine {
         if crosses_debug(config.log_level, self.config.log_level) {
             answer.notes.push("from the next start on the BPF programs log as much".into());
         }
-        if !options.dry_run && !(change.is_empty() && opened.is_empty() && closed.is_empty()) {
+        let is_same = change.is_empty() && opened.is_empty() && closed.is_empty();
+        if !(options.dry_run || is_same) {
             let replaced = self.replace_services(opened, &closed, Origin::Config).await?;
             let adopted = self.adopt(config);
             if let Err(problem) = self.change(change, Keep::OnDisk).await {

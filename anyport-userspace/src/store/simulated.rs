@@ -104,8 +104,12 @@ impl Shared {
                 self.pending.iter().enumerate().filter(|(i, _)| part >> i & 1 == 1).map(|(_, it)| it).collect();
             let mut names = self.on_disk.clone();
             let mut reversed = names.clone();
-            chosen.iter().for_each(|entry| put(&mut names, entry));
-            chosen.iter().rev().for_each(|entry| put(&mut reversed, entry));
+            for entry in &chosen {
+                put(&mut names, entry);
+            }
+            for entry in chosen.iter().rev() {
+                put(&mut reversed, entry);
+            }
             for names in [names, reversed] {
                 disks.insert(names.into_iter().map(|(name, file)| (name, self.files[file].clone())).collect());
             }
@@ -138,15 +142,12 @@ impl Files for Simulated {
         let mut shared = self.shared();
         shared.step()?;
         // A file that is there is cut to nothing first, whoever else knows it by another name.
-        let file = match shared.find(name) {
-            Ok(file) => file,
-            Err(_) => {
-                shared.files.push(Vec::new());
-                let file = shared.files.len() - 1;
-                shared.set(name, Some(file));
-                file
-            }
-        };
+        let file = shared.find(name).unwrap_or_else(|_| {
+            shared.files.push(Vec::new());
+            let file = shared.files.len() - 1;
+            shared.set(name, Some(file));
+            file
+        });
         // Before all is on the disk, there may be a part of it, or zeros where it will be.
         if shared.recorded.is_some() {
             for len in 0..content.len() {

@@ -1,4 +1,4 @@
-use std::{fs, sync::Arc};
+use std::{fmt::Write as _, fs, sync::Arc};
 
 use anyport_common::maps::Counters;
 
@@ -94,7 +94,7 @@ fn state(numbers: std::ops::Range<u8>) -> (State, String) {
             let rule = format!(r#"{{"prefix": "{block}.{number}/32", "except": "22"}}"#);
             let rule = serde_json::from_str::<RuleText>(&rule).unwrap().into_rule(origin);
             if origin == Origin::Applied {
-                lines.push_str(&format!("{}\n", Line(&rule.prefix, &rule.terms)));
+                writeln!(lines, "{}", Line(&rule.prefix, &rule.terms)).unwrap();
                 state.applied_rules.push(rule);
             } else {
                 state.rules.push(rule);

@@ -180,9 +180,10 @@ impl Chains {
 
     /// Shows the table only if anything may have changed: `nf_tables` numbers its changes; the legacy tables do not.
     fn lost_lines(&mut self) -> anyhow::Result<Vec<Loss>> {
-        let generation = match self.table.is_legacy {
-            true => None,
-            false => Some(nftables::generation().context("ask nf_tables for its generation")?),
+        let generation = if self.table.is_legacy {
+            None
+        } else {
+            Some(nftables::generation().context("ask nf_tables for its generation")?)
         };
         let is_known = match generation {
             None => self.look.at.is_some_and(|at| at.elapsed() < LEGACY_INTERVAL),
