@@ -16,6 +16,8 @@ use serde::Deserialize;
 use toml::Spanned;
 
 use crate::{
+    api::Readers,
+    rights::User,
     rules::{Origin, RuleSet, RuleText, ServiceName},
     service::{HandlerKind, Limits, ServiceConfig, Span},
     steering::BackEnd,
@@ -23,6 +25,8 @@ use crate::{
 
 /// Where the daemon listens for `anyportctl`, unless told otherwise.
 pub const DEFAULT_SOCKET: &str = "/run/anyport/anyportd.sock";
+/// Where it keeps what was added by hand, unless told otherwise.
+pub const DEFAULT_STATE_DIR: &str = "/var/lib/anyport";
 const DEFAULT_FILE: &str = "/etc/anyport/anyport.toml";
 /// Far more than any machine has use for, and far less than makes the kernel's groups slow.
 const MAX_WORKERS: usize = 1024;
@@ -124,6 +128,12 @@ pub struct Settings {
     /// Where rules and services that were added by hand are kept [default: /var/lib/anyport]
     #[arg(long, env = "ANYPORT_STATE_DIR", value_name = "DIR")]
     pub state_dir: Option<PathBuf>,
+    /// Whom to become when started by root: a user, or UID:GID [default: anyport if there is such a user, else root]
+    #[arg(long, env = "ANYPORT_USER", value_name = "USER")]
+    pub user: Option<User>,
+    /// Who may look, beside those who may change: a group, or all [default: nobody]
+    #[arg(long, env = "ANYPORT_READERS", value_name = "GROUP")]
+    pub readers: Option<Readers>,
     /// Where BPF maps and links are pinned; a BPF file system is mounted where there is none
     /// [default: /sys/fs/bpf/anyport]
     #[arg(long, env = "ANYPORT_BPFFS", value_name = "DIR")]
@@ -170,6 +180,8 @@ impl Settings {
         Self {
             socket: self.socket.or(other.socket),
             state_dir: self.state_dir.or(other.state_dir),
+            user: self.user.or(other.user),
+            readers: self.readers.or(other.readers),
             bpffs: self.bpffs.or(other.bpffs),
             steering: self.steering.or(other.steering),
             interface: if self.interface.is_empty() { other.interface } else { self.interface },
@@ -189,9 +201,11 @@ impl Settings {
 /// The settings that can change while the daemon runs.
 const LIVE: [&str; 4] = ["max-rules", "drain-timeout", "keep", "log-level"];
 /// Those that take a restart.
-const FIXED: [&str; 10] = [
+const FIXED: [&str; 12] = [
     "socket",
     "state-dir",
+    "user",
+    "readers",
     "bpffs",
     "steering",
     "interface",
@@ -215,6 +229,8 @@ pub struct Source {
 pub struct Config {
     pub socket: PathBuf,
     pub state_dir: PathBuf,
+    pub user: Option<User>,
+    pub readers: Option<Readers>,
     pub bpffs: PathBuf,
     pub steering: Choice,
     pub interfaces: Vec<String>,
@@ -240,14 +256,33 @@ impl Config {
     /// # Errors
     /// The file can't be read or something in it is wrong: says where and what.
     pub fn new(options: Settings, file: Option<&Path>) -> anyhow::Result<Self> {
+        let config = Self::read(file, |text| Self::parse(options.clone(), text))?;
+        Ok(Self { source: Source { options, file: file.map(Path::to_owned) }, ..config })
+    }
+
+    fn read(file: Option<&Path>, parse: impl FnOnce(&str) -> anyhow::Result<Self>) -> anyhow::Result<Self> {
         let path = file.unwrap_or(Path::new(DEFAULT_FILE));
         let text = match fs::read_to_string(path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound && file.is_none() => String::new(),
             text => text.with_context(|| format!("read the configuration {}", path.display()))?,
         };
-        let config = Self::parse(options.clone(), &text);
-        let config = config.with_context(|| format!("in the configuration {}", path.display()))?;
-        Ok(Self { source: Source { options, file: file.map(Path::to_owned) }, ..config })
+        parse(&text).with_context(|| format!("in the configuration {}", path.display()))
+    }
+
+    /// What the keeper needs to know: everything but services and rules, which servers read.
+    ///
+    /// # Errors
+    /// As [`Self::new`], as far as it looks.
+    pub fn without_rules(options: Settings, file: Option<&Path>) -> anyhow::Result<Self> {
+        #[derive(Default, Deserialize)]
+        #[serde(default)]
+        struct DaemonTable {
+            daemon: Settings,
+        }
+        Self::read(file, |text| {
+            let DaemonTable { daemon } = toml::from_str(text)?;
+            Self::settle(options.or(daemon), Vec::new(), RuleSet::default())
+        })
     }
 
     /// Reads the same file again, with the same options.
@@ -287,11 +322,14 @@ impl Config {
     /// In the order of [`FIXED`].
     fn fixed_texts(&self) -> Vec<String> {
         let Self { socket, state_dir, bpffs, steering, interfaces, workers, limits, metrics, log_format, .. } = self;
+        let Self { user, readers, .. } = self;
         let number = |limit: Option<NonZeroU32>| limit.map_or_else(|| "none".to_owned(), |limit| limit.to_string());
         let steering = steering.back_end().map_or_else(|| "auto".to_owned(), |it| it.to_string());
         vec![
             socket.display().to_string(),
             state_dir.display().to_string(),
+            user.as_ref().map_or_else(|| "by default".to_owned(), |it| it.to_string()),
+            readers.as_ref().map_or_else(|| "nobody".to_owned(), |it| it.to_string()),
             bpffs.display().to_string(),
             steering,
             if interfaces.is_empty() { "all".to_owned() } else { interfaces.join(", ") },
@@ -315,10 +353,11 @@ impl Config {
     #[must_use]
     pub fn without_tables(&self) -> Self {
         let (services, rules) = (Vec::new(), RuleSet::default());
-        let Self { socket, state_dir, bpffs, interfaces, source, .. } = self;
+        let Self { socket, state_dir, user, readers, bpffs, interfaces, source, .. } = self;
         let (socket, state_dir, bpffs) = (socket.clone(), state_dir.clone(), bpffs.clone());
+        let (user, readers) = (user.clone(), readers.clone());
         let (interfaces, source) = (interfaces.clone(), source.clone());
-        Self { socket, state_dir, bpffs, interfaces, services, rules, source, ..*self }
+        Self { socket, state_dir, user, readers, bpffs, interfaces, services, rules, source, ..*self }
     }
 
     fn parse(options: Settings, text: &str) -> anyhow::Result<Self> {
@@ -329,7 +368,10 @@ impl Config {
         if !problems.is_empty() {
             bail!("{}", problems.join("\n"));
         }
-        let settings = options.or(file.daemon);
+        Self::settle(options.or(file.daemon), services, rules)
+    }
+
+    fn settle(settings: Settings, services: Vec<ServiceConfig>, rules: RuleSet) -> anyhow::Result<Self> {
         let workers = settings.workers.unwrap_or_else(|| thread::available_parallelism().unwrap_or(NonZeroUsize::MIN));
         if workers.get() > MAX_WORKERS {
             bail!("workers = {workers}: the limit is {MAX_WORKERS}");
@@ -343,7 +385,9 @@ impl Config {
         }
         Ok(Self {
             socket: settings.socket.unwrap_or_else(|| DEFAULT_SOCKET.into()),
-            state_dir: settings.state_dir.unwrap_or_else(|| "/var/lib/anyport".into()),
+            state_dir: settings.state_dir.unwrap_or_else(|| DEFAULT_STATE_DIR.into()),
+            user: settings.user,
+            readers: settings.readers,
             bpffs: settings.bpffs.unwrap_or_else(|| "/sys/fs/bpf/anyport".into()),
             steering: settings.steering.unwrap_or_default(),
             interfaces: settings.interface,

@@ -13,7 +13,7 @@ use tokio::{
     sync::watch,
     time::{MissedTickBehavior, interval, sleep},
 };
-use tracing::{info, warn};
+use tracing::{error, info, warn};
 
 use crate::{
     api,
@@ -22,7 +22,7 @@ use crate::{
     keeper::{Begin, Command, Commands, Handover, Link},
     lock::Lock,
     observe::{self, Observer, Servers},
-    register,
+    register, rights,
     routes::News,
     service::{DescriptorPool, WorkerHandles, Workers},
 };
@@ -46,6 +46,10 @@ const NAME: &CStr = c"anyportd";
 /// What kept the daemon from starting, or what could not be removed at its end.
 pub fn run(config: &Config, keeper: &Link) -> anyhow::Result<()> {
     prctl::set_name(NAME).context("name the process")?;
+    rights::for_start(config.steering).context("put the capabilities out of force")?;
+    if let Some(lack) = rights::confine(config)? {
+        warn!("{lack}");
+    }
     Engine::check(config)?;
     raise_descriptor_limit();
     let begin = keeper.wait_for_begin()?;
@@ -60,6 +64,8 @@ pub fn run(config: &Config, keeper: &Link) -> anyhow::Result<()> {
     let control = runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .thread_name("anyport-control")
+        // Such a thread may start while the one that starts it has them in force.
+        .on_thread_start(|| rights::for_control().unwrap_or_else(|error| error!("{error}")))
         .enable_all()
         .build()
         .context("start the control threads")?;
@@ -137,7 +143,7 @@ async fn control_loop(
     let metrics = config.metrics.map(watch_at).transpose()?;
     let hangup = signal(SignalKind::hangup()).context("wait for SIGHUP")?;
     lock.answer()?;
-    let listener = api::bind(&config.socket)?;
+    let listener = api::bind(&config.socket, config.readers.as_ref())?;
     let registering = register::bind(&register::socket_beside(&config.socket)).inspect_err(|_| {
         fs::remove_file(&config.socket).ok();
     })?;
@@ -148,9 +154,14 @@ async fn control_loop(
             return Err(error);
         }
     }
+    if let Some(engine) = engine.lock().await.as_ref() {
+        rights::for_control().context("give up what only a start needs")?;
+        rights::narrow(engine.back_end())?;
+    }
     let (stop, stopped) = watch::channel(false);
     let handover = Handover::new(keeper.clone());
-    let server = tokio::spawn(api::serve(listener, Arc::clone(&engine), observer, handover.clone(), stopped));
+    let (shared, readers) = (Arc::clone(&engine), config.readers.clone());
+    let server = tokio::spawn(api::serve(listener, shared, observer, handover.clone(), readers, stopped));
     let registrar = tokio::spawn(register::serve(registering, Arc::clone(&engine)));
     let watcher = tokio::spawn(keep_looking(Arc::clone(&engine), hangup));
     keeper.ready();

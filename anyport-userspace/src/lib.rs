@@ -35,6 +35,8 @@ pub mod logging;
 #[cfg(feature = "daemon")]
 pub mod observe;
 #[cfg(feature = "daemon")]
+pub mod rights;
+#[cfg(feature = "daemon")]
 pub mod routes;
 #[cfg(feature = "daemon")]
 pub mod service;

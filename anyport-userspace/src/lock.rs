@@ -32,7 +32,8 @@ use tracing::warn;
 /// Held by the daemon of a network namespace: names that begin with a NUL byte are the namespace's own, and go with
 /// the process however it ends (unix(7), since Linux 2.2; by namespace since 2.6.29).
 const NAME: &str = "anyportd";
-const DIRECTORY: &str = "/run/anyport";
+/// Where the lock is where it can't be a name.
+pub(crate) const DIRECTORY: &str = "/run/anyport";
 const ATTEMPTS: u32 = 40;
 const PAUSE: Duration = Duration::from_millis(50);
 

@@ -140,12 +140,16 @@ fn mounts_bpffs() {
     let path = directory.path().join("bpf");
     let mounted =
         || fs::read_to_string("/proc/thread-self/mounts").expect("mounts").contains(&path.display().to_string());
-    let mut daemon = Setup::new(&Netns::new(), "sk-lookup").bpffs(&path).start();
-    daemon.ok("add-prefix 192.0.2.0/24");
-    assert!(mounted(), "no bpffs at {}", path.display());
-    daemon.namespace().run("bpftool", ["map", "dump", "pinned", &path.join("rules").display().to_string()]);
-    daemon.stop();
-    assert!(!mounted(), "the bpffs at {} is left", path.display());
+    // To mount takes root. Who has become somebody else can't unmount it any more, and the next start finds it.
+    for (user, is_left) in [("anyport", true), ("root", false)] {
+        let mut daemon = Setup::new(&Netns::new(), "sk-lookup").bpffs(&path).args(["--user", user]).start();
+        daemon.ok("add-prefix 192.0.2.0/24");
+        assert!(mounted(), "no bpffs at {}", path.display());
+        daemon.namespace().run("bpftool", ["map", "dump", "pinned", &path.join("rules").display().to_string()]);
+        daemon.stop();
+        assert_eq!(mounted(), is_left, "the bpffs at {} after {user}", path.display());
+        assert!(!path.join("rules").exists());
+    }
 }
 
 /// Cables that are plugged in, pulled and plugged in again, while the daemon runs.

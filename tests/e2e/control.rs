@@ -24,7 +24,7 @@ const VERBS: [&str; 10] = [
     "add-service extra --handler echo",
     "remove-service extra",
     "services",
-    "register web --pid 1 --fd 3",
+    "unregister web --protocol tcp",
     "unregister web",
     "status",
 ];

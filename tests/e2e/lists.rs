@@ -167,7 +167,7 @@ fn registered(backend: &'static str) {
     lab.daemon.ok(&format!("add-service web --handler registered --source-deny {}", SERVER[0]));
     lab.daemon.ok(&format!("add-prefix {} --service web", PREFIX[0]));
     let listener = lab.topology.host.enter(|| TcpListener::bind("127.0.0.1:8080")).expect("a listener");
-    let request = Register { service: "web".parse().expect("a name"), pid: None, fd: None, listen: None };
+    let request = Register { service: "web".parse().expect("a name"), pid: None };
     let registering = socket_beside(&lab.daemon.socket());
     send(&registering, &Request::Register(request), &[listener.as_fd()]).expect("a registration");
     thread::spawn(move || {

@@ -5,7 +5,10 @@ use std::{
     fs,
     io::{BufRead as _, BufReader, Read as _, Write as _},
     net::{SocketAddr, UdpSocket},
-    os::{fd::AsFd as _, unix::fs::PermissionsExt as _},
+    os::{
+        fd::{AsFd as _, OwnedFd},
+        unix::fs::PermissionsExt as _,
+    },
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     sync::{
@@ -16,7 +19,7 @@ use std::{
     time::Duration,
 };
 
-use anyport::register::{Register, Request, send, socket_beside};
+use anyport::register::{Process, Register, Request, send, socket_beside};
 use anyport_tests::{
     daemon::{Daemon, LogOnPanic, Setup},
     dial::{expect_tcp_refused, tcp, tcp_text, udp},
@@ -102,6 +105,12 @@ impl Owner {
 
     fn descriptor(&self) -> i32 {
         self.number(1).into()
+    }
+
+    /// A second descriptor of its socket.
+    fn socket(&self, namespace: &Netns) -> OwnedFd {
+        let fetch = || Process::open(self.pid()).and_then(|process| process.candidate(self.descriptor()));
+        namespace.enter(fetch).expect("its socket").descriptor
     }
 
     pub(crate) fn signal(&self, signal: Signal) {
@@ -266,8 +275,7 @@ fn nginx(backend: &'static str) {
 fn udp_socket(backend: &'static str) {
     let lab = lab(backend, "");
     let socket = lab.topology.host.enter(|| UdpSocket::bind("0.0.0.0:5300")).expect("a UDP socket");
-    let request =
-        Request::Register(Register { service: "web".parse().expect("a name"), pid: None, fd: None, listen: None });
+    let request = Request::Register(Register { service: "web".parse().expect("a name"), pid: None });
     send(&register_socket(&lab.daemon), &request, &[socket.as_fd()]).expect("a registration");
     let own = socket.try_clone().expect("a second handle");
     socket.set_read_timeout(Some(Duration::from_secs(5))).expect("a time limit");
@@ -324,9 +332,9 @@ fn restarts(backend: &'static str) {
     let registering = register_socket(&lab.daemon);
     let take_over = |name: &str| {
         let owner = Owner::greeter(host, name, "127.0.0.1", 0);
-        let (service, pid, fd) = ("web".parse().expect("a name"), Some(owner.pid()), Some(owner.descriptor()));
-        send(&registering, &Request::Register(Register { service, pid, fd, listen: None }), &[])
-            .expect("a registration");
+        let request = Register { service: "web".parse().expect("a name"), pid: Some(owner.pid()) };
+        let socket = owner.socket(host);
+        send(&registering, &Request::Register(request), &[socket.as_fd()]).expect("a registration");
         owner
     };
     let failures = Mutex::new(Vec::new());
@@ -478,7 +486,8 @@ fn permissions() {
     let register = register_socket(&lab.daemon).display().to_string();
     let host = &lab.topology.host;
     // The interpreter may be where a stranger can't read it, so it gives its privileges up by itself.
-    let passer = |service| Owner::start(host, &["python3", &script("passer.py"), &register, service, "65533", "4711"]);
+    let passer =
+        |service: &str| Owner::start(host, &["python3", &script("passer.py"), &register, service, "65533", "4711"]);
     lab.daemon.ok("add-service closed --handler registered");
     lab.daemon.ok("add-service user --handler registered --owner user:65533");
     lab.daemon.ok("add-service group --handler registered --owner user:1 --owner group:4711");
@@ -500,9 +509,12 @@ fn permissions() {
     };
     let as_stranger = |arguments: &str| ask(&STRANGER, arguments);
     let outcome = as_stranger(&format!("register closed --pid {} --fd 3", owner.pid()));
-    assert!(outcome.status == 4 && outcome.stderr.contains("may not register"), "{outcome}");
+    assert!(outcome.status == 4 && outcome.stderr.contains("may not"), "{outcome}");
     let outcome = as_stranger(&format!("register user --pid {} --fd {}", foreign.pid(), foreign.descriptor()));
-    assert!(outcome.status == 4 && outcome.stderr.contains("another user's"), "the daemon is no deputy: {outcome}");
+    assert!(outcome.status == 4 && outcome.stderr.contains("another user's"), "nobody is a deputy: {outcome}");
+    // Who has the socket all the same may not say that it is somebody else's.
+    let liar = passer(&format!("user:{}", foreign.pid()));
+    assert!(liar.line.contains("\"status\":403") && liar.line.contains("another user's"), "{}", liar.line);
     let outcome = as_stranger("unregister closed");
     assert_eq!(outcome.status, 4, "{outcome}");
     let outcome = as_stranger("services");
@@ -553,8 +565,7 @@ fn refusals() {
         assert!(refusal.contains("another network namespace"), "{refusal}");
     }
     let two = [(); 2].map(|()| host.enter(|| std::net::TcpListener::bind("127.0.0.1:0")).expect("a socket"));
-    let request =
-        Request::Register(Register { service: "web".parse().expect("a name"), pid: None, fd: None, listen: None });
+    let request = Request::Register(Register { service: "web".parse().expect("a name"), pid: None });
     let descriptors = two.each_ref().map(|socket| socket.as_fd());
     let problem = send(&register_socket(&lab.daemon), &request, &descriptors).expect_err("two sockets for one place");
     let names = two.each_ref().map(|socket| socket.local_addr().expect("an address").to_string());
@@ -643,6 +654,7 @@ fn names() {
     let namespace = Netns::new();
     let daemon = Setup::new(&namespace, "sk-lookup").start();
     let owner = Owner::greeter(&namespace, "owner", "127.0.0.1", 0);
+    let socket = owner.socket(&namespace);
     let descriptors = || fs::read_dir(format!("/proc/{}/fd", daemon.pid())).expect("descriptors").count();
     let held =
         || namespace.run("bpftool", ["map", "dump", "pinned", &daemon.bpffs().join("sockets").display().to_string()]);
@@ -651,9 +663,8 @@ fn names() {
         let body = json!({ "name": name, "handler": "registered" }).to_string();
         let answer = http::request(&daemon.socket(), "POST", "/v1/services", body.as_bytes());
         assert!(answer.0 == 200, "{answer:?}");
-        let (pid, fd) = (Some(owner.pid()), Some(owner.descriptor()));
-        let register = Register { service: name.parse().expect("a name"), pid, fd, listen: None };
-        send(&register_socket(&daemon), &Request::Register(register), &[]).expect("a registration");
+        let register = Register { service: name.parse().expect("a name"), pid: Some(owner.pid()) };
+        send(&register_socket(&daemon), &Request::Register(register), &[socket.as_fd()]).expect("a registration");
         let answer = http::request(&daemon.socket(), "DELETE", &format!("/v1/services/{name}"), b"");
         assert!(answer.0 == 200, "{answer:?}");
     };

@@ -317,19 +317,25 @@ fn orphan() {
 /// The unit as it is shipped, with the programs from where they were built.
 fn systemd() {
     let topology = Topology::new();
-    let directory = scratch();
-    fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o755)).expect("a mode");
     let manager = Systemd::start(&topology.host);
     let [daemon, client] =
         ["anyportd", "anyportctl"].map(|name| program(name).expect("a program").display().to_string());
     manager.write("/run/systemd/system/anyport.service", include_str!("../../xtask/packaging/anyport.service"));
-    let drop_in = format!(
-        "[Unit]\nDefaultDependencies=no\n[Service]\nExecStart=\nExecStart={daemon} --drain-timeout 20s\n\
-         ExecReload=\nExecReload={client} reload\nStandardOutput=append:/run/log\nStandardError=append:/run/log\n"
-    );
-    manager.write("/run/systemd/system/anyport.service.d/test.conf", &drop_in);
+    // Not where the service may not look.
+    for (from, to) in [(&daemon, "/run/bin/anyportd"), (&client, "/run/bin/anyportctl")] {
+        manager.install(Path::new(from), to);
+    }
+    let drop_in = "[Unit]\nDefaultDependencies=no\n\
+        [Service]\nExecStart=\nExecStart=/run/bin/anyportd --drain-timeout 20s\n\
+        ExecReload=\nExecReload=/run/bin/anyportctl reload\n\
+        StandardOutput=append:/run/log\nStandardError=append:/run/log\n";
+    manager.write("/run/systemd/system/anyport.service.d/test.conf", drop_in);
+    manager.write("/run/tmpfiles.d/anyport.conf", include_str!("../../xtask/packaging/anyport.tmpfiles"));
+    manager.ok(&["systemd-tmpfiles", "--create", "anyport.conf"]);
     manager.ok(&["systemctl", "daemon-reload"]);
-    manager.ok(&["systemctl", "start", "anyport"]);
+    let log = || manager.run(&["cat", "/run/log"]).stdout;
+    let started = manager.run(&["systemctl", "start", "anyport"]);
+    assert!(started.status == 0, "{started}\n{}\n{}", manager.run(&["systemctl", "status", "anyport"]).stdout, log());
     let ctl = |words: &str| manager.ok(&[&[client.as_str()][..], &words.split(' ').collect::<Vec<_>>()].concat());
     let serving = || -> serde_json::Value {
         let status = serde_json::from_str::<serde_json::Value>(&ctl("status --json")).expect("JSON");
@@ -359,7 +365,6 @@ fn systemd() {
         expect_tcp_line(&mut stream, "reloaded\n");
         wait_for_more(served);
     });
-    let log = || manager.run(&["cat", "/run/log"]).stdout;
     assert!(tally.failures.is_empty(), "{} of {}:{}\n{}", tally.failures.len(), tally.served, tally.sample(), log());
     // The keeper itself is killed: newcomers wait until it is started again.
     let tally = dial_from(&topology, |served| {

@@ -4,6 +4,7 @@ use std::{
     ffi::{OsStr, OsString},
     fmt,
     fs::{self, File},
+    os::unix::fs::chown,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     time::Duration,
@@ -16,7 +17,7 @@ use nix::{
 use serde_json::Value;
 
 use crate::{
-    ground::{BPFFS, program, scratch},
+    ground::{BPFFS, GROUP, USER, program, scratch},
     host::{Outcome, wait_for},
     netns::Netns,
 };
@@ -112,6 +113,8 @@ impl Setup {
 
     fn launch(self) -> Daemon {
         let directory = scratch();
+        // Where it makes its sockets.
+        chown(directory.path(), Some(USER), Some(GROUP)).expect("a directory of the daemon's own");
         let name = directory.path().file_name().expect("a name");
         let bpffs = self.bpffs.clone().unwrap_or_else(|| Path::new(BPFFS).join(name));
         let mut daemon = Daemon { setup: self, bpffs, directory, process: None };

@@ -4,6 +4,7 @@ use std::{
     env,
     ffi::OsString,
     fs,
+    os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     process::Command,
 };
@@ -20,8 +21,10 @@ use crate::{host::Outcome, netns::Netns};
 /// Where the bpffs of the process is mounted after [`isolate`].
 pub const BPFFS: &str = "/sys/fs/bpf";
 
-/// The number of the group `anyport` after [`isolate`]. Its only member is the user `daemon`.
+/// The number of the group `anyport` after [`isolate`]. Its only members are the users `daemon` and `anyport`.
 pub const GROUP: u32 = 64_999;
+/// The number of the user `anyport` after [`isolate`], as whom daemons run unless a test wants something else.
+pub const USER: u32 = 64_998;
 
 /// What the tests need and this machine lacks, a line each.
 pub fn missing() -> Vec<String> {
@@ -120,11 +123,17 @@ pub fn isolate() {
     let none = None::<&Path>;
     mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).expect("private mounts");
     mount(Some("tmpfs"), "/run", Some("tmpfs"), MsFlags::empty(), none).expect("an own /run");
-    // The machine may have no group `anyport`, whose members may use the control socket.
-    let groups = fs::read_to_string("/etc/group").expect("the groups of this machine");
-    let others: Vec<&str> = groups.lines().filter(|line| !line.starts_with("anyport:")).collect();
-    fs::write("/run/group", format!("{}\nanyport:x:{GROUP}:daemon\n", others.join("\n"))).expect("a file of groups");
-    mount(Some("/run/group"), "/etc/group", none, MsFlags::MS_BIND, none).expect("own groups");
+    // The machine may have no user `anyport`, as whom the daemon runs, and no group whose members may use the control socket.
+    for (file, line) in [
+        ("group", format!("anyport:x:{GROUP}:daemon")),
+        ("passwd", format!("anyport:x:{USER}:{GROUP}::/nonexistent:/usr/sbin/nologin")),
+    ] {
+        let (own, usual) = (format!("/run/{file}"), format!("/etc/{file}"));
+        let all = fs::read_to_string(&usual).expect("users and groups of this machine");
+        let others: Vec<&str> = all.lines().filter(|line| !line.starts_with("anyport:")).collect();
+        fs::write(&own, format!("{}\n{line}\n", others.join("\n"))).expect("a file of users or groups");
+        mount(Some(&*own), &*usual, none, MsFlags::MS_BIND, none).expect("own users and groups");
+    }
     mount(Some("bpf"), BPFFS, Some("bpf"), MsFlags::empty(), none).expect("a bpffs");
     let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).expect("the limit of open files");
     setrlimit(Resource::RLIMIT_NOFILE, hard, hard).expect("a higher limit of open files");
@@ -137,9 +146,11 @@ pub fn public_copy(program: &Path, to: &Path) {
     assert!(status.success(), "copying {} to {}: {status}", program.display(), to.display());
 }
 
-/// A directory that goes with its handle, on the process's own `/run`.
+/// A directory that everybody may look into and that goes with its handle, on the process's own `/run`.
 pub fn scratch() -> tempfile::TempDir {
-    tempfile::Builder::new().prefix("anyport-").tempdir_in("/run").expect("a directory in /run")
+    let mut directory = tempfile::Builder::new();
+    directory.prefix("anyport-").permissions(fs::Permissions::from_mode(0o755));
+    directory.tempdir_in("/run").expect("a directory in /run")
 }
 
 /// A directory of links that makes `iptables` and its relatives those of `flavour`: `nft` or `legacy`.

@@ -2,7 +2,7 @@
 
 use std::{
     fs,
-    path::Path,
+    path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     time::Duration,
 };
@@ -11,6 +11,7 @@ use nix::unistd::Pid;
 
 use crate::{
     daemon::children,
+    ground::public_copy,
     host::{Outcome, wait_for},
     netns::Netns,
 };
@@ -29,6 +30,10 @@ mount --bind /run/etc /etc
 mount -t tmpfs tmpfs /var
 mkdir -p /run/lock /run/systemd/system
 printf '[Unit]\nDefaultDependencies=no\n' > /run/systemd/system/quiet.target
+for unit in socket service; do
+    mkdir /run/systemd/system/dbus.$unit.d
+    printf '[Unit]\nDefaultDependencies=no\n' > /run/systemd/system/dbus.$unit.d/quiet.conf
+done
 exec env container=other SYSTEMD_LOG_TARGET=console /lib/systemd/systemd --system --unit=quiet.target
 ";
 
@@ -57,6 +62,8 @@ impl Systemd {
             let outcome = this.run(&["systemctl", "is-active", "quiet.target"]);
             if outcome.status == 0 { Ok(()) } else { Err(outcome.to_string()) }
         });
+        // By which others than root ask it something.
+        this.ok(&["systemctl", "start", "dbus.socket", "dbus.service"]);
         this
     }
 
@@ -76,9 +83,20 @@ impl Systemd {
 
     /// Writes a file where the manager sees it.
     pub fn write(&self, path: &str, text: &str) {
+        let seen = self.seen(path);
+        fs::write(&seen, text).unwrap_or_else(|error| panic!("{}: {error}", seen.display()));
+    }
+
+    /// Copies a program there, for everyone.
+    pub fn install(&self, program: &Path, path: &str) {
+        public_copy(program, &self.seen(path));
+    }
+
+    /// What the manager sees as `path`, in a directory that is made.
+    fn seen(&self, path: &str) -> PathBuf {
         let seen = Path::new("/proc").join(self.manager.to_string()).join("root").join(path.trim_start_matches('/'));
         fs::create_dir_all(seen.parent().expect("a directory")).expect("directories");
-        fs::write(&seen, text).unwrap_or_else(|error| panic!("{}: {error}", seen.display()));
+        seen
     }
 }
 

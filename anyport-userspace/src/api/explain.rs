@@ -242,7 +242,10 @@ pub struct ListenerView {
     pub protocol: Protocol,
     /// Where it is bound.
     pub local: SocketAddr,
-    /// The process that holds it, as far as that can be seen.
+    /// Its inode, by which the process is found that holds it.
+    #[serde(default)]
+    pub inode: u64,
+    /// The process that holds it, as far as that can be seen: `anyportctl` looks by itself where the daemon may not.
     pub pid: Option<u32>,
     /// That process's name.
     pub process: Option<String>,

@@ -4,6 +4,8 @@ mod changed;
 #[cfg(feature = "daemon")]
 mod client;
 #[cfg(feature = "daemon")]
+mod clients;
+#[cfg(feature = "daemon")]
 mod events;
 #[cfg(feature = "daemon")]
 mod explain;
@@ -25,11 +27,11 @@ pub use self::{
         Considered, Endpoint, Explain, Explanation, ListenerView, Reason, RouteView, RuleView, SocketView, Verdict,
     },
     live::{LivePrefix, LiveService, LiveUpstream, LiveView, PrefixCounts, ServiceCounts},
-    peer::Peer,
+    peer::{Peer, Readers},
     server::{Shared, bind, serve},
     types::{
         AddPrefixes, Applied, Apply, BackEndView, ListPrefixes, MendedView, PrefixView, ProgressView, Reload, Reloaded,
-        RemovePrefixes, ServiceView, StatusView, Taken, Totals, parse,
+        RemovePrefixes, ServiceView, StatusView, TakeOver, Taken, Totals, parse,
     },
 };
 pub use changed::Changed;

@@ -1,9 +1,11 @@
-use std::{io, os::fd::BorrowedFd};
+use std::{fmt, io, os::fd::BorrowedFd, str::FromStr};
 
 use nix::{
     sys::socket::{getsockopt, sockopt::PeerCredentials},
     unistd::{Group, Uid},
 };
+
+use serde::Deserialize;
 
 use crate::sys::peer_groups;
 
@@ -36,9 +38,63 @@ impl Peer {
 
     /// Whether it may use the whole API.
     pub fn is_in_control(&self) -> bool {
-        let is_member = |group: Group| self.groups.contains(&group.gid.as_raw());
-        self.uid.is_root()
-            || self.uid == Uid::effective()
-            || Group::from_name(GROUP).ok().flatten().is_some_and(is_member)
+        self.uid.is_root() || self.uid == Uid::effective() || is_member(self, GROUP)
     }
+}
+
+/// Who may look at everything and change nothing, beside those who are in control.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(try_from = "String")]
+pub enum Readers {
+    /// Whoever gets to the socket.
+    All,
+    /// The members of a group.
+    Group(String),
+}
+
+impl Readers {
+    /// Whether a peer is one of them.
+    pub fn include(&self, peer: &Peer) -> bool {
+        match self {
+            Self::All => true,
+            Self::Group(name) => is_member(peer, name),
+        }
+    }
+}
+
+impl FromStr for Readers {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let is_safe = |it: char| it.is_ascii_alphanumeric() || "_-.".contains(it);
+        match text {
+            "all" => Ok(Self::All),
+            name if name.starts_with(is_safe) && !name.starts_with('-') && name.chars().all(is_safe) => {
+                Ok(Self::Group(name.to_owned()))
+            }
+            _ => Err(format!("{text:?} is no name of a group, nor all")),
+        }
+    }
+}
+
+impl TryFrom<String> for Readers {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
+    }
+}
+
+impl fmt::Display for Readers {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::All => f.write_str("all"),
+            Self::Group(name) => f.write_str(name),
+        }
+    }
+}
+
+fn is_member(peer: &Peer, name: &str) -> bool {
+    let is_one = |group: Group| peer.groups.contains(&group.gid.as_raw());
+    Group::from_name(name).ok().flatten().is_some_and(is_one)
 }

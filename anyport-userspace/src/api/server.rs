@@ -1,15 +1,14 @@
 use std::{
     fs,
     io::ErrorKind,
-    os::{
-        fd::AsFd as _,
-        unix::{
-            fs::{FileTypeExt as _, PermissionsExt as _},
-            net::UnixStream,
-        },
+    os::unix::{
+        fs::{FileTypeExt as _, PermissionsExt as _},
+        net::UnixStream,
     },
     path::Path,
+    pin::pin,
     sync::Arc,
+    time::Duration,
 };
 
 use anyhow::{Context as _, bail};
@@ -17,30 +16,32 @@ use axum::{
     Extension, Json, Router,
     body::Bytes,
     extract::{
-        ConnectInfo, DefaultBodyLimit, Path as UrlPath, Query, Request, State,
-        connect_info::Connected,
+        ConnectInfo, DefaultBodyLimit, FromRequest, Path as UrlPath, Query, Request, State,
         rejection::{BytesRejection, QueryRejection},
     },
-    http::{StatusCode, header::CONTENT_TYPE},
+    http::{Method, StatusCode, header::CONTENT_TYPE},
     middleware::{self, Next},
     response::{IntoResponse, Response},
     routing::{delete, get, post},
-    serve::IncomingStream,
 };
 use futures_util::{FutureExt as _, future::BoxFuture};
 use nix::{
     sys::socket::{getsockopt, sockopt::PeerCredentials},
-    unistd::{Group, Uid, chown},
+    unistd::{Group, chown},
 };
 use serde::de::DeserializeOwned;
 use tokio::{
     net::UnixListener,
-    sync::{Mutex, watch},
+    sync::{Mutex, Semaphore, watch},
+    time::{sleep, timeout},
 };
+use tokio_util::task::TaskTracker;
 use tracing::{info, warn};
 
 use super::{
-    Kind, Peer, Problem, Taken, parse,
+    Kind, Peer, Problem, Readers, TakeOver, Taken,
+    clients::{Client, Clients},
+    parse,
     peer::GROUP,
     types::{MAX_BODY, MAX_FILE, too_large},
 };
@@ -51,14 +52,21 @@ use crate::{
     rules::{InvalidText, ServiceName},
 };
 
+/// How long the body of a request may take to come.
+const BODY_TIME: Duration = Duration::from_secs(30);
+/// How many requests of those who may only look are answered at a time.
+const READERS_AT_ONCE: usize = 2;
+/// How long to wait where no descriptor is free.
+const PAUSE: Duration = Duration::from_millis(100);
+
 /// The engine, until the daemon stops.
 pub type Shared = Arc<Mutex<Option<Engine>>>;
 
-/// Opens the control socket, for root and the group `anyport`.
+/// Opens the control socket, for root and the group `anyport`; with readers for everybody, since each request is looked at.
 ///
 /// # Errors
 /// Another daemon answers there, or the socket can't be made.
-pub fn bind(path: &Path) -> anyhow::Result<UnixListener> {
+pub fn bind(path: &Path, readers: Option<&Readers>) -> anyhow::Result<UnixListener> {
     let attempt = || format!("open the control socket {}", path.display());
     match UnixStream::connect(path) {
         Ok(peer) => {
@@ -78,7 +86,8 @@ pub fn bind(path: &Path) -> anyhow::Result<UnixListener> {
         fs::create_dir_all(directory).with_context(attempt)?;
     }
     let listener = UnixListener::bind(path).with_context(attempt)?;
-    fs::set_permissions(path, fs::Permissions::from_mode(0o660)).with_context(attempt)?;
+    let mode = if readers.is_some() { 0o666 } else { 0o660 };
+    fs::set_permissions(path, fs::Permissions::from_mode(mode)).with_context(attempt)?;
     if let Ok(Some(group)) = Group::from_name(GROUP) {
         chown(path, None, Some(group.gid)).with_context(attempt)?;
     }
@@ -94,8 +103,10 @@ pub async fn serve(
     engine: Shared,
     observer: Arc<Observer>,
     handover: Handover,
-    mut stop: watch::Receiver<bool>,
+    readers: Option<Readers>,
+    stop: watch::Receiver<bool>,
 ) -> anyhow::Result<()> {
+    let access = Access { readers, turns: Arc::new(Semaphore::new(READERS_AT_ONCE)) };
     let how_far = engine.lock().await.as_ref().map(Engine::progress).unwrap_or_default();
     let api = Router::new()
         .route("/v1/status", get(status))
@@ -116,29 +127,51 @@ pub async fn serve(
         .layer(Extension(how_far))
         .layer(Extension(handover))
         .layer(Extension(observer))
-        .layer(middleware::from_fn(permit))
-        .with_state(engine)
-        .into_make_service_with_connect_info::<Peer>();
-    axum::serve(listener, api)
-        .with_graceful_shutdown(async move {
-            // The sender goes only with the daemon itself.
-            stop.wait_for(|stop| *stop).await.ok();
-        })
-        .await
-        .context("serve the control socket")
-}
-
-impl Connected<IncomingStream<'_, UnixListener>> for Peer {
-    fn connect_info(stream: IncomingStream<'_, UnixListener>) -> Self {
-        Self::of(stream.io().as_fd()).unwrap_or_else(|error| {
-            warn!("ask the kernel who is at the control socket: {error}");
-            Self { pid: 0, uid: Uid::from_raw(u32::MAX), groups: Vec::new() }
-        })
+        .layer(middleware::from_fn_with_state(access, permit))
+        .with_state(engine);
+    let connections = TaskTracker::new();
+    let clients = Clients::default();
+    let mut told = stop.clone();
+    // The sender goes only with the daemon itself.
+    let mut stopped = pin!(async { drop(told.wait_for(|stop| *stop).await) });
+    loop {
+        tokio::select! {
+            accepted = listener.accept() => match accepted {
+                Ok((stream, _)) => clients.serve(stream, &api, &stop, &connections),
+                Err(error) => {
+                    warn!("accept at the control socket: {error}");
+                    sleep(PAUSE).await;
+                }
+            },
+            () = &mut stopped => break,
+        }
     }
+    connections.close();
+    connections.wait().await;
+    Ok(())
 }
 
-async fn permit(ConnectInfo(peer): ConnectInfo<Peer>, request: Request, next: Next) -> Response {
+/// Who may look, and how many of them at a time: a command never waits for more.
+#[derive(Clone, Debug)]
+struct Access {
+    readers: Option<Readers>,
+    turns: Arc<Semaphore>,
+}
+
+async fn permit(
+    State(Access { readers, turns }): State<Access>,
+    ConnectInfo(peer): ConnectInfo<Peer>,
+    Extension(client): Extension<Client>,
+    request: Request,
+    next: Next,
+) -> Response {
+    let _busy = client.busy();
     if peer.is_in_control() {
+        return next.run(request).await;
+    }
+    if request.method() == Method::GET && readers.is_some_and(|readers| readers.include(&peer)) {
+        // It is never closed.
+        let _turn = turns.acquire().await;
         return next.run(request).await;
     }
     info!("refused user {} at the control socket", peer.uid);
@@ -155,7 +188,22 @@ impl IntoResponse for Problem {
 }
 
 type Answer<T> = Result<Json<T>, Problem>;
-type Body = Result<Bytes, BytesRejection>;
+
+/// The body of a request, if it came in time.
+struct Body(Result<Bytes, BytesRejection>);
+
+impl<S: Send + Sync> FromRequest<S> for Body {
+    type Rejection = Problem;
+
+    async fn from_request(request: Request, state: &S) -> Result<Self, Problem> {
+        let read = timeout(BODY_TIME, Bytes::from_request(request, state)).await;
+        let late = |_| {
+            let error = format!("read the body of the request: it was not there after {} s", BODY_TIME.as_secs());
+            Problem::new(Kind::Invalid, error)
+        };
+        read.map(Self).map_err(late)
+    }
+}
 
 /// Asks the engine.
 async fn ask<T>(engine: &Shared, question: impl FnOnce(&mut Engine) -> Result<T, Problem>) -> Answer<T> {
@@ -190,7 +238,7 @@ fn read<T: DeserializeOwned>(body: Body) -> Result<T, Problem> {
 }
 
 fn bytes(body: Body, limit: usize) -> Result<Bytes, Problem> {
-    body.map_err(|rejection| {
+    body.0.map_err(|rejection| {
         let error = format!("read the body of the request: {}", rejection.body_text());
         match rejection.status() {
             StatusCode::PAYLOAD_TOO_LARGE => too_large(error, limit),
@@ -204,8 +252,13 @@ async fn no_such_thing(request: Request) -> Problem {
         .hint("docs/api.md describes the requests")
 }
 
-async fn take_over(ConnectInfo(peer): ConnectInfo<Peer>, Extension(handover): Extension<Handover>) -> Answer<Taken> {
-    handover.request(&peer).await.map(Json)
+async fn take_over(
+    ConnectInfo(peer): ConnectInfo<Peer>,
+    Extension(handover): Extension<Handover>,
+    body: Body,
+) -> Answer<Taken> {
+    let TakeOver { executable } = read(body)?;
+    handover.request(&peer, &executable).await.map(Json)
 }
 
 async fn status(State(engine): State<Shared>) -> Answer<super::StatusView> {

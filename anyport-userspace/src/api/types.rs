@@ -1,4 +1,4 @@
-use std::num::NonZeroU16;
+use std::{num::NonZeroU16, path::PathBuf};
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
@@ -357,6 +357,14 @@ pub struct Totals {
     pub listen_drops: u64,
     /// As [`ServiceStats::receive_drops`].
     pub receive_drops: u64,
+}
+
+/// Which program is to serve from now on.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TakeOver {
+    /// Its file, with the whole path.
+    pub executable: PathBuf,
 }
 
 /// Answer to a takeover: another process serves from now on.

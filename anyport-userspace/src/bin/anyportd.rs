@@ -3,11 +3,12 @@
 
 use std::process::ExitCode;
 
+use anyhow::Context as _;
 use anyport::{
     config::{Config, Options},
-    daemon,
+    daemon, engine,
     keeper::{self, Link},
-    logging,
+    logging, rights,
 };
 use clap::Parser as _;
 use tracing::error;
@@ -19,11 +20,9 @@ fn main() -> ExitCode {
         Ok(link) => link,
         Err(error) => return fail(&error),
     };
-    if link.is_none() && !takeover && !check {
-        return keeper::keep()
-            .unwrap_or_else(|error| fail(&anyhow::Error::from(error).context("start the server process")));
-    }
-    let config = match Config::new(settings, config.as_deref()) {
+    // Who only keeps sockets or asks for something needs no rules.
+    let read = if link.is_some() || check { Config::new } else { Config::without_rules };
+    let config = match read(settings, config.as_deref()) {
         Ok(config) => config,
         Err(error) => {
             eprintln!("anyportd: {error:#}");
@@ -37,7 +36,8 @@ fn main() -> ExitCode {
         return ExitCode::SUCCESS;
     }
     let Some(link) = link else {
-        return keeper::take_over(&config.socket).map_or_else(|error| fail(&error), |()| ExitCode::SUCCESS);
+        let done = if takeover { keeper::take_over(&config.socket).map(|()| ExitCode::SUCCESS) } else { keep(&config) };
+        return done.unwrap_or_else(|error| fail(&error));
     };
     logging::open(config.log_level, config.log_format);
     match daemon::run(&config, &link) {
@@ -48,6 +48,15 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+fn keep(config: &Config) -> anyhow::Result<ExitCode> {
+    // Root may take them out of their owners.
+    let fetched = engine::fetch_registered(&config.state_dir);
+    if let Some(why) = rights::become_user(config)? {
+        eprintln!("anyportd: running as root with all of its rights: {why}");
+    }
+    keeper::keep(fetched).context("start the server process")
 }
 
 fn fail(error: &anyhow::Error) -> ExitCode {

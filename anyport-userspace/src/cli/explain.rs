@@ -8,6 +8,7 @@ use crate::{
         Client, Endpoint, Explain as Request, Explanation, Kind, ListenerView, Problem, Reason, RuleView, SocketView,
         Verdict,
     },
+    host::{self, Owner},
     rules::{InvalidText, Origin, Protocol},
 };
 
@@ -42,8 +43,20 @@ impl Explain {
         let to: Endpoint = to.parse().map_err(|it: InvalidText| Problem::new(Kind::Invalid, it.0))?;
         let request = Request { protocol, to, from };
         request.validate()?;
-        let answer: Explanation = client.get(&path("/v1/explain", &request)?).await?;
+        let mut answer: Explanation = client.get(&path("/v1/explain", &request)?).await?;
+        find_owners(&mut answer);
         out.print(&answer, text)
+    }
+}
+
+/// The daemon sees only into processes of its own user, who calls this often into others.
+fn find_owners(answer: &mut Explanation) {
+    let unknown = || answer.listeners.iter().chain(&answer.shadowed).filter(|it| it.pid.is_none());
+    let owners = host::owners(&unknown().map(|it| it.inode).collect());
+    for listener in answer.listeners.iter_mut().chain(&mut answer.shadowed).filter(|it| it.pid.is_none()) {
+        if let Some(Owner { pid, name }) = owners.get(&listener.inode) {
+            (listener.pid, listener.process) = (Some(*pid), Some(name.clone()));
+        }
     }
 }
 
@@ -129,7 +142,7 @@ fn socket_text(socket: &SocketView) -> String {
 }
 
 fn listener(view: &ListenerView) -> String {
-    let ListenerView { protocol, local, pid, process } = view;
+    let ListenerView { protocol, local, pid, process, .. } = view;
     format!("{protocol} {local} of {}", owner(*pid, process.as_deref()))
 }
 

@@ -1,9 +1,15 @@
-use std::{env, os::fd::BorrowedFd, process};
+use std::{
+    env,
+    os::fd::{AsFd as _, BorrowedFd},
+    process,
+};
+
+use nix::sys::stat::fstat;
 
 use super::Output;
 use crate::{
     api::{Client, Kind, Problem},
-    register::{Listen, Register, Request, Unregister, send, socket_beside},
+    register::{Listen, Process, Register, Request, Unregister, holders, send, socket_beside},
     rules::{Protocol, ServiceName},
     service::Family,
     sys::inherited,
@@ -37,12 +43,29 @@ impl Add {
             return Err(Problem::new(Kind::Invalid, "register: which socket of the process?")
                 .hint("name it by --fd N or --listen tcp:ADDR:PORT"));
         }
-        let descriptors = if pid.is_none() { passed()? } else { Vec::new() };
         let done = format!("service {service} receives at what was registered");
-        let request = Request::Register(Register { service, pid, fd, listen });
+        // Fetching takes the rights of whoever calls this, and anyportd has none that would do.
+        let fetched = match (pid.map(Process::open).transpose()?, fd, listen) {
+            (Some(process), Some(fd), _) => vec![process.candidate(fd)?],
+            (Some(process), None, Some(listen)) => process.listening(&listen)?,
+            _ => Vec::new(),
+        };
+        let mut descriptors: Vec<_> = fetched.iter().map(|it| it.descriptor.as_fd()).collect();
+        if pid.is_none() {
+            descriptors = passed()?;
+        }
+        // Who only passes sockets on will have ended soon.
+        let pid = pid.or_else(|| holder(*descriptors.first()?));
+        let request = Request::Register(Register { service, pid });
         let answer = send(&socket_beside(client.socket()), &request, &descriptors)?;
         out.print_change(&answer, done)
     }
+}
+
+/// Another process that holds a socket, as far as that can be seen.
+fn holder(socket: BorrowedFd<'_>) -> Option<u32> {
+    let inode = fstat(socket).ok()?.st_ino;
+    holders(inode).next().map(|(pid, _)| pid)
 }
 
 /// What systemd passed.

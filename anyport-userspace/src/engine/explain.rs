@@ -234,7 +234,13 @@ fn listeners(transport: Transport, to: SocketAddr, are_shadowed: bool) -> anyhow
         let (pid, process) = (owner.map(|it| it.pid), owner.map(|it| it.name.clone()));
         // The sockets of a group that one process holds are one to people.
         if !views.iter().any(|it| it.local == listener.local && it.pid == pid) {
-            views.push(ListenerView { protocol: transport.into(), local: listener.local, pid, process });
+            views.push(ListenerView {
+                protocol: transport.into(),
+                local: listener.local,
+                inode: listener.inode,
+                pid,
+                process,
+            });
         }
     }
     Ok(views)

@@ -237,6 +237,10 @@ impl Steering for Simulated {
         self.fallibly(|| Box::new(|_| Counters::default()) as _)
     }
 
+    fn goes_on_with(&self, _cookie: u64) -> bool {
+        false
+    }
+
     fn unmatched(&self) -> anyhow::Result<u64> {
         Ok(0)
     }

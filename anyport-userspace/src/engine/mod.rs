@@ -40,6 +40,7 @@ pub use self::{
     events::Clock,
     observed::{Observed, ObservedService},
     progress::Progress,
+    register::fetch_registered,
     views::Counted,
 };
 use crate::{
@@ -48,7 +49,7 @@ use crate::{
     routes::{Coverage, Edits, Routes, Watch},
     rules::{Origin, Prefix, RuleSet, ServiceName, Terms},
     service::{Commons, DescriptorPool, Service, ServiceConfig},
-    steering::{Steering, choose::Outcome},
+    steering::{BackEnd, Steering, choose::Outcome},
     store::Store,
     table::{Published, Table},
 };
@@ -139,6 +140,11 @@ impl Engine {
     /// How far a long command is, for those who can't wait for it.
     pub fn progress(&self) -> Arc<Progress> {
         Arc::clone(&self.progress)
+    }
+
+    /// Which back end is in use.
+    pub fn back_end(&self) -> BackEnd {
+        self.steering.back_end()
     }
 
     /// Notified when a process has ended that registered a socket: time to [`Self::refresh`].

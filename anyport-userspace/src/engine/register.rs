@@ -5,6 +5,7 @@ use std::{
     fs,
     net::SocketAddr,
     os::fd::OwnedFd,
+    path::Path,
     sync::Arc,
 };
 
@@ -23,10 +24,11 @@ use crate::{
     datagram::Ends,
     host,
     register::{Candidate, Process, Registered, Unregister, choose, holders},
+    rights,
     rules::{Change, Protocol, ServiceName, to_address},
     service::{AnswerGuard, Family, HandlerKind, ServiceConfig, SocketInfo},
     steering::{BackEnd, GroupSocket, Holder},
-    store::KeptSocket,
+    store::{KeptSocket, Store},
     table::Published,
 };
 
@@ -277,21 +279,47 @@ impl Engine {
             if !self.services.get(&kept.service).is_some_and(takes) {
                 continue;
             }
-            let socket = find(&kept).map(|(candidate, pid)| {
-                let is_transparent = self.steering.back_end() != BackEnd::Tproxy;
-                if !is_transparent && let Err(problem) = make_group_transparent(&candidate) {
-                    error!("service {}: {problem}", kept.service);
-                }
-                Arc::new(Registered::new(candidate, pid, &self.owner_exits))
-            });
+            let socket = self.find(&kept).map(Arc::new);
             let registrations = self.registered.entry(kept.service.clone()).or_default();
             for place in kept.places.iter().copied().filter(|place| *place < KINDS.len()) {
                 match &socket {
-                    Some(socket) => registrations.live[place] = Some(Arc::clone(socket)),
-                    None => registrations.lost[place] = Some(format!("its owner closed {} meanwhile", kept.local)),
+                    Ok(socket) => registrations.live[place] = Some(Arc::clone(socket)),
+                    Err(why) => registrations.lost[place] = Some(why.clone()),
                 }
             }
         }
+    }
+
+    /// The socket that was kept, by whichever way leads to it: through the keeper, which has fetched it while it was root; out of
+    /// whoever holds it; or without a descriptor, where the kernel has it still.
+    fn find(&self, kept: &KeptSocket) -> Result<Registered, String> {
+        let KeptSocket { cookie, local, pid, .. } = *kept;
+        let through_keeper = || {
+            let name = kept_name(cookie);
+            let fetched = self.commons.keeper.take(&name).into_iter().next()?;
+            // Where it stayed, it would keep the socket open when its owner is gone.
+            self.commons.keeper.forget(name);
+            Some((Candidate::new(fetched).ok().filter(|it| it.cookie == cookie)?, pid))
+        };
+        if let Some((candidate, pid)) = through_keeper().or_else(|| fetch(kept)) {
+            if self.steering.back_end() == BackEnd::Tproxy
+                && let Err(problem) = make_group_transparent(&candidate)
+            {
+                error!("service {}: {problem}", kept.service);
+            }
+            return Ok(Registered::new(candidate, pid, &self.owner_exits));
+        }
+        let listeners = host::listeners().map_err(|error| format!("{error:#}"))?;
+        let Some(there) = listeners.iter().find(|it| it.inode == kept.inode) else {
+            return Err(format!("its owner closed {local} meanwhile"));
+        };
+        if !self.steering.goes_on_with(cookie) {
+            return Err(format!(
+                "anyportd has been stopped meanwhile, and may not fetch {local} from its owner, pid {pid}, by itself: \
+                 register it again"
+            ));
+        }
+        Ok(Registered::in_kernel(kept, there.transport, &self.owner_exits))
     }
 
     /// Closes our descriptors of registered sockets, which are in the kernel's map by now.
@@ -316,8 +344,8 @@ impl Engine {
         for (name, registrations) in &self.registered {
             for (place, socket) in registrations.live.iter().enumerate() {
                 let Some(socket) = socket else { continue };
-                let Registered { cookie, inode, local, .. } = **socket;
-                let new = || KeptSocket { service: name.clone(), places: Vec::new(), cookie, inode, local };
+                let Registered { cookie, inode, local, owner: host::Owner { pid, .. }, .. } = **socket;
+                let new = || KeptSocket { service: name.clone(), places: Vec::new(), cookie, inode, local, pid };
                 kept.entry((name, cookie)).or_insert_with(new).places.push(place);
             }
         }
@@ -357,11 +385,22 @@ pub(super) fn expect_fallbacks(services: &[&ServiceConfig]) -> Result<(), Proble
     Ok(())
 }
 
+/// The sockets that were registered and are still open, with the names under which the server asks the keeper for them. For who may take
+/// them out of their owners.
+pub fn fetch_registered(state_dir: &Path) -> Vec<(String, OwnedFd)> {
+    let kept = Store::look_for_registered(state_dir, &boot_id());
+    kept.iter().filter_map(|kept| Some((kept_name(kept.cookie), fetch(kept)?.0.descriptor))).collect()
+}
+
+/// No service has such a name.
+fn kept_name(cookie: u64) -> String {
+    format!(":registered/{cookie}")
+}
+
 /// The socket that was kept, and a process that holds it. Cookies tell it from any other one since the boot.
-fn find(kept: &KeptSocket) -> Option<(Candidate, u32)> {
+fn fetch(kept: &KeptSocket) -> Option<(Candidate, u32)> {
     holders(kept.inode).find_map(|(pid, descriptor)| {
-        let candidate = Process::open(pid).ok()?.candidate(descriptor);
-        let candidate = candidate.inspect_err(|problem| warn!("service {}: {problem}", kept.service)).ok()?;
+        let candidate = Process::open(pid).ok()?.candidate(descriptor).ok()?;
         (candidate.cookie == kept.cookie).then_some((candidate, pid))
     })
 }
@@ -390,6 +429,7 @@ fn make_group_transparent(candidate: &Candidate) -> anyhow::Result<()> {
 }
 
 fn set_transparent(candidate: &Candidate) -> std::io::Result<()> {
+    let _raised = rights::raise(rights::NET_ADMIN);
     let socket = SockRef::from(&candidate.descriptor);
     if socket.domain()? == Domain::IPV6 {
         socket.set_ip_transparent_v6(true)

@@ -7,7 +7,6 @@ use std::{
 };
 
 use anyhow::{Context as _, bail};
-use nix::unistd::Uid;
 use tokio::{
     runtime::Builder,
     sync::broadcast::{Sender, channel},
@@ -15,7 +14,7 @@ use tokio::{
 };
 
 use super::Link;
-use crate::api::{Client, Kind, Peer, Problem, StatusView, Taken};
+use crate::api::{Client, Kind, Peer, Problem, StatusView, TakeOver, Taken};
 
 /// How long a server may take to read its configuration, and the next one to serve.
 const PATIENCE: Duration = Duration::from_secs(25);
@@ -45,15 +44,13 @@ impl Handover {
         self.outcomes.send(Err(why)).ok();
     }
 
-    /// Has the executable of the one who asks take over. Returns when it is about to serve.
-    pub(crate) async fn request(&self, peer: &Peer) -> Result<Taken, Problem> {
-        if !(peer.uid.is_root() || peer.uid == Uid::effective()) {
+    /// Has another executable take over, which root alone may ask for: it gets the capabilities of this one. Returns when it is about to serve.
+    pub(crate) async fn request(&self, peer: &Peer, executable: &Path) -> Result<Taken, Problem> {
+        if !peer.uid.is_root() {
             return Err(Problem::new(Kind::NotPermitted, "only root may have another program serve"));
         }
-        let executable = executable_of(peer.pid)
-            .map_err(|error| Problem::new(Kind::Invalid, format!("find your executable: {error:#}")))?;
         let mut outcomes = self.outcomes.subscribe();
-        self.keeper.replace(&executable);
+        self.keeper.replace(executable);
         let hint = "the one that serves goes on; anyportd's log says more";
         match tokio::time::timeout(PATIENCE, outcomes.recv()).await {
             Ok(Ok(Ok(()))) => Ok(Taken { pid: std::process::id() }),
@@ -78,12 +75,12 @@ fn executable_of(pid: u32) -> anyhow::Result<PathBuf> {
 /// It does not; the one that served before goes on, or serves again.
 pub fn take_over(socket: &Path) -> anyhow::Result<()> {
     let runtime = Builder::new_current_thread().enable_all().build().context("start the runtime")?;
+    let own = env::current_exe().context("find this executable")?;
     let client = Client::new(socket.to_owned());
     runtime.block_on(async {
-        let asked = client.post("/v1/takeover", &()).await;
+        let asked = client.post("/v1/takeover", &TakeOver { executable: own.clone() }).await;
         let Taken { pid: before } = asked.map_err(in_words).context("take over")?;
         let status = wait_for_another(&client, before).await?;
-        let own = env::current_exe().context("find this executable")?;
         let serving = executable_of(status.pid).context("find the executable that serves")?;
         if serving != own {
             bail!(

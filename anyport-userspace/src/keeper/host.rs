@@ -43,17 +43,19 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 /// Keeps the sockets of the servers that it starts, which are of this executable and have the same arguments, until one of them
 /// ends for good: the exit code is that one's.
 ///
+/// `fetched` are sockets of others, with their names, which the first server asks for.
+///
 /// SIGTERM and SIGINT stop it; SIGUSR2 has the executable take over that is now where this one was; SIGHUP is passed on, to
 /// have the configuration read again.
 ///
 /// # Errors
 /// The kernel refuses the first process.
-pub fn keep() -> io::Result<ExitCode> {
+pub fn keep(fetched: Vec<(String, OwnedFd)>) -> io::Result<ExitCode> {
     // Each socket of a service is a descriptor here too.
     getrlimit(Resource::RLIMIT_NOFILE).and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard)).ok();
     let runtime = Builder::new_current_thread().enable_all().build()?;
     let (news, heard) = unbounded_channel();
-    let code = runtime.block_on(async { Keeper::new(news)?.run(heard).await });
+    let code = runtime.block_on(async { Keeper::new(news, fetched)?.run(heard).await });
     // Threads that still listen to servers end with the process.
     runtime.shutdown_background();
     code.map(ExitCode::from)
@@ -89,6 +91,8 @@ struct Keeper {
     has_served: bool,
     /// Whether the configuration is to be read again by the one that is about to serve, who may have read it already.
     is_to_reload: bool,
+    /// Whether it may have been so before this process began.
+    has_predecessor: bool,
     /// Whether those that leave are nobody's business any more.
     is_restarting: bool,
     /// Once it is to stop, or nobody serves any more.
@@ -97,9 +101,12 @@ struct Keeper {
 }
 
 impl Keeper {
-    fn new(news: UnboundedSender<(Pid, News)>) -> io::Result<Self> {
+    fn new(news: UnboundedSender<(Pid, News)>, fetched: Vec<(String, OwnedFd)>) -> io::Result<Self> {
+        let mut sockets = systemd::kept();
+        let has_predecessor = !sockets.is_empty();
+        sockets.extend(fetched);
         Ok(Self {
-            sockets: systemd::kept(),
+            sockets,
             arguments: env::args_os().skip(1).collect(),
             place: env::current_exe()?,
             executable: PathBuf::from("/proc/self/exe"),
@@ -114,6 +121,7 @@ impl Keeper {
             pause: FIRST_PAUSE,
             has_served: false,
             is_to_reload: false,
+            has_predecessor,
             is_restarting: false,
             code: None,
             news,
@@ -219,7 +227,7 @@ impl Keeper {
     fn begin(&mut self) {
         self.started += 1;
         let begin = Begin {
-            is_successor: self.has_served || !self.sockets.is_empty(),
+            is_successor: self.has_served || self.has_predecessor,
             is_restarted: systemd::is_there(),
             crash: self.crash.take(),
             started: self.started,

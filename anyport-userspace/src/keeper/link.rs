@@ -17,7 +17,10 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tracing::{debug, warn};
 
 use super::{AT_STDIN, Order, Report, VARIABLE};
-use crate::register::message::{Message, put, receive};
+use crate::{
+    register::message::{Message, put, receive},
+    rights,
+};
 
 /// How a server begins.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -117,7 +120,12 @@ impl Link {
     pub fn commands(&self) -> anyhow::Result<Commands> {
         let Some(shared) = self.0.clone() else { return Ok(Commands(None)) };
         let (sender, receiver) = unbounded_channel();
-        let listen = move || shared.listen(&sender);
+        let listen = move || {
+            if let Err(error) = rights::for_others() {
+                warn!("give up the capabilities of a thread: {error}");
+            }
+            shared.listen(&sender);
+        };
         thread::Builder::new().name("anyport-keeper".into()).spawn(listen).context("listen to the keeper")?;
         Ok(Commands(Some(receiver)))
     }

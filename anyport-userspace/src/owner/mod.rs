@@ -94,7 +94,7 @@ impl Registration {
 
     fn register<S: AsFd>(&self, sockets: &[S]) -> Result<(), Problem> {
         let service = self.service.clone();
-        let request = Request::Register(Register { service, pid: None, fd: None, listen: None });
+        let request = Request::Register(Register { service, pid: None });
         let descriptors: Vec<_> = sockets.iter().map(AsFd::as_fd).collect();
         register::send(&self.path, &request, &descriptors).map(drop)
     }

@@ -2,6 +2,7 @@
 
 use std::{
     fs,
+    io::ErrorKind,
     os::{
         fd::{AsFd as _, OwnedFd},
         unix::fs::MetadataExt as _,
@@ -50,7 +51,7 @@ impl Process {
         }
     }
 
-    /// Whether a user without privileges may have us take descriptors out of it: all of its user ids are that user's, and
+    /// Whether a user without privileges may speak for it: all of its user ids are that user's, and
     /// it has not changed them (`ptrace_may_access` in kernel/ptrace.c; the owner of the directory is root then).
     pub fn belongs_to(&self, uid: u32) -> bool {
         let status = fs::read_to_string(self.directory().join("status")).unwrap_or_default();
@@ -69,8 +70,7 @@ impl Process {
         let fetched = fetched.map_err(|error| match error {
             Errno::BADF => Problem::new(Kind::Invalid, format!("{}: it is not open", attempt())),
             Errno::SRCH => Problem::new(Kind::NotFound, format!("{}: the process has ended", attempt())),
-            Errno::PERM => Problem::new(Kind::Failed, format!("fetch {}: {error}", attempt()))
-                .hint("anyportd needs CAP_SYS_PTRACE for that; or have the process pass its socket itself"),
+            Errno::PERM => not_permitted(self.pid),
             _ => Problem::new(Kind::Failed, format!("fetch {}: {error}", attempt())),
         })?;
         Candidate::new(fetched).map_err(|unfit| Problem::new(Kind::Invalid, format!("{}: {unfit}", attempt())))
@@ -112,12 +112,15 @@ impl Process {
 
     fn expect_same_namespace(&self) -> Result<(), Problem> {
         let file = self.directory().join("ns/net");
-        let its = fs::metadata(&file).with_context(|| format!("look at the network namespace {}", file.display()))?;
+        let its = match fs::metadata(&file) {
+            Err(error) if error.kind() == ErrorKind::PermissionDenied => return Err(not_permitted(self.pid)),
+            its => its.with_context(|| format!("look at the network namespace {}", file.display()))?,
+        };
         let ours = fs::metadata("/proc/thread-self/ns/net").context("look at our own network namespace")?;
         if (its.dev(), its.ino()) == (ours.dev(), ours.ino()) {
             return Ok(());
         }
-        Err(Problem::new(Kind::Invalid, format!("{} is in another network namespace than anyportd", self.name())).hint(
+        Err(Problem::new(Kind::Invalid, format!("{} is in another network namespace", self.name())).hint(
             "run an anyportd in that namespace, or register a socket that was opened in this one by its descriptor",
         ))
     }
@@ -138,6 +141,13 @@ impl Process {
     fn directory(&self) -> PathBuf {
         Path::new("/proc").join(self.pid.to_string())
     }
+}
+
+/// Taking a descriptor out of a process is as much as debugging it (`ptrace(2)`, access mode checking).
+fn not_permitted(pid: u32) -> Problem {
+    let error =
+        format!("fetch a socket of the process {pid}: you may not, since it is another user's or has more rights");
+    Problem::new(Kind::NotPermitted, error).hint("become root, or have the process pass its socket itself")
 }
 
 /// A process by its number.

@@ -13,7 +13,7 @@ use super::{
     Candidate,
     process::{self, Process, Watch, holders},
 };
-use crate::host;
+use crate::{host, store::KeptSocket};
 
 /// A socket that was registered, and the process that holds it.
 #[derive(Debug)]
@@ -41,6 +41,13 @@ impl Registered {
         let given = Mutex::new(Some(Arc::new(descriptor)));
         let (owner, watch) = (process::owner(pid), Watch::start(pid, on_exit));
         Self { transport, local, cookie, inode, owner, watch, given }
+    }
+
+    /// A socket of which the kernel has what it needs, by what was kept of it.
+    pub fn in_kernel(kept: &KeptSocket, transport: Transport, on_exit: &Arc<Notify>) -> Self {
+        let KeptSocket { local, cookie, inode, pid, .. } = *kept;
+        let (owner, watch) = (process::owner(pid), Watch::start(pid, on_exit));
+        Self { transport, local, cookie, inode, owner, watch, given: Mutex::default() }
     }
 
     /// The same socket in the hands of another process.

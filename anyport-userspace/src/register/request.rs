@@ -28,21 +28,15 @@ impl Request {
     }
 }
 
-/// Which sockets to register: those whose descriptors come with the request, or a process's.
+/// Has the sockets registered whose descriptors come with the request.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Register {
     /// Who receives.
     pub service: ServiceName,
-    /// The process whose sockets they are, if no descriptors come with the request.
+    /// The process that serves them, if it is not the one that asks.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pid: Option<u32>,
-    /// Its descriptor of the socket.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub fd: Option<i32>,
-    /// Where the socket waits, instead of its descriptor.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub listen: Option<Listen>,
 }
 
 /// Which sockets to give up: all of the service, or fewer.
@@ -68,8 +62,7 @@ pub struct Answer {
 }
 
 /// Where a socket waits, as `tcp:127.0.0.1:8080` or `udp:[::]:53`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Listen {
     /// Its transport.
     pub transport: Transport,
@@ -90,20 +83,6 @@ impl FromStr for Listen {
             Some(Self { transport, local: local.parse().ok()? })
         });
         parsed.ok_or_else(|| InvalidText(format!("{text:?} is no tcp:ADDR:PORT or udp:ADDR:PORT, such as udp:[::]:53")))
-    }
-}
-
-impl TryFrom<String> for Listen {
-    type Error = InvalidText;
-
-    fn try_from(text: String) -> Result<Self, InvalidText> {
-        text.parse()
-    }
-}
-
-impl From<Listen> for String {
-    fn from(listen: Listen) -> Self {
-        listen.to_string()
     }
 }
 
@@ -132,7 +111,7 @@ mod tests {
     fn requests_are_checked_key_by_key() {
         for text in [
             r#"{"register":{"service":"web"}}"#,
-            r#"{"register":{"service":"web","pid":7,"listen":"tcp:[::1]:80"}}"#,
+            r#"{"register":{"service":"web","pid":7}}"#,
             r#"{"unregister":{"service":"web","protocol":"tcp","family":"ipv6"}}"#,
             r#"{"answer":{"service":"web"}}"#,
         ] {
@@ -142,6 +121,7 @@ mod tests {
         for text in [
             r#"{"register":{"service":"web","port":80}}"#,
             r#"{"register":{}}"#,
+            r#"{"register":{"service":"web","pid":7,"fd":3}}"#,
             r#"{"register":{"service":"web\n"}}"#,
             r#"{"unregister":{"service":"web","family":"unix"}}"#,
             r#"{"register":{"service":"a"},"unregister":{"service":"a"}}"#,

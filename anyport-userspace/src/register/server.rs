@@ -173,38 +173,28 @@ async fn carry_out(
     engine.lock().await.as_mut().ok_or_else(stopping)?.register(&register.service, candidates, pid, &peer).await
 }
 
-/// The sockets that a request speaks of.
+/// The sockets that come with a request, of a process that the peer may speak for.
 fn find(register: &Register, descriptors: Vec<OwnedFd>, peer: &Peer) -> Result<Vec<Candidate>, Problem> {
-    let Register { pid, fd, listen, .. } = register;
-    let invalid = |why: &str| Problem::new(Kind::Invalid, why).hint("docs/api.md describes the request");
-    let process = |pid: u32| {
-        let process = Process::open(pid)?;
-        if peer.is_in_control() || process.belongs_to(peer.uid.as_raw()) {
-            return Ok(process);
-        }
-        Err(Problem::new(
-            Kind::NotPermitted,
-            format!("user {} may not take sockets of the process {pid}, which is another user's", peer.uid),
-        )
-        .hint("have the process pass its socket itself, or become root"))
-    };
-    match (pid, fd, listen) {
-        (Some(pid), Some(fd), None) if descriptors.is_empty() => Ok(vec![process(*pid)?.candidate(*fd)?]),
-        (Some(pid), None, Some(listen)) if descriptors.is_empty() => process(*pid)?.listening(listen),
-        (None, None, None) if !descriptors.is_empty() => {
-            let numbered = (1..).zip(descriptors);
-            let candidates = numbered.map(|(number, descriptor): (usize, _)| {
-                Candidate::new(descriptor).map_err(|unfit| {
-                    Problem::new(Kind::Invalid, format!("descriptor {number} of those that were passed: {unfit}"))
-                })
-            });
-            candidates.collect()
-        }
-        (None, None, None) => Err(invalid("register: the request comes with no descriptors and names no process")),
-        _ => {
-            Err(invalid("register: either descriptors come with the request, or it has pid and fd, or pid and listen"))
-        }
+    if descriptors.is_empty() {
+        return Err(Problem::new(Kind::Invalid, "register: the request comes with no descriptors")
+            .hint("docs/api.md describes the request"));
     }
+    if let Some(pid) = register.pid
+        && !peer.is_in_control()
+        && !Process::open(pid)?.belongs_to(peer.uid.as_raw())
+    {
+        let error = format!("user {} may not speak for the process {pid}, which is another user's", peer.uid);
+        return Err(
+            Problem::new(Kind::NotPermitted, error).hint("have the process pass its socket itself, or become root")
+        );
+    }
+    let numbered = (1..).zip(descriptors);
+    let candidates = numbered.map(|(number, descriptor): (usize, _)| {
+        Candidate::new(descriptor).map_err(|unfit| {
+            Problem::new(Kind::Invalid, format!("descriptor {number} of those that were passed: {unfit}"))
+        })
+    });
+    candidates.collect()
 }
 
 /// How many clients each user has.

@@ -104,9 +104,9 @@ impl ReplySockets {
 fn advice(error: &io::Error) -> &'static str {
     match error.raw_os_error() {
         Some(libc::EPERM) => {
-            "; a socket of this host has the port for itself (see ss -lunp), and answering all the same needs \
-             CAP_NET_RAW: grant that, or leave the port to the host (--except)"
+            "; to answer from addresses and ports that are not its own, anyportd needs CAP_NET_RAW: grant it"
         }
+        Some(libc::EACCES) => "; to answer from a port below 1024, anyportd needs CAP_NET_BIND_SERVICE: grant it",
         Some(libc::EMFILE | libc::ENFILE) => "; raise the limit of open files",
         _ => "",
     }

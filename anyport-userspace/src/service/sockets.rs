@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use socket2::{Domain, Socket, TcpKeepalive, Type};
 
 use crate::{
-    datagram,
+    datagram, rights,
     rules::{Family, Protocol, ServiceName},
     steering::{GroupSocket, Holder},
 };
@@ -160,6 +160,7 @@ pub(super) fn transparent(family: Family, transport: Transport) -> io::Result<So
         Transport::Udp => Type::DGRAM,
     };
     let socket = Socket::new(domain, kind.nonblocking(), None)?;
+    let _raised = rights::raise(rights::NET_ADMIN);
     set_transparent(&socket, family)?;
     if family == Family::Ipv6 {
         socket.set_only_v6(true)?;

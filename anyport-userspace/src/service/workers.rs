@@ -17,6 +17,7 @@ use tokio::{
 };
 
 use super::tcp::Connections;
+use crate::rights;
 
 /// A timer that is due before all others has the runtime wake itself, by two system calls. That of each connection would be,
 /// were there not always this one before it.
@@ -48,7 +49,12 @@ impl Workers {
             handles.push(runtime.handle().clone());
             let connections = Connections::new()?;
             let stopped = stopped.clone();
-            let serve = move || runtime.block_on(work(connections, stopped));
+            let serve = move || {
+                if let Err(error) = rights::for_data() {
+                    tracing::error!("limit the capabilities of a thread that serves connections: {error}");
+                }
+                runtime.block_on(work(connections, stopped));
+            };
             let thread = thread::Builder::new().name(format!("anyport-data-{number}")).spawn(serve);
             workers.threads.push(thread.context("start a thread that serves connections")?);
         }

@@ -6,8 +6,10 @@ use tracing::{info, warn};
 use super::{
     BackEnd, Steering,
     bpf::{self, Bpf},
+    privileged::Privileged,
     tproxy::{self, Tproxy},
 };
+use crate::rights;
 
 /// The back end in use and what is to be said of each.
 #[derive(Debug)]
@@ -42,7 +44,7 @@ pub fn choose(wanted: Option<BackEnd>, options: &bpf::Options) -> anyhow::Result
             (Some(first), _) => (None, format!("not tried: {} works and comes first", first.back_end())),
             (None, _) => match open(back_end, options) {
                 Ok(opened) => {
-                    steering = Some(opened);
+                    steering = Some(Box::new(Privileged(opened)));
                     (Some(true), reason_to_use(wanted))
                 }
                 Err(error) if wanted.is_some() => {
@@ -72,6 +74,8 @@ fn reason_to_use(wanted: Option<BackEnd>) -> String {
 }
 
 fn open(back_end: BackEnd, options: &bpf::Options) -> anyhow::Result<Box<dyn Steering>> {
+    rights::expect_for(back_end)?;
+    let _raised = rights::raise_for(back_end);
     Ok(match back_end {
         BackEnd::SkLookup | BackEnd::Tc => Box::new(Bpf::open(back_end, options)?),
         BackEnd::Tproxy => Box::new(Tproxy::open()?),
@@ -85,7 +89,10 @@ fn open(back_end: BackEnd, options: &bpf::Options) -> anyhow::Result<Box<dyn Ste
 /// Another daemon is at work with the same pins, or the kernel refused.
 pub fn remove_leftovers(in_use: BackEnd, options: &bpf::Options) -> anyhow::Result<()> {
     match in_use {
-        BackEnd::SkLookup | BackEnd::Tc => tproxy::remove_leftovers(),
+        BackEnd::SkLookup | BackEnd::Tc => {
+            let _raised = rights::raise_for(BackEnd::Tproxy);
+            tproxy::remove_leftovers()
+        }
         BackEnd::Tproxy => Bpf::remove_leftovers(&options.bpffs),
     }
 }

@@ -2,6 +2,7 @@
 
 pub mod bpf;
 pub mod choose;
+mod privileged;
 pub mod tproxy;
 
 use std::{fmt, net::SocketAddr, ops::Range, os::fd::OwnedFd, sync::Arc};
@@ -250,6 +251,9 @@ pub trait Steering: Send + Sync + fmt::Debug {
 
     /// What became of the packets: gives the counters of a rule by its number.
     fn counters(&self) -> anyhow::Result<Box<dyn Fn(u32) -> Counters + '_>>;
+
+    /// Whether it can steer to a socket that an earlier daemon steered to, without a descriptor of it.
+    fn goes_on_with(&self, cookie: u64) -> bool;
 
     /// Packets about which no rule had an opinion.
     fn unmatched(&self) -> anyhow::Result<u64>;

@@ -78,6 +78,9 @@ pub struct KeptSocket {
     pub inode: u64,
     /// Where it is bound.
     pub local: SocketAddr,
+    /// The process that was seen to hold it last.
+    #[serde(default)]
+    pub pid: u32,
 }
 
 /// The file with the sockets that were registered.
@@ -127,7 +130,16 @@ impl Store {
     /// # Errors
     /// As [`Self::open`].
     pub fn look(directory: &Path) -> anyhow::Result<State> {
-        Self { files: Box::new(Directory::at(directory)), applied: None, former: None }.read()
+        Self::at(directory).read()
+    }
+
+    /// The sockets that were registered earlier in this boot, see [`Self::registered`]. Changes nothing.
+    pub fn look_for_registered(directory: &Path, boot: &str) -> Vec<KeptSocket> {
+        Self::at(directory).registered(boot)
+    }
+
+    fn at(directory: &Path) -> Self {
+        Self { files: Box::new(Directory::at(directory)), applied: None, former: None }
     }
 
     /// As [`Self::open`], wherever the files are.

@@ -60,7 +60,7 @@ fn registered_sockets_are_those_of_this_boot() {
     let (store, _) = Store::open(directory.path()).unwrap();
     assert!(store.registered("a").is_empty());
     let (service, local) = ("web".parse().unwrap(), "127.0.0.1:80".parse().unwrap());
-    let socket = KeptSocket { service, places: vec![0, 2], cookie: 7, inode: 8, local };
+    let socket = KeptSocket { service, places: vec![0, 2], cookie: 7, inode: 8, local, pid: 9 };
     store.save_registered("a", vec![socket.clone()]).unwrap();
     assert_eq!(store.registered("a"), [socket]);
     assert!(store.registered("b").is_empty());

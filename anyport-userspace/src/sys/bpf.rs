@@ -2,9 +2,9 @@
 
 use std::{
     ffi::{CString, c_long, c_void},
-    io,
+    fs, io,
     os::{
-        fd::{AsFd, AsRawFd, FromRawFd as _, OwnedFd, RawFd},
+        fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd as _, OwnedFd, RawFd},
         unix::ffi::OsStrExt as _,
     },
     path::Path,
@@ -18,10 +18,10 @@ const MAP_LOOKUP_ELEM: c_long = 1;
 const MAP_UPDATE_ELEM: c_long = 2;
 const OBJ_PIN: c_long = 6;
 const OBJ_GET: c_long = 7;
+const PROG_LOAD: c_long = 5;
 const PROG_TEST_RUN: c_long = 10;
 const OBJ_GET_INFO_BY_FD: c_long = 15;
 const PROG_QUERY: c_long = 16;
-const BTF_GET_FD_BY_ID: c_long = 19;
 const MAP_UPDATE_BATCH: c_long = 26;
 
 const MAP_TYPE_ARRAY: u32 = 2;
@@ -161,6 +161,32 @@ struct LinkInfo {
     attach_type: u32,
 }
 
+#[repr(C)]
+#[derive(Clone, Copy, Default, Pod, Zeroable)]
+struct ProgLoad {
+    prog_type: u32,
+    insn_cnt: u32,
+    insns: u64,
+    license: u64,
+    log_level: u32,
+    log_size: u32,
+    log_buf: u64,
+    kern_version: u32,
+    prog_flags: u32,
+}
+
+/// `struct bpf_btf_info`.
+#[repr(C)]
+#[derive(Clone, Copy, Default, Pod, Zeroable)]
+struct BtfInfo {
+    btf: u64,
+    btf_size: u32,
+    id: u32,
+    name: u64,
+    name_len: u32,
+    kernel_btf: u32,
+}
+
 /// `struct bpf_sk_lookup`: what an `sk_lookup` program is asked.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, Pod, Zeroable)]
@@ -222,11 +248,11 @@ pub fn create_array(name: &str, value_size: usize, entries: u32, types: Option<&
         attr.btf_key_type_id = *key;
         attr.btf_value_type_id = *value;
     }
-    let fd = call(MAP_CREATE, &mut attr)?;
+    let fd = invoke(MAP_CREATE, &mut attr)?;
     owned(fd)
 }
 
-/// The types of a map, if it has any.
+/// The types of a map, if it has any. They must have come from this process, which holds them still.
 ///
 /// # Errors
 /// The kernel's.
@@ -237,13 +263,34 @@ pub fn types_of(map: impl AsFd) -> io::Result<Option<Types>> {
         len: size(size_of::<MapInfo>())?,
         info: address(ptr::from_mut(&mut info).cast()),
     };
-    call(OBJ_GET_INFO_BY_FD, &mut attr)?;
+    invoke(OBJ_GET_INFO_BY_FD, &mut attr)?;
     if info.btf_id == 0 {
         return Ok(None);
     }
-    let mut id = [info.btf_id, 0, 0, 0];
-    let btf = owned(call(BTF_GET_FD_BY_ID, &mut id)?)?;
+    let btf = own_btf(info.btf_id)?;
     Ok(Some(Types { btf, key: info.btf_key_type_id, value: info.btf_value_type_id }))
+}
+
+/// A second descriptor of types that this process has given to the kernel. To ask the kernel by their number takes
+/// `CAP_SYS_ADMIN` (`btf_get_fd_by_id` in kernel/bpf/syscall.c, Linux 6.18).
+fn own_btf(id: u32) -> io::Result<OwnedFd> {
+    for entry in fs::read_dir("/proc/self/fd")? {
+        let entry = entry?;
+        let is_btf = fs::read_link(entry.path()).is_ok_and(|target| target.as_os_str() == "anon_inode:btf");
+        let number_of = || entry.file_name().to_str()?.parse().ok();
+        let Some(descriptor) = is_btf.then(number_of).flatten().and_then(super::inherited) else { continue };
+        let mut info = BtfInfo::default();
+        let mut attr = GetInfo {
+            fd: number(descriptor.as_raw_fd())?,
+            len: size(size_of::<BtfInfo>())?,
+            info: address(ptr::from_mut(&mut info).cast()),
+        };
+        invoke(OBJ_GET_INFO_BY_FD, &mut attr)?;
+        if info.id == id {
+            return descriptor.try_clone_to_owned();
+        }
+    }
+    Err(io::ErrorKind::NotFound.into())
 }
 
 /// Puts maps into a map of maps. For each call the kernel waits until all programs that run have ended, some 10 ms; so
@@ -265,7 +312,7 @@ pub fn set_inner<F: AsFd>(outer: impl AsFd, inner: &[(u32, F)]) -> io::Result<()
         map_fd,
         ..Batch::default()
     };
-    if call(MAP_UPDATE_BATCH, &mut attr).is_ok() {
+    if invoke(MAP_UPDATE_BATCH, &mut attr).is_ok() {
         return Ok(());
     }
     // Kernels before 5.13 have no batches for this.
@@ -276,7 +323,7 @@ pub fn set_inner<F: AsFd>(outer: impl AsFd, inner: &[(u32, F)]) -> io::Result<()
             value: address(ptr::from_ref(value).cast()),
             ..MapElement::default()
         };
-        call(MAP_UPDATE_ELEM, &mut attr)?;
+        invoke(MAP_UPDATE_ELEM, &mut attr)?;
     }
     Ok(())
 }
@@ -294,7 +341,7 @@ pub fn socket_cookie(map: impl AsFd, key: u32) -> io::Result<Option<u64>> {
         value: address(ptr::from_mut(&mut cookie).cast()),
         ..MapElement::default()
     };
-    match call(MAP_LOOKUP_ELEM, &mut attr) {
+    match invoke(MAP_LOOKUP_ELEM, &mut attr) {
         Ok(_) => Ok(Some(cookie)),
         Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ENOSPC)) => Ok(None),
         Err(error) => Err(error),
@@ -313,7 +360,7 @@ pub fn is_link_attached(link: impl AsFd) -> io::Result<bool> {
         len: size(size_of::<LinkInfo>())?,
         info: address(ptr::from_mut(&mut info).cast()),
     };
-    call(OBJ_GET_INFO_BY_FD, &mut attr)?;
+    invoke(OBJ_GET_INFO_BY_FD, &mut attr)?;
     Ok(info.target != 0)
 }
 
@@ -325,7 +372,7 @@ pub fn pin(object: impl AsFd, path: &Path) -> io::Result<()> {
     let path = CString::new(path.as_os_str().as_bytes())?;
     let bpf_fd = number(object.as_fd().as_raw_fd())?;
     let mut attr = Object { pathname: address(path.as_ptr().cast()), bpf_fd, ..Object::default() };
-    call(OBJ_PIN, &mut attr).map(drop)
+    invoke(OBJ_PIN, &mut attr).map(drop)
 }
 
 /// A descriptor of what is pinned at a path.
@@ -335,7 +382,74 @@ pub fn pin(object: impl AsFd, path: &Path) -> io::Result<()> {
 pub fn pinned(path: &Path) -> io::Result<OwnedFd> {
     let path = CString::new(path.as_os_str().as_bytes())?;
     let mut attr = Object { pathname: address(path.as_ptr().cast()), ..Object::default() };
-    owned(call(OBJ_GET, &mut attr)?)
+    owned(invoke(OBJ_GET, &mut attr)?)
+}
+
+/// Has another socket map hold a socket, too, without a descriptor of it (Linux 5.10). Says whether it was still there.
+///
+/// Only programs get at the sockets in such a map, so one is made for this, and run once.
+///
+/// # Errors
+/// The kernel's.
+pub fn copy_socket(from: BorrowedFd<'_>, from_key: u32, to: BorrowedFd<'_>, to_key: u32) -> io::Result<bool> {
+    const PROG_TYPE_SCHED_CLS: u32 = 3;
+    const MAP_FD: u8 = 1;
+    // The registers of include/uapi/linux/bpf.h, the helpers of `bpf-helpers(7)` by their numbers there.
+    let [r0, r1, r2, r3, r4, r6, r7, stack] = [0, 1, 2, 3, 4, 6, 7, 10_u8];
+    let instruction = |code: u8, to: u8, from: u8, offset: i16, value: i32| {
+        u64::from(code)
+            | u64::from(to | from << 4) << 8
+            | u64::from(offset.cast_unsigned()) << 16
+            | u64::from(value.cast_unsigned()) << 32
+    };
+    let set = |to, value| instruction(0xb7, to, 0, 0, value);
+    let copy = |to, from| instruction(0xbf, to, from, 0, 0);
+    let call = |helper| instruction(0x85, 0, 0, 0, helper);
+    let map = |fd: BorrowedFd<'_>| [instruction(0x18, r1, MAP_FD, 0, fd.as_raw_fd()), 0];
+    let key = |key: u32| {
+        [
+            set(r1, key.cast_signed()),
+            instruction(0x63, stack, r1, -4, 0),
+            copy(r2, stack),
+            instruction(0x07, r2, 0, 0, -4),
+        ]
+    };
+    let exit = instruction(0x95, 0, 0, 0, 0);
+    let absent = -libc::ENOENT;
+    let program: Vec<u64> = [
+        &key(from_key)[..],
+        &map(from),
+        // bpf_map_lookup_elem; past the rest of the way where there is none.
+        &[call(1), instruction(0x15, r0, 0, 15, 0), copy(r6, r0)],
+        &key(to_key),
+        &map(to),
+        // bpf_map_update_elem, bpf_sk_release
+        &[copy(r3, r6), set(r4, 0), call(2), copy(r7, r0), copy(r1, r6), call(86), copy(r0, r7), exit],
+        &[set(r0, absent), exit],
+    ]
+    .concat();
+    let mut load = ProgLoad {
+        prog_type: PROG_TYPE_SCHED_CLS,
+        insn_cnt: size(program.len())?,
+        insns: address(program.as_ptr().cast()),
+        license: address(c"Dual MIT/GPL".as_ptr().cast()),
+        ..ProgLoad::default()
+    };
+    let loaded = owned(invoke(PROG_LOAD, &mut load)?)?;
+    // A packet as short as Ethernet allows.
+    let packet = [0_u8; 64];
+    let mut run = TestRun {
+        prog_fd: number(loaded.as_raw_fd())?,
+        data_size_in: size(packet.len())?,
+        data_in: address(packet.as_ptr().cast()),
+        ..TestRun::default()
+    };
+    invoke(PROG_TEST_RUN, &mut run)?;
+    match run.retval.cast_signed() {
+        0 => Ok(true),
+        error if error == absent => Ok(false),
+        error => Err(io::Error::from_raw_os_error(-error)),
+    }
 }
 
 /// Runs an `sk_lookup` program (Linux 5.13) `repeat` times on what `context` says, and leaves there what it selected.
@@ -353,7 +467,7 @@ pub fn run_sk_lookup(program: impl AsFd, context: &mut SkLookup, repeat: u32) ->
         ctx_out: address(ptr::from_mut(context).cast()),
         ..TestRun::default()
     };
-    call(PROG_TEST_RUN, &mut attr)?;
+    invoke(PROG_TEST_RUN, &mut attr)?;
     Ok(Ran { returned: attr.retval, nanoseconds: attr.duration })
 }
 
@@ -370,12 +484,12 @@ pub fn sk_lookup_programs(namespace: impl AsFd) -> io::Result<Vec<u32>> {
         prog_count: size(ids.len())?,
         ..Query::default()
     };
-    call(PROG_QUERY, &mut attr)?;
+    invoke(PROG_QUERY, &mut attr)?;
     Ok(ids.iter().copied().take(attr.prog_count as usize).collect())
 }
 
 /// Makes the call. What `attr` points to must be as long as it says and live until this returns.
-fn call<T: Pod>(command: c_long, attr: &mut T) -> io::Result<c_long> {
+fn invoke<T: Pod>(command: c_long, attr: &mut T) -> io::Result<c_long> {
     // SAFETY: the kernel reads and writes `attr`, whose size it is told, and what the addresses in it point to, which
     // the callers in this module have from references that they hold.
     let result = unsafe { libc::syscall(libc::SYS_bpf, command, ptr::from_mut(attr), size_of::<T>()) };

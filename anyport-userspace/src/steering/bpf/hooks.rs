@@ -108,7 +108,7 @@ pub(super) struct SkLookupHook {
 impl SkLookupHook {
     pub(super) fn attach(mut ebpf: Ebpf) -> anyhow::Result<Self> {
         let program: &mut SkLookup = program(&mut ebpf, SK_LOOKUP_PROGRAM)?;
-        program.load().context("load the sk_lookup program (Linux 5.9 or later is needed)")?;
+        program.load().context("load the sk_lookup program (Linux 5.9 or later is needed, and CAP_PERFMON)")?;
         let mut hook = Self { ebpf, link: None };
         hook.refresh()?;
         Ok(hook)

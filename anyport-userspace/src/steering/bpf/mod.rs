@@ -7,6 +7,7 @@ mod counts;
 mod differential;
 mod events;
 mod explain;
+mod former;
 #[cfg(test)]
 mod frames;
 mod hooks;
@@ -38,10 +39,12 @@ use aya_log::EbpfLogger;
 use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
 use tracing::warn;
 
+pub use self::pins::make_pin_directory;
 use self::{
     counts::Counts,
     events::BpfEars,
     explain::EXPLAINED_WORDS,
+    former::FormerSockets,
     hooks::{Hook, SkLookupHook},
     listing::Listing,
     pins::{PINNED_AGAIN, PINNED_AT_ONCE, PinDirectory},
@@ -84,6 +87,8 @@ pub struct Bpf {
     sockets_fd: OwnedFd,
     /// Where programs write down what they are asked.
     explained: MappedWords,
+    /// The map of sockets that an earlier daemon pinned, until ours has taken its place.
+    former: Option<FormerSockets>,
     /// What was put into the map of sockets.
     held: HashMap<u32, Held>,
     pins: PinDirectory,
@@ -119,6 +124,7 @@ impl Bpf {
     pub fn open(back_end: BackEnd, options: &Options) -> anyhow::Result<Self> {
         // Gives back what it took when it is dropped, as it is where something fails below.
         let pins = PinDirectory::open(&options.bpffs)?;
+        let former = FormerSockets::open(&pins);
         let mut ebpf = load(options.debug)?;
         if options.debug {
             forward_log(&mut ebpf)?;
@@ -158,6 +164,7 @@ impl Bpf {
         };
         options.events.connect(Some(Arc::new(ears)));
         Ok(Self {
+            former,
             hook,
             events: Arc::clone(&options.events),
             table: BpfTable::new(table, control, Arc::clone(&options.readers))?,
@@ -250,6 +257,10 @@ impl Steering for Bpf {
         Ok(Box::new(move |number| self.counts.get(number, &mut noted.borrow_mut())))
     }
 
+    fn goes_on_with(&self, cookie: u64) -> bool {
+        self.former.as_ref().is_some_and(|former| former.place_of(cookie).is_some())
+    }
+
     fn unmatched(&self) -> anyhow::Result<u64> {
         let by_cpu = self.totals.get(&0, 0).context("read how many packets no rule speaks of")?;
         Ok(by_cpu.iter().map(|[unmatched, _]| unmatched).sum())
@@ -297,6 +308,10 @@ impl Bpf {
                     continue;
                 }
                 let descriptor = match (group.descriptor(), &group.holder) {
+                    (Err(_), Holder::Owner(_)) if self.goes_on(group.cookie, index)? => {
+                        self.held.insert(index, Held { cookie: group.cookie, descriptor: Weak::new() });
+                        continue;
+                    }
                     // Its owner has ended at this very moment, which must not keep other changes from being made.
                     (Err(error), Holder::Owner(_)) => {
                         warn!("service {} has no live socket for the moment: {error:#}", service.name);
@@ -328,6 +343,20 @@ impl Bpf {
             }
         }
         Ok(count)
+    }
+
+    /// Takes a socket over from the map of an earlier daemon, or from another place of ours, if it is there.
+    fn goes_on(&self, cookie: u64, to: u32) -> anyhow::Result<bool> {
+        let ours = self.held.iter().find(|(_, held)| held.cookie == cookie).map(|(place, _)| *place);
+        let copied = match (ours, &self.former) {
+            (Some(from), _) => sys::bpf::copy_socket(self.sockets_fd.as_fd(), from, self.sockets_fd.as_fd(), to),
+            (None, Some(former)) => match former.place_of(cookie) {
+                Some(from) => sys::bpf::copy_socket(former.map.as_fd(), from, self.sockets_fd.as_fd(), to),
+                None => return Ok(false),
+            },
+            (None, None) => return Ok(false),
+        };
+        copied.with_context(|| format!("take over the registered socket with the cookie {cookie}"))
     }
 
     fn remove_sockets(&mut self, plan: &Plan<'_>) -> anyhow::Result<()> {
@@ -372,6 +401,7 @@ impl Bpf {
         } else {
             self.listing.pin(self.pins.map("rules"), self.pins.map("ports"))?;
             self.is_pinned = true;
+            self.former = None;
         }
         self.hook.pin(&self.pins)
     }

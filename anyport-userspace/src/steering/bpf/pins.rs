@@ -9,6 +9,7 @@ use std::{
 
 use anyhow::{Context as _, bail};
 use nix::{
+    errno::Errno,
     fcntl::{Flock, FlockArg},
     mount::{MsFlags, mount, umount},
     sys::statfs::{BPF_FS_MAGIC, statfs},
@@ -40,19 +41,9 @@ pub(super) struct PinDirectory {
 }
 
 impl PinDirectory {
-    /// Creates the directory, and mounts a BPF file system where there is none.
+    /// Makes the directory where there is none.
     pub(super) fn open(path: &Path) -> anyhow::Result<Self> {
-        if path.starts_with(USUAL_MOUNT_POINT) && !is_bpffs(Path::new(USUAL_MOUNT_POINT)) {
-            mount_bpffs(Path::new(USUAL_MOUNT_POINT), "bpf")?;
-        }
-        fs::create_dir_all(path)
-            .with_context(|| format!("create the directory {} for pinned maps and links", path.display()))?;
-        if !is_bpffs(path)
-            && let Err(error) = mount_bpffs(path, SOURCE)
-        {
-            fs::remove_dir(path).ok();
-            return Err(error);
-        }
+        make_pin_directory(path)?;
         Self::lock(path)
     }
 
@@ -70,7 +61,7 @@ impl PinDirectory {
         let directory = File::open(path).with_context(|| format!("open {}", path.display()))?;
         match Flock::lock(directory, FlockArg::LockExclusiveNonblock) {
             Ok(lock) => Ok(Self { path: path.to_owned(), lock: Some(lock), is_mount_ours }),
-            Err((_, nix::errno::Errno::EWOULDBLOCK)) => {
+            Err((_, Errno::EWOULDBLOCK)) => {
                 bail!("{} is in use by another anyportd; give each its own directory with --bpffs", path.display())
             }
             Err((_, errno)) => Err(io::Error::from(errno)).with_context(|| format!("lock {}", path.display())),
@@ -140,7 +131,11 @@ impl PinDirectory {
         self.lock = None;
         if is_empty && self.is_mount_ours {
             self.is_mount_ours = false;
-            umount(&self.path)?;
+            match umount(&self.path) {
+                // It was mounted before the process became an ordinary user, and is there for the next one.
+                Err(Errno::EPERM) => return Ok(()),
+                unmounted => unmounted?,
+            }
         }
         if is_empty {
             // It may be in use as something else, such as a mount point of somebody else's.
@@ -157,6 +152,29 @@ impl Drop for PinDirectory {
             self.close().ok();
         }
     }
+}
+
+/// Creates a directory for pins, and mounts a BPF file system where there is none.
+///
+/// # Errors
+/// What the kernel refused.
+pub fn make_pin_directory(path: &Path) -> anyhow::Result<()> {
+    // It may be all that is seen of its file system.
+    if is_bpffs(path) {
+        return Ok(());
+    }
+    if path.starts_with(USUAL_MOUNT_POINT) && !is_bpffs(Path::new(USUAL_MOUNT_POINT)) {
+        mount_bpffs(Path::new(USUAL_MOUNT_POINT), "bpf")?;
+    }
+    fs::create_dir_all(path)
+        .with_context(|| format!("create the directory {} for pinned maps and links", path.display()))?;
+    if !is_bpffs(path)
+        && let Err(error) = mount_bpffs(path, SOURCE)
+    {
+        fs::remove_dir(path).ok();
+        return Err(error);
+    }
+    Ok(())
 }
 
 /// Removes the pins that a daemon left which had no chance to do so.

@@ -87,7 +87,7 @@ impl TcHook {
     pub(super) fn attach(mut ebpf: Ebpf, selected: Vec<String>, attach_by: Option<AttachBy>) -> anyhow::Result<Self> {
         for name in [ETHERNET_PROGRAM, IP_PROGRAM] {
             let program: &mut SchedClassifier = program(&mut ebpf, name)?;
-            program.load().context("load the tc program (Linux 5.8 or later is needed)")?;
+            program.load().context("load the tc program (Linux 5.8 or later is needed, and CAP_PERFMON)")?;
         }
         let interfaces = interfaces()?;
         if let Some(missing) = selected.iter().find(|name| !interfaces.iter().any(|it| it.name == **name)) {

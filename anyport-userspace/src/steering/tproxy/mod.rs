@@ -127,6 +127,11 @@ impl Steering for Tproxy {
         Ok(Box::new(move |number| counted.rules.get(&number).copied().unwrap_or_default()))
     }
 
+    fn goes_on_with(&self, _cookie: u64) -> bool {
+        // Sockets are looked for by their addresses, and stay transparent.
+        true
+    }
+
     fn unmatched(&self) -> anyhow::Result<u64> {
         self.chains().map(|chains| Ok(chains.counted_by_lines()?.unmatched)).sum()
     }

@@ -1,0 +1,147 @@
+//! What the daemon may do: as which user, with which capabilities, and with which of them at this moment.
+//!
+//! Capabilities belong to threads (`capabilities(7)`). Those that a thread of the server may have are *permitted*, and none is in
+//! force except where [`raise`] stands around a call: what parses requests or talks to peers acts without any. Threads that serve connections
+//! are the exception, see [`for_data`].
+
+mod sandbox;
+mod user;
+
+use std::marker::PhantomData;
+
+use anyhow::{Context as _, bail};
+use nix::unistd::Uid;
+pub use rustix::thread::CapabilitySet;
+use rustix::thread::{
+    CapabilitySets, capabilities, clear_ambient_capability_set, configure_capability_in_ambient_set, set_capabilities,
+};
+
+pub use self::{
+    sandbox::{confine, narrow},
+    user::{USER, User, become_user},
+};
+use crate::{config::Choice, steering::BackEnd};
+
+/// Routes, BPF programs at hooks of the network, iptables, transparent sockets, buffers beyond `net.core.rmem_max`.
+pub const NET_ADMIN: CapabilitySet = CapabilitySet::NET_ADMIN;
+/// What a worker needs: foreign addresses of its own, raw answers (`CAP_NET_RAW`), and ports below 1024 to answer from.
+const DATA: CapabilitySet = CapabilitySet::NET_RAW.union(CapabilitySet::NET_BIND_SERVICE);
+/// What a tool such as `iptables-restore` needs; the older kind opens a raw socket.
+const TOOLS: CapabilitySet = NET_ADMIN.union(CapabilitySet::NET_RAW);
+/// Maps and programs. Without `CAP_PERFMON` the verifier takes a program for one that spies by speculation (`bypass_spec_v1` in
+/// include/linux/bpf.h, Linux 6.18): that of tc is too long for it then, and that of sk-lookup adds numbers to pointers.
+const PROGRAMS: CapabilitySet = CapabilitySet::BPF.union(CapabilitySet::PERFMON);
+/// All that any back end needs.
+const ALL: CapabilitySet = DATA.union(NET_ADMIN).union(PROGRAMS);
+
+/// Finds out whether a back end may be tried.
+///
+/// # Errors
+/// Capabilities are missing: names them.
+pub fn expect_for(back_end: BackEnd) -> anyhow::Result<()> {
+    let needed = match back_end {
+        BackEnd::SkLookup | BackEnd::Tc => NET_ADMIN.union(PROGRAMS),
+        BackEnd::Tproxy => NET_ADMIN,
+    };
+    let permitted = capabilities(None).context("ask for the capabilities")?.permitted;
+    // Before Linux 5.8 that one stood for the two of programs, and it still does.
+    let implied = if permitted.contains(CapabilitySet::SYS_ADMIN) { PROGRAMS } else { CapabilitySet::empty() };
+    let missing = needed - permitted - implied;
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let names: Vec<_> = missing.iter_names().map(|(name, _)| format!("CAP_{name}")).collect();
+    bail!(
+        "it needs {}, which anyportd lacks: start it as root, or grant that (AmbientCapabilities= and CapabilityBoundingSet= in the \
+         unit)",
+        names.join(" and ")
+    )
+}
+
+/// Capabilities in force on this thread until this is dropped.
+#[derive(Debug)]
+#[must_use = "they are in force for as long as this lives"]
+pub struct Raised {
+    /// What was in force before, if that is to be so again.
+    before: Option<CapabilitySets>,
+    /// Another thread has capabilities of its own.
+    not_send: PhantomData<*const ()>,
+}
+
+/// Puts capabilities into force that are permitted. What is missing is left to the call that needs it, which says so.
+pub fn raise(wanted: CapabilitySet) -> Raised {
+    change(wanted, CapabilitySet::empty())
+}
+
+/// As [`raise`], with what a back end needs. The tools that it starts meanwhile inherit what they need.
+pub fn raise_for(back_end: BackEnd) -> Raised {
+    match back_end {
+        BackEnd::SkLookup | BackEnd::Tc => raise(NET_ADMIN.union(PROGRAMS)),
+        BackEnd::Tproxy => change(TOOLS, TOOLS),
+    }
+}
+
+fn change(wanted: CapabilitySet, inherited: CapabilitySet) -> Raised {
+    let none = Raised { before: None, not_send: PhantomData };
+    // Programs that root starts have all that it may have.
+    let (false, Ok(before)) = (Uid::effective().is_root(), capabilities(None)) else { return none };
+    let after = CapabilitySets {
+        effective: before.effective | (wanted & before.permitted),
+        inheritable: before.inheritable | (inherited & before.permitted),
+        ..before
+    };
+    if after == before || set_capabilities(None, after).is_err() {
+        return none;
+    }
+    for capability in inherited & before.permitted {
+        // What the bounding set lacks is missing later, in the tool's own words.
+        configure_capability_in_ambient_set(capability, true).ok();
+    }
+    Raised { before: Some(before), ..none }
+}
+
+impl Drop for Raised {
+    fn drop(&mut self) {
+        // To have less is never refused; and what can't be inherited any more is not ambient either.
+        if let Some(before) = self.before {
+            set_capabilities(None, before).ok();
+        }
+    }
+}
+
+/// Has nothing in force on this thread, nor anything that programs inherit; `permitted` can still be raised.
+fn settle(permitted: CapabilitySet, effective: CapabilitySet) -> rustix::io::Result<()> {
+    if Uid::effective().is_root() {
+        return Ok(());
+    }
+    let sets = capabilities(None)?;
+    clear_ambient_capability_set()?;
+    let permitted = sets.permitted & permitted;
+    set_capabilities(
+        None,
+        CapabilitySets { effective: effective & permitted, permitted, inheritable: CapabilitySet::empty() },
+    )
+}
+
+/// For the first thread while the daemon starts, and for all that start from it: what the choice may need is permitted, and nothing
+/// is in force.
+pub fn for_start(choice: Choice) -> rustix::io::Result<()> {
+    let unneeded = if choice == Choice::Tproxy { PROGRAMS } else { CapabilitySet::empty() };
+    settle(ALL - unneeded, CapabilitySet::empty())
+}
+
+/// For the threads of control: programs are loaded once, by the first thread, and by nobody any more.
+pub fn for_control() -> rustix::io::Result<()> {
+    settle(ALL - CapabilitySet::PERFMON, CapabilitySet::empty())
+}
+
+/// For threads that need nothing.
+pub fn for_others() -> rustix::io::Result<()> {
+    settle(CapabilitySet::empty(), CapabilitySet::empty())
+}
+
+/// For the threads that serve connections: two capabilities, always in force, since each answer to a datagram that nobody has
+/// answered before takes them, and raising one costs more than sending it.
+pub fn for_data() -> rustix::io::Result<()> {
+    settle(DATA, DATA)
+}
