@@ -162,6 +162,9 @@ fn random_requests() {
         let (method, target, body) = *random.pick(&good);
         let mut bytes = http::bytes(method, target, body);
         for _ in 0..=random.below(3) {
+            if bytes.is_empty() {
+                break;
+            }
             let at = random.below(bytes.len());
             match random.below(3) {
                 0 => bytes[at] = random.below(256).to_le_bytes()[0],

@@ -56,6 +56,7 @@ pub fn missing() -> Vec<String> {
         "xtables-nft-multi",
         "xtables-legacy-multi",
         "systemctl",
+        "dbus-daemon",
     ] {
         if !search.iter().any(|directory| directory.join(tool).is_file()) {
             missing.push(format!("the program `{tool}`"));

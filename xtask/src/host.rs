@@ -35,8 +35,14 @@ pub(crate) const IP: Tool = Tool {
     fedora: "iproute",
     purpose: "looking at routes, and the networks of tests and demo",
 };
+/// For Debian packages.
+pub(crate) const DPKG_DEB: Tool =
+    Tool { program: "dpkg-deb", debian: "dpkg", fedora: "dpkg", purpose: "Debian packages" };
+/// For RPM packages.
+pub(crate) const RPMBUILD: Tool =
+    Tool { program: "rpmbuild", debian: "rpm", fedora: "rpm-build", purpose: "RPM packages" };
 /// The rest of what the tests use.
-pub(crate) const FOR_TESTS: [Tool; 10] = [
+pub(crate) const FOR_TESTS: [Tool; 11] = [
     Tool { program: "ss", debian: "iproute2", fedora: "iproute", purpose: "tests" },
     IPSET,
     Tool { program: "curl", debian: "curl", fedora: "curl", purpose: "tests" },
@@ -49,6 +55,7 @@ pub(crate) const FOR_TESTS: [Tool; 10] = [
         fedora: "nginx-core nginx-mod-stream",
         purpose: "tests",
     },
+    Tool { program: "dbus-daemon", debian: "dbus", fedora: "dbus-daemon", purpose: "tests" },
     Tool { program: "systemctl", debian: "systemd", fedora: "systemd", purpose: "tests" },
     Tool { program: "sysctl", debian: "procps", fedora: "procps-ng", purpose: "tests" },
     Tool { program: "nsenter", debian: "util-linux", fedora: "util-linux", purpose: "tests" },

@@ -8,6 +8,7 @@ mod dist;
 mod fuzz;
 mod host;
 mod object;
+mod packages;
 mod process;
 mod programs;
 mod run;

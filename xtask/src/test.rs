@@ -9,7 +9,8 @@ use std::{
 use anyhow::{Result, bail};
 
 use crate::{
-    build_ebpf, host,
+    build_ebpf, dist, host,
+    packages::{self, Effort},
     process::{self, exec},
     programs::Programs,
     tally::Tally,
@@ -38,6 +39,9 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     let built = session.check("building tests and programs", || {
         exec(host_crates(&root, "build").args(["--bins", "--tests", "--examples"]))
     });
+    if built && options.filter.is_none() {
+        packaging(&mut session, &root);
+    }
     if built {
         tests(&mut session, &root, options.filter.as_deref())?;
     }
@@ -75,6 +79,18 @@ fn checks(session: &mut Session, root: &Path) {
         }
         Err(error) => session.leave_out("lints of the BPF programs, the BPF object", 2, &error),
     }
+}
+
+/// The unit, and packages out of what the tests use.
+fn packaging(session: &mut Session, root: &Path) {
+    let programs = Programs::built(root, "debug");
+    let dist = process::target_dir(root).join("dist-of-tests");
+    session.check("the systemd unit", || packages::check_unit(root, &programs, &dist));
+    session.check("packages", || {
+        dist::fill(root, &dist)?;
+        packages::build(root, &dist, &programs, Effort::Least)?;
+        packages::check(&dist)
+    });
 }
 
 fn tests(session: &mut Session, root: &Path, filter: Option<&str>) -> Result<()> {
