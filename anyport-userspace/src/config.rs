@@ -12,6 +12,7 @@ use std::{
 use anyhow::{Context as _, bail};
 use anyport_common::maps::MAX_RULES;
 use clap::Parser;
+use nix::unistd::Uid;
 use serde::Deserialize;
 use toml::Spanned;
 
@@ -264,7 +265,9 @@ impl Config {
         let path = file.unwrap_or(Path::new(DEFAULT_FILE));
         let text = match fs::read_to_string(path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound && file.is_none() => String::new(),
-            text => text.with_context(|| format!("read the configuration {}", path.display()))?,
+            text => text.with_context(|| {
+                format!("read the configuration {} as the user {}", path.display(), Uid::effective())
+            })?,
         };
         parse(&text).with_context(|| format!("in the configuration {}", path.display()))
     }

@@ -145,3 +145,71 @@ pub fn for_others() -> rustix::io::Result<()> {
 pub fn for_data() -> rustix::io::Result<()> {
     settle(DATA, DATA)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::thread;
+
+    use rustix::{
+        process::Uid,
+        thread::{
+            CapabilitySet, capabilities, capability_is_in_ambient_set, set_keep_capabilities, set_thread_res_uid,
+        },
+    };
+
+    use super::{NET_ADMIN, PROGRAMS, TOOLS, for_control, for_others, for_start, raise, raise_for};
+    use crate::{config::Choice, steering::BackEnd};
+
+    /// On a thread of an ordinary user who may have all.
+    fn as_nobody(test: fn()) {
+        let run = move || {
+            let nobody = Uid::from_raw(65_534);
+            set_keep_capabilities(true).unwrap();
+            set_thread_res_uid(nobody, nobody, nobody).unwrap();
+            test();
+        };
+        thread::spawn(run).join().unwrap();
+    }
+
+    fn in_force() -> CapabilitySet {
+        capabilities(None).unwrap().effective
+    }
+
+    #[test]
+    fn capabilities_are_in_force_around_a_call() {
+        as_nobody(|| {
+            for_start(Choice::Auto).unwrap();
+            assert_eq!(in_force(), CapabilitySet::empty());
+            {
+                let _outer = raise(NET_ADMIN);
+                assert_eq!(in_force(), NET_ADMIN);
+                drop(raise_for(BackEnd::SkLookup));
+                assert_eq!(in_force(), NET_ADMIN, "as before the inner call");
+            }
+            assert_eq!(in_force(), CapabilitySet::empty());
+            let raised = raise_for(BackEnd::Tproxy);
+            assert!(TOOLS.iter().all(|it| capability_is_in_ambient_set(it).unwrap()));
+            // Threads have what the one has that starts them, until they say otherwise.
+            let inherited = thread::spawn(|| {
+                for_control().unwrap();
+                in_force()
+            });
+            assert_eq!(inherited.join().unwrap(), CapabilitySet::empty());
+            drop(raised);
+            assert!(!TOOLS.iter().any(|it| capability_is_in_ambient_set(it).unwrap()));
+        });
+    }
+
+    #[test]
+    fn what_was_given_up_stays_away() {
+        as_nobody(|| {
+            for_control().unwrap();
+            drop(for_start(Choice::Auto));
+            let _raised = raise_for(BackEnd::Tc);
+            assert_eq!(in_force() & PROGRAMS, CapabilitySet::BPF);
+            for_others().unwrap();
+            let _nothing = raise(NET_ADMIN);
+            assert_eq!(in_force(), CapabilitySet::empty());
+        });
+    }
+}
