@@ -24,7 +24,7 @@ const DEBIAN_DEPENDS: &str = "libc6, libgcc-s1, systemd, iproute2";
 const SCRIPTS: [&str; 3] = ["postinst", "prerm", "postrm"];
 
 /// Where a file of `dist` or of the workspace goes.
-const FILES: [(&str, &str); 6] = [
+const FILES: [(&str, &str); 8] = [
     ("xtask/packaging/anyport.service", "usr/lib/systemd/system/anyport.service"),
     ("xtask/packaging/anyport.sysusers", "usr/lib/sysusers.d/anyport.conf"),
     ("xtask/packaging/anyport.tmpfiles", "usr/lib/tmpfiles.d/anyport.conf"),

@@ -204,7 +204,7 @@ mod tests {
     fn what_was_given_up_stays_away() {
         as_nobody(|| {
             for_control().unwrap();
-            drop(for_start(Choice::Auto));
+            for_start(Choice::Auto).unwrap();
             let _raised = raise_for(BackEnd::Tc);
             assert_eq!(in_force() & PROGRAMS, CapabilitySet::BPF);
             for_others().unwrap();

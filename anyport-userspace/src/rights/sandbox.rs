@@ -11,7 +11,11 @@ use landlock::{ABI, AccessFs, Ruleset, RulesetAttr as _, RulesetCreatedAttr as _
 use nix::unistd::Uid;
 use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, apply_filter, apply_filter_all_threads};
 
-use crate::{config::Config, lock, steering::BackEnd};
+use crate::{
+    config::{Choice, Config},
+    lock,
+    steering::BackEnd,
+};
 
 /// What tproxy starts.
 const TOOLS: [&str; 5] = ["iptables-restore", "iptables-save", "ip6tables-restore", "ip6tables-save", "ipset"];
@@ -93,7 +97,8 @@ fn restrict_files(config: &Config) -> anyhow::Result<RulesetStatus> {
     let own = [Some(lock::DIRECTORY.as_ref()), config.socket.parent(), Some(&*config.state_dir), Some(&*config.bpffs)];
     let own: Vec<&Path> = own.into_iter().flatten().collect();
     // What is not there yet can't be allowed. Whoever needs it says what keeps it from being made.
-    for path in &own {
+    let has_pins = config.steering != Choice::Tproxy;
+    for path in own.iter().filter(|path| has_pins || **path != config.bpffs) {
         fs::create_dir_all(path).ok();
     }
     let restricted = Ruleset::default()
@@ -185,7 +190,7 @@ mod tests {
             fs::write(foreign.join("before"), "").unwrap();
             assert_eq!(confine(&config).unwrap(), None, "this kernel lacks what the test is about");
 
-            for name in ["run/one", "state/two", "pins/three"] {
+            for name in ["run/one", "state/two"] {
                 fs::write(own.join(name), "").unwrap();
             }
             for path in [foreign.join("after"), own.join("beside"), "/dev/shm/anyport-test".into()] {
