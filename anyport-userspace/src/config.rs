@@ -167,6 +167,9 @@ pub struct Settings {
     /// Where metrics, health and a page about all of it are served over HTTP, to everybody who can connect [default: nowhere]
     #[arg(long, env = "ANYPORT_METRICS", value_name = "ADDR:PORT")]
     pub metrics: Option<SocketAddr>,
+    /// Whether to put back what others remove from the kernel, and not only to say so [default: true]
+    #[arg(long, env = "ANYPORT_MEND", num_args = 0..=1, default_missing_value = "true", value_name = "BOOL")]
+    pub mend: Option<bool>,
     /// How much to log; from debug on, the BPF programs log too [default: info]
     #[arg(long, env = "ANYPORT_LOG_LEVEL", value_name = "LEVEL")]
     pub log_level: Option<LogLevel>,
@@ -193,6 +196,7 @@ impl Settings {
             drain_timeout: self.drain_timeout.or(other.drain_timeout),
             keep: self.keep.or(other.keep),
             metrics: self.metrics.or(other.metrics),
+            mend: self.mend.or(other.mend),
             log_level: self.log_level.or(other.log_level),
             log_format: self.log_format.or(other.log_format),
         }
@@ -200,7 +204,7 @@ impl Settings {
 }
 
 /// The settings that can change while the daemon runs.
-const LIVE: [&str; 4] = ["max-rules", "drain-timeout", "keep", "log-level"];
+const LIVE: [&str; 5] = ["max-rules", "drain-timeout", "keep", "mend", "log-level"];
 /// Those that take a restart.
 const FIXED: [&str; 12] = [
     "socket",
@@ -240,6 +244,7 @@ pub struct Config {
     pub drain_timeout: Duration,
     pub keep: bool,
     pub metrics: Option<SocketAddr>,
+    pub mend: bool,
     pub limits: Limits,
     pub log_level: LogLevel,
     pub log_format: LogFormat,
@@ -284,7 +289,7 @@ impl Config {
         }
         Self::read(file, |text| {
             let DaemonTable { daemon } = toml::from_str(text)?;
-            Self::settle(options.or(daemon), Vec::new(), RuleSet::default())
+            Self::settle(options, daemon, text, Vec::new(), RuleSet::default())
         })
     }
 
@@ -313,11 +318,12 @@ impl Config {
 
     /// In the order of [`LIVE`].
     fn live_texts(&self) -> Vec<String> {
-        let Self { max_rules, drain_timeout, keep, log_level, .. } = self;
+        let Self { max_rules, drain_timeout, keep, mend, log_level, .. } = self;
         vec![
             max_rules.to_string(),
             humantime::format_duration(*drain_timeout).to_string(),
             keep.to_string(),
+            mend.to_string(),
             log_level.to_string(),
         ]
     }
@@ -349,6 +355,7 @@ impl Config {
         self.max_rules = other.max_rules;
         self.drain_timeout = other.drain_timeout;
         self.keep = other.keep;
+        self.mend = other.mend;
         self.log_level = other.log_level;
     }
 
@@ -371,20 +378,35 @@ impl Config {
         if !problems.is_empty() {
             bail!("{}", problems.join("\n"));
         }
-        Self::settle(options.or(file.daemon), services, rules)
+        Self::settle(options, file.daemon, text, services, rules)
     }
 
-    fn settle(settings: Settings, services: Vec<ServiceConfig>, rules: RuleSet) -> anyhow::Result<Self> {
+    /// Options come before the settings of a file, which is there as text, too.
+    fn settle(
+        options: Settings,
+        file: Settings,
+        text: &str,
+        services: Vec<ServiceConfig>,
+        rules: RuleSet,
+    ) -> anyhow::Result<Self> {
+        // Where a setting of the file stands, unless an option has its place.
+        let at = |name: &str, is_option: bool| {
+            let found = if is_option { None } else { place_of_setting(text, name) };
+            found.map(|place| format!("{place}: ")).unwrap_or_default()
+        };
+        let (workers_at, max_rules_at) =
+            (at("workers", options.workers.is_some()), at("max-rules", options.max_rules.is_some()));
+        let settings = options.or(file);
         let workers = settings.workers.unwrap_or_else(|| thread::available_parallelism().unwrap_or(NonZeroUsize::MIN));
         if workers.get() > MAX_WORKERS {
-            bail!("workers = {workers}: the limit is {MAX_WORKERS}");
+            bail!("{workers_at}workers = {workers}: the limit is {MAX_WORKERS}");
         }
         let max_rules = settings.max_rules.unwrap_or(DEFAULT_MAX_RULES);
         if max_rules > DEFAULT_MAX_RULES {
-            bail!("max-rules = {max_rules}: the limit is {DEFAULT_MAX_RULES}");
+            bail!("{max_rules_at}max-rules = {max_rules}: the limit is {DEFAULT_MAX_RULES}");
         }
         if rules.len() > max_rules {
-            bail!("there are {} rules; the limit is {max_rules}, see max-rules", rules.len());
+            bail!("{max_rules_at}there are {} rules; the limit is {max_rules}, see max-rules", rules.len());
         }
         Ok(Self {
             socket: settings.socket.unwrap_or_else(|| DEFAULT_SOCKET.into()),
@@ -399,6 +421,7 @@ impl Config {
             drain_timeout: settings.drain_timeout.map_or(DEFAULT_DRAIN_TIMEOUT, |time| time.0),
             keep: settings.keep.unwrap_or_default(),
             metrics: settings.metrics,
+            mend: settings.mend.unwrap_or(true),
             limits: Limits {
                 max_connections: settings.max_connections,
                 max_connections_per_source: settings.max_connections_per_source,
@@ -475,6 +498,13 @@ fn rules(
     rules
 }
 
+/// Line and column of the value of a setting of `[daemon]`.
+fn place_of_setting(text: &str, name: &str) -> Option<String> {
+    let file = toml::de::DeTable::parse(text).ok()?;
+    let value = file.get_ref().get("daemon")?.get_ref().as_table()?.get(name)?;
+    Some(place(text, value.span().start))
+}
+
 /// Line and column of an offset, as editors count them.
 fn place(text: &str, offset: usize) -> String {
     let before = &text[..offset];
@@ -528,7 +558,7 @@ mod tests {
     fn says_where_and_what() {
         for (text, wanted) in [
             ("[daemon]\nworkers = 0", ["line 2", "nonzero"]),
-            ("[daemon]\nworkers = 9999", ["9999", "1024"]),
+            ("[daemon]\nworkers = 9999", ["line 2, column 11: workers = 9999", "1024"]),
             ("[daemon]\nmetrics = \"localhost:9464\"", ["line 2", "socket address"]),
             ("[daemon]\nworker = 1", ["line 2, column 1", "worker"]),
             ("[daemon]\nsteering = \"ebpf\"", ["line 2", "sk-lookup"]),
@@ -544,7 +574,10 @@ mod tests {
             ("[[service]]\nname = \"x\"\nhandler = \"nope\"", ["line 3", "discard"]),
             ("[[service]]\nname = \"x\"\nhandler = \"echo\"\nbanner = \"y\"", ["line 1", "banner"]),
             ("[[rule]]\nprefix = 7", ["line 2", "string"]),
-            ("[daemon]\nmax-rules = 0\n[[rule]]\nprefix = \"192.0.2.0/24\"", ["1 rules", "max-rules"]),
+            (
+                "[daemon]\nmax-rules = 0\n[[rule]]\nprefix = \"192.0.2.0/24\"",
+                ["line 2, column 13: there are 1 rules", "max-rules"],
+            ),
             ("[[service]]\nname = \"x\"\nhandler = \"registered\"\nfallback = \"y\"", ["line 1", "no [[service]]"]),
             ("prefix", ["line 1", "="]),
         ] {

@@ -95,6 +95,13 @@ fn steering(backend: &str) -> Lab {
     lab
 }
 
+/// As [`steering`], where nobody but the doctor puts back what is removed.
+fn unmended(backend: &str) -> Lab {
+    let lab = Lab::with(backend, |setup| setup.args(["--mend", "false"]));
+    lab.daemon.ok(&format!("add-prefix {PREFIXES} --protocol both"));
+    lab
+}
+
 /// Asserts that remote clients are steered at each of the addresses.
 fn expect_steered(lab: &Lab, addresses: &[&str]) {
     for address in addresses {

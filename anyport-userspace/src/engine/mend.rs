@@ -157,13 +157,14 @@ impl Mends {
     }
 
     /// What is gone at the moment, and what others remove again and again.
-    pub(super) fn degraded(&self) -> Vec<String> {
+    pub(super) fn degraded(&self, is_mending: bool) -> Vec<String> {
         let mut lines = Vec::new();
         // Interfaces come and go, and nothing is wrong with that.
         for (_, mend) in self.0.iter().filter(|(kind, _)| **kind != Kind::Interface) {
             let since = humantime::format_rfc3339_seconds(mend.since);
             let row = format!("removed by others and put back {} times since {since}", mend.row);
             match (&mend.lost, &mend.failure) {
+                (Some(what), _) if !is_mending => lines.push(format!("{what} is gone, and is not put back (mend)")),
                 (Some(what), Some(why)) => {
                     lines.push(format!("{what} is gone and could not be put back, which is tried again: {why}"));
                 }
@@ -255,7 +256,7 @@ impl Engine {
         }
         let Some(lost) = self.lost().await else { return };
         self.mends.note(&lost, false);
-        if !self.mends.is_due() {
+        if !self.config.mend || !self.mends.is_due() {
             return;
         }
         let put_back = self.restore(&lost).await;
@@ -314,5 +315,58 @@ impl Engine {
             self.routes_look.took = Duration::ZERO;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Kind, Loss, Mends, PATIENCE, in_words};
+
+    fn lost() -> [Loss; 1] {
+        [Loss::new(Kind::Chain, "the chain")]
+    }
+
+    fn times(mends: &Mends) -> u64 {
+        mends.views().iter().map(|view| view.times).sum()
+    }
+
+    #[test]
+    fn what_goes_again_and_again_comes_back_after_pauses() {
+        let mut mends = Mends::default();
+        for time in 1..=PATIENCE {
+            mends.note(&lost(), false);
+            assert!(mends.is_due(), "time {time}");
+            mends.note(&[], true);
+            assert_eq!(times(&mends), u64::from(time));
+        }
+        assert!(
+            mends.degraded(true)[0].contains("removed by others and put back 5 times since"),
+            "{:?}",
+            mends.degraded(true)
+        );
+        mends.note(&lost(), false);
+        assert!(!mends.is_due());
+        assert!(mends.degraded(true)[0].contains("after a pause"), "{:?}", mends.degraded(true));
+        // Somebody else has put it back meanwhile.
+        mends.note(&[], false);
+        assert_eq!(times(&mends), u64::from(PATIENCE));
+    }
+
+    #[test]
+    fn what_fails_is_said_and_tried_again() {
+        let mut mends = Mends::default();
+        mends.note(&lost(), false);
+        mends.failed("no room");
+        assert!(!mends.is_due() && times(&mends) == 0);
+        assert!(mends.degraded(true)[0].contains("could not be put back, which is tried again: no room"));
+        // By another try, or by all being made anew.
+        mends.note(&[], false);
+        assert!(mends.degraded(true).is_empty() && times(&mends) == 1);
+    }
+
+    #[test]
+    fn many_are_few_words() {
+        assert_eq!(in_words(&["a"]), "a");
+        assert_eq!(in_words(&["a", "b", "c", "d", "e"]), "a, b, c and 2 more");
     }
 }

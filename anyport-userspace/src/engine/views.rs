@@ -144,8 +144,8 @@ impl Engine {
 
     pub(super) fn degraded(&self) -> Vec<String> {
         let services = self.services.values().flat_map(|running| running.service.degraded());
-        let own =
-            self.broken.iter().chain(&self.unseen).chain(&self.not_reloaded).cloned().chain(self.mends.degraded());
+        let mends = self.mends.degraded(self.config.mend);
+        let own = self.broken.iter().chain(&self.unseen).chain(&self.not_reloaded).cloned().chain(mends);
         let all = own.chain(self.steering.degraded()).chain(services).chain(self.lost_sockets());
         all.chain(self.shadowed_metrics()).collect()
     }

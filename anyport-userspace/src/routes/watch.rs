@@ -69,7 +69,7 @@ impl Watch {
                     Ok(length) => wire::news(&buffer[..length], &mut news),
                     Err(error) if error.kind() == ErrorKind::Interrupted => {}
                     // Some were lost (ENOBUFS).
-                    Err(_) => news = News { of_interfaces: true, of_routes: true },
+                    Err(_) => return News { of_interfaces: true, of_routes: true },
                 }
             }
             if news != News::default() {

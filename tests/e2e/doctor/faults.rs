@@ -8,7 +8,7 @@ use anyport_tests::{
 use libtest_mimic::Trial;
 use serde_json::json;
 
-use super::{ADDRESSES, Report, V4, V6, expect_not_steered, expect_steered, steering, type_fixes};
+use super::{ADDRESSES, Report, V4, V6, expect_not_steered, expect_steered, steering, type_fixes, unmended};
 use crate::cases::{Family, Lab, at, on_each_back_end, trial};
 
 pub(super) fn trials() -> Vec<Trial> {
@@ -25,7 +25,7 @@ pub(super) fn trials() -> Vec<Trial> {
 }
 
 fn missing_routes(backend: &'static str) {
-    let lab = steering(backend);
+    let lab = unmended(backend);
     Report::of(&lab.daemon).expect_fine("local-routes");
     for family in Family::ALL {
         lab.topology.host.ip(&format!("-{family} route flush table local proto 165"));

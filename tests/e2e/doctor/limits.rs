@@ -12,7 +12,7 @@ use anyport_tests::{
 };
 use libtest_mimic::Trial;
 
-use super::{ADDRESSES, Report, V4, expect_steered, steering, type_fixes};
+use super::{ADDRESSES, Report, V4, expect_steered, steering, type_fixes, unmended};
 use crate::cases::{Lab, at, trial};
 
 pub(super) fn trials() -> Vec<Trial> {
@@ -108,12 +108,13 @@ fn degraded() {
 }
 
 fn undo_leaves() {
-    let lab = steering("sk-lookup");
+    let lab = unmended("sk-lookup");
     let host = &lab.topology.host;
     host.sysctl("net.core.somaxconn", "128");
     host.ip("route flush table local proto 165");
     let fixed = Report::with(&lab.daemon, &["--fix"]);
-    assert_eq!(fixed.findings(), &[] as &[serde_json::Value]);
+    // The daemon notices a little later.
+    assert!(fixed.findings().iter().all(|it| it["check"] == "daemon"), "{:#}", fixed.0);
     host.sysctl("net.core.somaxconn", "8192");
     let undone = Report::with(&lab.daemon, &["--undo"]);
     undone.expect("local-routes", "broken", "192.0.2.0/24");

@@ -17,7 +17,7 @@ use aya::{
 };
 use libtest_mimic::Trial;
 
-use super::{ADDRESSES, PREFIXES, Report, V4, expect_not_steered, expect_steered, steering};
+use super::{ADDRESSES, PREFIXES, Report, V4, expect_not_steered, expect_steered, steering, unmended};
 use crate::cases::{Lab, at, on_each_back_end, trial};
 
 /// Attaches a program named `foreign` in front of all others at the ingress of the interface with the number that is its
@@ -52,7 +52,7 @@ fn index(namespace: &Netns, interface: &str) -> u64 {
 }
 
 fn taken_away(backend: &'static str) {
-    let mut lab = steering(backend);
+    let mut lab = unmended(backend);
     expect_steered(&lab, &ADDRESSES);
     Report::of(&lab.daemon).expect_fine("attached");
     let host = &lab.topology.host;
