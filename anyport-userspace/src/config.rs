@@ -555,6 +555,25 @@ mod tests {
     }
 
     #[test]
+    fn tells_what_can_change_from_what_takes_a_restart() {
+        let parse = |text: &str| Config::parse(Settings::default(), text).unwrap();
+        let former = parse("[daemon]\nworkers = 2\nsteering = \"tc\"");
+        let text =
+            "[daemon]\nworkers = 3\nmend = false\ndrain-timeout = \"1m\"\nmax-connections = 7\ninterface = [\"lo\"]";
+        let mut now = parse(text);
+        let (live, fixed) = now.differences(&former);
+        assert_eq!(live, ["drain-timeout: 10m -> 1m", "mend: true -> false"]);
+        let expected =
+            ["steering: tc -> auto", "interface: all -> lo", "workers: 2 -> 3", "max-connections: none -> 7"];
+        assert_eq!(fixed, expected);
+        now.take_live(&former);
+        assert_eq!(now.differences(&former).0, [""; 0]);
+        // No setting is forgotten.
+        let settings = format!("{:?}", Settings::default()).matches(": ").count();
+        assert_eq!(super::LIVE.len() + super::FIXED.len(), settings);
+    }
+
+    #[test]
     fn says_where_and_what() {
         for (text, wanted) in [
             ("[daemon]\nworkers = 0", ["line 2", "nonzero"]),

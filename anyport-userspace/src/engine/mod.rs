@@ -160,8 +160,8 @@ impl Engine {
         self.routes.watch()
     }
 
-    /// Looks again at what may have changed outside: interfaces, what others have removed of ours, and connections whose address can be given up. Tries
-    /// again what could not be undone.
+    /// Looks again at what may have changed outside: interfaces, what others have removed of ours, and connections whose address
+    /// can be given up. Tries again what could not be undone.
     pub async fn refresh(&mut self) {
         self.roll_back_if_due().await;
         if self.broken.is_some() && self.repairs.is_over() {
