@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeMap,
     fs,
-    os::unix::fs::{PermissionsExt as _, chown},
+    os::unix::fs::{MetadataExt as _, PermissionsExt as _, chown},
     path::Path,
 };
 
@@ -204,6 +204,17 @@ fn other_users() {
     drop(daemon);
     let daemon = Setup::new(&namespace, "sk-lookup").args(["--user", &format!("{USER}:{GROUP}")]).start();
     assert_eq!(uid(&daemon), Some(USER.to_string()));
+    drop(daemon);
+    // The socket is the group's, whoever the daemon is.
+    let directory = scratch();
+    chown(directory.path(), Some(65_531), Some(65_531)).expect("a directory of the user's own");
+    let socket = directory.path().join("own.sock");
+    let setup = Setup::new(&namespace, "sk-lookup").args(["--user", "65531:65531", "--socket"]).args([&socket]);
+    let daemon = setup.launch();
+    wait_for("control socket of another user", PATIENCE, || {
+        let owners = fs::metadata(&socket).map(|it| (it.uid(), it.gid()));
+        if matches!(owners, Ok((65_531, GROUP))) { Ok(()) } else { Err(format!("{owners:?} {}", daemon.log())) }
+    });
     drop(daemon);
     // Directories of somebody else's stay that.
     let outcome = Setup::new(&namespace, "sk-lookup").args(["--user", "65531:65531"]).run_to_end();

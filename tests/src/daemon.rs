@@ -111,7 +111,8 @@ impl Setup {
         Outcome { status, stdout: String::new(), stderr: daemon.log() }
     }
 
-    fn launch(self) -> Daemon {
+    /// Starts the daemon and waits for nothing.
+    pub fn launch(self) -> Daemon {
         let directory = scratch();
         // Where it makes its sockets.
         chown(directory.path(), Some(USER), Some(GROUP)).expect("a directory of the daemon's own");

@@ -27,7 +27,7 @@ pub use self::{
         Considered, Endpoint, Explain, Explanation, ListenerView, Reason, RouteView, RuleView, SocketView, Verdict,
     },
     live::{LivePrefix, LiveService, LiveUpstream, LiveView, PrefixCounts, ServiceCounts},
-    peer::{Peer, Readers},
+    peer::{GROUP, Peer, Readers},
     server::{Shared, bind, serve},
     types::{
         AddPrefixes, Applied, Apply, BackEndView, ListPrefixes, MendedView, PrefixView, ProgressView, Reload, Reloaded,

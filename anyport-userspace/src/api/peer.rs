@@ -10,7 +10,7 @@ use serde::Deserialize;
 use crate::sys::peer_groups;
 
 /// Members of this group may use the API, as root may.
-pub(super) const GROUP: &str = "anyport";
+pub const GROUP: &str = "anyport";
 
 /// Who is at the other end, as the kernel says.
 #[derive(Clone, Debug)]

@@ -26,6 +26,7 @@ use axum::{
 };
 use futures_util::{FutureExt as _, future::BoxFuture};
 use nix::{
+    errno::Errno,
     sys::socket::{getsockopt, sockopt::PeerCredentials},
     unistd::{Group, chown},
 };
@@ -89,7 +90,12 @@ pub fn bind(path: &Path, readers: Option<&Readers>) -> anyhow::Result<UnixListen
     let mode = if readers.is_some() { 0o666 } else { 0o660 };
     fs::set_permissions(path, fs::Permissions::from_mode(mode)).with_context(attempt)?;
     if let Ok(Some(group)) = Group::from_name(GROUP) {
-        chown(path, None, Some(group.gid)).with_context(attempt)?;
+        match chown(path, None, Some(group.gid)) {
+            Err(Errno::EPERM) => {
+                warn!("only root gets to the control socket: anyportd runs as no member of the group {GROUP}");
+            }
+            given => given.with_context(attempt)?,
+        }
     }
     Ok(listener)
 }

@@ -13,7 +13,7 @@ use anyhow::{Context as _, bail};
 use nix::{
     mount::{MsFlags, mount},
     sched::{CloneFlags, unshare},
-    unistd::{self, Gid, Uid, setgroups, setresgid, setresuid},
+    unistd::{self, Gid, Group, Uid, setgroups, setresgid, setresuid},
 };
 use rustix::thread::{
     CapabilitySet, CapabilitySets, capabilities, configure_capability_in_ambient_set,
@@ -23,6 +23,7 @@ use serde::Deserialize;
 
 use super::ALL;
 use crate::{
+    api::GROUP,
     config::{Choice, Config, DEFAULT_SOCKET, DEFAULT_STATE_DIR},
     steering::bpf::make_pin_directory,
 };
@@ -137,7 +138,9 @@ fn switch(Account { uid, gid }: Account) -> anyhow::Result<()> {
         remove_capability_from_bounding_set(capability).ok();
     }
     set_keep_capabilities(true)?;
-    setgroups(&[gid])?;
+    // Whoever it is, it gives the control socket to that group.
+    let control = Group::from_name(GROUP)?.map(|group| group.gid);
+    setgroups(&[Some(gid), control].into_iter().flatten().collect::<Vec<_>>())?;
     setresgid(gid, gid, gid)?;
     setresuid(uid, uid, uid)?;
     Ok(())

@@ -172,7 +172,7 @@ fn send(to: SocketAddr) {
 fn kernel_state() -> String {
     let legacy = run("iptables-legacy-save") + &run("ip6tables-legacy-save");
     let legacy = legacy.lines().filter(|line| line.starts_with('-') || line.contains(" - ["));
-    run("ipset list -name") + &run("nft list ruleset") + &legacy.collect::<String>()
+    run("ipset list -name") + &run("nft --stateless list ruleset") + &legacy.collect::<String>()
 }
 
 /// A server with the `AnyIP` prefixes of the documentation, and a client on the other end of a wire.
