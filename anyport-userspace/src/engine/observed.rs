@@ -47,7 +47,7 @@ impl ObservedService {
 }
 
 impl Engine {
-    /// All that there is to be seen; the rules with their counters are shown to `see` in order of precedence. Takes about 0.2
+    /// All that there is to be seen; the rules with their counters are shown to `see` in order of precedence. Takes about 0.4
     /// microseconds for each rule.
     ///
     /// # Errors

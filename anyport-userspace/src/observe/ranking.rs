@@ -66,7 +66,8 @@ impl Ranked {
 
 impl<'a, 'b> Ranking<'a, 'b> {
     pub(super) fn new(before: &'b Counts) -> Self {
-        let now = Counts { numbers: Vec::with_capacity(before.numbers.len()), ..Counts::default() };
+        let rows = before.numbers.len();
+        let now = Counts { numbers: Vec::with_capacity(rows), counts: Vec::with_capacity(rows) };
         let (busiest, fastest) = (Best::default(), Best::default());
         Self { before, expected: 0, places: None, now, rows: Vec::new(), busiest, fastest }
     }
