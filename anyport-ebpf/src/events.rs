@@ -66,7 +66,7 @@ pub extern "C" fn anyport_tell(listeners: u32, is_flow: u32) -> u32 {
             event.listeners |= 1 << number;
         }
     }
-    if event.listeners != 0 && (is_flow == 0 || !is_recent(event)) && EVENTS.output(&*event, 0).is_err() {
+    if event.listeners != 0 && (is_flow == 0 || !is_recent(event)) && EVENTS.output(*event, 0).is_err() {
         for number in 0..LISTENERS as u32 {
             if u32::from(event.listeners) >> number & 1 != 0
                 && let Some(filter) = FILTERS.get_ptr_mut(number)

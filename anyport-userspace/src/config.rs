@@ -337,8 +337,8 @@ impl Config {
         vec![
             socket.display().to_string(),
             state_dir.display().to_string(),
-            user.as_ref().map_or_else(|| "by default".to_owned(), |it| it.to_string()),
-            readers.as_ref().map_or_else(|| "nobody".to_owned(), |it| it.to_string()),
+            user.as_ref().map_or_else(|| "by default".to_owned(), ToString::to_string),
+            readers.as_ref().map_or_else(|| "nobody".to_owned(), ToString::to_string),
             bpffs.display().to_string(),
             steering,
             if interfaces.is_empty() { "all".to_owned() } else { interfaces.join(", ") },

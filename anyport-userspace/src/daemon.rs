@@ -1,6 +1,6 @@
 //! The daemon: the order in which its parts start and stop.
 
-use std::{ffi::CStr, fs, future::pending, sync::Arc, time::Duration};
+use std::{ffi::CStr, fs, future::pending, path::Path, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
 use nix::sys::{
@@ -19,7 +19,7 @@ use crate::{
     api,
     config::Config,
     engine::Engine,
-    keeper::{Begin, Command, Commands, Handover, Link},
+    keeper::{self, Begin, Command, Commands, Handover, Link},
     lock::Lock,
     observe::{self, Observer, Servers},
     register, rights,
@@ -143,14 +143,19 @@ async fn control_loop(
     let metrics = config.metrics.map(watch_at).transpose()?;
     let hangup = signal(SignalKind::hangup()).context("wait for SIGHUP")?;
     lock.answer()?;
-    let listener = api::bind(&config.socket, config.readers.as_ref())?;
-    let registering = register::bind(&register::socket_beside(&config.socket)).inspect_err(|_| {
-        fs::remove_file(&config.socket).ok();
-    })?;
+    let given = keeper.take(keeper::CONTROL).pop();
+    let beside = register::socket_beside(&config.socket);
+    let mut paths: Vec<&Path> = if given.is_some() { Vec::new() } else { vec![&config.socket] };
+    let listener = match given {
+        Some(given) => api::adopt(given, &config.socket)?,
+        None => api::bind(&config.socket, config.readers.as_ref())?,
+    };
+    let registering = register::bind(&beside).inspect_err(|_| remove_sockets(&paths))?;
+    paths.push(&beside);
     match Engine::start(config, workers, keeper.clone(), begin.is_successor).await {
         Ok(started) => *engine.lock().await = Some(started),
         Err(error) => {
-            remove_sockets(config);
+            remove_sockets(&paths);
             return Err(error);
         }
     }
@@ -168,7 +173,7 @@ async fn control_loop(
     info!("ready at {}; next: anyportctl add-prefix PREFIX", config.socket.display());
 
     let end = ends.wait(&handover).await;
-    remove_sockets(config);
+    remove_sockets(&paths);
     stop.send_replace(true);
     // A command under way holds the lock, so it is finished first. Later ones find nothing.
     let engine = engine.lock().await.take().context("the engine went away")?;
@@ -257,8 +262,8 @@ fn raise_descriptor_limit() {
     }
 }
 
-fn remove_sockets(config: &Config) {
-    for path in [&config.socket, &register::socket_beside(&config.socket)] {
+fn remove_sockets(paths: &[&Path]) {
+    for path in paths {
         if let Err(error) = fs::remove_file(path) {
             warn!("remove the socket {}: {error}", path.display());
         }

@@ -198,7 +198,9 @@ fn readers() {
         Outcome::of(command.arg("--socket").arg(daemon.socket()))
     };
     let looks = ["status", "prefixes", "services", "explain 192.0.2.7:80"];
-    let changes = ["add-prefix 203.0.113.0/24", "remove-prefix 192.0.2.0/24", "remove-service default", "confirm"];
+    // And who dials what is nobody's business.
+    let changes =
+        ["add-prefix 203.0.113.0/24", "remove-prefix 192.0.2.0/24", "remove-service default", "confirm", "events"];
     for (option, groups, may_look) in
         [("all", "--clear-groups", true), ("nogroup", "--groups=65534", true), ("nogroup", "--clear-groups", false)]
     {

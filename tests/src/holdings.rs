@@ -13,7 +13,7 @@ pub struct Holdings {
     pub descriptors: usize,
     /// KiB of memory that no other process shares.
     pub memory: u64,
-    /// KiB of kernel memory of the BPF maps that it has open (`memlock` of proc_pid_fdinfo(5)), each counted once.
+    /// KiB of kernel memory of the BPF maps that it has open (`memlock` of `proc_pid_fdinfo(5)`), each counted once.
     pub maps: u64,
 }
 

@@ -40,8 +40,8 @@ pub(crate) fn fill(root: &Path, dist: &Path) -> Result<()> {
         fs::remove_dir_all(dist).with_context(|| format!("empty {}", dist.display()))?;
     }
     fs::create_dir_all(dist).with_context(|| format!("make {}", dist.display()))?;
-    let packaging =
-        ["anyport.service", "anyport.sysusers", "anyport.tmpfiles"].map(|it| format!("xtask/packaging/{it}"));
+    let packaging = ["anyport.service", "anyport.socket", "anyport.sysusers", "anyport.tmpfiles"]
+        .map(|it| format!("xtask/packaging/{it}"));
     let documents = ["docs/anyport.toml", "docs/grafana.json", "docs/alerts.yml", "LICENSE", "README.md"];
     for file in documents.into_iter().chain(packaging.iter().map(String::as_str)) {
         copy(&root.join(file), dist)?;

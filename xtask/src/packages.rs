@@ -24,8 +24,9 @@ const DEBIAN_DEPENDS: &str = "libc6, libgcc-s1, systemd, iproute2";
 const SCRIPTS: [&str; 3] = ["postinst", "prerm", "postrm"];
 
 /// Where a file of `dist` or of the workspace goes.
-const FILES: [(&str, &str); 8] = [
+const FILES: [(&str, &str); 9] = [
     ("xtask/packaging/anyport.service", "usr/lib/systemd/system/anyport.service"),
+    ("xtask/packaging/anyport.socket", "usr/lib/systemd/system/anyport.socket"),
     ("xtask/packaging/anyport.sysusers", "usr/lib/sysusers.d/anyport.conf"),
     ("xtask/packaging/anyport.tmpfiles", "usr/lib/tmpfiles.d/anyport.conf"),
     ("docs/anyport.toml", "usr/share/doc/anyport/anyport.toml"),
@@ -69,10 +70,7 @@ pub(crate) fn check(dist: &Path) -> Result<()> {
     let mut expected: Vec<String> = FILES.map(|(_, to)| to.to_owned()).to_vec();
     expected.extend(PROGRAMS.map(|program| format!("usr/bin/{program}")));
     expected.extend(["usr/share/man/man8/anyportctl-add-prefix.8.gz", "etc/anyport"].map(ToOwned::to_owned));
-    for (extension, tool, list) in [("deb", DPKG_DEB, ["dpkg-deb", "--contents"]), ("rpm", RPMBUILD, ["rpm", "-qlp"])] {
-        if !host::missing(&[tool]).is_empty() {
-            continue;
-        }
+    for (extension, list) in [("deb", ["dpkg-deb", "--contents"]), ("rpm", ["rpm", "-qlp"])] {
         let packages = fs::read_dir(dist)?.flatten().map(|entry| entry.path());
         let package = packages.into_iter().find(|path| path.extension() == Some(OsStr::new(extension)));
         let package = package.with_context(|| format!("find the package of the kind {extension}"))?;
@@ -186,8 +184,11 @@ pub(crate) fn check_unit(root: &Path, programs: &Programs, scratch: &Path) -> Re
     exec(Command::new("systemd-analyze").args(["security", "--no-pager", "--offline=true", EXPOSURE]).arg(&shipped))?;
     let text = fs::read_to_string(&shipped).context("read the unit")?;
     let unit = scratch.join("anyport.service");
-    let built = format!("ExecStart={}", programs.daemon().display());
+    let text = text.replace("=/usr/bin/anyportd", &format!("={}", programs.daemon().display()));
+    let text = text.replace("=/usr/bin/anyportctl", &format!("={}", programs.client().display()));
     fs::create_dir_all(scratch)?;
-    fs::write(&unit, text.replace("ExecStart=/usr/bin/anyportd", &built))?;
-    exec(Command::new("systemd-analyze").args(["verify", "--man=no"]).arg(&unit))
+    fs::write(&unit, text)?;
+    let socket = scratch.join("anyport.socket");
+    fs::copy(root.join("xtask/packaging/anyport.socket"), &socket).context("copy the socket unit")?;
+    exec(Command::new("systemd-analyze").args(["verify", "--man=no"]).args([unit, socket]))
 }

@@ -28,7 +28,7 @@ pub use self::{
     },
     live::{LivePrefix, LiveService, LiveUpstream, LiveView, PrefixCounts, ServiceCounts},
     peer::{GROUP, Peer, Readers},
-    server::{Shared, bind, serve},
+    server::{Shared, adopt, bind, serve},
     types::{
         AddPrefixes, Applied, Apply, BackEndView, ListPrefixes, MendedView, PrefixView, ProgressView, Reload, Reloaded,
         RemovePrefixes, ServiceView, StatusView, TakeOver, Taken, Totals, parse,

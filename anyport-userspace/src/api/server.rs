@@ -1,9 +1,12 @@
 use std::{
     fs,
     io::ErrorKind,
-    os::unix::{
-        fs::{FileTypeExt as _, PermissionsExt as _},
-        net::UnixStream,
+    os::{
+        fd::OwnedFd,
+        unix::{
+            fs::{FileTypeExt as _, PermissionsExt as _},
+            net::{self, UnixStream},
+        },
     },
     path::Path,
     pin::pin,
@@ -100,6 +103,24 @@ pub fn bind(path: &Path, readers: Option<&Readers>) -> anyhow::Result<UnixListen
     Ok(listener)
 }
 
+/// Listens at a control socket that a service manager has bound to this path, and which stays when this process ends.
+///
+/// # Errors
+/// It is bound to another path, or is no such socket.
+pub fn adopt(socket: OwnedFd, path: &Path) -> anyhow::Result<UnixListener> {
+    let attempt = || format!("take the control socket {} from the service manager", path.display());
+    let listener = net::UnixListener::from(socket);
+    let bound = listener.local_addr().with_context(attempt)?;
+    if bound.as_pathname() != Some(path) {
+        bail!("{}: it is bound to {bound:?}; make ListenStream= of the socket unit and --socket the same", attempt());
+    }
+    listener.set_nonblocking(true).with_context(attempt)?;
+    UnixListener::from_std(listener).with_context(attempt)
+}
+
+/// The one request that only looks, and yet is not for [`Readers`].
+const EVENTS: &str = "/v1/events";
+
 /// Answers requests until told to stop.
 ///
 /// # Errors
@@ -122,7 +143,7 @@ pub async fn serve(
         .route("/v1/confirm", post(confirm))
         .route("/v1/reload", post(reload))
         .route("/v1/progress", get(progress))
-        .route("/v1/events", get(events))
+        .route(EVENTS, get(events))
         .route("/v1/explain", get(explain))
         .route("/v1/takeover", post(take_over))
         .route("/v1/services", get(services).post(add_service))
@@ -175,7 +196,9 @@ async fn permit(
     if peer.is_in_control() {
         return next.run(request).await;
     }
-    if request.method() == Method::GET && readers.is_some_and(|readers| readers.include(&peer)) {
+    // Who dials what is nobody's business, and few can listen at a time.
+    let is_open = request.method() == Method::GET && request.uri().path() != EVENTS;
+    if is_open && readers.is_some_and(|readers| readers.include(&peer)) {
         // It is never closed.
         let _turn = turns.acquire().await;
         return next.run(request).await;

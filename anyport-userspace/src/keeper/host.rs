@@ -29,7 +29,7 @@ use tokio::{
 };
 
 use super::{
-    Begin, Order, Report,
+    Begin, CONTROL, Order, Report,
     server::{News, Server},
     systemd,
 };
@@ -87,12 +87,10 @@ struct Keeper {
     restart_at: Option<Instant>,
     /// Before the next restart after a server that could not start.
     pause: Duration,
-    /// Whether steering may be in the kernel.
-    has_served: bool,
+    /// Who may have put steering into the kernel.
+    served: Served,
     /// Whether the configuration is to be read again by the one that is about to serve, who may have read it already.
     is_to_reload: bool,
-    /// Whether it may have been so before this process began.
-    has_predecessor: bool,
     /// Whether those that leave are nobody's business any more.
     is_restarting: bool,
     /// Once it is to stop, or nobody serves any more.
@@ -100,10 +98,21 @@ struct Keeper {
     news: UnboundedSender<(Pid, News)>,
 }
 
+/// By whom clients were served so far.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Served {
+    Nobody,
+    /// By servers of a process that kept the sockets before this one.
+    Others,
+    /// By servers of this process.
+    Ours,
+}
+
 impl Keeper {
     fn new(news: UnboundedSender<(Pid, News)>, fetched: Vec<(String, OwnedFd)>) -> io::Result<Self> {
         let mut sockets = systemd::kept();
-        let has_predecessor = !sockets.is_empty();
+        // A socket unit's socket is older than the first server.
+        let served = if sockets.keys().any(|name| name != CONTROL) { Served::Others } else { Served::Nobody };
         sockets.extend(fetched);
         Ok(Self {
             sockets,
@@ -119,9 +128,8 @@ impl Keeper {
             crash: None,
             restart_at: None,
             pause: FIRST_PAUSE,
-            has_served: false,
+            served,
             is_to_reload: false,
-            has_predecessor,
             is_restarting: false,
             code: None,
             news,
@@ -197,7 +205,7 @@ impl Keeper {
                 if systemd::is_there() {
                     systemd::ready();
                 }
-                self.has_served = true;
+                self.served = Served::Ours;
                 self.former = None;
                 if std::mem::take(&mut self.is_to_reload) {
                     server.signal(Signal::SIGHUP);
@@ -227,7 +235,7 @@ impl Keeper {
     fn begin(&mut self) {
         self.started += 1;
         let begin = Begin {
-            is_successor: self.has_served || self.has_predecessor,
+            is_successor: self.served != Served::Nobody,
             is_restarted: systemd::is_there(),
             crash: self.crash.take(),
             started: self.started,
@@ -288,7 +296,7 @@ impl Keeper {
 
     fn serving_ended(&mut self, status: ExitStatus) {
         let Some(server) = self.serving.take() else { return };
-        if self.code.is_some() || status.success() || !(self.has_served || self.former.is_some()) {
+        if self.code.is_some() || status.success() || !(self.served == Served::Ours || self.former.is_some()) {
             // It was told to stop, by us or by somebody else, or can't start at all.
             self.code = Some(code_of(status));
             return self.end_others();

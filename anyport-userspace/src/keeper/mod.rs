@@ -25,6 +25,9 @@ pub use self::{
     link::{Begin, Command, Commands, Link},
 };
 
+/// The name under which a service manager passes the control socket, which it has bound. None of a service's sockets has such a name.
+pub const CONTROL: &str = "@control";
+
 /// The server finds the keeper at its standard input, if this variable has the value [`AT_STDIN`].
 const VARIABLE: &str = "ANYPORT_KEEPER";
 const AT_STDIN: &str = "stdin";
