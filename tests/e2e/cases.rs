@@ -4,14 +4,17 @@ use std::{
     fmt,
     net::{IpAddr, SocketAddr},
     sync::{Arc, LazyLock},
+    time::Duration,
 };
 
 use anyport_tests::{
     daemon::{Daemon, Setup},
+    host::wait_for,
     netns::Netns,
     topology::Topology,
 };
 use libtest_mimic::Trial;
+use serde_json::Value;
 
 /// The back ends, each of which meets the same contract.
 pub(crate) const BACKENDS: [&str; 3] = ["sk-lookup", "tc", "tproxy"];
@@ -72,6 +75,17 @@ impl Lab {
         let topology = Topology::new();
         let daemon = adapt(Setup::new(&topology.host, backend)).start();
         Self { topology, daemon }
+    }
+
+    /// What `services` says of one, once so many datagrams have been answered: an answer is counted when it has been sent, and
+    /// may have arrived by then.
+    pub(crate) fn service_after(&self, name: &str, answers: u64) -> Value {
+        wait_for("count of answers", Duration::from_secs(5), || {
+            let services = self.daemon.json("services");
+            let mut all = services.as_array().expect("services").iter();
+            let service = all.find(|it| it["name"] == name).expect("the service");
+            if service["answered"] == answers { Ok(service.clone()) } else { Err(service.to_string()) }
+        })
     }
 
     /// The namespace of the `remote` or the `local` client.
