@@ -171,7 +171,7 @@ fn degraded(daemon: &Daemon) -> String {
 }
 
 fn wait_for_degraded(daemon: &Daemon, text: &str) {
-    wait_for("complaint of status", Duration::from_secs(5), || {
+    wait_for("complaint of status", Duration::from_secs(15), || {
         let degraded = degraded(daemon);
         if degraded.contains(text) { Ok(()) } else { Err(degraded) }
     });

@@ -157,6 +157,27 @@ pub fn listeners() -> anyhow::Result<Vec<Listener>> {
     Ok(listeners)
 }
 
+/// Which of these sockets, given by their inodes, are listening or unconnected ones still, each with its transport.
+///
+/// The kernel's list is no snapshot: it is read piece by piece, and goes on by the number of the entry (`udp_get_idx`, net/ipv4/udp.c), so that
+/// sockets that others close meanwhile hide some that are open. So what is missing is looked for twice more. Where hundreds of thousands of sockets come and go in a second
+/// even that may miss one, so that who must not be wrong has to ask again later.
+///
+/// # Errors
+/// The list can't be read.
+pub(crate) fn still_open(inodes: &HashSet<u64>) -> anyhow::Result<HashMap<u64, Transport>> {
+    const LOOKS: usize = 3;
+    let mut open = HashMap::new();
+    for _ in 0..LOOKS {
+        let wanted = listeners()?.into_iter().filter(|it| inodes.contains(&it.inode));
+        open.extend(wanted.map(|it| (it.inode, it.transport)));
+        if open.len() == inodes.len() {
+            break;
+        }
+    }
+    Ok(open)
+}
+
 /// Those of one transport. The kernel takes milliseconds for TCP, however few there are.
 pub fn listeners_of(transport: Transport) -> anyhow::Result<Vec<Listener>> {
     let files = match transport {
