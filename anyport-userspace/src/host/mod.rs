@@ -160,8 +160,8 @@ pub fn listeners() -> anyhow::Result<Vec<Listener>> {
 /// Which of these sockets, given by their inodes, are listening or unconnected ones still, each with its transport.
 ///
 /// The kernel's list is no snapshot: it is read piece by piece, and goes on by the number of the entry (`udp_get_idx`, net/ipv4/udp.c), so that
-/// sockets that others close meanwhile hide some that are open. So what is missing is looked for twice more. Where hundreds of thousands of sockets come and go in a second
-/// even that may miss one, so that who must not be wrong has to ask again later.
+/// sockets that others close meanwhile hide some that are open. So what is missing is looked for twice more. Where others open and close a
+/// hundred sockets all the time even that missed 18 of 200, so that who must not be wrong has to ask again later.
 ///
 /// # Errors
 /// The list can't be read.
