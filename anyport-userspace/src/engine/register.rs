@@ -40,17 +40,12 @@ const KINDS: [(Family, Transport); SOCKETS_PER_SERVICE as usize] = [
     (Family::Ipv6, Transport::Udp),
 ];
 
-/// So often in a row a socket is not seen until it is taken for closed, while its owner lives: some seconds.
-const UNSEEN: u8 = 4;
-
 /// What was registered for a service, in the order of [`KINDS`].
 #[derive(Clone, Debug, Default)]
 pub(super) struct Registrations {
     live: [Option<Arc<Registered>>; SOCKETS_PER_SERVICE as usize],
     /// Why sockets went, until others come in their place.
     lost: [Option<String>; SOCKETS_PER_SERVICE as usize],
-    /// How often in a row a socket was not seen although its owner lives.
-    unseen: [u8; SOCKETS_PER_SERVICE as usize],
 }
 
 impl Engine {
@@ -228,7 +223,7 @@ impl Engine {
             if running.service.config().handler != HandlerKind::Registered {
                 continue;
             }
-            let Registrations { live, lost, .. } = self.registered.get(name).cloned().unwrap_or_default();
+            let Registrations { live, lost } = self.registered.get(name).cloned().unwrap_or_default();
             let mut reasons: Vec<String> = lost.into_iter().flatten().collect();
             if reasons.is_empty()
                 && live.iter().all(Option::is_none)
@@ -251,20 +246,14 @@ impl Engine {
         if self.registered.values().all(|it| it.live.iter().all(Option::is_none)) {
             return Ok(());
         }
-        let live = self.registered.values().flat_map(|it| it.live.iter().flatten());
-        let open = host::still_open(&live.map(|socket| socket.inode).collect())?;
+        let open: HashSet<u64> = host::listeners()?.iter().map(|it| it.inode).collect();
         let mut has_lost = false;
         for (name, registrations) in &mut self.registered {
-            let Registrations { live, lost, unseen } = registrations;
-            for ((live, lost), unseen) in live.iter_mut().zip(lost).zip(unseen) {
+            let Registrations { live, lost } = registrations;
+            for (live, lost) in live.iter_mut().zip(lost) {
                 let Some(socket) = live.as_ref() else { continue };
                 let host::Owner { pid, name: comm } = &socket.owner;
-                *unseen = if open.contains_key(&socket.inode) { 0 } else { unseen.saturating_add(1) };
-                if (1..UNSEEN).contains(unseen) && !socket.has_owner_ended() {
-                    // It may be hidden by others that came and went.
-                    continue;
-                }
-                if !open.contains_key(&socket.inode) {
+                if !open.contains(&socket.inode) {
                     let end = if socket.has_owner_ended() { "exited" } else { "closed it" };
                     let why = format!("its owner, pid {pid} ({comm}), {end}");
                     warn!("service {name}: {} {} is gone: {why}", Protocol::from(socket.transport), socket.local);
@@ -321,8 +310,8 @@ impl Engine {
             }
             return Ok(Registered::new(candidate, pid, &self.owner_exits));
         }
-        let open = host::still_open(&HashSet::from([kept.inode])).map_err(|error| format!("{error:#}"))?;
-        let Some(transport) = open.get(&kept.inode) else {
+        let open = host::listeners().map_err(|error| format!("{error:#}"))?;
+        let Some(listener) = open.iter().find(|it| it.inode == kept.inode) else {
             return Err(format!("its owner closed {local} meanwhile"));
         };
         if !self.steering.goes_on_with(cookie) {
@@ -331,7 +320,7 @@ impl Engine {
                  register it again"
             ));
         }
-        Ok(Registered::in_kernel(kept, *transport, &self.owner_exits))
+        Ok(Registered::in_kernel(kept, listener.transport, &self.owner_exits))
     }
 
     /// Closes our descriptors of registered sockets, which are in the kernel's map by now.

@@ -1,9 +1,10 @@
 //! What a rule could take away from the host itself: addresses, gateways and listening sockets.
 
+mod sockets;
+
 use std::{
     collections::{BTreeSet, HashMap, HashSet},
-    fs::{self, File},
-    io::{BufRead as _, BufReader, ErrorKind},
+    fs,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     path::Path,
 };
@@ -11,6 +12,7 @@ use std::{
 use anyhow::Context as _;
 use anyport_common::flow::Transport;
 
+pub use self::sockets::{connected_addresses, listeners, listeners_of};
 use crate::rules::Rule;
 
 /// A socket that waits for strangers: a listening TCP socket or an unconnected UDP socket.
@@ -20,6 +22,8 @@ pub struct Listener {
     pub transport: Transport,
     /// Where it is bound, which may be a wildcard address.
     pub local: SocketAddr,
+    /// Whether it is one of IPv6 that does not serve IPv4 too.
+    pub is_ipv6_only: bool,
     /// Its inode, by which processes hold it.
     pub inode: u64,
 }
@@ -83,9 +87,9 @@ fn describe(rule: &Rule, host: &Host, shadowed: &[Listener], owners: &HashMap<u6
 /// The sockets that would lose to the rule.
 fn shadowed(rule: &Rule, host: &Host) -> Vec<Listener> {
     let is_host_inside = host.addresses.iter().any(|(address, _)| rule.prefix.contains(*address));
-    let is_reached = |local: IpAddr| match local {
-        // A wildcard socket of IPv6 serves IPv4 too unless it was told not to, which can't be seen from here.
-        IpAddr::V6(Ipv6Addr::UNSPECIFIED) => is_host_inside,
+    let is_reached = |listener: &Listener| match listener.local.ip() {
+        // A wildcard socket of IPv6 serves IPv4 too unless it was told not to.
+        IpAddr::V6(Ipv6Addr::UNSPECIFIED) => is_host_inside && !(listener.is_ipv6_only && rule.prefix.is_ipv4()),
         IpAddr::V4(Ipv4Addr::UNSPECIFIED) => is_host_inside && rule.prefix.is_ipv4(),
         local => rule.prefix.contains(local),
     };
@@ -96,7 +100,7 @@ fn shadowed(rule: &Rule, host: &Host) -> Vec<Listener> {
             let port = listener.local.port();
             rule.terms.ports.contains(port) && !rule.terms.except.contains(port)
         })
-        .filter(|listener| is_reached(listener.local.ip()))
+        .filter(is_reached)
         .collect()
 }
 
@@ -106,8 +110,7 @@ pub fn reached(transport: Transport, to: SocketAddr, listeners: Vec<Listener>) -
     let rank = |listener: &Listener| match listener.local.ip() {
         local if local == to.ip() => Some(0),
         IpAddr::V4(Ipv4Addr::UNSPECIFIED) if to.is_ipv4() => Some(1),
-        // As above, it may serve IPv4 too.
-        IpAddr::V6(Ipv6Addr::UNSPECIFIED) => Some(2),
+        IpAddr::V6(Ipv6Addr::UNSPECIFIED) if !(listener.is_ipv6_only && to.is_ipv4()) => Some(2),
         _ => None,
     };
     let here = listeners.into_iter().filter(|it| it.transport == transport && it.local.port() == to.port());
@@ -148,118 +151,6 @@ pub fn addresses() -> anyhow::Result<Vec<(IpAddr, String)>> {
         Some((address, interface.interface_name))
     });
     Ok(addresses.collect())
-}
-
-/// The listening TCP sockets and the unconnected UDP sockets of the thread's network namespace.
-pub fn listeners() -> anyhow::Result<Vec<Listener>> {
-    let mut listeners = listeners_of(Transport::Tcp)?;
-    listeners.extend(listeners_of(Transport::Udp)?);
-    Ok(listeners)
-}
-
-/// Which of these sockets, given by their inodes, are listening or unconnected ones still, each with its transport.
-///
-/// The kernel's list is no snapshot: it is read piece by piece, and goes on by the number of the entry (`udp_get_idx`, net/ipv4/udp.c), so that
-/// sockets that others close meanwhile hide some that are open. So what is missing is looked for twice more. Where others open and close a
-/// hundred sockets all the time even that missed 18 of 200, so that who must not be wrong has to ask again later.
-///
-/// # Errors
-/// The list can't be read.
-pub(crate) fn still_open(inodes: &HashSet<u64>) -> anyhow::Result<HashMap<u64, Transport>> {
-    const LOOKS: usize = 3;
-    let mut open = HashMap::new();
-    for _ in 0..LOOKS {
-        let wanted = listeners()?.into_iter().filter(|it| inodes.contains(&it.inode));
-        open.extend(wanted.map(|it| (it.inode, it.transport)));
-        if open.len() == inodes.len() {
-            break;
-        }
-    }
-    Ok(open)
-}
-
-/// Those of one transport. The kernel takes milliseconds for TCP, however few there are.
-pub fn listeners_of(transport: Transport) -> anyhow::Result<Vec<Listener>> {
-    let files = match transport {
-        Transport::Tcp => ["tcp", "tcp6"],
-        Transport::Udp => ["udp", "udp6"],
-    };
-    let mut listeners = Vec::new();
-    for file in files {
-        let path = Path::new("/proc/thread-self/net").join(file);
-        match File::open(&path) {
-            Ok(file) => read_table(BufReader::new(file).lines(), transport, &mut listeners)
-                .with_context(|| format!("reading {}", path.display()))?,
-            // A kernel without IPv6.
-            Err(error) if error.kind() == ErrorKind::NotFound => {}
-            Err(error) => {
-                return Err(error).with_context(|| format!("opening {}", path.display()));
-            }
-        }
-    }
-    Ok(listeners)
-}
-
-/// The local addresses of the connections of the thread's network namespace: those of TCP from the first SYN on until both
-/// sides have closed, without what is in `TIME_WAIT`, and those of connected UDP sockets.
-pub fn connected_addresses() -> anyhow::Result<HashSet<IpAddr>> {
-    // UDP sockets that are not connected are shown as closed.
-    const TIME_WAIT_CLOSE_LISTEN: [&str; 3] = ["06", "07", "0A"];
-    let mut addresses = HashSet::new();
-    for file in ["tcp", "tcp6", "udp", "udp6"] {
-        let path = Path::new("/proc/thread-self/net").join(file);
-        let text = match fs::read_to_string(&path) {
-            // A kernel without IPv6.
-            Err(error) if error.kind() == ErrorKind::NotFound => continue,
-            text => text.with_context(|| format!("reading {}", path.display()))?,
-        };
-        let sockets = text.lines().skip(1).map(|line| line.split_ascii_whitespace().skip(1));
-        addresses.extend(sockets.filter_map(|mut fields| {
-            let (local, state) = (fields.next()?, fields.nth(1)?);
-            let is_connection = !TIME_WAIT_CLOSE_LISTEN.contains(&state);
-            is_connection.then(|| socket_address(local)).flatten().map(|local| local.ip())
-        }));
-    }
-    Ok(addresses)
-}
-
-fn read_table(
-    lines: impl Iterator<Item = std::io::Result<String>>,
-    transport: Transport,
-    listeners: &mut Vec<Listener>,
-) -> std::io::Result<()> {
-    const LISTEN: &str = "0A";
-    const UNCONNECTED: &str = "07";
-    for line in lines.skip(1) {
-        let line = line?;
-        let fields: Vec<_> = line.split_ascii_whitespace().collect();
-        let [_, local, _, state, _, _, _, _, _, inode, ..] = fields[..] else { continue };
-        match transport {
-            // The kernel lists the listening sockets first; of the others there may be very many.
-            Transport::Tcp if state != LISTEN => break,
-            Transport::Udp if state != UNCONNECTED => continue,
-            _ => {}
-        }
-        if let (Some(local), Ok(inode)) = (socket_address(local), inode.parse()) {
-            listeners.push(Listener { transport, local, inode });
-        }
-    }
-    Ok(())
-}
-
-/// Reads `0100007F:1F90`: words of 32 bits, each as the machine's own number, and the port.
-fn socket_address(text: &str) -> Option<SocketAddr> {
-    let (address, port) = text.split_once(':')?;
-    let mut bytes = Vec::with_capacity(16);
-    for start in (0..address.len()).step_by(8) {
-        let word = u32::from_str_radix(address.get(start..start + 8)?, 16).ok()?;
-        bytes.extend(word.to_ne_bytes());
-    }
-    let address = match bytes.len() {
-        4 => IpAddr::from(<[u8; 4]>::try_from(bytes).ok()?),
-        _ => IpAddr::from(<[u8; 16]>::try_from(bytes).ok()?).to_canonical(),
-    };
-    Some(SocketAddr::new(address, u16::from_str_radix(port, 16).ok()?))
 }
 
 /// Who holds these sockets, as far as `/proc` lets us see.

@@ -6,7 +6,7 @@ use std::{
 
 use anyport_common::flow::Transport;
 
-use super::{Host, Listener, Owner, addresses, describe, listeners, objections, owners, reached, read_table, shadowed};
+use super::{Host, Listener, Owner, addresses, describe, listeners, objections, owners, reached, shadowed};
 use crate::rules::{Origin, PortSet, Rule, Terms};
 
 fn rule(prefix: &str, ports: &str, except: &str) -> Rule {
@@ -16,7 +16,7 @@ fn rule(prefix: &str, ports: &str, except: &str) -> Rule {
 }
 
 fn listener(transport: Transport, local: &str, inode: u64) -> Listener {
-    Listener { transport, local: local.parse().unwrap(), inode }
+    Listener { transport, local: local.parse().unwrap(), is_ipv6_only: false, inode }
 }
 
 fn host() -> Host {
@@ -41,9 +41,13 @@ fn the_kernel_prefers_exact_addresses_to_wildcards() {
     let all = [("[::]:80", 1), ("0.0.0.0:80", 2), ("192.0.2.7:80", 3), ("192.0.2.8:80", 4), ("0.0.0.0:81", 5)];
     let mut listeners: Vec<_> = all.map(|(local, inode)| listener(Transport::Tcp, local, inode)).into();
     listeners.push(listener(Transport::Udp, "0.0.0.0:80", 6));
-    for (to, inodes) in
-        [("192.0.2.7:80", &[3, 2, 1][..]), ("192.0.2.9:80", &[2, 1]), ("[2001:db8::1]:80", &[1]), ("192.0.2.7:82", &[])]
-    {
+    listeners.push(Listener { is_ipv6_only: true, ..listener(Transport::Tcp, "[::]:80", 7) });
+    for (to, inodes) in [
+        ("192.0.2.7:80", &[3, 2, 1][..]),
+        ("192.0.2.9:80", &[2, 1]),
+        ("[2001:db8::1]:80", &[1, 7]),
+        ("192.0.2.7:82", &[]),
+    ] {
         let found = reached(Transport::Tcp, to.parse().unwrap(), listeners.clone());
         assert_eq!(found.iter().map(|it| it.inode).collect::<Vec<_>>(), inodes, "{to}");
     }
@@ -102,7 +106,12 @@ fn harm_is_described() {
         let shadowed = shadowed(&rule, &host);
         assert_eq!(describe(&rule, &host, &shadowed, &HashMap::new()), expected);
     }
-    let everything = objections(&[rule("0.0.0.0/0", "1", "")], &host());
+    let mut host = host();
+    host.listeners = vec![Listener { is_ipv6_only: true, ..listener(Transport::Tcp, "[::]:80", 7) }];
+    for (prefix, is_shadowed) in [("192.0.2.0/25", false), ("2001:db8::/64", true)] {
+        assert_eq!(!shadowed(&rule(prefix, "80", ""), &host).is_empty(), is_shadowed, "{prefix}");
+    }
+    let everything = objections(&[rule("0.0.0.0/0", "1", "")], &host);
     assert_eq!(everything[0], "a local route to 0.0.0.0/0 would replace the default route and cut the host off");
 }
 
@@ -118,29 +127,6 @@ fn own_sockets_are_not_listed() {
     let line = lines(&others);
     assert!(line.contains("tcp 127.0.0.1:9464 of init (pid 1)"), "{line}");
     assert!(line.contains("tcp 0.0.0.0:22 of anyportd (pid"), "{line}");
-}
-
-#[test]
-fn reads_the_kernels_tables() {
-    let tables = "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode
-   0: 0100007F:1F90 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 11 1 0 100 0 0 10 0
-   1: B80D0120000000000000000001000000:0016 00000000000000000000000000000000:0000 0A 0:0 00:0 0 0 0 12 1 0
-   2: 0000000000000000FFFF000002020AC0:0016 00000000000000000000000000000000:0000 0A 0:0 00:0 0 0 0 13 1 0
-   3: 0100007F:1F91 0100007F:1F90 01 00000000:00000000 00:00000000 00000000     0        0 14 1 0 100 0 0 10 0
-   4: 0100007F:1F92 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 15 1 0 100 0 0 10 0";
-    let mut found = Vec::new();
-    let lines = tables.lines().map(|line| Ok(line.to_owned()));
-    read_table(lines, Transport::Tcp, &mut found).unwrap();
-    if cfg!(target_endian = "little") {
-        assert_eq!(
-            found,
-            [
-                listener(Transport::Tcp, "127.0.0.1:8080", 11),
-                listener(Transport::Tcp, "[2001:db8::1]:22", 12),
-                listener(Transport::Tcp, "192.10.2.2:22", 13),
-            ]
-        );
-    }
 }
 
 #[test]

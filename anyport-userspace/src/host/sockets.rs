@@ -1,0 +1,210 @@
+//! The sockets of the thread's network namespace, as the kernel tells them over `NETLINK_SOCK_DIAG`.
+//!
+//! `/proc/net/tcp` and `udp` tell them as well, but go on by the number of the entry when they are read in pieces (`udp_get_idx`, net/ipv4/udp.c),
+//! so that sockets that others close meanwhile hide some that are open. A dump goes on by the slot of the hash table and the number in that
+//! slot (`udp_dump`, net/ipv4/udp_diag.c; `inet_diag_dump_icsk`, net/ipv4/inet_diag.c; since 3.3), and takes a slot under its lock.
+
+use std::{collections::HashSet, net::IpAddr, net::SocketAddr, os::fd::AsRawFd as _};
+
+use anyhow::{Context as _, bail};
+use anyport_common::flow::Transport;
+use netlink_packet_core::{NLM_F_DUMP, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload};
+use netlink_packet_sock_diag::{
+    SockDiagMessage,
+    constants::{AF_INET, AF_INET6, IPPROTO_TCP, IPPROTO_UDP},
+    inet::{ExtensionFlags, InetRequest, InetResponse, SocketId, StateFlags, nlas::Nla},
+};
+use netlink_sys::{Socket, protocols::NETLINK_SOCK_DIAG};
+use nix::{
+    errno::Errno,
+    sys::socket::{MsgFlags, recv, send},
+};
+
+use super::Listener;
+
+/// The kernel puts no more than 32 KiB into a datagram of a list.
+const LONGEST_DATAGRAM: usize = 1 << 16;
+
+/// The listening TCP sockets and the unconnected UDP sockets of the thread's network namespace.
+///
+/// # Errors
+/// The kernel does not tell them.
+pub fn listeners() -> anyhow::Result<Vec<Listener>> {
+    let mut listeners = listeners_of(Transport::Tcp)?;
+    listeners.extend(listeners_of(Transport::Udp)?);
+    Ok(listeners)
+}
+
+/// Those of one transport.
+///
+/// # Errors
+/// As [`listeners`].
+pub fn listeners_of(transport: Transport) -> anyhow::Result<Vec<Listener>> {
+    let states = match transport {
+        Transport::Tcp => StateFlags::LISTEN,
+        // UDP sockets that are not connected count as closed.
+        Transport::Udp => StateFlags::CLOSE,
+    };
+    let mut listeners = Vec::new();
+    list(transport, &states, |socket| {
+        listeners.push(Listener {
+            transport,
+            local: SocketAddr::new(local(socket), socket.header.socket_id.source_port),
+            // Told of IPv6 sockets in these states.
+            is_ipv6_only: socket.nlas.contains(&Nla::SkV6Only(true)),
+            inode: socket.header.inode.into(),
+        });
+    })?;
+    Ok(listeners)
+}
+
+/// The local addresses of the connections of the thread's network namespace: those of TCP from the first SYN on until both
+/// sides have closed, without what is in `TIME_WAIT`, and those of connected UDP sockets.
+///
+/// # Errors
+/// As [`listeners`].
+pub fn connected_addresses() -> anyhow::Result<HashSet<IpAddr>> {
+    let no_connection = StateFlags::TIME_WAIT | StateFlags::CLOSE | StateFlags::LISTEN;
+    let mut addresses = HashSet::new();
+    for (transport, states) in [(Transport::Tcp, no_connection.complement()), (Transport::Udp, StateFlags::ESTABLISHED)]
+    {
+        list(transport, &states, |socket| {
+            addresses.insert(local(socket));
+        })?;
+    }
+    Ok(addresses)
+}
+
+fn local(socket: &InetResponse) -> IpAddr {
+    socket.header.socket_id.source_address.to_canonical()
+}
+
+/// Hands over the sockets that are in one of these states.
+fn list(transport: Transport, states: &StateFlags, mut found: impl FnMut(&InetResponse)) -> anyhow::Result<()> {
+    let (protocol, option) = match transport {
+        Transport::Tcp => (IPPROTO_TCP, "CONFIG_INET_TCP_DIAG"),
+        Transport::Udp => (IPPROTO_UDP, "CONFIG_INET_UDP_DIAG"),
+    };
+    for (family, socket_id) in [(AF_INET, SocketId::new_v4()), (AF_INET6, SocketId::new_v6())] {
+        let request =
+            InetRequest { family, protocol, extensions: ExtensionFlags::empty(), states: states.clone(), socket_id };
+        dump(request, &mut found).with_context(|| {
+            format!("listing the sockets of the host by sock_diag, which the kernel has with {option}")
+        })?;
+    }
+    Ok(())
+}
+
+fn dump(request: InetRequest, found: &mut impl FnMut(&InetResponse)) -> anyhow::Result<()> {
+    let mut socket = Socket::new(NETLINK_SOCK_DIAG)?;
+    socket.bind_auto()?;
+    let mut header = NetlinkHeader::default();
+    header.flags = NLM_F_REQUEST | NLM_F_DUMP;
+    let mut message = NetlinkMessage::new(header, SockDiagMessage::InetRequest(request).into());
+    message.finalize();
+    let mut buffer = vec![0; LONGEST_DATAGRAM];
+    message.serialize(&mut buffer);
+    send(socket.as_raw_fd(), &buffer[..message.buffer_len()], MsgFlags::empty())?;
+    loop {
+        let length = match recv(socket.as_raw_fd(), &mut buffer, MsgFlags::empty()) {
+            Err(Errno::EINTR) => continue,
+            length => length?,
+        };
+        let mut rest = &buffer[..length];
+        while !rest.is_empty() {
+            let message = NetlinkMessage::<SockDiagMessage>::deserialize(rest)?;
+            match message.payload {
+                NetlinkPayload::InnerMessage(SockDiagMessage::InetResponse(socket)) => found(&socket),
+                NetlinkPayload::Done(_) => return Ok(()),
+                NetlinkPayload::Error(error) => return Err(error.to_io().into()),
+                NetlinkPayload::Overrun(_) => bail!("the kernel's answer was lost"),
+                _ => {}
+            }
+            // Messages begin at multiples of four bytes.
+            let end = (message.header.length as usize).next_multiple_of(4).clamp(1, rest.len());
+            rest = &rest[end..];
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        net::{TcpListener, TcpStream, UdpSocket},
+        os::unix::fs::MetadataExt as _,
+        sync::atomic::{AtomicBool, Ordering},
+        thread,
+    };
+
+    use socket2::{Domain, Type};
+
+    use super::*;
+
+    fn inode(socket: &impl std::os::fd::AsFd) -> u64 {
+        let descriptor = socket.as_fd().try_clone_to_owned().unwrap();
+        std::fs::File::from(descriptor).metadata().unwrap().ino()
+    }
+
+    #[test]
+    fn sockets_are_told_as_they_are() {
+        let udp = UdpSocket::bind("127.0.0.1:0").unwrap();
+        let connected = UdpSocket::bind("127.0.0.1:0").unwrap();
+        connected.connect(udp.local_addr().unwrap()).unwrap();
+        let bound = |only| {
+            let socket = socket2::Socket::new(Domain::IPV6, Type::STREAM, None).unwrap();
+            socket.set_only_v6(only).unwrap();
+            socket.bind(&"[::]:0".parse::<SocketAddr>().unwrap().into()).unwrap();
+            socket.listen(1).unwrap();
+            socket
+        };
+        let (dual, only) = (bound(false), bound(true));
+        let listeners = listeners().unwrap();
+        let find = |inode| listeners.iter().find(|it| it.inode == inode);
+        let (found_udp, found_only) = (find(inode(&udp)).unwrap(), find(inode(&only)).unwrap());
+        assert_eq!((found_udp.transport, found_udp.local), (Transport::Udp, udp.local_addr().unwrap()));
+        assert_eq!(found_only.transport, Transport::Tcp);
+        assert_eq!(Some(found_only.local), only.local_addr().unwrap().as_socket());
+        assert!(found_only.is_ipv6_only && !find(inode(&dual)).unwrap().is_ipv6_only && !found_udp.is_ipv6_only);
+        assert_eq!(find(inode(&connected)), None);
+    }
+
+    #[test]
+    fn connections_are_told_by_their_local_address() {
+        let listener = TcpListener::bind("127.9.0.1:0").unwrap();
+        let udp = UdpSocket::bind("127.9.0.2:0").unwrap();
+        let unconnected = UdpSocket::bind("127.9.0.3:0").unwrap();
+        udp.connect(unconnected.local_addr().unwrap()).unwrap();
+        let addresses = |which: [u8; 3]| {
+            let all = connected_addresses().unwrap();
+            which.map(|last| all.contains(&IpAddr::from([127, 9, 0, last])))
+        };
+        assert_eq!(addresses([1, 2, 3]), [false, true, false]);
+        let stream = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        assert_eq!(addresses([1, 2, 3]), [true, true, false]);
+        drop((stream, listener.accept().unwrap()));
+    }
+
+    /// Others that come and go hide none that is there.
+    #[test]
+    fn churn_hides_nothing() {
+        const KEPT: usize = 200;
+        const COMING_AND_GOING: usize = 100;
+        let kept: Vec<_> = (0..KEPT).map(|_| UdpSocket::bind("127.0.0.1:0").unwrap()).collect();
+        let inodes: Vec<_> = kept.iter().map(inode).collect();
+        let stop = AtomicBool::new(false);
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                while !stop.load(Ordering::Relaxed) {
+                    drop([(); COMING_AND_GOING].map(|()| UdpSocket::bind("127.0.0.1:0")));
+                }
+            });
+            let looks = (0..50).map(|_| {
+                let seen: HashSet<_> = listeners_of(Transport::Udp).unwrap().iter().map(|it| it.inode).collect();
+                inodes.iter().filter(|inode| !seen.contains(inode)).count()
+            });
+            let missed = looks.max();
+            stop.store(true, Ordering::Relaxed);
+            assert_eq!(missed, Some(0));
+        });
+    }
+}
