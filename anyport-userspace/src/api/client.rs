@@ -13,7 +13,10 @@ use hyper::{
 };
 use hyper_util::rt::TokioIo;
 use serde::{Serialize, de::DeserializeOwned};
-use tokio::{net::UnixStream, time::timeout};
+use tokio::{
+    net::UnixStream,
+    time::{sleep, timeout},
+};
 
 use super::{
     Kind, Problem,
@@ -24,6 +27,8 @@ use super::{
 const PATIENCE: Duration = Duration::from_secs(30);
 /// Longer than a million rules take, routes included.
 const PATIENCE_WITH_FILES: Duration = Duration::from_mins(10);
+/// Until a daemon that stops has given up its socket.
+const PAUSE: Duration = Duration::from_millis(20);
 
 /// A daemon's control socket, from the other side.
 #[derive(Clone, Debug)]
@@ -132,8 +137,19 @@ impl Client {
             .hint("after a restart or an upgrade, ask the one that followed"))
     }
 
-    /// Asks for something, and gives the body of a good answer.
+    /// Asks for something, and gives the body of a good answer. A daemon that stops has not carried anything out, so that the
+    /// one that follows is asked the same.
     async fn ask(&self, method: Method, path: &str, body: Vec<u8>) -> Result<Incoming, Problem> {
+        let body = Bytes::from(body);
+        loop {
+            match self.ask_once(&method, path, body.clone()).await {
+                Err(problem) if problem.kind == Kind::Stopping => sleep(PAUSE).await,
+                answer => return answer,
+            }
+        }
+    }
+
+    async fn ask_once(&self, method: &Method, path: &str, body: Bytes) -> Result<Incoming, Problem> {
         let stream = UnixStream::connect(&self.socket).await.map_err(|error| self.unreachable(&error))?;
         let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(|e| self.broken(&e))?;
         tokio::spawn(connection);
@@ -142,7 +158,7 @@ impl Client {
             .uri(path)
             .header("host", "anyport")
             .header("content-type", "application/json")
-            .body(Full::new(Bytes::from(body)))
+            .body(Full::new(body))
             .map_err(|error| self.broken(&error))?;
         let response = sender.send_request(request).await.map_err(|error| self.broken(&error))?;
         let status = response.status();
@@ -180,4 +196,41 @@ impl Client {
 
 fn to_json(body: &impl Serialize) -> Result<Vec<u8>, Problem> {
     serde_json::to_vec(body).map_err(|error| Problem::new(Kind::Failed, format!("write the request: {error}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::{Router, http::StatusCode, routing::post};
+    use tokio::net::UnixListener;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn who_follows_a_daemon_that_stops_is_asked() {
+        let directory = tempfile::tempdir().unwrap();
+        let socket = directory.path().join("socket");
+        let daemon = |answer: &'static str, kind: Kind| {
+            std::fs::remove_file(&socket).unwrap_or_default();
+            let status = StatusCode::from_u16(kind.http_status()).unwrap();
+            let asked = move |body: String| async move {
+                assert_eq!(body, "1");
+                (status, answer)
+            };
+            let listener = UnixListener::bind(&socket).unwrap();
+            tokio::spawn(async move { axum::serve(listener, Router::new().route("/", post(asked))).await })
+        };
+        let stopping = daemon(r#"{"error": "it stops", "hint": ""}"#, Kind::Stopping);
+        let client = Client::new(socket.clone());
+        let answer = tokio::spawn(async move { client.post::<()>("/", &1).await });
+        sleep(2 * PAUSE).await;
+        assert!(!answer.is_finished());
+        stopping.abort();
+        let follower = daemon(r#"{"error": "taken", "hint": ""}"#, Kind::Conflict);
+        let problem = answer.await.unwrap().unwrap_err();
+        assert_eq!((problem.kind, problem.error.as_str()), (Kind::Conflict, "taken"));
+        follower.abort();
+        let client = Client::new(socket.clone());
+        std::fs::remove_file(&socket).unwrap();
+        assert_eq!(client.post::<()>("/", &1).await.unwrap_err().kind, Kind::NoDaemon);
+    }
 }

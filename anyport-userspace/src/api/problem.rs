@@ -17,13 +17,23 @@ pub enum Kind {
     Unsafe,
     /// It was tried and did not work. Status 500, exit status 1.
     Failed,
+    /// The daemon stops, and nothing was tried. Status 503, which the client answers by asking whoever comes next.
+    Stopping,
     /// No daemon answers. Exit status 3; never sent.
     NoDaemon,
 }
 
 impl Kind {
-    const SENT: [Self; 7] =
-        [Self::Invalid, Self::NotPermitted, Self::NotFound, Self::Conflict, Self::TooLarge, Self::Unsafe, Self::Failed];
+    const SENT: [Self; 8] = [
+        Self::Invalid,
+        Self::NotPermitted,
+        Self::NotFound,
+        Self::Conflict,
+        Self::TooLarge,
+        Self::Unsafe,
+        Self::Failed,
+        Self::Stopping,
+    ];
 
     /// The HTTP status that stands for it.
     pub fn http_status(self) -> u16 {
@@ -35,6 +45,7 @@ impl Kind {
             Self::TooLarge => 413,
             Self::Unsafe => 428,
             Self::Failed | Self::NoDaemon => 500,
+            Self::Stopping => 503,
         }
     }
 
@@ -48,7 +59,7 @@ impl Kind {
         match self {
             Self::NotFound | Self::Conflict | Self::Failed => 1,
             Self::Invalid | Self::TooLarge => 2,
-            Self::NoDaemon => 3,
+            Self::Stopping | Self::NoDaemon => 3,
             Self::NotPermitted => 4,
             Self::Unsafe => 5,
         }

@@ -258,7 +258,7 @@ async fn command<T: Send + 'static>(
 }
 
 pub(crate) fn stopping() -> Problem {
-    Problem::new(Kind::Failed, "anyportd is stopping").hint("try again when it runs again")
+    Problem::new(Kind::Stopping, "anyportd is stopping").hint("try again when it runs again")
 }
 
 /// Reads a request's body.

@@ -116,7 +116,7 @@ impl Observer {
             let busy = || Problem::new(Kind::Failed, "anyportd is busy with a command").hint("try again");
             return state.latest.clone().ok_or_else(busy);
         };
-        let engine = engine.as_ref().ok_or_else(|| Problem::new(Kind::Failed, format!("anyportd is {ABSENT}")))?;
+        let engine = engine.as_ref().ok_or_else(|| Problem::new(Kind::Stopping, format!("anyportd is {ABSENT}")))?;
         let begun = Instant::now();
         let State { latest, counts } = &mut *state;
         let window = latest.as_ref().map(|latest| begun.duration_since(latest.taken).as_secs_f64());
