@@ -19,7 +19,10 @@ use toml::Spanned;
 use crate::{
     api::Readers,
     rights::User,
-    rules::{Origin, RuleSet, RuleText, ServiceName},
+    rules::{
+        Origin, RuleSet, RuleText, ServiceName,
+        file::{self, Places},
+    },
     service::{HandlerKind, Limits, ServiceConfig, Span},
     steering::BackEnd,
 };
@@ -444,38 +447,25 @@ struct ConfigFile {
     rule: Vec<Spanned<RuleText>>,
 }
 
-/// Those that are right; what is wrong with the others is added to the problems.
+/// The services, and what is wrong with them and their fallbacks.
 fn services(tables: Vec<Spanned<ServiceConfig>>, text: &str, problems: &mut Vec<String>) -> Vec<ServiceConfig> {
-    let mut services: Vec<ServiceConfig> = Vec::new();
-    let mut fallbacks = Vec::new();
-    for table in tables {
-        let at = place(text, table.span().start);
-        let service = table.into_inner();
-        if let Err(error) = service.validate() {
-            problems.push(format!("{at}: {error}"));
-        }
-        if services.iter().any(|other| other.name == service.name) {
-            problems.push(format!("{at}: there is a second service {}", service.name));
-            continue;
-        }
-        fallbacks.extend(service.fallback.clone().map(|fallback| (at, fallback)));
-        services.push(service);
-    }
-    for (at, fallback) in fallbacks {
-        match services.iter().find(|service| service.name == fallback) {
-            Some(service) if service.handler == HandlerKind::Registered => {
+    let placed = file::services(tables, text, problems);
+    for (at, service) in &placed {
+        let Some(fallback) = &service.fallback else { continue };
+        match placed.iter().find(|(_, other)| other.name == *fallback) {
+            Some((_, other)) if other.handler == HandlerKind::Registered => {
                 problems.push(format!("{at}: the fallback {fallback} has the handler registered itself"));
             }
-            None if fallback != ServiceName::default_service() => {
+            None if *fallback != ServiceName::default_service() => {
                 problems.push(format!("{at}: there is no [[service]] with the name {fallback} for a fallback"));
             }
             _ => {}
         }
     }
-    services
+    placed.into_iter().map(|(_, service)| service).collect()
 }
 
-/// As [`services`].
+/// Those that are right; what is wrong with the others is added to the problems.
 fn rules(
     tables: Vec<Spanned<RuleText>>,
     services: &[ServiceConfig],
@@ -483,8 +473,9 @@ fn rules(
     problems: &mut Vec<String>,
 ) -> RuleSet {
     let mut rules = RuleSet::default();
+    let mut places = Places::of(text);
     for table in tables {
-        let at = place(text, table.span().start);
+        let at = places.at(table.span().start);
         let rule = table.into_inner().into_rule(Origin::Config);
         let service = &rule.terms.service;
         if let Err(error) = rule.terms.validate(&rule.prefix) {
@@ -502,15 +493,7 @@ fn rules(
 fn place_of_setting(text: &str, name: &str) -> Option<String> {
     let file = toml::de::DeTable::parse(text).ok()?;
     let value = file.get_ref().get("daemon")?.get_ref().as_table()?.get(name)?;
-    Some(place(text, value.span().start))
-}
-
-/// Line and column of an offset, as editors count them.
-fn place(text: &str, offset: usize) -> String {
-    let before = &text[..offset];
-    let line = before.matches('\n').count() + 1;
-    let column = before.rsplit('\n').next().unwrap_or_default().chars().count() + 1;
-    format!("line {line}, column {column}")
+    Some(Places::of(text).at(value.span().start).to_string())
 }
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
 //! Files of rules and services, in either form.
 
-use std::{collections::HashSet, sync::Arc};
+use std::{collections::HashSet, fmt, sync::Arc};
 
 use serde::Deserialize;
 use toml::Spanned;
@@ -39,50 +39,82 @@ impl RuleFile {
             return Ok(Self { services: None, rules: lines::parse(text, share)? });
         }
         let tables: Tables = toml::from_str(text).map_err(|error| InvalidText(error.to_string()))?;
+        let mut problems = Vec::new();
+        let services = services(tables.service, text, &mut problems);
         let mut rules = Vec::with_capacity(tables.rule.len());
-        let mut line = Line { number: 1, offset: 0 };
+        let mut places = Places::of(text);
         for table in tables.rule {
-            let number = line.of(text, table.span().start);
+            let place = places.at(table.span().start);
             let Rule { prefix, terms, .. } = table.into_inner().into_rule(Origin::Applied);
-            terms.validate(&prefix).map_err(|InvalidText(why)| InvalidText(format!("line {number}: {why}")))?;
-            rules.push(((prefix, share(Arc::unwrap_or_clone(terms))), number));
+            match terms.validate(&prefix) {
+                Ok(()) => rules.push(((prefix, share(Arc::unwrap_or_clone(terms))), place.line)),
+                Err(error) => problems.push(format!("{place}: {error}")),
+            }
         }
-        Ok(Self { services: Some(services(tables.service, text)?), rules })
+        lines::expect_none(problems)?;
+        Ok(Self { services: Some(services.into_iter().map(|(_, service)| service).collect()), rules })
     }
 }
 
-/// Checks services and that no two have the same name.
-pub(crate) fn services(tables: Vec<Spanned<ServiceConfig>>, text: &str) -> Result<Vec<ServiceConfig>, InvalidText> {
+/// Services, each with its place. What is wrong with them is added to the problems, as is a second one of a name, which is left out.
+pub(crate) fn services(
+    tables: Vec<Spanned<ServiceConfig>>,
+    text: &str,
+    problems: &mut Vec<String>,
+) -> Vec<(Place, ServiceConfig)> {
     let mut names = HashSet::new();
     let mut services = Vec::with_capacity(tables.len());
-    let mut line = Line { number: 1, offset: 0 };
+    let mut places = Places::of(text);
     for table in tables {
-        let number = line.of(text, table.span().start);
+        let place = places.at(table.span().start);
         let service = table.into_inner();
-        service.validate().map_err(|InvalidText(why)| InvalidText(format!("line {number}: {why}")))?;
-        if !names.insert(service.name.clone()) {
-            return Err(InvalidText(format!("line {number}: there is a second service {}", service.name)));
+        if let Err(error) = service.validate() {
+            problems.push(format!("{place}: {error}"));
         }
-        services.push(service);
+        if names.insert(service.name.clone()) {
+            services.push((place, service));
+        } else {
+            problems.push(format!("{place}: there is a second service {}", service.name));
+        }
     }
-    Ok(services)
+    services
 }
 
-/// A place in a text, from which later ones are found.
+/// Line and column in a text, as editors count them.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Place {
+    line: u32,
+    column: usize,
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "line {}, column {}", self.line, self.column)
+    }
+}
+
+/// Finds places in a text, each from the one before: there may be a million of them.
 #[derive(Debug)]
-pub(crate) struct Line {
-    number: u32,
+pub(crate) struct Places<'a> {
+    text: &'a str,
+    line: u32,
     offset: usize,
 }
 
-impl Line {
-    /// The number of the line in which an offset lies. Offsets have to ascend.
-    fn of(&mut self, text: &str, offset: usize) -> u32 {
-        let between = text.get(self.offset..offset).unwrap_or_default();
+impl<'a> Places<'a> {
+    pub(crate) fn of(text: &'a str) -> Self {
+        Self { text, line: 1, offset: 0 }
+    }
+
+    /// The place of an offset in bytes. Offsets have to ascend.
+    pub(crate) fn at(&mut self, offset: usize) -> Place {
+        let between = self.text.get(self.offset..offset).unwrap_or_default();
         let lines = between.bytes().filter(|byte| *byte == b'\n').count();
-        self.number = self.number.saturating_add(u32::try_from(lines).unwrap_or(u32::MAX));
+        self.line = self.line.saturating_add(u32::try_from(lines).unwrap_or(u32::MAX));
         self.offset = self.offset.max(offset);
-        self.number
+        let before = self.text.get(..offset).unwrap_or_default();
+        let column = before.rsplit('\n').next().unwrap_or_default().chars().count() + 1;
+        Place { line: self.line, column }
     }
 }
 
@@ -109,12 +141,16 @@ mod tests {
         for (text, wanted) in [
             ("[daemon]\nworkers = 1\n", "daemon"),
             ("[[rule]]\nprefix = \"192.0.2.1/24\"\n", "has bits set"),
-            ("[[rule]]\nprefix = \"192.0.2.0/24\"\nports = \"\"\n", "line 1"),
+            ("[[rule]]\nprefix = \"192.0.2.0/24\"\nports = \"\"\n", "line 1, column 1"),
             (
                 "[[service]]\nname = \"a\"\nhandler = \"echo\"\n\n[[service]]\nname = \"a\"\nhandler = \"echo\"\n",
-                "line 5",
+                "line 5, column 1",
             ),
             ("x\n", "line 1"),
+            (
+                "[[rule]]\nprefix = \"192.0.2.0/24\"\nports = \"\"\n[[rule]]\nprefix = \"192.0.2.0/24\"\nports = \"\"\n",
+                "line 4, column 1",
+            ),
         ] {
             let error = RuleFile::parse(text, Arc::new).unwrap_err().to_string();
             assert!(error.contains(wanted), "{text:?}: {error}");

@@ -40,8 +40,14 @@ pub fn parse(text: &str, mut share: impl FnMut(Terms) -> Arc<Terms>) -> Result<V
         mistakes.extend(wrong.into_iter().map(|(line, why)| format!("line {}: {why}", before + line)));
         before += lines;
     }
+    expect_none(mistakes)?;
+    Ok(rules)
+}
+
+/// Refuses a file with mistakes, and tells the first few.
+pub(super) fn expect_none(mut mistakes: Vec<String>) -> Result<(), InvalidText> {
     if mistakes.is_empty() {
-        return Ok(rules);
+        return Ok(());
     }
     if mistakes.len() > TOLD {
         mistakes.truncate(TOLD);
