@@ -17,6 +17,8 @@ mod problem;
 #[cfg(feature = "daemon")]
 mod server;
 #[cfg(feature = "daemon")]
+mod turns;
+#[cfg(feature = "daemon")]
 mod types;
 
 #[cfg(feature = "daemon")]

@@ -36,7 +36,7 @@ use nix::{
 use serde::de::DeserializeOwned;
 use tokio::{
     net::UnixListener,
-    sync::{Mutex, Semaphore, watch},
+    sync::{Mutex, watch},
     time::{sleep, timeout},
 };
 use tokio_util::task::TaskTracker;
@@ -47,6 +47,7 @@ use super::{
     clients::{Client, Clients},
     parse,
     peer::GROUP,
+    turns::Turns,
     types::{MAX_BODY, MAX_FILE, too_large},
 };
 use crate::{
@@ -58,8 +59,6 @@ use crate::{
 
 /// How long the body of a request may take to come.
 const BODY_TIME: Duration = Duration::from_secs(30);
-/// How many requests of those who may only look are answered at a time.
-const READERS_AT_ONCE: usize = 2;
 /// How long to wait where no descriptor is free.
 const PAUSE: Duration = Duration::from_millis(100);
 
@@ -133,7 +132,7 @@ pub async fn serve(
     readers: Option<Readers>,
     stop: watch::Receiver<bool>,
 ) -> anyhow::Result<()> {
-    let access = Access { readers, turns: Arc::new(Semaphore::new(READERS_AT_ONCE)) };
+    let access = Access { readers, turns: Turns::new() };
     let how_far = engine.lock().await.as_ref().map(Engine::progress).unwrap_or_default();
     let api = Router::new()
         .route("/v1/status", get(status))
@@ -178,11 +177,11 @@ pub async fn serve(
     Ok(())
 }
 
-/// Who may look, and how many of them at a time: a command never waits for more.
+/// Who may look, and when: a command never waits for many of them.
 #[derive(Clone, Debug)]
 struct Access {
     readers: Option<Readers>,
-    turns: Arc<Semaphore>,
+    turns: Turns,
 }
 
 async fn permit(
@@ -199,9 +198,7 @@ async fn permit(
     // Who dials what is nobody's business, and few can listen at a time.
     let is_open = request.method() == Method::GET && request.uri().path() != EVENTS;
     if is_open && readers.is_some_and(|readers| readers.include(&peer)) {
-        // It is never closed.
-        let _turn = turns.acquire().await;
-        return next.run(request).await;
+        return turns.take(next.run(request)).await;
     }
     info!("refused user {} at the control socket", peer.uid);
     Problem::new(Kind::NotPermitted, format!("user {} may not control anyportd", peer.uid))

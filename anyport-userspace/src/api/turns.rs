@@ -1,0 +1,76 @@
+//! Those who may only look take turns, so that they never have more than a part of the daemon's time.
+
+use std::{future::Future, sync::Arc, time::Instant};
+
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore},
+    time::sleep,
+};
+
+/// How many requests are answered at a time.
+const AT_ONCE: usize = 2;
+/// How many times longer than its answer took nobody else has a turn.
+const REST: u32 = 3;
+
+/// Turns of all readers together.
+#[derive(Clone, Debug)]
+pub(super) struct Turns(Arc<Semaphore>);
+
+impl Turns {
+    pub(super) fn new() -> Self {
+        Self(Arc::new(Semaphore::new(AT_ONCE)))
+    }
+
+    /// Waits for a turn and answers. Answers take a fourth of the time of each turn at most, whoever asks however often.
+    pub(super) async fn take<T>(&self, answer: impl Future<Output = T>) -> T {
+        // It is never closed.
+        let turn = Arc::clone(&self.0).acquire_owned().await.ok();
+        let _rest = Rest { turn, began: Instant::now() };
+        answer.await
+    }
+}
+
+/// Gives a turn back after its rest, also if the client goes away in the middle of it.
+struct Rest {
+    turn: Option<OwnedSemaphorePermit>,
+    began: Instant,
+}
+
+impl Drop for Rest {
+    fn drop(&mut self) {
+        let (turn, pause) = (self.turn.take(), self.began.elapsed() * REST);
+        tokio::spawn(async move {
+            sleep(pause).await;
+            drop(turn);
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, Instant};
+
+    use futures_util::future::join_all;
+    use tokio::time::{sleep, timeout};
+
+    use super::{AT_ONCE, REST, Turns};
+
+    #[tokio::test]
+    async fn answers_have_a_part_of_the_time() {
+        const ROUNDS: u32 = 4;
+        let (turns, each) = (Turns::new(), Duration::from_millis(10));
+        let began = Instant::now();
+        let rounds = (0..ROUNDS).flat_map(|_| 0..AT_ONCE);
+        join_all(rounds.map(|_| turns.take(async { sleep(each).await }))).await;
+        assert!(began.elapsed() >= each * ((ROUNDS - 1) * (1 + REST) + 1), "{:?}", began.elapsed());
+    }
+
+    #[tokio::test]
+    async fn who_goes_away_in_the_middle_rests_too() {
+        let (turns, each) = (Turns::new(), Duration::from_millis(20));
+        let began = Instant::now();
+        join_all((0..AT_ONCE).map(|_| timeout(each, turns.take(sleep(Duration::from_hours(1)))))).await;
+        turns.take(async {}).await;
+        assert!(began.elapsed() >= each * (1 + REST), "{:?}", began.elapsed());
+    }
+}
