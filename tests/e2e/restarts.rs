@@ -261,7 +261,7 @@ fn workers() {
 }
 
 fn deadline() {
-    let mut lab = Lab::with("sk-lookup", |setup| setup.args(["--drain-timeout", "1s"]));
+    let mut lab = Lab::with("sk-lookup", |setup| setup.args(["--drain-timeout", "4s"]));
     lab.daemon.ok("add-service echo --handler echo");
     lab.daemon.ok("add-prefix 192.0.2.0/24 --service echo");
     let mut stream = lab.topology.client.enter(|| tcp(at("192.0.2.7", 7))).expect("a connection");
@@ -273,7 +273,7 @@ fn deadline() {
     let mut rest = Vec::new();
     // A reset is as good an end as any.
     assert!(stream.read_to_end(&mut rest).is_err() || rest.is_empty(), "{rest:?}");
-    wait_for("end of the process that was replaced", Duration::from_secs(5), || {
+    wait_for("end of the process that was replaced", Duration::from_secs(20), || {
         let servers = lab.daemon.servers();
         if servers.len() == 1 { Ok(()) } else { Err(format!("{servers:?}")) }
     });

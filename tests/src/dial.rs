@@ -10,7 +10,7 @@ use std::{
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
 /// How long anything that must come may take.
-pub const PATIENCE: Duration = Duration::from_secs(5);
+pub const PATIENCE: Duration = Duration::from_secs(20);
 /// How long silence must last to count as such.
 pub const SILENCE: Duration = Duration::from_millis(400);
 

@@ -45,8 +45,13 @@ impl fmt::Display for Outcome {
     }
 }
 
-/// Asks `probe` until it answers, and panics with `what` and its last complaint when `limit` is over.
+/// How many times longer anything may take on a machine that is busy with something else, too.
+const BUSY: u32 = 4;
+
+/// Asks `probe` until it answers, and panics with `what` and its last complaint when `limit` is over, which is one for a
+/// machine that does nothing else.
 pub fn wait_for<T>(what: &str, limit: Duration, mut probe: impl FnMut() -> Result<T, String>) -> T {
+    let limit = BUSY * limit;
     let end = Instant::now() + limit;
     loop {
         match probe() {

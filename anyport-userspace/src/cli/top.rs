@@ -74,12 +74,15 @@ impl Top {
 
     /// Prints one look after the other.
     async fn print(&self, client: &Client, out: &mut Output<'_>) -> Result<(), Problem> {
-        // So that the first one has the rates of this interval.
+        // So that the first one has the rates of this interval, or of a longer one where counting takes long.
         look(client).await?;
         let mut left = if self.once { Some(1) } else { self.count };
         while left != Some(0) {
             sleep(self.interval).await;
             let view = look(client).await?;
+            if view.window.is_none() {
+                continue;
+            }
             let text = |view: &_| self.text(view, None) + if left == Some(1) { "" } else { "\n" };
             if out.print_one(&view, text)? == super::Reader::Gone {
                 return Ok(());
