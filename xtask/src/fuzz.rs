@@ -10,7 +10,7 @@ use anyhow::{Context as _, Result};
 
 use crate::process::{self, exec};
 
-const TARGETS: [&str; 3] = ["packet", "api", "header"];
+const TARGETS: [&str; 4] = ["packet", "api", "file", "header"];
 
 /// What makes rustc count which paths are taken and what is compared, as `cargo fuzz` sets it.
 const COVERAGE: [&str; 6] = [

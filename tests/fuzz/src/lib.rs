@@ -1,8 +1,12 @@
 //! What the fuzz targets do with an input. The inputs in `corpus/` are replayed as ordinary tests; `cargo xtask fuzz`
 //! looks for new ones.
 
+use std::sync::Arc;
+
 use anyport::{
-    api::{AddPrefixes, Problem, RemovePrefixes, parse},
+    api::{AddPrefixes, Apply, Explain, ListPrefixes, Listen, Problem, Reload, RemovePrefixes, TakeOver, parse},
+    register,
+    rules::{file::RuleFile, lines},
     service::{
         ServiceConfig,
         forward::{
@@ -30,12 +34,42 @@ pub fn packet(input: &[u8]) {
     }
 }
 
-/// Reads the input as the body of each request. A refused one is refused with a message; an accepted one is the same
-/// after it has been written and read again, so that the client and the daemon mean the same by it.
+/// Reads the input as the body of each request, as the query of each, and as a request at the socket for registering. A refused
+/// one is refused with a message; an accepted one is the same after it has been written and read again, so that the client
+/// and the daemon mean the same by it.
 pub fn api(input: &[u8]) {
     body::<AddPrefixes>(input);
     body::<RemovePrefixes>(input);
     body::<ServiceConfig>(input);
+    body::<TakeOver>(input);
+    body::<register::Request>(input);
+    let Ok(text) = str::from_utf8(input) else { return };
+    query::<Apply>(text);
+    query::<Explain>(text);
+    query::<ListPrefixes>(text);
+    query::<Listen>(text);
+    query::<Reload>(text);
+}
+
+/// Reads the input as a file of services and rules, in either form. A refused one is refused with a message; the rules of
+/// an accepted one are the same after they have been written as lines and read again, and so are its services as bodies.
+pub fn file(input: &[u8]) {
+    let Ok(text) = str::from_utf8(input) else { return };
+    let file = match RuleFile::parse(text, Arc::new) {
+        Ok(file) => file,
+        Err(error) => return assert!(!error.to_string().is_empty()),
+    };
+    let written = |(prefix, terms): &lines::LineRule| lines::Line(prefix, terms).to_string();
+    let mut rules: Vec<_> = file.rules.iter().map(|(rule, _)| written(rule)).collect();
+    let again = lines::parse(&rules.join("\n"), Arc::new).expect("written rules can be read");
+    let mut again: Vec<_> = again.iter().map(|(rule, _)| written(rule)).collect();
+    // They come in order of precedence.
+    rules.sort();
+    again.sort();
+    assert_eq!(again, rules);
+    for service in file.services.into_iter().flatten() {
+        body::<ServiceConfig>(&serde_json::to_vec(&service).expect("a service can be written"));
+    }
 }
 
 /// Reads the input as the beginning of a connection. A header is none before its last byte has come, is no other one with
@@ -64,6 +98,18 @@ fn body<T: Serialize + DeserializeOwned>(input: &[u8]) {
             assert_eq!(again.map(|body| write(&body)), Ok(written));
         }
         Err(Problem { error, .. }) => assert!(!error.is_empty()),
+    }
+}
+
+fn query<T: Serialize + DeserializeOwned>(text: &str) {
+    let write = |query: &T| serde_urlencoded::to_string(query).expect("a query can be written");
+    match serde_urlencoded::from_str::<T>(text) {
+        Ok(query) => {
+            let written = write(&query);
+            let again = serde_urlencoded::from_str(&written);
+            assert_eq!(again.map(|query| write(&query)).map_err(|error| error.to_string()), Ok(written));
+        }
+        Err(error) => assert!(!error.to_string().is_empty()),
     }
 }
 
@@ -107,5 +153,10 @@ mod tests {
     #[test]
     fn api_corpus() {
         replay("api", super::api);
+    }
+
+    #[test]
+    fn file_corpus() {
+        replay("file", super::file);
     }
 }
