@@ -2,7 +2,7 @@
 //!
 //! `/proc/net/tcp` and `udp` tell them as well, but go on by the number of the entry when they are read in pieces (`udp_get_idx`, net/ipv4/udp.c),
 //! so that sockets that others close meanwhile hide some that are open. A dump goes on by the slot of the hash table and the number in that
-//! slot (`udp_dump`, net/ipv4/udp_diag.c; `inet_diag_dump_icsk`, net/ipv4/inet_diag.c; since 3.3), and takes a slot under its lock.
+//! slot (`udp_dump`, `net/ipv4/udp_diag.c`; `inet_diag_dump_icsk`, `net/ipv4/inet_diag.c`; since 3.3), and takes a slot under its lock.
 
 use std::{collections::HashSet, net::IpAddr, net::SocketAddr, os::fd::AsRawFd as _};
 
