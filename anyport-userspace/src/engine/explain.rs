@@ -1,7 +1,6 @@
 //! What becomes of a packet, and why.
 
 use std::{
-    fs,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
 };
 
@@ -160,7 +159,7 @@ impl Engine {
             cookie: decided.cookie.or(found.map(|it| it.cookie)),
             group: found.map_or(1, |found| of_kind().filter(|it| it.local == found.local).count()),
             pid: found.map(|it| it.pid),
-            process: found.and_then(|it| process_name(it.pid)),
+            process: found.and_then(|it| host::process_name(it.pid)),
         }
     }
 
@@ -246,6 +245,3 @@ fn listeners(transport: Transport, to: SocketAddr, are_shadowed: bool) -> anyhow
     Ok(views)
 }
 
-fn process_name(pid: u32) -> Option<String> {
-    fs::read_to_string(format!("/proc/{pid}/comm")).ok().map(|name| name.trim_end().to_owned())
-}

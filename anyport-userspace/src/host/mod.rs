@@ -48,6 +48,21 @@ pub struct Owner {
     pub name: String,
 }
 
+impl Owner {
+    /// A process by its id; without a name if it has ended.
+    pub(crate) fn of(pid: u32) -> Self {
+        Self { pid, name: process_name(pid).unwrap_or_default() }
+    }
+}
+
+/// The name of a process. Anybody can give his a name with line feeds and orders to the terminal, so that those are escaped.
+pub(crate) fn process_name(pid: u32) -> Option<String> {
+    let name = fs::read(format!("/proc/{pid}/comm")).ok()?;
+    let name = String::from_utf8_lossy(name.strip_suffix(b"\n").unwrap_or(&name)).into_owned();
+    let escaped = |it: char| if it.is_control() { it.escape_default().to_string() } else { it.to_string() };
+    Some(name.chars().map(escaped).collect())
+}
+
 /// Why rules would harm the host; one line each, nothing if they do no harm.
 pub fn objections(rules: &[Rule], host: &Host) -> Vec<String> {
     let shadowed: Vec<_> = rules.iter().map(|rule| (rule, shadowed(rule, host))).collect();
@@ -168,9 +183,7 @@ pub(crate) fn owners(inodes: &HashSet<u64>) -> HashMap<u64, Owner> {
         for descriptor in descriptors {
             let Some(inode) = socket_inode(&descriptor.path()) else { continue };
             if inodes.contains(&inode) {
-                let name = fs::read_to_string(process.path().join("comm")).unwrap_or_default();
-                let owner = Owner { pid, name: name.trim_end().to_owned() };
-                owners.entry(inode).or_insert(owner);
+                owners.entry(inode).or_insert_with(|| Owner::of(pid));
             }
         }
         if owners.len() == inodes.len() {

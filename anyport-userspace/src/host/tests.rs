@@ -6,7 +6,7 @@ use std::{
 
 use anyport_common::flow::Transport;
 
-use super::{Host, Listener, Owner, addresses, describe, listeners, objections, owners, reached, shadowed};
+use super::{Host, Listener, Owner, addresses, describe, listeners, objections, owners, process_name, reached, shadowed};
 use crate::rules::{Origin, PortSet, Rule, Terms};
 
 fn rule(prefix: &str, ports: &str, except: &str) -> Rule {
@@ -149,4 +149,16 @@ fn finds_real_sockets_and_their_process() {
     }
     let lo = addresses().unwrap().into_iter().find(|(_, interface)| interface == "lo");
     assert!(lo.is_some_and(|(address, _)| address.is_loopback()));
+}
+
+#[test]
+fn names_of_processes_are_safe_to_print() {
+    let directory = tempfile::tempdir().unwrap();
+    let program = directory.path().join("a\n\x1b[2Jé");
+    std::os::unix::fs::symlink("/bin/sleep", &program).unwrap();
+    let mut process = std::process::Command::new(&program).arg("60").spawn().unwrap();
+    let name = process_name(process.id());
+    process.kill().unwrap();
+    process.wait().unwrap();
+    assert_eq!(name.unwrap(), "a\\n\\u{1b}[2Jé");
 }

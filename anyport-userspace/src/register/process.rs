@@ -135,7 +135,7 @@ impl Process {
     }
 
     fn name(&self) -> String {
-        format!("{} (pid {})", owner(self.pid).name, self.pid)
+        format!("{} (pid {})", Owner::of(self.pid).name, self.pid)
     }
 
     fn directory(&self) -> PathBuf {
@@ -148,12 +148,6 @@ fn not_permitted(pid: u32) -> Problem {
     let error =
         format!("fetch a socket of the process {pid}: you may not, since it is another user's or has more rights");
     Problem::new(Kind::NotPermitted, error).hint("become root, or have the process pass its socket itself")
-}
-
-/// A process by its number.
-pub(super) fn owner(pid: u32) -> Owner {
-    let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-    Owner { pid, name: name.trim_end().to_owned() }
 }
 
 /// The processes beside this one that hold a socket, each with a descriptor of it.

@@ -11,9 +11,9 @@ use tokio::sync::Notify;
 
 use super::{
     Candidate,
-    process::{self, Process, Watch, holders},
+    process::{Process, Watch, holders},
 };
-use crate::{host, store::KeptSocket};
+use crate::{host::Owner, store::KeptSocket};
 
 /// A socket that was registered, and the process that holds it.
 #[derive(Debug)]
@@ -27,7 +27,7 @@ pub struct Registered {
     /// Its inode, by which processes are found that hold it.
     pub inode: u64,
     /// The process that was seen to hold it last.
-    pub owner: host::Owner,
+    pub owner: Owner,
     /// Tells when that process ends, where the kernel can tell it.
     watch: Option<Watch>,
     /// Until the socket is in the kernel's map.
@@ -39,14 +39,14 @@ impl Registered {
     pub fn new(candidate: Candidate, pid: u32, on_exit: &Arc<Notify>) -> Self {
         let Candidate { descriptor, transport, local, cookie, inode, .. } = candidate;
         let given = Mutex::new(Some(Arc::new(descriptor)));
-        let (owner, watch) = (process::owner(pid), Watch::start(pid, on_exit));
+        let (owner, watch) = (Owner::of(pid), Watch::start(pid, on_exit));
         Self { transport, local, cookie, inode, owner, watch, given }
     }
 
     /// A socket of which the kernel has what it needs, by what was kept of it.
     pub fn in_kernel(kept: &KeptSocket, transport: Transport, on_exit: &Arc<Notify>) -> Self {
         let KeptSocket { local, cookie, inode, pid, .. } = *kept;
-        let (owner, watch) = (process::owner(pid), Watch::start(pid, on_exit));
+        let (owner, watch) = (Owner::of(pid), Watch::start(pid, on_exit));
         Self { transport, local, cookie, inode, owner, watch, given: Mutex::default() }
     }
 
@@ -54,7 +54,7 @@ impl Registered {
     #[must_use]
     pub fn held_by(&self, pid: u32, on_exit: &Arc<Notify>) -> Self {
         let Self { transport, local, cookie, inode, .. } = *self;
-        let (owner, watch) = (process::owner(pid), Watch::start(pid, on_exit));
+        let (owner, watch) = (Owner::of(pid), Watch::start(pid, on_exit));
         Self { transport, local, cookie, inode, owner, watch, given: Mutex::default() }
     }
 
