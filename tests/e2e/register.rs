@@ -86,7 +86,7 @@ impl Owner {
     }
 
     /// The server that says `name`.
-    fn greeter(namespace: &Netns, name: &str, address: &str, port: u16) -> Self {
+    pub(crate) fn greeter(namespace: &Netns, name: &str, address: &str, port: u16) -> Self {
         let port = port.to_string();
         Self::start(namespace, &["python3", &script("greeter.py"), name, address, &port])
     }
@@ -103,7 +103,7 @@ impl Owner {
         self.number(0)
     }
 
-    fn descriptor(&self) -> i32 {
+    pub(crate) fn descriptor(&self) -> i32 {
         self.number(1).into()
     }
 

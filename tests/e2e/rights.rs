@@ -5,11 +5,12 @@ use std::{
     fs,
     os::unix::fs::{MetadataExt as _, PermissionsExt as _, chown},
     path::Path,
+    time::Duration,
 };
 
 use anyport_tests::{
     daemon::{Daemon, Setup},
-    dial::{PATIENCE, expect_tcp_hello, expect_udp_hello, udp},
+    dial::{PATIENCE, expect_tcp_hello, expect_udp_hello, tcp_text, tcp_within, udp},
     ground::{GROUP, USER, program, public_copy, scratch},
     host::wait_for,
     netns::Netns,
@@ -18,7 +19,10 @@ use anyport_tests::{
 use libtest_mimic::Trial;
 use nix::unistd::Pid;
 
-use crate::cases::{Lab, at, on_each_back_end, trial};
+use crate::{
+    cases::{Lab, at, on_each_back_end, trial},
+    register::Owner,
+};
 
 /// By their numbers in include/uapi/linux/capability.h.
 const CAPABILITIES: [(&str, u64); 5] =
@@ -169,9 +173,36 @@ fn ordinary_user(backend: &'static str) {
     nix::sys::signal::kill(server, nix::sys::signal::Signal::SIGKILL).expect("SIGKILL to the process that serves");
     daemon.wait_for_successor(server);
     serve(&topology);
+    registered_anew(&topology, &mut daemon, backend);
     daemon.stop();
     let routes = topology.host.ip("route show table local proto 165");
     assert!(routes.is_empty(), "routes after the end: {routes}");
+}
+
+/// Such a user may not fetch sockets of others by himself after a stop. He says so, and takes them when they are registered again. TPROXY finds
+/// them without him.
+fn registered_anew(topology: &Topology, daemon: &mut Daemon, backend: &str) {
+    let owner = Owner::greeter(&topology.host, "steady", "::", 0);
+    daemon.ok("add-service web --handler registered");
+    daemon.ok("add-prefix 192.0.2.77 --service web");
+    let register = format!("register web --pid {} --fd {}", owner.pid(), owner.descriptor());
+    let client = &topology.client;
+    let greeting = || client.enter(|| tcp_text(at("192.0.2.77", 80))).expect("a greeting");
+    daemon.ok(&register);
+    assert!(greeting().starts_with("steady"));
+    daemon.stop();
+    daemon.restart();
+    if backend == "tproxy" {
+        assert!(greeting().starts_with("steady"));
+        return;
+    }
+    let status = daemon.json("status");
+    assert!(status["degraded"].to_string().contains("register it again"), "{status}");
+    let served = client.enter(|| tcp_within(at("192.0.2.77", 80), Duration::from_millis(300)));
+    assert!(served.is_err(), "nobody answers for it");
+    daemon.ok(&register);
+    assert!(greeting().starts_with("steady"));
+    assert_eq!(daemon.json("status")["degraded"], serde_json::json!([]));
 }
 
 /// As systemd mounts it.

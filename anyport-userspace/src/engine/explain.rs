@@ -1,8 +1,6 @@
 //! What becomes of a packet, and why.
 
-use std::{
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
-};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use anyhow::bail;
 use anyport_common::flow::{Flow, Transport};
@@ -244,4 +242,3 @@ fn listeners(transport: Transport, to: SocketAddr, are_shadowed: bool) -> anyhow
     }
     Ok(views)
 }
-

@@ -6,7 +6,9 @@ use std::{
 
 use anyport_common::flow::Transport;
 
-use super::{Host, Listener, Owner, addresses, describe, listeners, objections, owners, process_name, reached, shadowed};
+use super::{
+    Host, Listener, Owner, addresses, describe, listeners, objections, owners, process_name, reached, shadowed,
+};
 use crate::rules::{Origin, PortSet, Rule, Terms};
 
 fn rule(prefix: &str, ports: &str, except: &str) -> Rule {
