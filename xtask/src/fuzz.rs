@@ -8,7 +8,10 @@ use std::{
 
 use anyhow::{Context as _, Result};
 
-use crate::process::{self, exec};
+use crate::{
+    host,
+    process::{self, exec},
+};
 
 const TARGETS: [&str; 4] = ["packet", "api", "file", "header"];
 
@@ -68,12 +71,13 @@ pub(crate) fn run(options: &Options) -> Result<()> {
 
 /// Builds the targets with overflow checks and debug assertions, apart from everything else.
 fn build(root: &Path, work: &Path) -> Result<PathBuf> {
-    let host = process::host_target()?;
+    host::require(&[host::PROTOC])?;
+    let target = process::host_target()?;
     let mut cargo = process::cargo(root, "build");
     cargo
         .args(["--package", "anyport-fuzz", "--features", "libfuzzer", "--release"])
         // With a target, the flags are not for build scripts.
-        .args(["--target", &host, "--target-dir"])
+        .args(["--target", &target, "--target-dir"])
         .arg(work)
         .env("CARGO_ENCODED_RUSTFLAGS", COVERAGE.join("\u{1f}"))
         .env("CARGO_PROFILE_RELEASE_LTO", "off")
@@ -81,7 +85,7 @@ fn build(root: &Path, work: &Path) -> Result<PathBuf> {
         .env("CARGO_PROFILE_RELEASE_OVERFLOW_CHECKS", "true")
         .env("CARGO_PROFILE_RELEASE_DEBUG", "line-tables-only");
     exec(&mut cargo).context("the fuzz targets can't be built (libFuzzer itself needs a C++ compiler: g++)")?;
-    Ok(work.join(host).join("release"))
+    Ok(work.join(target).join("release"))
 }
 
 fn empty(directory: &Path) -> Result<PathBuf> {

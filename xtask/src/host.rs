@@ -19,6 +19,13 @@ pub(crate) struct Tool {
     purpose: &'static str,
 }
 
+/// To build the client of etcd.
+pub(crate) const PROTOC: Tool = Tool {
+    program: "protoc",
+    debian: "protobuf-compiler",
+    fedora: "protobuf-compiler",
+    purpose: "building the client of etcd",
+};
 /// For the `tproxy` back end.
 pub(crate) const IPTABLES: Tool =
     Tool { program: "iptables-restore", debian: "iptables", fedora: "iptables-nft", purpose: "the tproxy back end" };
@@ -42,12 +49,14 @@ pub(crate) const DPKG_DEB: Tool =
 pub(crate) const RPMBUILD: Tool =
     Tool { program: "rpmbuild", debian: "rpm", fedora: "rpm-build", purpose: "RPM packages" };
 /// The rest of what the tests use.
-pub(crate) const FOR_TESTS: [Tool; 11] = [
+pub(crate) const FOR_TESTS: [Tool; 13] = [
     Tool { program: "ss", debian: "iproute2", fedora: "iproute", purpose: "tests" },
     IPSET,
     Tool { program: "curl", debian: "curl", fedora: "curl", purpose: "tests" },
     Tool { program: "dig", debian: "bind9-dnsutils", fedora: "bind-utils", purpose: "tests" },
     Tool { program: "dnsmasq", debian: "dnsmasq-base", fedora: "dnsmasq", purpose: "tests" },
+    Tool { program: "etcd", debian: "etcd-server", fedora: "etcd", purpose: "tests" },
+    Tool { program: "etcdctl", debian: "etcd-client", fedora: "etcd", purpose: "tests" },
     Tool { program: "haproxy", debian: "haproxy", fedora: "haproxy", purpose: "tests" },
     Tool {
         program: "nginx",

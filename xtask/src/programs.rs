@@ -68,19 +68,19 @@ impl Programs {
 
 /// Builds and runs the demonstration.
 pub(crate) fn demo(options: &DemoOptions) -> Result<()> {
-    host::require(&[host::IP, host::BPFTOOL, host::IPTABLES])?;
+    host::require(&[host::PROTOC, host::IP, host::BPFTOOL, host::IPTABLES])?;
     show("demo", &options.arguments)
 }
 
 /// Builds and runs the long test.
 pub(crate) fn soak(options: &DemoOptions) -> Result<()> {
-    host::require(&[&[host::IP, host::IPTABLES, host::BPFTOOL][..], &host::FOR_TESTS].concat())?;
+    host::require(&[&[host::PROTOC, host::IP, host::IPTABLES, host::BPFTOOL][..], &host::FOR_TESTS].concat())?;
     show("soak", &options.arguments)
 }
 
 /// Builds and runs a measurement.
 pub(crate) fn bench(options: &BenchOptions) -> Result<()> {
-    host::require(&[&[host::IP, host::IPTABLES, host::BPFTOOL][..], &host::FOR_TESTS].concat())?;
+    host::require(&[&[host::PROTOC, host::IP, host::IPTABLES, host::BPFTOOL][..], &host::FOR_TESTS].concat())?;
     let mut arguments = vec![options.name.clone()];
     arguments.extend_from_slice(&options.arguments);
     show("bench", &arguments)

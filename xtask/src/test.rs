@@ -28,7 +28,7 @@ pub(crate) struct Options {
 pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     let root = process::workspace()?;
     let mut session = Session::default();
-    let tools = [host::IP, host::IPTABLES, host::BPFTOOL, host::DPKG_DEB, host::RPMBUILD];
+    let tools = [host::PROTOC, host::IP, host::IPTABLES, host::BPFTOOL, host::DPKG_DEB, host::RPMBUILD];
     let packages = [&tools[..], &host::FOR_TESTS].concat();
     if let Err(error) = host::require(&packages) {
         session.check("programs that the tests use", || Err(error));
@@ -53,8 +53,8 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
 fn checks(session: &mut Session, root: &Path) {
     session.check("formatting", || exec(Command::new("cargo").current_dir(root).args(["fmt", "--all", "--check"])));
     session.check("lints", || exec(host_crates(root, "clippy").args(["--all-targets", "--", "--deny", "warnings"])));
-    for features in ["", "tokio"] {
-        session.check(&format!("lints of the library without the daemon, features `{features}`"), || {
+    for features in ["", "tokio", "daemon"] {
+        session.check(&format!("lints of the library with the features `{features}` alone"), || {
             let mut clippy = process::cargo(root, "clippy");
             clippy.args([
                 "--package",
