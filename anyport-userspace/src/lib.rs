@@ -24,6 +24,8 @@ pub mod doctor;
 pub mod engine;
 #[cfg(feature = "daemon")]
 pub mod events;
+#[cfg(feature = "fleet")]
+pub mod fleet;
 #[cfg(feature = "daemon")]
 pub mod host;
 #[cfg(feature = "daemon")]

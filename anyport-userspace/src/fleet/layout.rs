@@ -1,0 +1,432 @@
+//! What stands in etcd: keys and records. Pure.
+//!
+//! All keys are below a prefix. `sets/HASH` and `sets/HASH/NNNN` hold a set, `rings/RING` points to the one that a ring's
+//! nodes are to have, `history/RING/SEQUENCE` is what it pointed to over time, and `nodes/RING/NODE` is what a node
+//! reports, for as long as it lives.
+
+use std::{
+    fmt,
+    str::FromStr,
+    time::{Duration, SystemTime},
+};
+
+use ring::digest::{SHA256, digest};
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
+
+use super::signing::Signature;
+use crate::rules::InvalidText;
+
+/// Under which all keys are, unless told otherwise.
+pub const DEFAULT_PREFIX: &str = "/anyport/";
+/// Records of the history that each ring keeps.
+pub const HISTORY: u64 = 100;
+const LONGEST_NAME: usize = 63;
+
+/// The content of a set, by which it is found: SHA-256 of its text.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Hash([u8; 32]);
+
+impl Hash {
+    /// That of a set's text.
+    pub fn of(text: &str) -> Self {
+        let mut hash = [0; 32];
+        hash.copy_from_slice(digest(&SHA256, text.as_bytes()).as_ref());
+        Self(hash)
+    }
+
+    /// Its bytes.
+    pub fn as_bytes(&self) -> &[u8; 32] {
+        &self.0
+    }
+
+    /// Enough of it for people to tell sets apart.
+    pub fn short(&self) -> String {
+        hex(&self.0[..6])
+    }
+}
+
+impl fmt::Display for Hash {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&hex(&self.0))
+    }
+}
+
+impl fmt::Debug for Hash {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Hash({self})")
+    }
+}
+
+impl FromStr for Hash {
+    type Err = InvalidText;
+
+    fn from_str(text: &str) -> Result<Self, InvalidText> {
+        from_hex(text).map(Self).ok_or_else(|| InvalidText(format!("hash {text:?}: use 64 hexadecimal digits")))
+    }
+}
+
+as_text!(Hash);
+
+/// Name of a ring or a node: a letter or digit, then up to 62 of those, dots, underscores and hyphens.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Name(String);
+
+impl Name {
+    /// The name as text.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for Name {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(&self.0)
+    }
+}
+
+impl FromStr for Name {
+    type Err = InvalidText;
+
+    fn from_str(text: &str) -> Result<Self, InvalidText> {
+        let is_valid = text.len() <= LONGEST_NAME
+            && text.bytes().next().is_some_and(|b| b.is_ascii_alphanumeric())
+            && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b));
+        if is_valid {
+            Ok(Self(text.to_owned()))
+        } else {
+            Err(InvalidText(format!(
+                "name {text:?} of a ring or node: use a letter or digit, then up to 62 of those and . _ -"
+            )))
+        }
+    }
+}
+
+as_text!(Name);
+
+/// A time by the clock of whoever wrote it, by RFC 3339.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Time(SystemTime);
+
+impl Time {
+    /// By this machine's clock.
+    pub fn now() -> Self {
+        Self(SystemTime::now())
+    }
+
+    /// How long ago that was; nothing for times to come, which clocks that disagree make.
+    pub fn age(self) -> Duration {
+        self.0.elapsed().unwrap_or_default()
+    }
+}
+
+impl fmt::Display for Time {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", humantime::format_rfc3339_seconds(self.0))
+    }
+}
+
+impl FromStr for Time {
+    type Err = InvalidText;
+
+    fn from_str(text: &str) -> Result<Self, InvalidText> {
+        let time = humantime::parse_rfc3339(text);
+        time.map(Self).map_err(|error| InvalidText(format!("time {text:?}: {error}; use 2026-01-31T23:59:59Z")))
+    }
+}
+
+as_text!(Time);
+
+/// Which set a ring's nodes are to have.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pointer {
+    /// The ring.
+    pub ring: Name,
+    /// Rises with every change of the ring, and never comes again.
+    pub sequence: u64,
+    /// The set.
+    pub set: Hash,
+    /// When it was written.
+    pub published: Time,
+    /// Who wrote it: `USER@HOST`.
+    pub by: String,
+    /// What it is about.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub note: Option<String>,
+    /// Over ring, sequence and set.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub signature: Option<Signature>,
+}
+
+/// How a set is stored. Sets are larger than what etcd takes at once, so they come in chunks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Manifest {
+    /// Bytes of the set's text.
+    pub bytes: usize,
+    /// Number of chunks.
+    pub chunks: usize,
+    /// What the chunks are, put together.
+    pub compression: Compression,
+}
+
+/// What was done to a text to make it smaller.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Compression {
+    /// Nothing.
+    None,
+    /// gzip, RFC 1952.
+    Gzip,
+}
+
+/// What a node says of itself, under a lease that ends with it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Report {
+    /// The node.
+    pub node: Name,
+    /// Its ring.
+    pub ring: Name,
+    /// The pointer's sequence that it has in force; 0 before the first.
+    pub sequence: u64,
+    /// The set that it has in force.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub set: Option<Hash>,
+    /// etcd's revision of the last pointer that it has seen.
+    pub revision: i64,
+    /// The generation that its kernel holds.
+    pub generation: u64,
+    /// Its back end.
+    pub backend: String,
+    /// How it is.
+    pub health: Health,
+    /// What does not work as it should.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub degraded: Vec<String>,
+    /// Of anyportd.
+    pub version: String,
+    /// The last pointer that it did not follow, unless it has followed a later one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub refused: Option<Refused>,
+    /// Since when the set is in force.
+    pub since: Time,
+    /// When this was written.
+    pub reported: Time,
+}
+
+/// How a node is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Health {
+    /// All is well.
+    Good,
+    /// Something does not work as it should.
+    Degraded,
+}
+
+impl fmt::Display for Health {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Good => "good",
+            Self::Degraded => "degraded",
+        })
+    }
+}
+
+/// A pointer that a node did not follow.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Refused {
+    /// Its sequence.
+    pub sequence: u64,
+    /// Its set.
+    pub set: Hash,
+    /// Why not.
+    pub error: String,
+}
+
+impl Report {
+    /// The highest sequence that the node has heard of.
+    pub fn seen(&self) -> u64 {
+        self.refused.as_ref().map_or(self.sequence, |it| it.sequence.max(self.sequence))
+    }
+}
+
+/// Where everything is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Keys {
+    prefix: String,
+}
+
+impl Keys {
+    /// Below a prefix, which ends with a slash or gets one.
+    pub fn new(prefix: &str) -> Self {
+        Self { prefix: format!("{}/", prefix.trim_end_matches('/')) }
+    }
+
+    /// The prefix of all rings' pointers.
+    pub fn rings(&self) -> String {
+        format!("{}rings/", self.prefix)
+    }
+
+    /// A ring's pointer.
+    pub fn ring(&self, ring: &Name) -> String {
+        format!("{}{ring}", self.rings())
+    }
+
+    /// The prefix of the history of all rings.
+    pub fn histories(&self) -> String {
+        format!("{}history/", self.prefix)
+    }
+
+    /// The prefix of a ring's history.
+    pub fn history(&self, ring: &Name) -> String {
+        format!("{}{ring}/", self.histories())
+    }
+
+    /// What a ring's pointer was at a sequence. Keys sort as sequences do.
+    pub fn history_at(&self, ring: &Name, sequence: u64) -> String {
+        format!("{}{sequence:020}", self.history(ring))
+    }
+
+    /// The prefix of the reports of all nodes.
+    pub fn nodes(&self) -> String {
+        format!("{}nodes/", self.prefix)
+    }
+
+    /// The prefix of the reports of a ring's nodes.
+    pub fn nodes_of(&self, ring: &Name) -> String {
+        format!("{}{ring}/", self.nodes())
+    }
+
+    /// A node's report.
+    pub fn node(&self, ring: &Name, node: &Name) -> String {
+        format!("{}{node}", self.nodes_of(ring))
+    }
+
+    /// The prefix of all sets.
+    pub fn sets(&self) -> String {
+        format!("{}sets/", self.prefix)
+    }
+
+    /// A set's manifest. Its chunks come right after it.
+    pub fn set(&self, hash: &Hash) -> String {
+        format!("{}{hash}", self.sets())
+    }
+
+    /// A chunk of a set, from 0 on.
+    pub fn chunk(&self, hash: &Hash, number: usize) -> String {
+        format!("{}/{number:04}", self.set(hash))
+    }
+
+    /// The set that a key belongs to, be it of the manifest or of a chunk.
+    pub fn set_of(&self, key: &str) -> Option<Hash> {
+        let name = key.strip_prefix(&self.sets())?;
+        name.split('/').next()?.parse().ok()
+    }
+}
+
+/// Lower-case hexadecimal digits.
+pub(super) fn hex(bytes: &[u8]) -> String {
+    const DIGITS: &[u8; 16] = b"0123456789abcdef";
+    bytes.iter().flat_map(|byte| [byte >> 4, byte & 15]).map(|it| char::from(DIGITS[usize::from(it)])).collect()
+}
+
+/// The bytes that `2 * N` hexadecimal digits stand for.
+pub(super) fn from_hex<const N: usize>(text: &str) -> Option<[u8; N]> {
+    let digits: Vec<u8> = text.chars().map(|it| it.to_digit(16)?.try_into().ok()).collect::<Option<_>>()?;
+    let bytes: Vec<u8> = digits.chunks(2).map(|pair| Some(pair[0] << 4 | pair.get(1)?)).collect::<Option<_>>()?;
+    bytes.try_into().ok()
+}
+
+/// Reads and writes a type as the text that it displays.
+macro_rules! as_text {
+    ($type:ty) => {
+        impl Serialize for $type {
+            fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+                serializer.collect_str(self)
+            }
+        }
+
+        impl<'de> Deserialize<'de> for $type {
+            fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+                let text = std::borrow::Cow::<'de, str>::deserialize(deserializer)?;
+                text.parse().map_err(D::Error::custom)
+            }
+        }
+    };
+}
+pub(super) use as_text;
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::{Hash, Keys, Name, Pointer, Time, from_hex, hex};
+
+    #[test]
+    fn a_hash_is_that_of_sha256sum() {
+        let hash = Hash::of("abc");
+        assert_eq!(hash.to_string(), "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
+        assert_eq!(hash.to_string().parse::<Hash>().unwrap(), hash);
+        assert_eq!(hash.short(), "ba7816bf8f01");
+        for text in ["", "ba78", &"g".repeat(64), &"a".repeat(63), &"a".repeat(65), &"ä".repeat(64)] {
+            assert!(text.parse::<Hash>().is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn names_never_reach_beyond_their_place() {
+        for name in ["canary", "0", "Node-1.example_x"] {
+            assert!(name.parse::<Name>().is_ok(), "{name}");
+        }
+        for name in ["", "a/b", "..", "-a", "a b", "ä", "a\0", &"x".repeat(64)] {
+            assert!(name.parse::<Name>().is_err(), "{name}");
+        }
+    }
+
+    #[test]
+    fn keys_of_one_thing_are_no_prefix_of_another() {
+        let keys = Keys::new("/anyport");
+        let (ring, node) = ("main".parse().unwrap(), "n1".parse().unwrap());
+        let hash = Hash::of("");
+        assert_eq!(keys, Keys::new("/anyport/"));
+        assert_eq!(keys.ring(&ring), "/anyport/rings/main");
+        assert_eq!(keys.history_at(&ring, 7), "/anyport/history/main/00000000000000000007");
+        assert_eq!(keys.node(&ring, &node), "/anyport/nodes/main/n1");
+        assert_eq!(keys.chunk(&hash, 12), format!("/anyport/sets/{hash}/0012"));
+        for key in [keys.set(&hash), keys.chunk(&hash, 12)] {
+            assert_eq!(keys.set_of(&key), Some(hash), "{key}");
+        }
+        for key in ["/anyport/sets/x".to_owned(), keys.ring(&ring), format!("/other/sets/{hash}")] {
+            assert_eq!(keys.set_of(&key), None, "{key}");
+        }
+    }
+
+    #[test]
+    fn a_pointer_is_written_as_documented() {
+        let text = format!(
+            r#"{{"ring":"main","sequence":7,"set":"{}","published":"2026-01-31T23:59:59Z","by":"a@b","note":"n"}}"#,
+            Hash::of("")
+        );
+        let pointer: Pointer = serde_json::from_str(&text).unwrap();
+        assert_eq!(serde_json::to_string(&pointer).unwrap(), text);
+        assert_eq!(pointer.published.to_string().parse::<Time>().unwrap(), pointer.published);
+        // A later version may know more.
+        let more = text.replace("\"note\":\"n\"", "\"colour\":\"blue\"");
+        assert_eq!(serde_json::from_str::<Pointer>(&more).unwrap(), Pointer { note: None, ..pointer });
+        for wrong in ["{}", "[]", "null", &text.replace("main", "a/b"), &text.replace(":7", ":-7")] {
+            assert!(serde_json::from_str::<Pointer>(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn hexadecimal_there_and_back(bytes: [u8; 9]) {
+            prop_assert_eq!(from_hex(&hex(&bytes)), Some(bytes));
+        }
+
+        #[test]
+        fn history_sorts_by_sequence(a: u64, b: u64) {
+            let (keys, ring) = (Keys::new("x"), "r".parse().unwrap());
+            prop_assert_eq!(keys.history_at(&ring, a).cmp(&keys.history_at(&ring, b)), a.cmp(&b));
+        }
+    }
+}
