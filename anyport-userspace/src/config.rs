@@ -1,9 +1,12 @@
 //! Options of the daemon, from the command line, the environment and the configuration file.
 
+#[cfg(feature = "fleet")]
+mod fleet;
+
 use std::{
     fmt, fs, io,
     net::SocketAddr,
-    num::{NonZeroU32, NonZeroUsize},
+    num::{NonZeroU8, NonZeroU32, NonZeroUsize},
     path::{Path, PathBuf},
     thread,
     time::Duration,
@@ -16,8 +19,10 @@ use nix::unistd::Uid;
 use serde::Deserialize;
 use toml::Spanned;
 
+#[cfg(feature = "fleet")]
+pub use self::fleet::Fleet;
 use crate::{
-    api::Readers,
+    api::{FleetView, Readers},
     rights::User,
     rules::{
         Origin, RuleSet, RuleText, ServiceName,
@@ -251,6 +256,9 @@ pub struct Config {
     pub limits: Limits,
     pub log_level: LogLevel,
     pub log_format: LogFormat,
+    /// To which fleet this node belongs, if to any.
+    #[cfg(feature = "fleet")]
+    pub fleet: Option<Box<Fleet>>,
     /// The services of the file.
     pub services: Vec<ServiceConfig>,
     /// The rules of the file.
@@ -307,16 +315,42 @@ impl Config {
 
     /// What differs from the settings of `former`, as text: what can change while the daemon runs, and what takes a restart.
     pub fn differences(&self, former: &Self) -> (Vec<String>, Vec<String>) {
-        let differences = |names: &[&str], now: Vec<String>, before: Vec<String>| {
+        let differences = |names: &[&str], now: Vec<String>, before: Vec<String>| -> Vec<String> {
             let both = now.into_iter().zip(before).zip(names);
             both.filter(|((now, before), _)| now != before)
                 .map(|((now, before), name)| format!("{name}: {before} -> {now}"))
                 .collect()
         };
-        (
+        #[cfg_attr(not(feature = "fleet"), expect(unused_mut, reason = "only a fleet adds to them"))]
+        let (mut live, mut fixed) = (
             differences(&LIVE, self.live_texts(), former.live_texts()),
             differences(&FIXED, self.fixed_texts(), former.fixed_texts()),
-        )
+        );
+        #[cfg(feature = "fleet")]
+        {
+            let (now, before) = (self.fleet.as_deref(), former.fleet.as_deref());
+            live.extend(differences(&fleet::LIVE, fleet::live_texts(now), fleet::live_texts(before)));
+            fixed.extend(differences(&fleet::FIXED, fleet::fixed_texts(now), fleet::fixed_texts(before)));
+        }
+        (live, fixed)
+    }
+
+    /// Where this node stands in its fleet before anything is known of that; nothing if it belongs to none.
+    pub fn fleet_view(&self) -> Option<FleetView> {
+        #[cfg(feature = "fleet")]
+        if let Some(fleet) = &self.fleet {
+            let (ring, node) = (fleet.ring.to_string(), fleet.node.to_string());
+            return Some(FleetView { ring, node, etcd: fleet.etcd.clone(), ..FleetView::default() });
+        }
+        None
+    }
+
+    /// Most rules of the fleet that one set may take away, in percent, if that is limited.
+    pub fn max_removal(&self) -> Option<NonZeroU8> {
+        #[cfg(feature = "fleet")]
+        return self.fleet.as_ref()?.max_removal;
+        #[cfg(not(feature = "fleet"))]
+        None
     }
 
     /// In the order of [`LIVE`].
@@ -360,6 +394,10 @@ impl Config {
         self.keep = other.keep;
         self.mend = other.mend;
         self.log_level = other.log_level;
+        #[cfg(feature = "fleet")]
+        if let (Some(fleet), Some(other)) = (&mut self.fleet, &other.fleet) {
+            fleet.max_removal = other.max_removal;
+        }
     }
 
     /// The settings alone.
@@ -370,7 +408,20 @@ impl Config {
         let (socket, state_dir, bpffs) = (socket.clone(), state_dir.clone(), bpffs.clone());
         let (user, readers) = (user.clone(), readers.clone());
         let (interfaces, source) = (interfaces.clone(), source.clone());
-        Self { socket, state_dir, user, readers, bpffs, interfaces, services, rules, source, ..*self }
+        Self {
+            socket,
+            state_dir,
+            user,
+            readers,
+            bpffs,
+            interfaces,
+            services,
+            rules,
+            source,
+            #[cfg(feature = "fleet")]
+            fleet: self.fleet.clone(),
+            ..*self
+        }
     }
 
     fn parse(options: Settings, text: &str) -> anyhow::Result<Self> {
@@ -378,10 +429,15 @@ impl Config {
         let mut problems = Vec::new();
         let services = services(file.service, text, &mut problems);
         let rules = rules(file.rule, &services, text, &mut problems);
+        #[cfg(feature = "fleet")]
+        let fleet = file.fleet.and_then(|table| fleet::Table::settle(table, text, &mut problems)).map(Box::new);
         if !problems.is_empty() {
             bail!("{}", problems.join("\n"));
         }
-        Self::settle(options, file.daemon, text, services, rules)
+        let config = Self::settle(options, file.daemon, text, services, rules)?;
+        #[cfg(feature = "fleet")]
+        let config = Self { fleet, ..config };
+        Ok(config)
     }
 
     /// Options come before the settings of a file, which is there as text, too.
@@ -432,6 +488,8 @@ impl Config {
             },
             log_level: settings.log_level.unwrap_or_default(),
             log_format: settings.log_format.unwrap_or_default(),
+            #[cfg(feature = "fleet")]
+            fleet: None,
             services,
             rules,
             source: Source::default(),
@@ -443,6 +501,8 @@ impl Config {
 #[serde(deny_unknown_fields, default)]
 struct ConfigFile {
     daemon: Settings,
+    #[cfg(feature = "fleet")]
+    fleet: Option<Spanned<fleet::Table>>,
     service: Vec<Spanned<ServiceConfig>>,
     rule: Vec<Spanned<RuleText>>,
 }

@@ -32,8 +32,8 @@ pub use self::{
     peer::{GROUP, Peer, Readers},
     server::{Shared, adopt, bind, serve},
     types::{
-        AddPrefixes, Applied, Apply, BackEndView, ListPrefixes, MendedView, PrefixView, ProgressView, Reload, Reloaded,
-        RemovePrefixes, ServiceView, StatusView, TakeOver, Taken, Totals, parse,
+        AddPrefixes, Applied, Apply, BackEndView, FleetView, ListPrefixes, MendedView, PrefixView, ProgressView,
+        RefusedView, Reload, Reloaded, RemovePrefixes, ServiceView, StatusView, TakeOver, Taken, Totals, parse,
     },
 };
 pub use changed::Changed;

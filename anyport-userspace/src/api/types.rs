@@ -321,8 +321,55 @@ pub struct StatusView {
     /// What others changed outside and was put right, by kind.
     #[serde(default)]
     pub mended: Vec<MendedView>,
+    /// Where this node stands in its fleet, if it belongs to one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fleet: Option<FleetView>,
     /// What does not work as it should; empty when all is well.
     pub degraded: Vec<String>,
+}
+
+/// Where a node stands in its fleet.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct FleetView {
+    /// The ring that it follows.
+    pub ring: String,
+    /// Its name in the fleet.
+    pub node: String,
+    /// Where etcd is asked.
+    pub etcd: Vec<String>,
+    /// Whether etcd answers.
+    pub connected: bool,
+    /// Seconds since it has answered last; nothing if it has not since the start.
+    pub contact_age: Option<f64>,
+    /// What keeps it from answering.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+    /// The pointer's sequence that is in force; 0 before the first.
+    pub sequence: u64,
+    /// The set that is in force, by its hash.
+    pub set: Option<String>,
+    /// Since when it is, by RFC 3339.
+    pub since: Option<String>,
+    /// The highest sequence that was seen.
+    pub seen: u64,
+    /// Whether etcd answers and has no pointer of the ring.
+    pub missing: bool,
+    /// What the pointer leads to, if it is not followed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub refused: Option<RefusedView>,
+}
+
+/// A pointer that a node does not follow.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RefusedView {
+    /// Its sequence; nothing if it could not be read.
+    pub sequence: Option<u64>,
+    /// The set that it leads to.
+    pub set: Option<String>,
+    /// Why it is not followed.
+    pub error: String,
+    /// Since when, by RFC 3339.
+    pub at: String,
 }
 
 /// Things of one kind that others changed and that were put right.

@@ -125,6 +125,7 @@ fn sentence(answer: &Explanation) -> String {
 fn origin(rule: &RuleView) -> &'static str {
     match rule.origin {
         Origin::Config => "from the configuration",
+        Origin::Fleet => "from the fleet",
         Origin::Applied => "applied from a file",
         Origin::Added => "added by hand",
     }

@@ -42,13 +42,13 @@ pub(super) struct Replaced {
 }
 
 /// What an apply will do.
-struct Intent {
-    change: Change,
+pub(super) struct Intent {
+    pub(super) change: Change,
     /// Services to open, in place of those of the same name.
-    opened: Vec<ServiceConfig>,
-    closed: Vec<ServiceName>,
+    pub(super) opened: Vec<ServiceConfig>,
+    pub(super) closed: Vec<ServiceName>,
     has_services: bool,
-    answer: Applied,
+    pub(super) answer: Applied,
 }
 
 impl Engine {
@@ -67,7 +67,7 @@ impl Engine {
             ));
         }
         self.progress.begin("reading the rules", 1);
-        let intent = self.intent(&text, options)?;
+        let intent = self.intent(&text, Origin::Applied, options)?;
         self.expect_room_for(&intent.change)?;
         if !options.force {
             self.expect_safe(&intent.change).await?;
@@ -154,14 +154,17 @@ impl Engine {
         }
     }
 
-    fn intent(&mut self, text: &str, options: &Apply) -> Result<Intent, Problem> {
+    /// What has to be done so that rules of this origin, and services where the file has them, are those of a file.
+    pub(super) fn intent(&mut self, text: &str, origin: Origin, options: &Apply) -> Result<Intent, Problem> {
         let invalid = |why: String| Problem::new(Kind::Invalid, why);
         let RuleFile { services, mut rules } =
             RuleFile::parse(text, |terms| self.shared(terms)).map_err(|error| invalid(error.to_string()))?;
         let mut answer = Applied { dry_run: options.dry_run, ..Applied::default() };
         let has_services = services.is_some();
         let (opened, closed) = match services {
-            Some(services) => self.service_steps(services, Origin::Applied, &mut answer)?,
+            Some(services) => self.service_steps(services, origin, &mut answer)?,
+            // A set of the fleet is the same on every node, whatever came before it.
+            None if origin == Origin::Fleet => self.service_steps(Vec::new(), origin, &mut answer)?,
             None => (Vec::new(), Vec::new()),
         };
         if !rules.is_sorted_by_key(|((prefix, _), _)| *prefix) {
@@ -170,7 +173,7 @@ impl Engine {
         self.expect_services(&rules, &opened, &closed)?;
         let goes = |name: &ServiceName| closed.contains(name) || opened.iter().any(|it| it.name == *name);
         expect_fallbacks(&self.configs().filter(|it| !goes(&it.name)).chain(&opened).collect::<Vec<_>>())?;
-        let change = self.difference(&rules, Origin::Applied, options.prune, &mut answer)?;
+        let change = self.difference(&rules, origin, options.prune, &mut answer)?;
         self.expect_unused(&closed, &change)?;
         Ok(Intent { change, opened, closed, has_services, answer })
     }
@@ -195,6 +198,7 @@ impl Engine {
                 Some(running) => {
                     let whose = match running.origin {
                         Origin::Config => "in the configuration",
+                        Origin::Fleet => "in the fleet's set",
                         Origin::Applied => "applied from a file",
                         Origin::Added => "added by hand",
                     };
@@ -209,7 +213,14 @@ impl Engine {
             opened.push(service);
         }
         let is_gone = |(name, running): &(&ServiceName, &Running)| running.origin == origin && !names.contains(name);
-        let closed: Vec<_> = self.services.iter().filter(is_gone).map(|(name, _)| name.clone()).collect();
+        let mut closed: Vec<_> = self.services.iter().filter(is_gone).map(|(name, _)| name.clone()).collect();
+        let preset = ServiceConfig::default_service();
+        if closed.contains(&preset.name) {
+            // That one is there whenever nobody has made one of its name.
+            closed.retain(|name| *name != preset.name);
+            answer.services.push(format!("~ {}", preset.name));
+            opened.push(preset);
+        }
         answer.services.extend(closed.iter().map(|name| format!("- {name}")));
         Ok((opened, closed))
     }
@@ -313,6 +324,7 @@ impl Engine {
             let name = config.name.clone();
             let before = self.services.remove(&name);
             replaced.before.extend(before.map(|before| (name.clone(), before)));
+            let origin = if config == ServiceConfig::default_service() { Origin::Config } else { origin };
             if let Err(error) = self.open_service(config, origin) {
                 self.put_back(replaced).await;
                 return Err(error.into());

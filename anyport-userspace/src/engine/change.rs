@@ -19,7 +19,7 @@ use crate::{
     routes::{Coverage, Difference, Edits},
     rules::{Change, Numbered, Origin, Prefix, PrefixRules, ServiceName, SourceLists, Terms, lines::Line},
     steering::{Plan, ServiceSockets},
-    store::State,
+    store::{FleetState, State},
     table::Receiver,
 };
 
@@ -32,6 +32,11 @@ pub(super) enum Keep {
     OnDisk,
     /// So that what is kept of the applied rules are these lines, if there are any.
     AppliedOnDisk(Option<String>),
+    /// The set of the fleet, with what it belongs to.
+    SetOnDisk {
+        state: FleetState,
+        text: Arc<str>,
+    },
     /// Not yet: it may be taken back.
     InMemory,
 }
@@ -56,6 +61,7 @@ impl Engine {
                 Keep::InMemory => Ok(()),
                 Keep::OnDisk => self.save(&change, None),
                 Keep::AppliedOnDisk(lines) => self.save(&change, lines),
+                Keep::SetOnDisk { state, text } => self.save_fleet(state, Some(&text)),
             },
             Err(error) => Err(error),
         };
@@ -99,7 +105,7 @@ impl Engine {
             services: services(Origin::Added),
             rules: rules.map(Numbered::to_rule).collect(),
             applied_services: services(Origin::Applied),
-            applied_rules: Vec::new(),
+            ..State::default()
         };
         self.store.save(&state, applied.as_deref())
     }

@@ -68,6 +68,7 @@ impl Engine {
             let gone = gone.into_iter().map(|it| Rule { prefix: *prefix, terms: it.terms, origins: it.origins });
             removed.extend(gone);
         }
+        expect_not_of_fleet(&removed)?;
         let change = draft.finish();
         self.change(change, Keep::OnDisk).await?;
         let of = |origin| removed.iter().find(move |rule| rule.origins.contains(origin));
@@ -124,6 +125,9 @@ impl Engine {
             .hint("remove those prefixes first, or steer them to another service"));
         }
         expect_fallbacks(&self.configs().filter(|it| it.name != name).collect::<Vec<_>>())?;
+        if self.services.get(&name).is_some_and(|running| running.origin == Origin::Fleet) {
+            return Err(of_fleet(&format!("the service {name}")));
+        }
         let Some(removed) = self.services.remove(&name) else {
             return Err(Problem::new(Kind::Failed, format!("the service {name} went away")));
         };
@@ -132,7 +136,7 @@ impl Engine {
             Origin::Applied => {
                 vec![format!("{name} was applied from a file and comes back when that is applied again")]
             }
-            Origin::Added => Vec::new(),
+            Origin::Fleet | Origin::Added => Vec::new(),
         };
         if let Err(problem) = self.change(Change::default(), Keep::OnDisk).await {
             self.services.insert(name, removed);
@@ -212,6 +216,19 @@ fn concerned(change: &Change, addresses: impl Iterator<Item = std::net::IpAddr>)
         }
     }
     concerned
+}
+
+/// What the fleet holds goes with the fleet alone: a node that says that it has a set has all of it.
+fn expect_not_of_fleet(removed: &[Rule]) -> Result<(), Problem> {
+    match removed.iter().find(|rule| rule.origins.contains(Origin::Fleet)) {
+        Some(rule) => Err(of_fleet(&format!("the rule {rule}"))),
+        None => Ok(()),
+    }
+}
+
+fn of_fleet(what: &str) -> Problem {
+    Problem::new(Kind::Conflict, format!("{what} is in the fleet's set, which this node has whole or not at all"))
+        .hint("publish a set without it; for this node alone, add a rule for a longer prefix or fewer ports")
 }
 
 pub(super) fn conflict_problem(conflict: &Conflict) -> Problem {

@@ -26,7 +26,10 @@ use clap::Parser as _;
 use nix::sched::{CloneFlags, unshare};
 use tokio::runtime;
 
-use super::{Engine, start::Parts, start::desired};
+use super::{
+    Engine,
+    start::{Desired, Parts, desired},
+};
 use crate::{
     api::{AddPrefixes, Apply, Problem, RemovePrefixes},
     config::{Config, Options},
@@ -379,7 +382,7 @@ impl Scene {
 
     async fn try_to_start(&self) -> anyhow::Result<Engine> {
         let (store, state) = Store::of(Box::new(self.disk.clone()))?;
-        let desired = desired(&self.config, &state)?;
+        let desired = desired(&self.config, state)?;
         let routes = Routes::held_by(Arc::new(Mutex::new(SimulatedRoutes(Arc::clone(&self.world)))))?;
         let chosen = Chosen { steering: Box::new(Simulated::new(&self.world)), outcomes: Vec::new() };
         let (published, events) = (Arc::default(), Arc::default());
@@ -447,7 +450,7 @@ impl Scene {
     /// What a daemon would start with.
     fn kept(&self) -> BTreeSet<String> {
         let (_, state) = Store::of(Box::new(self.disk.clone())).unwrap();
-        let (services, rules) = desired(&self.config, &state).unwrap();
+        let Desired { services, rules, .. } = desired(&self.config, state).unwrap();
         let rules = rules.iter().map(|rule| rule.to_rule().to_string()).collect::<Vec<_>>();
         rules
             .into_iter()

@@ -11,6 +11,7 @@ mod events;
 mod explain;
 #[cfg(test)]
 mod faults;
+mod fleet;
 mod mend;
 mod numbers;
 mod observed;
@@ -38,6 +39,7 @@ use self::{
 };
 pub use self::{
     events::Clock,
+    fleet::{Condition, FleetBoard},
     observed::{Observed, ObservedService},
     progress::Progress,
     register::fetch_registered,
@@ -50,7 +52,7 @@ use crate::{
     rules::{Origin, Prefix, RuleSet, ServiceName, Terms},
     service::{Commons, DescriptorPool, Service, ServiceConfig},
     steering::{BackEnd, Steering, choose::Outcome},
-    store::Store,
+    store::{FleetState, Store},
     table::{Published, Table},
 };
 
@@ -115,6 +117,10 @@ pub struct Engine {
     /// Why the configuration was not taken when it was read again last.
     not_reloaded: Option<String>,
     store: Store,
+    /// Where this node stands in its fleet, as it is kept.
+    fleet_state: FleetState,
+    /// What is told of the fleet, if this node belongs to one.
+    fleet: Option<Arc<FleetBoard>>,
     commons: Commons,
     /// By slot: whether its service is one of the handler `forward`.
     forwarding: Arc<[AtomicBool]>,

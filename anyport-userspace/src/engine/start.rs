@@ -18,7 +18,7 @@ use tokio::runtime::Handle;
 use tracing::error;
 
 use super::{
-    Connected, Engine, Running,
+    Connected, Engine, FleetBoard, Running,
     mend::{BackOff, Mends, RoutesLook},
     numbers::Numbers,
     register::expect_fallbacks,
@@ -38,7 +38,7 @@ use crate::{
         BackEnd, bpf,
         choose::{Chosen, choose, remove_leftovers},
     },
-    store::{State, Store},
+    store::{FleetState, KeptFleet, State, Store},
     table::{OwnSegments, Published, Table},
 };
 
@@ -71,7 +71,7 @@ impl Engine {
         is_successor: bool,
     ) -> anyhow::Result<Self> {
         let (store, state) = Store::open(&config.state_dir)?;
-        let desired = desired(config, &state)?;
+        let desired = desired(config, state)?;
         let routes = Routes::open()?;
         let published: Arc<Published> = Arc::default();
         let events: Arc<Board> = Arc::default();
@@ -92,7 +92,7 @@ impl Engine {
     pub(super) async fn begin(
         config: &Config,
         parts: Parts,
-        (services, rules): (Vec<(ServiceConfig, Origin)>, RuleSet),
+        Desired { services, rules, fleet_state }: Desired,
         workers: WorkerHandles,
         keeper: Link,
         is_successor: bool,
@@ -147,6 +147,8 @@ impl Engine {
             config: config.without_tables(),
             not_reloaded: None,
             store,
+            fleet: config.fleet_view().map(|view| Arc::new(FleetBoard::new(view, &fleet_state))),
+            fleet_state,
             commons,
             forwarding,
         };
@@ -167,7 +169,7 @@ impl Engine {
     /// # Errors
     /// They do not.
     pub fn check(config: &Config) -> anyhow::Result<()> {
-        desired(config, &Store::look(&config.state_dir)?).map(drop)
+        desired(config, Store::look(&config.state_dir)?).map(drop)
     }
 
     async fn bring_up(&mut self, services: Vec<(ServiceConfig, Origin)>, rules: RuleSet) -> anyhow::Result<()> {
@@ -243,16 +245,27 @@ fn forward_guard(published: &Arc<Published>, forwarding: &Arc<[AtomicBool]>) -> 
     })
 }
 
-/// What configuration and state file say together. They must not contradict each other.
-pub(super) fn desired(config: &Config, state: &State) -> anyhow::Result<(Vec<(ServiceConfig, Origin)>, RuleSet)> {
-    const ADVICE: &str = "change the configuration, or what was added by hand: state.json in the state directory";
+/// What configuration and state directory say together.
+#[derive(Debug)]
+pub(super) struct Desired {
+    pub(super) services: Vec<(ServiceConfig, Origin)>,
+    pub(super) rules: RuleSet,
+    /// Where this node stands in its fleet.
+    pub(super) fleet_state: FleetState,
+}
+
+/// Puts together what was configured, given by the fleet, applied and added. They must not contradict each other.
+pub(super) fn desired(config: &Config, state: State) -> anyhow::Result<Desired> {
+    const ADVICE: &str = "change the configuration, or what was added by hand: state.json in the state directory; what the fleet gave is in fleet.json";
+    let fleet = kept_of_fleet(config, state.fleet);
     let mut services: Vec<_> = config.services.iter().map(|it| (it.clone(), Origin::Config)).collect();
-    let kept = state.applied_services.iter().map(|it| (it, Origin::Applied));
-    for (added, origin) in kept.chain(state.services.iter().map(|it| (it, Origin::Added))) {
+    let kept =
+        [(fleet.services, Origin::Fleet), (state.applied_services, Origin::Applied), (state.services, Origin::Added)];
+    for (added, origin) in kept.into_iter().flat_map(|(all, origin)| all.into_iter().map(move |it| (it, origin))) {
         match services.iter().find(|(service, _)| service.name == added.name) {
-            Some((configured, _)) if configured == added => {}
-            Some(_) => bail!("the service {} was {origin} with other settings; {ADVICE}", added.name),
-            None => services.push((added.clone(), origin)),
+            Some((configured, _)) if *configured == added => {}
+            Some(_) => bail!("the service {} was {} with other settings; {ADVICE}", added.name, came(origin)),
+            None => services.push((added, origin)),
         }
     }
     let default = ServiceConfig::default_service();
@@ -262,16 +275,32 @@ pub(super) fn desired(config: &Config, state: &State) -> anyhow::Result<(Vec<(Se
     expect_fallbacks(&services.iter().map(|(service, _)| service).collect::<Vec<_>>()).context(ADVICE)?;
     let names: HashSet<_> = services.iter().map(|(service, _)| &service.name).collect();
     let mut rules = config.rules.clone();
-    for rule in state.applied_rules.iter().chain(&state.rules) {
+    for rule in fleet.rules.iter().chain(&state.applied_rules).chain(&state.rules) {
         rule.terms.validate(&rule.prefix).context(ADVICE)?;
         if !names.contains(&rule.terms.service) {
             bail!(
                 "there is no service {} any more, to which a rule that was {} steers: {rule}; {ADVICE}",
                 rule.terms.service,
-                rule.origins.first()
+                came(rule.origins.first())
             );
         }
     }
-    rules.extend(state.applied_rules.iter().chain(&state.rules).cloned()).context(ADVICE)?;
-    Ok((services, rules))
+    rules.extend(fleet.rules.into_iter().chain(state.applied_rules).chain(state.rules)).context(ADVICE)?;
+    Ok(Desired { services, rules, fleet_state: fleet.state })
+}
+
+/// How something of this origin came to be there.
+fn came(origin: Origin) -> &'static str {
+    if origin == Origin::Fleet { "given by the fleet" } else { origin.as_str() }
+}
+
+/// What is kept of the fleet, if the configuration still has this node in one. What was seen of another ring's pointer says nothing
+/// of this one's, but its set is better than none.
+fn kept_of_fleet(config: &Config, kept: Option<KeptFleet>) -> KeptFleet {
+    let (Some(view), Some(mut kept)) = (config.fleet_view(), kept) else { return KeptFleet::default() };
+    if kept.state.ring != view.ring {
+        let FleetState { set, since, .. } = kept.state;
+        kept.state = FleetState { ring: view.ring, set, since, ..FleetState::default() };
+    }
+    kept
 }

@@ -138,11 +138,18 @@ impl Engine {
             },
             unconfirmed: self.unconfirmed_for(),
             mended: self.mends.views(),
+            fleet: self.fleet.as_ref().map(|board| board.view()),
             degraded: self.degraded(),
         })
     }
 
     pub(super) fn degraded(&self) -> Vec<String> {
+        let fleet = self.fleet.iter().flat_map(|board| board.degraded());
+        self.degraded_itself().into_iter().chain(fleet).collect()
+    }
+
+    /// Without what is wrong with the fleet.
+    pub(super) fn degraded_itself(&self) -> Vec<String> {
         let services = self.services.values().flat_map(|running| running.service.degraded());
         let mends = self.mends.degraded(self.config.mend);
         let own = self.broken.iter().chain(&self.unseen).chain(&self.not_reloaded).cloned().chain(mends);

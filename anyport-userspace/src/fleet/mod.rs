@@ -1,5 +1,7 @@
 //! Rule sets for many machines, from etcd.
 
+pub mod agent;
 pub mod layout;
 pub mod pack;
 pub mod signing;
+pub mod source;

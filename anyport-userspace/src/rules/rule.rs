@@ -10,6 +10,8 @@ use super::{InvalidText, PortSet, Prefix, Protocol, ServiceName};
 pub enum Origin {
     /// The configuration file.
     Config,
+    /// The set that the fleet's ring has, see the section `[fleet]` of the configuration.
+    Fleet,
     /// `anyportctl apply`.
     Applied,
     /// `anyportctl add-prefix` or `add-service`.
@@ -22,6 +24,7 @@ impl Origin {
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Config => "config",
+            Self::Fleet => "fleet",
             Self::Applied => "applied",
             Self::Added => "added",
         }
@@ -71,9 +74,9 @@ impl Origins {
         self.0 == 0
     }
 
-    /// The one that is shown: configuration before `apply` before what was added by hand.
+    /// The one that is shown: configuration before fleet before `apply` before what was added by hand.
     pub fn first(self) -> Origin {
-        let all = [Origin::Config, Origin::Applied, Origin::Added];
+        let all = [Origin::Config, Origin::Fleet, Origin::Applied, Origin::Added];
         all.into_iter().find(|it| self.contains(*it)).unwrap_or_default()
     }
 }

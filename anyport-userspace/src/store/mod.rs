@@ -1,11 +1,12 @@
-//! What `anyportctl` added and applied, kept in the state directory.
+//! What `anyportctl` added and applied and what the fleet gave, kept in the state directory.
 //!
 //! A file is written aside, put on the disk, and then takes its name; so after a loss of power there is the former state or
 //! the new one. Checksums tell files that somebody or a disk has spoilt. The state before the last one is kept beside it.
 
 mod files;
+mod fleet;
 
-use std::{collections::HashMap, fmt::Write as _, io, net::SocketAddr, path::Path, sync::Arc};
+use std::{collections::HashMap, fmt::Write as _, io, mem, net::SocketAddr, path::Path, sync::Arc};
 
 use anyhow::{Context as _, bail};
 use anyport_common::maps::Counters;
@@ -22,15 +23,16 @@ use crate::{
 
 use self::files::Directory;
 pub(crate) use self::files::Files;
+pub use self::fleet::{FleetState, KeptFleet};
 
 const FILE: &str = "state.json";
 /// The state before.
 const FORMER: &str = "state.json.former";
 const VERSION: u32 = 1;
-/// Beginning and end of the name of the file with the rules that were applied. The state file names it, so that both
-/// change at once.
-const APPLIED: &str = "applied-";
-const LINES: &str = ".rules";
+/// The rules that were applied.
+const APPLIED: Series = Series { beginning: "applied-", end: ".rules" };
+/// The set of the fleet.
+const SET: Series = Series { beginning: "fleet-", end: ".set" };
 const COUNTERS: &str = "counters";
 const REGISTERED: &str = "registered.json";
 
@@ -39,17 +41,51 @@ const REGISTERED: &str = "registered.json";
 pub struct Store {
     files: Box<dyn Files>,
     /// The file with the rules that were applied, if there are any.
-    applied: Option<Applied>,
+    applied: Beside,
+    /// The file with the set of the fleet.
+    set: Beside,
+}
+
+/// Large files that follow each other, each with a number in its name. A state file names the one that belongs to it, so that
+/// both change at once.
+#[derive(Clone, Copy, Debug)]
+struct Series {
+    beginning: &'static str,
+    end: &'static str,
+}
+
+impl Series {
+    fn number_of(self, name: &str) -> Option<u64> {
+        name.strip_prefix(self.beginning)?.strip_suffix(self.end)?.parse().ok()
+    }
+
+    /// The name of the one after this one.
+    fn after(self, named: Option<&Named>) -> String {
+        let number = named.and_then(|it| self.number_of(&it.name)).unwrap_or_default();
+        format!("{}{}{}", self.beginning, number.wrapping_add(1), self.end)
+    }
+}
+
+/// Which file of a series belongs to a state file.
+#[derive(Debug, Default)]
+struct Beside {
+    now: Option<Named>,
     /// That of the state before.
     former: Option<String>,
 }
 
-/// The file with the rules that were applied.
+/// A file that a state file names.
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct Applied {
+struct Named {
     name: String,
     /// What it has to have, unless it was written by a version without.
     checksum: Option<u32>,
+}
+
+impl Named {
+    fn checksum_as_text(&self) -> Option<String> {
+        self.checksum.map(|it| format!("{it:08x}"))
+    }
 }
 
 /// What is kept.
@@ -63,6 +99,8 @@ pub struct State {
     pub applied_services: Vec<ServiceConfig>,
     /// Rules that were applied from a file.
     pub applied_rules: Vec<Rule>,
+    /// What the fleet gave. It is saved apart from the rest, by [`Store::save_fleet`].
+    pub fleet: Option<KeptFleet>,
 }
 
 /// A socket that was registered, as it is found again.
@@ -139,72 +177,80 @@ impl Store {
     }
 
     fn at(directory: &Path) -> Self {
-        Self { files: Box::new(Directory::at(directory)), applied: None, former: None }
+        Self { files: Box::new(Directory::at(directory)), applied: Beside::default(), set: Beside::default() }
     }
 
     /// As [`Self::open`], wherever the files are.
     pub(crate) fn of(files: Box<dyn Files>) -> anyhow::Result<(Self, State)> {
-        let mut store = Self { files, applied: None, former: None };
+        let mut store = Self { files, applied: Beside::default(), set: Beside::default() };
         let state = store.read()?;
         let former = store.files.read(FORMER).ok().and_then(|text| serde_json::from_slice::<StateFile>(&text).ok());
-        store.former = former.and_then(|file| file.applied);
+        store.applied.former = former.and_then(|file| file.applied);
+        store.set.former = store.former_set();
         store.remove_unused();
         Ok((store, state))
     }
 
     fn read(&mut self) -> anyhow::Result<State> {
+        let state = self.read_state()?;
+        Ok(State { fleet: self.read_fleet()?, ..state })
+    }
+
+    fn read_state(&mut self) -> anyhow::Result<State> {
         let path = self.files.path(FILE);
         let text = match self.files.read(FILE) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(State::default()),
             text => text.with_context(|| format!("read the state file {}", path.display()))?,
         };
-        let advice = || {
-            let path = path.display();
-            let former = match self.files.read(FORMER) {
-                Ok(_) => format!(" go on with the state before the last change: mv {path}.former {path}; or"),
-                Err(_) => String::new(),
-            };
-            format!(
-                "read the state file {path}, which holds what anyportctl added and applied; repair it, and take the line \
-                 with the checksum out;{former} go on without those rules: mv {path} {path}.broken"
-            )
-        };
+        let advice = || self.advice(FILE, FORMER, "what anyportctl added and applied");
         let file: StateFile = serde_json::from_slice(&text).with_context(advice)?;
         if file.version != VERSION {
             bail!("{}: its version is {}, and this anyportd knows {VERSION}", advice(), file.version);
         }
-        if let Some(checksum) = &file.checksum
-            && *checksum != checksum_of_state(&text)
-        {
-            bail!("{}: it is not what was written, by its checksum {checksum}", advice());
-        }
+        expect_checksum(file.checksum.as_deref(), &text).with_context(advice)?;
         let mut state = State {
             services: file.services,
             rules: file.rules.into_iter().map(|rule| rule.into_rule(Origin::Added)).collect(),
             applied_services: file.applied_services,
-            applied_rules: Vec::new(),
+            ..State::default()
         };
         if let Some(name) = file.applied {
-            let checksum = file.applied_checksum.map(|it| u32::from_str_radix(&it, 16)).transpose();
-            let applied = Applied { name, checksum: checksum.with_context(advice)? };
-            state.applied_rules = self.read_applied(&applied).with_context(advice)?;
-            self.applied = Some(applied);
+            let applied = named(name, file.applied_checksum).with_context(advice)?;
+            let text = self.read_named(APPLIED, &applied).with_context(advice)?;
+            let rules = lines::parse(&text, Arc::new).with_context(advice)?;
+            let origins = Origin::Applied.into();
+            state.applied_rules =
+                rules.into_iter().map(|((prefix, terms), _)| Rule { prefix, terms, origins }).collect();
+            self.applied.now = Some(applied);
         }
         Ok(state)
     }
 
-    fn read_applied(&self, Applied { name, checksum }: &Applied) -> anyhow::Result<Vec<Rule>> {
-        let attempt = || format!("read the rules that were applied, {}", self.files.path(name).display());
-        if number_of(name).is_none() {
+    /// What to do about a state file that can't be read.
+    fn advice(&self, file: &str, former: &str, what: &str) -> String {
+        let path = self.files.path(file);
+        let path = path.display();
+        let former = match self.files.read(former) {
+            Ok(_) => format!(" go on with the state before the last change: mv {path}.former {path}; or"),
+            Err(_) => String::new(),
+        };
+        format!(
+            "read the state file {path}, which holds {what}; repair it, and take the line with the checksum out;{former} go on \
+             without those rules: mv {path} {path}.broken"
+        )
+    }
+
+    /// The text of a file that a state file names.
+    fn read_named(&self, series: Series, Named { name, checksum }: &Named) -> anyhow::Result<String> {
+        let attempt = || format!("read the file that it names, {}", self.files.path(name).display());
+        if series.number_of(name).is_none() {
             bail!("{}: that is no name of such a file", attempt());
         }
         let text = self.files.read(name).with_context(attempt)?;
         if checksum.is_some_and(|checksum| checksum != crc32fast::hash(&text)) {
             bail!("{}: it is not what was written, by its checksum", attempt());
         }
-        let rules = lines::parse(&String::from_utf8(text).with_context(attempt)?, Arc::new).with_context(attempt)?;
-        let origins = Origin::Applied.into();
-        Ok(rules.into_iter().map(|((prefix, terms), _)| Rule { prefix, terms, origins }).collect())
+        String::from_utf8(text).with_context(attempt)
     }
 
     /// Replaces what is kept of the services and of the rules that were added by hand: after a crash or a loss of power
@@ -214,53 +260,53 @@ impl Store {
     /// # Errors
     /// What could not be written; the old state is still there.
     pub fn save(&mut self, state: &State, applied: Option<&str>) -> anyhow::Result<()> {
-        let before = self.applied.clone();
         let now = match applied {
-            None => before.clone(),
+            None => self.applied.now.clone(),
             Some("") => None,
-            Some(lines) => {
-                let number = before.as_ref().and_then(|it| number_of(&it.name)).unwrap_or_default();
-                let name = format!("{APPLIED}{}{LINES}", number.wrapping_add(1));
-                self.replace(&name, lines.as_bytes())?;
-                Some(Applied { name, checksum: Some(crc32fast::hash(lines.as_bytes())) })
-            }
+            Some(lines) => Some(self.write_next(APPLIED, self.applied.now.as_ref(), lines)?),
         };
-        let applied_checksum = now.as_ref().and_then(|it| it.checksum).map(|it| format!("{it:08x}"));
         let file = StateFile {
             version: VERSION,
             services: state.services.clone(),
             rules: state.rules.iter().map(RuleText::from).collect(),
             applied_services: state.applied_services.clone(),
             applied: now.as_ref().map(|it| it.name.clone()),
-            applied_checksum,
+            applied_checksum: now.as_ref().and_then(Named::checksum_as_text),
             checksum: Some(NO_CHECKSUM.to_owned()),
         };
-        let mut text = serde_json::to_vec_pretty(&file).context("write the state")?;
+        self.replace_keeping(FILE, FORMER, &file)?;
+        self.applied.former = mem::replace(&mut self.applied.now, now).map(|it| it.name);
+        self.remove_unused();
+        Ok(())
+    }
+
+    /// Writes the file of a series that comes after this one.
+    fn write_next(&self, series: Series, before: Option<&Named>, text: &str) -> anyhow::Result<Named> {
+        let name = series.after(before);
+        self.replace(&name, text.as_bytes())?;
+        Ok(Named { name, checksum: Some(crc32fast::hash(text.as_bytes())) })
+    }
+
+    /// Replaces a state file by one that has [`NO_CHECKSUM`] yet, and keeps the one before under another name. Not to be able to
+    /// keep it is no reason to change nothing.
+    fn replace_keeping(&self, name: &str, former: &str, file: &impl Serialize) -> anyhow::Result<()> {
+        let mut text = serde_json::to_vec_pretty(file).context("write the state")?;
         text.push(b'\n');
         let checksum = checksum_of_state(&text);
         if let Some(at) = place_of_checksum(&text) {
             text[at..at + checksum.len()].copy_from_slice(checksum.as_bytes());
         }
-        self.keep_former();
-        self.replace(FILE, &text)?;
-        self.applied = now;
-        self.former = before.map(|it| it.name);
-        self.remove_unused();
-        Ok(())
-    }
-
-    /// Gives the state that is about to be replaced another name, too. Not to be able to is no reason to change nothing.
-    fn keep_former(&self) {
-        let kept = match self.files.remove(FORMER) {
+        let kept = match self.files.remove(former) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-            _ => self.files.link(FILE, FORMER),
+            _ => self.files.link(name, former),
         };
         match kept {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                warn!("keep the state before as {}: {error}", self.files.path(FORMER).display());
+                warn!("keep the state before as {}: {error}", self.files.path(former).display());
             }
             _ => {}
         }
+        self.replace(name, &text)
     }
 
     /// Keeps what was counted for rules, for a daemon that comes later.
@@ -323,15 +369,34 @@ impl Store {
         Ok(())
     }
 
-    /// Removes files of rules that neither the state nor the one before names.
+    /// Removes files of the two series that neither the state nor the one before names.
     fn remove_unused(&self) {
-        let names = [self.applied.as_ref().map(|it| &it.name), self.former.as_ref()];
-        let is_unused = |name: &String| number_of(name).is_some() && !names.contains(&Some(name));
+        let is_unused = |name: &String| {
+            [(APPLIED, &self.applied), (SET, &self.set)].iter().any(|(series, Beside { now, former })| {
+                let names = [now.as_ref().map(|it| &it.name), former.as_ref()];
+                series.number_of(name).is_some() && !names.contains(&Some(name))
+            })
+        };
         for name in self.files.names().unwrap_or_default().iter().filter(|name| is_unused(name)) {
             if let Err(error) = self.files.remove(name) {
                 warn!("remove the file {}, which is not needed any more: {error}", self.files.path(name).display());
             }
         }
+    }
+}
+
+/// A file by what the state file says of it.
+fn named(name: String, checksum: Option<String>) -> anyhow::Result<Named> {
+    let checksum = checksum.map(|it| u32::from_str_radix(&it, 16)).transpose().context("read a checksum")?;
+    Ok(Named { name, checksum })
+}
+
+fn expect_checksum(checksum: Option<&str>, text: &[u8]) -> anyhow::Result<()> {
+    match checksum {
+        Some(checksum) if *checksum != checksum_of_state(text) => {
+            bail!("it is not what was written, by its checksum {checksum}")
+        }
+        _ => Ok(()),
     }
 }
 
@@ -347,11 +412,6 @@ fn checksum_of_state(text: &[u8]) -> String {
         text[at..at + NO_CHECKSUM.len()].copy_from_slice(NO_CHECKSUM.as_bytes());
     }
     format!("{:08x}", crc32fast::hash(&text))
-}
-
-/// The number in the name of a file with rules that were applied.
-fn number_of(name: &str) -> Option<u64> {
-    name.strip_prefix(APPLIED)?.strip_suffix(LINES)?.parse().ok()
 }
 
 /// Reads what was counted for a rule, and leaves the rule.

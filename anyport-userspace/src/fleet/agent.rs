@@ -1,0 +1,415 @@
+//! What a node does: it follows the pointer of its ring, and goes on with what it has whenever that can't be had or must not be
+//! followed.
+
+use std::{
+    convert::Infallible,
+    future::Future,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, anyhow, bail};
+use rustix::rand::{GetRandomFlags, getrandom};
+use tokio::time::{sleep, timeout};
+use tracing::{error, info, warn};
+
+use super::{
+    layout::{Hash, Health, Name, Pointer, Refused, Report, Time},
+    signing::PublicKeys,
+    source::{Error, Seen, Source},
+};
+use crate::{
+    api::{Kind, Problem, RefusedView},
+    engine::{Condition, FleetBoard},
+    store::FleetState,
+};
+
+/// How long an answer may take before it is asked anew: a few bytes, or a set of up to 256 MiB.
+const ANSWER: Duration = Duration::from_secs(10);
+const WHOLE_SET: Duration = Duration::from_mins(5);
+/// How often it is looked whether this node has changed, and at the latest reported that it is there.
+const LOOK: Duration = Duration::from_secs(2);
+const SIGN_OF_LIFE: Duration = Duration::from_secs(10);
+/// How often the pointer is read though nothing was said to have changed, in case that a watch was lost without a word.
+const RESYNC: Duration = Duration::from_mins(5);
+/// Pauses between attempts to reach the source, and between those with what may work later; both grow.
+const PAUSES: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(15));
+const LATER: (Duration, Duration) = (Duration::from_secs(5), Duration::from_mins(5));
+
+/// What an agent applies sets to: a daemon.
+#[expect(async_fn_in_trait, reason = "an agent stays on its thread, so nothing has to be Send")]
+pub trait Target {
+    /// Puts a set in force and keeps it, with where the node stands then.
+    ///
+    /// # Errors
+    /// It is not taken, and nothing has changed.
+    async fn take(&mut self, text: Arc<str>, state: &FleetState) -> Result<(), Problem>;
+
+    /// Keeps where the node stands; the set in force stays.
+    ///
+    /// # Errors
+    /// It could not be written.
+    async fn note(&mut self, state: &FleetState) -> anyhow::Result<()>;
+
+    /// How the daemon is.
+    async fn condition(&mut self) -> Condition;
+}
+
+/// Who a node is, and whom it trusts.
+#[derive(Clone, Debug)]
+pub struct Member {
+    /// The ring whose pointer it follows.
+    pub ring: Name,
+    /// Its name.
+    pub node: Name,
+    /// Keys of which one has to have signed a pointer, if any has to.
+    pub keys: Option<PublicKeys>,
+}
+
+/// Follows a source, and has a target do what that says.
+#[derive(Debug)]
+pub struct Agent<S, T> {
+    member: Member,
+    source: S,
+    target: T,
+    board: Arc<FleetBoard>,
+    state: FleetState,
+    /// What was seen last, to be tried again.
+    latest: Option<Seen>,
+    refusal: Option<Refusal>,
+    since: Time,
+    /// What was reported last, and when.
+    reported: Option<(Report, Instant)>,
+    /// The next pause while the source is away.
+    pause: Duration,
+}
+
+/// What is not followed.
+#[derive(Debug)]
+struct Refusal {
+    /// Nothing if it could not be read.
+    pointer: Option<Pointer>,
+    error: String,
+    at: Time,
+    /// What the daemon was like then.
+    basis: u64,
+    /// When it is tried again though nothing has changed, and the pause before that; for what may pass by itself.
+    again: Option<(Instant, Duration)>,
+    /// The set, if it has come.
+    text: Option<Arc<str>>,
+}
+
+/// Why a pointer was not followed.
+enum Failure {
+    /// The source has gone meanwhile.
+    Lost(anyhow::Error),
+    /// It must not be followed, or could not be.
+    Refused { error: String, may_pass: bool, text: Option<Arc<str>> },
+}
+
+impl Failure {
+    fn refused(error: String) -> Self {
+        Self::Refused { error, may_pass: false, text: None }
+    }
+}
+
+/// The pointer, as far as it can be read.
+type Sighting = Result<Option<Seen>, String>;
+
+impl<S: Source, T: Target> Agent<S, T> {
+    /// One that stands where its daemon does, by what that has kept.
+    pub fn new(member: Member, source: S, target: T, board: Arc<FleetBoard>, state: FleetState) -> Self {
+        let state = FleetState { ring: member.ring.to_string(), ..state };
+        let since = state.since.as_ref().and_then(|it| it.parse().ok()).unwrap_or_else(Time::now);
+        let (latest, refusal, reported) = (None, None, None);
+        Self { member, source, target, board, state, latest, refusal, since, reported, pause: PAUSES.0 }
+    }
+
+    /// Goes on until it is given up. Whatever the source does, the target keeps what it has.
+    pub async fn run(mut self) -> Infallible {
+        loop {
+            let Err(error) = self.follow().await;
+            if self.board.view().error.is_none() {
+                warn!("etcd is not there, and what is in force stays: {error:#}");
+            }
+            self.board.lost(format!("{error:#}"));
+            sleep(some_of(self.pause)).await;
+            self.pause = (self.pause * 2).min(PAUSES.1);
+        }
+    }
+
+    /// From a fresh look at the pointer until the source is lost.
+    async fn follow(&mut self) -> anyhow::Result<Infallible> {
+        self.look().await?;
+        self.pause = PAUSES.0;
+        info!("following the ring {} as {}", self.member.ring, self.member.node);
+        let mut next_look = Instant::now() + some_of(RESYNC);
+        loop {
+            self.report().await?;
+            tokio::select! {
+                seen = self.source.changed() => {
+                    let sighting = sighting(seen)?;
+                    self.board.heard();
+                    self.heed(sighting).await?;
+                }
+                () = sleep(LOOK) => {
+                    if next_look <= Instant::now() {
+                        self.look().await?;
+                        next_look = Instant::now() + some_of(RESYNC);
+                    }
+                    self.try_again().await?;
+                }
+            }
+        }
+    }
+
+    /// Reads the pointer, and follows it.
+    async fn look(&mut self) -> anyhow::Result<()> {
+        let seen = limited(ANSWER, self.source.pointer(), "read the pointer").await;
+        let sighting = sighting(seen)?;
+        self.board.heard();
+        self.heed(sighting).await
+    }
+
+    async fn heed(&mut self, sighting: Sighting) -> anyhow::Result<()> {
+        self.board.missing(sighting == Ok(None));
+        self.latest = None;
+        match sighting {
+            Ok(None) => {
+                if self.state.seen > 0 {
+                    warn!("etcd has no pointer of the ring {}, and what is in force stays", self.member.ring);
+                }
+                self.forgive();
+            }
+            Ok(Some(seen)) => {
+                self.latest = Some(seen.clone());
+                self.follow_pointer(seen.pointer).await?;
+            }
+            Err(error) => self.refuse(None, error, None, None).await,
+        }
+        Ok(())
+    }
+
+    /// What was refused is tried again when the node has changed, or after a while where it may have passed.
+    async fn try_again(&mut self) -> anyhow::Result<()> {
+        let Some(Refusal { pointer: Some(pointer), .. }) = &self.refusal else { return Ok(()) };
+        let pointer = pointer.clone();
+        self.follow_pointer(pointer).await
+    }
+
+    async fn follow_pointer(&mut self, pointer: Pointer) -> anyhow::Result<()> {
+        if self.has_in_force(&pointer) {
+            self.forgive();
+            return Ok(());
+        }
+        let mut former = None;
+        if self.refusal.as_ref().is_some_and(|it| it.pointer.as_ref() == Some(&pointer)) {
+            let basis = self.target.condition().await.basis;
+            let is_due = |it: &Refusal| it.basis != basis || it.again.is_some_and(|(at, _)| at <= Instant::now());
+            former = self.refusal.take_if(|it| is_due(it));
+            if former.is_none() {
+                return Ok(());
+            }
+        }
+        let text = former.as_mut().and_then(|it| it.text.take());
+        match self.attempt(&pointer, text).await {
+            Ok(()) => {
+                info!(
+                    "the set {} is in force: ring {}, sequence {}",
+                    pointer.set.short(),
+                    pointer.ring,
+                    pointer.sequence
+                );
+                self.forgive();
+            }
+            Err(Failure::Lost(error)) => return Err(error),
+            Err(Failure::Refused { error, may_pass, text }) => {
+                let pause = match former.and_then(|it| it.again) {
+                    Some((_, pause)) => (pause * 2).min(LATER.1),
+                    None => LATER.0,
+                };
+                self.refuse(Some(pointer), error, may_pass.then_some(pause), text).await;
+            }
+        }
+        Ok(())
+    }
+
+    fn has_in_force(&self, pointer: &Pointer) -> bool {
+        let FleetState { sequence, set, .. } = &self.state;
+        pointer.ring == self.member.ring && *sequence == pointer.sequence && *set == Some(pointer.set.to_string())
+    }
+
+    /// Puts in force what a pointer leads to.
+    async fn attempt(&mut self, pointer: &Pointer, text: Option<Arc<str>>) -> Result<(), Failure> {
+        self.expect_trusted(pointer).map_err(|error| Failure::refused(format!("{error:#}")))?;
+        self.expect_next(pointer).map_err(|error| Failure::refused(format!("{error:#}")))?;
+        (self.state.seen, self.state.seen_set) = (pointer.sequence, Some(pointer.set.to_string()));
+        let text = match text {
+            Some(text) => text,
+            None => self.fetch(&pointer.set).await?,
+        };
+        let now = Time::now();
+        let state = FleetState {
+            sequence: pointer.sequence,
+            set: Some(pointer.set.to_string()),
+            since: Some(now.to_string()),
+            ..self.state.clone()
+        };
+        match self.target.take(Arc::clone(&text), &state).await {
+            Ok(()) => {
+                (self.state, self.since) = (state, now);
+                self.board.stands(&self.state);
+                Ok(())
+            }
+            // Hints are for those who type commands.
+            Err(Problem { kind, error, .. }) => {
+                Err(Failure::Refused { error, may_pass: kind == Kind::Failed, text: Some(text) })
+            }
+        }
+    }
+
+    async fn fetch(&mut self, hash: &Hash) -> Result<Arc<str>, Failure> {
+        let text = match limited(WHOLE_SET, self.source.set(hash), "fetch a set").await {
+            Ok(text) => text,
+            Err(Error::Away(error)) => return Err(Failure::Lost(error)),
+            Err(Error::Nonsense(error)) => {
+                return Err(Failure::Refused { error: format!("{error:#}"), may_pass: true, text: None });
+            }
+        };
+        // Whatever the source has checked: this is what nodes rely on.
+        if Hash::of(&text) != *hash {
+            let error = format!("what etcd has as the set {hash} is another one, {}", Hash::of(&text));
+            return Err(Failure::Refused { error, may_pass: true, text: None });
+        }
+        Ok(text.into())
+    }
+
+    fn expect_trusted(&self, pointer: &Pointer) -> anyhow::Result<()> {
+        if pointer.ring != self.member.ring {
+            bail!("it is the pointer of the ring {}, which was copied there", pointer.ring);
+        }
+        self.member.keys.as_ref().map_or(Ok(()), |keys| keys.verify(pointer)).context("it is not trusted")
+    }
+
+    /// A sequence is used once, and rises.
+    fn expect_next(&self, pointer: &Pointer) -> anyhow::Result<()> {
+        let FleetState { seen, seen_set, .. } = &self.state;
+        if pointer.sequence < *seen {
+            bail!(
+                "its sequence {} is behind {seen}, which was seen already: etcd was restored from an older backup; publish again",
+                pointer.sequence
+            );
+        }
+        if pointer.sequence == *seen && *seen_set != Some(pointer.set.to_string()) {
+            bail!("the sequence {seen} led to another set before, and none is used twice: publish again");
+        }
+        Ok(())
+    }
+
+    /// Nothing is refused any more.
+    fn forgive(&mut self) {
+        self.refusal = None;
+        self.board.refuse(None);
+    }
+
+    async fn refuse(
+        &mut self,
+        pointer: Option<Pointer>,
+        error: String,
+        pause: Option<Duration>,
+        text: Option<Arc<str>>,
+    ) {
+        let sequence = pointer.as_ref().map(|it| it.sequence);
+        error!("the pointer of the ring {} (sequence {sequence:?}) is not followed: {error}", self.member.ring);
+        // After a restart it must still be known that this was seen.
+        if pointer.as_ref().is_some_and(|it| it.sequence == self.state.seen)
+            && let Err(error) = self.target.note(&self.state).await
+        {
+            warn!("keep which pointers were seen: {error:#}");
+        }
+        let at = Time::now();
+        self.board.stands(&self.state);
+        self.board.refuse(Some(RefusedView {
+            sequence,
+            set: pointer.as_ref().map(|it| it.set.to_string()),
+            error: error.clone(),
+            at: at.to_string(),
+        }));
+        let again = pause.map(|pause| (Instant::now() + some_of(pause), pause));
+        let basis = self.target.condition().await.basis;
+        self.refusal = Some(Refusal { pointer, error, at, basis, again, text });
+    }
+
+    /// Says how this node is, where that has changed or a sign of life is due.
+    async fn report(&mut self) -> anyhow::Result<()> {
+        let report = self.make_report().await;
+        let is_due = self.reported.as_ref().is_none_or(|(last, at)| {
+            at.elapsed() >= SIGN_OF_LIFE || Report { reported: last.reported, ..report.clone() } != *last
+        });
+        if !is_due {
+            return Ok(());
+        }
+        let report = match &self.reported {
+            // The same text again, so that nothing has to be written.
+            Some((last, _)) if Report { reported: last.reported, ..report.clone() } == *last => last.clone(),
+            _ => report,
+        };
+        match limited(ANSWER, self.source.report(&report), "report").await {
+            Ok(()) => {
+                self.board.heard();
+                self.reported = Some((report, Instant::now()));
+                Ok(())
+            }
+            Err(Error::Away(error) | Error::Nonsense(error)) => Err(error),
+        }
+    }
+
+    async fn make_report(&mut self) -> Report {
+        let Condition { back_end, generation, mut degraded, .. } = self.target.condition().await;
+        let refused = self.refusal.as_ref().and_then(|it| {
+            let Pointer { sequence, set, .. } = *it.pointer.as_ref()?;
+            Some(Refused { sequence, set, error: it.error.clone() })
+        });
+        if let Some(Refusal { pointer: None, error, at, .. }) = &self.refusal {
+            degraded.push(format!("since {at} the ring's pointer can't be read: {error}"));
+        }
+        let is_well = degraded.is_empty() && refused.is_none();
+        Report {
+            node: self.member.node.clone(),
+            ring: self.member.ring.clone(),
+            sequence: self.state.sequence,
+            set: self.state.set.as_ref().and_then(|it| it.parse().ok()),
+            revision: self.latest.as_ref().map_or(0, |it| it.revision),
+            generation,
+            backend: back_end.to_string(),
+            health: if is_well { Health::Good } else { Health::Degraded },
+            degraded,
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            refused,
+            since: self.since,
+            reported: Time::now(),
+        }
+    }
+}
+
+/// What can't be read is no reason to ask again before it has changed.
+fn sighting(seen: Result<Option<Seen>, Error>) -> anyhow::Result<Sighting> {
+    match seen {
+        Ok(seen) => Ok(Ok(seen)),
+        Err(Error::Nonsense(error)) => Ok(Err(format!("{error:#}"))),
+        Err(Error::Away(error)) => Err(error),
+    }
+}
+
+async fn limited<T>(limit: Duration, answer: impl Future<Output = Result<T, Error>>, what: &str) -> Result<T, Error> {
+    let late = |_| Error::Away(anyhow!("{what}: no answer from etcd within {} s", limit.as_secs()));
+    timeout(limit, answer).await.map_err(late)?
+}
+
+/// At least half of a time, so that many nodes do not come at once.
+fn some_of(time: Duration) -> Duration {
+    let mut byte = [0; 1];
+    // Without randomness all come at once, which is a burden and no more.
+    getrandom(&mut byte, GetRandomFlags::empty()).ok();
+    time.mul_f64(0.5 + f64::from(byte[0]) / 512.0)
+}

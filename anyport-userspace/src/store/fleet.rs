@@ -1,0 +1,118 @@
+//! What the fleet gave: the set in force, and how far the ring's pointer has been seen to go.
+
+use std::io;
+
+use anyhow::{Context as _, bail};
+use serde::{Deserialize, Serialize};
+
+use super::{NO_CHECKSUM, Named, SET, Store, VERSION, expect_checksum, named};
+use crate::{
+    rules::{Origin, Rule, file::RuleFile},
+    service::ServiceConfig,
+};
+
+const FILE: &str = "fleet.json";
+/// The one before.
+const FORMER: &str = "fleet.json.former";
+
+/// Where a node stands in its fleet.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FleetState {
+    /// The ring whose pointer was followed.
+    pub ring: String,
+    /// The pointer's sequence that is in force; 0 before the first.
+    pub sequence: u64,
+    /// The set that is in force, by its hash.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub set: Option<String>,
+    /// Since when it is, by RFC 3339.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub since: Option<String>,
+    /// The highest sequence that was seen, also where it was refused.
+    pub seen: u64,
+    /// The set that this one pointed to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub seen_set: Option<String>,
+}
+
+/// What is kept of a fleet.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct KeptFleet {
+    /// Where this node stands.
+    pub state: FleetState,
+    /// The services of the set that is in force.
+    pub services: Vec<ServiceConfig>,
+    /// Its rules.
+    pub rules: Vec<Rule>,
+}
+
+/// The file of it.
+#[derive(Debug, Serialize, Deserialize)]
+struct FleetFile {
+    version: u32,
+    #[serde(flatten)]
+    state: FleetState,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    text: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    text_checksum: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    checksum: Option<String>,
+}
+
+impl Store {
+    /// Replaces what is kept of the fleet, as [`Self::save`] does with the rest: the state, and the text of the set unless
+    /// that stays as it is.
+    ///
+    /// # Errors
+    /// What could not be written; the old one is still there.
+    pub fn save_fleet(&mut self, state: &FleetState, text: Option<&str>) -> anyhow::Result<()> {
+        let now = match text {
+            None => self.set.now.clone(),
+            Some(text) => Some(self.write_next(SET, self.set.now.as_ref(), text)?),
+        };
+        let file = FleetFile {
+            version: VERSION,
+            state: state.clone(),
+            text: now.as_ref().map(|it| it.name.clone()),
+            text_checksum: now.as_ref().and_then(Named::checksum_as_text),
+            checksum: Some(NO_CHECKSUM.to_owned()),
+        };
+        self.replace_keeping(FILE, FORMER, &file)?;
+        self.set.former = std::mem::replace(&mut self.set.now, now).map(|it| it.name);
+        self.remove_unused();
+        Ok(())
+    }
+
+    /// As `read`, of this file and the one that it names.
+    pub(super) fn read_fleet(&mut self) -> anyhow::Result<Option<KeptFleet>> {
+        let advice = || self.advice(FILE, FORMER, "what the fleet gave");
+        let text = match self.files.read(FILE) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            text => text.with_context(advice)?,
+        };
+        let FleetFile { version, state, text: name, text_checksum, checksum } =
+            serde_json::from_slice(&text).with_context(advice)?;
+        if version != VERSION {
+            bail!("{}: its version is {version}, and this anyportd knows {VERSION}", advice());
+        }
+        expect_checksum(checksum.as_deref(), &text).with_context(advice)?;
+        let mut kept = KeptFleet { state, ..KeptFleet::default() };
+        if let Some(name) = name {
+            let set = named(name, text_checksum).with_context(advice)?;
+            let text = self.read_named(SET, &set).with_context(advice)?;
+            let RuleFile { services, rules } = RuleFile::parse(&text, std::sync::Arc::new).with_context(advice)?;
+            let origins = Origin::Fleet.into();
+            kept.services = services.unwrap_or_default();
+            kept.rules = rules.into_iter().map(|((prefix, terms), _)| Rule { prefix, terms, origins }).collect();
+            self.set.now = Some(set);
+        }
+        Ok(Some(kept))
+    }
+
+    /// The file with the set before, if there is one.
+    pub(super) fn former_set(&self) -> Option<String> {
+        let text = self.files.read(FORMER).ok()?;
+        serde_json::from_slice::<FleetFile>(&text).ok()?.text
+    }
+}
