@@ -2,7 +2,7 @@
 //!
 //! All keys are below a prefix. `sets/HASH` and `sets/HASH/NNNN` hold a set, `rings/RING` points to the one that a ring's
 //! nodes are to have, `history/RING/SEQUENCE` is what it pointed to over time, and `nodes/RING/NODE` is what a node
-//! reports, for as long as it lives.
+//! reports, for as long as it lives. `members/RING/NODE` stays, so that a node is missed.
 
 use std::{
     fmt,
@@ -136,6 +136,15 @@ impl FromStr for Time {
 
 as_text!(Time);
 
+/// A record, and etcd's revision of the change that wrote it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Seen<T> {
+    /// The record.
+    pub value: T,
+    /// `mod_revision` of its key.
+    pub revision: i64,
+}
+
 /// Which set a ring's nodes are to have.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Pointer {
@@ -242,6 +251,62 @@ pub struct Refused {
     pub error: String,
 }
 
+/// That there is such a node, which stays when its report goes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Member {
+    /// The node.
+    pub node: Name,
+    /// Its ring.
+    pub ring: Name,
+    /// When it reported first.
+    pub since: Time,
+}
+
+/// What a node makes of its ring's pointer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum NodeState {
+    /// It has the set in force.
+    Current,
+    /// Not yet.
+    Behind,
+    /// It does not follow the pointer.
+    Refused,
+    /// It has followed a later pointer: etcd has lost something.
+    Ahead,
+    /// It was there and does not report any more.
+    Missing,
+}
+
+impl fmt::Display for NodeState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Current => "current",
+            Self::Behind => "behind",
+            Self::Refused => "refused",
+            Self::Ahead => "ahead",
+            Self::Missing => "missing",
+        })
+    }
+}
+
+impl NodeState {
+    /// What a report says, if there is one, about the pointer, if there is one.
+    pub fn of(pointer: Option<&Pointer>, report: Option<&Report>) -> Self {
+        let Some(report) = report else { return Self::Missing };
+        let (sequence, set) = pointer.map_or((0, None), |it| (it.sequence, Some(it.set)));
+        if report.refused.as_ref().is_some_and(|it| it.sequence == sequence) {
+            Self::Refused
+        } else if report.sequence == sequence && report.set == set {
+            Self::Current
+        } else if report.sequence > sequence {
+            Self::Ahead
+        } else {
+            Self::Behind
+        }
+    }
+}
+
 impl Report {
     /// The highest sequence that the node has heard of.
     pub fn seen(&self) -> u64 {
@@ -299,6 +364,21 @@ impl Keys {
     /// A node's report.
     pub fn node(&self, ring: &Name, node: &Name) -> String {
         format!("{}{node}", self.nodes_of(ring))
+    }
+
+    /// The prefix of all nodes that there have been.
+    pub fn members(&self) -> String {
+        format!("{}members/", self.prefix)
+    }
+
+    /// The prefix of all nodes of a ring that there have been.
+    pub fn members_of(&self, ring: &Name) -> String {
+        format!("{}{ring}/", self.members())
+    }
+
+    /// That a node is one of a ring's.
+    pub fn member(&self, ring: &Name, node: &Name) -> String {
+        format!("{}{node}", self.members_of(ring))
     }
 
     /// The prefix of all sets.

@@ -3,5 +3,6 @@
 pub mod agent;
 pub mod layout;
 pub mod pack;
+pub mod settings;
 pub mod signing;
 pub mod source;

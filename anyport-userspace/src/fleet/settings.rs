@@ -1,0 +1,180 @@
+//! How to reach etcd.
+
+use std::{
+    fmt, fs,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use etcd_client::{Certificate, ConnectOptions, Identity, TlsOptions};
+use serde::Deserialize;
+
+use super::layout::{DEFAULT_PREFIX, Keys};
+use crate::{
+    api::{Kind, Problem},
+    rules::InvalidText,
+};
+
+/// How long to wait for a connection before another member is tried.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+/// How often a connection with streams is tried out. etcd refuses clients that do so every 5 seconds or more often, or while
+/// nothing is asked (`--grpc-keepalive-min-time`).
+const KEEP_ALIVE: Duration = Duration::from_secs(10);
+const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// How to reach etcd, from options of the client or the table `[fleet]`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, clap::Args)]
+#[serde(rename_all = "kebab-case", default)]
+pub struct ConnectionSettings {
+    /// Client URL of etcd; may be repeated
+    #[arg(long, global = true, env = "ANYPORT_ETCD", value_name = "URL", value_delimiter = ',')]
+    pub etcd: Vec<String>,
+    /// Under which all keys are [default: /anyport/]
+    #[arg(long, global = true, env = "ANYPORT_ETCD_PREFIX", value_name = "KEY")]
+    pub prefix: Option<String>,
+    /// Certificates by which to know etcd, in PEM [default: those that the system trusts]
+    #[arg(long, global = true, env = "ANYPORT_ETCD_CA", value_name = "FILE")]
+    pub ca: Option<PathBuf>,
+    /// Certificate to show to etcd, in PEM
+    #[arg(long, global = true, env = "ANYPORT_ETCD_CERTIFICATE", value_name = "FILE")]
+    pub certificate: Option<PathBuf>,
+    /// Private key of that certificate, in PEM
+    #[arg(long, global = true, env = "ANYPORT_ETCD_KEY", value_name = "FILE")]
+    pub key: Option<PathBuf>,
+    /// User of etcd
+    #[arg(long, global = true, env = "ANYPORT_ETCD_USER", value_name = "NAME")]
+    pub user: Option<String>,
+    /// File with the password of that user
+    #[arg(long, global = true, env = "ANYPORT_ETCD_PASSWORD_FILE", value_name = "FILE")]
+    pub password_file: Option<PathBuf>,
+}
+
+impl ConnectionSettings {
+    /// What is given here, and else what is given there.
+    #[must_use]
+    pub fn or(self, other: Self) -> Self {
+        Self {
+            etcd: if self.etcd.is_empty() { other.etcd } else { self.etcd },
+            prefix: self.prefix.or(other.prefix),
+            ca: self.ca.or(other.ca),
+            certificate: self.certificate.or(other.certificate),
+            key: self.key.or(other.key),
+            user: self.user.or(other.user),
+            password_file: self.password_file.or(other.password_file),
+        }
+    }
+
+    /// Checks what the types leave open, and reads no file.
+    ///
+    /// # Errors
+    /// There is no URL or one that is none, or half of a pair is missing.
+    pub fn validate(&self) -> Result<(), InvalidText> {
+        let wrong = |why: String| Err(InvalidText(why));
+        if self.etcd.is_empty() {
+            return wrong("no etcd is named; etcd = [\"https://…:2379\"] in [fleet], or --etcd, names one".into());
+        }
+        let has = |scheme: &str| self.etcd.iter().any(|url| url.starts_with(scheme));
+        for url in &self.etcd {
+            let host = url.strip_prefix("https://").or(url.strip_prefix("http://"));
+            if host.is_none_or(|host| host.is_empty() || host.contains(['/', '@', ' '])) {
+                return wrong(format!("etcd {url:?}: use http://HOST:PORT or https://HOST:PORT"));
+            }
+        }
+        if has("http://") && has("https://") {
+            return wrong("etcd: use https:// with all of the URLs, or with none".into());
+        }
+        if self.certificate.is_some() != self.key.is_some() {
+            return wrong("a certificate and its key are of use together only; name both".into());
+        }
+        if self.user.is_some() != self.password_file.is_some() {
+            return wrong("a user and a file with the password are of use together only; name both".into());
+        }
+        Ok(())
+    }
+
+    /// Reads certificates, key and password.
+    ///
+    /// # Errors
+    /// As [`Self::validate`]; or a file can't be read.
+    pub fn read(&self) -> Result<Endpoints, Problem> {
+        self.validate().map_err(|error| Problem::new(Kind::Invalid, error.to_string()))?;
+        let mut options = ConnectOptions::new()
+            .with_connect_timeout(CONNECT_TIMEOUT)
+            .with_keep_alive(KEEP_ALIVE, KEEP_ALIVE_TIMEOUT)
+            .with_keep_alive_while_idle(false)
+            .with_auto_token_refresh(true)
+            .with_require_leader(true);
+        if self.etcd.iter().any(|url| url.starts_with("https://")) {
+            let mut tls = TlsOptions::new();
+            tls = match &self.ca {
+                Some(ca) => tls.ca_certificate(Certificate::from_pem(read(ca)?)),
+                None => tls.with_native_roots(),
+            };
+            if let (Some(certificate), Some(key)) = (&self.certificate, &self.key) {
+                tls = tls.identity(Identity::from_pem(read(certificate)?, read(key)?));
+            }
+            options = options.with_tls(tls);
+        }
+        if let (Some(user), Some(file)) = (&self.user, &self.password_file) {
+            let password = String::from_utf8_lossy(&read(file)?).trim_end_matches(['\r', '\n']).to_owned();
+            options = options.with_user(user, password);
+        }
+        let prefix = self.prefix.as_deref().unwrap_or(DEFAULT_PREFIX);
+        Ok(Endpoints { urls: self.etcd.clone(), keys: Keys::new(prefix), options })
+    }
+}
+
+fn read(file: &Path) -> Result<Vec<u8>, Problem> {
+    fs::read(file).map_err(|error| Problem::new(Kind::Invalid, format!("read {}: {error}", file.display())))
+}
+
+/// All that a connection takes.
+#[derive(Clone)]
+pub struct Endpoints {
+    pub(super) urls: Vec<String>,
+    pub(super) keys: Keys,
+    pub(super) options: ConnectOptions,
+}
+
+/// Without password and key.
+impl fmt::Debug for Endpoints {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Endpoints").field("urls", &self.urls).field("keys", &self.keys).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::ConnectionSettings;
+
+    fn read(text: &str) -> ConnectionSettings {
+        toml::from_str(text).unwrap()
+    }
+
+    #[test]
+    fn what_can_not_work_is_told() {
+        for (text, wanted) in [
+            ("", "no etcd is named"),
+            ("etcd = [\"192.0.2.1:2379\"]", "https://HOST:PORT"),
+            ("etcd = [\"http://\"]", "https://HOST:PORT"),
+            ("etcd = [\"http://a:1/x\"]", "https://HOST:PORT"),
+            ("etcd = [\"http://u:p@a:1\"]", "https://HOST:PORT"),
+            ("etcd = [\"http://a:1\", \"https://b:1\"]", "all of the URLs"),
+            ("etcd = [\"https://a:1\"]\ncertificate = \"c\"", "its key"),
+            ("etcd = [\"https://a:1\"]\nuser = \"u\"", "the password"),
+        ] {
+            let error = read(text).validate().unwrap_err().to_string();
+            assert!(error.contains(wanted), "{text:?}: {error}");
+        }
+    }
+
+    #[test]
+    fn options_go_before_the_file() {
+        let file = read("etcd = [\"http://a:1\"]\nprefix = \"/p\"\n");
+        let options = read("etcd = [\"http://b:1\", \"http://c:1\"]");
+        let both = options.or(file);
+        assert_eq!((both.etcd.len(), both.prefix.as_deref()), (2, Some("/p")));
+        let error = read("etcd = [\"https://a:1\"]\nca = \"/nonexistent\"").read().unwrap_err().to_string();
+        assert!(error.contains("/nonexistent"), "{error}");
+    }
+}
