@@ -1,8 +1,11 @@
 //! Rule sets for many machines, from etcd.
 
 pub mod agent;
+pub mod difference;
+pub mod etcd;
 pub mod layout;
 pub mod pack;
 pub mod settings;
 pub mod signing;
 pub mod source;
+pub mod watch;

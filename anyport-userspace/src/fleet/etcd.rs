@@ -1,0 +1,510 @@
+//! etcd, asked and changed in the words of a fleet.
+//!
+//! Every change of a ring is one transaction that compares the revision of its pointer, so that of two operators one
+//! succeeds and the other one is told. What is asked while etcd elects a leader is asked again, for as long as the caller
+//! is patient. A transaction whose answer was lost may have been carried out: the one that follows then fails by its
+//! comparison, and finds what it wanted to write.
+
+use std::{collections::HashSet, error::Error as _, future::Future, time::Duration};
+
+use etcd_client::{
+    Client, Compare, CompareOp, DeleteOptions, Error, GetOptions, GetResponse, KeyValue, KvClient, Txn, TxnOp,
+    TxnOpResponse, TxnResponse,
+};
+use serde::{Serialize, de::DeserializeOwned};
+use tokio::time::{Instant, sleep, timeout};
+
+use super::{
+    layout::{HISTORY, Hash, Keys, Manifest, Member, Name, Pointer, Report, Seen},
+    pack::Packed,
+    settings::Endpoints,
+};
+use crate::api::{Kind, Problem};
+
+/// A member of etcd that takes longer is asked again, or another one is.
+const ATTEMPT: Duration = Duration::from_secs(3);
+const PAUSE: Duration = Duration::from_millis(100);
+/// Reports of 50,000 nodes. The client would take 4 MiB.
+const LARGEST_ANSWER: usize = 64 << 20;
+/// Manifest and chunks that are fetched at once.
+const PAGE: i64 = 3;
+/// How often a set is stored again that others have removed meanwhile.
+const STORE_ATTEMPTS: usize = 5;
+
+/// A connection to etcd.
+#[derive(Clone)]
+pub struct Etcd {
+    pub(super) client: Client,
+    kv: KvClient,
+    pub(super) keys: Keys,
+    patience: Duration,
+    /// The members, for messages.
+    urls: String,
+}
+
+impl std::fmt::Debug for Etcd {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Etcd").field("urls", &self.urls).field("keys", &self.keys).finish_non_exhaustive()
+    }
+}
+
+/// A node of a ring.
+#[derive(Clone, Debug)]
+pub struct Node {
+    /// Its name.
+    pub name: Name,
+    /// What it reports; nothing if it is missing.
+    pub report: Option<Report>,
+    /// When it reported first.
+    pub since: Option<super::layout::Time>,
+}
+
+/// A ring as it was at one moment.
+#[derive(Clone, Debug)]
+pub struct Ring {
+    /// Its name.
+    pub name: Name,
+    /// What its nodes are to have.
+    pub pointer: Option<Seen<Pointer>>,
+    /// What that was before, by sequence; the present one, too.
+    pub history: Vec<Pointer>,
+    /// Its nodes, by name.
+    pub nodes: Vec<Node>,
+    /// Keys that hold no such record.
+    pub unreadable: Vec<String>,
+}
+
+impl Ring {
+    /// The highest sequence that was ever seen: by etcd as it is now, or by a node.
+    pub fn highest(&self) -> u64 {
+        let pointer = self.pointer.iter().map(|it| it.value.sequence);
+        let history = self.history.iter().map(|it| it.sequence);
+        pointer.chain(history).max().unwrap_or_default().max(self.highest_of_nodes())
+    }
+
+    /// The highest sequence that a node has seen.
+    pub fn highest_of_nodes(&self) -> u64 {
+        self.nodes.iter().filter_map(|it| it.report.as_ref()).map(Report::seen).max().unwrap_or_default()
+    }
+}
+
+/// What became of a change.
+#[derive(Debug)]
+pub enum Swapped {
+    /// It is there, as of this revision.
+    Done(i64),
+    /// The pointer was another one by then.
+    Lost(Option<Seen<Pointer>>),
+    /// The set had been removed by then.
+    SetGone,
+}
+
+impl Etcd {
+    /// Connects, and asks nothing unless there is a user.
+    ///
+    /// # Errors
+    /// The user is not let in; or no member answers for as long as `patience` says, which is how long every request is tried.
+    pub async fn connect(endpoints: &Endpoints, patience: Duration) -> Result<Self, Problem> {
+        let Endpoints { urls, keys, options } = endpoints;
+        let names = urls.join(", ");
+        let connect = || Client::connect(urls.clone(), Some(options.clone()));
+        let client = retry(&names, patience, "connect", connect).await?;
+        let kv = client.kv_client().max_decoding_message_size(LARGEST_ANSWER);
+        Ok(Self { client, kv, keys: keys.clone(), patience, urls: names })
+    }
+
+    /// Asks until there is an answer or patience is over.
+    pub(super) async fn ask<T, F: Future<Output = Result<T, Error>>>(
+        &self,
+        what: &str,
+        request: impl Fn(KvClient) -> F,
+    ) -> Result<T, Problem> {
+        retry(&self.urls, self.patience, what, || request(self.kv.clone())).await
+    }
+
+    async fn transact(&self, what: &str, txn: &Txn) -> Result<TxnResponse, Problem> {
+        self.ask(what, |mut kv| async move { kv.txn(txn.clone()).await }).await
+    }
+
+    async fn get(&self, what: &str, key: String, options: GetOptions) -> Result<GetResponse, Problem> {
+        let (key, options) = (&key, &options);
+        self.ask(what, |mut kv| async move { kv.get(key.as_str(), Some(options.clone())).await }).await
+    }
+
+    /// A ring's pointer, and the revision that etcd is at.
+    ///
+    /// # Errors
+    /// etcd does not answer; or what is there is no pointer.
+    pub async fn pointer(&self, ring: &Name) -> Result<(Option<Seen<Pointer>>, i64), Problem> {
+        let what = format!("read the pointer of the ring {ring}");
+        let answer = self.get(&what, self.keys.ring(ring), GetOptions::new()).await?;
+        let revision = answer.header().map_or(0, etcd_client::ResponseHeader::revision);
+        Ok((answer.kvs().first().map(read_pointer).transpose()?, revision))
+    }
+
+    /// A ring, all of it at one moment.
+    ///
+    /// # Errors
+    /// etcd does not answer; or what is there is no pointer.
+    pub async fn ring(&self, name: &Name) -> Result<Ring, Problem> {
+        let keys = &self.keys;
+        let all = [keys.history(name), keys.nodes_of(name), keys.members_of(name)];
+        let mut gets = vec![TxnOp::get(keys.ring(name), None)];
+        gets.extend(all.map(|key| TxnOp::get(key, Some(GetOptions::new().with_prefix()))));
+        let answer = self.transact(&format!("read the ring {name}"), &Txn::new().and_then(gets)).await?;
+        let [pointer, history, reports, members] = parts(&answer);
+        let mut unreadable = Vec::new();
+        let pointer = pointer.first().map(read_pointer).transpose()?;
+        let history = read_all(&history, &mut unreadable);
+        let nodes = nodes_of(read_all(&reports, &mut unreadable), read_all(&members, &mut unreadable));
+        Ok(Ring { name: name.clone(), pointer, history, nodes, unreadable })
+    }
+
+    /// The names of all rings that have a pointer or nodes.
+    ///
+    /// # Errors
+    /// etcd does not answer.
+    pub async fn ring_names(&self) -> Result<Vec<Name>, Problem> {
+        let keys = [self.keys.rings(), self.keys.members(), self.keys.nodes()];
+        let options = GetOptions::new().with_prefix().with_keys_only();
+        let gets: Vec<_> = keys.iter().map(|key| TxnOp::get(key.as_str(), Some(options.clone()))).collect();
+        let answer = self.transact("list the rings", &Txn::new().and_then(gets)).await?;
+        let found: [Vec<KeyValue>; 3] = parts(&answer);
+        let names = found.iter().zip(&keys).flat_map(|(found, prefix)| {
+            let names = found.iter().filter_map(move |it| it.key_str().ok()?.strip_prefix(prefix)?.split('/').next());
+            names.filter_map(|name| name.parse().ok())
+        });
+        let mut names: Vec<Name> = names.collect();
+        names.sort();
+        names.dedup();
+        Ok(names)
+    }
+
+    /// The text of a set.
+    ///
+    /// # Errors
+    /// etcd does not answer; there is no such set; or what is there does not have that hash.
+    pub async fn set(&self, hash: &Hash) -> Result<String, Problem> {
+        let spoilt = |why: &dyn std::fmt::Display| {
+            Problem::new(Kind::Failed, format!("{why}")).hint("publishing the same file again stores the set anew")
+        };
+        let first = self.keys.set(hash);
+        // Right behind the slash that chunks have after it.
+        let (mut from, end) = (first.clone(), format!("{first}0"));
+        let mut manifest: Option<Manifest> = None;
+        let mut chunks: Vec<Vec<u8>> = Vec::new();
+        loop {
+            let options = GetOptions::new().with_range(end.as_str()).with_limit(PAGE);
+            let mut page = self.get(&format!("read the set {}", hash.short()), from.clone(), options).await?;
+            let more = page.more();
+            for entry in page.take_kvs() {
+                if entry.key() == first.as_bytes() {
+                    let read: Manifest = read_record(&entry).map_err(|why| spoilt(&why))?;
+                    read.validate().map_err(|why| spoilt(&why))?;
+                    manifest = Some(read);
+                } else {
+                    // The least key behind this one.
+                    from = format!("{}\0", entry.key_str().unwrap_or_default());
+                    chunks.push(entry.into_key_value().1);
+                }
+            }
+            let Some(manifest) = manifest else {
+                return Err(Problem::new(Kind::NotFound, format!("there is no set {hash} in etcd")));
+            };
+            if !more || chunks.len() >= manifest.chunks {
+                chunks.truncate(manifest.chunks);
+                return manifest.unpack(hash, &chunks).map_err(|why| spoilt(&why));
+            }
+        }
+    }
+
+    /// Stores a set unless it is there, and gives the revision of its manifest. `progress` is told how many of how many
+    /// chunks are done.
+    ///
+    /// # Errors
+    /// etcd does not answer or has no room.
+    pub async fn store(&self, packed: &Packed, progress: &mut dyn FnMut(usize, usize)) -> Result<i64, Problem> {
+        let Packed { hash, manifest, .. } = packed;
+        for _ in 0..STORE_ATTEMPTS {
+            let there = self.manifest_revision(hash).await?;
+            if there != 0 && self.set(hash).await.is_ok() {
+                return Ok(there);
+            }
+            let mut compares = vec![Compare::mod_revision(self.keys.set(hash), CompareOp::Equal, there)];
+            for (number, chunk) in packed.chunks().enumerate() {
+                let key = self.keys.chunk(hash, number);
+                let revision = self.store_chunk(&key, chunk).await?;
+                compares.push(Compare::mod_revision(key, CompareOp::Equal, revision));
+                progress(number + 1, manifest.chunks);
+            }
+            // The manifest comes last, and only where all chunks are still the ones that were written.
+            let put = TxnOp::put(self.keys.set(hash), to_json(manifest)?, None);
+            let answer = self.transact("store the set", &Txn::new().when(compares).and_then([put])).await?;
+            if answer.succeeded() {
+                return Ok(revision_of(&answer));
+            }
+        }
+        Err(Problem::new(
+            Kind::Conflict,
+            format!("store the set {}: others remove or write it, again and again", hash.short()),
+        ))
+    }
+
+    /// The revision of a set's manifest, 0 if there is none.
+    ///
+    /// # Errors
+    /// etcd does not answer.
+    pub async fn manifest_revision(&self, hash: &Hash) -> Result<i64, Problem> {
+        let options = GetOptions::new().with_keys_only();
+        let answer = self.get(&format!("look for the set {}", hash.short()), self.keys.set(hash), options).await?;
+        Ok(answer.kvs().first().map_or(0, KeyValue::mod_revision))
+    }
+
+    async fn store_chunk(&self, key: &str, chunk: &[u8]) -> Result<i64, Problem> {
+        let there = self.get("look for a chunk of the set", key.to_owned(), GetOptions::new()).await?;
+        if let Some(there) = there.kvs().first().filter(|it| it.value() == chunk) {
+            return Ok(there.mod_revision());
+        }
+        let put = self.ask("store a chunk of the set", |mut kv| async move { kv.put(key, chunk, None).await }).await?;
+        Ok(put.header().map_or(0, etcd_client::ResponseHeader::revision))
+    }
+
+    /// Has a ring point to another set, unless anybody has changed it since it was read, or has removed the set whose manifest
+    /// has this revision. Of the history, the oldest records go.
+    ///
+    /// # Errors
+    /// etcd does not answer: then the change may have been carried out or not.
+    pub async fn swap(&self, ring: &Ring, pointer: &Pointer, manifest: i64) -> Result<Swapped, Problem> {
+        let Ring { name, history, .. } = ring;
+        let (key, set) = (self.keys.ring(name), self.keys.set(&pointer.set));
+        let before = ring.pointer.as_ref().map_or(0, |it| it.revision);
+        let compares = [
+            Compare::mod_revision(key.as_str(), CompareOp::Equal, before),
+            Compare::mod_revision(set.as_str(), CompareOp::Equal, manifest),
+        ];
+        let record = to_json(pointer)?;
+        let mut changes = vec![
+            TxnOp::put(key.as_str(), record.clone(), None),
+            TxnOp::put(self.keys.history_at(name, pointer.sequence), record, None),
+        ];
+        let kept = usize::try_from(HISTORY - 1).unwrap_or(usize::MAX);
+        if let Some(oldest) =
+            history.len().checked_sub(kept).filter(|surplus| *surplus > 0).and_then(|at| history.get(at))
+        {
+            let end = self.keys.history_at(name, oldest.sequence);
+            changes.push(TxnOp::delete(self.keys.history(name), Some(DeleteOptions::new().with_range(end))));
+        }
+        let look = [TxnOp::get(key, None)];
+        let txn = Txn::new().when(compares).and_then(changes).or_else(look);
+        let answer = self.transact(&format!("change the ring {name}"), &txn).await?;
+        if answer.succeeded() {
+            return Ok(Swapped::Done(revision_of(&answer)));
+        }
+        let [found] = parts(&answer);
+        let found = found.first().map(read_pointer).transpose()?;
+        Ok(match found {
+            // An earlier attempt was carried out, and its answer was lost.
+            Some(found) if found.value == *pointer => Swapped::Done(found.revision),
+            found if found.as_ref().map_or(0, |it| it.revision) == before => Swapped::SetGone,
+            found => Swapped::Lost(found),
+        })
+    }
+
+    /// Removes the sets that no pointer and no history speaks of, and returns how many that were.
+    ///
+    /// # Errors
+    /// etcd does not answer.
+    pub async fn remove_unused_sets(&self) -> Result<usize, Problem> {
+        let keys = &self.keys;
+        let all = || GetOptions::new().with_prefix();
+        let gets = [
+            TxnOp::get(keys.rings(), Some(all())),
+            TxnOp::get(keys.histories(), Some(all())),
+            TxnOp::get(keys.sets(), Some(all().with_keys_only())),
+        ];
+        let answer = self.transact("look for unused sets", &Txn::new().and_then(gets)).await?;
+        let [rings, histories, sets] = parts(&answer);
+        let now = revision_of(&answer);
+        let mut used = HashSet::new();
+        for entry in rings.iter().chain(&histories) {
+            // What can't be read may speak of any set.
+            let Ok(pointer) = read_pointer(entry) else { return Ok(0) };
+            used.insert(pointer.value.set);
+        }
+        let found = sets.iter().filter_map(|it| keys.set_of(it.key_str().ok()?));
+        let unused: HashSet<Hash> = found.filter(|it| !used.contains(it)).collect();
+        let mut removed = 0;
+        for hash in unused {
+            removed += usize::from(self.remove_unless_changed(&hash, now).await?);
+        }
+        Ok(removed)
+    }
+
+    /// Removes a set, unless any ring or the set has changed since a revision. Whoever is about to point to it compares the
+    /// revision of its manifest.
+    async fn remove_unless_changed(&self, hash: &Hash, since: i64) -> Result<bool, Problem> {
+        let set = self.keys.set(hash);
+        let end = format!("{set}0");
+        let unchanged = |key: &str| Compare::mod_revision(key, CompareOp::Less, since + 1);
+        let compares = [
+            unchanged(&self.keys.rings()).with_prefix(),
+            unchanged(&self.keys.histories()).with_prefix(),
+            unchanged(&set).with_range(end.as_str()),
+        ];
+        let remove = TxnOp::delete(set, Some(DeleteOptions::new().with_range(end)));
+        let answer = self.transact("remove an unused set", &Txn::new().when(compares).and_then([remove])).await?;
+        Ok(answer.succeeded())
+    }
+
+    /// Forgets that a node is one of a ring's. Returns whether it was.
+    ///
+    /// # Errors
+    /// etcd does not answer; or the node lives.
+    pub async fn forget(&self, ring: &Name, node: &Name) -> Result<bool, Problem> {
+        let (member, report) = (self.keys.member(ring, node), self.keys.node(ring, node));
+        let compares = [
+            Compare::create_revision(report, CompareOp::Equal, 0),
+            Compare::create_revision(member.as_str(), CompareOp::Greater, 0),
+        ];
+        let look = TxnOp::get(member.as_str(), None);
+        let txn = Txn::new().when(compares).and_then([TxnOp::delete(member, None)]).or_else([look]);
+        let answer = self.transact(&format!("forget the node {node}"), &txn).await?;
+        let [found] = if answer.succeeded() { [Vec::new()] } else { parts(&answer) };
+        if !found.is_empty() {
+            return Err(Problem::new(Kind::Conflict, format!("the node {node} of the ring {ring} reports"))
+                .hint("stop it or give it another ring first; it would be back at its next report"));
+        }
+        Ok(answer.succeeded())
+    }
+}
+
+/// Tries until there is an answer or patience is over.
+async fn retry<T, F: Future<Output = Result<T, Error>>>(
+    urls: &str,
+    patience: Duration,
+    what: &str,
+    request: impl Fn() -> F,
+) -> Result<T, Problem> {
+    let end = Instant::now() + patience;
+    loop {
+        let left = end.saturating_duration_since(Instant::now());
+        let last = match timeout(ATTEMPT.min(left), request()).await {
+            Ok(Ok(answer)) => return Ok(answer),
+            Ok(Err(error)) if is_transient(&error) => causes(&error),
+            Ok(Err(error)) => return Err(refusal(urls, what, &error)),
+            Err(_) => "no answer in time".to_owned(),
+        };
+        if Instant::now() + PAUSE >= end {
+            return Err(Problem::new(Kind::NoDaemon, format!("etcd at {urls} does not answer: {what}: {last}"))
+                .hint("nodes go on with what they have; see whether etcd runs and has a leader, or name its members with --etcd"));
+        }
+        sleep(PAUSE).await;
+    }
+}
+
+/// Codes of gRPC (google/rpc/code.proto).
+mod code {
+    pub(super) const INVALID_ARGUMENT: i32 = 3;
+    pub(super) const DEADLINE_EXCEEDED: i32 = 4;
+    pub(super) const PERMISSION_DENIED: i32 = 7;
+    pub(super) const ABORTED: i32 = 10;
+    pub(super) const UNAVAILABLE: i32 = 14;
+    pub(super) const UNAUTHENTICATED: i32 = 16;
+}
+
+/// Whether the same request may well succeed later, or at another member.
+pub(super) fn is_transient(error: &Error) -> bool {
+    match error {
+        Error::TransportError(_) | Error::IoError(_) => true,
+        // Connections that break while a request is under way are told as of an unknown code, which etcd never gives.
+        Error::GRpcStatus(status) => {
+            matches!(i32::from(status.code()), code::UNAVAILABLE | code::DEADLINE_EXCEEDED | code::ABORTED)
+                || status.source().is_some()
+        }
+        _ => false,
+    }
+}
+
+fn refusal(urls: &str, what: &str, error: &Error) -> Problem {
+    let text = format!("etcd at {urls}: {what}: {}", causes(error));
+    let Error::GRpcStatus(status) = error else { return Problem::new(Kind::Failed, text) };
+    match i32::from(status.code()) {
+        code::PERMISSION_DENIED | code::UNAUTHENTICATED => Problem::new(Kind::NotPermitted, text)
+            .hint("see the roles of the user that --user and --password-file name"),
+        code::INVALID_ARGUMENT if status.message().contains("auth") => {
+            Problem::new(Kind::NotPermitted, text).hint("see --user and --password-file")
+        }
+        _ => Problem::new(Kind::Failed, text),
+    }
+}
+
+/// An error with all that led to it.
+pub(super) fn causes(error: &Error) -> String {
+    let (mut text, mut source) = match error {
+        Error::GRpcStatus(status) => (status.message().to_owned(), status.source()),
+        other => (other.to_string(), other.source()),
+    };
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        if !text.contains(&cause_text) {
+            text = format!("{text}: {cause_text}");
+        }
+        source = cause.source();
+    }
+    text
+}
+
+/// What the gets of a transaction have found, in order.
+fn parts<const N: usize>(answer: &TxnResponse) -> [Vec<KeyValue>; N] {
+    let mut found = answer.op_responses().into_iter().map(|it| match it {
+        TxnOpResponse::Get(mut get) => get.take_kvs(),
+        _ => Vec::new(),
+    });
+    std::array::from_fn(|_| found.next().unwrap_or_default())
+}
+
+fn revision_of(answer: &TxnResponse) -> i64 {
+    answer.header().map_or(0, etcd_client::ResponseHeader::revision)
+}
+
+fn read_record<T: DeserializeOwned>(entry: &KeyValue) -> Result<T, String> {
+    let key = String::from_utf8_lossy(entry.key());
+    serde_json::from_slice(entry.value()).map_err(|error| format!("what etcd has under {key} can't be read: {error}"))
+}
+
+pub(super) fn read_pointer(entry: &KeyValue) -> Result<Seen<Pointer>, Problem> {
+    let value = read_record(entry).map_err(|why| {
+        let key = String::from_utf8_lossy(entry.key());
+        Problem::new(Kind::Failed, why)
+            .hint(format!("nodes go on with what they have; `etcdctl del {key}` lets the ring be published anew"))
+    })?;
+    Ok(Seen { value, revision: entry.mod_revision() })
+}
+
+fn read_all<T: DeserializeOwned>(entries: &[KeyValue], unreadable: &mut Vec<String>) -> Vec<T> {
+    let mut records = Vec::with_capacity(entries.len());
+    for entry in entries {
+        match read_record(entry) {
+            Ok(record) => records.push(record),
+            Err(_) => unreadable.push(String::from_utf8_lossy(entry.key()).into_owned()),
+        }
+    }
+    records
+}
+
+fn nodes_of(reports: Vec<Report>, members: Vec<Member>) -> Vec<Node> {
+    let mut nodes: std::collections::BTreeMap<Name, Node> = members
+        .into_iter()
+        .map(|Member { node, since, .. }| (node.clone(), Node { name: node, report: None, since: Some(since) }))
+        .collect();
+    for report in reports {
+        let name = report.node.clone();
+        let node = nodes.entry(name.clone()).or_insert(Node { name, report: None, since: None });
+        node.report = Some(report);
+    }
+    nodes.into_values().collect()
+}
+
+pub(super) fn to_json(record: &impl Serialize) -> Result<String, Problem> {
+    serde_json::to_string(record).map_err(|error| Problem::new(Kind::Failed, format!("write a record: {error}")))
+}

@@ -1,0 +1,214 @@
+//! What a node has of etcd: its ring's pointer as it changes, sets, and a place for its report.
+
+use std::time::Duration;
+
+use etcd_client::{
+    Compare, CompareOp, Error, EventType, LeaseKeepAliveStream, LeaseKeeper, PutOptions, Txn, TxnOp, WatchOptions,
+    WatchResponse, WatchStream,
+};
+use tokio::{
+    sync::watch,
+    task::JoinHandle,
+    time::{interval, sleep, timeout},
+};
+use tracing::debug;
+
+use super::{
+    etcd::{Etcd, causes, read_pointer, to_json},
+    layout::{Hash, Member, Name, Pointer, Report, Seen, Time},
+};
+use crate::api::{Kind, Problem};
+
+/// Seconds after which a node that says nothing is missing.
+pub const LEASE: i64 = 30;
+/// How often a node says that it is there. Ten nodes make one such message a second.
+const KEEP_ALIVE: Duration = Duration::from_secs(10);
+/// After a watch has ended. What ends every watch at once would otherwise be asked for without end.
+const RESYNC_PAUSE: Duration = Duration::from_millis(200);
+/// How long after a failure reporting is tried again.
+const PAUSE: Duration = Duration::from_secs(2);
+
+/// A ring's pointer in etcd, and the sets that it points to.
+#[derive(Debug)]
+pub struct EtcdSource {
+    etcd: Etcd,
+    ring: Name,
+    watch: Option<WatchStream>,
+    /// etcd's revision up to which the pointer is known.
+    known: i64,
+    /// The revision of the last pointer that was told.
+    told: Option<i64>,
+    reporter: Reporter,
+}
+
+impl EtcdSource {
+    /// Of a ring, for one of its nodes. To be called within a runtime.
+    pub fn new(etcd: Etcd, ring: Name) -> Self {
+        let reporter = Reporter::start(etcd.clone());
+        Self { etcd, ring, watch: None, known: 0, told: None, reporter }
+    }
+
+    /// The pointer as it is now.
+    ///
+    /// # Errors
+    /// etcd does not answer, or what is there is no pointer.
+    pub async fn pointer(&mut self) -> Result<Option<Seen<Pointer>>, Problem> {
+        self.watch = None;
+        let (pointer, revision) = self.etcd.pointer(&self.ring).await?;
+        self.known = revision;
+        self.told = Some(pointer.as_ref().map_or(0, |it| it.revision));
+        Ok(pointer)
+    }
+
+    /// Waits until the pointer differs from what was told last. Where the watch was lost, or what it would begin with has been
+    /// compacted, the pointer is read anew: so nothing is missed, also if etcd was restored from a backup and counts from
+    /// less.
+    ///
+    /// # Errors
+    /// etcd does not answer, or what is there is no pointer. The next call begins anew.
+    pub async fn changed(&mut self) -> Result<Option<Seen<Pointer>>, Problem> {
+        loop {
+            let Some(stream) = &mut self.watch else {
+                let told = self.told;
+                let pointer = self.pointer().await?;
+                if self.told != told {
+                    return Ok(pointer);
+                }
+                self.watch = Some(self.begin().await?);
+                continue;
+            };
+            let answer = match stream.message().await {
+                Ok(Some(answer)) if !answer.canceled() => answer,
+                ended => {
+                    debug!("the watch of the ring {} has ended: {}", self.ring, why_ended(ended));
+                    self.watch = None;
+                    sleep(RESYNC_PAUSE).await;
+                    continue;
+                }
+            };
+            let Some(event) = answer.events().last() else { continue };
+            let Some(entry) = event.kv() else { continue };
+            let is_put = event.event_type() == EventType::Put;
+            self.told = Some(if is_put { entry.mod_revision() } else { 0 });
+            return if is_put { read_pointer(entry).map(Some) } else { Ok(None) };
+        }
+    }
+
+    /// Watches from behind what is known.
+    async fn begin(&self) -> Result<WatchStream, Problem> {
+        let options = WatchOptions::new().with_start_revision(self.known + 1);
+        let key = self.etcd.keys.ring(&self.ring);
+        let lost = |why: String| {
+            Problem::new(Kind::NoDaemon, format!("watch the pointer of the ring {} in etcd: {why}", self.ring))
+        };
+        let mut client = self.etcd.client.watch_client();
+        match timeout(PAUSE, client.watch(key, Some(options))).await {
+            Ok(Ok(stream)) => Ok(stream),
+            Ok(Err(error)) => Err(lost(causes(&error))),
+            Err(_) => Err(lost("no answer in time".into())),
+        }
+    }
+
+    /// The text of a set, which has that hash.
+    ///
+    /// # Errors
+    /// etcd does not answer, or the set is not there or spoilt.
+    pub async fn set(&mut self, hash: &Hash) -> Result<String, Problem> {
+        self.etcd.set(hash).await
+    }
+
+    /// Has this report stand in etcd, for as long as the source lives, as soon as etcd answers.
+    pub fn report(&mut self, report: Report) {
+        self.reporter.latest.send_replace(Some(report));
+    }
+}
+
+fn why_ended(answer: Result<Option<WatchResponse>, Error>) -> String {
+    match answer {
+        Ok(Some(answer)) if answer.compact_revision() > 0 => format!("compacted up to {}", answer.compact_revision()),
+        Ok(Some(answer)) => answer.cancel_reason().to_owned(),
+        Ok(None) => "the stream has ended".to_owned(),
+        Err(error) => causes(&error),
+    }
+}
+
+/// Keeps the last report in etcd, under a lease.
+#[derive(Debug)]
+struct Reporter {
+    latest: watch::Sender<Option<Report>>,
+    task: JoinHandle<()>,
+}
+
+impl Drop for Reporter {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+impl Reporter {
+    fn start(etcd: Etcd) -> Self {
+        let (latest, mut reports) = watch::channel(None);
+        let task = tokio::spawn(async move {
+            // Nothing is granted before there is something to report.
+            while reports.wait_for(Option::is_some).await.is_ok() {
+                if let Err(error) = keep(&etcd, &mut reports).await {
+                    debug!("report to etcd: {}", causes(&error));
+                }
+                sleep(PAUSE).await;
+            }
+        });
+        Self { latest, task }
+    }
+}
+
+/// Writes each report under one lease, for as long as that can be kept alive.
+async fn keep(etcd: &Etcd, reports: &mut watch::Receiver<Option<Report>>) -> Result<(), Error> {
+    let mut client = etcd.client.lease_client();
+    let lease = within(client.grant(LEASE, None)).await?.id();
+    let (mut keeper, mut kept) = within(client.keep_alive(lease)).await?;
+    let mut ticks = interval(KEEP_ALIVE);
+    reports.mark_changed();
+    loop {
+        tokio::select! {
+            changed = reports.changed() => {
+                if changed.is_err() {
+                    return Ok(());
+                }
+                let report = reports.borrow_and_update().clone();
+                if let Some(report) = report {
+                    within(write(etcd, &report, lease)).await?;
+                }
+            }
+            _ = ticks.tick() => stay(&mut keeper, &mut kept).await?,
+        }
+    }
+}
+
+/// Extends the lease.
+async fn stay(keeper: &mut LeaseKeeper, kept: &mut LeaseKeepAliveStream) -> Result<(), Error> {
+    within(keeper.keep_alive()).await?;
+    match within(kept.message()).await? {
+        Some(answer) if answer.ttl() > 0 => Ok(()),
+        _ => Err(Error::LeaseKeepAliveError("the lease has ended".into())),
+    }
+}
+
+async fn write(etcd: &Etcd, report: &Report, lease: i64) -> Result<(), Error> {
+    let Report { ring, node, .. } = report;
+    let json = |written: Result<String, Problem>| written.map_err(|error| Error::Internal(error.to_string()));
+    let member = Member { node: node.clone(), ring: ring.clone(), since: Time::now() };
+    let (key, member) = (etcd.keys.member(ring, node), json(to_json(&member))?);
+    let put = || -> Result<TxnOp, Error> {
+        let options = PutOptions::new().with_lease(lease);
+        Ok(TxnOp::put(etcd.keys.node(ring, node), json(to_json(report))?, Some(options)))
+    };
+    let is_known = Compare::create_revision(key.as_str(), CompareOp::Greater, 0);
+    let txn = Txn::new().when([is_known]).and_then([put()?]).or_else([put()?, TxnOp::put(key, member, None)]);
+    etcd.client.kv_client().txn(txn).await.map(drop)
+}
+
+/// Gives up soon, so that all is begun anew with another member.
+async fn within<T>(request: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
+    const PATIENCE: Duration = Duration::from_secs(5);
+    timeout(PATIENCE, request).await.unwrap_or_else(|_| Err(Error::Internal("no answer in time".into())))
+}
