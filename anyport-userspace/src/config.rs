@@ -340,7 +340,7 @@ impl Config {
         #[cfg(feature = "fleet")]
         if let Some(fleet) = &self.fleet {
             let (ring, node) = (fleet.ring.to_string(), fleet.node.to_string());
-            return Some(FleetView { ring, node, etcd: fleet.etcd.clone(), ..FleetView::default() });
+            return Some(FleetView { ring, node, etcd: fleet.connection.etcd.clone(), ..FleetView::default() });
         }
         None
     }

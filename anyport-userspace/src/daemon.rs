@@ -15,6 +15,8 @@ use tokio::{
 };
 use tracing::{error, info, warn};
 
+#[cfg(feature = "fleet")]
+use crate::fleet::node::Node;
 use crate::{
     api,
     config::Config,
@@ -169,12 +171,19 @@ async fn control_loop(
     let server = tokio::spawn(api::serve(listener, shared, observer, handover.clone(), readers, stopped));
     let registrar = tokio::spawn(register::serve(registering, Arc::clone(&engine)));
     let watcher = tokio::spawn(keep_looking(Arc::clone(&engine), hangup));
+    #[cfg(feature = "fleet")]
+    let node = match &config.fleet {
+        Some(fleet) => Some(Node::start(fleet, Arc::clone(&engine)).await?),
+        None => None,
+    };
     keeper.ready();
     info!("ready at {}; next: anyportctl add-prefix PREFIX", config.socket.display());
 
     let end = ends.wait(&handover).await;
     remove_sockets(&paths);
     stop.send_replace(true);
+    #[cfg(feature = "fleet")]
+    drop(node);
     // A command under way holds the lock, so it is finished first. Later ones find nothing.
     let engine = engine.lock().await.take().context("the engine went away")?;
     // A successor serves them at the same address.

@@ -9,6 +9,7 @@ use std::{
     collections::{BTreeMap, BTreeSet, HashSet},
     env,
     fmt::Write as _,
+    io::Write as _,
     net::IpAddr,
     num::NonZeroUsize,
     process::Command,
@@ -38,7 +39,7 @@ use crate::{
     rules::{Prefix, Terms},
     service::{HandlerKind, ServiceConfig, Workers},
     steering::{BackEnd, Decided, Kind, Loss, Plan, Steering, choose::Chosen},
-    store::{Store, simulated::Simulated as Disk},
+    store::{FleetState, Store, simulated::Simulated as Disk},
 };
 
 /// Steps in all, and how many daemons take them at the same time.
@@ -347,8 +348,10 @@ impl Scene {
             is_attached: false,
             routes: BTreeSet::new(),
         };
-        let options = Options::parse_from(["anyportd", "--workers", "1", "--config", "/dev/null"]);
-        let config = Config::new(options.settings, options.config.as_deref()).unwrap();
+        let options = Options::parse_from(["anyportd", "--workers", "1"]);
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        write!(file, "[fleet]\netcd = [\"http://127.0.0.1:1\"]\nring = \"main\"\nnode = \"n\"\n").unwrap();
+        let config = Config::new(options.settings, Some(file.path())).unwrap();
         let mut scene = Self {
             world: Arc::new(Mutex::new(world)),
             disk: Disk::default(),
@@ -387,7 +390,11 @@ impl Scene {
         let chosen = Chosen { steering: Box::new(Simulated::new(&self.world)), outcomes: Vec::new() };
         let (published, events) = (Arc::default(), Arc::default());
         let parts = Parts { store, routes, connected, published, events, chosen };
-        Engine::begin(&self.config, parts, desired, self.workers.handles(), Link::default(), false).await
+        let engine =
+            Engine::begin(&self.config, parts, desired, self.workers.handles(), Link::default(), false).await?;
+        // Nobody asks etcd here, which would be said to be silent.
+        engine.fleet_board().into_iter().for_each(|board| board.heard(Instant::now()));
+        Ok(engine)
     }
 
     fn calm(&mut self) {
@@ -444,17 +451,19 @@ impl Scene {
         let rules = engine.rules.iter().map(|rule| rule.to_rule().to_string());
         rules
             .chain(engine.services.values().map(|it| format!("{:?} {}", it.service.config(), it.origin.as_str())))
+            .chain([format!("{:?}", engine.fleet_state())])
             .collect()
     }
 
     /// What a daemon would start with.
     fn kept(&self) -> BTreeSet<String> {
         let (_, state) = Store::of(Box::new(self.disk.clone())).unwrap();
-        let Desired { services, rules, .. } = desired(&self.config, state).unwrap();
+        let Desired { services, rules, fleet_state } = desired(&self.config, state).unwrap();
         let rules = rules.iter().map(|rule| rule.to_rule().to_string()).collect::<Vec<_>>();
         rules
             .into_iter()
             .chain(services.iter().map(|(config, origin)| format!("{config:?} {}", origin.as_str())))
+            .chain([format!("{fleet_state:?}")])
             .collect()
     }
 
@@ -501,7 +510,7 @@ impl Scene {
 
     async fn command(&mut self) {
         let before = self.desired();
-        let kind = self.random.below(10);
+        let kind = self.random.below(12);
         match kind {
             0..=2 => {
                 let prefixes = (0..=self.random.below(3)).map(|_| self.prefix()).collect();
@@ -555,11 +564,40 @@ impl Scene {
                 let said = self.engine().apply(lines, &Apply { dry_run: false, confirm, prune, force: true }).await;
                 self.judge("apply", &before, &said);
             }
+            9..=10 => {
+                let text = self.set();
+                let sequence = self.engine().fleet_state().sequence + 1;
+                let state = FleetState { ring: "main".into(), sequence, seen: sequence, ..FleetState::default() };
+                let said = self.engine().take_set(text.into(), state).await;
+                self.judge("a set of the fleet", &before, &said);
+            }
             _ => {
                 let said = self.engine().confirm().await;
                 self.judge("confirm", &before, &said);
             }
         }
+    }
+
+    /// What a fleet may want, in either form, sometimes with services that rules of others steer to.
+    fn set(&mut self) -> String {
+        let count = self.random.below(6);
+        let rules: Vec<_> = (0..count).map(|_| (self.prefix(), self.service())).collect();
+        let mut text = String::new();
+        if self.random.one_in(2) {
+            for (prefix, service) in rules {
+                let _ = writeln!(text, "{prefix} both service={service}");
+            }
+            return text;
+        }
+        let banner = self.random.below(2);
+        let _ = write!(text, "[[service]]\nname = \"three\"\nhandler = \"discard\"\nbanner = \"{banner}\"\n");
+        if self.random.one_in(4) {
+            let _ = write!(text, "[[service]]\nname = \"default\"\nhandler = \"echo\"\n");
+        }
+        for (prefix, _) in rules {
+            let _ = write!(text, "[[rule]]\nprefix = \"{prefix}\"\nprotocol = \"both\"\nservice = \"three\"\n");
+        }
+        text
     }
 
     /// All pauses are over, and so is the time for a confirmation.

@@ -73,6 +73,11 @@ impl Engine {
         &self.fleet_state
     }
 
+    /// What is told of the fleet, if this node belongs to one.
+    pub fn fleet_board(&self) -> Option<Arc<FleetBoard>> {
+        self.fleet.clone()
+    }
+
     /// How this daemon is.
     pub fn condition(&self) -> Condition {
         let mut hasher = DefaultHasher::new();
@@ -152,10 +157,10 @@ impl FleetBoard {
         *view = FleetView { sequence, set, since, seen, ..view.clone() };
     }
 
-    /// etcd has answered.
-    pub fn heard(&self) {
+    /// etcd has answered then, and still does as far as is known.
+    pub fn heard(&self, at: Instant) {
         let mut told = self.told();
-        told.heard = Some(Instant::now());
+        told.heard = told.heard.max(Some(at));
         (told.view.connected, told.view.error) = (true, None);
     }
 

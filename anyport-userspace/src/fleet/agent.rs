@@ -4,19 +4,20 @@
 use std::{
     convert::Infallible,
     future::Future,
+    pin::pin,
     sync::Arc,
-    time::{Duration, Instant},
+    time::{Duration, Instant as SystemInstant},
 };
 
 use anyhow::{Context as _, anyhow, bail};
 use rustix::rand::{GetRandomFlags, getrandom};
-use tokio::time::{sleep, timeout};
+use tokio::time::{Instant, sleep, timeout};
 use tracing::{error, info, warn};
 
 use super::{
-    layout::{Hash, Health, Name, Pointer, Refused, Report, Time},
+    layout::{Hash, Health, Name, Pointer, Refused, Report, Seen, Time},
     signing::PublicKeys,
-    source::{Error, Seen, Source},
+    source::{Error, Source},
 };
 use crate::{
     api::{Kind, Problem, RefusedView},
@@ -27,11 +28,14 @@ use crate::{
 /// How long an answer may take before it is asked anew: a few bytes, or a set of up to 256 MiB.
 const ANSWER: Duration = Duration::from_secs(10);
 const WHOLE_SET: Duration = Duration::from_mins(5);
-/// How often it is looked whether this node has changed, and at the latest reported that it is there.
+/// How often it is looked whether this node has changed.
 const LOOK: Duration = Duration::from_secs(2);
-const SIGN_OF_LIFE: Duration = Duration::from_secs(10);
-/// How often the pointer is read though nothing was said to have changed, in case that a watch was lost without a word.
+/// How often the pointer is read though nothing was said to have changed: in case that a watch was lost without a word, and while
+/// it makes no sense.
 const RESYNC: Duration = Duration::from_mins(5);
+const UNREADABLE: Duration = Duration::from_secs(10);
+/// How often it is asked when the source has answered last.
+const NEWS: Duration = Duration::from_secs(20);
 /// Pauses between attempts to reach the source, and between those with what may work later; both grow.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(15));
 const LATER: (Duration, Duration) = (Duration::from_secs(5), Duration::from_mins(5));
@@ -57,7 +61,7 @@ pub trait Target {
 
 /// Who a node is, and whom it trusts.
 #[derive(Clone, Debug)]
-pub struct Member {
+pub struct Identity {
     /// The ring whose pointer it follows.
     pub ring: Name,
     /// Its name.
@@ -69,17 +73,19 @@ pub struct Member {
 /// Follows a source, and has a target do what that says.
 #[derive(Debug)]
 pub struct Agent<S, T> {
-    member: Member,
+    identity: Identity,
     source: S,
     target: T,
     board: Arc<FleetBoard>,
     state: FleetState,
     /// What was seen last, to be tried again.
-    latest: Option<Seen>,
+    latest: Option<Seen<Pointer>>,
     refusal: Option<Refusal>,
     since: Time,
-    /// What was reported last, and when.
-    reported: Option<(Report, Instant)>,
+    /// What was reported last.
+    reported: Option<Report>,
+    /// How the target was then.
+    condition: Option<Condition>,
     /// The next pause while the source is away.
     pause: Duration,
 }
@@ -114,15 +120,15 @@ impl Failure {
 }
 
 /// The pointer, as far as it can be read.
-type Sighting = Result<Option<Seen>, String>;
+type Sighting = Result<Option<Seen<Pointer>>, String>;
 
 impl<S: Source, T: Target> Agent<S, T> {
     /// One that stands where its daemon does, by what that has kept.
-    pub fn new(member: Member, source: S, target: T, board: Arc<FleetBoard>, state: FleetState) -> Self {
-        let state = FleetState { ring: member.ring.to_string(), ..state };
+    pub fn new(identity: Identity, source: S, target: T, board: Arc<FleetBoard>, state: FleetState) -> Self {
+        let state = FleetState { ring: identity.ring.to_string(), ..state };
         let since = state.since.as_ref().and_then(|it| it.parse().ok()).unwrap_or_else(Time::now);
-        let (latest, refusal, reported) = (None, None, None);
-        Self { member, source, target, board, state, latest, refusal, since, reported, pause: PAUSES.0 }
+        let (latest, refusal, reported, condition) = (None, None, None, None);
+        Self { identity, source, target, board, state, latest, refusal, since, reported, condition, pause: PAUSES.0 }
     }
 
     /// Goes on until it is given up. Whatever the source does, the target keeps what it has.
@@ -140,34 +146,65 @@ impl<S: Source, T: Target> Agent<S, T> {
 
     /// From a fresh look at the pointer until the source is lost.
     async fn follow(&mut self) -> anyhow::Result<Infallible> {
+        // Whatever had been reported there may be gone.
+        self.reported = None;
         self.look().await?;
         self.pause = PAUSES.0;
-        info!("following the ring {} as {}", self.member.ring, self.member.node);
-        let mut next_look = Instant::now() + some_of(RESYNC);
+        info!("following the ring {} as {}", self.identity.ring, self.identity.node);
+        let mut next_look = self.next_look();
         loop {
-            self.report().await?;
-            tokio::select! {
-                seen = self.source.changed() => {
+            self.report().await;
+            match self.wait(next_look).await {
+                Some(seen) => {
                     let sighting = sighting(seen)?;
-                    self.board.heard();
+                    self.board.heard(SystemInstant::now());
                     self.heed(sighting).await?;
+                    next_look = self.next_look();
                 }
-                () = sleep(LOOK) => {
-                    if next_look <= Instant::now() {
-                        self.look().await?;
-                        next_look = Instant::now() + some_of(RESYNC);
-                    }
+                None if next_look <= Instant::now() => {
+                    self.look().await?;
+                    next_look = self.next_look();
+                }
+                None => {
+                    self.source.answered().inspect(|at| self.board.heard(*at));
                     self.try_again().await?;
                 }
             }
         }
     }
 
+    /// Waits for a change of the pointer, for as long as nothing else is to be done.
+    async fn wait(&mut self, next_look: Instant) -> Option<Result<Option<Seen<Pointer>>, Error>> {
+        let is_readable = self.is_readable();
+        let again = self.refusal.as_ref().and_then(|it| Some(it.again?.0));
+        let end = [Some(next_look), again, Some(Instant::now() + NEWS)].into_iter().flatten().min()?;
+        let Self { source, target, condition, .. } = self;
+        // A call that was given up begins anew, so it must not be given up at every look.
+        let mut changed = pin!(source.changed());
+        loop {
+            tokio::select! {
+                seen = &mut changed, if is_readable => return Some(seen),
+                () = sleep(LOOK.min(end.saturating_duration_since(Instant::now()))) => {}
+            }
+            if end <= Instant::now() || *condition != Some(target.condition().await) {
+                return None;
+            }
+        }
+    }
+
+    fn next_look(&self) -> Instant {
+        Instant::now() + some_of(if self.is_readable() { RESYNC } else { UNREADABLE })
+    }
+
+    fn is_readable(&self) -> bool {
+        self.refusal.as_ref().is_none_or(|it| it.pointer.is_some())
+    }
+
     /// Reads the pointer, and follows it.
     async fn look(&mut self) -> anyhow::Result<()> {
         let seen = limited(ANSWER, self.source.pointer(), "read the pointer").await;
         let sighting = sighting(seen)?;
-        self.board.heard();
+        self.board.heard(SystemInstant::now());
         self.heed(sighting).await
     }
 
@@ -177,14 +214,15 @@ impl<S: Source, T: Target> Agent<S, T> {
         match sighting {
             Ok(None) => {
                 if self.state.seen > 0 {
-                    warn!("etcd has no pointer of the ring {}, and what is in force stays", self.member.ring);
+                    warn!("etcd has no pointer of the ring {}, and what is in force stays", self.identity.ring);
                 }
                 self.forgive();
             }
             Ok(Some(seen)) => {
                 self.latest = Some(seen.clone());
-                self.follow_pointer(seen.pointer).await?;
+                self.follow_pointer(seen.value).await?;
             }
+            Err(error) if self.refusal.as_ref().is_some_and(|it| it.pointer.is_none() && it.error == error) => {}
             Err(error) => self.refuse(None, error, None, None).await,
         }
         Ok(())
@@ -236,7 +274,7 @@ impl<S: Source, T: Target> Agent<S, T> {
 
     fn has_in_force(&self, pointer: &Pointer) -> bool {
         let FleetState { sequence, set, .. } = &self.state;
-        pointer.ring == self.member.ring && *sequence == pointer.sequence && *set == Some(pointer.set.to_string())
+        pointer.ring == self.identity.ring && *sequence == pointer.sequence && *set == Some(pointer.set.to_string())
     }
 
     /// Puts in force what a pointer leads to.
@@ -285,10 +323,10 @@ impl<S: Source, T: Target> Agent<S, T> {
     }
 
     fn expect_trusted(&self, pointer: &Pointer) -> anyhow::Result<()> {
-        if pointer.ring != self.member.ring {
+        if pointer.ring != self.identity.ring {
             bail!("it is the pointer of the ring {}, which was copied there", pointer.ring);
         }
-        self.member.keys.as_ref().map_or(Ok(()), |keys| keys.verify(pointer)).context("it is not trusted")
+        self.identity.keys.as_ref().map_or(Ok(()), |keys| keys.verify(pointer)).context("it is not trusted")
     }
 
     /// A sequence is used once, and rises.
@@ -320,7 +358,7 @@ impl<S: Source, T: Target> Agent<S, T> {
         text: Option<Arc<str>>,
     ) {
         let sequence = pointer.as_ref().map(|it| it.sequence);
-        error!("the pointer of the ring {} (sequence {sequence:?}) is not followed: {error}", self.member.ring);
+        error!("the pointer of the ring {} (sequence {sequence:?}) is not followed: {error}", self.identity.ring);
         // After a restart it must still be known that this was seen.
         if pointer.as_ref().is_some_and(|it| it.sequence == self.state.seen)
             && let Err(error) = self.target.note(&self.state).await
@@ -340,32 +378,20 @@ impl<S: Source, T: Target> Agent<S, T> {
         self.refusal = Some(Refusal { pointer, error, at, basis, again, text });
     }
 
-    /// Says how this node is, where that has changed or a sign of life is due.
-    async fn report(&mut self) -> anyhow::Result<()> {
+    /// Says how this node is, where that has changed.
+    async fn report(&mut self) {
         let report = self.make_report().await;
-        let is_due = self.reported.as_ref().is_none_or(|(last, at)| {
-            at.elapsed() >= SIGN_OF_LIFE || Report { reported: last.reported, ..report.clone() } != *last
-        });
-        if !is_due {
-            return Ok(());
-        }
-        let report = match &self.reported {
-            // The same text again, so that nothing has to be written.
-            Some((last, _)) if Report { reported: last.reported, ..report.clone() } == *last => last.clone(),
-            _ => report,
-        };
-        match limited(ANSWER, self.source.report(&report), "report").await {
-            Ok(()) => {
-                self.board.heard();
-                self.reported = Some((report, Instant::now()));
-                Ok(())
-            }
-            Err(Error::Away(error) | Error::Nonsense(error)) => Err(error),
+        let is_same = |last: &Report| Report { reported: last.reported, ..report.clone() } == *last;
+        if !self.reported.as_ref().is_some_and(is_same) {
+            self.source.report(&report);
+            self.reported = Some(report);
         }
     }
 
     async fn make_report(&mut self) -> Report {
-        let Condition { back_end, generation, mut degraded, .. } = self.target.condition().await;
+        let condition = self.target.condition().await;
+        self.condition = Some(condition.clone());
+        let Condition { back_end, generation, mut degraded, .. } = condition;
         let refused = self.refusal.as_ref().and_then(|it| {
             let Pointer { sequence, set, .. } = *it.pointer.as_ref()?;
             Some(Refused { sequence, set, error: it.error.clone() })
@@ -375,8 +401,8 @@ impl<S: Source, T: Target> Agent<S, T> {
         }
         let is_well = degraded.is_empty() && refused.is_none();
         Report {
-            node: self.member.node.clone(),
-            ring: self.member.ring.clone(),
+            node: self.identity.node.clone(),
+            ring: self.identity.ring.clone(),
             sequence: self.state.sequence,
             set: self.state.set.as_ref().and_then(|it| it.parse().ok()),
             revision: self.latest.as_ref().map_or(0, |it| it.revision),
@@ -393,7 +419,7 @@ impl<S: Source, T: Target> Agent<S, T> {
 }
 
 /// What can't be read is no reason to ask again before it has changed.
-fn sighting(seen: Result<Option<Seen>, Error>) -> anyhow::Result<Sighting> {
+fn sighting(seen: Result<Option<Seen<Pointer>>, Error>) -> anyhow::Result<Sighting> {
     match seen {
         Ok(seen) => Ok(Ok(seen)),
         Err(Error::Nonsense(error)) => Ok(Err(format!("{error:#}"))),
@@ -413,3 +439,6 @@ fn some_of(time: Duration) -> Duration {
     getrandom(&mut byte, GetRandomFlags::empty()).ok();
     time.mul_f64(0.5 + f64::from(byte[0]) / 512.0)
 }
+
+#[cfg(test)]
+mod tests;

@@ -4,6 +4,7 @@ pub mod agent;
 pub mod difference;
 pub mod etcd;
 pub mod layout;
+pub mod node;
 pub mod pack;
 pub mod settings;
 pub mod signing;

@@ -1,6 +1,6 @@
 //! What a node has of etcd: its ring's pointer as it changes, sets, and a place for its report.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use etcd_client::{
     Compare, CompareOp, Error, EventType, LeaseKeepAliveStream, LeaseKeeper, PutOptions, Txn, TxnOp, WatchOptions,
@@ -117,6 +117,11 @@ impl EtcdSource {
         self.etcd.set(hash).await
     }
 
+    /// When etcd has answered a report or a sign of life last.
+    pub fn answered(&self) -> Option<Instant> {
+        *self.reporter.answered.borrow()
+    }
+
     /// Has this report stand in etcd, for as long as the source lives, as soon as etcd answers.
     pub fn report(&mut self, report: Report) {
         self.reporter.latest.send_replace(Some(report));
@@ -136,6 +141,8 @@ fn why_ended(answer: Result<Option<WatchResponse>, Error>) -> String {
 #[derive(Debug)]
 struct Reporter {
     latest: watch::Sender<Option<Report>>,
+    /// When etcd has answered last.
+    answered: watch::Receiver<Option<Instant>>,
     task: JoinHandle<()>,
 }
 
@@ -148,21 +155,26 @@ impl Drop for Reporter {
 impl Reporter {
     fn start(etcd: Etcd) -> Self {
         let (latest, mut reports) = watch::channel(None);
+        let (heard, answered) = watch::channel(None);
         let task = tokio::spawn(async move {
             // Nothing is granted before there is something to report.
             while reports.wait_for(Option::is_some).await.is_ok() {
-                if let Err(error) = keep(&etcd, &mut reports).await {
+                if let Err(error) = keep(&etcd, &mut reports, &heard).await {
                     debug!("report to etcd: {}", causes(&error));
                 }
                 sleep(PAUSE).await;
             }
         });
-        Self { latest, task }
+        Self { latest, answered, task }
     }
 }
 
 /// Writes each report under one lease, for as long as that can be kept alive.
-async fn keep(etcd: &Etcd, reports: &mut watch::Receiver<Option<Report>>) -> Result<(), Error> {
+async fn keep(
+    etcd: &Etcd,
+    reports: &mut watch::Receiver<Option<Report>>,
+    heard: &watch::Sender<Option<Instant>>,
+) -> Result<(), Error> {
     let mut client = etcd.client.lease_client();
     let lease = within(client.grant(LEASE, None)).await?.id();
     let (mut keeper, mut kept) = within(client.keep_alive(lease)).await?;
@@ -181,6 +193,7 @@ async fn keep(etcd: &Etcd, reports: &mut watch::Receiver<Option<Report>>) -> Res
             }
             _ = ticks.tick() => stay(&mut keeper, &mut kept).await?,
         }
+        heard.send_replace(Some(Instant::now()));
     }
 }
 

@@ -2,7 +2,7 @@ use std::{fmt::Write as _, fs, sync::Arc};
 
 use anyport_common::maps::Counters;
 
-use super::{KeptSocket, Line, State, Store, simulated::Simulated};
+use super::{FleetState, KeptFleet, KeptSocket, Line, State, Store, simulated::Simulated};
 use crate::rules::{Origin, RuleText, Terms};
 
 #[test]
@@ -111,7 +111,10 @@ fn spoilt_files_are_told() {
     let (mut store, _) = Store::open(directory.path()).unwrap();
     let (state, lines) = state(0..4);
     store.save(&state, Some(&lines)).unwrap();
-    for name in [super::FILE, "applied-1.rules"] {
+    let (fleet, text) = fleet(3);
+    store.save_fleet(&fleet.state, Some(&text)).unwrap();
+    let state = State { fleet: Some(fleet), ..state };
+    for name in [super::FILE, "applied-1.rules", "fleet.json", "fleet-1.set"] {
         let path = directory.path().join(name);
         let whole = fs::read(&path).unwrap();
         let expect_error_or_same = |text: &[u8], what: &str| {
@@ -130,7 +133,7 @@ fn spoilt_files_are_told() {
             expect_error_or_same(&text, &format!("spoilt at {at}"));
         }
         fs::remove_file(&path).unwrap();
-        assert_eq!(Store::look(directory.path()).is_ok(), name == super::FILE, "without {name}");
+        assert_eq!(Store::look(directory.path()).is_ok(), name.ends_with(".json"), "without {name}");
         fs::write(&path, &whole).unwrap();
     }
     // Who repairs it by hand takes the checksum out.
@@ -179,5 +182,73 @@ fn power_may_fail_at_any_moment() {
         for disk in simulated.disks() {
             assert_eq!(Store::of(Box::new(Simulated::with(&disk))).unwrap().1, next, "{what}: after the end");
         }
+    }
+}
+
+/// What a fleet gave, and the text of its set.
+fn fleet(sequence: u8) -> (KeptFleet, String) {
+    let rules = format!("[[rule]]\nprefix = \"203.0.113.{sequence}/32\"\nservice = \"edge\"\n");
+    let text = format!("[[service]]\nname = \"edge\"\nhandler = \"echo\"\n{rules}");
+    let state = FleetState {
+        ring: "main".into(),
+        sequence: sequence.into(),
+        set: Some(format!("{sequence:064}")),
+        since: Some("2026-01-31T23:59:59Z".into()),
+        seen: sequence.into(),
+        seen_set: None,
+    };
+    let service = serde_json::from_str(r#"{"name": "edge", "handler": "echo"}"#).unwrap();
+    let rule = format!(r#"{{"prefix": "203.0.113.{sequence}/32", "service": "edge"}}"#);
+    let rule = serde_json::from_str::<RuleText>(&rule).unwrap().into_rule(Origin::Fleet);
+    (KeptFleet { state, services: vec![service], rules: vec![rule] }, text)
+}
+
+#[test]
+fn keeps_what_the_fleet_gave() {
+    let directory = tempfile::tempdir().unwrap();
+    let read = || Store::open(directory.path()).unwrap();
+    let (mut store, state) = read();
+    assert_eq!(state.fleet, None);
+    let nothing_yet = FleetState { ring: "main".into(), seen: 1, ..FleetState::default() };
+    store.save_fleet(&nothing_yet, None).unwrap();
+    assert_eq!(read().1.fleet.unwrap(), KeptFleet { state: nothing_yet, ..KeptFleet::default() });
+    for sequence in 1..4 {
+        let (mut fleet, text) = fleet(sequence);
+        store.save_fleet(&fleet.state, Some(&text)).unwrap();
+        assert_eq!(read().1.fleet.as_ref(), Some(&fleet));
+        // The set stays while more is seen, also of a daemon that has just begun.
+        store = read().0;
+        fleet.state.seen += 1;
+        store.save_fleet(&fleet.state, None).unwrap();
+        assert_eq!(read().1.fleet, Some(fleet));
+    }
+    // The state, the one before, and the set that both name; nothing of the sets before.
+    assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 3);
+    // The rest is saved apart from it, and both are there.
+    store.save(&state, None).unwrap();
+    assert_eq!(read().1.fleet.unwrap().state.sequence, 3);
+}
+
+/// As above, of what the fleet gave.
+#[test]
+fn power_may_fail_while_a_set_is_kept() {
+    let (former, former_text) = fleet(1);
+    let (next, next_text) = fleet(2);
+    let seen = KeptFleet { state: FleetState { seen: 7, ..former.state.clone() }, ..former.clone() };
+    for (next, text) in [(next, Some(next_text.as_str())), (seen, None)] {
+        let simulated = Simulated::default();
+        let (mut store, _) = Store::of(Box::new(simulated.clone())).unwrap();
+        store.save_fleet(&fleet(0).0.state, Some(&fleet(0).1)).unwrap();
+        store.save_fleet(&former.state, Some(&former_text)).unwrap();
+        simulated.record();
+        store.save_fleet(&next.state, text).unwrap();
+        let disks = simulated.recorded();
+        let mut times_read = [0, 0];
+        for disk in disks {
+            let read = Store::of(Box::new(Simulated::with(&disk))).unwrap().1.fleet.unwrap();
+            assert!([&former, &next].contains(&&read), "a mixture: {read:?}\n{disk:?}");
+            times_read[usize::from(read == next)] += 1;
+        }
+        assert!(times_read.iter().all(|times| *times > 1), "{times_read:?}");
     }
 }

@@ -1,0 +1,181 @@
+//! A daemon as a node of a fleet: a thread that talks to etcd, and may do nothing else.
+
+use std::{
+    future::pending,
+    sync::Arc,
+    thread::{self, JoinHandle},
+    time::{Duration, Instant},
+};
+
+use anyhow::Context as _;
+use tokio::{
+    runtime::{Builder, Handle},
+    sync::watch,
+};
+use tracing::error;
+
+use super::{
+    agent::{Agent, Identity, Target},
+    etcd::Etcd,
+    layout::{Hash, Name, Pointer, Report, Seen},
+    settings::ConnectionSettings,
+    source::{Error, Source},
+    watch::EtcdSource,
+};
+use crate::{
+    api::{Kind, Problem, Shared},
+    config::Fleet,
+    engine::Condition,
+    rights,
+    store::FleetState,
+};
+
+/// How long each request to etcd is tried before etcd counts as away.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Belongs to its fleet until this is dropped.
+#[derive(Debug)]
+pub struct Node {
+    /// Closed when the thread is to end.
+    stop: Option<watch::Sender<()>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Node {
+    /// Begins to follow the ring. What is to be done is done by the runtime of whoever calls, in the daemon's order of commands.
+    ///
+    /// # Errors
+    /// No thread can be started; or the engine is gone, or not of this fleet.
+    pub async fn start(fleet: &Fleet, engine: Shared) -> anyhow::Result<Self> {
+        let begun = engine.lock().await.as_ref().and_then(|it| Some((it.fleet_board()?, it.fleet_state().clone())));
+        let (board, state) = begun.context("join the fleet: there is no engine")?;
+        let Fleet { connection, ring, node, public_keys, .. } = fleet.clone();
+        let source = Connection { settings: connection, ring: ring.clone(), source: None };
+        let identity = Identity { ring, node, keys: public_keys };
+        let agent = Agent::new(identity, source, Daemon { control: Handle::current(), engine }, board, state);
+        let runtime = Builder::new_current_thread().enable_all().build().context("start a runtime for the fleet")?;
+        let (stop, mut stopped) = watch::channel(());
+        let work = move || {
+            if let Err(error) = rights::for_others() {
+                return error!("stay out of the fleet: give the capabilities up: {error}");
+            }
+            runtime.block_on(async {
+                tokio::select! {
+                    never = agent.run() => match never {},
+                    // An error says that the sender is gone, which is what is waited for.
+                    _ = stopped.changed() => {}
+                }
+            });
+            // A name may be looked up at this moment, which nobody has to wait for.
+            runtime.shutdown_background();
+        };
+        let thread = thread::Builder::new().name("anyport-fleet".into()).spawn(work);
+        Ok(Self { stop: Some(stop), thread: Some(thread.context("start a thread for the fleet")?) })
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        self.stop = None;
+        // A panic has been printed by then.
+        self.thread.take().map(JoinHandle::join);
+    }
+}
+
+/// The engine, asked by threads that have the capabilities which that takes. What it has begun it does to its end. When the daemon
+/// ends there is no answer any more: the agent is stopped, too.
+#[derive(Debug)]
+struct Daemon {
+    control: Handle,
+    engine: Shared,
+}
+
+impl Target for Daemon {
+    async fn take(&mut self, text: Arc<str>, state: &FleetState) -> Result<(), Problem> {
+        let (engine, state) = (Arc::clone(&self.engine), state.clone());
+        let taken = self.control.spawn(async move {
+            match engine.lock().await.as_mut() {
+                Some(engine) => engine.take_set(text, state).await.map(drop),
+                None => pending().await,
+            }
+        });
+        taken.await.unwrap_or_else(|error| Err(Problem::new(Kind::Failed, format!("take a set: {error}"))))
+    }
+
+    async fn note(&mut self, state: &FleetState) -> anyhow::Result<()> {
+        match self.engine.lock().await.as_mut() {
+            Some(engine) => engine.note_fleet(state.clone()),
+            None => pending().await,
+        }
+    }
+
+    async fn condition(&mut self) -> Condition {
+        match self.engine.lock().await.as_ref() {
+            Some(engine) => engine.condition(),
+            None => pending().await,
+        }
+    }
+}
+
+/// etcd, connected to when it is asked, and anew when it was away; so certificates and passwords may be renewed meanwhile.
+#[derive(Debug)]
+struct Connection {
+    settings: ConnectionSettings,
+    ring: Name,
+    source: Option<EtcdSource>,
+}
+
+impl Connection {
+    async fn source(&mut self) -> Result<&mut EtcdSource, Error> {
+        let source = if let Some(source) = self.source.take() {
+            source
+        } else {
+            let endpoints = self.settings.read().map_err(away)?;
+            let etcd = Etcd::connect(&endpoints, PATIENCE).await.map_err(away)?;
+            EtcdSource::new(etcd, self.ring.clone())
+        };
+        Ok(self.source.insert(source))
+    }
+
+    /// Forgets a connection that does not answer.
+    fn judge<T>(&mut self, answer: Result<T, Problem>) -> Result<T, Error> {
+        answer.map_err(|problem| match problem.kind {
+            Kind::NoDaemon | Kind::NotPermitted => {
+                self.source = None;
+                away(problem)
+            }
+            _ => Error::Nonsense(problem.into()),
+        })
+    }
+}
+
+fn away(problem: Problem) -> Error {
+    Error::Away(problem.into())
+}
+
+impl Source for Connection {
+    async fn pointer(&mut self) -> Result<Option<Seen<Pointer>>, Error> {
+        let answer = self.source().await?.pointer().await;
+        self.judge(answer)
+    }
+
+    async fn changed(&mut self) -> Result<Option<Seen<Pointer>>, Error> {
+        let answer = self.source().await?.changed().await;
+        self.judge(answer)
+    }
+
+    async fn set(&mut self, hash: &Hash) -> Result<String, Error> {
+        let answer = self.source().await?.set(hash).await;
+        self.judge(answer)
+    }
+
+    fn report(&mut self, report: &Report) {
+        if let Some(source) = &mut self.source {
+            source.report(report.clone());
+        }
+    }
+
+    fn answered(&self) -> Option<Instant> {
+        self.source.as_ref()?.answered()
+    }
+}
