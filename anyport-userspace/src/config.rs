@@ -36,7 +36,8 @@ use crate::{
 pub const DEFAULT_SOCKET: &str = "/run/anyport/anyportd.sock";
 /// Where it keeps what was added by hand, unless told otherwise.
 pub const DEFAULT_STATE_DIR: &str = "/var/lib/anyport";
-const DEFAULT_FILE: &str = "/etc/anyport/anyport.toml";
+/// The configuration file, unless told otherwise.
+pub const DEFAULT_FILE: &str = "/etc/anyport/anyport.toml";
 /// Far more than any machine has use for, and far less than makes the kernel's groups slow.
 const MAX_WORKERS: usize = 1024;
 /// Long enough for most that a person waits for; who keeps connections for days has to say so.

@@ -54,7 +54,8 @@ pub(super) async fn confirm(client: &Client, out: &mut Output<'_>) -> Result<(),
     out.print_change(&answer, "confirmed".into())
 }
 
-fn read(file: &PathBuf) -> Result<Vec<u8>, Problem> {
+/// The bytes of a file or of standard input.
+pub(super) fn read(file: &PathBuf) -> Result<Vec<u8>, Problem> {
     let mut text = Vec::new();
     let result = if file.as_os_str() == "-" {
         stdin().read_to_end(&mut text).map(drop)

@@ -4,6 +4,8 @@ mod apply;
 mod doctor;
 mod events;
 mod explain;
+#[cfg(feature = "fleet")]
+mod fleet;
 mod prefixes;
 mod register;
 mod reload;
@@ -78,6 +80,9 @@ enum Verb {
     /// Works without a daemon, and then speaks of what any back end would need. It looks at the network namespace that
     /// it is run in, and needs root to see everything.
     Doctor(doctor::Doctor),
+    /// Publish rules to many machines, and see what they make of them
+    #[cfg(feature = "fleet")]
+    Fleet(Box<fleet::Fleet>),
 }
 
 impl Cli {
@@ -106,6 +111,8 @@ impl Cli {
             Verb::Status => status::show(&client, out).await,
             Verb::Top(top) => top.run(&client, out).await,
             Verb::Doctor(doctor) => doctor.run(&client, out).await,
+            #[cfg(feature = "fleet")]
+            Verb::Fleet(fleet) => Box::pin(fleet.run(out)).await,
         }
     }
 }

@@ -1,0 +1,60 @@
+use serde::Serialize;
+
+use crate::{
+    api::Problem,
+    cli::{Output, show::table},
+    fleet::{
+        etcd::Etcd,
+        layout::{Name, Pointer},
+    },
+};
+
+/// Shows what a ring had over time, the newest first.
+#[derive(Debug, clap::Args)]
+pub(super) struct History {
+    /// The ring
+    #[arg(long, value_name = "RING")]
+    ring: Name,
+}
+
+/// What a ring had.
+#[derive(Serialize)]
+struct Entry<'a> {
+    /// Whether the ring has it now.
+    present: bool,
+    #[serde(flatten)]
+    pointer: &'a Pointer,
+}
+
+impl History {
+    pub(super) async fn run(self, etcd: &Etcd, out: &mut Output<'_>) -> Result<(), Problem> {
+        let ring = etcd.ring(&self.ring).await?;
+        let present = ring.pointer.as_ref().map(|it| it.value.sequence);
+        let entries: Vec<_> = ring
+            .history
+            .iter()
+            .rev()
+            .map(|pointer| Entry { present: present == Some(pointer.sequence), pointer })
+            .collect();
+        out.print(&entries, |entries| text(&self.ring, entries))
+    }
+}
+
+fn text(ring: &Name, entries: &[Entry<'_>]) -> String {
+    if entries.is_empty() {
+        return format!("the ring {ring} has no history");
+    }
+    let rows = entries.iter().map(|Entry { present, pointer }| {
+        let Pointer { sequence, set, published, by, note, signature, .. } = pointer;
+        [
+            if *present { "*" } else { "" }.into(),
+            sequence.to_string().into(),
+            set.short().into(),
+            published.to_string().into(),
+            by.as_str().into(),
+            if signature.is_some() { "yes" } else { "no" }.into(),
+            note.as_deref().unwrap_or("-").into(),
+        ]
+    });
+    table(["", "SEQUENCE", "SET", "PUBLISHED", "BY", "SIGNED", "NOTE"], rows)
+}
