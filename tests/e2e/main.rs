@@ -26,6 +26,7 @@ mod lists;
 mod load;
 mod malformed;
 mod metrics;
+mod nodes;
 mod queues;
 mod register;
 mod reload;
@@ -102,6 +103,7 @@ fn main() -> ExitCode {
     trials.extend(crash::trials());
     trials.extend(changed::trials());
     trials.extend(reload::trials());
+    trials.extend(nodes::trials());
     trials.extend(restarts::trials());
     trials.extend(rights::trials());
     trials.extend(crowd::trials());

@@ -40,6 +40,8 @@ pub fn missing() -> Vec<String> {
         "haproxy",
         "dig",
         "dnsmasq",
+        "etcd",
+        "etcdctl",
         "nginx",
         "setpriv",
         "sh",

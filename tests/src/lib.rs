@@ -9,6 +9,7 @@
 
 pub mod daemon;
 pub mod dial;
+pub mod etcd;
 pub mod exposition;
 pub mod ground;
 pub mod holdings;

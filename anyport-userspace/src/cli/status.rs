@@ -2,7 +2,7 @@ use std::fmt::Write as _;
 
 use super::Output;
 use crate::{
-    api::{BackEndView, Client, MendedView, Problem, StatusView},
+    api::{BackEndView, Client, FleetView, MendedView, Problem, StatusView},
     text::list_of,
 };
 
@@ -52,6 +52,9 @@ fn text(view: &StatusView) -> String {
             "unconfirmed what was applied is rolled back in {seconds} s unless you type: anyportctl confirm"
         ));
     }
+    if let Some(view) = &view.fleet {
+        lines.push(format!("fleet       {}", fleet(view)));
+    }
     let mut text = lines.join("\n");
     match view.degraded.as_slice() {
         [] => text.push_str("\nall is well"),
@@ -63,6 +66,16 @@ fn text(view: &StatusView) -> String {
         }
     }
     text
+}
+
+fn fleet(view: &FleetView) -> String {
+    let FleetView { ring, node, etcd, connected, sequence, set, since, .. } = view;
+    let in_force = match (set, since) {
+        (Some(set), Some(since)) => format!("sequence {sequence}, set {}, since {since}", set.get(..12).unwrap_or(set)),
+        _ => "no set yet".to_owned(),
+    };
+    let answers = if *connected { "answers" } else { "does not answer" };
+    format!("ring {ring} as {node}: {in_force}; etcd at {} {answers}", list_of(etcd))
 }
 
 fn back_end(view: &BackEndView) -> String {

@@ -358,7 +358,8 @@ impl<S: Source, T: Target> Agent<S, T> {
         text: Option<Arc<str>>,
     ) {
         let sequence = pointer.as_ref().map(|it| it.sequence);
-        error!("the pointer of the ring {} (sequence {sequence:?}) is not followed: {error}", self.identity.ring);
+        let number = sequence.map_or_else(|| "unknown".to_owned(), |it| it.to_string());
+        error!("the pointer of the ring {}, sequence {number}, is not followed: {error}", self.identity.ring);
         // After a restart it must still be known that this was seen.
         if pointer.as_ref().is_some_and(|it| it.sequence == self.state.seen)
             && let Err(error) = self.target.note(&self.state).await
@@ -404,6 +405,7 @@ impl<S: Source, T: Target> Agent<S, T> {
             node: self.identity.node.clone(),
             ring: self.identity.ring.clone(),
             sequence: self.state.sequence,
+            seen: self.state.seen,
             set: self.state.set.as_ref().and_then(|it| it.parse().ok()),
             revision: self.latest.as_ref().map_or(0, |it| it.revision),
             generation,

@@ -196,6 +196,9 @@ pub struct Report {
     pub ring: Name,
     /// The pointer's sequence that it has in force; 0 before the first.
     pub sequence: u64,
+    /// The highest sequence that it has seen, which it keeps on its disk: none below is followed any more.
+    #[serde(default)]
+    pub seen: u64,
     /// The set that it has in force.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub set: Option<Hash>,
@@ -310,7 +313,7 @@ impl NodeState {
 impl Report {
     /// The highest sequence that the node has heard of.
     pub fn seen(&self) -> u64 {
-        self.refused.as_ref().map_or(self.sequence, |it| it.sequence.max(self.sequence))
+        self.refused.as_ref().map_or(0, |it| it.sequence).max(self.sequence).max(self.seen)
     }
 }
 

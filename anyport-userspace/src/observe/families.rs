@@ -4,7 +4,7 @@ use super::{
     metrics::{Family, Metric, Number, Source, Values},
     text::Kind,
 };
-use crate::service::UpstreamState;
+use crate::{api::FleetView, service::UpstreamState};
 
 const fn counter(name: &'static str, labels: &'static [&'static str], help: &'static str, values: Values) -> Family {
     Family { metric: Metric { name, kind: Kind::Counter, labels, help }, values }
@@ -21,6 +21,10 @@ const fn histogram(name: &'static str, help: &'static str, values: Values) -> Fa
 const SERVICE: &[&str] = &["service"];
 const UPSTREAM: &[&str] = &["service", "upstream"];
 const PREFIX: &[&str] = &["prefix", "protocol", "service"];
+
+fn fleet<'a>(source: &Source<'a>) -> Option<&'a FleetView> {
+    source.sample.observed.status.fleet.as_ref()
+}
 
 pub(super) static FAMILIES: &[Family] = &[
     gauge(
@@ -61,6 +65,41 @@ pub(super) static FAMILIES: &[Family] = &[
         &[],
         "Whether what was applied is rolled back unless it is confirmed",
         Values::One(|it| Some(it.sample.observed.status.unconfirmed.is_some().into())),
+    ),
+    gauge(
+        "anyport_fleet_info",
+        &["ring", "node", "set"],
+        "1 for the set of the fleet that is in force",
+        Values::Some(|it| {
+            let fleet = it.observed.status.fleet.iter();
+            let labels = |it: &FleetView| vec![it.ring.clone(), it.node.clone(), it.set.clone().unwrap_or_default()];
+            fleet.map(|it| (labels(it), Number::Whole(1))).collect()
+        }),
+    ),
+    gauge(
+        "anyport_fleet_sequence",
+        &[],
+        "Sequence of the ring's pointer that is in force",
+        Values::One(|it| Some(Number::Whole(fleet(it)?.sequence))),
+    ),
+    gauge(
+        "anyport_fleet_seen_sequence",
+        &[],
+        "Highest sequence of the ring's pointer that was seen, also where it was refused",
+        Values::One(|it| Some(Number::Whole(fleet(it)?.seen))),
+    ),
+    gauge(
+        "anyport_fleet_refused",
+        &[],
+        "Whether the ring's pointer is not followed; `anyportctl status` says why",
+        Values::One(|it| Some(fleet(it)?.refused.is_some().into())),
+    ),
+    gauge("anyport_fleet_connected", &[], "Whether etcd answers", Values::One(|it| Some(fleet(it)?.connected.into()))),
+    gauge(
+        "anyport_fleet_contact_age_seconds",
+        &[],
+        "How long ago etcd has answered last, if it has since the process began to serve",
+        Values::One(|it| Some(Number::Real(fleet(it)?.contact_age?))),
     ),
     gauge(
         "anyport_generation",

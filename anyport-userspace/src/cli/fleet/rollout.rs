@@ -320,6 +320,7 @@ mod tests {
             node: node.parse().unwrap(),
             ring: "canary".parse().unwrap(),
             sequence,
+            seen: sequence,
             set: Some(Hash::of(&sequence.to_string())),
             revision: 1,
             generation: 1,
