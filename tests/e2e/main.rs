@@ -16,6 +16,7 @@ mod differential;
 mod doctor;
 mod events;
 mod explain;
+mod fleet;
 mod flows;
 mod forward;
 mod fuzzed;
@@ -112,6 +113,7 @@ fn main() -> ExitCode {
     trials.extend(load::trials());
     trials.extend(backends::trials());
     trials.extend(doctor::trials());
+    trials.extend(fleet::trials());
     let trials = trials.into_iter().map(|trial| trial.with_ignored_flag(ignored)).collect();
     libtest_mimic::run(&arguments, trials).exit_code()
 }

@@ -192,8 +192,12 @@ impl Etcd {
     /// Starts all members that were killed, and waits until they serve.
     pub fn start_all(&mut self) {
         let dead: Vec<usize> = (0..self.members.len()).filter(|it| self.members[*it].process.is_none()).collect();
-        dead.iter().for_each(|member| self.spawn(*member));
-        dead.iter().for_each(|member| self.wait_for_health(*member));
+        for member in &dead {
+            self.spawn(*member);
+        }
+        for member in dead {
+            self.wait_for_health(member);
+        }
     }
 
     /// Has a member do nothing, though its connections stay.

@@ -68,10 +68,11 @@ impl Content {
         self.rules.len()
     }
 
-    /// Services that rules steer to and that the set does not have: nodes must have them.
+    /// Services that rules steer to and that the set does not have: nodes must have them, as all have the default one.
     pub fn foreign_services(&self) -> Vec<&ServiceName> {
         let named: BTreeSet<&ServiceName> = self.rules.iter().map(|it| &it.terms.service).collect();
-        named.into_iter().filter(|name| !self.services.contains_key(name)).collect()
+        let default = ServiceName::default_service();
+        named.into_iter().filter(|name| **name != default && !self.services.contains_key(name)).collect()
     }
 
     /// What changes where these take the place of others.
@@ -165,7 +166,7 @@ mod tests {
     #[test]
     fn says_which_services_nodes_must_have() {
         let content = parse("192.0.2.0/24 service=edge\n198.51.100.0/24\n");
-        assert_eq!(content.foreign_services().iter().map(|it| it.as_str()).collect::<Vec<_>>(), ["default", "edge"]);
+        assert_eq!(content.foreign_services().iter().map(|it| it.as_str()).collect::<Vec<_>>(), ["edge"]);
         assert_eq!(content.rules(), 2);
     }
 

@@ -103,14 +103,15 @@ impl FromStr for Name {
 
 as_text!(Name);
 
-/// A time by the clock of whoever wrote it, by RFC 3339.
+/// A time by the clock of whoever wrote it, by RFC 3339, to the second: so that what is read is what was written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Time(SystemTime);
 
 impl Time {
     /// By this machine's clock.
     pub fn now() -> Self {
-        Self(SystemTime::now())
+        let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        Self(SystemTime::UNIX_EPOCH + Duration::from_secs(since.as_secs()))
     }
 
     /// How long ago that was; nothing for times to come, which clocks that disagree make.
@@ -492,6 +493,8 @@ mod tests {
         let pointer: Pointer = serde_json::from_str(&text).unwrap();
         assert_eq!(serde_json::to_string(&pointer).unwrap(), text);
         assert_eq!(pointer.published.to_string().parse::<Time>().unwrap(), pointer.published);
+        let now = Pointer { published: Time::now(), ..pointer.clone() };
+        assert_eq!(serde_json::from_str::<Pointer>(&serde_json::to_string(&now).unwrap()).unwrap(), now);
         // A later version may know more.
         let more = text.replace("\"note\":\"n\"", "\"colour\":\"blue\"");
         assert_eq!(serde_json::from_str::<Pointer>(&more).unwrap(), Pointer { note: None, ..pointer });

@@ -36,8 +36,10 @@ pub struct EtcdSource {
     watch: Option<WatchStream>,
     /// etcd's revision up to which the pointer is known.
     known: i64,
-    /// The revision of the last pointer that was told.
-    told: Option<i64>,
+    /// What was told last. Revisions alone do not tell pointers apart: etcd that was restored from a backup gives the same ones
+    /// again.
+    told: Option<Seen<Pointer>>,
+    has_told: bool,
     reporter: Reporter,
 }
 
@@ -45,7 +47,7 @@ impl EtcdSource {
     /// Of a ring, for one of its nodes. To be called within a runtime.
     pub fn new(etcd: Etcd, ring: Name) -> Self {
         let reporter = Reporter::start(etcd.clone());
-        Self { etcd, ring, watch: None, known: 0, told: None, reporter }
+        Self { etcd, ring, watch: None, known: 0, told: None, has_told: false, reporter }
     }
 
     /// The pointer as it is now.
@@ -56,7 +58,7 @@ impl EtcdSource {
         self.watch = None;
         let (pointer, revision) = self.etcd.pointer(&self.ring).await?;
         self.known = revision;
-        self.told = Some(pointer.as_ref().map_or(0, |it| it.revision));
+        self.tell(&pointer);
         Ok(pointer)
     }
 
@@ -69,9 +71,9 @@ impl EtcdSource {
     pub async fn changed(&mut self) -> Result<Option<Seen<Pointer>>, Problem> {
         loop {
             let Some(stream) = &mut self.watch else {
-                let told = self.told;
+                let (told, has_told) = (self.told.clone(), self.has_told);
                 let pointer = self.pointer().await?;
-                if self.told != told {
+                if !has_told || pointer != told {
                     return Ok(pointer);
                 }
                 self.watch = Some(self.begin().await?);
@@ -88,10 +90,15 @@ impl EtcdSource {
             };
             let Some(event) = answer.events().last() else { continue };
             let Some(entry) = event.kv() else { continue };
-            let is_put = event.event_type() == EventType::Put;
-            self.told = Some(if is_put { entry.mod_revision() } else { 0 });
-            return if is_put { read_pointer(entry).map(Some) } else { Ok(None) };
+            let pointer = if event.event_type() == EventType::Put { Some(read_pointer(entry)?) } else { None };
+            self.tell(&pointer);
+            return Ok(pointer);
         }
+    }
+
+    fn tell(&mut self, pointer: &Option<Seen<Pointer>>) {
+        self.told.clone_from(pointer);
+        self.has_told = true;
     }
 
     /// Watches from behind what is known.

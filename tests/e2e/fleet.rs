@@ -1,0 +1,18 @@
+//! `anyportctl fleet` against a real etcd.
+
+mod changes;
+mod clusters;
+mod nodes;
+mod operator;
+mod secured;
+
+use libtest_mimic::Trial;
+
+pub(crate) fn trials() -> Vec<Trial> {
+    let mut trials = Vec::new();
+    trials.extend(changes::trials());
+    trials.extend(clusters::trials());
+    trials.extend(nodes::trials());
+    trials.extend(secured::trials());
+    trials
+}

@@ -1,0 +1,179 @@
+//! What the verbs write and refuse.
+
+use std::fmt::Write as _;
+
+use anyport_tests::{etcd::Etcd, netns::Netns};
+use libtest_mimic::Trial;
+use serde_json::{Value, json};
+
+use super::operator::{Operator, put_report, report, text};
+use crate::{cases::trial, control::contains};
+
+pub(super) fn trials() -> Vec<Trial> {
+    vec![
+        trial("fleet::publish, promote, roll back, and the history of it", verbs),
+        trial("fleet::what is wrong is refused and changes nothing", refused),
+        trial("fleet::a sequence never comes again", sequences),
+        trial("fleet::200,000 rules come in chunks", chunked),
+        trial("fleet::sets go when nothing speaks of them", unused),
+        trial("fleet::no etcd", no_etcd),
+    ]
+}
+
+const ONE: &str = "192.0.2.0/24 tcp 80 service=edge\n";
+const TWO: &str = "192.0.2.0/24 tcp 80 service=edge\n198.51.100.0/24\n";
+
+fn alone() -> (Etcd, Operator) {
+    let namespace = Netns::new();
+    let etcd = Etcd::alone(&namespace);
+    let operator = Operator::of(&namespace, &etcd);
+    (etcd, operator)
+}
+
+fn verbs() {
+    let (etcd, operator) = alone();
+    contains(&operator.ok("status"), &["there is no ring"]);
+    let (one, two) = (operator.file("one", ONE), operator.file("two", TWO));
+    let plan = operator.json(&format!("publish {one} --ring canary --dry-run"));
+    assert_eq!(plan["difference"], json!(["+ 192.0.2.0/24 tcp 80 service=edge"]));
+    assert!(etcd.keys("/anyport").is_empty(), "a dry run writes nothing");
+    let published = operator.json(&format!("publish {one} --ring canary"));
+    assert_eq!((&published["sequence"], &published["changed"]), (&json!(1), &json!(true)), "{published}");
+    let pointer = etcd.record("/anyport/rings/canary");
+    assert_eq!(pointer["set"], published["set"]);
+    assert_eq!(etcd.record("/anyport/history/canary/00000000000000000001"), pointer);
+    assert_eq!(operator.json(&format!("publish {one} --ring canary"))["changed"], false);
+    let changed = operator.ok(&format!("publish {two} --ring canary --note second"));
+    contains(
+        &changed,
+        &["+ 198.51.100.0/24 tcp 1-65535 service=default", "1 added, 0 removed, 1 unchanged", "sequence 2"],
+    );
+    // A set that nobody has tried goes no further by itself.
+    contains(&operator.refused("promote --from canary --to main", 5), &["--force"]);
+    put_report(&etcd, &report("n1", &etcd.record("/anyport/rings/canary")));
+    let promoted = operator.json("promote --from canary --to main");
+    assert_eq!((&promoted["sequence"], &promoted["added"]), (&json!(1), &json!(2)), "{promoted}");
+    let back = operator.json("rollback --ring canary");
+    assert_eq!((&back["sequence"], &back["set"]), (&json!(3), &published["set"]), "{back}");
+    contains(&operator.refused("promote --from canary --to main", 5), &["n1 is behind"]);
+    assert_eq!(operator.json("rollback --ring canary --to 2")["set"], promoted["set"]);
+    contains(&operator.refused("rollback --ring canary --to 9", 1), &["no sequence 9", "history --ring canary"]);
+    let history = operator.json("history --ring canary");
+    let notes: Vec<&Value> = history.as_array().expect("records").iter().map(|it| &it["note"]).collect();
+    assert_eq!(notes, [&json!("rolled back to 2"), &json!("rolled back to 1"), &json!("second"), &Value::Null]);
+    assert_eq!(history[0]["present"], true);
+    contains(&operator.ok("history --ring main"), &["promoted from canary 2"]);
+}
+
+fn refused() {
+    let (etcd, operator) = alone();
+    let conflict = operator.file("conflict", "192.0.2.0/24 service=a\n192.0.2.0/24 service=b\n");
+    contains(&operator.refused(&format!("publish {conflict} --ring canary"), 2), &["line 2", "contradicts"]);
+    let nonsense = operator.file("nonsense", "[[rule]]\nprefix = \"192.0.2.1/24\"\n");
+    contains(&operator.refused(&format!("publish {nonsense} --ring canary"), 2), &[&nonsense, "has bits set"]);
+    contains(&operator.refused("publish /nonexistent --ring canary", 2), &["/nonexistent"]);
+    contains(&operator.refused("publish /dev/null --ring a/b", 2), &["a/b"]);
+    contains(&operator.refused("rollback --ring canary", 1), &["has no set"]);
+    assert!(etcd.keys("/anyport").is_empty());
+    let many = operator.file("many", "192.0.2.0/24\n198.51.100.0/24\n203.0.113.0/24\n");
+    operator.ok(&format!("publish {many} --ring canary"));
+    let few = operator.file("few", ONE);
+    let before = etcd.record("/anyport/rings/canary");
+    contains(&operator.refused(&format!("publish {few} --ring canary"), 5), &["of the 3 rules", "only 1", "--force"]);
+    contains(&operator.ok(&format!("publish {few} --ring canary --dry-run")), &["without --force it would be refused"]);
+    assert_eq!(etcd.record("/anyport/rings/canary"), before);
+    operator.ok(&format!("publish {few} --ring canary --force"));
+    // What others have written there is told, and not overwritten unseen.
+    etcd.put("/anyport/rings/canary", "nonsense");
+    contains(&operator.refused(&format!("publish {many} --ring canary"), 1), &["/anyport/rings/canary", "etcdctl del"]);
+}
+
+fn sequences() {
+    let (etcd, operator) = alone();
+    let (one, two) = (operator.file("one", ONE), operator.file("two", TWO));
+    operator.ok(&format!("publish {one} --ring canary"));
+    let first = etcd.record("/anyport/rings/canary");
+    // A node that has seen more than etcd knows of, since etcd was restored from a backup.
+    let mut ahead = report("n1", &first);
+    ahead["sequence"] = 40.into();
+    put_report(&etcd, &ahead);
+    contains(&operator.ok("status"), &["1 ahead", "n1 has seen sequence 40: etcd has lost something"]);
+    let published = operator.json(&format!("publish {one} --ring canary"));
+    assert_eq!(published["sequence"], 41, "the same set has to be published anew: {published}");
+    contains(&published["notes"].to_string(), &["etcd has lost something"]);
+    // A pointer that is gone.
+    etcd.ctl("del /anyport/rings/canary");
+    assert_eq!(operator.json(&format!("publish {two} --ring canary"))["sequence"], 42);
+    ahead["refused"] = json!({ "sequence": u64::MAX, "set": first["set"], "error": "why" });
+    put_report(&etcd, &ahead);
+    contains(&operator.refused(&format!("publish {one} --ring canary --force"), 1), &["no sequence left"]);
+}
+
+fn chunked() {
+    let (etcd, operator) = alone();
+    // Numbers at random, which can't be made much smaller.
+    let mut state = 7_u32;
+    let mut rules = String::new();
+    for number in 0..200_000_u32 {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        let (a, b, c) = (number >> 16, number >> 8 & 255, number & 255);
+        writeln!(rules, "10.{a}.{b}.{c} tcp {} service=s{}", (state >> 16) | 1, state >> 5 & 63).expect("a line");
+    }
+    let file = operator.file("many", &rules);
+    let published = operator.json(&format!("publish {file} --ring main"));
+    assert_eq!(published["added"], 200_000);
+    let set = text(&published["set"]);
+    let manifest = etcd.record(&format!("/anyport/sets/{set}"));
+    assert!(manifest["chunks"].as_u64() > Some(1), "{manifest}");
+    assert_eq!(etcd.keys(&format!("/anyport/sets/{set}/")).len() as u64, manifest["chunks"].as_u64().expect("chunks"));
+    // It is read again, chunk by chunk, to be compared with.
+    let more = operator.file("more", &format!("{rules}192.0.2.0/24\n"));
+    let published = operator.json(&format!("publish {more} --ring main"));
+    let counts = ["added", "removed", "unchanged"].map(|it| published[it].as_u64());
+    assert_eq!(counts, [Some(1), Some(0), Some(200_000)]);
+    // A chunk is lost: it is told, and publishing the file again mends it.
+    etcd.ctl(&format!("del /anyport/sets/{set}/0001"));
+    contains(&operator.refused("rollback --ring main", 1), &["spoilt", "publishing the same file again"]);
+    assert_eq!(operator.json(&format!("publish {file} --ring main"))["sequence"], 3);
+}
+
+fn unused() {
+    let (etcd, operator) = alone();
+    etcd.put(&format!("/anyport/sets/{}/0000", "ab".repeat(32)), "left over by somebody who was interrupted");
+    let file = |number: u32| operator.file("set", &format!("192.0.2.{}/32 tcp {}\n", number % 256, number + 1));
+    operator.ok(&format!("publish {} --ring canary", file(0)));
+    assert_eq!(etcd.keys("/anyport/sets").len(), 2, "{:?}", etcd.keys("/anyport/sets"));
+    let kept = operator.json("promote --from canary --to main --force");
+    let set = text(&kept["set"]).to_owned();
+    // As if there had been very many changes: the history is full.
+    let pointer = etcd.record("/anyport/rings/canary");
+    for sequence in 2..=100_u32 {
+        let mut record = pointer.clone();
+        record["sequence"] = sequence.into();
+        etcd.put(&format!("/anyport/history/canary/{sequence:020}"), &record.to_string());
+    }
+    for number in 1..=2 {
+        operator.ok(&format!("publish {} --ring canary", file(number)));
+    }
+    let history = etcd.keys("/anyport/history/canary/");
+    assert_eq!((history.len(), operator.sequence("canary")), (100, 102), "{history:?}");
+    assert!(history[0].ends_with("003"), "{history:?}");
+    let sets = etcd.keys("/anyport/sets");
+    assert_eq!(sets.len(), 6, "{sets:?}");
+    assert!(sets.iter().any(|key| key.contains(&set)), "{sets:?}");
+}
+
+fn no_etcd() {
+    let (mut etcd, operator) = alone();
+    let one = operator.file("one", ONE);
+    etcd.kill(0);
+    for verb in [format!("publish {one} --ring canary"), "status".into()] {
+        let complaint = operator.refused(&format!("{verb} --timeout 1s"), 3);
+        contains(&complaint, &["etcd at http://127.0.0.1:2379 does not answer", "nodes go on with what they have"]);
+    }
+    let unnamed = Operator { options: Vec::new(), ..operator };
+    contains(&unnamed.refused("status", 2), &["no etcd is named", "--etcd"]);
+    let config = unnamed.file("anyport.toml", "[fleet]\netcd = [\"http://127.0.0.1:2379\"]\nring = \"canary\"\n");
+    etcd.restart(0);
+    contains(&unnamed.ok(&format!("status --config {config}")), &["there is no ring"]);
+}

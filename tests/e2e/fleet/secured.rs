@@ -1,0 +1,101 @@
+//! TLS with certificates on both sides, a user with a password, and signatures.
+
+use anyport::fleet::{layout::Pointer, signing::PublicKeys};
+use anyport_tests::{etcd::Etcd, netns::Netns};
+use libtest_mimic::Trial;
+use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair, PKCS_ED25519};
+
+use super::operator::Operator;
+use crate::{cases::trial, control::contains};
+
+pub(super) fn trials() -> Vec<Trial> {
+    vec![trial("fleet::TLS, certificates of clients, and users", secured), trial("fleet::pointers are signed", signed)]
+}
+
+struct Authority(CertifiedIssuer<'static, KeyPair>);
+
+impl Authority {
+    fn new() -> Self {
+        let mut params = CertificateParams::default();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        let key = KeyPair::generate().expect("a key");
+        Self(CertifiedIssuer::self_signed(params, key).expect("an authority"))
+    }
+
+    /// A certificate for 127.0.0.1 and its key, in PEM.
+    fn issue(&self) -> (String, String) {
+        let key = KeyPair::generate().expect("a key");
+        let params = CertificateParams::new(["127.0.0.1".to_owned()]).expect("an address");
+        let certificate = params.signed_by(&key, &*self.0).expect("a certificate");
+        (certificate.pem(), key.serialize_pem())
+    }
+}
+
+fn secured() {
+    let namespace = Netns::new();
+    let files = Operator { namespace: namespace.clone(), options: Vec::new(), files: anyport_tests::ground::scratch() };
+    let (ours, others) = (Authority::new(), Authority::new());
+    let ca = files.file("ca", &ours.0.pem());
+    let (certificate, key) = ours.issue();
+    let (certificate, key) = (files.file("certificate", &certificate), files.file("key", &key));
+    let server = ["--cert-file", &certificate, "--key-file", &key, "--trusted-ca-file", &ca, "--client-cert-auth"];
+    let etcd = Etcd::secured(&namespace, &server, &["--cacert", &ca, "--cert", &certificate, "--key", &key]);
+    let urls = etcd.urls();
+    let with = |ca: &str, more: &[&str]| {
+        let options = ["--etcd", &urls, "--ca", ca].into_iter().chain(more.iter().copied());
+        Operator { options: options.map(str::to_owned).collect(), ..Operator::of(&namespace, &etcd) }
+    };
+    let shown = ["--certificate", &certificate, "--key", &key];
+    let set = files.file("set", "192.0.2.0/24\n");
+    with(&ca, &shown).ok(&format!("publish {set} --ring canary"));
+    let strange = files.file("strange", &others.0.pem());
+    contains(&with(&strange, &shown).refused("status --timeout 1s", 3), &["https://127.0.0.1:2379", "certificate"]);
+    with(&ca, &[]).refused("status --timeout 1s", 3);
+    contains(&with(&ca, &["--certificate", &certificate]).refused("status", 2), &["a certificate and its key"]);
+    etcd.ctl("user add root:secret");
+    etcd.ctl("user add reader:known");
+    etcd.ctl("role add reader");
+    etcd.ctl("role grant-permission --prefix=true reader read /anyport/");
+    etcd.ctl("user grant-role reader reader");
+    etcd.ctl("user grant-role root root");
+    etcd.ctl("auth enable");
+    let user = |name: &str, password: &str| {
+        let file = files.file("password", &format!("{password}\n"));
+        with(&ca, &[&shown[..], &["--user", name, "--password-file", &file]].concat())
+    };
+    user("root", "secret").ok("promote --from canary --to main --force");
+    contains(&user("root", "wrong").refused("status", 4), &["authentication failed"]);
+    contains(&user("reader", "known").ok("status"), &["ring canary: sequence 1", "ring main: sequence 1"]);
+    let other = files.file("other", "198.51.100.0/24\n");
+    contains(&user("reader", "known").refused(&format!("publish {other} --ring canary"), 4), &["permission denied"]);
+    contains(&with(&ca, &shown).refused("status", 4), &["etcd at https://127.0.0.1:2379"]);
+}
+
+fn signed() {
+    let namespace = Netns::new();
+    let etcd = Etcd::alone(&namespace);
+    let operator = Operator::of(&namespace, &etcd);
+    let pair = KeyPair::generate_for(&PKCS_ED25519).expect("a key");
+    let key = operator.file("key", &pair.serialize_pem());
+    let keys = PublicKeys::from_pem(pair.public_key_pem().as_bytes()).expect("a public key");
+    let set = operator.file("set", "192.0.2.0/24\n");
+    let other = operator.file("other", "198.51.100.0/24\n");
+    operator.ok(&format!("publish {set} --ring canary --signing-key {key}"));
+    let pointer = |ring: &str| -> Pointer {
+        serde_json::from_value(etcd.record(&format!("/anyport/rings/{ring}"))).expect("a pointer")
+    };
+    keys.verify(&pointer("canary")).expect("a signature");
+    contains(&operator.refused(&format!("publish {other} --ring canary"), 5), &["is signed", "--signing-key"]);
+    contains(&operator.refused(&format!("publish {other} --ring canary --signing-key {set}"), 2), &["ed25519"]);
+    assert_eq!(operator.sequence("canary"), 1);
+    operator.ok(&format!("publish {other} --ring canary --force"));
+    keys.verify(&pointer("canary")).expect_err("without a signature");
+    // The same set, signed now: that is a change.
+    assert_eq!(operator.json(&format!("publish {other} --ring canary --signing-key {key}"))["sequence"], 3);
+    operator.ok(&format!("rollback --ring canary --to 1 --signing-key {key}"));
+    operator.ok(&format!("promote --from canary --to main --signing-key {key} --force"));
+    keys.verify(&pointer("canary")).expect("a signature");
+    let main = pointer("main");
+    keys.verify(&main).expect("a signature");
+    keys.verify(&Pointer { ring: "canary".parse().expect("a name"), ..main }).expect_err("another ring");
+}
