@@ -12,11 +12,13 @@ use nix::unistd::gethostname;
 use serde::Deserialize;
 use toml::Spanned;
 
-use super::place;
-use crate::fleet::{
-    layout::{DEFAULT_PREFIX, Name},
-    settings::ConnectionSettings,
-    signing::PublicKeys,
+use crate::{
+    fleet::{
+        layout::{DEFAULT_PREFIX, Name},
+        settings::ConnectionSettings,
+        signing::PublicKeys,
+    },
+    rules::file::Places,
 };
 
 /// The settings that can change while the daemon runs.
@@ -75,7 +77,7 @@ impl Table {
     pub(super) fn settle(table: Spanned<Self>, text: &str, problems: &mut Vec<String>) -> Option<Fleet> {
         let before = problems.len();
         let at = table.span().start;
-        let mut wrong = |at: usize, what: &dyn Display| problems.push(format!("{}: {what}", place(text, at)));
+        let mut wrong = |at: usize, what: &dyn Display| problems.push(format!("{}: {what}", Places::of(text).at(at)));
         let Self { etcd, ring, node, prefix, ca, certificate, key, user, password_file, public_key, max_removal } =
             table.into_inner();
         let connection = ConnectionSettings { etcd, prefix, ca, certificate, key, user, password_file };
