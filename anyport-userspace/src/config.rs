@@ -22,10 +22,11 @@ use toml::Spanned;
 #[cfg(feature = "fleet")]
 pub use self::fleet::Fleet;
 use crate::{
+    announce::Announce,
     api::{FleetView, Readers},
     rights::User,
     rules::{
-        Origin, RuleSet, RuleText, ServiceName,
+        Origin, Prefix, RuleSet, RuleText, ServiceName,
         file::{self, Places},
     },
     service::{HandlerKind, Limits, ServiceConfig, Span},
@@ -123,6 +124,10 @@ pub struct Options {
     /// that one
     #[arg(long, conflicts_with = "check")]
     pub takeover: bool,
+    /// Withdraw everything that is announced, where no anyportd is there to do it. The unit runs this after a stop; it does nothing where
+    /// systemd says that the service ended well
+    #[arg(long, conflicts_with_all = ["check", "takeover"])]
+    pub withdraw: bool,
     /// What may stand in the file, too.
     #[command(flatten)]
     pub settings: Settings,
@@ -213,9 +218,19 @@ impl Settings {
 }
 
 /// The settings that can change while the daemon runs.
-const LIVE: [&str; 5] = ["max-rules", "drain-timeout", "keep", "mend", "log-level"];
+const LIVE: [&str; 9] = [
+    "max-rules",
+    "drain-timeout",
+    "keep",
+    "mend",
+    "log-level",
+    "announce.prefixes",
+    "announce.rules-within",
+    "announce.needs",
+    "announce.hold-down",
+];
 /// Those that take a restart.
-const FIXED: [&str; 12] = [
+const FIXED: [&str; 15] = [
     "socket",
     "state-dir",
     "user",
@@ -228,6 +243,9 @@ const FIXED: [&str; 12] = [
     "max-connections-per-source",
     "metrics",
     "log-format",
+    "announce.file",
+    "announce.format",
+    "announce.reload",
 ];
 
 /// Where the configuration is read from.
@@ -260,6 +278,8 @@ pub struct Config {
     /// To which fleet this node belongs, if to any.
     #[cfg(feature = "fleet")]
     pub fleet: Option<Box<Fleet>>,
+    /// What is announced, if something is to be.
+    pub announce: Option<Announce>,
     /// The services of the file.
     pub services: Vec<ServiceConfig>,
     /// The rules of the file.
@@ -298,10 +318,13 @@ impl Config {
         #[serde(default)]
         struct DaemonTable {
             daemon: Settings,
+            announce: Option<Announce>,
         }
         Self::read(file, |text| {
-            let DaemonTable { daemon } = toml::from_str(text)?;
-            Self::settle(options, daemon, text, Vec::new(), RuleSet::default())
+            let DaemonTable { daemon, announce } = toml::from_str(text)?;
+            let source = Source { options: options.clone(), file: file.map(Path::to_owned) };
+            let config = Self::settle(options, daemon, text, Vec::new(), RuleSet::default())?;
+            Ok(Self { announce, source, ..config })
         })
     }
 
@@ -357,13 +380,23 @@ impl Config {
     /// In the order of [`LIVE`].
     fn live_texts(&self) -> Vec<String> {
         let Self { max_rules, drain_timeout, keep, mend, log_level, .. } = self;
+        let list = |prefixes: &[Prefix]| prefixes.iter().map(ToString::to_string).collect::<Vec<_>>().join(" ");
         vec![
             max_rules.to_string(),
             humantime::format_duration(*drain_timeout).to_string(),
             keep.to_string(),
             mend.to_string(),
             log_level.to_string(),
+            self.of_announce(|it| list(&it.prefixes)),
+            self.of_announce(|it| list(&it.rules_within)),
+            self.of_announce(|it| it.needs.to_string()),
+            self.of_announce(|it| it.hold_down.to_string()),
         ]
+    }
+
+    fn of_announce(&self, setting: impl FnOnce(&Announce) -> String) -> String {
+        let text = self.announce.as_ref().map(setting).unwrap_or_default();
+        if text.is_empty() { "nothing".to_owned() } else { text }
     }
 
     /// In the order of [`FIXED`].
@@ -385,6 +418,9 @@ impl Config {
             number(limits.max_connections_per_source),
             metrics.map_or_else(|| "nowhere".to_owned(), |it| it.to_string()),
             format!("{log_format:?}").to_lowercase(),
+            self.of_announce(|it| it.file.display().to_string()),
+            self.of_announce(|it| it.format.to_string()),
+            self.of_announce(|it| it.reload.as_ref().map(|it| it.display().to_string()).unwrap_or_default()),
         ]
     }
 
@@ -399,6 +435,11 @@ impl Config {
         if let (Some(fleet), Some(other)) = (&mut self.fleet, &other.fleet) {
             fleet.max_removal = other.max_removal;
         }
+        // What is announced at all, and where, takes a restart.
+        if let (Some(announce), Some(other)) = (&mut self.announce, &other.announce) {
+            let Announce { file, reload, .. } = announce.clone();
+            *announce = Announce { file, format: announce.format, reload, ..other.clone() };
+        }
     }
 
     /// The settings alone.
@@ -408,7 +449,7 @@ impl Config {
         let Self { socket, state_dir, user, readers, bpffs, interfaces, source, .. } = self;
         let (socket, state_dir, bpffs) = (socket.clone(), state_dir.clone(), bpffs.clone());
         let (user, readers) = (user.clone(), readers.clone());
-        let (interfaces, source) = (interfaces.clone(), source.clone());
+        let (interfaces, source, announce) = (interfaces.clone(), source.clone(), self.announce.clone());
         Self {
             socket,
             state_dir,
@@ -416,6 +457,7 @@ impl Config {
             readers,
             bpffs,
             interfaces,
+            announce,
             services,
             rules,
             source,
@@ -432,10 +474,16 @@ impl Config {
         let rules = rules(file.rule, &services, text, &mut problems);
         #[cfg(feature = "fleet")]
         let fleet = file.fleet.and_then(|table| fleet::Table::settle(table, text, &mut problems)).map(Box::new);
+        let announce = file.announce.map(|table| {
+            let at = Places::of(text).at(table.span().start);
+            let announce = table.into_inner();
+            problems.extend(announce.validate().err().map(|error| format!("{at}: {error}")));
+            announce
+        });
         if !problems.is_empty() {
             bail!("{}", problems.join("\n"));
         }
-        let config = Self::settle(options, file.daemon, text, services, rules)?;
+        let config = Self { announce, ..Self::settle(options, file.daemon, text, services, rules)? };
         #[cfg(feature = "fleet")]
         let config = Self { fleet, ..config };
         Ok(config)
@@ -491,6 +539,7 @@ impl Config {
             log_format: settings.log_format.unwrap_or_default(),
             #[cfg(feature = "fleet")]
             fleet: None,
+            announce: None,
             services,
             rules,
             source: Source::default(),
@@ -504,6 +553,7 @@ struct ConfigFile {
     daemon: Settings,
     #[cfg(feature = "fleet")]
     fleet: Option<Spanned<fleet::Table>>,
+    announce: Option<Spanned<Announce>>,
     service: Vec<Spanned<ServiceConfig>>,
     rule: Vec<Spanned<RuleText>>,
 }
@@ -614,7 +664,33 @@ mod tests {
         assert_eq!(now.differences(&former).0, [""; 0]);
         // No setting is forgotten.
         let settings = format!("{:?}", Settings::default()).matches(": ").count();
-        assert_eq!(super::LIVE.len() + super::FIXED.len(), settings);
+        let of_daemon = super::LIVE.iter().chain(&super::FIXED).filter(|name| !name.starts_with("announce."));
+        assert_eq!(of_daemon.count(), settings);
+    }
+
+    #[test]
+    fn what_is_announced_can_change_and_where_takes_a_restart() {
+        let parse = |text: &str| Config::parse(Settings::default(), text).unwrap();
+        let former = parse("[announce]\nprefixes = [\"192.0.2.0/24\"]");
+        let text = "[announce]\nfile = \"/run/a\"\nformat = \"list\"\nrules-within = [\"2001:db8::/32\"]\nneeds = \"any\"\n\
+                    hold-down = \"3s\"";
+        let now = parse(text);
+        let (live, fixed) = now.differences(&former);
+        let expected = [
+            "announce.prefixes: 192.0.2.0/24 -> nothing",
+            "announce.rules-within: nothing -> 2001:db8::/32",
+            "announce.needs: all -> any",
+            "announce.hold-down: 10s -> 3s",
+        ];
+        assert_eq!(live, expected);
+        assert_eq!(fixed, ["announce.file: /run/anyport/announced.conf -> /run/a", "announce.format: bird -> list"]);
+        let mut taken = former.clone();
+        taken.take_live(&now);
+        assert_eq!(now.differences(&taken).0, [""; 0]);
+        assert_eq!(former.differences(&taken).1, [""; 0]);
+        let mut none = parse("");
+        none.take_live(&now);
+        assert!(none.announce.is_none());
     }
 
     #[test]
@@ -643,6 +719,16 @@ mod tests {
             ),
             ("[[service]]\nname = \"x\"\nhandler = \"registered\"\nfallback = \"y\"", ["line 1", "no [[service]]"]),
             ("prefix", ["line 1", "="]),
+            ("[announce]", ["line 1, column 1", "names nothing to announce"]),
+            ("[announce]\nprefix = [\"192.0.2.0/24\"]", ["line 2, column 1", "prefix"]),
+            ("[announce]\nprefixes = [\"192.0.2.1/24\"]", ["line 2, column 12", "did you mean 192.0.2.0/24"]),
+            ("[announce]\nprefixes = [\"192.0.2.0/24\"]\nhold-down = 10", ["line 3, column 13", "string"]),
+            ("[announce]\nprefixes = [\"192.0.2.0/24\"]\nfile = \"x\"", ["line 1, column 1", "announce.file"]),
+            ("[announce]\nprefixes = [\"192.0.2.0/24\"]\nneeds = \"most\"", ["line 3, column 9", "any"]),
+            (
+                "[announce]\nprefixes = [\"192.0.2.0/24\"]\nformat = \"list\"\nreload = \"/run/bird/bird.ctl\"",
+                ["line 1, column 1", "format = \"bird\""],
+            ),
         ] {
             let error = format!("{:#}", Config::parse(Settings::default(), text).unwrap_err());
             for word in wanted {

@@ -191,6 +191,9 @@ async fn control_loop(
     watcher.abort();
     registrar.abort();
     let &Config { keep, drain_timeout, .. } = engine.config();
+    if end == End::Stop {
+        engine.withdraw().await;
+    }
     if end == End::Stop && !keep {
         engine.stop().await.context("remove everything from the kernel")?;
         info!("stopped; nothing is left in the kernel");

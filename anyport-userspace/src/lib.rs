@@ -13,6 +13,8 @@
 //! The feature `tokio` adds [`tokio::Listener`] and [`tokio::UdpSocket`]. `examples/service.rs` is a whole program.
 
 #[cfg(feature = "daemon")]
+pub mod announce;
+#[cfg(feature = "daemon")]
 pub mod cli;
 #[cfg(feature = "daemon")]
 pub mod config;

@@ -4,6 +4,7 @@
 //! failure; otherwise all tests count as ignored. Run by `cargo xtask test`.
 #![expect(clippy::print_stderr, reason = "says what is missing and which seed repeats the run")]
 
+mod announce;
 mod apply;
 mod backends;
 mod cases;
@@ -105,6 +106,7 @@ fn main() -> ExitCode {
     trials.extend(changed::trials());
     trials.extend(reload::trials());
     trials.extend(nodes::trials());
+    trials.extend(announce::trials());
     trials.extend(restarts::trials());
     trials.extend(rights::trials());
     trials.extend(crowd::trials());

@@ -99,7 +99,7 @@ impl Owner {
         self.line.split_whitespace().nth(place).expect("a number").parse().expect("a number")
     }
 
-    fn port(&self) -> u16 {
+    pub(crate) fn port(&self) -> u16 {
         self.number(0)
     }
 

@@ -352,6 +352,12 @@ impl Daemon {
         kill(self.pid(), Signal::SIGCONT).expect("SIGCONT to the daemon");
     }
 
+    /// Whether it has ended by itself.
+    pub fn has_ended(&mut self) -> bool {
+        let state = self.process.as_mut().map(|process| process.try_wait().expect("the daemon's state"));
+        state.is_none_or(|state| state.is_some())
+    }
+
     fn wait_for_end(&mut self, limit: Duration) -> i32 {
         let mut process = self.process.take().expect("a running daemon");
         let status = wait_for("end of the daemon", limit, || {

@@ -55,6 +55,8 @@ pub fn missing() -> Vec<String> {
         "iptables-save",
         "iptables-restore",
         "ip6tables-restore",
+        "bird",
+        "birdc",
         "xtables-nft-multi",
         "xtables-legacy-multi",
         "systemctl",
@@ -133,7 +135,12 @@ pub fn isolate() {
     ] {
         let (own, usual) = (format!("/run/{file}"), format!("/etc/{file}"));
         let all = fs::read_to_string(&usual).expect("users and groups of this machine");
-        let others: Vec<&str> = all.lines().filter(|line| !line.starts_with("anyport:")).collect();
+        // A router's control socket is for its group.
+        let with_member = |line: &str| match line.strip_prefix("bird:x:").filter(|rest| rest.ends_with(':')) {
+            Some(_) => format!("{line}anyport"),
+            None => line.to_owned(),
+        };
+        let others: Vec<_> = all.lines().filter(|line| !line.starts_with("anyport:")).map(with_member).collect();
         fs::write(&own, format!("{}\n{line}\n", others.join("\n"))).expect("a file of users or groups");
         mount(Some(&*own), &*usual, none, MsFlags::MS_BIND, none).expect("own users and groups");
     }

@@ -49,7 +49,8 @@ pub(crate) const DPKG_DEB: Tool =
 pub(crate) const RPMBUILD: Tool =
     Tool { program: "rpmbuild", debian: "rpm", fedora: "rpm-build", purpose: "RPM packages" };
 /// The rest of what the tests use.
-pub(crate) const FOR_TESTS: [Tool; 13] = [
+pub(crate) const FOR_TESTS: [Tool; 14] = [
+    Tool { program: "bird", debian: "bird2", fedora: "bird", purpose: "tests" },
     Tool { program: "ss", debian: "iproute2", fedora: "iproute", purpose: "tests" },
     IPSET,
     Tool { program: "curl", debian: "curl", fedora: "curl", purpose: "tests" },

@@ -1,5 +1,7 @@
 //! The control API: HTTP and JSON on a Unix socket.
 
+#[cfg(feature = "daemon")]
+mod announce;
 mod changed;
 #[cfg(feature = "daemon")]
 mod client;
@@ -23,6 +25,7 @@ mod types;
 
 #[cfg(feature = "daemon")]
 pub use self::{
+    announce::{AnnounceView, AnnouncedPrefix, DrainRequest, DrainState, DrainView, Undrain},
     client::Client,
     events::{EventView, Listen, Outcome, Told, Wanted},
     explain::{

@@ -140,6 +140,7 @@ pub async fn serve(
         .route("/v1/prefixes", get(prefixes).post(add_prefixes).delete(remove_prefixes))
         .route("/v1/apply", post(apply).layer(DefaultBodyLimit::max(MAX_FILE)))
         .route("/v1/confirm", post(confirm))
+        .route("/v1/drain", get(drains).post(drain).delete(undrain))
         .route("/v1/reload", post(reload))
         .route("/v1/progress", get(progress))
         .route(EVENTS, get(events))
@@ -355,6 +356,20 @@ async fn reload(
 
 async fn confirm(State(engine): State<Shared>) -> Answer<super::Changed> {
     command(engine, |engine| engine.confirm().boxed()).await
+}
+
+async fn drains(State(engine): State<Shared>) -> Answer<Vec<super::DrainView>> {
+    ask(&engine, |engine| engine.drains()).await
+}
+
+async fn drain(State(engine): State<Shared>, body: Body) -> Answer<Vec<super::DrainView>> {
+    let request = read(body)?;
+    command(engine, |engine| engine.drain(request).boxed()).await
+}
+
+async fn undrain(State(engine): State<Shared>, body: Body) -> Answer<super::Changed> {
+    let request = read(body)?;
+    command(engine, |engine| engine.undrain(request).boxed()).await
 }
 
 /// Answered without the engine, which is busy.

@@ -2,7 +2,7 @@ use std::{num::NonZeroU16, path::PathBuf};
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
-use super::{Kind, Problem};
+use super::{AnnounceView, DrainView, Kind, Problem};
 use crate::{
     rules::{Origin, PortSet, Prefix, Protocol, ServiceName, Terms},
     service::{HandlerKind, Limits, Registrant, ServiceStats, SocketInfo, UpstreamView},
@@ -218,6 +218,9 @@ pub struct PrefixView<'a> {
     pub no_socket: u64,
     /// Of these, those whose source the service does not take.
     pub denied: u64,
+    /// Whether it is drained: newcomers are refused, or will be.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub drained: bool,
 }
 
 /// Query of `GET /v1/prefixes`: which rules to list.
@@ -324,6 +327,12 @@ pub struct StatusView {
     /// Where this node stands in its fleet, if it belongs to one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fleet: Option<FleetView>,
+    /// What is announced, where something is to be.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub announce: Option<AnnounceView>,
+    /// What is drained.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub drained: Vec<DrainView>,
     /// What does not work as it should; empty when all is well.
     pub degraded: Vec<String>,
 }

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use anyhow::Context as _;
 use anyport::{
+    announce,
     config::{Config, Options},
     daemon, engine,
     keeper::{self, Link},
@@ -14,7 +15,7 @@ use clap::Parser as _;
 use tracing::error;
 
 fn main() -> ExitCode {
-    let Options { config, check, takeover, settings } = Options::parse();
+    let Options { config: file, check, takeover, withdraw, settings } = Options::parse();
     // Before there is another thread.
     let link = match Link::of_process() {
         Ok(link) => link,
@@ -22,7 +23,7 @@ fn main() -> ExitCode {
     };
     // Who only keeps sockets or asks for something needs no rules.
     let read = if link.is_some() || check { Config::new } else { Config::without_rules };
-    let config = match read(settings, config.as_deref()) {
+    let config = match read(settings, file.as_deref()) {
         Ok(config) => config,
         Err(error) => {
             eprintln!("anyportd: {error:#}");
@@ -36,7 +37,11 @@ fn main() -> ExitCode {
         return ExitCode::SUCCESS;
     }
     let Some(link) = link else {
-        let done = if takeover { keeper::take_over(&config.socket).map(|()| ExitCode::SUCCESS) } else { keep(&config) };
+        let done = match (takeover, withdraw) {
+            (true, _) => keeper::take_over(&config.socket).map(|()| ExitCode::SUCCESS),
+            (_, true) => announce::withdraw_after_stop(&config).map(|()| ExitCode::SUCCESS),
+            _ => keep(config),
+        };
         return done.unwrap_or_else(|error| fail(&error));
     };
     logging::open(config.log_level, config.log_format);
@@ -50,13 +55,19 @@ fn main() -> ExitCode {
     }
 }
 
-fn keep(config: &Config) -> anyhow::Result<ExitCode> {
+fn keep(config: Config) -> anyhow::Result<ExitCode> {
     // Root may take them out of their owners.
     let fetched = engine::fetch_registered(&config.state_dir);
-    if let Some(why) = rights::become_user(config)? {
+    if let Some(why) = rights::become_user(&config)? {
         eprintln!("anyportd: running as root with all of its rights: {why}");
     }
-    keeper::keep(fetched).context("start the server process")
+    let given_up = move || {
+        eprintln!("anyportd: nobody has served since the crash: withdrawing what is announced");
+        if let Err(error) = announce::withdraw_all(&config) {
+            eprintln!("anyportd: {error:#}");
+        }
+    };
+    keeper::keep(fetched, given_up).context("start the server process")
 }
 
 fn fail(error: &anyhow::Error) -> ExitCode {

@@ -2,6 +2,7 @@
 
 mod apply;
 mod doctor;
+mod drain;
 mod events;
 mod explain;
 #[cfg(feature = "fleet")]
@@ -67,6 +68,10 @@ enum Verb {
     Register(register::Add),
     /// Give up sockets that were registered; they stay open
     Unregister(register::Remove),
+    /// Take this node out of service, or a part of it; established connections go on
+    Drain(drain::Drain),
+    /// End a drain
+    Undrain(drain::End),
     /// Say what becomes of a packet, and why
     Explain(explain::Explain),
     /// Print connections and flows as they begin
@@ -106,6 +111,8 @@ impl Cli {
             Verb::Services => services::list(&client, out).await,
             Verb::Register(add) => add.run(&client, out),
             Verb::Unregister(remove) => remove.run(&client, out),
+            Verb::Drain(drain) => drain.run(&client, out).await,
+            Verb::Undrain(end) => end.run(&client, out).await,
             Verb::Explain(explain) => explain.run(&client, out).await,
             Verb::Events(events) => events.run(&client, out).await,
             Verb::Status => status::show(&client, out).await,

@@ -152,7 +152,9 @@ impl List {
 }
 
 fn row<'a>(view: &PrefixView<'a>) -> [Cow<'a, str>; 10] {
-    let PrefixView { prefix, protocol, ports, except, source, service, route, origin, steered, dropped, .. } = *view;
+    let PrefixView {
+        prefix, protocol, ports, except, source, service, route, origin, steered, dropped, drained, ..
+    } = *view;
     let or_dash = |text: &'a str| if text.is_empty() { "-" } else { text }.into();
     [
         prefix.into(),
@@ -160,7 +162,7 @@ fn row<'a>(view: &PrefixView<'a>) -> [Cow<'a, str>; 10] {
         or_dash(ports),
         or_dash(except),
         source.unwrap_or("-").into(),
-        service.into(),
+        if drained { format!("{service} (drained)").into() } else { service.into() },
         if route { "yes" } else { "no" }.into(),
         origin.as_str().into(),
         steered.to_string().into(),

@@ -1,8 +1,12 @@
 use std::fmt::Write as _;
 
-use super::Output;
+use super::{Output, drain::subject};
 use crate::{
-    api::{BackEndView, Client, FleetView, MendedView, Problem, StatusView},
+    announce::State,
+    api::{
+        AnnounceView, AnnouncedPrefix, BackEndView, Client, DrainState, DrainView, FleetView, MendedView, Problem,
+        StatusView,
+    },
     text::list_of,
 };
 
@@ -47,6 +51,8 @@ fn text(view: &StatusView) -> String {
     for MendedView { kind, times, last, at } in &view.mended {
         lines.push(format!("mended      {kind}: {times} times, last at {at}: {last}"));
     }
+    lines.extend(view.announce.iter().flat_map(announced));
+    lines.extend(view.drained.iter().map(|it| format!("drained     {}: {}", subject(it), how_far(it))));
     if let Some(seconds) = view.unconfirmed {
         lines.push(format!(
             "unconfirmed what was applied is rolled back in {seconds} s unless you type: anyportctl confirm"
@@ -76,6 +82,37 @@ fn fleet(view: &FleetView) -> String {
     };
     let answers = if *connected { "answers" } else { "does not answer" };
     format!("ring {ring} as {node}: {in_force}; etcd at {} {answers}", list_of(etcd))
+}
+
+/// What is announced, and the first of those that are not.
+fn announced(AnnounceView { file, reload, prefixes, .. }: &AnnounceView) -> Vec<String> {
+    const SHOWN: usize = 10;
+    let by = reload.as_ref().unwrap_or(file).display();
+    let others = || prefixes.iter().filter(|it| it.state != State::Announced);
+    let (all, left) = (prefixes.len(), others().count());
+    let mut lines = vec![format!("announced   {} of {all} prefixes, by {by}", all - left)];
+    lines.extend(others().take(SHOWN).map(|AnnouncedPrefix { prefix, state, since, why }| {
+        let what = match state {
+            State::Announced => "announced",
+            State::Held => "served, held down",
+            State::Unserved => "not served",
+            State::Drained => "drained",
+        };
+        let why = why.as_ref().map(|why| format!(": {why}")).unwrap_or_default();
+        format!("  withdrawn {prefix} {what} since {since}{why}")
+    }));
+    if left > SHOWN {
+        lines.push(format!("  withdrawn {} more", left - SHOWN));
+    }
+    lines
+}
+
+fn how_far(view: &DrainView) -> String {
+    match view.state {
+        DrainState::Withdrawing => "the router has yet to withdraw it".to_owned(),
+        DrainState::Waiting => format!("newcomers are refused in {} s", view.left.unwrap_or_default()),
+        DrainState::Refusing => "newcomers are refused; anyportctl undrain ends that".to_owned(),
+    }
 }
 
 fn back_end(view: &BackEndView) -> String {

@@ -276,10 +276,21 @@ impl Engine {
         Ok(())
     }
 
-    /// Has the back end steer by the rules, of which these prefixes have changed; nothing says that anything may have.
+    /// Has the back end steer by the rules, of which these prefixes have changed; nothing says that anything may have. What is drained
+    /// is refused.
     pub(super) fn steer(&mut self, changed: Option<&[Prefix]>, steps: &Steps) -> anyhow::Result<()> {
+        let refusals = self.refusals();
+        self.rules.apply(&refusals);
+        let steered = self.steer_as_is(changed, steps);
+        self.rules.apply(&refusals.inverse());
+        steered
+    }
+
+    fn steer_as_is(&mut self, changed: Option<&[Prefix]>, steps: &Steps) -> anyhow::Result<()> {
         self.generation += 1;
-        let mut services = vec![ServiceSockets::refusing()];
+        let (slot, name) = (self.drained_slot, ServiceName::drained());
+        let mut services =
+            vec![ServiceSockets::refusing(), ServiceSockets { slot, name, ..ServiceSockets::refusing() }];
         for (name, running) in &self.services {
             let (groups, sources) = (self.groups_of(running), Arc::clone(&running.service.config().sources));
             services.push(ServiceSockets { slot: running.slot, name: name.clone(), groups, sources });

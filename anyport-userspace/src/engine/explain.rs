@@ -63,6 +63,9 @@ impl Engine {
         if from_assumed && !sources.is_empty() {
             notes.push("the service takes certain clients only: --from says which client to ask for".into());
         }
+        if let Some(rule) = rule.as_ref().filter(|rule| self.drains.include(&rule.prefix, rule.terms)) {
+            notes.push(format!("the rule of {} is drained: anyportctl undrain ends that", rule.prefix));
+        }
         let service = rule.filter(|_| verdict != Verdict::Host).map(|rule| rule.terms.service.clone());
         let socket = match (&service, verdict) {
             (Some(service), Verdict::Steer) => Some(self.socket(service, &decided, protocol, to.is_ipv4())),

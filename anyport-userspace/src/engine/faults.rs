@@ -674,7 +674,7 @@ fn run(seed: u64, steps: u64) {
     assert!(up.success());
     let runtime = runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
-        let mut scene = Scene::new(seed).await;
+        let mut scene = Box::pin(Scene::new(seed)).await;
         for _ in 0..steps {
             scene.step().await;
         }

@@ -10,6 +10,7 @@ use tracing::{error, info, warn};
 use super::{Engine, change::Steps};
 use crate::{
     api::MendedView,
+    rules::Prefix,
     steering::{Kind, Loss},
 };
 
@@ -156,6 +157,12 @@ impl Mends {
         views.collect()
     }
 
+    /// What is gone at the moment without which nothing is steered. Routes are another matter, see [`RoutesLook::missing`].
+    pub(super) fn lost_steering(&self) -> Option<&str> {
+        let is_needed = |kind: &Kind| !matches!(kind, Kind::Pin | Kind::Route | Kind::Interface);
+        self.0.iter().filter(|(kind, _)| is_needed(kind)).find_map(|(_, mend)| mend.lost.as_deref())
+    }
+
     /// What is gone at the moment, and what others remove again and again.
     pub(super) fn degraded(&self, is_mending: bool) -> Vec<String> {
         let mut lines = Vec::new();
@@ -200,19 +207,24 @@ pub(super) struct RoutesLook {
     /// When they were listed last, and how long that took.
     at: Instant,
     took: Duration,
-    /// What was missing then.
-    lost: Vec<Loss>,
+    /// The blocks whose routes were missing then.
+    missing: Vec<Prefix>,
 }
 
 impl Default for RoutesLook {
     fn default() -> Self {
-        Self { is_suspicious: false, at: Instant::now(), took: Duration::ZERO, lost: Vec::new() }
+        Self { is_suspicious: false, at: Instant::now(), took: Duration::ZERO, missing: Vec::new() }
     }
 }
 
 impl RoutesLook {
+    /// The blocks that had no local route when that was looked at last.
+    pub(super) fn missing(&self) -> &[Prefix] {
+        &self.missing
+    }
+
     fn is_due(&self) -> bool {
-        let is_wanted = self.is_suspicious || !self.lost.is_empty() || self.at.elapsed() >= ROUTES_INTERVAL;
+        let is_wanted = self.is_suspicious || !self.missing.is_empty() || self.at.elapsed() >= ROUTES_INTERVAL;
         is_wanted && self.at.elapsed() >= self.took * ROUTES_SHARE
     }
 }
@@ -295,10 +307,10 @@ impl Engine {
         if self.routes_look.is_due() {
             let at = Instant::now();
             let missing = self.routes.missing(&self.coverage).await?;
-            let lost = missing.iter().map(|block| Loss::new(Kind::Route, format!("the local route to {block}")));
-            self.routes_look = RoutesLook { is_suspicious: false, at, took: at.elapsed(), lost: lost.collect() };
+            self.routes_look = RoutesLook { is_suspicious: false, at, took: at.elapsed(), missing };
         }
-        Ok(self.routes_look.lost.clone())
+        let lost = |block| Loss::new(Kind::Route, format!("the local route to {block}"));
+        Ok(self.routes_look.missing.iter().map(lost).collect())
     }
 
     async fn restore(&mut self, lost: &[Loss]) -> anyhow::Result<()> {

@@ -7,6 +7,7 @@
 mod apply;
 mod change;
 mod commands;
+mod drain;
 mod events;
 mod explain;
 #[cfg(test)]
@@ -18,6 +19,7 @@ mod observed;
 mod progress;
 mod register;
 mod reload;
+mod served;
 mod start;
 mod views;
 
@@ -33,9 +35,11 @@ use tracing::error;
 
 use self::{
     apply::Unconfirmed,
+    drain::Drains,
     mend::{BackOff, Mends, RoutesLook},
     numbers::Numbers,
     register::Registrations,
+    served::Served,
 };
 pub use self::{
     events::Clock,
@@ -46,6 +50,7 @@ pub use self::{
     views::Counted,
 };
 use crate::{
+    announce::Announcer,
     config::Config,
     events::Board,
     routes::{Coverage, Edits, Routes, Watch},
@@ -79,6 +84,8 @@ pub struct Engine {
     generation: u64,
     rule_numbers: Numbers,
     service_slots: Numbers,
+    /// That of rules that are drained, which never has a socket.
+    drained_slot: u16,
     max_rules: usize,
     /// The prefixes with rules that were added by hand.
     added: BTreeSet<Prefix>,
@@ -106,6 +113,12 @@ pub struct Engine {
     unseen: Option<String>,
     /// What was applied and waits to be confirmed.
     unconfirmed: Option<Unconfirmed>,
+    /// What is drained.
+    drains: Drains,
+    /// Has the router announce what is served, where it is to.
+    announcer: Option<Announcer>,
+    /// By which that is judged.
+    served: Served,
     /// How far a long command is.
     progress: Arc<Progress>,
     /// When the counters were kept last; nothing while they do not go on from those of an earlier daemon yet.
@@ -181,6 +194,8 @@ impl Engine {
             Err(error) => error!("look again at interfaces and sockets: {error:#}"),
         }
         self.mend().await;
+        self.judge();
+        self.go_on_draining().await;
         if let Err(error) = self.end_draining().await {
             error!("remove the routes of connections that have ended: {error:#}");
             // All routes are compared then.
@@ -238,7 +253,10 @@ impl Engine {
     ///
     /// # Errors
     /// The counters could not be kept.
-    pub async fn leave(self) -> anyhow::Result<DescriptorPool> {
+    pub async fn leave(mut self) -> anyhow::Result<DescriptorPool> {
+        if let Some(announcer) = self.announcer.take() {
+            announcer.leave().await;
+        }
         let counters = if self.counters_kept.is_some() { self.keep_counters() } else { Ok(()) };
         for running in self.services.into_values() {
             running.service.leave().await;

@@ -76,6 +76,9 @@ impl Engine {
         if let Some(why) = &self.broken {
             return Some(why.clone());
         }
+        if self.drains.include_all() {
+            return Some("this node is drained".to_owned());
+        }
         let useless: Option<Vec<String>> =
             services.iter().filter(|it| it.view.rules > 0).map(ObservedService::useless).collect();
         useless.filter(|it| !it.is_empty()).map(|it| it.join("; "))

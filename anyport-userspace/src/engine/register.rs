@@ -1,12 +1,13 @@
 //! Sockets that other processes registered: their coming, their end, and who stands in for them.
 
 use std::{
-    collections::{BTreeMap, HashSet},
+    collections::{BTreeMap, HashMap, HashSet},
     fs,
     net::SocketAddr,
     os::fd::OwnedFd,
     path::Path,
     sync::Arc,
+    time::Instant,
 };
 
 use anyhow::Context as _;
@@ -26,14 +27,14 @@ use crate::{
     register::{Candidate, Process, Registered, Unregister, choose, holders},
     rights,
     rules::{Change, Protocol, ServiceName, to_address},
-    service::{AnswerGuard, Family, HandlerKind, ServiceConfig, SocketInfo},
+    service::{AnswerGuard, Family, HandlerKind, Queue, ServiceConfig, SocketInfo},
     steering::{BackEnd, GroupSocket, Holder},
     store::{KeptSocket, Store},
     table::Published,
 };
 
 /// In the order of [`anyport_common::flow::Flow::socket_offset`].
-const KINDS: [(Family, Transport); SOCKETS_PER_SERVICE as usize] = [
+pub(super) const KINDS: [(Family, Transport); SOCKETS_PER_SERVICE as usize] = [
     (Family::Ipv4, Transport::Tcp),
     (Family::Ipv4, Transport::Udp),
     (Family::Ipv6, Transport::Tcp),
@@ -43,7 +44,7 @@ const KINDS: [(Family, Transport); SOCKETS_PER_SERVICE as usize] = [
 /// What was registered for a service, in the order of [`KINDS`].
 #[derive(Clone, Debug, Default)]
 pub(super) struct Registrations {
-    live: [Option<Arc<Registered>>; SOCKETS_PER_SERVICE as usize],
+    pub(super) live: [Option<Arc<Registered>>; SOCKETS_PER_SERVICE as usize],
     /// Why sockets went, until others come in their place.
     lost: [Option<String>; SOCKETS_PER_SERVICE as usize],
 }
@@ -246,14 +247,20 @@ impl Engine {
         if self.registered.values().all(|it| it.live.iter().all(Option::is_none)) {
             return Ok(());
         }
-        let open: HashSet<u64> = host::listeners()?.iter().map(|it| it.inode).collect();
+        let open: HashMap<u64, host::Listener> = host::listeners()?.into_iter().map(|it| (it.inode, it)).collect();
+        let live = self.registered.values().flat_map(|it| it.live.iter().flatten());
+        let queue = |socket: &Arc<Registered>| {
+            let waiting = open.get(&socket.inode)?.waiting;
+            Some(Queue { cookie: socket.cookie, waiting, accepted: None })
+        };
+        self.served.registered.look(live.filter_map(queue), Instant::now());
         let mut has_lost = false;
         for (name, registrations) in &mut self.registered {
             let Registrations { live, lost } = registrations;
             for (live, lost) in live.iter_mut().zip(lost) {
                 let Some(socket) = live.as_ref() else { continue };
                 let host::Owner { pid, name: comm } = &socket.owner;
-                if !open.contains(&socket.inode) {
+                if !open.contains_key(&socket.inode) {
                     let end = if socket.has_owner_ended() { "exited" } else { "closed it" };
                     let why = format!("its owner, pid {pid} ({comm}), {end}");
                     warn!("service {name}: {} {} is gone: {why}", Protocol::from(socket.transport), socket.local);

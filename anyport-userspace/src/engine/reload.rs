@@ -31,6 +31,7 @@ impl Engine {
             self.not_reloaded = None;
             logging::set_level(config.log_level);
             self.config.take_live(&config);
+            self.forget_needs();
         }
         reloaded
     }

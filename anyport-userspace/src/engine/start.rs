@@ -19,9 +19,11 @@ use tracing::error;
 
 use super::{
     Connected, Engine, FleetBoard, Running,
+    drain::Drains,
     mend::{BackOff, Mends, RoutesLook},
     numbers::Numbers,
     register::expect_fallbacks,
+    served::Served,
 };
 use crate::{
     api::{Kind, Problem},
@@ -85,7 +87,9 @@ impl Engine {
         let chosen = choose(config.steering.back_end(), &options)?;
         remove_leftovers(chosen.steering.back_end(), &options).context("remove what an earlier daemon left")?;
         let parts = Parts { store, routes, connected: host::connected_addresses, published, events, chosen };
-        Self::begin(config, parts, desired, workers, keeper, is_successor).await
+        let mut engine = Self::begin(config, parts, desired, workers, keeper, is_successor).await?;
+        engine.start_announcing();
+        Ok(engine)
     }
 
     /// Brings up an engine out of its parts.
@@ -112,6 +116,9 @@ impl Engine {
             keeper,
         };
         let own_segments = || OwnSegments { readers: Arc::clone(&published) };
+        // Slot 0 refuses.
+        let mut service_slots = Numbers::new(1..MAX_SERVICES, RESTING);
+        let drained_slot = service_slots.take(1).context("there is no room for services")?.start.try_into()?;
         let has_no_table = chosen.steering.back_end() == BackEnd::Tproxy;
         let mut engine = Self {
             rules: RuleSet::default(),
@@ -122,8 +129,8 @@ impl Engine {
             published,
             generation: 0,
             rule_numbers: Numbers::new(0..MAX_RULES, RESTING),
-            // Slot 0 refuses.
-            service_slots: Numbers::new(1..MAX_SERVICES, RESTING),
+            service_slots,
+            drained_slot,
             max_rules: config.max_rules,
             added: BTreeSet::new(),
             terms: HashSet::new(),
@@ -141,6 +148,9 @@ impl Engine {
             routes_look: RoutesLook::default(),
             unseen: None,
             unconfirmed: None,
+            drains: Drains::restored(store.drains()?),
+            announcer: None,
+            served: Served::default(),
             progress: Arc::default(),
             counters_kept: None,
             events,

@@ -53,6 +53,7 @@ impl Engine {
                 dropped: no_socket + assign_error + denied,
                 no_socket,
                 denied,
+                drained: self.drains.include(&rule.prefix, rule.terms),
             };
             if json.len() > 1 {
                 json.push(b',');
@@ -139,6 +140,8 @@ impl Engine {
             unconfirmed: self.unconfirmed_for(),
             mended: self.mends.views(),
             fleet: self.fleet.as_ref().map(|board| board.view()),
+            announce: self.announcer.as_ref().zip(self.config.announce.as_ref()).map(|(it, config)| it.view(config)),
+            drained: self.drain_views(),
             degraded: self.degraded(),
         })
     }
@@ -154,7 +157,7 @@ impl Engine {
         let mends = self.mends.degraded(self.config.mend);
         let own = self.broken.iter().chain(&self.unseen).chain(&self.not_reloaded).cloned().chain(mends);
         let all = own.chain(self.steering.degraded()).chain(services).chain(self.lost_sockets());
-        all.chain(self.shadowed_metrics()).collect()
+        all.chain(self.shadowed_metrics()).chain(self.announcing_degraded()).collect()
     }
 
     /// Whether a rule takes what is meant for the address of the metrics.

@@ -12,7 +12,7 @@ use std::{
 use anyhow::Context as _;
 use anyport_common::flow::Transport;
 
-pub use self::sockets::{connected_addresses, listeners, listeners_of};
+pub use self::sockets::{connected_addresses, for_each_connection, listeners, listeners_of};
 use crate::rules::Rule;
 
 /// A socket that waits for strangers: a listening TCP socket or an unconnected UDP socket.
@@ -26,6 +26,19 @@ pub struct Listener {
     pub is_ipv6_only: bool,
     /// Its inode, by which processes hold it.
     pub inode: u64,
+    /// With TCP, how many connections wait to be accepted.
+    pub waiting: u32,
+}
+
+/// A TCP connection, or a connected UDP socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Connection {
+    /// The transport.
+    pub transport: Transport,
+    /// This end, which is what was dialled.
+    pub local: SocketAddr,
+    /// The other end.
+    pub remote: SocketAddr,
 }
 
 /// What this network namespace has of its own.

@@ -20,7 +20,7 @@ use nix::{
     sys::socket::{MsgFlags, recv, send},
 };
 
-use super::Listener;
+use super::{Connection, Listener};
 
 /// The kernel puts no more than 32 KiB into a datagram of a list.
 const LONGEST_DATAGRAM: usize = 1 << 16;
@@ -53,26 +53,41 @@ pub fn listeners_of(transport: Transport) -> anyhow::Result<Vec<Listener>> {
             // Told of IPv6 sockets in these states.
             is_ipv6_only: socket.nlas.contains(&Nla::SkV6Only(true)),
             inode: socket.header.inode.into(),
+            // Of UDP sockets these are bytes.
+            waiting: if transport == Transport::Tcp { socket.header.recv_queue } else { 0 },
         });
     })?;
     Ok(listeners)
 }
 
-/// The local addresses of the connections of the thread's network namespace: those of TCP from the first SYN on until both
-/// sides have closed, without what is in `TIME_WAIT`, and those of connected UDP sockets.
+/// The local addresses of [`for_each_connection`].
 ///
 /// # Errors
 /// As [`listeners`].
 pub fn connected_addresses() -> anyhow::Result<HashSet<IpAddr>> {
-    let no_connection = StateFlags::TIME_WAIT | StateFlags::CLOSE | StateFlags::LISTEN;
     let mut addresses = HashSet::new();
+    for_each_connection(|it| {
+        addresses.insert(it.local.ip());
+    })?;
+    Ok(addresses)
+}
+
+/// Shows the connections of the thread's network namespace: those of TCP from the first SYN on until both sides have closed,
+/// without what is in `TIME_WAIT`, and those of connected UDP sockets.
+///
+/// # Errors
+/// As [`listeners`].
+pub fn for_each_connection(mut see: impl FnMut(Connection)) -> anyhow::Result<()> {
+    let no_connection = StateFlags::TIME_WAIT | StateFlags::CLOSE | StateFlags::LISTEN;
     for (transport, states) in [(Transport::Tcp, no_connection.complement()), (Transport::Udp, StateFlags::ESTABLISHED)]
     {
         list(transport, &states, |socket| {
-            addresses.insert(local(socket));
+            let id = &socket.header.socket_id;
+            let remote = SocketAddr::new(id.destination_address.to_canonical(), id.destination_port);
+            see(Connection { transport, local: SocketAddr::new(local(socket), id.source_port), remote });
         })?;
     }
-    Ok(addresses)
+    Ok(())
 }
 
 fn local(socket: &InetResponse) -> IpAddr {

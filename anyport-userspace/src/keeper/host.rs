@@ -11,6 +11,7 @@ use std::{
     },
     path::{Path, PathBuf},
     process::{ExitCode, ExitStatus},
+    sync::Arc,
     time::Duration,
 };
 
@@ -25,6 +26,7 @@ use tokio::{
     runtime::Builder,
     signal::unix::{SignalKind, signal},
     sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel},
+    task::spawn_blocking,
     time::{Instant, sleep_until},
 };
 
@@ -39,29 +41,32 @@ const SHORTEST_PAUSE: Duration = Duration::from_millis(100);
 /// Before another try where one could not even start. It is doubled each time.
 const FIRST_PAUSE: Duration = Duration::from_millis(500);
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+/// How long nobody may serve until newcomers had better go elsewhere.
+const LASTING: Duration = Duration::from_secs(10);
 
 /// Keeps the sockets of the servers that it starts, which are of this executable and have the same arguments, until one of them
 /// ends for good: the exit code is that one's.
 ///
 /// `fetched` are sockets of others, with their names, which the first server asks for.
 ///
+/// Where nobody has served for [`LASTING`] after a crash, `given_up` is called, once for each time.
+///
 /// SIGTERM and SIGINT stop it; SIGUSR2 has the executable take over that is now where this one was; SIGHUP is passed on, to
 /// have the configuration read again.
 ///
 /// # Errors
 /// The kernel refuses the first process.
-pub fn keep(fetched: Vec<(String, OwnedFd)>) -> io::Result<ExitCode> {
+pub fn keep(fetched: Vec<(String, OwnedFd)>, given_up: impl Fn() + Send + Sync + 'static) -> io::Result<ExitCode> {
     // Each socket of a service is a descriptor here too.
     getrlimit(Resource::RLIMIT_NOFILE).and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard)).ok();
     let runtime = Builder::new_current_thread().enable_all().build()?;
     let (news, heard) = unbounded_channel();
-    let code = runtime.block_on(async { Keeper::new(news, fetched)?.run(heard).await });
+    let code = runtime.block_on(async { Keeper::new(news, fetched, Arc::new(given_up))?.run(heard).await });
     // Threads that still listen to servers end with the process.
     runtime.shutdown_background();
     code.map(ExitCode::from)
 }
 
-#[derive(Debug)]
 struct Keeper {
     sockets: BTreeMap<String, OwnedFd>,
     arguments: Vec<OsString>,
@@ -95,6 +100,9 @@ struct Keeper {
     is_restarting: bool,
     /// Once it is to stop, or nobody serves any more.
     code: Option<u8>,
+    /// Until then somebody has to serve again, after a crash.
+    give_up_at: Option<Instant>,
+    given_up: Arc<dyn Fn() + Send + Sync>,
     news: UnboundedSender<(Pid, News)>,
 }
 
@@ -109,7 +117,11 @@ enum Served {
 }
 
 impl Keeper {
-    fn new(news: UnboundedSender<(Pid, News)>, fetched: Vec<(String, OwnedFd)>) -> io::Result<Self> {
+    fn new(
+        news: UnboundedSender<(Pid, News)>,
+        fetched: Vec<(String, OwnedFd)>,
+        given_up: Arc<dyn Fn() + Send + Sync>,
+    ) -> io::Result<Self> {
         let mut sockets = systemd::kept();
         // A socket unit's socket is older than the first server.
         let served = if sockets.keys().any(|name| name != CONTROL) { Served::Others } else { Served::Nobody };
@@ -132,6 +144,8 @@ impl Keeper {
             is_to_reload: false,
             is_restarting: false,
             code: None,
+            give_up_at: None,
+            given_up,
             news,
         })
     }
@@ -152,6 +166,11 @@ impl Keeper {
                 _ = reload.recv() => self.reload(),
                 () = sleep_until(self.restart_at.unwrap_or_else(Instant::now)), if self.restart_at.is_some() => {
                     self.start_again();
+                }
+                () = sleep_until(self.give_up_at.unwrap_or_else(Instant::now)), if self.give_up_at.is_some() => {
+                    self.give_up_at = None;
+                    let given_up = Arc::clone(&self.given_up);
+                    spawn_blocking(move || given_up());
                 }
             }
             if let Some(code) = self.code
@@ -202,6 +221,7 @@ impl Keeper {
             }
             Report::Ready => {
                 server.is_ready = true;
+                self.give_up_at = None;
                 if systemd::is_there() {
                     systemd::ready();
                 }
@@ -302,6 +322,7 @@ impl Keeper {
             return self.end_others();
         }
         self.crashed += 1;
+        self.give_up_at.get_or_insert(Instant::now() + LASTING);
         self.crash = Some(format!("pid {}: {}", server.pid, server.failure.unwrap_or_else(|| end_in_words(status))));
         let pause = if let Some(former) = self.former.take() {
             self.executable = former;

@@ -4,7 +4,11 @@ use super::{
     metrics::{Family, Metric, Number, Source, Values},
     text::Kind,
 };
-use crate::{api::FleetView, service::UpstreamState};
+use crate::{
+    announce::State,
+    api::{DrainState, FleetView},
+    service::UpstreamState,
+};
 
 const fn counter(name: &'static str, labels: &'static [&'static str], help: &'static str, values: Values) -> Family {
     Family { metric: Metric { name, kind: Kind::Counter, labels, help }, values }
@@ -132,6 +136,53 @@ pub(super) static FAMILIES: &[Family] = &[
         &[],
         "Addresses that keep their route for connections whose rule is gone",
         Values::One(|it| Some(it.sample.observed.status.draining.len().into())),
+    ),
+    gauge(
+        "anyport_drains",
+        &["state"],
+        "How much was drained by commands: it is being withdrawn (`withdrawing`), others learn of it (`waiting`), newcomers are refused (`refusing`)",
+        Values::Some(|it| {
+            let states = [
+                (DrainState::Withdrawing, "withdrawing"),
+                (DrainState::Waiting, "waiting"),
+                (DrainState::Refusing, "refusing"),
+            ];
+            let drained = &it.observed.status.drained;
+            let count = |state| drained.iter().filter(|it| it.state == state).count();
+            states.into_iter().map(|(state, label)| (vec![label.to_owned()], count(state).into())).collect()
+        }),
+    ),
+    gauge(
+        "anyport_announce_told",
+        &[],
+        "Whether the router has been told what is to be announced, where something is",
+        Values::One(|it| Some(it.sample.observed.status.announce.as_ref()?.told.into())),
+    ),
+    gauge(
+        "anyport_announce_prefixes",
+        &["state"],
+        "Prefixes that are `announced`, or not, since they are served but not for long enough (`held`), `unserved` or `drained`",
+        Values::Some(|it| {
+            let states = [
+                (State::Announced, "announced"),
+                (State::Held, "held"),
+                (State::Unserved, "unserved"),
+                (State::Drained, "drained"),
+            ];
+            let Some(announce) = &it.observed.status.announce else { return Vec::new() };
+            let count = |state| announce.prefixes.iter().filter(|it| it.state == state).count();
+            states.into_iter().map(|(state, label)| (vec![label.to_owned()], count(state).into())).collect()
+        }),
+    ),
+    counter(
+        "anyport_announce_changes_total",
+        &["change"],
+        "How often prefixes were `announced` and `withdrawn`",
+        Values::Some(|it| {
+            let Some(announce) = &it.observed.status.announce else { return Vec::new() };
+            let changes = [("announced", announce.announcements), ("withdrawn", announce.withdrawals)];
+            changes.into_iter().map(|(label, count)| (vec![label.to_owned()], Number::Whole(count))).collect()
+        }),
     ),
     gauge(
         "anyport_kernel_memory_bytes",

@@ -94,8 +94,9 @@ fn restrict_files(config: &Config) -> anyhow::Result<RulesetStatus> {
     // Its rights, and what kernels before Linux 6.2 lack of them is left out.
     const VERSION: ABI = ABI::V3;
     let writing = AccessFs::from_write(VERSION);
+    let announced = config.announce.as_ref().and_then(|announce| announce.file.parent());
     let own = [Some(lock::DIRECTORY.as_ref()), config.socket.parent(), Some(&*config.state_dir), Some(&*config.bpffs)];
-    let own: Vec<&Path> = own.into_iter().flatten().collect();
+    let own: Vec<&Path> = own.into_iter().chain([announced]).flatten().collect();
     // What is not there yet can't be allowed. Whoever needs it says what keeps it from being made.
     let has_pins = config.steering != Choice::Tproxy;
     for path in own.iter().filter(|path| has_pins || **path != config.bpffs) {

@@ -1,6 +1,7 @@
 //! From root to an ordinary user, once, before there is a second thread.
 
 use std::{
+    ffi::CString,
     fmt,
     fs::{self, File, OpenOptions},
     io::{self, ErrorKind},
@@ -13,7 +14,7 @@ use anyhow::{Context as _, bail};
 use nix::{
     mount::{MsFlags, mount},
     sched::{CloneFlags, unshare},
-    unistd::{self, Gid, Group, Uid, setgroups, setresgid, setresuid},
+    unistd::{self, Gid, Group, Uid, getgrouplist, setgroups, setresgid, setresuid},
 };
 use rustix::thread::{
     CapabilitySet, CapabilitySets, capabilities, configure_capability_in_ambient_set,
@@ -138,9 +139,14 @@ fn switch(Account { uid, gid }: Account) -> anyhow::Result<()> {
         remove_capability_from_bounding_set(capability).ok();
     }
     set_keep_capabilities(true)?;
-    // Whoever it is, it gives the control socket to that group.
+    // Whoever it is, it gives the control socket to that group. By others it may get to a router's socket.
     let control = Group::from_name(GROUP)?.map(|group| group.gid);
-    setgroups(&[Some(gid), control].into_iter().flatten().collect::<Vec<_>>())?;
+    let name = unistd::User::from_uid(uid)?.and_then(|user| CString::new(user.name).ok());
+    let others = name.map(|name| getgrouplist(&name, gid)).transpose()?.unwrap_or_default();
+    let mut groups: Vec<Gid> = [Some(gid), control].into_iter().flatten().chain(others).collect();
+    groups.sort_unstable_by_key(|group| group.as_raw());
+    groups.dedup();
+    setgroups(&groups)?;
     setresgid(gid, gid, gid)?;
     setresuid(uid, uid, uid)?;
     Ok(())

@@ -22,6 +22,12 @@ impl ServiceName {
         Self("~".into())
     }
 
+    /// Another one, for rules that are drained. Rules that are about to go come behind them.
+    #[cfg(feature = "daemon")]
+    pub(crate) fn drained() -> Self {
+        Self("|".into())
+    }
+
     /// The name as text.
     pub fn as_str(&self) -> &str {
         &self.0

@@ -73,6 +73,17 @@ pub type ForwardGuard = Arc<dyn Fn(Transport, IpAddr, SocketAddr) -> bool + Send
 /// Whether what was dialled is steered to the service that answers. Asked for each answer of an owner.
 pub type AnswerGuard = Arc<dyn Fn(Ends) -> bool + Send + Sync>;
 
+/// The queue of a listening socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Queue {
+    /// The kernel's name for the socket.
+    pub cookie: u64,
+    /// How many connections wait to be accepted.
+    pub waiting: u32,
+    /// How many have been so far, where that is known.
+    pub accepted: Option<u64>,
+}
+
 /// What all services of a daemon have in common.
 #[derive(Clone)]
 pub struct Commons {
@@ -172,6 +183,21 @@ impl Service {
     /// The upstreams of `forward`.
     pub fn upstreams(&self) -> Vec<UpstreamView> {
         self.forwarder.as_ref().map(|forwarder| forwarder.views()).unwrap_or_default()
+    }
+
+    /// Whether it is known by now which upstreams there are: each name has been asked for once.
+    pub fn knows_upstreams(&self) -> bool {
+        self.forwarder.as_ref().is_none_or(|forwarder| forwarder.is_resolved())
+    }
+
+    /// The queues of connections that wait to be accepted, of all listening sockets of which the kernel tells.
+    pub fn queues(&self) -> Vec<Queue> {
+        let queue = |(listener, site): (&Arc<Socket>, &Arc<Site>)| {
+            let cookie = listener.cookie().ok()?;
+            let waiting = sys::waiting(listener.as_fd()).ok()?;
+            Some(Queue { cookie, waiting, accepted: Some(site.counts.accepted.get()) })
+        };
+        self.listeners.iter().zip(&self.tcp).filter_map(queue).collect()
     }
 
     /// What does not work as it should.

@@ -35,6 +35,7 @@ const APPLIED: Series = Series { beginning: "applied-", end: ".rules" };
 const SET: Series = Series { beginning: "fleet-", end: ".set" };
 const COUNTERS: &str = "counters";
 const REGISTERED: &str = "registered.json";
+const DRAINS: &str = "drains.json";
 
 /// The state directory of a daemon.
 #[derive(Debug)]
@@ -119,6 +120,22 @@ pub struct KeptSocket {
     /// The process that was seen to hold it last.
     #[serde(default)]
     pub pid: u32,
+}
+
+/// Something that was drained: what steers to a service, what is steered inside of a prefix or, without both, the whole node.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct KeptDrain {
+    /// To which service.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub service: Option<ServiceName>,
+    /// Inside of which prefix.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub prefix: Option<Prefix>,
+    /// Seconds from the withdrawal to the first newcomer that is refused.
+    pub wait: u64,
+    /// Whether newcomers are refused by now.
+    pub is_refusing: bool,
 }
 
 /// The file with the sockets that were registered.
@@ -352,6 +369,30 @@ impl Store {
         let text = self.files.read(REGISTERED).unwrap_or_default();
         let file = serde_json::from_slice::<RegisteredFile>(&text).ok().filter(|file| file.boot == boot);
         file.map(|file| file.sockets).unwrap_or_default()
+    }
+
+    /// Keeps what is drained.
+    ///
+    /// # Errors
+    /// What could not be written; what was kept before still is.
+    pub fn save_drains(&self, drains: &[KeptDrain]) -> anyhow::Result<()> {
+        self.replace(DRAINS, &serde_json::to_vec_pretty(drains).context("write what is drained")?)
+    }
+
+    /// What is drained.
+    ///
+    /// # Errors
+    /// That can't be read: newcomers would be served that are to be refused.
+    pub fn drains(&self) -> anyhow::Result<Vec<KeptDrain>> {
+        let path = self.files.path(DRAINS);
+        let text = match self.files.read(DRAINS) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            text => text.with_context(|| format!("read {}", path.display()))?,
+        };
+        let path = path.display();
+        serde_json::from_slice(&text).with_context(|| {
+            format!("read {path}, which says what is drained; repair it, or serve everything: rm {path}")
+        })
     }
 
     fn replace(&self, name: &str, text: &[u8]) -> anyhow::Result<()> {

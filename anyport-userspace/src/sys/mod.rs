@@ -148,13 +148,25 @@ pub fn drops(socket: impl AsFd) -> io::Result<u32> {
     if failed == 0 { Ok(numbers[SK_MEMINFO_DROPS]) } else { Err(io::Error::last_os_error()) }
 }
 
-/// How long ago a TCP connection last sent data, to the jiffy (`TCP_INFO`, Linux 2.6). One that was accepted and has sent nothing
-/// counts from the end of its handshake (`tcp_create_openreq_child` in `net/ipv4/tcp_minisocks.c`, looked at in Linux 6.18): for as long
-/// it has waited to be accepted.
+/// How long ago a TCP connection last sent data, to the jiffy. One that was accepted and has sent nothing counts from the end of its
+/// handshake (`tcp_create_openreq_child` in `net/ipv4/tcp_minisocks.c`, looked at in Linux 6.18): for as long it has waited to be accepted.
 ///
 /// # Errors
 /// The kernel's error.
 pub fn time_since_sent(socket: impl AsFd) -> io::Result<Duration> {
+    Ok(Duration::from_millis(tcp_info(socket)?.tcpi_last_data_sent.into()))
+}
+
+/// How many connections wait at a listening socket to be accepted (`tcp_get_info` in `net/ipv4/tcp.c`, looked at in Linux 6.18).
+///
+/// # Errors
+/// The kernel's error.
+pub fn waiting(listener: impl AsFd) -> io::Result<u32> {
+    Ok(tcp_info(listener)?.tcpi_unacked)
+}
+
+/// `TCP_INFO` of tcp(7), Linux 2.6.
+fn tcp_info(socket: impl AsFd) -> io::Result<libc::tcp_info> {
     let mut info = std::mem::MaybeUninit::<libc::tcp_info>::zeroed();
     let mut length = libc::socklen_t::try_from(size_of_val(&info)).map_err(io::Error::other)?;
     // SAFETY: the kernel writes at most `length` bytes to the buffer, which is that long, and how many to `length`.
@@ -171,8 +183,7 @@ pub fn time_since_sent(socket: impl AsFd) -> io::Result<Duration> {
         return Err(io::Error::last_os_error());
     }
     // SAFETY: it consists of numbers, for which all zeros, or what the kernel wrote, are values.
-    let info = unsafe { info.assume_init() };
-    Ok(Duration::from_millis(info.tcpi_last_data_sent.into()))
+    Ok(unsafe { info.assume_init() })
 }
 
 /// Waits until every BPF program that runs now has ended.

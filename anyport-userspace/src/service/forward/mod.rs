@@ -136,17 +136,22 @@ impl Forwarder {
 
     /// A daemon that has just started may not have asked for the names yet.
     pub(super) async fn wait_for_names(&self) {
-        if !self.is_resolved.load(Relaxed) {
+        if !self.is_resolved() {
             let resolved = async {
                 let mut resolved = std::pin::pin!(self.resolved.notified());
                 resolved.as_mut().enable();
-                if !self.is_resolved.load(Relaxed) {
+                if !self.is_resolved() {
                     resolved.await;
                 }
             };
             // Without an answer the upstreams that are addresses have to do.
             timeout(self.config.connect_timeout.0, resolved).await.ok();
         }
+    }
+
+    /// Whether every name has been asked for once.
+    pub(super) fn is_resolved(&self) -> bool {
+        self.is_resolved.load(Relaxed)
     }
 
     /// What is known of the upstreams.

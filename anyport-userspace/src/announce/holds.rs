@@ -1,0 +1,242 @@
+//! When a prefix is announced, by how long it has been served. Pure.
+
+use std::{
+    collections::BTreeMap,
+    time::{Duration, Instant},
+};
+
+use serde::{Deserialize, Serialize};
+
+use crate::rules::Prefix;
+
+/// Each time that a prefix is withdrawn its hold-down is doubled, up to 32 times the first one. After so long without a break it begins
+/// anew.
+const MOST_DOUBLINGS: u32 = 5;
+
+/// Whether a prefix is served.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// It is.
+    Served,
+    /// It can't be known yet, so what was so before stays so.
+    Unknown,
+    /// It is not, and why.
+    Unserved(String),
+    /// It is not to be served.
+    Drained,
+}
+
+/// A prefix and whether it is served.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Judged {
+    /// Which one.
+    pub prefix: Prefix,
+    /// Whether it is.
+    pub verdict: Verdict,
+}
+
+/// All prefixes that may be announced.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Judgement {
+    /// Rises with each change.
+    pub number: u64,
+    /// Each once.
+    pub prefixes: Vec<Judged>,
+    /// How long a prefix has to be served without a break.
+    pub hold_down: Duration,
+}
+
+/// What becomes of a prefix.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum State {
+    /// It is announced.
+    Announced,
+    /// It is served, but not for long enough.
+    Held,
+    /// It is not served.
+    Unserved,
+    /// Somebody has drained it.
+    Drained,
+}
+
+/// What is known of a prefix.
+#[derive(Clone, Debug)]
+pub(super) struct Hold {
+    pub(super) state: State,
+    /// Since when.
+    pub(super) since: Instant,
+    /// Why it is not served, or was not before.
+    pub(super) why: Option<String>,
+    /// How often it was withdrawn since it was served for long.
+    withdrawals: u32,
+}
+
+/// What is known of all prefixes that may be announced.
+#[derive(Debug, Default)]
+pub(super) struct Holds {
+    prefixes: BTreeMap<Prefix, Hold>,
+    /// How many times prefixes were announced and withdrawn.
+    pub(super) announcements: u64,
+    pub(super) withdrawals: u64,
+}
+
+impl Hold {
+    fn new(state: State, now: Instant) -> Self {
+        Self { state, since: now, why: None, withdrawals: 0 }
+    }
+
+    /// When it may be announced, if it is served until then.
+    fn due(&self, hold_down: Duration) -> Instant {
+        self.since + hold_down * 2_u32.pow(self.withdrawals.saturating_sub(1).min(MOST_DOUBLINGS))
+    }
+
+    fn turn(&mut self, state: State, why: Option<String>, now: Instant) {
+        if self.state != state {
+            (self.state, self.since) = (state, now);
+        }
+        self.why = why;
+    }
+
+    fn judge(&mut self, verdict: &Verdict, hold_down: Duration, now: Instant) {
+        let is_announced = self.state == State::Announced;
+        match verdict {
+            Verdict::Unknown => {}
+            Verdict::Drained => self.turn(State::Drained, None, now),
+            Verdict::Unserved(why) => {
+                if is_announced {
+                    let is_long = now.duration_since(self.since) >= hold_down * 2_u32.pow(MOST_DOUBLINGS);
+                    self.withdrawals = if is_long { 1 } else { self.withdrawals.saturating_add(1) };
+                }
+                self.turn(State::Unserved, Some(why.clone()), now);
+            }
+            Verdict::Served if is_announced => {}
+            Verdict::Served => {
+                let why = self.why.take();
+                self.turn(State::Held, why, now);
+                if self.due(hold_down) <= now {
+                    self.turn(State::Announced, None, now);
+                }
+            }
+        }
+    }
+}
+
+impl Holds {
+    /// Where these were announced by a process before.
+    pub(super) fn of(announced: impl Iterator<Item = Prefix>, now: Instant) -> Self {
+        let prefixes = announced.map(|prefix| (prefix, Hold::new(State::Announced, now)));
+        Self { prefixes: prefixes.collect(), ..Self::default() }
+    }
+
+    /// Takes a judgement into account. Returns when to look at it again, should nothing else happen.
+    pub(super) fn judge(&mut self, judgement: &Judgement, now: Instant) -> Option<Instant> {
+        let Judgement { prefixes, hold_down, .. } = judgement;
+        let before = self.announced().count();
+        let mut former = std::mem::take(&mut self.prefixes);
+        let mut stay = 0;
+        for Judged { prefix, verdict } in prefixes {
+            let mut hold = former.remove(prefix).unwrap_or_else(|| Hold::new(State::Unserved, now));
+            let was_announced = hold.state == State::Announced;
+            hold.judge(verdict, *hold_down, now);
+            stay += usize::from(was_announced && hold.state == State::Announced);
+            self.prefixes.insert(*prefix, hold);
+        }
+        self.withdrawals += (before - stay) as u64;
+        self.announcements += (self.announced().count() - stay) as u64;
+        let held = self.prefixes.values().filter(|hold| hold.state == State::Held);
+        held.map(|hold| hold.due(*hold_down)).min()
+    }
+
+    pub(super) fn announced(&self) -> impl Iterator<Item = Prefix> {
+        self.prefixes.iter().filter(|(_, hold)| hold.state == State::Announced).map(|(prefix, _)| *prefix)
+    }
+
+    pub(super) fn iter(&self) -> impl Iterator<Item = (&Prefix, &Hold)> {
+        self.prefixes.iter()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, Instant};
+
+    use super::{Holds, Judged, Judgement, State, Verdict};
+
+    const HOLD_DOWN: Duration = Duration::from_secs(10);
+
+    /// One prefix, and what is said of it as seconds go by.
+    struct Story {
+        holds: Holds,
+        begin: Instant,
+    }
+
+    impl Story {
+        fn new(was_announced: bool) -> Self {
+            let begin = Instant::now();
+            let announced = was_announced.then(|| "192.0.2.0/24".parse().unwrap());
+            Self { holds: Holds::of(announced.into_iter(), begin), begin }
+        }
+
+        fn judge(&mut self, second: u64, verdict: Verdict) -> (State, Option<u64>) {
+            let prefixes = vec![Judged { prefix: "192.0.2.0/24".parse().unwrap(), verdict }];
+            let judgement = Judgement { number: second, prefixes, hold_down: HOLD_DOWN };
+            let again = self.holds.judge(&judgement, self.begin + Duration::from_secs(second));
+            let (_, hold) = self.holds.iter().next().unwrap();
+            (hold.state, again.map(|it| (it - self.begin).as_secs()))
+        }
+
+        fn served(&mut self, second: u64) -> (State, Option<u64>) {
+            self.judge(second, Verdict::Served)
+        }
+
+        fn fails(&mut self, second: u64) {
+            assert_eq!(self.judge(second, Verdict::Unserved("x".into())), (State::Unserved, None));
+        }
+    }
+
+    #[test]
+    fn what_is_served_for_long_enough_is_announced() {
+        let mut story = Story::new(false);
+        story.fails(0);
+        assert_eq!(story.served(5), (State::Held, Some(15)));
+        assert_eq!(story.served(14), (State::Held, Some(15)));
+        assert_eq!(story.served(15), (State::Announced, None));
+        story.fails(16);
+        assert_eq!((story.holds.announcements, story.holds.withdrawals), (1, 1));
+        assert_eq!(story.holds.announced().count(), 0);
+    }
+
+    #[test]
+    fn each_withdrawal_doubles_the_time_until_it_has_gone_well_for_long() {
+        let mut story = Story::new(true);
+        let mut now = 0;
+        for pause in [10, 20, 40, 80, 160, 320, 320] {
+            story.fails(now + 1);
+            now += 2;
+            assert_eq!(story.served(now), (State::Held, Some(now + pause)));
+            // A break while it is held is no withdrawal, but the time begins anew.
+            story.fails(now + 1);
+            now += 2;
+            assert_eq!(story.served(now), (State::Held, Some(now + pause)));
+            now += pause;
+            assert_eq!(story.served(now), (State::Announced, None));
+        }
+        story.fails(now + 320);
+        assert_eq!(story.served(now + 321), (State::Held, Some(now + 331)));
+    }
+
+    #[test]
+    fn what_was_announced_stays_so_until_something_is_known() {
+        let mut story = Story::new(true);
+        assert_eq!(story.judge(0, Verdict::Unknown), (State::Announced, None));
+        assert_eq!(story.served(1), (State::Announced, None));
+        assert_eq!(story.judge(2, Verdict::Drained), (State::Drained, None));
+        assert_eq!(story.served(3), (State::Held, Some(13)), "a drain is no failure");
+        let nothing = Judgement { number: 4, prefixes: Vec::new(), hold_down: HOLD_DOWN };
+        assert_eq!(story.holds.judge(&nothing, story.begin), None);
+        assert_eq!(story.holds.iter().count(), 0);
+        let mut unknown = Story::new(false);
+        assert_eq!(unknown.judge(0, Verdict::Unknown), (State::Unserved, None));
+    }
+}

@@ -1,0 +1,17 @@
+//! Which prefixes the site's router tells others of: those that are served, for as long as they are.
+//!
+//! The engine judges once a second, and whenever something happens, which prefixes are served and why others are not ([`Judgement`]). The
+//! announcer, a task of its own, holds prefixes down that come back, writes those that are to be announced into a file, and has the router
+//! read it. It may wait for the router; nobody waits for it but a drain and the daemon's end. BGP is the router's business.
+
+mod announcer;
+mod bird;
+mod config;
+mod file;
+mod holds;
+
+pub use self::{
+    announcer::{Announcer, withdraw_after_stop, withdraw_all},
+    config::{Announce, Format, Needs},
+    holds::{Judged, Judgement, State, Verdict},
+};

@@ -1,0 +1,340 @@
+//! What is served, for those who announce it.
+
+use std::{
+    collections::{BTreeSet, HashMap, hash_map::Entry},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use anyport_common::flow::Transport;
+
+use super::{Engine, Running, drain::Drains, register::KINDS};
+use crate::{
+    announce::{Announce, Announcer, Judged, Judgement, Needs, Verdict},
+    rules::{Prefix, PrefixRules, Protocol, ServiceName},
+    service::{HandlerKind, Queue, UpstreamState},
+    text::list_of,
+};
+
+/// A queue in which somebody has waited at each look for so long, and which nobody has left, does not move.
+const STUCK: Duration = Duration::from_secs(3);
+/// More prefixes of rules than this are not announced.
+const MAX_PREFIXES: usize = 65_536;
+
+/// What is needed to judge what is served.
+#[derive(Debug, Default)]
+pub(super) struct Served {
+    /// Whom the prefixes that may be announced need, as long as nothing has changed.
+    needs: Option<(u64, Needed)>,
+    /// Whether there are more prefixes than are announced.
+    is_cut: bool,
+    /// Of the daemon's own listening sockets.
+    own: Queues,
+    /// Of those that were registered.
+    pub(super) registered: Queues,
+}
+
+/// Whom each prefix needs.
+type Needed = Vec<(Prefix, BTreeSet<Need>)>;
+
+/// A place of a service at which packets of a prefix arrive.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Need {
+    service: ServiceName,
+    /// As in [`KINDS`].
+    place: usize,
+    is_drained: bool,
+}
+
+/// Queues of listening sockets, by cookie.
+#[derive(Debug, Default)]
+pub(super) struct Queues(HashMap<u64, Watched>);
+
+#[derive(Debug)]
+struct Watched {
+    queue: Queue,
+    /// When it was empty, or somebody had left it.
+    moved: Instant,
+}
+
+impl Queues {
+    /// Takes a look at all of them into account.
+    pub(super) fn look(&mut self, queues: impl Iterator<Item = Queue>, now: Instant) {
+        let mut former = std::mem::take(&mut self.0);
+        let watch = |queue: Queue| {
+            let moved = match former.remove(&queue.cookie) {
+                Some(before) if !queue.has_moved_since(&before.queue) => before.moved,
+                _ => now,
+            };
+            (queue.cookie, Watched { queue, moved })
+        };
+        self.0 = queues.map(watch).collect();
+    }
+
+    /// Why this one does not move, if it does not.
+    fn stuck(&self, cookie: u64, now: Instant) -> Option<String> {
+        let Watched { queue, moved } = self.0.get(&cookie)?;
+        let is_stuck = now.duration_since(*moved) >= STUCK;
+        is_stuck.then(|| {
+            let socket = queue.cookie;
+            format!("connections wait at its socket {socket}, and none has been accepted for {} s", STUCK.as_secs())
+        })
+    }
+}
+
+impl Queue {
+    /// Where nobody counts, it is seen to move when it is shorter than before.
+    fn has_moved_since(&self, before: &Self) -> bool {
+        self.waiting == 0
+            || match (self.accepted, before.accepted) {
+                (Some(now), Some(before)) => now != before,
+                _ => self.waiting < before.waiting,
+            }
+    }
+}
+
+impl Engine {
+    /// Goes on with what is announced, if something is to be.
+    pub(super) fn start_announcing(&mut self) {
+        if let Some(announce) = &self.config.announce {
+            self.announcer = Some(Announcer::start(announce, &self.commons.control, Arc::clone(&self.owner_exits)));
+            self.judge();
+        }
+    }
+
+    /// Withdraws everything that is announced, before nobody is there to serve it.
+    pub async fn withdraw(&self) {
+        if let Some(announcer) = &self.announcer {
+            announcer.withdraw().await;
+        }
+    }
+
+    /// Forgets what the prefixes need, since that has changed.
+    pub(super) fn forget_needs(&mut self) {
+        self.served.needs = None;
+    }
+
+    /// Has announced what is served now. Returns the number of this judgement, if somebody announces.
+    pub(super) fn judge(&mut self) -> Option<u64> {
+        let announce = self.config.announce.clone()?;
+        self.announcer.as_ref()?;
+        if self.served.needs.as_ref().is_none_or(|(generation, _)| *generation != self.generation) {
+            let mut needs = self.needs(&announce);
+            self.served.is_cut = needs.len() > MAX_PREFIXES;
+            needs.truncate(MAX_PREFIXES);
+            self.served.needs = Some((self.generation, needs));
+        }
+        let now = Instant::now();
+        let (_, needs) = self.served.needs.as_ref()?;
+        let names: BTreeSet<_> = needs.iter().flat_map(|(_, needs)| needs).map(|need| &need.service).collect();
+        let services = names.into_iter().filter_map(|name| self.services.get(name));
+        let queues: Vec<Queue> = services.flat_map(|running| running.service.queues()).collect();
+        self.served.own.look(queues.into_iter(), now);
+        let (_, needs) = self.served.needs.as_ref()?;
+        let mut known = HashMap::new();
+        let prefixes = needs.iter().map(|(prefix, needs)| {
+            let verdict = self.verdict(prefix, needs, announce.needs, &mut known, now);
+            Judged { prefix: *prefix, verdict }
+        });
+        let judgement = Judgement { number: 0, prefixes: prefixes.collect(), hold_down: announce.hold_down.0 };
+        Some(self.announcer.as_ref()?.judge(judgement))
+    }
+
+    /// What `status` says of announcing.
+    pub(super) fn announcing_degraded(&self) -> impl Iterator<Item = String> {
+        let complaint = self.announcer.as_ref().and_then(Announcer::complaint);
+        let cut = || format!("there are more than {MAX_PREFIXES} prefixes to announce, the rest is not announced");
+        complaint.map(|it| format!("announcing: {it}")).into_iter().chain(self.served.is_cut.then(cut))
+    }
+
+    /// The prefixes that may be announced, and what each of them needs.
+    fn needs(&self, announce: &Announce) -> Needed {
+        let Announce { prefixes, rules_within, .. } = announce;
+        let mut all: HashMap<Prefix, BTreeSet<Need>> = HashMap::new();
+        for prefix in prefixes {
+            let overlapping = self.rules.around(*prefix).filter(|(outer, _)| outer != prefix);
+            let needs = all.entry(*prefix).or_default();
+            overlapping
+                .chain(self.rules.within(*prefix))
+                .for_each(|(at, rules)| add_needs(at, rules, &self.drains, needs));
+        }
+        for (prefix, rules) in rules_within.iter().flat_map(|within| self.rules.within(*within)) {
+            if let Entry::Vacant(place) = all.entry(prefix) {
+                add_needs(prefix, rules, &self.drains, place.insert(BTreeSet::new()));
+            }
+        }
+        let mut needs: Vec<_> = all.into_iter().collect();
+        needs.sort_unstable_by_key(|(prefix, _)| *prefix);
+        needs
+    }
+
+    fn verdict<'a>(
+        &'a self,
+        prefix: &Prefix,
+        needs: &'a BTreeSet<Need>,
+        policy: Needs,
+        known: &mut HashMap<(&'a ServiceName, usize), Verdict>,
+        now: Instant,
+    ) -> Verdict {
+        let is_drained = match policy {
+            Needs::All => needs.iter().any(|need| need.is_drained),
+            Needs::Any => !needs.is_empty() && needs.iter().all(|need| need.is_drained),
+        };
+        if is_drained {
+            return Verdict::Drained;
+        }
+        if let Some(why) = self.unsteered(prefix) {
+            return Verdict::Unserved(why);
+        }
+        let verdicts = needs.iter().filter(|need| !need.is_drained).map(|Need { service, place, .. }| {
+            known.entry((service, *place)).or_insert_with(|| self.verdict_of(service, *place, now)).clone()
+        });
+        combined(verdicts, policy)
+    }
+
+    /// Why the kernel may not steer what is steered of a prefix.
+    fn unsteered(&self, prefix: &Prefix) -> Option<String> {
+        let lost = || self.mends.lost_steering().map(|what| format!("{what} is gone"));
+        let is_missing = |block: &&Prefix| block.is_within(prefix) || prefix.is_within(block);
+        let missing = || {
+            let block = self.routes_look.missing().iter().find(is_missing)?;
+            Some(format!("the local route to {block} is gone"))
+        };
+        self.broken.clone().or_else(lost).or_else(missing)
+    }
+
+    /// Whether somebody serves what arrives at this place of a service.
+    fn verdict_of(&self, name: &ServiceName, place: usize, now: Instant) -> Verdict {
+        let Some(running) = self.services.get(name) else {
+            return Verdict::Unserved(format!("there is no service {name}"));
+        };
+        let config = running.service.config();
+        if config.handler != HandlerKind::Registered {
+            return serves(running, place, &self.served.own, now);
+        }
+        if let Some(socket) = self.registered.get(name).and_then(|it| it.live[place].as_ref()) {
+            let stuck = self.served.registered.stuck(socket.cookie, now);
+            return stuck.map_or(Verdict::Served, |why| Verdict::Unserved(format!("service {name}: {why}")));
+        }
+        match config.fallback.as_ref().and_then(|fallback| self.services.get(fallback)) {
+            Some(fallback) => serves(fallback, place, &self.served.own, now),
+            None => Verdict::Unserved(no_socket(name, place)),
+        }
+    }
+}
+
+fn add_needs(prefix: Prefix, rules: &PrefixRules, drains: &Drains, needs: &mut BTreeSet<Need>) {
+    for held in rules {
+        let is_drained = drains.include(&prefix, &held.terms);
+        for transport in held.terms.protocol.transports() {
+            let place = usize::from(*transport == Transport::Udp) + if prefix.is_ipv4() { 0 } else { 2 };
+            needs.insert(Need { service: held.terms.service.clone(), place, is_drained });
+        }
+    }
+}
+
+/// Of a service with sockets of its own.
+fn serves(running: &Running, place: usize, queues: &Queues, now: Instant) -> Verdict {
+    let (service, name) = (&running.service, &running.service.config().name);
+    if service.groups()[place].is_none() {
+        return Verdict::Unserved(no_socket(name, place));
+    }
+    let (family, transport) = KINDS[place];
+    let of_place = service.sockets().iter().filter(|it| it.family == family && it.protocol == transport.into());
+    if let Some(why) = of_place.filter(|_| transport == Transport::Tcp).find_map(|it| queues.stuck(it.cookie, now)) {
+        return Verdict::Unserved(format!("service {name}: {why}"));
+    }
+    if service.config().handler == HandlerKind::Forward {
+        if !service.knows_upstreams() {
+            return Verdict::Unknown;
+        }
+        if service.upstreams().iter().all(|it| it.state != UpstreamState::Up) {
+            return Verdict::Unserved(format!("service {name} has no upstream that is up"));
+        }
+    }
+    Verdict::Served
+}
+
+fn no_socket(name: &ServiceName, place: usize) -> String {
+    let (family, transport) = KINDS[place];
+    format!("service {name} has no live socket for {} over {family}", Protocol::from(transport))
+}
+
+/// Out of the verdicts about all that a prefix needs.
+fn combined(verdicts: impl Iterator<Item = Verdict>, policy: Needs) -> Verdict {
+    let (mut served, mut is_unknown, mut reasons) = (0, false, Vec::new());
+    for verdict in verdicts {
+        match verdict {
+            Verdict::Served => served += 1,
+            Verdict::Unserved(why) if !reasons.contains(&why) => reasons.push(why),
+            Verdict::Unserved(_) => {}
+            Verdict::Unknown | Verdict::Drained => is_unknown = true,
+        }
+    }
+    match policy {
+        Needs::Any if served > 0 => Verdict::Served,
+        Needs::All if !reasons.is_empty() => Verdict::Unserved(list_of(&reasons)),
+        _ if is_unknown => Verdict::Unknown,
+        _ if !reasons.is_empty() => Verdict::Unserved(list_of(&reasons)),
+        _ if served > 0 => Verdict::Served,
+        _ => Verdict::Unserved("no rule steers any of it".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, Instant};
+
+    use super::{Needs, Queue, Queues, Verdict, combined};
+
+    fn unserved(why: &str) -> Verdict {
+        Verdict::Unserved(why.to_owned())
+    }
+
+    #[test]
+    fn all_rules_have_to_be_served_or_any() {
+        use Verdict::{Served, Unknown};
+        let none = unserved("no rule steers any of it");
+        for (verdicts, all, any) in [
+            (vec![], none.clone(), none),
+            (vec![Served], Served, Served),
+            (vec![Served, unserved("a")], unserved("a"), Served),
+            (vec![Served, Unknown], Unknown, Served),
+            (vec![Unknown, unserved("a")], unserved("a"), Unknown),
+            (vec![unserved("a"), unserved("b"), unserved("a")], unserved("a, b"), unserved("a, b")),
+        ] {
+            let both = [Needs::All, Needs::Any].map(|policy| combined(verdicts.clone().into_iter(), policy));
+            assert_eq!(both, [all, any], "{verdicts:?}");
+        }
+    }
+
+    #[test]
+    fn a_queue_moves_when_somebody_leaves_it() {
+        let begin = Instant::now();
+        let mut queues = Queues::default();
+        let mut look = |second: u64, waiting, accepted| {
+            let now = begin + Duration::from_secs(second);
+            queues.look([Queue { cookie: 7, waiting, accepted }].into_iter(), now);
+            queues.stuck(7, now).is_some()
+        };
+        for (second, waiting, accepted, is_stuck) in [
+            (0, 5, Some(1), false),
+            (2, 9, Some(2), false),
+            (4, 9, Some(2), false),
+            (5, 9, Some(2), true),
+            (6, 0, Some(2), false),
+            (8, 1, Some(2), false),
+            (9, 1, Some(2), true),
+            (10, 1, Some(3), false),
+            // Nobody counts.
+            (11, 4, None, false),
+            (13, 3, None, false),
+            (15, 3, None, false),
+            (16, 4, None, true),
+            (17, 3, None, false),
+        ] {
+            assert_eq!(look(second, waiting, accepted), is_stuck, "second {second}");
+        }
+        assert!(queues.stuck(8, begin).is_none());
+    }
+}
