@@ -222,11 +222,15 @@ fn follow(back_end: &'static str) {
 
 fn refuse() {
     let fleet = Fleet::new(2);
-    let limited = fleet.setup(0, "sk-lookup", "max-removal = 50\n[daemon]\nmax-rules = 4\n").start();
+    let limited = fleet
+        .setup(0, "sk-lookup", "max-removal = 50\n[daemon]\nmax-rules = 4\nmetrics = \"127.0.0.1:9464\"\n")
+        .start();
     let other = fleet.node(1);
     fleet.publish("192.0.2.0/26\n192.0.2.64/26\n192.0.2.128/26\n");
     let both = [(0, &limited), (1, &other)];
-    both.iter().for_each(|(node, daemon)| fleet.wait_until_current(*node, daemon));
+    for (node, daemon) in both {
+        fleet.wait_until_current(node, daemon);
+    }
     let published = |text: &str, why: &str| {
         fleet.publish(text);
         fleet.wait_until_current(1, &other);
@@ -240,6 +244,17 @@ fn refuse() {
         steers(&fleet.hosts[0], "192.0.2.3");
     };
     published("192.0.2.0/26\n", "max-removal allows 50 %");
+    let expected = [
+        "anyport_fleet_sequence 1",
+        "anyport_fleet_seen_sequence 2",
+        "anyport_fleet_refused 1",
+        "anyport_fleet_connected 1",
+    ];
+    wait_for("metrics of it", LIMIT, || {
+        let metrics = fleet.hosts[0].run("curl", ["--silent", "http://127.0.0.1:9464/metrics"]);
+        let has_all = expected.iter().all(|it| metrics.lines().any(|line| line == *it));
+        if has_all && metrics.contains("anyport_fleet_info{ring=\"main\",node=\"n0\"") { Ok(()) } else { Err(metrics) }
+    });
     published("192.0.2.0/27\n192.0.2.64/26\n192.0.2.128/26\n192.0.2.32/27\n198.51.100.64/26\n", "the limit is 4");
     limited.ok("add-prefix 192.0.2.0/26 --ports 80 --service default");
     published(

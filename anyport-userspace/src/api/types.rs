@@ -128,6 +128,9 @@ pub struct Applied {
     pub unchanged: usize,
     /// Rules of the configuration that stay beside those of the file.
     pub kept_of_config: usize,
+    /// Rules of the fleet that stay beside those of the file.
+    #[serde(default)]
+    pub kept_of_fleet: usize,
     /// Rules that were added by hand and stay beside those of the file.
     pub kept_added: usize,
     /// Services that come (`+ name`), go (`- name`) or get other settings (`~ name`).

@@ -91,7 +91,7 @@ async fn show_progress(client: &Client) -> std::convert::Infallible {
 fn describe(answer: &Applied, prune: bool) -> String {
     let mut lines: Vec<String> = answer.services.iter().map(|service| format!("  service {service}")).collect();
     lines.extend(answer.difference.iter().map(|rule| format!("  {rule}")));
-    let Applied { added, removed, unchanged, kept_of_config, kept_added, generation, .. } = answer;
+    let Applied { added, removed, unchanged, kept_of_config, kept_of_fleet, kept_added, generation, .. } = answer;
     let counts = format!("{added} to add, {removed} to remove, {unchanged} unchanged");
     lines.push(if answer.dry_run {
         format!("plan: {counts}; nothing was changed")
@@ -102,6 +102,9 @@ fn describe(answer: &Applied, prune: bool) -> String {
     });
     if *kept_of_config > 0 {
         lines.push(format!("note: {kept_of_config} rules of the configuration stay beside these"));
+    }
+    if *kept_of_fleet > 0 {
+        lines.push(format!("note: {kept_of_fleet} rules of the fleet stay beside these"));
     }
     if *kept_added > 0 && !prune {
         lines.push(format!("note: {kept_added} rules that were added by hand stay beside these; --prune removes them"));

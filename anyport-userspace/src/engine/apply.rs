@@ -436,6 +436,8 @@ impl Applied {
         for held in rules.iter().filter(|it| !it.origins.contains(origin)) {
             if held.origins.contains(Origin::Config) {
                 self.kept_of_config += 1;
+            } else if held.origins.contains(Origin::Fleet) {
+                self.kept_of_fleet += 1;
             } else {
                 self.kept_added += 1;
             }
