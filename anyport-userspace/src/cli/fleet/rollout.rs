@@ -288,6 +288,14 @@ fn judge(watched: &Watched, ring: &Ring, sequence: u64) -> Verdict {
     if pointer.is_none_or(|it| it.sequence != sequence) {
         return Verdict::Overtaken;
     }
+    // Also those that came later. A node that refuses is degraded for that, and this says why.
+    let mut refusals = ring.nodes.iter().filter_map(|Node { name, report, .. }| {
+        let refused = report.as_ref()?.refused.as_ref().filter(|it| it.sequence == sequence)?;
+        Some(format!("the node {name} refuses it: {}", refused.error))
+    });
+    if let Some(refusal) = refusals.next() {
+        return Verdict::Worse(refusal);
+    }
     let mut applied = 0;
     for (name, health) in watched {
         let report = ring.nodes.iter().find(|it| it.name == *name).and_then(|it| it.report.as_ref());
@@ -299,12 +307,7 @@ fn judge(watched: &Watched, ring: &Ring, sequence: u64) -> Verdict {
         }
         applied += usize::from(NodeState::of(pointer, Some(report)) == NodeState::Current);
     }
-    // Those that came later may refuse it, too.
-    let refused = ring.nodes.iter().filter_map(|Node { name, report, .. }| {
-        let refused = report.as_ref()?.refused.as_ref().filter(|it| it.sequence == sequence)?;
-        Some(format!("the node {name} refuses it: {}", refused.error))
-    });
-    refused.into_iter().next().map_or(Verdict::Well { applied }, Verdict::Worse)
+    Verdict::Well { applied }
 }
 
 #[cfg(test)]
@@ -356,6 +359,7 @@ mod tests {
             (None, "does not report"),
             (Some(degraded.clone()), "degraded: why"),
             (Some(Report { refused: refused.clone(), ..report("n0", 1) }), "refuses it: why not"),
+            (Some(Report { refused: refused.clone(), ..degraded.clone() }), "refuses it: why not"),
         ] {
             let Verdict::Worse(why) = verdict(worse) else { panic!("{wanted}") };
             assert!(why.contains(wanted), "{why}");
