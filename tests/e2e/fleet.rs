@@ -4,6 +4,7 @@ mod changes;
 mod clusters;
 mod nodes;
 mod operator;
+mod real;
 mod secured;
 
 use libtest_mimic::Trial;
@@ -13,6 +14,7 @@ pub(crate) fn trials() -> Vec<Trial> {
     trials.extend(changes::trials());
     trials.extend(clusters::trials());
     trials.extend(nodes::trials());
+    trials.extend(real::trials());
     trials.extend(secured::trials());
     trials
 }

@@ -35,7 +35,7 @@ use crate::cases::{at, on_each_back_end, trial};
 
 const LIMIT: Duration = Duration::from_secs(20);
 /// Where etcd is, from everywhere.
-const ETCD: &str = "198.51.100.9";
+pub(crate) const ETCD: &str = "198.51.100.9";
 
 pub(crate) fn trials() -> Vec<Trial> {
     let mut trials = Vec::new();
@@ -112,7 +112,7 @@ impl Fleet {
 }
 
 /// A namespace with etcd's address, and hosts with a cable to it.
-fn backbone(hosts: usize) -> (Netns, Vec<Netns>) {
+pub(crate) fn backbone(hosts: usize) -> (Netns, Vec<Netns>) {
     let backbone = Netns::new();
     backbone.ip(&format!("address add {ETCD}/32 dev lo"));
     let join = |number: usize| {
@@ -146,7 +146,7 @@ fn wait_until_refused(daemon: &Daemon, why: &str) {
     assert!(degraded.contains(why), "{degraded}");
 }
 
-fn steers(host: &Netns, address: &str) {
+pub(crate) fn steers(host: &Netns, address: &str) {
     host.enter(|| expect_tcp_hello(at(address, 4_321)));
 }
 
@@ -157,7 +157,7 @@ fn exchange(stream: &mut TcpStream) {
     assert_eq!(&answer, b"ping");
 }
 
-fn does_not_steer(host: &Netns, address: &str) {
+pub(crate) fn does_not_steer(host: &Netns, address: &str) {
     host.enter(|| expect_tcp_refused(at(address, 4_321)));
 }
 

@@ -75,6 +75,7 @@ async fn follow(settings: &ConnectionSettings, ring: Name, node: Name, ended: &A
         node,
         ring,
         sequence: 0,
+        seen: 0,
         set: None,
         revision: 0,
         generation: 1,
@@ -103,7 +104,7 @@ async fn follow(settings: &ConnectionSettings, ring: Name, node: Name, ended: &A
         if !is_bad {
             (report.sequence, report.set, report.since) = (sequence, Some(set), Time::now());
         }
-        report.revision = seen.revision;
+        (report.revision, report.seen) = (seen.revision, sequence);
         source.report(report.clone());
     }
 }
