@@ -263,7 +263,7 @@ fn refuse() {
         "contradicts",
     );
     // It is safe for the other node, which has no such address.
-    published("203.0.113.0/30\n192.0.2.0/26\n192.0.2.64/26\n192.0.2.128/26\n", "refused for safety");
+    published("203.0.113.0/30\n192.0.2.0/26\n192.0.2.64/26\n", "refused for safety");
     let not_tried_again = fleet_generation(&limited);
     let text = fs::read_to_string(fleet.files.path().join("n0.toml")).expect("the configuration");
     fleet.file("n0.toml", &text.replace("max-removal = 50\n", ""));
