@@ -160,7 +160,11 @@ impl Client {
             .header("content-type", "application/json")
             .body(Full::new(body))
             .map_err(|error| self.broken(&error))?;
-        let response = sender.send_request(request).await.map_err(|error| self.broken(&error))?;
+        let response = match sender.send_request(request).await {
+            // It was never sent: the daemon had closed the connection.
+            Err(error) if error.is_canceled() => return Err(Problem { kind: Kind::Stopping, ..self.broken(&error) }),
+            response => response.map_err(|error| self.broken(&error))?,
+        };
         let status = response.status();
         if status.is_success() {
             return Ok(response.into_body());

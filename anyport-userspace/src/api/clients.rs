@@ -18,7 +18,7 @@ use hyper_util::{
     service::TowerToHyperService,
 };
 use nix::unistd::Uid;
-use tokio::{net::UnixStream, sync::watch};
+use tokio::{net::UnixStream, sync::watch, time::timeout};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{debug, warn};
 
@@ -30,6 +30,8 @@ const PER_USER: usize = 64;
 const OF_OTHERS: usize = 512;
 /// How long a connection may be there before the head of its next request is complete.
 const HEAD_TIME: Duration = Duration::from_secs(15);
+/// How long a client that has just come has for its first request when the daemon stops. It is answered like others then, be it with that.
+const FIRST_TIME: Duration = Duration::from_secs(1);
 /// What a head may have, in bytes.
 const LARGEST_HEAD: usize = 64 << 10;
 /// For who can't have a connection, since all of that user's carry requests at this moment.
@@ -58,6 +60,7 @@ struct Entry {
 #[derive(Clone, Debug, Default)]
 pub(super) struct Client {
     under_way: Arc<AtomicUsize>,
+    has_asked: CancellationToken,
     close: CancellationToken,
 }
 
@@ -67,6 +70,7 @@ pub(super) struct Busy(Arc<AtomicUsize>);
 impl Client {
     pub(super) fn busy(&self) -> Busy {
         self.under_way.fetch_add(1, Relaxed);
+        self.has_asked.cancel();
         Busy(Arc::clone(&self.under_way))
     }
 }
@@ -98,8 +102,11 @@ impl Clients {
         tasks.spawn(async move {
             let _admitted = admitted;
             let mut connection = pin!(connection);
-            // The sender goes only with the daemon itself.
-            let stopped = async { drop(stop.wait_for(|stop| *stop).await) };
+            let stopped = async {
+                // The sender goes only with the daemon itself.
+                drop(stop.wait_for(|stop| *stop).await);
+                timeout(FIRST_TIME, client.has_asked.cancelled()).await.ok();
+            };
             let ended = tokio::select! {
                 ended = connection.as_mut() => ended,
                 () = client.close.cancelled() => return,
