@@ -5,7 +5,7 @@ use std::{env, fs, path::PathBuf};
 
 use anyhow::Context as _;
 use anyport::{cli::Cli, config::Options};
-use clap::CommandFactory as _;
+use clap::{Command, CommandFactory as _};
 use clap_complete::Shell;
 use clap_mangen::Man;
 
@@ -20,7 +20,7 @@ fn main() -> anyhow::Result<()> {
         let mut command = command.disable_help_subcommand(true);
         // Names the verbs' pages, such as anyportctl-add-prefix.8.
         command.build();
-        for page in command.get_subcommands().chain([&command]) {
+        for page in with_verbs(&command) {
             let page = Man::new(page.clone()).section("8");
             page.generate_to(&manual).with_context(|| format!("write {}", page.get_filename()))?;
         }
@@ -30,4 +30,10 @@ fn main() -> anyhow::Result<()> {
         }
     }
     Ok(())
+}
+
+/// A command, its verbs, and theirs.
+fn with_verbs(command: &Command) -> Vec<&Command> {
+    let verbs = command.get_subcommands().flat_map(with_verbs);
+    [command].into_iter().chain(verbs).collect()
 }

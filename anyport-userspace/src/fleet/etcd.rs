@@ -340,9 +340,12 @@ impl Etcd {
         Ok(removed)
     }
 
-    /// Removes a set, unless any ring or the set has changed since a revision. Whoever is about to point to it compares the
-    /// revision of its manifest.
-    async fn remove_unless_changed(&self, hash: &Hash, since: i64) -> Result<bool, Problem> {
+    /// Removes a set, unless any ring or the set has changed since a revision, and returns whether it did. Whoever is about to point
+    /// to it compares the revision of its manifest.
+    ///
+    /// # Errors
+    /// etcd does not answer.
+    pub async fn remove_unless_changed(&self, hash: &Hash, since: i64) -> Result<bool, Problem> {
         let set = self.keys.set(hash);
         let end = format!("{set}0");
         let unchanged = |key: &str| Compare::mod_revision(key, CompareOp::Less, since + 1);

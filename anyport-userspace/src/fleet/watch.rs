@@ -58,7 +58,7 @@ impl EtcdSource {
         self.watch = None;
         let (pointer, revision) = self.etcd.pointer(&self.ring).await?;
         self.known = revision;
-        self.tell(&pointer);
+        self.tell(pointer.as_ref());
         Ok(pointer)
     }
 
@@ -91,13 +91,13 @@ impl EtcdSource {
             let Some(event) = answer.events().last() else { continue };
             let Some(entry) = event.kv() else { continue };
             let pointer = if event.event_type() == EventType::Put { Some(read_pointer(entry)?) } else { None };
-            self.tell(&pointer);
+            self.tell(pointer.as_ref());
             return Ok(pointer);
         }
     }
 
-    fn tell(&mut self, pointer: &Option<Seen<Pointer>>) {
-        self.told.clone_from(pointer);
+    fn tell(&mut self, pointer: Option<&Seen<Pointer>>) {
+        self.told = pointer.cloned();
         self.has_told = true;
     }
 

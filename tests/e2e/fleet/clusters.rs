@@ -144,9 +144,14 @@ fn second() {
         let now = client.ring(&ring).await.expect("a ring");
         let gone = client.swap(&now, &pointer(&ring, 2, two.hash, "second"), other).await.expect("an answer");
         assert!(matches!(gone, Swapped::SetGone), "{gone:?}");
+        let (_, before_stored) = client.pointer(&ring).await.expect("an answer");
         let stored = client.store(&two, &mut |_, _| ()).await.expect("a set");
+        let (_, before_used) = client.pointer(&ring).await.expect("an answer");
+        let kept = async |since| !client.remove_unless_changed(&two.hash, since).await.expect("an answer");
+        assert!(kept(before_stored).await, "what was stored since is removed");
         let done = client.swap(&now, &pointer(&ring, 2, two.hash, "second"), stored).await.expect("an answer");
         assert!(matches!(done, Swapped::Done(_)), "{done:?}");
+        assert!(kept(before_used).await, "what is pointed to since is removed");
         assert_eq!(client.remove_unused_sets().await.expect("an answer"), 0);
         assert_eq!(client.set(&one.hash).await.expect("a set"), "192.0.2.1\n");
     });

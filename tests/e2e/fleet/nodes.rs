@@ -38,7 +38,7 @@ const HEAVY: &str = "203.0.113.77";
 const SLOW: &str = "203.0.113.88";
 
 /// A node that follows its ring, and has no rules. Gone when dropped.
-struct Node {
+pub(super) struct Node {
     ended: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
@@ -46,6 +46,10 @@ struct Node {
 impl Node {
     fn start(namespace: &Netns, etcd: &Etcd, ring: &str, node: &str) -> Self {
         let settings = ConnectionSettings { etcd: vec![etcd.urls()], ..ConnectionSettings::default() };
+        Self::start_as(namespace, ring, node, settings)
+    }
+
+    pub(super) fn start_as(namespace: &Netns, ring: &str, node: &str, settings: ConnectionSettings) -> Self {
         let (ring, node): (Name, Name) = (ring.parse().expect("a name"), node.parse().expect("a name"));
         let ended = Arc::new(AtomicBool::new(false));
         let (namespace, until) = (namespace.clone(), Arc::clone(&ended));

@@ -1,11 +1,13 @@
 //! TLS with certificates on both sides, a user with a password, and signatures.
 
-use anyport::fleet::{layout::Pointer, signing::PublicKeys};
-use anyport_tests::{etcd::Etcd, netns::Netns};
+use std::{path::PathBuf, time::Duration};
+
+use anyport::fleet::{layout::Pointer, settings::ConnectionSettings, signing::PublicKeys};
+use anyport_tests::{etcd::Etcd, ground::scratch, host::wait_for, netns::Netns};
 use libtest_mimic::Trial;
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair, PKCS_ED25519};
 
-use super::operator::Operator;
+use super::{nodes::Node, operator::Operator};
 use crate::{cases::trial, control::contains};
 
 pub(super) fn trials() -> Vec<Trial> {
@@ -33,7 +35,7 @@ impl Authority {
 
 fn secured() {
     let namespace = Netns::new();
-    let files = Operator { namespace: namespace.clone(), options: Vec::new(), files: anyport_tests::ground::scratch() };
+    let files = Operator { namespace: namespace.clone(), options: Vec::new(), files: scratch() };
     let (ours, others) = (Authority::new(), Authority::new());
     let ca = files.file("ca", &ours.0.pem());
     let (certificate, key) = ours.issue();
@@ -57,6 +59,12 @@ fn secured() {
     etcd.ctl("role add reader");
     etcd.ctl("role grant-permission --prefix=true reader read /anyport/");
     etcd.ctl("user grant-role reader reader");
+    etcd.ctl("user add node1:own");
+    etcd.ctl("role add node");
+    etcd.ctl("role grant-permission --prefix=true node read /anyport/");
+    etcd.ctl("role grant-permission --prefix=true node readwrite /anyport/nodes/");
+    etcd.ctl("role grant-permission --prefix=true node readwrite /anyport/members/");
+    etcd.ctl("user grant-role node1 node");
     etcd.ctl("user grant-role root root");
     etcd.ctl("auth enable");
     let user = |name: &str, password: &str| {
@@ -66,6 +74,26 @@ fn secured() {
     user("root", "secret").ok("promote --from canary --to main --force");
     contains(&user("root", "wrong").refused("status", 4), &["authentication failed"]);
     contains(&user("reader", "known").ok("status"), &["ring canary: sequence 1", "ring main: sequence 1"]);
+    // What docs/fleet.md gives a node suffices.
+    let own = PathBuf::from(files.file("own", "own"));
+    let _node = Node::start_as(
+        &namespace,
+        "canary",
+        "node1",
+        ConnectionSettings {
+            etcd: vec![urls.clone()],
+            ca: Some(ca.clone().into()),
+            certificate: Some(certificate.clone().into()),
+            key: Some(key.clone().into()),
+            user: Some("node1".into()),
+            password_file: Some(own),
+            prefix: None,
+        },
+    );
+    wait_for("node that is current", Duration::from_secs(10), || {
+        let view = user("reader", "known").ring("canary");
+        if view["summary"]["current"] == 1 { Ok(()) } else { Err(view.to_string()) }
+    });
     let other = files.file("other", "198.51.100.0/24\n");
     contains(&user("reader", "known").refused(&format!("publish {other} --ring canary"), 4), &["permission denied"]);
     contains(&with(&ca, &shown).refused("status", 4), &["etcd at https://127.0.0.1:2379"]);
