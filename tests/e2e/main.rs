@@ -22,6 +22,7 @@ mod flows;
 mod forward;
 mod fuzzed;
 mod interrupted;
+mod kubernetes;
 mod library;
 mod limits;
 mod lists;
@@ -116,6 +117,7 @@ fn main() -> ExitCode {
     trials.extend(backends::trials());
     trials.extend(doctor::trials());
     trials.extend(fleet::trials());
+    trials.extend(kubernetes::trials());
     let trials = trials.into_iter().map(|trial| trial.with_ignored_flag(ignored)).collect();
     libtest_mimic::run(&arguments, trials).exit_code()
 }

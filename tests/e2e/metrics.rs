@@ -5,6 +5,7 @@ use std::{
     fs,
     io::{Read as _, Write as _},
     net::{SocketAddr, TcpListener, TcpStream},
+    os::unix::fs::chown,
     time::{Duration, Instant},
 };
 
@@ -13,7 +14,7 @@ use anyport_tests::{
     daemon::Setup,
     dial::{expect_tcp_echo, expect_tcp_hello, expect_udp_hello, tcp},
     exposition::Scrape,
-    ground::{program, scratch},
+    ground::{GROUP, USER, program, scratch},
     host::wait_for,
     topology::Topology,
 };
@@ -373,7 +374,13 @@ fn succeeded(backend: &'static str) {
 }
 
 fn documents() {
-    let lab = lab("sk-lookup");
+    let directory = scratch();
+    chown(directory.path(), Some(USER), Some(GROUP)).expect("a directory of the daemon's own");
+    let config = directory.path().join("anyport.toml");
+    let list = directory.path().join("list").display().to_string();
+    let announce = format!("[announce]\nprefixes = [\"192.0.2.0/24\"]\nfile = {list:?}\nformat = \"list\"\n");
+    fs::write(&config, announce).expect("a configuration");
+    let lab = Lab::with("sk-lookup", |setup| setup.args(["--metrics", ADDRESS]).config(config));
     lab.daemon.ok("add-service edge --handler forward --upstream 203.0.113.2:80");
     lab.daemon.ok("add-prefix 192.0.2.0/24 --service edge");
     let scrape = wait_for_values(&lab, &[("anyport_prefixes", 1.0)]);
