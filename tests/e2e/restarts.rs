@@ -331,6 +331,7 @@ fn systemd() {
     let drop_in = "[Unit]\nDefaultDependencies=no\n\
         [Service]\nExecStart=\nExecStart=/run/bin/anyportd --drain-timeout 20s\n\
         ExecReload=\nExecReload=/run/bin/anyportctl reload\n\
+        ExecStopPost=\nExecStopPost=/run/bin/anyportd --withdraw\n\
         StandardOutput=append:/run/log\nStandardError=append:/run/log\n";
     manager.write("/run/systemd/system/anyport.service.d/test.conf", drop_in);
     manager.write("/run/tmpfiles.d/anyport.conf", include_str!("../../xtask/packaging/anyport.tmpfiles"));

@@ -116,9 +116,6 @@ impl Engine {
             keeper,
         };
         let own_segments = || OwnSegments { readers: Arc::clone(&published) };
-        // Slot 0 refuses.
-        let mut service_slots = Numbers::new(1..MAX_SERVICES, RESTING);
-        let drained_slot = service_slots.take(1).context("there is no room for services")?.start.try_into()?;
         let has_no_table = chosen.steering.back_end() == BackEnd::Tproxy;
         let mut engine = Self {
             rules: RuleSet::default(),
@@ -129,8 +126,9 @@ impl Engine {
             published,
             generation: 0,
             rule_numbers: Numbers::new(0..MAX_RULES, RESTING),
-            service_slots,
-            drained_slot,
+            // Slot 0 refuses, and so does the last one.
+            service_slots: Numbers::new(1..MAX_SERVICES - 1, RESTING),
+            drained_slot: (MAX_SERVICES - 1).try_into()?,
             max_rules: config.max_rules,
             added: BTreeSet::new(),
             terms: HashSet::new(),
