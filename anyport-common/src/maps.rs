@@ -5,7 +5,7 @@ use bytemuck::{Pod, Zeroable};
 use crate::table::{NUMBER_BITS, OFFSET_BITS, SEGMENT_BITS};
 
 /// Changes whenever programs and user space of different versions could misunderstand each other's maps.
-pub const ABI: u32 = 5;
+pub const ABI: u32 = 6;
 
 /// Names of the maps in the kernel, where 15 characters are the limit.
 pub mod names {

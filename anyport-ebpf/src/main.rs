@@ -8,6 +8,7 @@
 mod events;
 mod maps;
 mod sk_lookup;
+mod sockets;
 mod tc;
 
 use aya_ebpf::{

@@ -11,14 +11,16 @@ use anyport_common::{
 };
 use aya_ebpf::{
     bindings::{BPF_F_MMAPABLE, bpf_sock},
-    btf_maps::{Array, ArrayOfMaps, PerCpuArray, SockMap},
-    helpers::{bpf_get_current_pid_tgid, bpf_get_smp_processor_id, bpf_map_lookup_elem},
+    btf_maps::{Array, ArrayOfMaps, PerCpuArray},
+    helpers::{bpf_get_current_pid_tgid, bpf_get_smp_processor_id},
     macros::btf_map,
 };
 use core::{
     intrinsics::{AtomicOrdering, atomic_xadd},
     ptr::{self, NonNull},
 };
+
+use crate::sockets::SocketMap;
 
 const MMAPABLE: usize = BPF_F_MMAPABLE as usize;
 
@@ -63,7 +65,7 @@ static TOTALS: PerCpuArray<Totals, 1> = PerCpuArray::new();
 static EXPLAINED: Array<Explained, 1, MMAPABLE> = Array::new();
 
 #[btf_map(name = "anyport_sockets")]
-static SOCKETS: SockMap<{ (MAX_SERVICES * SOCKETS_PER_SERVICE) as usize }> = SockMap::new();
+static SOCKETS: SocketMap<{ (MAX_SERVICES * SOCKETS_PER_SERVICE) as usize }> = SocketMap::new();
 
 struct Table;
 
@@ -300,9 +302,5 @@ pub fn write_down_failure(verdict: u32) {
 /// The socket of a service for this kind of flow, with a reference that the caller must give back.
 #[inline(always)]
 pub fn socket(service: u16, flow: &Flow) -> Option<NonNull<bpf_sock>> {
-    let index = u32::from(service) * SOCKETS_PER_SERVICE + flow.socket_offset();
-    // SAFETY: the map's address is what the loader replaces by the map; the key outlives the call.
-    let socket =
-        unsafe { bpf_map_lookup_elem(ptr::from_ref(&SOCKETS).cast_mut().cast(), ptr::from_ref(&index).cast()) };
-    NonNull::new(socket.cast())
+    SOCKETS.get(u32::from(service) * SOCKETS_PER_SERVICE + flow.socket_offset())
 }

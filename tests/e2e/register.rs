@@ -412,6 +412,19 @@ fn daemon_restarts(backend: &'static str) {
     let owner = Owner::greeter(&lab.topology.host, "steady", "::", 0);
     lab.daemon.ok(&format!("register web --pid {} --fd {}", owner.pid(), owner.descriptor()));
     let before = sockets(&lab.daemon, "web");
+    // Whoever follows is no root, who might fetch the sockets out of their owner again.
+    let server = lab.daemon.pid();
+    kill(server, Signal::SIGKILL).expect("SIGKILL to the process that serves");
+    lab.daemon.wait_for_successor(server);
+    for what in ["after a crash", "after an upgrade"] {
+        assert_eq!(sockets(&lab.daemon, "web"), before, "{what}");
+        assert_eq!(degraded(&lab.daemon), "[]", "{what}");
+        for address in ["192.0.2.1", "2001:db8:0:a::1"] {
+            assert!(text_at(&lab, address, 80).starts_with("steady"), "{what}");
+        }
+        let outcome = lab.daemon.take_over(&program("anyportd").expect("the program under test"));
+        assert_eq!(outcome.status, 0, "{outcome}");
+    }
     lab.daemon.stop();
     lab.daemon.restart();
     assert_eq!(sockets(&lab.daemon, "web"), before);

@@ -16,6 +16,7 @@ use bytemuck::{Pod, Zeroable};
 const MAP_CREATE: c_long = 0;
 const MAP_LOOKUP_ELEM: c_long = 1;
 const MAP_UPDATE_ELEM: c_long = 2;
+const MAP_DELETE_ELEM: c_long = 3;
 const OBJ_PIN: c_long = 6;
 const OBJ_GET: c_long = 7;
 const PROG_LOAD: c_long = 5;
@@ -326,6 +327,52 @@ pub fn set_inner<F: AsFd>(outer: impl AsFd, inner: &[(u32, F)]) -> io::Result<()
         invoke(MAP_UPDATE_ELEM, &mut attr)?;
     }
     Ok(())
+}
+
+/// What becomes of a socket whose place another one is to have.
+#[derive(Clone, Copy, Debug)]
+pub enum IfThere {
+    /// It goes.
+    Replace,
+    /// It stays, and the other one is refused with `EEXIST`.
+    Keep,
+}
+
+/// Puts a socket into a socket map with 64-bit values (Linux 5.7).
+///
+/// # Errors
+/// The kernel's.
+pub fn put_socket(map: impl AsFd, key: u32, socket: impl AsFd, if_there: IfThere) -> io::Result<()> {
+    let value = u64::from(number(socket.as_fd().as_raw_fd())?);
+    let mut attr = MapElement {
+        map_fd: number(map.as_fd().as_raw_fd())?,
+        key: address(ptr::from_ref(&key).cast()),
+        value: address(ptr::from_ref(&value).cast()),
+        // BPF_ANY and BPF_NOEXIST
+        flags: match if_there {
+            IfThere::Replace => 0,
+            IfThere::Keep => 1,
+        },
+        ..MapElement::default()
+    };
+    invoke(MAP_UPDATE_ELEM, &mut attr).map(drop)
+}
+
+/// Takes a socket out of a socket map, if there is one in its place.
+///
+/// # Errors
+/// The kernel's.
+pub fn remove_socket(map: impl AsFd, key: u32) -> io::Result<()> {
+    let mut attr = MapElement {
+        map_fd: number(map.as_fd().as_raw_fd())?,
+        key: address(ptr::from_ref(&key).cast()),
+        ..MapElement::default()
+    };
+    match invoke(MAP_DELETE_ELEM, &mut attr) {
+        // `__sock_map_delete` (net/core/sock_map.c) says so where there is none.
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => Ok(()),
+        removed => removed.map(drop),
+    }
 }
 
 /// Reads the cookie of a socket in a socket map with 64-bit values (Linux 5.7); nothing where there is no socket, or

@@ -2,7 +2,7 @@
 
 use std::sync::atomic::Ordering;
 
-use anyhow::{Context as _, bail};
+use anyhow::bail;
 use anyport_common::{
     flow::{Address, Flow, Transport, Version},
     maps::{
@@ -43,8 +43,7 @@ impl Bpf {
         let Explained { generation, verdict, rule, service, .. } = explained;
         let socket = || {
             let index = service * SOCKETS_PER_SERVICE + flow.socket_offset();
-            crate::sys::bpf::socket_cookie(&self.sockets_fd, index)
-                .context("look the service's socket up in the BPF map")
+            self.sockets.cookie(index)
         };
         let (fate, rule, cookie) = match verdict {
             EXPLAINED_UNMATCHED => (Fate::Unmatched, None, None),

@@ -7,13 +7,13 @@ mod counts;
 mod differential;
 mod events;
 mod explain;
-mod former;
 #[cfg(test)]
 mod frames;
 mod hooks;
 mod listing;
 mod pins;
 mod refuse;
+mod sockets;
 mod table;
 mod tc;
 
@@ -21,7 +21,7 @@ use std::{
     cell::RefCell,
     collections::{HashMap, HashSet},
     fmt,
-    os::fd::{AsFd as _, AsRawFd, OwnedFd},
+    os::fd::{AsFd as _, OwnedFd},
     path::{Path, PathBuf},
     sync::{Arc, Weak},
 };
@@ -33,7 +33,7 @@ use anyport_common::{
 };
 use aya::{
     Ebpf, EbpfLoader, include_bytes_aligned,
-    maps::{Map, MapData, MapError, PerCpuArray, SockMap},
+    maps::{Map, MapData, PerCpuArray},
 };
 use aya_log::EbpfLogger;
 use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
@@ -44,11 +44,11 @@ use self::{
     counts::Counts,
     events::BpfEars,
     explain::EXPLAINED_WORDS,
-    former::FormerSockets,
     hooks::{Hook, SkLookupHook},
     listing::Listing,
     pins::{PINNED_AGAIN, PINNED_AT_ONCE, PinDirectory},
     refuse::RefuseSockets,
+    sockets::Sockets,
     table::{BpfTable, LISTENERS_WORD, map_control},
     tc::TcHook,
 };
@@ -83,12 +83,11 @@ pub struct Bpf {
     listing: Listing,
     counts: Counts,
     totals: PerCpuArray<MapData, [u64; 2]>,
-    sockets: SockMap<MapData>,
-    sockets_fd: OwnedFd,
+    sockets: Sockets,
     /// Where programs write down what they are asked.
     explained: MappedWords,
     /// The map of sockets that an earlier daemon pinned, until ours has taken its place.
-    former: Option<FormerSockets>,
+    former: Option<Sockets>,
     /// What was put into the map of sockets.
     held: HashMap<u32, Held>,
     pins: PinDirectory,
@@ -124,7 +123,7 @@ impl Bpf {
     pub fn open(back_end: BackEnd, options: &Options) -> anyhow::Result<Self> {
         // Gives back what it took when it is dropped, as it is where something fails below.
         let pins = PinDirectory::open(&options.bpffs)?;
-        let former = FormerSockets::open(&pins);
+        let former = Sockets::former(&pins);
         let mut ebpf = load(options.debug)?;
         if options.debug {
             forward_log(&mut ebpf)?;
@@ -139,7 +138,6 @@ impl Bpf {
         // The maps have to stay open until the programs that use them are loaded.
         let explained = take_map(&mut ebpf, names::EXPLAINED)?;
         let filters = take_map(&mut ebpf, names::FILTERS)?;
-        let sockets_fd = fd_of(&sockets)?;
         let ring = take_map(&mut ebpf, names::EVENTS)?;
         let ears =
             BpfEars::new(&fd_of(&filters)?, ring, map_control(fd_of(&control)?)?, LISTENERS_WORD, &options.events)?;
@@ -150,14 +148,14 @@ impl Bpf {
             .zip([&control, &table, &counts, &journals, &drops, &totals, &sockets])
             .map(|(name, map)| Ok((name, duplicate(map)?)))
             .collect::<anyhow::Result<_>>()?;
-        let mut sockets = SockMap::try_from(sockets)?;
+        let sockets = Sockets::new(&sockets)?;
         let mut refuse = None;
         // Filters have no pins to replace, and those of a daemon that was killed go by the names that ours will have.
         tc::remove_leftovers()?;
         let hook: Box<dyn Hook> = match back_end {
             BackEnd::SkLookup => Box::new(SkLookupHook::attach(ebpf)?),
             BackEnd::Tc => {
-                refuse = Some(RefuseSockets::open(&mut ebpf, &mut sockets)?);
+                refuse = Some(RefuseSockets::open(&mut ebpf, &sockets)?);
                 Box::new(TcHook::attach(ebpf, options.interfaces.clone(), None)?)
             }
             BackEnd::Tproxy => bail!("tproxy works without BPF"),
@@ -172,7 +170,6 @@ impl Bpf {
             counts: Counts::new(counts, drops, portion?, journals)?,
             totals: PerCpuArray::try_from(totals)?,
             sockets,
-            sockets_fd,
             explained: MappedWords::new(fd_of(&explained)?, EXPLAINED_WORDS)
                 .context("map the map of explanations into memory")?,
             held: HashMap::new(),
@@ -320,7 +317,7 @@ impl Bpf {
                     }
                     (descriptor, _) => descriptor?,
                 };
-                self.sockets.set(index, &descriptor.as_raw_fd(), 0).with_context(|| {
+                self.sockets.put(index, &*descriptor).with_context(|| {
                     format!("put the socket {} of service {} into the BPF map", group.bound, service.name)
                 })?;
                 let ours = match &group.holder {
@@ -333,13 +330,13 @@ impl Bpf {
         Ok(())
     }
 
-    /// Puts the sockets that this process has into the map where others have taken them out. The map does not tell what is
-    /// in it (its values have no room for cookies), so that is the way to find out, too. Returns how many that were.
-    fn put_back_sockets(&mut self) -> anyhow::Result<usize> {
-        let mut count = self.refuse.as_ref().map_or(Ok(0), |refuse| refuse.put_back(&mut self.sockets))?;
+    /// Puts the sockets that this process has into the map where others have taken them out, or put others in their place. Returns how
+    /// many that were.
+    fn put_back_sockets(&self) -> anyhow::Result<usize> {
+        let mut count = self.refuse.as_ref().map_or(Ok(0), |refuse| refuse.put_back(&self.sockets))?;
         for (index, held) in &self.held {
             if let Some(descriptor) = held.descriptor.upgrade() {
-                count += usize::from(put_if_missing(&mut self.sockets, *index, &descriptor)?);
+                count += usize::from(self.sockets.put_back(*index, held.cookie, &*descriptor)?);
             }
         }
         Ok(count)
@@ -347,15 +344,10 @@ impl Bpf {
 
     /// Takes a socket over from the map of an earlier daemon, or from another place of ours, if it is there.
     fn goes_on(&self, cookie: u64, to: u32) -> anyhow::Result<bool> {
-        let ours = self.held.iter().find(|(_, held)| held.cookie == cookie).map(|(place, _)| *place);
-        let copied = match (ours, &self.former) {
-            (Some(from), _) => sys::bpf::copy_socket(self.sockets_fd.as_fd(), from, self.sockets_fd.as_fd(), to),
-            (None, Some(former)) => match former.place_of(cookie) {
-                Some(from) => sys::bpf::copy_socket(former.map.as_fd(), from, self.sockets_fd.as_fd(), to),
-                None => return Ok(false),
-            },
-            (None, None) => return Ok(false),
-        };
+        let ours = self.held.iter().find(|(_, held)| held.cookie == cookie).map(|(place, _)| (&self.sockets, *place));
+        let former = || self.former.as_ref().and_then(|former| Some((former, former.place_of(cookie)?)));
+        let Some((map, from)) = ours.or_else(former) else { return Ok(false) };
+        let copied = map.copy(from, &self.sockets, to);
         copied.with_context(|| format!("take over the registered socket with the cookie {cookie}"))
     }
 
@@ -377,11 +369,7 @@ impl Bpf {
         if self.held.remove(&index).is_none() {
             return Ok(());
         }
-        match self.sockets.clear_index(&index) {
-            // `__sock_map_delete` (net/core/sock_map.c) says so where the kernel has done it already.
-            Err(MapError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::EINVAL) => Ok(()),
-            cleared => cleared.context("take a socket out of the BPF map"),
-        }
+        self.sockets.clear(index)
     }
 
     /// Puts this daemon's pins in the place of those of an earlier one, and where others have removed them.
@@ -404,17 +392,6 @@ impl Bpf {
             self.former = None;
         }
         self.hook.pin(&self.pins)
-    }
-}
-
-/// Puts a socket into the map unless there is one in its place. Returns whether it did.
-fn put_if_missing(map: &mut SockMap<MapData>, index: u32, socket: &impl AsRawFd) -> anyhow::Result<bool> {
-    /// `BPF_NOEXIST`
-    const IF_MISSING: u64 = 1;
-    match map.set(index, &socket.as_raw_fd(), IF_MISSING) {
-        Ok(()) => Ok(true),
-        Err(MapError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::EEXIST) => Ok(false),
-        Err(error) => Err(error).context("put a socket into the BPF map"),
     }
 }
 

@@ -7,15 +7,11 @@ use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use anyhow::Context as _;
 use anyport_common::maps::{REFUSE, SOCKETS_PER_SERVICE};
-use aya::{
-    Ebpf,
-    maps::{MapData, SockMap},
-    programs::SkReuseport,
-};
+use aya::{Ebpf, programs::SkReuseport};
 use nix::libc;
 use socket2::{Domain, Socket, Type};
 
-use super::{hooks::program, put_if_missing};
+use super::{hooks::program, sockets::Sockets};
 
 /// Where they stand in the map.
 const FIRST: u32 = REFUSE as u32 * SOCKETS_PER_SERVICE;
@@ -24,7 +20,7 @@ const FIRST: u32 = REFUSE as u32 * SOCKETS_PER_SERVICE;
 pub(super) struct RefuseSockets(Vec<Socket>);
 
 impl RefuseSockets {
-    pub(super) fn open(ebpf: &mut Ebpf, map: &mut SockMap<MapData>) -> anyhow::Result<Self> {
+    pub(super) fn open(ebpf: &mut Ebpf, map: &Sockets) -> anyhow::Result<Self> {
         let program: &mut SkReuseport = program(ebpf, "anyport_refuse")?;
         program.load().context("load the program that refuses (Linux 4.19 or later is needed)")?;
         let mut sockets = Vec::new();
@@ -48,10 +44,10 @@ impl RefuseSockets {
     }
 
     /// Puts those into the map in whose place there is none. Returns how many that were.
-    pub(super) fn put_back(&self, map: &mut SockMap<MapData>) -> anyhow::Result<usize> {
+    pub(super) fn put_back(&self, map: &Sockets) -> anyhow::Result<usize> {
         let mut count = 0;
         for (index, socket) in (FIRST..).zip(&self.0) {
-            count += usize::from(put_if_missing(map, index, socket)?);
+            count += usize::from(map.fill(index, socket)?);
         }
         Ok(count)
     }
