@@ -214,6 +214,7 @@ fn lifetime() {
         assert!(registered.elapsed() >= hold_down, "{:?} rather than {hold_down:?}", registered.elapsed());
         drop(owner);
         let took = upstream.wait_for(&["192.0.2.0/25", "2001:db8:a::/48"]);
+        eprintln!("withdrawn {took:?} after the last socket was closed");
         assert!(took < SOON, "withdrawn {took:?} after the last socket was closed");
     }
     assert_eq!(state(daemon, "203.0.113.128/25"), no_socket);
@@ -225,6 +226,7 @@ fn lifetime() {
     upstream.wait_for(&["192.0.2.0/25", "2001:db8:a::/48", "192.0.2.130/32"]);
     drop(server);
     let took = upstream.wait_for(&["192.0.2.0/25", "2001:db8:a::/48"]);
+    eprintln!("withdrawn {took:?} after the last upstream was gone");
     assert!(took < SOON, "withdrawn {took:?} after the last upstream was gone");
     assert_eq!(state(daemon, "192.0.2.130/32"), "unserved: service edge has no upstream that is up");
 

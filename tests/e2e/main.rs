@@ -2,7 +2,10 @@
 //!
 //! What this machine lacks for them is printed, a line each. With `ANYPORT_REQUIRE=all` or `CI=true` that is a
 //! failure; otherwise all tests count as ignored. Run by `cargo xtask test`.
-#![expect(clippy::print_stderr, reason = "says what is missing and which seed repeats the run")]
+#![expect(
+    clippy::print_stderr,
+    reason = "says what is missing, which seed repeats the run, and how long something took"
+)]
 
 mod announce;
 mod apply;
