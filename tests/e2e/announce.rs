@@ -24,7 +24,7 @@ use nix::sys::signal::{Signal, kill};
 
 use crate::{
     cases::{Lab, at, on_each_back_end, trial},
-    register::Owner,
+    owners::Owner,
 };
 
 /// How long anything may take that takes no time of its own.

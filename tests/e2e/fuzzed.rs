@@ -34,7 +34,7 @@ use nix::{
 
 use crate::{
     cases::{Family, Lab, at, on_each_back_end},
-    register::register_socket,
+    owners::register_socket,
 };
 
 /// A steered prefix of each family.

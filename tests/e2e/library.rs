@@ -33,7 +33,8 @@ use serde_json::Value;
 
 use crate::{
     cases::{Lab, at, on_each_back_end, trial},
-    register::{EndOfLoad, Owner, register_socket},
+    owners::{Owner, register_socket},
+    register::EndOfLoad,
 };
 
 const PREFIXES: [&str; 2] = ["192.0.2.0/24", "2001:db8:0:a::/64"];

@@ -33,6 +33,7 @@ mod load;
 mod malformed;
 mod metrics;
 mod nodes;
+mod owners;
 mod queues;
 mod register;
 mod reload;

@@ -3,14 +3,11 @@
 use std::{
     collections::BTreeSet,
     fs,
-    io::{BufRead as _, BufReader, Read as _, Write as _},
+    io::{Read as _, Write as _},
     net::{SocketAddr, UdpSocket},
-    os::{
-        fd::{AsFd as _, OwnedFd},
-        unix::fs::PermissionsExt as _,
-    },
-    path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    os::{fd::AsFd as _, unix::fs::PermissionsExt as _},
+    path::Path,
+    process::{Command, Stdio},
     sync::{
         Mutex,
         atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed},
@@ -19,7 +16,7 @@ use std::{
     time::Duration,
 };
 
-use anyport::register::{Process, Register, Request, send, socket_beside};
+use anyport::register::{Register, Request, send};
 use anyport_tests::{
     daemon::{Daemon, LogOnPanic, Setup},
     dial::{expect_tcp_refused, tcp, tcp_text, udp},
@@ -31,13 +28,13 @@ use anyport_tests::{
     servers::Server,
 };
 use libtest_mimic::Trial;
-use nix::{
-    sys::signal::{Signal, kill},
-    unistd::Pid,
-};
+use nix::sys::signal::{Signal, kill};
 use serde_json::{Value, json};
 
-use crate::cases::{Lab, at, on_each_back_end, trial};
+use crate::{
+    cases::{Lab, at, on_each_back_end, trial},
+    owners::{Owner, register_socket, script},
+};
 
 const PREFIXES: [&str; 2] = ["192.0.2.0/24", "2001:db8:0:a::/64"];
 /// How often an owner is restarted under load.
@@ -64,79 +61,6 @@ pub(crate) fn trials() -> Vec<Trial> {
     trials.push(trial("register::a stale slot never reaches another service", stale_slot));
     trials.push(trial("register::ten thousand names leave nothing", names));
     trials
-}
-
-/// A process with a socket, killed when dropped.
-pub(crate) struct Owner {
-    process: Child,
-    /// What it printed first.
-    line: String,
-}
-
-impl Owner {
-    pub(crate) fn start(namespace: &Netns, program: &[&str]) -> Self {
-        let mut command = Command::new("setpriv");
-        command.args(["--pdeathsig", "KILL"]).args(program).stdin(Stdio::null()).stdout(Stdio::piped());
-        let mut process = namespace.spawn(command);
-        let mut line = String::new();
-        let output = process.stdout.take().expect("its standard output");
-        BufReader::new(output).read_line(&mut line).expect("a first line");
-        assert!(!line.is_empty(), "{program:?} ended at once");
-        Self { process, line }
-    }
-
-    /// The server that says `name`.
-    pub(crate) fn greeter(namespace: &Netns, name: &str, address: &str, port: u16) -> Self {
-        let port = port.to_string();
-        Self::start(namespace, &["python3", &script("greeter.py"), name, address, &port])
-    }
-
-    pub(crate) fn pid(&self) -> u32 {
-        self.process.id()
-    }
-
-    fn number(&self, place: usize) -> u16 {
-        self.line.split_whitespace().nth(place).expect("a number").parse().expect("a number")
-    }
-
-    pub(crate) fn port(&self) -> u16 {
-        self.number(0)
-    }
-
-    pub(crate) fn descriptor(&self) -> i32 {
-        self.number(1).into()
-    }
-
-    /// A second descriptor of its socket.
-    fn socket(&self, namespace: &Netns) -> OwnedFd {
-        let fetch = || Process::open(self.pid()).and_then(|process| process.candidate(self.descriptor()));
-        namespace.enter(fetch).expect("its socket").descriptor
-    }
-
-    pub(crate) fn signal(&self, signal: Signal) {
-        kill(Pid::from_raw(self.pid().try_into().expect("a pid")), signal).expect("a signal to the owner");
-    }
-
-    pub(crate) fn wait_for_end(mut self) {
-        wait_for("end of a drained owner", Duration::from_secs(20), || {
-            self.process.try_wait().expect("its state").ok_or_else(|| "it runs".into())
-        });
-    }
-}
-
-impl Drop for Owner {
-    fn drop(&mut self) {
-        drop(self.process.kill());
-        drop(self.process.wait());
-    }
-}
-
-fn script(name: &str) -> String {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("e2e/owners").join(name).display().to_string()
-}
-
-pub(crate) fn register_socket(daemon: &Daemon) -> PathBuf {
-    socket_beside(&daemon.socket())
 }
 
 /// A lab with the service `web` behind both prefixes.
@@ -192,7 +116,7 @@ fn unmodified_server(backend: &'static str) {
     let mut command = Command::new("setpriv");
     command.args(["--pdeathsig", "KILL", "python3", "-m", "http.server", "8080", "--bind", "::", "--directory"]);
     command.arg(root.path()).stdout(Stdio::null()).stderr(Stdio::null());
-    let server = Owner { process: lab.topology.host.spawn(command), line: String::new() };
+    let server = Owner::of(lab.topology.host.spawn(command));
     let pid = server.pid();
     wait_for("registration", Duration::from_secs(10), || {
         let outcome = lab.daemon.ctl(&["register", "web", "--pid", &pid.to_string(), "--listen", "tcp:[::]:8080"]);

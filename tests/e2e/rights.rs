@@ -21,7 +21,7 @@ use nix::unistd::Pid;
 
 use crate::{
     cases::{Lab, at, on_each_back_end, trial},
-    register::Owner,
+    owners::Owner,
 };
 
 /// By their numbers in include/uapi/linux/capability.h.

@@ -4,6 +4,8 @@
 //! Back end, routes and disk are simulated, and fail at random: before they have done something, half-way, or after it.
 //! Others take things away, and the daemon is restarted or killed at random.
 
+mod simulated;
+
 use std::{
     cell::Cell,
     collections::{BTreeMap, BTreeSet, HashSet},
@@ -13,20 +15,17 @@ use std::{
     net::IpAddr,
     num::NonZeroUsize,
     process::Command,
-    sync::{Arc, Mutex, MutexGuard},
+    sync::{Arc, Mutex},
     thread,
     time::Instant,
 };
 
-use anyhow::{bail, ensure};
-use anyport_common::{
-    flow::Flow,
-    maps::{Counters, SOCKETS_PER_SERVICE},
-};
+use anyport_common::maps::SOCKETS_PER_SERVICE;
 use clap::Parser as _;
 use nix::sched::{CloneFlags, unshare};
 use tokio::runtime;
 
+use self::simulated::{Numbered, Random, Shared, Simulated, SimulatedRoutes, World, open};
 use super::{
     Engine,
     start::{Desired, Parts, desired},
@@ -35,283 +34,16 @@ use crate::{
     api::{AddPrefixes, Apply, Problem, RemovePrefixes},
     config::{Config, Options},
     keeper::Link,
-    routes::{Holder, Local, Routes},
+    routes::Routes,
     rules::{Prefix, Terms},
     service::{HandlerKind, ServiceConfig, Workers},
-    steering::{BackEnd, Decided, Kind, Loss, Plan, Steering, choose::Chosen},
+    steering::choose::Chosen,
     store::{FleetState, Store, simulated::Simulated as Disk},
 };
 
 /// Steps in all, and how many daemons take them at the same time.
 const STEPS: u64 = 100_000;
 const SCENES: u64 = 4;
-
-/// As good as it has to be, and the same for each seed (`SplitMix64`).
-#[derive(Debug)]
-struct Random(u64);
-
-impl Random {
-    fn number(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-
-    fn below(&mut self, limit: usize) -> usize {
-        usize::try_from(self.number() % limit as u64).unwrap()
-    }
-
-    fn one_in(&mut self, many: usize) -> bool {
-        self.below(many) == 0
-    }
-
-    fn one_of<T: Copy>(&mut self, all: &[T]) -> Option<T> {
-        if all.is_empty() { None } else { Some(all[self.below(all.len())]) }
-    }
-}
-
-/// When something fails.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Fault {
-    Before,
-    HalfWay,
-    After,
-}
-
-type Numbered = (u32, Terms);
-
-/// What the kernel holds.
-#[derive(Debug)]
-struct World {
-    random: Random,
-    /// One of so many steps fails; nothing does otherwise.
-    fails: Option<usize>,
-    rules: BTreeMap<Prefix, Vec<Numbered>>,
-    /// By place, the cookie.
-    sockets: BTreeMap<u32, u64>,
-    is_attached: bool,
-    routes: BTreeSet<Prefix>,
-}
-
-impl World {
-    fn fault(&mut self) -> Option<Fault> {
-        let many = self.fails?;
-        if !self.random.one_in(many) {
-            return None;
-        }
-        self.random.one_of(&[Fault::Before, Fault::HalfWay, Fault::After])
-    }
-
-    /// Somebody takes something away. Returns whether that was a route.
-    fn lose(&mut self) -> bool {
-        match self.random.below(4) {
-            0 => {
-                let all: Vec<_> = self.rules.keys().copied().collect();
-                self.random.one_of(&all).map(|it| self.rules.remove(&it));
-            }
-            1 => {
-                let all: Vec<_> = self.sockets.keys().copied().collect();
-                self.random.one_of(&all).map(|it| self.sockets.remove(&it));
-            }
-            2 => self.is_attached = false,
-            _ => {
-                let all: Vec<_> = self.routes.iter().copied().collect();
-                self.random.one_of(&all).map(|it| self.routes.remove(&it));
-                return true;
-            }
-        }
-        false
-    }
-}
-
-type Shared = Arc<Mutex<World>>;
-
-fn open(world: &Shared) -> MutexGuard<'_, World> {
-    world.lock().unwrap()
-}
-
-/// Changes what has changed, and takes for granted that the rest is as it left it.
-#[derive(Debug)]
-struct Simulated {
-    world: Shared,
-    rules: Option<BTreeMap<Prefix, Vec<Numbered>>>,
-    sockets: BTreeMap<u32, u64>,
-}
-
-impl Simulated {
-    fn new(world: &Shared) -> Self {
-        Self { world: Arc::clone(world), rules: None, sockets: BTreeMap::new() }
-    }
-
-    fn fallibly<T>(&self, work: impl FnOnce() -> T) -> anyhow::Result<T> {
-        let fault = open(&self.world).fault();
-        ensure!(!matches!(fault, Some(Fault::Before | Fault::HalfWay)), "simulated fault before");
-        let done = work();
-        ensure!(fault.is_none(), "simulated fault after");
-        Ok(done)
-    }
-}
-
-fn numbered(plan: &Plan<'_>, prefix: &Prefix) -> Vec<Numbered> {
-    let rules = plan.rules.of_prefix(prefix).into_iter().flat_map(|rules| rules.numbered(*prefix));
-    rules.map(|rule| (rule.number, Terms::clone(rule.terms))).collect()
-}
-
-fn cookies(services: &[crate::steering::ServiceSockets]) -> BTreeMap<u32, u64> {
-    let places = services.iter().flat_map(|service| {
-        let first = u32::from(service.slot) * SOCKETS_PER_SERVICE;
-        (first..).zip(&service.groups).filter_map(|(place, group)| Some((place, group.as_ref()?.cookie)))
-    });
-    places.collect()
-}
-
-impl Steering for Simulated {
-    fn back_end(&self) -> BackEnd {
-        // One with a table of its own, so that the engine has none.
-        BackEnd::SkLookup
-    }
-
-    fn apply(&mut self, plan: &Plan<'_>) -> anyhow::Result<()> {
-        let mut world = open(&self.world);
-        let fault = world.fault();
-        ensure!(fault != Some(Fault::Before), "simulated fault before a plan");
-        let known = self.rules.take();
-        let prefixes: Vec<Prefix> = if let (Some(changed), Some(_)) = (plan.changed, &known) {
-            changed.to_vec()
-        } else {
-            world.rules.clear();
-            world.sockets.clear();
-            self.sockets.clear();
-            plan.rules.prefixes().map(|(prefix, _)| *prefix).collect()
-        };
-        let mut rules = known.unwrap_or_default();
-        let half = prefixes.len() / 2;
-        for (at, prefix) in prefixes.iter().enumerate() {
-            ensure!(fault != Some(Fault::HalfWay) || at < half, "simulated fault in the middle of a plan");
-            let now = numbered(plan, prefix);
-            if now.is_empty() {
-                rules.remove(prefix);
-                world.rules.remove(prefix);
-            } else {
-                rules.insert(*prefix, now.clone());
-                world.rules.insert(*prefix, now);
-            }
-        }
-        let wanted = cookies(plan.services);
-        for (place, cookie) in &wanted {
-            if self.sockets.get(place) != Some(cookie) {
-                world.sockets.insert(*place, *cookie);
-            }
-        }
-        world.sockets.retain(|place, _| wanted.contains_key(place));
-        self.sockets = wanted;
-        world.is_attached = true;
-        ensure!(fault.is_none(), "simulated fault after a plan");
-        self.rules = Some(rules);
-        Ok(())
-    }
-
-    fn lost(&mut self) -> anyhow::Result<Vec<Loss>> {
-        let Some(rules) = &self.rules else { return Ok(Vec::new()) };
-        let (is_same, has_sockets, is_attached) = self.fallibly(|| {
-            let world = open(&self.world);
-            (world.rules == *rules, world.sockets == self.sockets, world.is_attached)
-        })?;
-        let all = [(is_same, Kind::Chain), (has_sockets, Kind::Socket), (is_attached, Kind::Link)];
-        Ok(all
-            .into_iter()
-            .filter(|(is_there, _)| !is_there)
-            .map(|(_, kind)| Loss::new(kind, kind.to_string()))
-            .collect())
-    }
-
-    fn forget_lost(&mut self) -> anyhow::Result<()> {
-        self.fallibly(|| ())?;
-        let world = open(&self.world);
-        if self.rules.as_ref() != Some(&world.rules) {
-            self.rules = None;
-        }
-        self.sockets.retain(|place, cookie| world.sockets.get(place) == Some(cookie));
-        Ok(())
-    }
-
-    fn counters(&self) -> anyhow::Result<Box<dyn Fn(u32) -> Counters + '_>> {
-        self.fallibly(|| Box::new(|_| Counters::default()) as _)
-    }
-
-    fn goes_on_with(&self, _cookie: u64) -> bool {
-        false
-    }
-
-    fn unmatched(&self) -> anyhow::Result<u64> {
-        Ok(0)
-    }
-
-    fn count_on(&mut self, _counted: &[(u32, Counters)]) -> anyhow::Result<()> {
-        self.fallibly(|| ())
-    }
-
-    fn decide(&self, _flow: &Flow, _source_port: u16) -> anyhow::Result<Decided> {
-        bail!("nobody asks")
-    }
-
-    fn detach(self: Box<Self>) -> anyhow::Result<()> {
-        self.fallibly(|| {
-            let mut world = open(&self.world);
-            world.rules.clear();
-            world.sockets.clear();
-            world.is_attached = false;
-        })
-    }
-
-    fn leave(self: Box<Self>) {}
-}
-
-#[derive(Debug)]
-struct SimulatedRoutes(Shared);
-
-impl SimulatedRoutes {
-    fn change(
-        &self,
-        prefixes: &[Prefix],
-        change: impl Fn(&mut BTreeSet<Prefix>, Prefix) -> bool,
-    ) -> anyhow::Result<()> {
-        let mut world = open(&self.0);
-        // Nothing is asked of the kernel where there is nothing to do.
-        let fault = if prefixes.is_empty() { None } else { world.fault() };
-        let done = match fault {
-            Some(Fault::Before) => 0,
-            Some(Fault::HalfWay) => prefixes.len() / 2,
-            _ => prefixes.len(),
-        };
-        for prefix in &prefixes[..done] {
-            change(&mut world.routes, *prefix);
-        }
-        ensure!(fault.is_none(), "simulated fault of routes");
-        Ok(())
-    }
-}
-
-impl Holder for SimulatedRoutes {
-    fn local(&mut self) -> anyhow::Result<Local> {
-        let mut world = open(&self.0);
-        ensure!(world.fault().is_none(), "simulated fault of a list of routes");
-        let mut ours: Vec<_> = world.routes.iter().copied().collect();
-        ours.sort_by_key(|prefix| (!prefix.is_ipv4(), prefix.bounds().0, prefix.len()));
-        Ok(Local { ours, others: HashSet::new() })
-    }
-
-    fn add(&mut self, prefixes: &[Prefix]) -> anyhow::Result<Vec<Prefix>> {
-        self.change(prefixes, BTreeSet::insert)?;
-        Ok(Vec::new())
-    }
-
-    fn remove(&mut self, prefixes: &[Prefix]) -> anyhow::Result<()> {
-        self.change(prefixes, |routes, prefix| routes.remove(&prefix))
-    }
-}
 
 thread_local! {
     /// Whether there are connections.

@@ -1,0 +1,96 @@
+//! Processes whose sockets are registered.
+
+use std::{
+    io::{BufRead as _, BufReader},
+    os::fd::OwnedFd,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    time::Duration,
+};
+
+use anyport::register::{Process, socket_beside};
+use anyport_tests::{daemon::Daemon, host::wait_for, netns::Netns};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+
+/// A process with a socket, killed when dropped.
+pub(crate) struct Owner {
+    process: Child,
+    /// What it printed first.
+    pub(crate) line: String,
+}
+
+impl Owner {
+    pub(crate) fn start(namespace: &Netns, program: &[&str]) -> Self {
+        let mut command = Command::new("setpriv");
+        command.args(["--pdeathsig", "KILL"]).args(program).stdin(Stdio::null()).stdout(Stdio::piped());
+        let mut process = namespace.spawn(command);
+        let mut line = String::new();
+        let output = process.stdout.take().expect("its standard output");
+        BufReader::new(output).read_line(&mut line).expect("a first line");
+        assert!(!line.is_empty(), "{program:?} ended at once");
+        Self { process, line }
+    }
+
+    /// A process that prints nothing.
+    pub(crate) fn of(process: Child) -> Self {
+        Self { process, line: String::new() }
+    }
+
+    /// The server that says `name`.
+    pub(crate) fn greeter(namespace: &Netns, name: &str, address: &str, port: u16) -> Self {
+        let port = port.to_string();
+        Self::start(namespace, &["python3", &script("greeter.py"), name, address, &port])
+    }
+
+    pub(crate) fn pid(&self) -> u32 {
+        self.process.id()
+    }
+
+    fn number(&self, place: usize) -> u16 {
+        self.line.split_whitespace().nth(place).expect("a number").parse().expect("a number")
+    }
+
+    pub(crate) fn port(&self) -> u16 {
+        self.number(0)
+    }
+
+    pub(crate) fn descriptor(&self) -> i32 {
+        self.number(1).into()
+    }
+
+    /// A second descriptor of its socket.
+    pub(crate) fn socket(&self, namespace: &Netns) -> OwnedFd {
+        let fetch = || Process::open(self.pid()).and_then(|process| process.candidate(self.descriptor()));
+        namespace.enter(fetch).expect("its socket").descriptor
+    }
+
+    pub(crate) fn signal(&self, signal: Signal) {
+        kill(Pid::from_raw(self.pid().try_into().expect("a pid")), signal).expect("a signal to the owner");
+    }
+
+    pub(crate) fn wait_for_end(mut self) {
+        wait_for("end of a drained owner", Duration::from_secs(20), || {
+            self.process.try_wait().expect("its state").ok_or_else(|| "it runs".into())
+        });
+    }
+}
+
+impl Drop for Owner {
+    fn drop(&mut self) {
+        drop(self.process.kill());
+        drop(self.process.wait());
+    }
+}
+
+/// One of the programs in `owners/`.
+pub(crate) fn script(name: &str) -> String {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("e2e/owners").join(name).display().to_string()
+}
+
+/// Where sockets are registered with a daemon.
+pub(crate) fn register_socket(daemon: &Daemon) -> PathBuf {
+    socket_beside(&daemon.socket())
+}
