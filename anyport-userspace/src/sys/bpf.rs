@@ -329,30 +329,16 @@ pub fn set_inner<F: AsFd>(outer: impl AsFd, inner: &[(u32, F)]) -> io::Result<()
     Ok(())
 }
 
-/// What becomes of a socket whose place another one is to have.
-#[derive(Clone, Copy, Debug)]
-pub enum IfThere {
-    /// It goes.
-    Replace,
-    /// It stays, and the other one is refused with `EEXIST`.
-    Keep,
-}
-
-/// Puts a socket into a socket map with 64-bit values (Linux 5.7).
+/// Puts a socket into a place of a socket map with 64-bit values (Linux 5.7), whatever is there.
 ///
 /// # Errors
 /// The kernel's.
-pub fn put_socket(map: impl AsFd, key: u32, socket: impl AsFd, if_there: IfThere) -> io::Result<()> {
+pub fn put_socket(map: impl AsFd, key: u32, socket: impl AsFd) -> io::Result<()> {
     let value = u64::from(number(socket.as_fd().as_raw_fd())?);
     let mut attr = MapElement {
         map_fd: number(map.as_fd().as_raw_fd())?,
         key: address(ptr::from_ref(&key).cast()),
         value: address(ptr::from_ref(&value).cast()),
-        // BPF_ANY and BPF_NOEXIST
-        flags: match if_there {
-            IfThere::Replace => 0,
-            IfThere::Keep => 1,
-        },
         ..MapElement::default()
     };
     invoke(MAP_UPDATE_ELEM, &mut attr).map(drop)

@@ -43,11 +43,12 @@ impl RefuseSockets {
         Ok(opened)
     }
 
-    /// Puts those into the map in whose place there is none. Returns how many that were.
+    /// Puts those into the map in whose place there is none or another one. Returns how many that were.
     pub(super) fn put_back(&self, map: &Sockets) -> anyhow::Result<usize> {
         let mut count = 0;
         for (index, socket) in (FIRST..).zip(&self.0) {
-            count += usize::from(map.fill(index, socket)?);
+            let cookie = socket.cookie().context("ask for the cookie of a socket that refuses")?;
+            count += usize::from(map.put_back(index, cookie, socket)?);
         }
         Ok(count)
     }

@@ -10,7 +10,7 @@ use anyport_common::maps::{MAX_SERVICES, SOCKETS_PER_SERVICE};
 use aya::maps::{Map, MapData};
 
 use super::{fd_of, pins::PinDirectory};
-use crate::sys::{self, bpf::IfThere};
+use crate::sys;
 
 /// A socket map whose values have room for cookies. The kernel holds there what was registered, too, of which nobody but its
 /// owner has a descriptor.
@@ -30,7 +30,7 @@ impl Sockets {
 
     /// Puts a socket into a place, whatever is there.
     pub(super) fn put(&self, place: u32, socket: impl AsFd) -> anyhow::Result<()> {
-        sys::bpf::put_socket(&self.0, place, socket, IfThere::Replace).context("put a socket into the BPF map")
+        sys::bpf::put_socket(&self.0, place, socket).context("put a socket into the BPF map")
     }
 
     /// Puts a socket into its place where there is none or another one. Returns whether it did.
@@ -40,14 +40,6 @@ impl Sockets {
             self.put(place, socket)?;
         }
         Ok(!is_there)
-    }
-
-    /// Puts a socket into its place where there is none, and says whether it did.
-    pub(super) fn fill(&self, place: u32, socket: impl AsFd) -> anyhow::Result<bool> {
-        match sys::bpf::put_socket(&self.0, place, socket, IfThere::Keep) {
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(false),
-            put => put.map(|()| true).context("put a socket into the BPF map"),
-        }
     }
 
     /// Whose socket is there.
