@@ -1,11 +1,12 @@
 //! Random rules and random packets: every back end decides as the contract says, in the words of this test.
 
-use std::{
-    io::Read as _,
-    net::{IpAddr, SocketAddr},
-};
+use std::net::{IpAddr, SocketAddr};
 
-use anyport_tests::{daemon::Daemon, dial::tcp_from, random::Random};
+use anyport_tests::{
+    daemon::Daemon,
+    dial::{first_words, tcp_from},
+    random::Random,
+};
 use libtest_mimic::Trial;
 
 use crate::{cases::on_each_back_end, rules::services};
@@ -100,9 +101,7 @@ fn decide(rules: &[Rule], from: IpAddr, to: IpAddr, port: u16) -> &'static str {
 fn who_from(daemon: &Daemon, from: IpAddr, to: SocketAddr) -> String {
     let answer = daemon.namespace().enter(|| {
         let mut stream = tcp_from((from, 0).into(), to).ok()?;
-        let mut banner = [0; 64];
-        let length = stream.read(&mut banner).ok()?;
-        Some(String::from_utf8_lossy(&banner[..length]).into_owned())
+        first_words(&mut stream).ok()
     });
     answer.unwrap_or_else(|| "no".to_owned())
 }

@@ -2,7 +2,6 @@
 
 use std::{
     fs,
-    io::ErrorKind,
     net::{SocketAddr, UdpSocket},
     process::{Command, Stdio},
     sync::Arc,
@@ -11,7 +10,7 @@ use std::{
 };
 
 use anyport_tests::{
-    dial::{PATIENCE, any, expect_udp_unanswered, udp_over},
+    dial::{PATIENCE, any, expect_udp_unanswered, receive, udp_over},
     ground,
     host::wait_for,
     netns::Netns,
@@ -94,16 +93,6 @@ fn client(lab: &Lab, to: SocketAddr) -> UdpSocket {
     })
 }
 
-/// Receives one datagram. Time limits have the kernel not begin again by itself when it is interrupted.
-fn receive(socket: &UdpSocket, buffer: &mut [u8]) -> (usize, SocketAddr) {
-    loop {
-        match socket.recv_from(buffer) {
-            Err(error) if error.kind() == ErrorKind::Interrupted => {}
-            received => break received.expect("a datagram"),
-        }
-    }
-}
-
 /// Who the upstream saw, as [`witness`] tells.
 fn seen(socket: &UdpSocket, question: &str) -> SocketAddr {
     let answer = udp_over(socket, question.as_bytes(), PATIENCE).expect("an answer");
@@ -167,7 +156,7 @@ fn batches(backend: &'static str) {
         let mut peer = None;
         for length in [1, 0, 1_400, 9_000, 60_000, 1_400] {
             socket.send(&vec![7; length]).expect("sending");
-            let (received, from) = receive(&upstream, &mut buffer);
+            let (received, from) = receive(&upstream, &mut buffer).expect("a datagram");
             assert_eq!((received, peer.unwrap_or(from)), (length, from));
             peer = Some(from);
         }
@@ -181,7 +170,7 @@ fn batches(backend: &'static str) {
                 from.send(&bytes).expect("sending");
                 let mut received: Vec<u8> = Vec::new();
                 while received.len() < bytes.len() {
-                    let (length, _) = receive(to, &mut buffer);
+                    let (length, _) = receive(to, &mut buffer).expect("a datagram");
                     assert!(length == 1_200 || length == 77, "{length} bytes");
                     received.extend(&buffer[..length]);
                 }
@@ -303,7 +292,7 @@ fn header() {
         for text in ["one", "two", "three"] {
             socket.send(text.as_bytes()).expect("sending");
             let mut buffer = [0; 200];
-            let (length, from) = receive(&upstream, &mut buffer);
+            let (length, from) = receive(&upstream, &mut buffer).expect("a datagram");
             let mut expected = b"\r\n\r\n\0\r\nQUIT\n".to_vec();
             let octets = |address: SocketAddr| match address {
                 SocketAddr::V4(address) => address.ip().octets().to_vec(),
@@ -319,7 +308,7 @@ fn header() {
             // Answers have none.
             upstream.send_to(text.as_bytes(), from).expect("answering");
             socket.set_read_timeout(Some(PATIENCE)).expect("a time limit");
-            let (length, _) = receive(&socket, &mut buffer);
+            let (length, _) = receive(&socket, &mut buffer).expect("a datagram");
             assert_eq!(&buffer[..length], text.as_bytes());
         }
     }

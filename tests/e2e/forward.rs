@@ -10,7 +10,7 @@ use std::{
 };
 
 use anyport_tests::{
-    dial::{PATIENCE, tcp},
+    dial::{PATIENCE, again, tcp},
     host::wait_for,
     netns::Netns,
     servers::Server,
@@ -238,7 +238,7 @@ fn receive(stream: &mut TcpStream) -> io::Result<()> {
         stream.read_exact(&mut chunk)?;
         assert!(expected == chunk, "MiB {number} differs from what was sent");
     }
-    assert_eq!(stream.read(&mut chunk)?, 0);
+    assert_eq!(again(|| stream.read(&mut chunk))?, 0);
     Ok(())
 }
 

@@ -19,7 +19,7 @@ use anyport::{
 };
 use anyport_tests::{
     daemon::LogOnPanic,
-    dial::{PATIENCE, any, tcp_text},
+    dial::{PATIENCE, any, receive, tcp_text},
     ground::{example, public_copy, scratch},
     host::wait_for,
     random::Random,
@@ -94,7 +94,7 @@ fn ask_from(client: &UdpSocket, to: SocketAddr) -> (SocketAddr, String) {
     client.set_read_timeout(Some(PATIENCE)).expect("a time limit");
     client.send_to(b"who is there?", to).expect("a question");
     let mut buffer = [0; 512];
-    let (length, from) = client.recv_from(&mut buffer).unwrap_or_else(|error| panic!("no answer from {to}: {error}"));
+    let (length, from) = receive(client, &mut buffer).unwrap_or_else(|error| panic!("no answer from {to}: {error}"));
     assert_eq!(from, to, "who answers");
     (client.local_addr().expect("its address"), String::from_utf8_lossy(&buffer[..length]).into_owned())
 }
@@ -207,7 +207,7 @@ fn judged(backend: &'static str) {
     }
     say(format!("192.0.2.1:53 {me}\nanswer"));
     let mut buffer = [0; 64];
-    let (length, from) = client.recv_from(&mut buffer).expect("the answer");
+    let (length, from) = receive(&client, &mut buffer).expect("the answer");
     assert_eq!((&buffer[..length], from), (&b"answer"[..], at("192.0.2.1", 53)), "the only one that is sent");
     let counted = lab.service_after("greeter", 1);
     assert_eq!((&counted["refused_loop"], &counted["unanswerable"]), (&3.into(), &7.into()), "{counted}");

@@ -19,7 +19,7 @@ use std::{
 use anyport::register::{Register, Request, send};
 use anyport_tests::{
     daemon::{Daemon, LogOnPanic, Setup},
-    dial::{expect_tcp_refused, tcp, tcp_text, udp},
+    dial::{expect_tcp_refused, receive, tcp, tcp_text, udp},
     ground::{GROUP, program, public_copy, scratch},
     host::wait_for,
     http,
@@ -208,7 +208,7 @@ fn udp_socket(backend: &'static str) {
             // An ordinary socket answers from its own port, so what arrives is looked at here.
             scope.spawn(|| drop(udp(at("192.0.2.9", 53), b"question")));
             let mut buffer = [0; 64];
-            let (length, _) = own.recv_from(&mut buffer).expect("the question");
+            let (length, _) = receive(&own, &mut buffer).expect("the question");
             assert_eq!(&buffer[..length], b"question");
             let other = UdpSocket::bind("198.51.100.1:0").expect("a client");
             own.connect(other.local_addr().expect("an address")).expect("connected after it was registered");

@@ -2,11 +2,11 @@
 //!
 //! Services differ by their banner or handler, so that a dial says who answered.
 
-use std::{io::Read as _, net::SocketAddr};
+use std::net::SocketAddr;
 
 use anyport_tests::{
     daemon::{Daemon, LogOnPanic},
-    dial::{QUESTION, tcp, udp},
+    dial::{QUESTION, first_words, tcp, udp},
     netns::Netns,
     random::Random,
 };
@@ -189,10 +189,7 @@ pub(crate) fn who(daemon: &Daemon, protocol: &str, address: &str, port: u16) -> 
 
 /// The first bytes that the peer says by itself. `discard` stays open after its banner, `hello` closes.
 fn tcp_banner(to: SocketAddr) -> Option<String> {
-    let mut stream = tcp(to).ok()?;
-    let mut buffer = [0; 256];
-    let length = stream.read(&mut buffer).ok()?;
-    Some(String::from_utf8_lossy(&buffer[..length]).into_owned())
+    first_words(&mut tcp(to).ok()?).ok()
 }
 
 fn first_word(text: Option<&str>) -> String {

@@ -34,7 +34,7 @@ use anyport_tests::{
     daemon::{Daemon, LogOnPanic},
     dial::{
         PATIENCE, QUESTION, any, expect_tcp_hello, expect_tcp_refused, expect_udp_hello, expect_udp_text,
-        expect_udp_unanswered, is_refusal, read_text, tcp, tcp_server, tcp_text, udp_server,
+        expect_udp_unanswered, is_refusal, read_text, receive, tcp, tcp_server, tcp_text, udp_server,
     },
     host::wait_for,
     topology::{SECOND, SERVER},
@@ -213,7 +213,7 @@ fn spread(backend: &'static str) {
         }
         for socket in sockets {
             socket.set_read_timeout(Some(PATIENCE)).expect("a time limit");
-            socket.recv(&mut [0; 2_048]).expect("an answer to each datagram");
+            receive(&socket, &mut [0; 2_048]).expect("an answer to each datagram");
         }
     }
 }

@@ -8,8 +8,8 @@ use std::{
 
 use anyport_tests::{
     dial::{
-        PATIENCE, QUESTION, SILENCE, any, expect_udp_echo, expect_udp_hello, expect_udp_unanswered, hello, shared_udp,
-        transparent_udp, udp_over, udp_server,
+        self, PATIENCE, QUESTION, SILENCE, any, expect_udp_echo, expect_udp_hello, expect_udp_unanswered, hello,
+        shared_udp, transparent_udp, udp_over, udp_server,
     },
     host::wait_for,
     random::Random,
@@ -51,7 +51,7 @@ fn lab(backend: &str, service: &str) -> Lab {
 fn receive(socket: &UdpSocket) -> (SocketAddr, Vec<u8>) {
     socket.set_read_timeout(Some(PATIENCE)).expect("a time limit");
     let mut buffer = vec![0; 65_536];
-    let (length, from) = socket.recv_from(&mut buffer).expect("a datagram");
+    let (length, from) = dial::receive(socket, &mut buffer).expect("a datagram");
     buffer.truncate(length);
     (from, buffer)
 }

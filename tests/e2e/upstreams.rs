@@ -1,8 +1,7 @@
 //! Where `forward` leads: names whose addresses change, and upstreams that are steered themselves.
 
 use std::{
-    fs,
-    io::{self, Read as _},
+    fs, io,
     net::{SocketAddr, UdpSocket},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
@@ -10,7 +9,7 @@ use std::{
 };
 
 use anyport_tests::{
-    dial::{SILENCE, any, tcp, tcp_server, tcp_text, udp_over},
+    dial::{SILENCE, any, first_words, tcp, tcp_server, tcp_text, udp_over},
     ground::scratch,
     host::wait_for,
     netns::Netns,
@@ -132,7 +131,7 @@ fn detours(backend: &'static str) {
             let to = at(dialled, 80);
             lab.at(client).enter(|| {
                 // The reset may be here before anybody looks.
-                let outcome = tcp(to).and_then(|mut stream| stream.read(&mut [0]));
+                let outcome = tcp(to).and_then(|mut stream| first_words(&mut stream));
                 assert_eq!(outcome.map_err(|error| error.kind()), Err(io::ErrorKind::ConnectionReset), "{dialled}");
                 let socket = UdpSocket::bind(any(to.ip())).expect("a client");
                 socket.connect(to).expect("a way");

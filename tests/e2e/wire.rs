@@ -1,14 +1,14 @@
 //! Packets of unusual shape, and TCP's corner cases, which each back end must see like the kernel's own lookup.
 
 use std::{
-    io::{ErrorKind, Read as _},
+    io::ErrorKind,
     net::{SocketAddr, TcpListener, UdpSocket},
     time::{Duration, Instant},
 };
 
 use anyport_tests::{
     daemon::LogOnPanic,
-    dial::{PATIENCE, QUESTION, SILENCE, expect_tcp_hello, hello, read_text, tcp_from, tcp_text},
+    dial::{PATIENCE, QUESTION, SILENCE, expect_tcp_hello, hello, read_text, receive, tcp_from, tcp_text},
     host::wait_for,
     packet::{Extra, send_udp, shake_hands},
     random::Random,
@@ -75,7 +75,7 @@ fn shape(lab: &Shared, extra: Extra) {
         let from = socket.local_addr().expect("an own address");
         send_udp(from, to, extra, QUESTION).expect("sending a datagram of this shape");
         let mut buffer = [0; 2_048];
-        let length = socket.recv(&mut buffer).expect("an answer to a datagram of this shape");
+        let (length, _) = receive(&socket, &mut buffer).expect("an answer to a datagram of this shape");
         assert_eq!(String::from_utf8_lossy(&buffer[..length]), hello(from, to, "udp"));
         shake_hands(from, to, extra, PATIENCE).expect("a handshake after a SYN of this shape");
     });
@@ -149,7 +149,7 @@ fn dial_from(from: SocketAddr, to: SocketAddr) -> (String, Duration) {
     });
     let text = read_text(&mut stream).unwrap_or_else(|error| panic!("reading on {from} from {to}: {error}"));
     // The peer's end was read, so that closing leaves nothing here that could be in the way.
-    assert_eq!(stream.read(&mut [0]).expect("the end once more"), 0);
+    assert_eq!(read_text(&mut stream).expect("the end once more"), "");
     (text, begin.elapsed())
 }
 

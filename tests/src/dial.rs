@@ -127,15 +127,32 @@ pub fn udp_over(socket: &UdpSocket, question: &[u8], limit: Duration) -> io::Res
     socket.set_read_timeout(Some(limit))?;
     socket.send(question)?;
     let mut buffer = vec![0; 65_536];
-    let length = loop {
-        match socket.recv(&mut buffer) {
-            // With a time limit it is not begun again by itself, such as after the process was stopped.
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            received => break received?,
-        }
-    };
+    let (length, _) = receive(socket, &mut buffer)?;
     buffer.truncate(length);
     Ok(buffer)
+}
+
+/// Receives one datagram, and tells its length and source.
+pub fn receive(socket: &UdpSocket, buffer: &mut [u8]) -> io::Result<(usize, SocketAddr)> {
+    again(|| socket.recv_from(buffer))
+}
+
+/// What the peer says first by itself; it may stay silent after that.
+pub fn first_words(stream: &mut TcpStream) -> io::Result<String> {
+    let mut buffer = [0; 256];
+    let length = again(|| stream.read(&mut buffer))?;
+    Ok(String::from_utf8_lossy(&buffer[..length]).into_owned())
+}
+
+/// Receives. Where there is a time limit the kernel does not begin again by itself after the process was stopped for a while
+/// (signal(7)), as happens to virtual machines and containers.
+pub fn again<T>(mut receive: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+    loop {
+        match receive() {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            received => break received,
+        }
+    }
 }
 
 /// Asks `to` by UDP, asserts that the `hello` handler names both ends rightly.

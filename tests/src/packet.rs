@@ -8,6 +8,8 @@ use std::{
 
 use socket2::{Domain, Protocol, Socket, Type};
 
+use crate::dial::again;
+
 /// `IPPROTO_RAW`: the caller brings the IP header.
 const RAW: i32 = 255;
 const TCP: u8 = 6;
@@ -43,7 +45,7 @@ pub fn shake_hands(from: SocketAddr, to: SocketAddr, extra: Extra, patience: Dur
     let end = Instant::now() + patience;
     let mut buffer = [0; 2_048];
     while Instant::now() < end {
-        let length = (&inbox).read(&mut buffer)?;
+        let length = again(|| (&inbox).read(&mut buffer))?;
         // Raw sockets see the IP header for IPv4 only.
         let header = if from.is_ipv4() { usize::from(buffer[0] & 0x0f) * 4 } else { 0 };
         let segment = &buffer[header..length];

@@ -12,6 +12,7 @@ use anyhow::{Context as _, Result, ensure};
 use anyport::sys::datagrams::Batch;
 use anyport_tests::{
     daemon::{Daemon, Setup},
+    dial::receive,
     ground,
     host::wait_for,
     random::Random,
@@ -154,7 +155,7 @@ impl Lab {
                     socket.connect(to)?;
                     socket.set_read_timeout(Some(PATIENCE))?;
                     socket.send(b"?")?;
-                    socket.recv(&mut [0; 1])
+                    receive(&socket, &mut [0; 1])
                 };
                 wait_for("answer", Duration::from_secs(20), || {
                     lab.topology.client.enter(ask).map_err(|error| format!("{kind} at {to}: {error}"))
