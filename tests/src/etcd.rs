@@ -58,6 +58,13 @@ impl Etcd {
         Self::start(&members)
     }
 
+    /// The same with their files in a directory of their own in this one.
+    pub fn three_in(namespace: &Netns, directory: &Path) -> Self {
+        let members = [1, 2, 3].map(|last| (namespace.clone(), IpAddr::from([127, 0, 0, last])));
+        let own = tempfile::Builder::new().prefix("anyport-etcd-").tempdir_in(directory).expect("a directory for etcd");
+        Self::launch_in(own, &members, "http", &[], &[])
+    }
+
     /// Members at addresses by which they and their clients reach each other.
     pub fn start(members: &[(Netns, IpAddr)]) -> Self {
         Self::launch(members, "http", &[], &[])
@@ -70,6 +77,16 @@ impl Etcd {
     }
 
     fn launch(members: &[(Netns, IpAddr)], scheme: &'static str, options: &[&str], client_options: &[&str]) -> Self {
+        Self::launch_in(scratch(), members, scheme, options, client_options)
+    }
+
+    fn launch_in(
+        directory: tempfile::TempDir,
+        members: &[(Netns, IpAddr)],
+        scheme: &'static str,
+        options: &[&str],
+        client_options: &[&str],
+    ) -> Self {
         let member = |(namespace, address): &(Netns, IpAddr)| Member {
             namespace: namespace.clone(),
             address: *address,
@@ -78,7 +95,7 @@ impl Etcd {
         let owned = |options: &[&str]| options.iter().map(|it| (*it).to_owned()).collect();
         let mut cluster = Self {
             members: members.iter().map(member).collect(),
-            directory: scratch(),
+            directory,
             options: owned(options),
             client_options: owned(client_options),
             scheme,
@@ -91,6 +108,17 @@ impl Etcd {
     pub fn urls(&self) -> String {
         let urls: Vec<String> = (0..self.members.len()).map(|member| self.url(member)).collect();
         urls.join(",")
+    }
+
+    /// How many members there are.
+    pub fn size(&self) -> usize {
+        self.members.len()
+    }
+
+    /// The process of a member that runs.
+    pub fn process(&self, member: usize) -> Pid {
+        let id = self.members[member].process.as_ref().expect("a member that runs").id();
+        Pid::from_raw(id.try_into().expect("a process id"))
     }
 
     /// The URL of one member.
@@ -202,12 +230,12 @@ impl Etcd {
 
     /// Has a member do nothing, though its connections stay.
     pub fn freeze(&self, member: usize) {
-        kill(self.pid(member), Signal::SIGSTOP).expect("a member to freeze");
+        kill(self.process(member), Signal::SIGSTOP).expect("a member to freeze");
     }
 
     /// Has it go on.
     pub fn thaw(&self, member: usize) {
-        kill(self.pid(member), Signal::SIGCONT).expect("a member to thaw");
+        kill(self.process(member), Signal::SIGCONT).expect("a member to thaw");
     }
 
     /// Writes all that there is to a file, which lives as long as the cluster.
@@ -296,11 +324,6 @@ impl Etcd {
     fn initial(&self) -> String {
         let all = (0..self.members.len()).map(|member| format!("{}={}", name(member), self.peer(member)));
         all.collect::<Vec<_>>().join(",")
-    }
-
-    fn pid(&self, member: usize) -> Pid {
-        let id = self.members[member].process.as_ref().expect("a member that runs").id();
-        Pid::from_raw(id.try_into().expect("a process id"))
     }
 }
 

@@ -1,10 +1,13 @@
-//! What a process holds.
+//! What a process holds, and what it has used.
 
 use std::{
     fmt::Display,
     fs, io,
     path::{Path, PathBuf},
+    time::Duration,
 };
+
+use nix::{time::ClockId, unistd::Pid};
 
 /// What a process holds at some moment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,6 +33,14 @@ impl Holdings {
         let descriptors = fs::read_dir(process.join("fd"))?.count();
         Ok(Self { descriptors, memory, maps: maps(&process)? >> 10 })
     }
+}
+
+/// Processor time that a process has used so far, also by threads that have ended.
+///
+/// # Errors
+/// It has ended.
+pub fn cpu_time(process: Pid) -> io::Result<Duration> {
+    Ok(ClockId::pid_cpu_clock_id(process)?.now()?.into())
 }
 
 fn maps(process: &Path) -> io::Result<u64> {

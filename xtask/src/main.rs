@@ -39,6 +39,8 @@ enum Command {
     Test(test::Options),
     /// Measure, and print the numbers as ratios.
     Bench(programs::BenchOptions),
+    /// Simulate a fleet of many nodes.
+    Sim(programs::BenchOptions),
     /// Restart, upgrade and kill the daemon under load for a quarter of an hour.
     Soak(programs::DemoOptions),
     /// Feed random input to everything that reads foreign bytes.
@@ -55,6 +57,7 @@ fn main() -> ExitCode {
         Command::Demo(options) => programs::demo(&options),
         Command::Test(options) => return report(test::run(&options)),
         Command::Bench(options) => programs::bench(&options),
+        Command::Sim(options) => programs::sim(&options),
         Command::Soak(options) => programs::soak(&options),
         Command::Fuzz(options) => fuzz::run(&options),
         Command::Dist(options) => dist::run(&options),

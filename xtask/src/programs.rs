@@ -1,4 +1,4 @@
-//! Building anyportd and anyportctl, and `cargo xtask demo` and `bench`, which show and measure them.
+//! Building anyportd and anyportctl, and `cargo xtask demo`, `bench` and `sim`, which show and measure them.
 
 use std::{
     ffi::OsString,
@@ -21,12 +21,12 @@ pub(crate) struct DemoOptions {
     arguments: Vec<OsString>,
 }
 
-/// Options of `cargo xtask bench`.
+/// Options of `cargo xtask bench` and `sim`.
 #[derive(clap::Args)]
 pub(crate) struct BenchOptions {
-    /// What to measure.
+    /// What to measure or simulate.
     name: OsString,
-    /// Further arguments for the measurement.
+    /// Further arguments for that.
     #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
     arguments: Vec<OsString>,
 }
@@ -80,10 +80,17 @@ pub(crate) fn soak(options: &DemoOptions) -> Result<()> {
 
 /// Builds and runs a measurement.
 pub(crate) fn bench(options: &BenchOptions) -> Result<()> {
+    run("bench", options)
+}
+
+/// Builds and runs a simulation.
+pub(crate) fn sim(options: &BenchOptions) -> Result<()> {
+    run("sim", options)
+}
+
+fn run(binary: &str, BenchOptions { name, arguments }: &BenchOptions) -> Result<()> {
     host::require(&[&[host::PROTOC, host::IP, host::IPTABLES, host::BPFTOOL][..], &host::FOR_TESTS].concat())?;
-    let mut arguments = vec![options.name.clone()];
-    arguments.extend_from_slice(&options.arguments);
-    show("bench", &arguments)
+    show(binary, &[&[name.clone()], &arguments[..]].concat())
 }
 
 fn show(binary: &str, arguments: &[OsString]) -> Result<()> {

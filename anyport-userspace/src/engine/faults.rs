@@ -27,17 +27,14 @@ use tokio::runtime;
 
 use self::simulated::{Numbered, Random, Shared, Simulated, SimulatedRoutes, World, open};
 use super::{
-    Engine,
-    start::{Desired, Parts, desired},
+    Engine, Simulation,
+    start::{Desired, desired},
 };
 use crate::{
     api::{AddPrefixes, Apply, Problem, RemovePrefixes},
     config::{Config, Options},
-    keeper::Link,
-    routes::Routes,
     rules::{Prefix, Terms},
     service::{HandlerKind, ServiceConfig, Workers},
-    steering::choose::Chosen,
     store::{FleetState, Store, simulated::Simulated as Disk},
 };
 
@@ -116,14 +113,10 @@ impl Scene {
     }
 
     async fn try_to_start(&self) -> anyhow::Result<Engine> {
-        let (store, state) = Store::of(Box::new(self.disk.clone()))?;
-        let desired = desired(&self.config, state)?;
-        let routes = Routes::held_by(Arc::new(Mutex::new(SimulatedRoutes(Arc::clone(&self.world)))))?;
-        let chosen = Chosen { steering: Box::new(Simulated::new(&self.world)), outcomes: Vec::new() };
-        let (published, events) = (Arc::default(), Arc::default());
-        let parts = Parts { store, routes, connected, published, events, chosen };
-        let engine =
-            Engine::begin(&self.config, parts, desired, self.workers.handles(), Link::default(), false).await?;
+        let kept = Store::of(Box::new(self.disk.clone()))?;
+        let routes = Arc::new(Mutex::new(SimulatedRoutes(Arc::clone(&self.world))));
+        let simulation = Simulation { steering: Box::new(Simulated::new(&self.world)), routes, connected };
+        let engine = Engine::simulated(&self.config, kept, simulation, self.workers.handles()).await?;
         // Nobody asks etcd here, which would be said to be silent.
         engine.fleet_board().into_iter().for_each(|board| board.heard(Instant::now()));
         Ok(engine)

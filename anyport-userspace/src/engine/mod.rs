@@ -47,6 +47,7 @@ pub use self::{
     observed::{Observed, ObservedService},
     progress::Progress,
     register::fetch_registered,
+    start::Simulation,
     views::Counted,
 };
 use crate::{
@@ -65,7 +66,7 @@ use crate::{
 const COUNTERS_INTERVAL: Duration = Duration::from_mins(1);
 
 /// See [`crate::host::connected_addresses`].
-type Connected = fn() -> anyhow::Result<HashSet<IpAddr>>;
+pub type Connected = fn() -> anyhow::Result<HashSet<IpAddr>>;
 
 /// The daemon's state and its hold on the kernel.
 #[derive(Debug)]

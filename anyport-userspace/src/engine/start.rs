@@ -3,7 +3,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet, HashSet},
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicBool, Ordering::Relaxed},
     },
 };
@@ -31,13 +31,13 @@ use crate::{
     events::{Board, Teller},
     host,
     keeper::Link,
-    routes::Routes,
+    routes::{Holder, Routes},
     rules::{Change, Origin, RuleSet, to_address},
     service::{
         Capacity, Commons, DescriptorPool, ForwardGuard, HandlerKind, LoopGuard, Service, ServiceConfig, WorkerHandles,
     },
     steering::{
-        BackEnd, bpf,
+        BackEnd, Steering, bpf,
         choose::{Chosen, choose, remove_leftovers},
     },
     store::{FleetState, KeptFleet, State, Store},
@@ -49,15 +49,26 @@ const RESTING: usize = 32;
 
 /// What an engine works on.
 #[derive(Debug)]
-pub(super) struct Parts {
-    pub(super) store: Store,
-    pub(super) routes: Routes,
-    pub(super) connected: Connected,
+struct Parts {
+    store: Store,
+    routes: Routes,
+    connected: Connected,
     /// The back end's table, for those who read it here.
-    pub(super) published: Arc<Published>,
+    published: Arc<Published>,
     /// Who listens to events.
-    pub(super) events: Arc<Board>,
-    pub(super) chosen: Chosen,
+    events: Arc<Board>,
+    chosen: Chosen,
+}
+
+/// What stands in for this machine's kernel in tests and simulations.
+#[derive(Debug)]
+pub struct Simulation {
+    /// The back end.
+    pub steering: Box<dyn Steering>,
+    /// What holds local routes.
+    pub routes: Arc<Mutex<dyn Holder>>,
+    /// Tells the addresses of this host that have connections.
+    pub connected: Connected,
 }
 
 impl Engine {
@@ -92,8 +103,25 @@ impl Engine {
         Ok(engine)
     }
 
+    /// An engine that steers nothing on this machine, though its services have sockets here.
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub async fn simulated(
+        config: &Config,
+        (store, state): (Store, State),
+        Simulation { steering, routes, connected }: Simulation,
+        workers: WorkerHandles,
+    ) -> anyhow::Result<Self> {
+        let desired = desired(config, state)?;
+        let chosen = Chosen { steering, outcomes: Vec::new() };
+        let (routes, published, events) = (Routes::held_by(routes)?, Arc::default(), Arc::default());
+        let parts = Parts { store, routes, connected, published, events, chosen };
+        Self::begin(config, parts, desired, workers, Link::default(), false).await
+    }
+
     /// Brings up an engine out of its parts.
-    pub(super) async fn begin(
+    async fn begin(
         config: &Config,
         parts: Parts,
         Desired { services, rules, fleet_state }: Desired,

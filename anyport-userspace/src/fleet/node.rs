@@ -25,7 +25,7 @@ use super::{
 use crate::{
     api::{Kind, Problem, Shared},
     config::Fleet,
-    engine::Condition,
+    engine::{Condition, FleetBoard},
     rights,
     store::FleetState,
 };
@@ -49,10 +49,7 @@ impl Node {
     pub async fn start(fleet: &Fleet, engine: Shared) -> anyhow::Result<Self> {
         let begun = engine.lock().await.as_ref().and_then(|it| Some((it.fleet_board()?, it.fleet_state().clone())));
         let (board, state) = begun.context("join the fleet: there is no engine")?;
-        let Fleet { connection, ring, node, public_keys, .. } = fleet.clone();
-        let source = Connection { settings: connection, ring: ring.clone(), source: None };
-        let identity = Identity { ring, node, keys: public_keys };
-        let agent = Agent::new(identity, source, Daemon { control: Handle::current(), engine }, board, state);
+        let agent = agent(fleet, Daemon { control: Handle::current(), engine }, board, state);
         let runtime = Builder::new_current_thread().enable_all().build().context("start a runtime for the fleet")?;
         let (stop, mut stopped) = watch::channel(());
         let work = move || {
@@ -80,6 +77,18 @@ impl Drop for Node {
         // A panic has been printed by then.
         self.thread.take().map(JoinHandle::join);
     }
+}
+
+/// Who follows the ring that is configured, for a target that stands where `state` says.
+pub fn agent<T: Target>(
+    fleet: &Fleet,
+    target: T,
+    board: Arc<FleetBoard>,
+    state: FleetState,
+) -> Agent<impl Source + use<T>, T> {
+    let Fleet { connection, ring, node, public_keys, .. } = fleet.clone();
+    let source = Connection { settings: connection, ring: ring.clone(), source: None };
+    Agent::new(Identity { ring, node, keys: public_keys }, source, target, board, state)
 }
 
 /// The engine, asked by threads that have the capabilities which that takes. What it has begun it does to its end. When the daemon

@@ -57,13 +57,22 @@ pub struct LocalTable {
     pub all_local_tables: usize,
 }
 
-/// What holds local routes: the kernel, or what stands in for it in tests.
-pub(crate) trait Holder: Send + fmt::Debug {
+/// What holds local routes: the kernel, or what stands in for it in tests and simulations.
+pub trait Holder: Send + fmt::Debug {
     /// The prefixes that the table `local` makes local.
+    ///
+    /// # Errors
+    /// The kernel's.
     fn local(&mut self) -> anyhow::Result<Local>;
     /// Adds routes of ours. Returns the prefixes that were left as found, since there is the same route already.
+    ///
+    /// # Errors
+    /// The kernel's.
     fn add(&mut self, prefixes: &[Prefix]) -> anyhow::Result<Vec<Prefix>>;
     /// Removes routes of ours, if they are there.
+    ///
+    /// # Errors
+    /// The kernel's.
     fn remove(&mut self, prefixes: &[Prefix]) -> anyhow::Result<()>;
 }
 
@@ -85,7 +94,6 @@ impl Routes {
     }
 
     /// Changes nothing but what `holder` holds.
-    #[cfg(test)]
     pub(crate) fn held_by(holder: Arc<Mutex<dyn Holder>>) -> anyhow::Result<Self> {
         Ok(Self { netlink: Arc::new(Mutex::new(open()?)), holder })
     }
@@ -254,10 +262,11 @@ impl Holder for Netlink {
 
 /// The prefixes that the table `local` makes local.
 #[derive(Debug, Default)]
-pub(crate) struct Local {
-    /// In order, each once.
-    pub(crate) ours: Vec<Prefix>,
-    pub(crate) others: HashSet<Prefix>,
+pub struct Local {
+    /// By routes of ours; in order, each once.
+    pub ours: Vec<Prefix>,
+    /// By routes of others.
+    pub others: HashSet<Prefix>,
 }
 
 fn local_table(netlink: &mut Netlink) -> anyhow::Result<LocalTable> {

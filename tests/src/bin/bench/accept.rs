@@ -14,19 +14,17 @@ use anyport_tests::{
     daemon::{Daemon, Setup},
     dial,
     host::wait_for,
+    numbers::median,
     random::Random,
     topology::Topology,
 };
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use socket2::{Domain, Socket, Type};
 
-use super::{
-    median,
-    traffic::{
-        CpuTime, Running, leave_first_cpu,
-        load::{self, Load},
-        on_first_cpu, separate,
-    },
+use super::traffic::{
+    CpuTime, Running, leave_first_cpu,
+    load::{self, Load},
+    on_first_cpu, separate,
 };
 
 /// Everything that any of them answers for.

@@ -3,9 +3,9 @@
 use std::{process::Stdio, time::Instant};
 
 use anyhow::{Context as _, Result, bail};
-use anyport_tests::{daemon::Daemon, netns::Netns};
+use anyport_tests::{daemon::Daemon, netns::Netns, numbers::percentile};
 
-use super::{BACKENDS, micros, percentile};
+use super::{BACKENDS, micros};
 
 /// Options of `bench add-prefix`.
 #[derive(Debug, clap::Args)]

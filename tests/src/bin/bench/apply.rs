@@ -12,11 +12,14 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 use anyport::rules::Prefix;
-use anyport_tests::{daemon::Daemon, ground, holdings::Holdings, netns::Netns, random::Random};
-
-use super::{
+use anyport_tests::{
+    daemon::Daemon,
+    ground,
+    holdings::Holdings,
+    netns::Netns,
     plot::{self, Line, Panel},
     prefixes::Space,
+    random::Random,
 };
 
 const SIZES: [usize; 4] = [1, 1_000, 100_000, 1_000_000];

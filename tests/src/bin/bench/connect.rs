@@ -17,12 +17,13 @@ use anyport_tests::{
     ground,
     host::wait_for,
     netns::Netns,
+    numbers::percentile,
     random::Random,
 };
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::{io::AsyncReadExt as _, net::TcpListener};
 
-use super::{BACKENDS, cpus, micros, percentile};
+use super::{BACKENDS, cpus, micros};
 
 /// What every variant answers for.
 const PREFIX: &str = "192.0.2.0/24";

@@ -7,10 +7,13 @@ use std::{
 };
 
 use anyhow::Result;
-use anyport_tests::random::Random;
+use anyport_tests::{
+    numbers::{median, percentile},
+    random::Random,
+};
 
 use super::{
-    median, micros, percentile,
+    micros,
     proxies::{Kind, Lab, target},
     traffic::{
         CpuTime, leave_first_cpu,

@@ -15,15 +15,15 @@ use anyport::{
     sys::bpf::run_sk_lookup,
 };
 use anyport_common::flow::Transport;
-use anyport_tests::random::Random;
+use anyport_tests::{
+    plot::{self, Line, Panel},
+    prefixes::{Space, address},
+    random::Random,
+};
 use aya::sys::{Stats, enable_stats};
 use socket2::{Domain, Socket, Type};
 
-use super::{
-    plot::{self, Line, Panel},
-    prefixes::{Space, address},
-    subjects::{Program, Rules, Subject, question},
-};
+use super::subjects::{Program, Rules, Subject, question};
 
 const SIZES: [usize; 5] = [1, 1_000, 10_000, 100_000, 1_000_000];
 const QUICK_SIZES: [usize; 3] = [1, 1_000, 1_000_000];

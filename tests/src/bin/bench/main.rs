@@ -10,8 +10,6 @@ mod connect;
 mod forward;
 mod lookup;
 mod memory;
-mod plot;
-mod prefixes;
 mod proxies;
 mod relay;
 mod subjects;
@@ -110,19 +108,6 @@ fn cpus() -> Result<usize> {
     Ok(thread::available_parallelism()?.get())
 }
 
-/// The sample below which `part` hundredths lie. Sorts the samples.
-fn percentile(samples: &mut [Duration], part: usize) -> Duration {
-    samples.sort();
-    samples[(samples.len() * part / 100).min(samples.len() - 1)]
-}
-
 fn micros(time: Duration) -> f64 {
     time.as_secs_f64() * 1e6
-}
-
-/// The middle one of the values.
-fn median(values: impl IntoIterator<Item = f64>) -> f64 {
-    let mut sorted: Vec<f64> = values.into_iter().collect();
-    sorted.sort_by(f64::total_cmp);
-    sorted.get(sorted.len() / 2).copied().unwrap_or(f64::NAN)
 }

@@ -13,6 +13,7 @@ use anyhow::{Context as _, Result};
 use anyport_tests::{
     dial,
     host::wait_for,
+    numbers::median,
     random::Random,
     topology::{SERVER, Topology},
 };
@@ -28,14 +29,11 @@ use nix::{
     unistd::pipe2,
 };
 
-use super::{
-    median,
-    traffic::{
-        CpuTime, Running, leave_first_cpu,
-        load::{self, Load},
-        on_first_cpu, separate, start_upstream,
-        upstream::{ECHO, SOURCE},
-    },
+use super::traffic::{
+    CpuTime, Running, leave_first_cpu,
+    load::{self, Load},
+    on_first_cpu, separate, start_upstream,
+    upstream::{ECHO, SOURCE},
 };
 
 static BASELINES: &[u8] = include_bytes_aligned!("../../../../anyport-ebpf/prebuilt/baselines.o");

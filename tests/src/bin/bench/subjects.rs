@@ -22,15 +22,13 @@ use anyport_common::{
     flow::Transport,
     table::{LINE_WORDS, SEGMENT_WORDS},
 };
-use anyport_tests::{ground::BPFFS, netns::Netns};
+use anyport_tests::{ground::BPFFS, netns::Netns, prefixes::Space};
 use aya::{
     Ebpf, EbpfLoader, include_bytes_aligned,
     maps::{LpmTrie, Map, SockMap, lpm_trie::Key},
     programs::{ProgramFd, SkLookup, links::PinnedLink, loaded_programs},
 };
 use socket2::{Domain, Socket, Type};
-
-use super::prefixes::Space;
 
 static BASELINES: &[u8] = include_bytes_aligned!("../../../../anyport-ebpf/prebuilt/baselines.o");
 

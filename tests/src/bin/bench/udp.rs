@@ -15,6 +15,7 @@ use anyport_tests::{
     dial::receive,
     ground,
     host::wait_for,
+    numbers::median,
     random::Random,
     topology::{HOST, SERVER, Topology},
 };
@@ -22,7 +23,6 @@ use nix::poll::{PollFd, PollFlags, poll};
 use tempfile::TempDir;
 
 use super::{
-    median,
     proxies::{nginx_config, write},
     traffic::{CpuTime, Running, leave_first_cpu, on_first_cpu, separate, start_upstream, upstream::ECHO},
 };

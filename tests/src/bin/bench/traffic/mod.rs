@@ -5,13 +5,13 @@ pub(crate) mod upstream;
 
 use std::{
     ffi::OsStr,
-    fs,
     process::{Child, Command, Stdio},
     time::Duration,
 };
 
 use anyhow::{Context as _, Result};
 use anyport_tests::{
+    holdings::cpu_time,
     netns::Netns,
     topology::{SERVER, Topology},
 };
@@ -63,14 +63,14 @@ pub(crate) fn start_upstream(topology: &Topology) -> Result<Running> {
 /// Processor time that is used from now on.
 #[derive(Debug)]
 pub(crate) struct CpuTime {
-    process: Option<u32>,
+    process: Option<Pid>,
     before: Duration,
 }
 
 impl CpuTime {
     /// Of a process, if there is one.
     pub(crate) fn of(process: impl Into<Option<u32>>) -> Result<Self> {
-        let process = process.into();
+        let process = process.into().map(|id| Pid::from_raw(id.cast_signed()));
         Ok(Self { process, before: process.map_or(Ok(Duration::ZERO), cpu_time)? })
     }
 
@@ -79,18 +79,6 @@ impl CpuTime {
         let now = self.process.map_or(Ok(Duration::ZERO), cpu_time)?;
         Ok(micros(now.saturating_sub(self.before)))
     }
-}
-
-/// Processor time that a process has used so far.
-fn cpu_time(pid: u32) -> Result<Duration> {
-    let mut time = Duration::ZERO;
-    for task in fs::read_dir(format!("/proc/{pid}/task"))? {
-        // In nanoseconds, unlike /proc/PID/stat.
-        let text = fs::read_to_string(task?.path().join("schedstat"))?;
-        let nanoseconds = text.split_whitespace().next().context("no time in schedstat")?;
-        time += Duration::from_nanos(nanoseconds.parse()?);
-    }
-    Ok(time)
 }
 
 /// A program with the first CPU, which ends with this process.

@@ -6,43 +6,44 @@ use std::{
     ops::RangeInclusive,
 };
 
+use crate::random::Random;
 use anyport::rules::Prefix;
-use anyport_tests::random::Random;
 
 /// Where prefixes of a family are taken from: what is free for documentation, and local where that is too narrow.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Space {
-    pub(crate) is_ipv4: bool,
+pub struct Space {
+    /// Its family.
+    pub is_ipv4: bool,
     /// The prefix around all.
     around: (u128, u8),
 }
 
 impl Space {
     /// 127.0.0.0/8, which every namespace has for its own.
-    pub(crate) const V4: Self = Self { is_ipv4: true, around: (127 << 24, 8) };
+    pub const V4: Self = Self { is_ipv4: true, around: (127 << 24, 8) };
     /// `2001:db8::/32`.
-    pub(crate) const V6: Self = Self { is_ipv4: false, around: (0x2001_0db8 << 96, 32) };
+    pub const V6: Self = Self { is_ipv4: false, around: (0x2001_0db8 << 96, 32) };
 
     /// 240.0.0.0/4, where nobody is: for rules without traffic.
-    pub(crate) const RESERVED: Self = Self { is_ipv4: true, around: (240 << 24, 4) };
+    pub const RESERVED: Self = Self { is_ipv4: true, around: (240 << 24, 4) };
 
     /// The length of the prefix around all.
-    pub(crate) fn shortest(self) -> u8 {
+    pub fn shortest(self) -> u8 {
         self.around.1
     }
 
     /// How people call the family.
-    pub(crate) fn name(self) -> &'static str {
+    pub fn name(self) -> &'static str {
         if self.is_ipv4 { "IPv4" } else { "IPv6" }
     }
 
     /// The lengths of [`Self::mixed`].
-    pub(crate) fn lengths(self) -> RangeInclusive<u8> {
+    pub fn lengths(self) -> RangeInclusive<u8> {
         if self.is_ipv4 { 20..=32 } else { 40..=64 }
     }
 
     /// As many different prefixes, of all lengths alike as far as there are so many of them, in random order.
-    pub(crate) fn mixed(self, count: usize, random: &mut Random) -> Vec<Prefix> {
+    pub fn mixed(self, count: usize, random: &mut Random) -> Vec<Prefix> {
         let lengths = self.lengths();
         distinct(count, || {
             let len = *lengths.start() + u8::try_from(random.below(lengths.len())).expect("a prefix length");
@@ -51,7 +52,7 @@ impl Space {
     }
 
     /// As many different addresses as prefixes of their own, in random order.
-    pub(crate) fn hosts(self, count: usize, random: &mut Random) -> Vec<Prefix> {
+    pub fn hosts(self, count: usize, random: &mut Random) -> Vec<Prefix> {
         let len = if self.is_ipv4 { 32 } else { 128 };
         distinct(count, || self.random(len, random))
     }
@@ -77,7 +78,7 @@ fn distinct(count: usize, mut next: impl FnMut() -> Prefix) -> Vec<Prefix> {
 }
 
 /// Any address of a prefix.
-pub(crate) fn address(prefix: &Prefix, random: &mut Random) -> IpAddr {
+pub fn address(prefix: &Prefix, random: &mut Random) -> IpAddr {
     let (first, last) = prefix.bounds();
     let address = first | wide(random) & (first ^ last);
     if prefix.is_ipv4() {

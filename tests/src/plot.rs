@@ -15,24 +15,30 @@ const COLUMNS: usize = 2;
 const INK: &str = "#808890";
 const COLOURS: [&str; 6] = ["#e07b00", "#2f81f7", "#2da44e", "#bf5af2", "#e5484d", "#00a3a3"];
 
-/// Points that belong together: number of rules, and what was measured.
+/// Points that belong together: how many there were of something, and what was measured.
 #[derive(Debug)]
-pub(crate) struct Line {
-    pub(crate) name: String,
-    pub(crate) points: Vec<(f64, f64)>,
+pub struct Line {
+    /// What stands in the legend.
+    pub name: String,
+    /// Both above zero.
+    pub points: Vec<(f64, f64)>,
 }
 
 /// A field with lines. The lines of all panels have their colours by their place.
 #[derive(Debug)]
-pub(crate) struct Panel {
-    pub(crate) title: String,
-    pub(crate) x: &'static str,
-    pub(crate) y: &'static str,
-    pub(crate) lines: Vec<Line>,
+pub struct Panel {
+    /// What stands above it.
+    pub title: String,
+    /// What stands below the horizontal axis.
+    pub x: &'static str,
+    /// What stands above the vertical axis.
+    pub y: &'static str,
+    /// What is drawn.
+    pub lines: Vec<Line>,
 }
 
 /// Writes panels to a file, two in a row.
-pub(crate) fn write(path: &Path, title: &str, panels: &[Panel]) -> Result<()> {
+pub fn write(path: &Path, title: &str, panels: &[Panel]) -> Result<()> {
     let rows = panels.len().div_ceil(COLUMNS);
     let (width, height) = (PANEL.0 * count(COLUMNS), PANEL.1 * count(rows));
     let mut svg = format!(
