@@ -388,6 +388,7 @@ fn change_often(url: &str, changes: u64, last: &str) {
                 published: Time::now(),
                 by: "t@t".into(),
                 note: None,
+                from: None,
                 signature: None,
             };
             let swapped = client.swap(&ring, &pointer, manifest).await.expect("an answer");

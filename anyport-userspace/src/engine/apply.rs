@@ -42,12 +42,15 @@ pub(super) struct Replaced {
 }
 
 /// What an apply will do.
+#[derive(Default)]
 pub(super) struct Intent {
     pub(super) change: Change,
     /// Services to open, in place of those of the same name.
     pub(super) opened: Vec<ServiceConfig>,
     pub(super) closed: Vec<ServiceName>,
-    has_services: bool,
+    pub(super) has_services: bool,
+    /// Whether the file has nothing but rules, and each of them once.
+    pub(super) is_plain: bool,
     pub(super) answer: Applied,
 }
 
@@ -72,7 +75,7 @@ impl Engine {
         if !options.force {
             self.expect_safe(&intent.change).await?;
         }
-        let Intent { change, opened, closed, has_services, mut answer } = intent;
+        let Intent { change, opened, closed, has_services, mut answer, .. } = intent;
         if options.dry_run || (change.is_empty() && opened.is_empty() && closed.is_empty()) {
             answer.generation = self.generation;
             return Ok(answer);
@@ -175,7 +178,8 @@ impl Engine {
         expect_fallbacks(&self.configs().filter(|it| !goes(&it.name)).chain(&opened).collect::<Vec<_>>())?;
         let change = self.difference(&rules, origin, options.prune, &mut answer)?;
         self.expect_unused(&closed, &change)?;
-        Ok(Intent { change, opened, closed, has_services, answer })
+        let is_plain = !has_services && rules.chunk_by(|a, b| a.0.0 == b.0.0).all(has_no_double);
+        Ok(Intent { change, opened, closed, has_services, is_plain, answer })
     }
 
     /// Which services have to be opened and closed, so that those of this origin are these.
@@ -295,20 +299,7 @@ impl Engine {
             let new = if next == Ordering::Less { None } else { there.next() };
             let Some(prefix) = before.map(|(prefix, _)| *prefix).or(new.map(|new| new[0].0.0)) else { break };
             let before = before.map(|(_, rules)| rules);
-            let new = new.unwrap_or_default();
-            if before.is_some_and(|before| is_same(before, new, origin, prune)) {
-                answer.unchanged += new.len();
-                answer.count_others(before, origin, new.len());
-                continue;
-            }
-            let after = after(prefix, before, new, origin, prune)?;
-            answer.tell(prefix, before, &after, origin);
-            if before.is_none_or(|before| *before != after) {
-                change.removed.extend(before.map(|before| (prefix, before.clone())));
-                if !after.is_empty() {
-                    change.added.push((prefix, after));
-                }
-            }
+            answer.change_prefix(&mut change, prefix, before, new.unwrap_or_default(), (origin, prune))?;
         }
         Ok(change)
     }
@@ -359,6 +350,12 @@ impl Engine {
     }
 }
 
+/// Whether each of the rules of a prefix is there once.
+fn has_no_double(rules: &[(LineRule, u32)]) -> bool {
+    let mut seen = HashSet::new();
+    rules.len() == 1 || rules.iter().all(|((_, terms), _)| seen.insert(terms))
+}
+
 /// Whether the rules of this origin of a prefix are these already.
 fn is_same(before: &PrefixRules, new: &[(LineRule, u32)], origin: Origin, prune: bool) -> bool {
     let mut applied = before.iter().filter(|it| it.origins.contains(origin));
@@ -402,6 +399,32 @@ fn at_line(line: u32) -> String {
 }
 
 impl Applied {
+    /// Gives a prefix these rules of an origin, in place of those of it that it has and, if asked to, of those that were added by
+    /// hand. Prefixes come in order.
+    pub(super) fn change_prefix(
+        &mut self,
+        change: &mut Change,
+        prefix: Prefix,
+        before: Option<&PrefixRules>,
+        new: &[(LineRule, u32)],
+        (origin, prune): (Origin, bool),
+    ) -> Result<(), Problem> {
+        if let Some(before) = before.filter(|before| is_same(before, new, origin, prune)) {
+            self.unchanged += new.len();
+            self.count_others(Some(before), origin, new.len());
+            return Ok(());
+        }
+        let after = after(prefix, before, new, origin, prune)?;
+        self.tell(prefix, before, &after, origin);
+        if before.is_none_or(|before| *before != after) {
+            change.removed.extend(before.map(|before| (prefix, before.clone())));
+            if !after.is_empty() {
+                change.added.push((prefix, after));
+            }
+        }
+        Ok(())
+    }
+
     /// Notes what becomes of a prefix's rules.
     fn tell(&mut self, prefix: Prefix, before: Option<&PrefixRules>, after: &PrefixRules, origin: Origin) {
         let was: HashSet<&Terms> = before.into_iter().flatten().map(|held| &*held.terms).collect();

@@ -33,7 +33,8 @@ use super::{
 use crate::{
     api::{AddPrefixes, Apply, Problem, RemovePrefixes},
     config::{Config, Options},
-    rules::{Prefix, Terms},
+    fleet::delta::Delta,
+    rules::{Origin, Prefix, Terms, file::RuleFile},
     service::{HandlerKind, ServiceConfig, Workers},
     store::{FleetState, Store, simulated::Simulated as Disk},
 };
@@ -63,6 +64,8 @@ struct Scene {
     random: Random,
     /// Whether others have taken something away since all was seen to be well.
     is_robbed: bool,
+    /// The set of the fleet that this daemon has taken last.
+    set_in_force: Option<String>,
     done: u32,
     failed: u32,
 }
@@ -89,6 +92,7 @@ impl Scene {
             engine: None,
             random: Random(seed),
             is_robbed: false,
+            set_in_force: None,
             done: 0,
             failed: 0,
         };
@@ -109,6 +113,7 @@ impl Scene {
             }
         }
         self.is_robbed = false;
+        self.set_in_force = None;
         self.expect_equal("after a start");
     }
 
@@ -293,14 +298,31 @@ impl Scene {
                 let text = self.set();
                 let sequence = self.engine().fleet_state().sequence + 1;
                 let state = FleetState { ring: "main".into(), sequence, seen: sequence, ..FleetState::default() };
-                let said = self.engine().take_set(text.into(), state).await;
+                let known = self.set_in_force.take().filter(|_| self.random.one_in(2));
+                let edits = known.map(|it| Delta::between(&it, &text).apply(&it).unwrap().1);
+                let said = self.engine().take_set(text.as_str().into(), edits, state).await;
                 self.judge("a set of the fleet", &before, &said);
+                if said.is_ok() {
+                    self.expect_set(&text);
+                    self.set_in_force = Some(text);
+                }
             }
             _ => {
                 let said = self.engine().confirm().await;
                 self.judge("confirm", &before, &said);
             }
         }
+    }
+
+    /// The rules of the fleet are those of this set.
+    fn expect_set(&mut self, text: &str) {
+        let wanted = RuleFile::parse(text, Arc::new).unwrap().rules;
+        let wanted: HashSet<(Prefix, Terms)> =
+            wanted.into_iter().map(|((it, terms), _)| (it, (*terms).clone())).collect();
+        let of_fleet = self.engine().rules.iter().filter(|it| it.origins.contains(Origin::Fleet));
+        let found: Vec<_> = of_fleet.map(|it| (it.prefix, Terms::clone(it.terms))).collect();
+        assert_eq!(found.len(), wanted.len());
+        assert!(found.iter().all(|it| wanted.contains(it)), "{found:?}\n{text}");
     }
 
     /// What a fleet may want, in either form, sometimes with services that rules of others steer to.

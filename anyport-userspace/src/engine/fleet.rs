@@ -1,6 +1,7 @@
 //! The set of the fleet: taken as a file is applied, and kept apart from what was applied and added on this node.
 
 use std::{
+    collections::BTreeMap,
     hash::{DefaultHasher, Hash as _, Hasher as _},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant, SystemTime},
@@ -9,7 +10,8 @@ use std::{
 use super::{Engine, apply::Intent, change::Keep};
 use crate::{
     api::{Applied, Apply, FleetView, Kind, Problem, RefusedView},
-    rules::{Change, Origin},
+    fleet::delta::Edits,
+    rules::{Change, Origin, Prefix, Terms, lines},
     steering::BackEnd,
     store::FleetState,
 };
@@ -32,19 +34,28 @@ pub struct Condition {
 
 impl Engine {
     /// Makes rules and services of the fleet equal to a set, and keeps it with the state. What was configured, applied and added
-    /// on this node stays, and must not contradict it.
+    /// on this node stays, and must not contradict it. Where it is known by which lines it differs from the set in force, only those
+    /// are read, if that is enough.
     ///
     /// # Errors
     /// See [`Kind`]. Nothing has changed.
-    pub async fn take_set(&mut self, text: Arc<str>, state: FleetState) -> Result<Applied, Problem> {
+    pub async fn take_set(
+        &mut self,
+        text: Arc<str>,
+        edits: Option<Edits>,
+        state: FleetState,
+    ) -> Result<Applied, Problem> {
         self.expect_confirmed()?;
         self.progress.begin("reading the rules", 1);
-        let intent = self.intent(&text, Origin::Fleet, &Apply::default())?;
+        let intent = match edits.and_then(|edits| self.intent_of_edits(&edits)) {
+            Some(intent) => intent,
+            None => self.intent(&text, Origin::Fleet, &Apply::default())?,
+        };
         // No failure that may pass: who has fewer rules or a higher limit is asked again.
         self.expect_room_for(&intent.change).map_err(|problem| Problem { kind: Kind::Unsafe, ..problem })?;
         self.expect_few_removed(&intent.change)?;
         self.expect_safe(&intent.change).await?;
-        let Intent { change, opened, closed, mut answer, .. } = intent;
+        let Intent { change, opened, closed, is_plain, mut answer, .. } = intent;
         if change.is_empty() && opened.is_empty() && closed.is_empty() {
             self.save_fleet(state, Some(&text))?;
         } else {
@@ -56,8 +67,45 @@ impl Engine {
             }
             self.close_replaced(services).await;
         }
+        self.is_fleet_plain = is_plain;
         answer.generation = self.generation;
         Ok(answer)
+    }
+
+    /// What has to be done where the set in force has each rule once and nothing else, and so has the one that these edits make of
+    /// it. Nothing where that is not so, or where they make no sense: then the whole set has to be read.
+    fn intent_of_edits(&mut self, Edits { removed, added }: &Edits) -> Option<Intent> {
+        if !self.is_fleet_plain {
+            return None;
+        }
+        let [gone, come] = [removed, added].map(|text| lines::parse(text, |terms| self.shared(terms)));
+        let (gone, come) = (gone.ok()?, come.ok()?);
+        self.expect_services(&come, &[], &[]).ok()?;
+        let mut edited: BTreeMap<Prefix, [Vec<&Arc<Terms>>; 2]> = BTreeMap::new();
+        for (side, rules) in [&gone, &come].into_iter().enumerate() {
+            for ((prefix, terms), _) in rules {
+                edited.entry(*prefix).or_default()[side].push(terms);
+            }
+        }
+        let mut intent = Intent { is_plain: true, ..Intent::default() };
+        for (prefix, [gone, come]) in edited {
+            let before = self.rules.of_prefix(&prefix);
+            let of_fleet = before.into_iter().flatten().filter(|it| it.origins.contains(Origin::Fleet));
+            let mut rules: Vec<&Arc<Terms>> = of_fleet.map(|held| &held.terms).collect();
+            for terms in gone {
+                rules.swap_remove(rules.iter().position(|it| *it == terms)?);
+            }
+            for terms in come {
+                if rules.contains(&terms) {
+                    return None;
+                }
+                rules.push(terms);
+            }
+            let rules: Vec<_> = rules.into_iter().map(|terms| ((prefix, Arc::clone(terms)), 0)).collect();
+            let Intent { change, answer, .. } = &mut intent;
+            answer.change_prefix(change, prefix, before, &rules, (Origin::Fleet, false)).ok()?;
+        }
+        Some(intent)
     }
 
     /// Keeps how far the pointer was seen to go; the set in force stays.

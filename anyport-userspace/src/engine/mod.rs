@@ -133,6 +133,8 @@ pub struct Engine {
     store: Store,
     /// Where this node stands in its fleet, as it is kept.
     fleet_state: FleetState,
+    /// Whether the set in force has each of its rules once, and nothing else.
+    is_fleet_plain: bool,
     /// What is told of the fleet, if this node belongs to one.
     fleet: Option<Arc<FleetBoard>>,
     commons: Commons,

@@ -185,6 +185,8 @@ impl Engine {
             store,
             fleet: config.fleet_view().map(|view| Arc::new(FleetBoard::new(view, &fleet_state))),
             fleet_state,
+            // Until a set is read that says so.
+            is_fleet_plain: false,
             commons,
             forwarding,
         };

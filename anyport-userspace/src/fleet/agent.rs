@@ -15,6 +15,7 @@ use tokio::time::{Instant, sleep, timeout};
 use tracing::{error, info, warn};
 
 use super::{
+    delta::Edits,
     layout::{Hash, Health, Name, Pointer, Refused, Report, Seen, Time},
     signing::PublicKeys,
     source::{Error, Source},
@@ -28,6 +29,8 @@ use crate::{
 /// How long an answer may take before it is asked anew: a few bytes, or a set of up to 256 MiB.
 const ANSWER: Duration = Duration::from_secs(10);
 const WHOLE_SET: Duration = Duration::from_mins(5);
+/// Bytes of the largest set that is kept in memory, for the next one to be made out of it.
+const KEPT: usize = 32 << 20;
 /// How often it is looked whether this node has changed.
 const LOOK: Duration = Duration::from_secs(2);
 /// How often the pointer is read though nothing was said to have changed: in case that a watch was lost without a word, and while
@@ -43,11 +46,11 @@ const LATER: (Duration, Duration) = (Duration::from_secs(5), Duration::from_mins
 /// What an agent applies sets to: a daemon.
 #[expect(async_fn_in_trait, reason = "an agent stays on its thread, so nothing has to be Send")]
 pub trait Target {
-    /// Puts a set in force and keeps it, with where the node stands then.
+    /// Puts a set in force and keeps it, with where the node stands then. `edits` are from the set that was taken last.
     ///
     /// # Errors
     /// It is not taken, and nothing has changed.
-    async fn take(&mut self, text: Arc<str>, state: &FleetState) -> Result<(), Problem>;
+    async fn take(&mut self, text: Arc<str>, edits: Option<Edits>, state: &FleetState) -> Result<(), Problem>;
 
     /// Keeps where the node stands; the set in force stays.
     ///
@@ -78,6 +81,8 @@ pub struct Agent<S, T> {
     target: T,
     board: Arc<FleetBoard>,
     state: FleetState,
+    /// The set in force, once it was fetched and if it is not too large to be kept for the next one.
+    text: Option<Arc<str>>,
     /// What was seen last, to be tried again.
     latest: Option<Seen<Pointer>>,
     refusal: Option<Refusal>,
@@ -127,8 +132,9 @@ impl<S: Source, T: Target> Agent<S, T> {
     pub fn new(identity: Identity, source: S, target: T, board: Arc<FleetBoard>, state: FleetState) -> Self {
         let state = FleetState { ring: identity.ring.to_string(), ..state };
         let since = state.since.as_ref().and_then(|it| it.parse().ok()).unwrap_or_else(Time::now);
-        let (latest, refusal, reported, condition) = (None, None, None, None);
-        Self { identity, source, target, board, state, latest, refusal, since, reported, condition, pause: PAUSES.0 }
+        let (text, latest, refusal, reported, condition) = (None, None, None, None, None);
+        let pause = PAUSES.0;
+        Self { identity, source, target, board, state, text, latest, refusal, since, reported, condition, pause }
     }
 
     /// Goes on until it is given up. Whatever the source does, the target keeps what it has.
@@ -282,9 +288,12 @@ impl<S: Source, T: Target> Agent<S, T> {
         self.expect_trusted(pointer).map_err(|error| Failure::refused(format!("{error:#}")))?;
         self.expect_next(pointer).map_err(|error| Failure::refused(format!("{error:#}")))?;
         (self.state.seen, self.state.seen_set) = (pointer.sequence, Some(pointer.set.to_string()));
-        let text = match text {
-            Some(text) => text,
-            None => self.fetch(&pointer.set).await?,
+        let (text, edits) = match text {
+            Some(text) => (text, None),
+            None => match self.derive(pointer).await? {
+                Some((text, edits)) => (text, Some(edits)),
+                None => (self.fetch(&pointer.set).await?, None),
+            },
         };
         let now = Time::now();
         let state = FleetState {
@@ -293,8 +302,9 @@ impl<S: Source, T: Target> Agent<S, T> {
             since: Some(now.to_string()),
             ..self.state.clone()
         };
-        match self.target.take(Arc::clone(&text), &state).await {
+        match self.target.take(Arc::clone(&text), edits, &state).await {
             Ok(()) => {
+                self.text = (text.len() <= KEPT).then_some(text);
                 (self.state, self.since) = (state, now);
                 self.board.stands(&self.state);
                 Ok(())
@@ -304,6 +314,25 @@ impl<S: Source, T: Target> Agent<S, T> {
                 Err(Failure::Refused { error, may_pass: kind == Kind::Failed, text: Some(text) })
             }
         }
+    }
+
+    /// Makes a set out of the one in force, if it is known how. That is no reason for anything to fail: there is the whole set.
+    async fn derive(&mut self, pointer: &Pointer) -> Result<Option<(Arc<str>, Edits)>, Failure> {
+        let Pointer { set, from, .. } = pointer;
+        let Some((before, from)) = self.text.as_ref().zip(from.as_ref()) else { return Ok(None) };
+        if self.state.set != Some(from.to_string()) {
+            return Ok(None);
+        }
+        let delta = match limited(ANSWER, self.source.delta(from, set), "fetch a delta").await {
+            Ok(delta) => delta,
+            Err(Error::Away(error)) => return Err(Failure::Lost(error)),
+            Err(Error::Nonsense(error)) => {
+                warn!("{error:#}: the whole set is fetched");
+                None
+            }
+        };
+        let made = delta.and_then(|it| it.apply(before).ok());
+        Ok(made.filter(|(text, _)| Hash::of(text) == *set).map(|(text, edits)| (text.into(), edits)))
     }
 
     async fn fetch(&mut self, hash: &Hash) -> Result<Arc<str>, Failure> {

@@ -15,8 +15,9 @@ use serde::{Serialize, de::DeserializeOwned};
 use tokio::time::{Instant, sleep, timeout};
 
 use super::{
+    delta::Delta,
     layout::{HISTORY, Hash, Keys, Manifest, Member, Name, Pointer, Report, Seen},
-    pack::Packed,
+    pack::{CHUNK, Packed},
     settings::Endpoints,
 };
 use crate::api::{Kind, Problem};
@@ -28,6 +29,8 @@ const PAUSE: Duration = Duration::from_millis(100);
 const LARGEST_ANSWER: usize = 64 << 20;
 /// Manifest and chunks that are fetched at once.
 const PAGE: i64 = 3;
+/// How many times smaller than a set has to be what makes it out of another one.
+const WORTH: usize = 4;
 /// How often a set is stored again that others have removed meanwhile.
 const STORE_ATTEMPTS: usize = 5;
 
@@ -250,6 +253,30 @@ impl Etcd {
         ))
     }
 
+    /// Stores what makes a set out of the one that a ring has, if that is much less than the set, and tells which one the ring has.
+    /// Nodes do without, so whatever fails here fails nothing else.
+    pub async fn store_delta(&self, ring: &Ring, packed: &Packed) -> Option<Hash> {
+        let from = ring.pointer.as_ref()?.value.set;
+        let before = self.set(&from).await.ok()?;
+        let delta = Delta::between(&before, packed.text()).pack().ok()?;
+        if delta.len() > CHUNK || delta.len() > packed.stored() / WORTH {
+            return None;
+        }
+        let (key, delta) = (&self.keys.delta(&from, &packed.hash), &delta);
+        let put = |mut kv: KvClient| async move { kv.put(key.as_str(), delta.as_slice(), None).await };
+        self.ask("store a delta", put).await.ok().map(|_| from)
+    }
+
+    /// What makes one set out of another; nothing if that is not there.
+    ///
+    /// # Errors
+    /// etcd does not answer; or what is there makes no sense.
+    pub async fn delta(&self, from: &Hash, to: &Hash) -> Result<Option<Delta>, Problem> {
+        let answer = self.get("read a delta", self.keys.delta(from, to), GetOptions::new()).await?;
+        let unpack = |it: &KeyValue| Delta::unpack(it.value());
+        answer.kvs().first().map(unpack).transpose().map_err(|why| Problem::new(Kind::Failed, why.to_string()))
+    }
+
     /// The revision of a set's manifest, 0 if there is none.
     ///
     /// # Errors
@@ -321,9 +348,10 @@ impl Etcd {
             TxnOp::get(keys.rings(), Some(all())),
             TxnOp::get(keys.histories(), Some(all())),
             TxnOp::get(keys.sets(), Some(all().with_keys_only())),
+            TxnOp::get(keys.deltas(), Some(all().with_keys_only())),
         ];
         let answer = self.transact("look for unused sets", &Txn::new().and_then(gets)).await?;
-        let [rings, histories, sets] = parts(&answer);
+        let [rings, histories, sets, deltas] = parts(&answer);
         let now = revision_of(&answer);
         let mut used = HashSet::new();
         for entry in rings.iter().chain(&histories) {
@@ -336,6 +364,15 @@ impl Etcd {
         let mut removed = 0;
         for hash in unused {
             removed += usize::from(self.remove_unless_changed(&hash, now).await?);
+        }
+        let deltas = deltas.iter().filter_map(|it| keys.delta_to(it.key_str().ok()?));
+        for hash in deltas.filter(|it| !used.contains(it)).collect::<HashSet<_>>() {
+            let (all, options) = (&keys.deltas_to(&hash), DeleteOptions::new().with_prefix());
+            let delete = |mut kv: KvClient| {
+                let options = options.clone();
+                async move { kv.delete(all.as_str(), Some(options)).await }
+            };
+            self.ask("remove unused deltas", delete).await?;
         }
         Ok(removed)
     }

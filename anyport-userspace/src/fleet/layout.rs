@@ -1,6 +1,7 @@
 //! What stands in etcd: keys and records. Pure.
 //!
-//! All keys are below a prefix. `sets/HASH` and `sets/HASH/NNNN` hold a set, `rings/RING` points to the one that a ring's
+//! All keys are below a prefix. `sets/HASH` and `sets/HASH/NNNN` hold a set, `deltas/HASH/FROM` what makes it out of another one,
+//! `rings/RING` points to the one that a ring's
 //! nodes are to have, `history/RING/SEQUENCE` is what it pointed to over time, and `nodes/RING/NODE` is what a node
 //! reports, for as long as it lives. `members/RING/NODE` stays, so that a node is missed.
 
@@ -162,6 +163,10 @@ pub struct Pointer {
     /// What it is about.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub note: Option<String>,
+    /// Another set, for nodes that have it: what makes this one out of that is stored, see [`Keys::delta`]. A help and no more, so
+    /// that nobody signs it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub from: Option<Hash>,
     /// Over ring, sequence and set.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub signature: Option<Signature>,
@@ -400,6 +405,26 @@ impl Keys {
         format!("{}/{number:04}", self.set(hash))
     }
 
+    /// The prefix of all that makes one set out of another.
+    pub fn deltas(&self) -> String {
+        format!("{}deltas/", self.prefix)
+    }
+
+    /// The prefix of what makes a set out of others.
+    pub fn deltas_to(&self, to: &Hash) -> String {
+        format!("{}{to}/", self.deltas())
+    }
+
+    /// What makes one set out of another.
+    pub fn delta(&self, from: &Hash, to: &Hash) -> String {
+        format!("{}{from}", self.deltas_to(to))
+    }
+
+    /// The set that a key of [`Self::delta`] leads to.
+    pub fn delta_to(&self, key: &str) -> Option<Hash> {
+        key.strip_prefix(&self.deltas())?.split('/').next()?.parse().ok()
+    }
+
     /// The set that a key belongs to, be it of the manifest or of a chunk.
     pub fn set_of(&self, key: &str) -> Option<Hash> {
         let name = key.strip_prefix(&self.sets())?;
@@ -479,6 +504,12 @@ mod tests {
         for key in [keys.set(&hash), keys.chunk(&hash, 12)] {
             assert_eq!(keys.set_of(&key), Some(hash), "{key}");
         }
+        let delta = keys.delta(&Hash::of("a"), &hash);
+        assert_eq!(
+            (delta.as_str(), keys.delta_to(&delta)),
+            (&*format!("/anyport/deltas/{hash}/{}", Hash::of("a")), Some(hash))
+        );
+        assert_eq!((keys.set_of(&delta), keys.delta_to(&keys.set(&hash))), (None, None));
         for key in ["/anyport/sets/x".to_owned(), keys.ring(&ring), format!("/other/sets/{hash}")] {
             assert_eq!(keys.set_of(&key), None, "{key}");
         }

@@ -1,6 +1,7 @@
 //! Rule sets for many machines, from etcd.
 
 pub mod agent;
+pub mod delta;
 pub mod difference;
 pub mod etcd;
 pub mod layout;

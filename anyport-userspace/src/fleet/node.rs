@@ -16,6 +16,7 @@ use tracing::error;
 
 use super::{
     agent::{Agent, Identity, Target},
+    delta::{Delta, Edits},
     etcd::Etcd,
     layout::{Hash, Name, Pointer, Report, Seen},
     settings::ConnectionSettings,
@@ -100,11 +101,11 @@ struct Daemon {
 }
 
 impl Target for Daemon {
-    async fn take(&mut self, text: Arc<str>, state: &FleetState) -> Result<(), Problem> {
+    async fn take(&mut self, text: Arc<str>, edits: Option<Edits>, state: &FleetState) -> Result<(), Problem> {
         let (engine, state) = (Arc::clone(&self.engine), state.clone());
         let taken = self.control.spawn(async move {
             match engine.lock().await.as_mut() {
-                Some(engine) => engine.take_set(text, state).await.map(drop),
+                Some(engine) => engine.take_set(text, edits, state).await.map(drop),
                 None => pending().await,
             }
         });
@@ -175,6 +176,11 @@ impl Source for Connection {
 
     async fn set(&mut self, hash: &Hash) -> Result<String, Error> {
         let answer = self.source().await?.set(hash).await;
+        self.judge(answer)
+    }
+
+    async fn delta(&mut self, from: &Hash, to: &Hash) -> Result<Option<Delta>, Error> {
+        let answer = self.source().await?.delta(from, to).await;
         self.judge(answer)
     }
 

@@ -3,7 +3,7 @@
 //! Lists of rules are repetitive: gzip makes a tenth of 200,000 rules in order, and a quarter of as many at random, so that
 //! most sets are one chunk.
 
-use std::io::{Read as _, Write as _};
+use std::io::{self, Read as _, Write as _};
 
 use flate2::{read::GzDecoder, write::GzEncoder};
 
@@ -24,6 +24,7 @@ pub struct Packed {
     pub hash: Hash,
     /// How it is stored.
     pub manifest: Manifest,
+    text: String,
     compressed: Vec<u8>,
 }
 
@@ -36,9 +37,7 @@ impl Packed {
         if text.len() > LARGEST {
             return Err(InvalidText(format!("the set has {} bytes, and {LARGEST} are the limit", text.len())));
         }
-        let mut encoder = GzEncoder::new(Vec::new(), flate2::Compression::default());
-        let compressed = encoder.write_all(text.as_bytes()).and_then(|()| encoder.finish());
-        let compressed = compressed.map_err(|error| InvalidText(format!("compress the set: {error}")))?;
+        let compressed = deflate(text)?;
         let chunks = compressed.len().div_ceil(CHUNK);
         if chunks > MOST_CHUNKS {
             return Err(InvalidText(format!(
@@ -48,7 +47,17 @@ impl Packed {
             )));
         }
         let manifest = Manifest { bytes: text.len(), chunks, compression: Compression::Gzip };
-        Ok(Self { hash: Hash::of(text), manifest, compressed })
+        Ok(Self { hash: Hash::of(text), manifest, text: text.to_owned(), compressed })
+    }
+
+    /// What it is.
+    pub fn text(&self) -> &str {
+        &self.text
+    }
+
+    /// Bytes that are stored.
+    pub fn stored(&self) -> usize {
+        self.compressed.len()
     }
 
     /// What is stored, in order.
@@ -85,7 +94,9 @@ impl Manifest {
         let stored: Vec<u8> = chunks.iter().flat_map(AsRef::as_ref).copied().collect();
         let text = match self.compression {
             Compression::None => stored,
-            Compression::Gzip => self.inflate(&stored).map_err(|error| wrong(format!("decompress it: {error}")))?,
+            Compression::Gzip => {
+                inflate(&stored, self.bytes).map_err(|error| wrong(format!("decompress it: {error}")))?
+            }
         };
         if text.len() != self.bytes {
             return Err(wrong(format!("it should have {} bytes", self.bytes)));
@@ -97,14 +108,21 @@ impl Manifest {
         }
         Ok(text)
     }
+}
 
-    /// Never makes more than one byte too many, whatever it is given.
-    fn inflate(&self, stored: &[u8]) -> std::io::Result<Vec<u8>> {
-        let mut text = Vec::with_capacity(self.bytes);
-        let limit = u64::try_from(self.bytes).unwrap_or(u64::MAX).saturating_add(1);
-        GzDecoder::new(stored).take(limit).read_to_end(&mut text)?;
-        Ok(text)
-    }
+/// By gzip.
+pub(super) fn deflate(text: &str) -> Result<Vec<u8>, InvalidText> {
+    let mut encoder = GzEncoder::new(Vec::new(), flate2::Compression::default());
+    let compressed = encoder.write_all(text.as_bytes()).and_then(|()| encoder.finish());
+    compressed.map_err(|error| InvalidText(format!("compress the set: {error}")))
+}
+
+/// Makes so many bytes at most and one that tells that there are more, whatever it is given.
+pub(super) fn inflate(stored: &[u8], most: usize) -> io::Result<Vec<u8>> {
+    let mut text = Vec::new();
+    let limit = u64::try_from(most).unwrap_or(u64::MAX).saturating_add(1);
+    GzDecoder::new(stored).take(limit).read_to_end(&mut text)?;
+    Ok(text)
 }
 
 #[cfg(test)]

@@ -142,7 +142,7 @@ mod tests {
         let key = SigningKey::from_pem(PRIVATE).unwrap();
         let (ring, set) = ("canary".parse().unwrap(), Hash::of("x"));
         let signature = Some(key.sign(&ring, 7, &set));
-        Pointer { ring, sequence: 7, set, published: Time::now(), by: "a".into(), note: None, signature }
+        Pointer { ring, sequence: 7, set, published: Time::now(), by: "a".into(), note: None, from: None, signature }
     }
 
     #[test]

@@ -2,7 +2,10 @@
 
 use std::{error::Error as StdError, fmt, time::Instant};
 
-use super::layout::{Hash, Pointer, Report, Seen};
+use super::{
+    delta::Delta,
+    layout::{Hash, Pointer, Report, Seen},
+};
 
 /// Why a source did not give what was asked for.
 #[derive(Debug)]
@@ -36,6 +39,9 @@ pub trait Source {
 
     /// The text of a set.
     async fn set(&mut self, hash: &Hash) -> Result<String, Error>;
+
+    /// What makes one set out of another; nothing if there is no such thing.
+    async fn delta(&mut self, from: &Hash, to: &Hash) -> Result<Option<Delta>, Error>;
 
     /// Has a report stand at the node's place soon, for as long as the node is there.
     fn report(&mut self, report: &Report);

@@ -14,6 +14,7 @@ use tokio::{
 use tracing::debug;
 
 use super::{
+    delta::Delta,
     etcd::{Etcd, causes, read_pointer, to_json},
     layout::{Hash, Member, Name, Pointer, Report, Seen, Time},
 };
@@ -122,6 +123,14 @@ impl EtcdSource {
     /// etcd does not answer, or the set is not there or spoilt.
     pub async fn set(&mut self, hash: &Hash) -> Result<String, Problem> {
         self.etcd.set(hash).await
+    }
+
+    /// What makes one set out of another; nothing if that is not there.
+    ///
+    /// # Errors
+    /// etcd does not answer, or what is there makes no sense.
+    pub async fn delta(&mut self, from: &Hash, to: &Hash) -> Result<Option<Delta>, Problem> {
+        self.etcd.delta(from, to).await
     }
 
     /// When etcd has answered a report or a sign of life last.

@@ -20,11 +20,13 @@ const PORTION: usize = 1 << 20;
 /// # Errors
 /// Lines that make no sense: says where and why, of the first few.
 pub fn parse(text: &str, mut share: impl FnMut(Terms) -> Arc<Terms>) -> Result<Vec<(LineRule, u32)>, InvalidText> {
-    let portions = portions(text);
-    let read: Vec<Portion<'_>> = thread::scope(|scope| {
-        let threads: Vec<_> = portions.iter().map(|text| scope.spawn(|| Portion::read(text))).collect();
-        threads.into_iter().map(|it| it.join().unwrap_or_else(|panic| resume_unwind(panic))).collect()
-    });
+    let read: Vec<Portion<'_>> = match portions(text)[..] {
+        [all] => vec![Portion::read(all)],
+        ref portions => thread::scope(|scope| {
+            let threads: Vec<_> = portions.iter().map(|text| scope.spawn(|| Portion::read(text))).collect();
+            threads.into_iter().map(|it| it.join().unwrap_or_else(|panic| resume_unwind(panic))).collect()
+        }),
+    };
     let mut rules = Vec::with_capacity(read.iter().map(|it| it.rules.len()).sum());
     let mut mistakes = Vec::new();
     let mut before = 0;

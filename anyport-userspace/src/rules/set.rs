@@ -1,5 +1,6 @@
 use std::{
-    collections::{BTreeMap, HashMap},
+    cmp::Reverse,
+    collections::{BTreeMap, HashMap, btree_map::Entry},
     mem,
     sync::Arc,
 };
@@ -12,6 +13,8 @@ use super::{Origin, Origins, Prefix, Rule, Terms};
 #[derive(Clone, Debug, Default)]
 pub struct RuleSet {
     prefixes: BTreeMap<Prefix, PrefixRules>,
+    /// How many prefixes there are of each length of a family, in their order. Nobody looks for others.
+    lengths: BTreeMap<(bool, Reverse<u8>), usize>,
     rules: usize,
 }
 
@@ -261,17 +264,30 @@ impl RuleSet {
 
     /// The prefixes around this one, itself included, in order of precedence.
     pub fn around(&self, prefix: Prefix) -> impl Iterator<Item = (Prefix, &PrefixRules)> {
-        let lengths = (0..=prefix.len()).rev();
+        let lengths = self.lengths_of(prefix).skip_while(move |len| *len > prefix.len());
         lengths.map(move |len| prefix.truncated(len)).filter_map(|it| Some((it, self.prefixes.get(&it)?)))
     }
 
     /// The prefixes inside of this one, itself included, in order of precedence.
     pub fn within(&self, prefix: Prefix) -> impl Iterator<Item = (Prefix, &PrefixRules)> {
-        let bits = if prefix.is_ipv4() { 32 } else { 128 };
         let (first, last) = prefix.bounds();
-        (prefix.len()..=bits).rev().flat_map(move |len| {
+        self.lengths_of(prefix).take_while(move |len| *len >= prefix.len()).flat_map(move |len| {
             let at = |address| Prefix::from_bits(prefix.is_ipv4(), address, len);
             self.prefixes.range(at(first)..=at(last)).map(|(prefix, rules)| (*prefix, rules))
+        })
+    }
+
+    /// The lengths of all prefixes of a family, the longest first.
+    fn lengths_of(&self, like: Prefix) -> impl Iterator<Item = u8> {
+        let family = !like.is_ipv4();
+        self.lengths.range((family, Reverse(u8::MAX))..=(family, Reverse(0))).map(|((_, len), _)| len.0)
+    }
+
+    /// The rules of a prefix, which is there from now on.
+    fn entry(&mut self, prefix: Prefix) -> &mut PrefixRules {
+        self.prefixes.entry(prefix).or_insert_with(|| {
+            *self.lengths.entry(length(&prefix)).or_default() += 1;
+            PrefixRules::default()
         })
     }
 
@@ -280,10 +296,11 @@ impl RuleSet {
     /// # Errors
     /// The rule contradicts one that is there; the set is as before.
     pub fn insert(&mut self, rule: &Rule) -> Result<bool, Conflict> {
-        let rules = self.prefixes.entry(rule.prefix).or_default();
+        let rules = self.entry(rule.prefix);
         let before = rules.len();
         let is_new = rules.insert(rule)?;
-        self.rules += rules.len() - before;
+        let after = rules.len();
+        self.rules += after - before;
         Ok(is_new)
     }
 
@@ -297,10 +314,11 @@ impl RuleSet {
             by_prefix.entry(prefix).or_default().push(Held { terms, origins });
         }
         for (prefix, held) in by_prefix {
-            let of_prefix = self.prefixes.entry(prefix).or_default();
+            let of_prefix = self.entry(prefix);
             let before = of_prefix.len();
             of_prefix.extend(prefix, held.into_iter())?;
-            self.rules += of_prefix.len() - before;
+            let after = of_prefix.len();
+            self.rules += after - before;
         }
         Ok(())
     }
@@ -311,15 +329,31 @@ impl RuleSet {
         let after: usize = change.added.iter().map(|(_, rules)| rules.len()).sum();
         self.rules = self.rules + after - before;
         for (prefix, _) in &change.removed {
-            self.prefixes.remove(prefix);
+            if self.prefixes.remove(prefix).is_some()
+                && let Entry::Occupied(mut count) = self.lengths.entry(length(prefix))
+            {
+                *count.get_mut() -= 1;
+                if *count.get() == 0 {
+                    count.remove();
+                }
+            }
         }
         if self.prefixes.is_empty() {
             // From a sorted sequence a tree is made much faster than by one insertion after the other.
             self.prefixes = change.added.iter().cloned().collect();
+            let of_length = change.added.chunk_by(|(a, _), (b, _)| length(a) == length(b));
+            self.lengths = of_length.map(|all| (length(&all[0].0), all.len())).collect();
         } else {
-            self.prefixes.extend(change.added.iter().cloned());
+            for (prefix, rules) in &change.added {
+                *self.entry(*prefix) = rules.clone();
+            }
         }
     }
+}
+
+/// The place of a prefix's length in the order of prefixes.
+fn length(prefix: &Prefix) -> (bool, Reverse<u8>) {
+    (!prefix.is_ipv4(), Reverse(prefix.len()))
 }
 
 /// From one rule set to another: what each prefix concerned had before and what it has afterwards.

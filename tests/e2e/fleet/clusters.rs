@@ -118,7 +118,16 @@ fn with_client<T: Send>(namespace: &Netns, etcd: &Etcd, run: impl AsyncFnOnce(Cl
 }
 
 fn pointer(ring: &Name, sequence: u64, set: Hash, by: &str) -> Pointer {
-    Pointer { ring: ring.clone(), sequence, set, published: Time::now(), by: by.into(), note: None, signature: None }
+    Pointer {
+        ring: ring.clone(),
+        sequence,
+        set,
+        published: Time::now(),
+        by: by.into(),
+        note: None,
+        from: None,
+        signature: None,
+    }
 }
 
 fn second() {

@@ -204,12 +204,15 @@ impl Change<'_> {
     ) -> Result<(), Problem> {
         let (set, name) = (packed.hash, ring.name.clone());
         let signature = self.key.as_ref().map(|key| key.sign(&name, sequence, &set));
-        let pointer = Pointer { ring: name, sequence, set, published: Time::now(), by: whoami(), note, signature };
+        let (by, from) = (whoami(), None);
+        let mut pointer = Pointer { ring: name, sequence, set, published: Time::now(), by, note, from, signature };
         let mut bar = Bar::new();
         for _ in 0..ATTEMPTS {
             let manifest = etcd.store(packed, &mut |done, of| bar.show(done, of, "chunks stored")).await;
             bar.clear();
-            match etcd.swap(ring, &pointer, manifest?).await? {
+            let manifest = manifest?;
+            pointer.from = etcd.store_delta(ring, packed).await;
+            match etcd.swap(ring, &pointer, manifest).await? {
                 Swapped::Done(_) => {
                     // What is left over goes with the next change, if it can't be removed now.
                     etcd.remove_unused_sets().await.ok();

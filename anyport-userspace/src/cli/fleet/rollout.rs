@@ -340,8 +340,16 @@ mod tests {
     fn ring(sequence: u64, reports: Vec<Option<Report>>) -> Ring {
         let name: Name = "canary".parse().unwrap();
         let (set, by) = (Hash::of(&sequence.to_string()), "a".into());
-        let value =
-            Pointer { ring: name.clone(), sequence, set, published: Time::now(), by, note: None, signature: None };
+        let value = Pointer {
+            ring: name.clone(),
+            sequence,
+            set,
+            published: Time::now(),
+            by,
+            note: None,
+            from: None,
+            signature: None,
+        };
         let node = |(number, report)| Node { name: format!("n{number}").parse().unwrap(), report, since: None };
         let nodes = reports.into_iter().enumerate().map(node).collect();
         Ring { name, pointer: Some(Seen { value, revision: 1 }), history: Vec::new(), nodes, unreadable: Vec::new() }

@@ -16,6 +16,7 @@ use crate::{
     api::{FleetView, Kind, Problem},
     engine::{Condition, FleetBoard},
     fleet::{
+        delta::{Delta, Edits},
         layout::{Hash, Health, Pointer, Report, Seen, Time},
         signing::{PublicKeys, SigningKey},
     },
@@ -37,6 +38,9 @@ struct World {
     sets: HashMap<Hash, String>,
     revision: i64,
     fetched: u32,
+    /// By the sets from and to which they lead.
+    deltas: HashMap<(Hash, Hash), Delta>,
+    derived: u32,
     reports: Vec<Report>,
 }
 
@@ -59,10 +63,19 @@ impl Etcd {
     fn publish(&self, sequence: u64, text: &str) -> Pointer {
         self.change(|world| {
             let set = Hash::of(text);
+            let from = world.pointer.as_ref().map(|it| it.set);
             world.sets.insert(set, text.to_owned());
             let ring = "main".parse().unwrap();
-            let pointer =
-                Pointer { ring, sequence, set, published: Time::now(), by: "a@b".into(), note: None, signature: None };
+            let pointer = Pointer {
+                ring,
+                sequence,
+                set,
+                published: Time::now(),
+                by: "a@b".into(),
+                note: None,
+                from,
+                signature: None,
+            };
             world.pointer = Some(pointer.clone());
             pointer
         })
@@ -130,6 +143,15 @@ impl Source for Following {
         found.ok_or_else(|| Error::Nonsense(anyhow!("there is no set {hash}")))
     }
 
+    async fn delta(&mut self, from: &Hash, to: &Hash) -> Result<Option<Delta>, Error> {
+        let mut world = self.etcd.world();
+        world.derived += 1;
+        if world.is_away {
+            return Err(Error::Away(anyhow!("nobody is there")));
+        }
+        Ok(world.deltas.get(&(*from, *to)).cloned())
+    }
+
     fn report(&mut self, report: &Report) {
         self.etcd.world().reports.push(report.clone());
     }
@@ -145,6 +167,8 @@ struct Host {
     /// What was tried and what is in force.
     tried: Vec<String>,
     text: Option<String>,
+    /// What was told of the last one.
+    edits: Option<Edits>,
     /// On its disk.
     state: FleetState,
     basis: u64,
@@ -161,8 +185,9 @@ impl Daemon {
 }
 
 impl Target for Daemon {
-    async fn take(&mut self, text: Arc<str>, state: &FleetState) -> Result<(), Problem> {
+    async fn take(&mut self, text: Arc<str>, edits: Option<Edits>, state: &FleetState) -> Result<(), Problem> {
         let mut host = self.host();
+        host.edits = edits;
         host.tried.push(text.to_string());
         match text.split(' ').next() {
             Some("bad") => return Err(Problem::new(Kind::Conflict, "it contradicts a rule that was added by hand")),
@@ -222,6 +247,12 @@ impl Scene {
         sleep(Duration::from_secs(4)).await;
     }
 
+    /// How many sets and deltas were asked for.
+    fn fetches(&self) -> (u32, u32) {
+        let world = self.etcd.world();
+        (world.fetched, world.derived)
+    }
+
     fn text(&self) -> Option<String> {
         self.daemon.host().text.clone()
     }
@@ -269,6 +300,49 @@ async fn what_is_published_is_in_force_and_reported() {
     let reports = scene.etcd.world().reports.len();
     sleep(Duration::from_mins(20)).await;
     assert_eq!((scene.etcd.world().reports.len(), scene.tried()), (reports, 3));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_set_is_made_out_of_the_one_before_where_that_is_possible() {
+    let mut scene = Scene::new();
+    let sets = ["a\nb\nc\n", "a\nx\nc\n", "a\nx\nc\nd\n", "z\n", "y\n"];
+    let store = |from: &str, to: &str, delta| {
+        scene.etcd.change(|world| world.deltas.insert((Hash::of(from), Hash::of(to)), delta));
+    };
+    store(sets[0], sets[1], Delta::between(sets[0], sets[1]));
+    // It leads elsewhere; and one that makes no sense.
+    store(sets[1], sets[2], Delta::between(sets[1], "a\n"));
+    store(sets[2], sets[3], Delta::between("1\n2\n3\n4\n5\n6\n7\n", "7\n"));
+    scene.start().await;
+    let mut seen = Vec::new();
+    for (sequence, set) in (1..).zip(sets) {
+        scene.etcd.publish(sequence, set);
+        scene.soon().await;
+        assert_eq!(scene.text().as_deref(), Some(set));
+        seen.push((scene.fetches(), scene.daemon.host().edits.take()));
+    }
+    let edits = Edits { removed: "b\n".into(), added: "x\n".into() };
+    assert_eq!(seen, [((1, 0), None), ((1, 1), Some(edits)), ((2, 2), None), ((3, 3), None), ((4, 4), None)]);
+    // Another agent does not know the text any more.
+    scene.start().await;
+    store_next(&scene, 6, sets[4], "w\n");
+    scene.soon().await;
+    assert_eq!(scene.text().as_deref(), Some("w\n"));
+    assert_eq!(scene.fetches(), (5, 4));
+    // What was refused is not what the next one is made out of.
+    store_next(&scene, 7, "w\n", "bad \n");
+    scene.soon().await;
+    store_next(&scene, 8, "bad \n", "v\n");
+    scene.soon().await;
+    assert_eq!(scene.text().as_deref(), Some("v\n"));
+    assert_eq!(scene.fetches(), (6, 5));
+}
+
+/// Publishes a set with what makes it out of another one.
+fn store_next(scene: &Scene, sequence: u64, from: &str, to: &str) {
+    let delta = Delta::between(from, to);
+    scene.etcd.change(|world| world.deltas.insert((Hash::of(from), Hash::of(to)), delta));
+    scene.etcd.publish(sequence, to);
 }
 
 #[tokio::test(start_paused = true)]

@@ -1,7 +1,9 @@
 use anyport_common::flow::Transport;
 
-use super::{Conflict, Draft, RuleSet};
-use crate::rules::{Decision, Origin, PortSet, Protocol, Rule, RuleText, decide};
+use proptest::prelude::*;
+
+use super::{Change, Conflict, Draft, RuleSet};
+use crate::rules::{Decision, Origin, PortSet, Prefix, Protocol, Rule, RuleText, arbitrary, decide};
 
 fn rule(prefix: &str, protocol: Protocol, ports: &str, except: &str, service: &str) -> Rule {
     let (prefix, source) =
@@ -184,4 +186,32 @@ fn many_at_once() {
     assert!(together.iter().zip(one_by_one.iter()).all(|(a, b)| a.to_rule() == b.to_rule()));
     let conflict = together.extend([tcp("192.0.2.0/24", "80", "", "other")].into_iter()).unwrap_err();
     assert!(matches!(conflict, Conflict::Targets { port: 80, .. }));
+}
+
+proptest! {
+    #[test]
+    fn what_is_around_and_within_is_found(first in arbitrary::rules(20), second in arbitrary::rules(20), is_all: bool) {
+        // From one set to another, in one change or by way of none at all.
+        let mut set = first.clone();
+        let rules_of = |it: &RuleSet| it.prefixes().map(|(prefix, rules)| (*prefix, rules.clone())).collect::<Vec<_>>();
+        let (removed, added) = (rules_of(&first), rules_of(&second));
+        if is_all {
+            set.apply(&Change { removed: removed.clone(), added: added.clone() });
+        } else {
+            let kept = removed.iter().filter(|(prefix, _)| second.of_prefix(prefix).is_some()).cloned().collect();
+            set.apply(&Change { removed: kept, added: added.clone() });
+        }
+        let there: Vec<Prefix> = set.prefixes().map(|(prefix, _)| *prefix).collect();
+        for one in there.iter().copied().chain(removed.iter().chain(&added).map(|(prefix, _)| *prefix)) {
+            for prefix in [one, one.truncated(one.len() / 2)] {
+                let contains = |outer: &Prefix, inner: &Prefix| {
+                    outer.is_ipv4() == inner.is_ipv4() && outer.len() <= inner.len() && inner.truncated(outer.len()) == *outer
+                };
+                let around: Vec<_> = set.around(prefix).map(|(it, _)| it).collect();
+                let within: Vec<_> = set.within(prefix).map(|(it, _)| it).collect();
+                prop_assert_eq!(around, there.iter().filter(|it| contains(it, &prefix)).copied().collect::<Vec<_>>());
+                prop_assert_eq!(within, there.iter().filter(|it| contains(&prefix, it)).copied().collect::<Vec<_>>());
+            }
+        }
+    }
 }

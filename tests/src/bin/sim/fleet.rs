@@ -137,10 +137,10 @@ impl Fleet {
 
     /// Publishes another set, and sees what comes of it.
     fn round(&mut self, nodes: usize, changed: usize) -> Result<[f64; PUBLISHED.len()]> {
-        let fresh = Space::V6.mixed(changed, &mut self.random);
-        for prefix in fresh {
+        for _ in 0..changed {
             let at = self.random.below(self.rules.len());
-            self.rules[at] = prefix.to_string();
+            // Longer than all of the others, so that it is not there yet.
+            self.rules[at] = Space::V6.hosts(1, &mut self.random)[0].to_string();
         }
         let before = Load::now(&self.namespace, &self.etcd)?;
         let begin = Instant::now();

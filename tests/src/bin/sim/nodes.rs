@@ -16,7 +16,7 @@ use anyport::{
     api::Problem,
     config::{self, Config},
     engine::{Condition, Engine},
-    fleet::{agent::Target, node::agent},
+    fleet::{agent::Target, delta::Edits, node::agent},
     service::{WorkerHandles, Workers},
     store::{FleetState, Store},
 };
@@ -141,8 +141,8 @@ struct Node {
 }
 
 impl Target for Node {
-    async fn take(&mut self, text: Arc<str>, state: &FleetState) -> Result<(), Problem> {
-        self.engine.take_set(text, state.clone()).await?;
+    async fn take(&mut self, text: Arc<str>, edits: Option<Edits>, state: &FleetState) -> Result<(), Problem> {
+        self.engine.take_set(text, edits, state.clone()).await?;
         self.applied.note(state.sequence);
         Ok(())
     }

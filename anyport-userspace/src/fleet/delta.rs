@@ -1,0 +1,178 @@
+//! What makes one set out of another, line by line: nodes that have the one fetch little for the other, and have little to read.
+//!
+//! It is a text with a line for each step through the lines of the former set: `=N` has N of them stay, `-N` leaves N of them
+//! out, `+LINE` puts a line in, and `\LINE` one that has no end, as only the last one can be. Those behind the last step stay.
+//! Nobody has to trust it: what comes out has the hash that the pointer says, or is thrown away.
+
+use std::fmt::Write as _;
+
+use imara_diff::{Algorithm, Diff, InternedInput};
+
+use super::pack::{LARGEST, deflate, inflate};
+use crate::rules::InvalidText;
+
+/// Steps from one set to another.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Delta(String);
+
+/// Lines by which two texts differ, each with its end.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Edits {
+    /// Those that the former text has, once for each time that they go.
+    pub removed: String,
+    /// Those that the latter text has, once for each time that they come.
+    pub added: String,
+}
+
+impl Delta {
+    /// From one text to another.
+    pub fn between(before: &str, after: &str) -> Self {
+        let input = InternedInput::new(before, after);
+        let mut steps = String::new();
+        let mut at = 0;
+        for hunk in Diff::compute(Algorithm::Histogram, &input).hunks() {
+            for (sign, count) in [('=', hunk.before.start - at), ('-', hunk.before.end - hunk.before.start)] {
+                if count > 0 {
+                    let _ = writeln!(steps, "{sign}{count}");
+                }
+            }
+            at = hunk.before.end;
+            for token in &input.after[hunk.after.start as usize..hunk.after.end as usize] {
+                let line = input.interner[*token];
+                match line.strip_suffix('\n') {
+                    Some(line) => _ = writeln!(steps, "+{line}"),
+                    None => _ = writeln!(steps, "\\{line}"),
+                }
+            }
+        }
+        Self(steps)
+    }
+
+    /// As it is stored.
+    ///
+    /// # Errors
+    /// It can't be compressed.
+    pub fn pack(&self) -> Result<Vec<u8>, InvalidText> {
+        deflate(&self.0)
+    }
+
+    /// One that was stored.
+    ///
+    /// # Errors
+    /// It is spoilt, or larger than any set.
+    pub fn unpack(packed: &[u8]) -> Result<Self, InvalidText> {
+        let spoilt = |why: String| InvalidText(format!("decompress what makes one set out of another: {why}"));
+        let text = inflate(packed, LARGEST).map_err(|error| spoilt(error.to_string()))?;
+        if text.len() > LARGEST {
+            return Err(spoilt(format!("it has more than {LARGEST} bytes")));
+        }
+        String::from_utf8(text).map(Self).map_err(|error| spoilt(error.to_string()))
+    }
+
+    /// The text that it makes out of another one, and the lines by which they differ.
+    ///
+    /// # Errors
+    /// It makes no sense, or makes more than a set may have.
+    pub fn apply(&self, before: &str) -> Result<(String, Edits), InvalidText> {
+        let mut rest = before;
+        let (mut after, mut edits) = (String::with_capacity(before.len() + self.0.len()), Edits::default());
+        for step in self.0.split_inclusive('\n') {
+            let wrong =
+                || InvalidText(format!("what makes one set out of another has a step that makes no sense: {step:?}"));
+            let line = step.strip_suffix('\n').ok_or_else(wrong)?;
+            let (sign, what) = line.split_at_checked(1).ok_or_else(wrong)?;
+            match sign {
+                "=" | "-" => {
+                    let lines = take(&mut rest, what.parse().map_err(|_| wrong())?).ok_or_else(wrong)?;
+                    if sign == "=" { &mut after } else { &mut edits.removed }.push_str(lines);
+                }
+                "+" => [&mut after, &mut edits.added].into_iter().for_each(|it| it.push_str(&step[1..])),
+                "\\" => {
+                    after.push_str(what);
+                    edits.added.push_str(&step[1..]);
+                }
+                _ => return Err(wrong()),
+            }
+        }
+        after.push_str(rest);
+        if after.len() > LARGEST {
+            return Err(InvalidText(format!("the set would have more than {LARGEST} bytes")));
+        }
+        if !edits.removed.is_empty() && !edits.removed.ends_with('\n') {
+            edits.removed.push('\n');
+        }
+        Ok((after, edits))
+    }
+}
+
+/// Takes so many lines from the front of a text, if there are so many.
+fn take<'a>(text: &mut &'a str, count: usize) -> Option<&'a str> {
+    let mut end = 0;
+    for _ in 0..count {
+        let line = text[end..].split_inclusive('\n').next()?;
+        end += line.len();
+    }
+    let (taken, rest) = text.split_at(end);
+    *text = rest;
+    Some(taken)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::{Delta, Edits};
+
+    fn there_and_back(before: &str, after: &str) -> Edits {
+        let delta = Delta::between(before, after);
+        assert_eq!(Delta::unpack(&delta.pack().unwrap()).unwrap(), delta);
+        let (made, edits) = delta.apply(before).unwrap();
+        assert_eq!(made, after, "{delta:?}");
+        edits
+    }
+
+    #[test]
+    fn steps_are_as_documented() {
+        let (before, after) = ("a\nb\nc\nd\n", "a\nx\nc\nd\ny");
+        assert_eq!(Delta::between(before, after), Delta("=1\n-1\n+x\n=2\n\\y\n".into()));
+        let edits = there_and_back(before, after);
+        assert_eq!((&*edits.removed, &*edits.added), ("b\n", "x\ny\n"));
+        assert_eq!(there_and_back("a\nb", "a\n").removed, "b\n");
+        for text in ["", "a", "a\n", "\n\n", "=1\n-1\n", "\\\n+\n", "a\r\nb\r\n"] {
+            assert_eq!(there_and_back(text, text), Edits::default());
+            there_and_back(text, "");
+            there_and_back("", text);
+        }
+    }
+
+    #[test]
+    fn a_small_change_of_a_large_set_is_small() {
+        let line = |number: u32| format!("2001:db8:{:x}::/48 both\n", number * 7 % 65_521);
+        let before: String = (0..50_000).map(line).collect();
+        let after: String = (0..50_000).map(|it| if it % 1_000 == 5 { line(it + 60_000) } else { line(it) }).collect();
+        let edits = there_and_back(&before, &after);
+        assert_eq!((edits.removed.lines().count(), edits.added.lines().count()), (50, 50));
+        assert!(Delta::between(&before, &after).pack().unwrap().len() < 2_000);
+    }
+
+    #[test]
+    fn what_makes_no_sense_is_refused() {
+        for steps in ["=3\n", "-3\n", "=1\n=2\n", "=x\n", "=-1\n", "=99999999999999999999\n", "?\n", "\n", "+a", "ä\n"]
+        {
+            assert!(Delta(steps.into()).apply("a\nb\n").is_err(), "{steps:?}");
+        }
+        assert!(Delta::unpack(b"nonsense").is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn any_text_out_of_any_other(before in "[abc\n]{0,40}", after in "[abc\n]{0,40}") {
+            there_and_back(&before, &after);
+        }
+
+        #[test]
+        fn nonsense_is_no_harm(steps in "[-=+\\\\0-9a\n]{0,30}", before in "[a\n]{0,10}") {
+            let _ = Delta(steps).apply(&before);
+        }
+    }
+}
