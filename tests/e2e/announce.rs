@@ -17,15 +17,13 @@ use anyport_tests::{
     ground::{GROUP, USER, program, scratch},
     host::{Outcome, wait_for},
     netns::Netns,
+    owners::Owner,
     topology::{SERVER, Topology},
 };
 use libtest_mimic::Trial;
 use nix::sys::signal::{Signal, kill};
 
-use crate::{
-    cases::{Lab, at, on_each_back_end, trial},
-    owners::Owner,
-};
+use crate::cases::{Lab, at, on_each_back_end, trial};
 
 /// How long anything may take that takes no time of its own.
 const LIMIT: Duration = Duration::from_secs(15);

@@ -3,7 +3,6 @@
 mod changes;
 mod clusters;
 mod nodes;
-mod operator;
 mod real;
 mod secured;
 

@@ -19,6 +19,7 @@ use anyport_tests::{
     dial::{expect_tcp_hello, expect_udp_unanswered},
     host::wait_for,
     netns::Netns,
+    owners::register_socket,
     packet::{Extra, sum_ipv4, syn_packets, udp_packets},
     random::Random,
     topology::{CLIENT, HOST},
@@ -32,10 +33,7 @@ use nix::{
     },
 };
 
-use crate::{
-    cases::{Family, Lab, at, on_each_back_end},
-    owners::register_socket,
-};
+use crate::cases::{Family, Lab, at, on_each_back_end};
 
 /// A steered prefix of each family.
 const PREFIX: [&str; 2] = ["192.0.2.0/24", "2001:db8:0:a::/64"];

@@ -22,6 +22,7 @@ use anyport_tests::{
     dial::{PATIENCE, any, receive, tcp_text},
     ground::{example, public_copy, scratch},
     host::wait_for,
+    owners::{Owner, register_socket},
     random::Random,
 };
 use libtest_mimic::Trial;
@@ -33,7 +34,6 @@ use serde_json::Value;
 
 use crate::{
     cases::{Lab, at, on_each_back_end, trial},
-    owners::{Owner, register_socket},
     register::EndOfLoad,
 };
 

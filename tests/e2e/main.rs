@@ -33,7 +33,6 @@ mod load;
 mod malformed;
 mod metrics;
 mod nodes;
-mod owners;
 mod queues;
 mod register;
 mod reload;

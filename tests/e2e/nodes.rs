@@ -3,7 +3,7 @@
 use std::{
     fs,
     io::{Read as _, Write as _},
-    net::{IpAddr, TcpStream},
+    net::TcpStream,
     os::unix::fs::PermissionsExt as _,
     path::PathBuf,
     process::Command,
@@ -17,6 +17,7 @@ use anyport::fleet::{
     settings::ConnectionSettings,
 };
 use anyport_tests::{
+    backbone::Backbone,
     daemon::{Daemon, Setup},
     dial::{expect_tcp_hello, expect_tcp_refused, tcp},
     etcd::Etcd,
@@ -34,8 +35,6 @@ use serde_json::Value;
 use crate::cases::{at, on_each_back_end, trial};
 
 const LIMIT: Duration = Duration::from_secs(20);
-/// Where etcd is, from everywhere.
-pub(crate) const ETCD: &str = "198.51.100.9";
 
 pub(crate) fn trials() -> Vec<Trial> {
     let mut trials = Vec::new();
@@ -52,17 +51,15 @@ pub(crate) fn trials() -> Vec<Trial> {
 /// etcd, and hosts that reach it.
 struct Fleet {
     etcd: Etcd,
-    backbone: Netns,
+    backbone: Backbone,
     files: tempfile::TempDir,
-    hosts: Vec<Netns>,
 }
 
 impl Fleet {
     fn new(hosts: usize) -> Self {
-        let (backbone, hosts) = backbone(hosts);
-        let address: IpAddr = ETCD.parse().expect("an address");
-        let etcd = Etcd::start(&[(backbone.clone(), address)]);
-        Self { etcd, backbone, files: scratch(), hosts }
+        let backbone = Backbone::new(hosts);
+        let etcd = Etcd::start(&[backbone.center()]);
+        Self { etcd, backbone, files: scratch() }
     }
 
     fn file(&self, name: &str, text: &str) -> PathBuf {
@@ -75,7 +72,7 @@ impl Fleet {
     fn setup(&self, host: usize, back_end: &str, more: &str) -> Setup {
         let etcd = self.etcd.urls();
         let text = format!("[fleet]\netcd = [\"{etcd}\"]\nring = \"main\"\nnode = \"n{host}\"\n{more}");
-        Setup::new(&self.hosts[host], back_end).config(self.file(&format!("n{host}.toml"), &text))
+        Setup::new(&self.backbone.hosts[host], back_end).config(self.file(&format!("n{host}.toml"), &text))
     }
 
     fn node(&self, host: usize) -> Daemon {
@@ -87,7 +84,7 @@ impl Fleet {
         let mut command = Command::new(program("anyportctl").expect("anyportctl"));
         command.env("ANYPORT_CONFIG", "/dev/null").args(["fleet", "publish"]).arg(set).args(["--ring", "main"]);
         command.args(["--force", "--etcd", &self.etcd.urls()]);
-        let outcome = self.backbone.output(&mut command);
+        let outcome = self.backbone.router.output(&mut command);
         assert!(outcome.status == 0, "publish: {outcome}");
     }
 
@@ -109,21 +106,6 @@ impl Fleet {
             if is_current { Ok(()) } else { Err(format!("{pointer}: {fleet} {report}")) }
         });
     }
-}
-
-/// A namespace with etcd's address, and hosts with a cable to it.
-pub(crate) fn backbone(hosts: usize) -> (Netns, Vec<Netns>) {
-    let backbone = Netns::new();
-    backbone.ip(&format!("address add {ETCD}/32 dev lo"));
-    let join = |number: usize| {
-        let host = Netns::new();
-        let [here, there] = [1, 2].map(|last| format!("203.0.113.{}/30", 4 * number + last));
-        host.join(&backbone, ("eth0", &[&here]), (&format!("node{number}"), &[&there]));
-        host.ip(&format!("route add {ETCD}/32 via 203.0.113.{}", 4 * number + 2));
-        host
-    };
-    let hosts = (0..hosts).map(join).collect();
-    (backbone, hosts)
 }
 
 /// `status --json` about the fleet.
@@ -163,7 +145,7 @@ pub(crate) fn does_not_steer(host: &Netns, address: &str) {
 
 fn follow(back_end: &'static str) {
     let fleet = Fleet::new(1);
-    let host = &fleet.hosts[0];
+    let host = &fleet.backbone.hosts[0];
     let mut daemon = fleet.setup(0, back_end, "").start();
     assert_eq!(daemon.json("status")["degraded"].to_string(), "[]", "nothing was published yet");
     let set = "[[service]]\nname = \"back\"\nhandler = \"echo\"\n[[rule]]\nprefix = \"192.0.2.0/25\"\n\
@@ -241,7 +223,7 @@ fn refuse() {
             (report["health"].as_str(), report["seen"].as_u64()),
             (Some("degraded"), fleet.pointer()["sequence"].as_u64())
         );
-        steers(&fleet.hosts[0], "192.0.2.3");
+        steers(&fleet.backbone.hosts[0], "192.0.2.3");
     };
     published("192.0.2.0/26\n", "max-removal allows 50 %");
     let expected = [
@@ -251,7 +233,7 @@ fn refuse() {
         "anyport_fleet_connected 1",
     ];
     wait_for("metrics of it", LIMIT, || {
-        let metrics = fleet.hosts[0].run("curl", ["--silent", "http://127.0.0.1:9464/metrics"]);
+        let metrics = fleet.backbone.hosts[0].run("curl", ["--silent", "http://127.0.0.1:9464/metrics"]);
         let has_all = expected.iter().all(|it| metrics.lines().any(|line| line == *it));
         if has_all && metrics.contains("anyport_fleet_info{ring=\"main\",node=\"n0\"") { Ok(()) } else { Err(metrics) }
     });
@@ -270,7 +252,7 @@ fn refuse() {
     limited.ok("reload");
     fleet.publish("192.0.2.0/26\n");
     fleet.wait_until_current(0, &limited);
-    does_not_steer(&fleet.hosts[0], "192.0.2.65");
+    does_not_steer(&fleet.backbone.hosts[0], "192.0.2.65");
     assert!(fleet_generation(&limited) <= not_tried_again + 2, "one change");
 }
 
@@ -280,7 +262,7 @@ fn fleet_generation(daemon: &Daemon) -> u64 {
 
 fn without() {
     let mut fleet = Fleet::new(1);
-    let host = fleet.hosts[0].clone();
+    let host = fleet.backbone.hosts[0].clone();
     let mut daemon = fleet.node(0);
     fleet.publish("192.0.2.0/25\n");
     fleet.wait_until_current(0, &daemon);
@@ -316,7 +298,7 @@ fn without() {
 
 fn apart() {
     let fleet = Fleet::new(1);
-    let host = &fleet.hosts[0];
+    let host = &fleet.backbone.hosts[0];
     let daemon = fleet.node(0);
     fleet.publish("192.0.2.0/26\n");
     fleet.wait_until_current(0, &daemon);
@@ -325,7 +307,7 @@ fn apart() {
     daemon.ok("add-prefix 192.0.2.200/32");
     steers(host, "192.0.2.3");
     fleet.etcd.thaw(0);
-    host.ip("link set eth0 down");
+    fleet.backbone.cut(0);
     for sequence in 0..3 {
         fleet.publish(&format!("192.0.2.{}/26\n", 64 * (sequence % 2)));
     }
@@ -333,8 +315,7 @@ fn apart() {
     fleet.publish("192.0.2.128/26\n");
     fleet.etcd.compact();
     steers(host, "192.0.2.3");
-    host.ip("link set eth0 up");
-    host.ip(&format!("route add {ETCD}/32 via 203.0.113.2"));
+    fleet.backbone.mend(0);
     fleet.wait_until_current(0, &daemon);
     steers(host, "192.0.2.129");
     // Nonsense at the pointer's place, and then none.
@@ -354,13 +335,13 @@ fn off() {
     fleet.wait_until_current(0, &daemon);
     daemon.stop();
     let last = format!("192.0.2.128/26\n# {CHANGES}\n");
-    fleet.backbone.enter(|| change_often(&fleet.etcd.urls(), CHANGES, &last));
+    fleet.backbone.router.enter(|| change_often(&fleet.etcd.urls(), CHANGES, &last));
     fleet.etcd.compact();
     daemon.restart();
     fleet.wait_until_current(0, &daemon);
     assert_eq!(self::fleet(&daemon)["sequence"], 1 + CHANGES);
-    steers(&fleet.hosts[0], "192.0.2.129");
-    does_not_steer(&fleet.hosts[0], "192.0.2.3");
+    steers(&fleet.backbone.hosts[0], "192.0.2.129");
+    does_not_steer(&fleet.backbone.hosts[0], "192.0.2.3");
 }
 
 /// Changes the ring so often, each time to another set, as an operator's program does.
@@ -400,7 +381,7 @@ fn change_often(url: &str, changes: u64, last: &str) {
 
 fn backwards() {
     let mut fleet = Fleet::new(1);
-    let host = fleet.hosts[0].clone();
+    let host = fleet.backbone.hosts[0].clone();
     let daemon = fleet.node(0);
     fleet.publish("192.0.2.0/26\n");
     fleet.wait_until_current(0, &daemon);

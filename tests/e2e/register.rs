@@ -24,6 +24,7 @@ use anyport_tests::{
     host::wait_for,
     http,
     netns::Netns,
+    owners::{Owner, register_socket, script},
     random::Random,
     servers::Server,
 };
@@ -31,10 +32,7 @@ use libtest_mimic::Trial;
 use nix::sys::signal::{Signal, kill};
 use serde_json::{Value, json};
 
-use crate::{
-    cases::{Lab, at, on_each_back_end, trial},
-    owners::{Owner, register_socket, script},
-};
+use crate::cases::{Lab, at, on_each_back_end, trial};
 
 const PREFIXES: [&str; 2] = ["192.0.2.0/24", "2001:db8:0:a::/64"];
 /// How often an owner is restarted under load.

@@ -14,15 +14,13 @@ use anyport_tests::{
     ground::{GROUP, USER, program, public_copy, scratch},
     host::wait_for,
     netns::Netns,
+    owners::Owner,
     topology::Topology,
 };
 use libtest_mimic::Trial;
 use nix::unistd::Pid;
 
-use crate::{
-    cases::{Lab, at, on_each_back_end, trial},
-    owners::Owner,
-};
+use crate::cases::{Lab, at, on_each_back_end, trial};
 
 /// By their numbers in include/uapi/linux/capability.h.
 const CAPABILITIES: [(&str, u64); 5] =

@@ -1,6 +1,7 @@
 //! etcd: one member, or several that can be killed, frozen, compacted and restored.
 
 use std::{
+    ffi::OsStr,
     fs::{self, File},
     net::IpAddr,
     path::{Path, PathBuf},
@@ -16,6 +17,7 @@ use nix::{
 use serde_json::Value;
 
 use crate::{
+    etcdctl::Etcdctl,
     ground::scratch,
     host::{Outcome, wait_for},
     netns::Netns,
@@ -128,27 +130,28 @@ impl Etcd {
 
     /// Runs `etcdctl`, which must succeed, with arguments split at blanks.
     pub fn ctl(&self, arguments: &str) -> String {
-        let outcome = self.try_ctl(arguments);
+        let outcome = self.client().run(arguments.split_whitespace());
         assert!(outcome.status == 0, "etcdctl {arguments} failed: {outcome}");
         outcome.stdout
     }
 
-    fn try_ctl(&self, arguments: &str) -> Outcome {
-        let mut command = self.etcdctl(&self.urls());
-        command.args(arguments.split_whitespace());
-        self.members[0].namespace.output(&mut command)
+    /// `etcdctl` that asks any of the members, to be used without the cluster.
+    pub fn client(&self) -> Etcdctl {
+        self.client_in(0, self.urls())
     }
 
-    fn etcdctl(&self, endpoints: &str) -> Command {
-        let mut command = Command::new("etcdctl");
-        command.env("ETCDCTL_API", "3").args(["--endpoints", endpoints]).args(&self.client_options);
-        command
+    fn client_of(&self, member: usize) -> Etcdctl {
+        self.client_in(member, self.url(member))
+    }
+
+    fn client_in(&self, member: usize, endpoints: String) -> Etcdctl {
+        let (namespace, options) = (self.members[member].namespace.clone(), self.client_options.clone());
+        Etcdctl { namespace, endpoints, options }
     }
 
     /// Writes a key.
     pub fn put(&self, key: &str, value: &str) {
-        let mut command = self.etcdctl(&self.urls());
-        let outcome = self.members[0].namespace.output(command.args(["put", "--", key, value]));
+        let outcome = self.client().run(["put", "--", key, value]);
         assert!(outcome.status == 0, "etcdctl put {key} failed: {outcome}");
     }
 
@@ -186,13 +189,12 @@ impl Etcd {
         })
     }
 
-    fn leads(&self, member: usize) -> bool {
+    /// Whether a member takes itself for the leader, which it may for a while after the others have another one.
+    pub fn leads(&self, member: usize) -> bool {
         if self.members[member].process.is_none() {
             return false;
         }
-        let mut command = self.etcdctl(&self.url(member));
-        command.args(["--command-timeout=2s", "endpoint", "status", "--write-out=json"]);
-        let outcome = self.members[member].namespace.output(&mut command);
+        let outcome = self.client_of(member).run(["--command-timeout=2s", "endpoint", "status", "--write-out=json"]);
         let status: Value = serde_json::from_str(&outcome.stdout).unwrap_or_default();
         let status = &status[0]["Status"];
         status["leader"].is_u64() && status["leader"] == status["header"]["member_id"]
@@ -217,6 +219,11 @@ impl Etcd {
         self.wait_for_health(member);
     }
 
+    /// Starts a member again that was killed, and waits for nothing: it can't serve before there is a majority.
+    pub fn start_again(&mut self, member: usize) {
+        self.spawn(member);
+    }
+
     /// Starts all members that were killed, and waits until they serve.
     pub fn start_all(&mut self) {
         let dead: Vec<usize> = (0..self.members.len()).filter(|it| self.members[*it].process.is_none()).collect();
@@ -238,11 +245,27 @@ impl Etcd {
         kill(self.process(member), Signal::SIGCONT).expect("a member to thaw");
     }
 
+    /// Has a member and the others hear nothing of each other any more, while all of them hear their clients. Each has to be in
+    /// a namespace of its own.
+    pub fn part(&self, member: usize) {
+        let Member { namespace, address, .. } = &self.members[member];
+        assert!(!address.is_loopback(), "a member that is parted from the others has a namespace of its own");
+        let chains = ["input", "output"].map(|hook| {
+            let chain = format!("chain {hook} {{ type filter hook {hook} priority 0;");
+            format!("{chain} tcp dport {PEERS} drop; tcp sport {PEERS} drop; }};")
+        });
+        namespace.run("nft", [format!("table inet parted {{ {} }}", chains.concat())]);
+    }
+
+    /// Has it hear the others again, and they it.
+    pub fn rejoin(&self, member: usize) {
+        self.members[member].namespace.run("nft", ["delete table inet parted"]);
+    }
+
     /// Writes all that there is to a file, which lives as long as the cluster.
     pub fn backup(&self, name: &str) -> PathBuf {
         let file = self.directory.path().join(name);
-        let outcome =
-            self.members[0].namespace.output(self.etcdctl(&self.url(0)).args(["snapshot", "save"]).arg(&file));
+        let outcome = self.client_of(0).run([OsStr::new("snapshot"), "save".as_ref(), file.as_os_str()]);
         assert!(outcome.status == 0, "etcdctl snapshot save failed: {outcome}");
         file
     }
@@ -284,11 +307,14 @@ impl Etcd {
         self.members[member].process = Some(process);
     }
 
+    /// Waits until every member serves.
+    pub fn wait_until_well(&self) {
+        (0..self.members.len()).for_each(|member| self.wait_for_health(member));
+    }
+
     fn wait_for_health(&self, member: usize) {
         wait_for("health of etcd", Duration::from_secs(30), || {
-            let mut command = self.etcdctl(&self.url(member));
-            command.args(["--command-timeout=2s", "endpoint", "health"]);
-            let outcome = self.members[member].namespace.output(&mut command);
+            let outcome = self.client_of(member).run(["--command-timeout=2s", "endpoint", "health"]);
             // Whoever may not look at a key has been answered, too.
             if outcome.status == 0 {
                 return Ok(());

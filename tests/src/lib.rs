@@ -7,9 +7,11 @@
 //! Functions panic with what was expected and what was seen: they serve tests, where the line that
 //! panicked is the best message.
 
+pub mod backbone;
 pub mod daemon;
 pub mod dial;
 pub mod etcd;
+pub mod etcdctl;
 pub mod exposition;
 pub mod ground;
 pub mod holdings;
@@ -17,6 +19,8 @@ pub mod host;
 pub mod http;
 pub mod netns;
 pub mod numbers;
+pub mod operator;
+pub mod owners;
 pub mod packet;
 pub mod plot;
 pub mod prefixes;

@@ -3,12 +3,10 @@
 use std::{
     fmt,
     net::SocketAddr,
-    sync::{
-        Mutex,
-        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
-    },
-    thread::scope,
-    time::Instant,
+    panic::resume_unwind,
+    sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
+    thread::{scope, sleep},
+    time::{Duration, Instant},
 };
 
 use crate::{
@@ -27,6 +25,9 @@ pub enum Loss {
     /// Somebody else answered.
     Misdirected,
 }
+
+/// Within which a client knows that its connection was lost in a crash.
+const SHORTLY: Duration = Duration::from_secs(1);
 
 /// A connection that was not served.
 #[derive(Clone, Debug)]
@@ -68,6 +69,12 @@ impl Tally {
         self.failures.iter().filter(|failure| failure.loss == loss).count()
     }
 
+    /// How many were lost in crashes of the server at these moments: what it had accepted and not yet answered is reset.
+    pub fn lost_in(&self, crashes: &[Instant]) -> usize {
+        let is_of_crash = |failure: &&Failure| crashes.iter().any(|at| (*at..*at + SHORTLY).contains(&failure.at));
+        self.failures.iter().filter(|it| it.loss == Loss::Unanswered).filter(is_of_crash).count()
+    }
+
     /// The first few failures in words.
     pub fn sample(&self) -> String {
         let some: Vec<String> = self.failures.iter().take(5).map(ToString::to_string).collect();
@@ -75,8 +82,9 @@ impl Tally {
     }
 }
 
-/// Ends the clients also when the work panics.
-struct EndOfWork<'a>(&'a AtomicBool);
+/// Sets a flag when dropped, so that those who wait for it also end when somebody panics.
+#[derive(Debug)]
+pub struct EndOfWork<'a>(pub &'a AtomicBool);
 
 impl Drop for EndOfWork<'_> {
     fn drop(&mut self) {
@@ -84,31 +92,59 @@ impl Drop for EndOfWork<'_> {
     }
 }
 
-/// Has `clients` threads of `namespace` dial the handler `hello` at random addresses and ports of `prefixes`, one connection after
-/// another, for as long as `work` takes. It is told how many were served so far.
+/// Who dials the handler `hello`, and how.
+#[derive(Clone, Copy, Debug)]
+pub struct Clients<'a> {
+    /// Where they are.
+    pub namespace: &'a Netns,
+    /// What they dial: random addresses and ports of these.
+    pub prefixes: &'a [&'a str],
+    /// How many dial at the same time.
+    pub count: usize,
+    /// How long each waits between one connection and the next.
+    pub pause: Duration,
+}
+
+impl Clients<'_> {
+    /// Dials one connection after another until `is_over`. `served` is counted meanwhile.
+    pub fn dial_until(&self, is_over: &AtomicBool, served: &AtomicU64) -> Vec<Failure> {
+        scope(|scope| {
+            let client = |number| scope.spawn(move || self.dial_as(number, is_over, served));
+            let clients: Vec<_> = (0..self.count).map(client).collect();
+            clients.into_iter().flat_map(|it| it.join().unwrap_or_else(|panic| resume_unwind(panic))).collect()
+        })
+    }
+
+    fn dial_as(&self, number: usize, is_over: &AtomicBool, served: &AtomicU64) -> Vec<Failure> {
+        let mut failures = Vec::new();
+        self.namespace.enter(|| {
+            let mut random = Random::new(&format!("steady {number}"));
+            while !is_over.load(Relaxed) {
+                let prefix: &str = random.pick::<&str>(self.prefixes);
+                let to = SocketAddr::new(random.address(prefix), random.port());
+                match dial(to) {
+                    Ok(()) => drop(served.fetch_add(1, Relaxed)),
+                    Err(failure) => failures.push(failure),
+                }
+                sleep(self.pause);
+            }
+        });
+        failures
+    }
+}
+
+/// Has `clients` of `namespace` dial without a pause for as long as `work` takes. It is told how many were served so far.
 pub fn dial_during(namespace: &Netns, prefixes: &[&str], clients: usize, work: impl FnOnce(&AtomicU64)) -> Tally {
-    let (is_over, served, failures) = (AtomicBool::new(false), AtomicU64::new(0), Mutex::new(Vec::new()));
-    scope(|scope| {
-        let _end = EndOfWork(&is_over);
-        for client in 0..clients {
-            let (is_over, served, failures) = (&is_over, &served, &failures);
-            scope.spawn(move || {
-                namespace.enter(|| {
-                    let mut random = Random::new(&format!("steady {client}"));
-                    while !is_over.load(Relaxed) {
-                        let prefix: &str = random.pick::<&str>(prefixes);
-                        let to = SocketAddr::new(random.address(prefix), random.port());
-                        match dial(to) {
-                            Ok(()) => drop(served.fetch_add(1, Relaxed)),
-                            Err(failure) => failures.lock().expect("a lock").push(failure),
-                        }
-                    }
-                });
-            });
-        }
+    let (is_over, served) = (AtomicBool::new(false), AtomicU64::new(0));
+    let clients = Clients { namespace, prefixes, count: clients, pause: Duration::ZERO };
+    let failures = scope(|scope| {
+        let dialling = scope.spawn(|| clients.dial_until(&is_over, &served));
+        let end = EndOfWork(&is_over);
         work(&served);
+        drop(end);
+        dialling.join().unwrap_or_else(|panic| resume_unwind(panic))
     });
-    Tally { served: served.into_inner(), failures: failures.into_inner().expect("a lock") }
+    Tally { served: served.into_inner(), failures }
 }
 
 fn dial(to: SocketAddr) -> Result<(), Failure> {

@@ -2,11 +2,14 @@
 
 use std::fmt::Write as _;
 
-use anyport_tests::{etcd::Etcd, netns::Netns};
+use anyport_tests::{
+    etcd::Etcd,
+    netns::Netns,
+    operator::{Operator, put_report, report, text},
+};
 use libtest_mimic::Trial;
 use serde_json::{Value, json};
 
-use super::operator::{Operator, put_report, report, text};
 use crate::{cases::trial, control::contains};
 
 pub(super) fn trials() -> Vec<Trial> {

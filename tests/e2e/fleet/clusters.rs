@@ -1,6 +1,7 @@
 //! Three members, of which some die or hang; two operators at once; and a source that misses nothing.
 
 use std::{
+    sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed},
     thread::{scope, sleep},
     time::Duration,
 };
@@ -15,11 +16,17 @@ use anyport::{
         watch::EtcdSource,
     },
 };
-use anyport_tests::{etcd::Etcd, netns::Netns};
+use anyport_tests::{
+    backbone::Backbone,
+    etcd::Etcd,
+    host::wait_for,
+    netns::Netns,
+    operator::{Operator, text},
+    steady::EndOfWork,
+};
 use libtest_mimic::Trial;
 use serde_json::Value;
 
-use super::operator::{Operator, text};
 use crate::{cases::trial, control::contains};
 
 /// Longer than an election takes, on a busy machine, too.
@@ -28,6 +35,7 @@ const PATIENCE: Duration = Duration::from_secs(20);
 pub(super) fn trials() -> Vec<Trial> {
     vec![
         trial("fleet::the leader is killed while sets are published", killed_leader),
+        trial("fleet::the leader is parted from the others while sets are published", parted_leader),
         trial("fleet::a member hangs, and one is gone", hanging_member),
         trial("fleet::operators race", race),
         trial("fleet::who comes second is told, and sets that are needed stay", second),
@@ -60,6 +68,66 @@ fn killed_leader() {
     etcd.restart(leader);
     let alone = Operator { options: vec!["--etcd".into(), etcd.url(leader)], ..operator };
     assert_eq!(alone.sequence("canary"), CHANGES);
+}
+
+/// Publishes set after set until `is_over`, and tells of each whether it was.
+fn publish_until(operator: &Operator, is_over: &AtomicBool, done: &AtomicUsize) -> Vec<bool> {
+    let mut outcomes = Vec::new();
+    while !is_over.load(Relaxed) {
+        let number = outcomes.len();
+        let file = operator.file("set", &format!("192.0.2.{number}\n"));
+        let outcome = operator.run(&format!("publish {file} --ring canary --note {number} --timeout 10s"));
+        let is_done = outcome.status == 0;
+        assert!(is_done || (outcome.status == 3 && outcome.stderr.contains("does not answer")), "{outcome}");
+        outcomes.push(is_done);
+        done.fetch_add(usize::from(is_done), Relaxed);
+    }
+    outcomes
+}
+
+fn parted_leader() {
+    let backbone = Backbone::new(0);
+    let etcd = Etcd::start(&backbone.members(3));
+    let operator = Operator::of(&backbone.router, &etcd);
+    let leader = etcd.leader();
+    let alone = Operator { options: vec!["--etcd".into(), etcd.url(leader)], ..Operator::of(&backbone.router, &etcd) };
+    let (is_over, done) = (AtomicBool::new(false), AtomicUsize::new(0));
+    let wait_for_more = || {
+        let enough = done.load(Relaxed) + 5;
+        wait_for("sets that are published", PATIENCE, || match done.load(Relaxed) {
+            now if now >= enough => Ok(()),
+            now => Err(now.to_string()),
+        });
+    };
+    let outcomes = scope(|scope| {
+        let publishing = scope.spawn(|| publish_until(&operator, &is_over, &done));
+        let end = EndOfWork(&is_over);
+        wait_for_more();
+        etcd.part(leader);
+        wait_for_more();
+        // The majority goes on, and who is apart from it tells nothing that is over.
+        assert!((0..3).any(|member| member != leader && etcd.leads(member)));
+        contains(&alone.refused("status --ring canary --timeout 2s", 3), &["does not answer"]);
+        etcd.rejoin(leader);
+        wait_for_more();
+        drop(end);
+        publishing.join().expect("outcomes")
+    });
+    // One history without gaps. What was published is in it once; of what was given up it is not known.
+    let (history, of_leader) = (operator.json("history --ring canary"), alone.json("history --ring canary"));
+    assert_eq!(history, of_leader);
+    let entries: Vec<(u64, usize)> = history
+        .as_array()
+        .expect("records")
+        .iter()
+        .rev()
+        .map(|it| (it["sequence"].as_u64().expect("a sequence"), text(&it["note"]).parse().expect("a number")))
+        .collect();
+    assert!(entries.iter().map(|it| it.0).eq(1..=entries.len() as u64), "{entries:?}");
+    assert!(entries.is_sorted_by(|one, next| one.1 < next.1), "{entries:?}");
+    for (number, _) in outcomes.iter().enumerate().filter(|it| *it.1) {
+        assert!(entries.iter().any(|it| it.1 == number), "{number} was published, and is not in {entries:?}");
+    }
 }
 
 fn hanging_member() {

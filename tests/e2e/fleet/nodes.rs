@@ -15,11 +15,10 @@ use anyport::fleet::{
     settings::ConnectionSettings,
     watch::EtcdSource,
 };
-use anyport_tests::{etcd::Etcd, host::wait_for, netns::Netns};
+use anyport_tests::{etcd::Etcd, host::wait_for, netns::Netns, operator::Operator};
 use libtest_mimic::Trial;
 use serde_json::Value;
 
-use super::operator::Operator;
 use crate::{cases::trial, control::contains};
 
 pub(super) fn trials() -> Vec<Trial> {

@@ -3,18 +3,19 @@
 use std::{fs, time::Duration};
 
 use anyport_tests::{
+    backbone::Backbone,
     daemon::{Daemon, Setup},
     etcd::Etcd,
     ground::scratch,
     host::wait_for,
+    operator::Operator,
 };
 use libtest_mimic::Trial;
 
-use super::operator::Operator;
 use crate::{
     cases::trial,
     control::contains,
-    nodes::{ETCD, backbone, does_not_steer, steers},
+    nodes::{does_not_steer, steers},
 };
 
 const RINGS: [&str; 5] = ["canary", "canary", "main", "main", "main"];
@@ -24,9 +25,10 @@ pub(super) fn trials() -> Vec<Trial> {
 }
 
 fn five() {
-    let (backbone, hosts) = backbone(RINGS.len());
-    let etcd = Etcd::start(&[(backbone.clone(), ETCD.parse().expect("an address"))]);
-    let operator = Operator::of(&backbone, &etcd);
+    let backbone = Backbone::new(RINGS.len());
+    let hosts = &backbone.hosts;
+    let etcd = Etcd::start(&[backbone.center()]);
+    let operator = Operator::of(&backbone.router, &etcd);
     let files = scratch();
     let start = |(number, host)| {
         let config = files.path().join(format!("n{number}.toml"));
@@ -45,7 +47,7 @@ fn five() {
     let good = operator.file("good", "192.0.2.0/25\n");
     let out = operator.ok(&format!("rollout {good} --rings canary,main --gate 500ms --within 20s"));
     contains(&out, &["ring canary: all of 2 nodes", "ring main: all of 3 nodes have it in force", "ring main: passed"]);
-    for host in &hosts {
+    for host in hosts {
         steers(host, "192.0.2.3");
     }
     contains(&operator.ok("status"), &["2 nodes: 2 current", "3 nodes: 3 current", "sk-lookup"]);
@@ -58,7 +60,7 @@ fn five() {
         ref current => Err(current.to_string()),
     });
     assert_eq!((operator.sequence("canary"), operator.sequence("main")), (3, 1));
-    for host in &hosts {
+    for host in hosts {
         steers(host, "192.0.2.3");
         does_not_steer(host, "192.0.2.129");
     }

@@ -3,11 +3,11 @@
 use std::{path::PathBuf, time::Duration};
 
 use anyport::fleet::{layout::Pointer, settings::ConnectionSettings, signing::PublicKeys};
-use anyport_tests::{etcd::Etcd, ground::scratch, host::wait_for, netns::Netns};
+use anyport_tests::{etcd::Etcd, ground::scratch, host::wait_for, netns::Netns, operator::Operator};
 use libtest_mimic::Trial;
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair, PKCS_ED25519};
 
-use super::{nodes::Node, operator::Operator};
+use super::nodes::Node;
 use crate::{cases::trial, control::contains};
 
 pub(super) fn trials() -> Vec<Trial> {

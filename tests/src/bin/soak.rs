@@ -15,7 +15,7 @@ use anyport_tests::{
     holdings::Holdings,
     host::wait_for,
     random::{self, Random},
-    steady::{Failure, Loss, dial_during},
+    steady::{Loss, dial_during},
     topology::Topology,
 };
 use clap::Parser;
@@ -24,8 +24,6 @@ use nix::sys::signal::{Signal, kill};
 const PREFIXES: [&str; 2] = ["192.0.2.0/24", "2001:db8:0:a::/64"];
 /// How long a server may take to follow another one.
 const PATIENCE: Duration = Duration::from_secs(30);
-/// Within which a client knows that its connection was lost in a crash.
-const SHORTLY: Duration = Duration::from_secs(1);
 
 /// Restarts, upgrades and crashes under load.
 #[derive(Debug, Parser)]
@@ -110,9 +108,7 @@ fn soak(steering: &str, options: &Options) -> Result<bool> {
         if servers.len() == 1 { Ok(()) } else { Err(format!("{servers:?}")) }
     });
     let after = Holdings::of(daemon.pid())?;
-    // A crash resets what was accepted and not yet answered.
-    let is_of_crash = |failure: &&Failure| crashes.iter().any(|at| (*at..*at + SHORTLY).contains(&failure.at));
-    let of_crashes = tally.failures.iter().filter(|it| it.loss == Loss::Unanswered).filter(is_of_crash).count();
+    let of_crashes = tally.lost_in(&crashes);
     let [refused, misdirected, unanswered] =
         [Loss::Refused, Loss::Misdirected, Loss::Unanswered].map(|loss| tally.count(loss));
     println!(

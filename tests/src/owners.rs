@@ -9,21 +9,24 @@ use std::{
 };
 
 use anyport::register::{Process, socket_beside};
-use anyport_tests::{daemon::Daemon, host::wait_for, netns::Netns};
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
 
+use crate::{daemon::Daemon, host::wait_for, netns::Netns};
+
 /// A process with a socket, killed when dropped.
-pub(crate) struct Owner {
+#[derive(Debug)]
+pub struct Owner {
     process: Child,
     /// What it printed first.
-    pub(crate) line: String,
+    pub line: String,
 }
 
 impl Owner {
-    pub(crate) fn start(namespace: &Netns, program: &[&str]) -> Self {
+    /// Starts a program, and waits for its first line.
+    pub fn start(namespace: &Netns, program: &[&str]) -> Self {
         let mut command = Command::new("setpriv");
         command.args(["--pdeathsig", "KILL"]).args(program).stdin(Stdio::null()).stdout(Stdio::piped());
         let mut process = namespace.spawn(command);
@@ -35,17 +38,18 @@ impl Owner {
     }
 
     /// A process that prints nothing.
-    pub(crate) fn of(process: Child) -> Self {
+    pub fn of(process: Child) -> Self {
         Self { process, line: String::new() }
     }
 
     /// The server that says `name`.
-    pub(crate) fn greeter(namespace: &Netns, name: &str, address: &str, port: u16) -> Self {
+    pub fn greeter(namespace: &Netns, name: &str, address: &str, port: u16) -> Self {
         let port = port.to_string();
         Self::start(namespace, &["python3", &script("greeter.py"), name, address, &port])
     }
 
-    pub(crate) fn pid(&self) -> u32 {
+    /// Its number.
+    pub fn pid(&self) -> u32 {
         self.process.id()
     }
 
@@ -53,25 +57,29 @@ impl Owner {
         self.line.split_whitespace().nth(place).expect("a number").parse().expect("a number")
     }
 
-    pub(crate) fn port(&self) -> u16 {
+    /// The port that it listens on, which it has printed first.
+    pub fn port(&self) -> u16 {
         self.number(0)
     }
 
-    pub(crate) fn descriptor(&self) -> i32 {
+    /// The descriptor of its socket, which it has printed next.
+    pub fn descriptor(&self) -> i32 {
         self.number(1).into()
     }
 
     /// A second descriptor of its socket.
-    pub(crate) fn socket(&self, namespace: &Netns) -> OwnedFd {
+    pub fn socket(&self, namespace: &Netns) -> OwnedFd {
         let fetch = || Process::open(self.pid()).and_then(|process| process.candidate(self.descriptor()));
         namespace.enter(fetch).expect("its socket").descriptor
     }
 
-    pub(crate) fn signal(&self, signal: Signal) {
+    /// Sends it a signal.
+    pub fn signal(&self, signal: Signal) {
         kill(Pid::from_raw(self.pid().try_into().expect("a pid")), signal).expect("a signal to the owner");
     }
 
-    pub(crate) fn wait_for_end(mut self) {
+    /// Waits until it has ended by itself.
+    pub fn wait_for_end(mut self) {
         wait_for("end of a drained owner", Duration::from_secs(20), || {
             self.process.try_wait().expect("its state").ok_or_else(|| "it runs".into())
         });
@@ -85,12 +93,12 @@ impl Drop for Owner {
     }
 }
 
-/// One of the programs in `owners/`.
-pub(crate) fn script(name: &str) -> String {
+/// One of the programs in `e2e/owners/`.
+pub fn script(name: &str) -> String {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("e2e/owners").join(name).display().to_string()
 }
 
 /// Where sockets are registered with a daemon.
-pub(crate) fn register_socket(daemon: &Daemon) -> PathBuf {
+pub fn register_socket(daemon: &Daemon) -> PathBuf {
     socket_beside(&daemon.socket())
 }
