@@ -323,7 +323,14 @@ impl Etcd {
         }
         let look = [TxnOp::get(key, None)];
         let txn = Txn::new().when(compares).and_then(changes).or_else(look);
-        let answer = self.transact(&format!("change the ring {name}"), &txn).await?;
+        // A request that was given up may have been carried out, or be so yet: by a member that hangs and goes on.
+        let answer = self.transact(&format!("change the ring {name}"), &txn).await.map_err(|problem| match problem.kind {
+            Kind::NoDaemon => problem.hint(format!(
+                "the change may have been made, or may be yet; when etcd answers again, see anyportctl fleet history --ring {name} \
+                 before you repeat the command; nodes go on meanwhile"
+            )),
+            _ => problem,
+        })?;
         if answer.succeeded() {
             return Ok(Swapped::Done(revision_of(&answer)));
         }

@@ -7,7 +7,7 @@ use std::{
 };
 
 use anyport::{
-    api::Problem,
+    api::{Kind, Problem},
     fleet::{
         etcd::{Etcd as Client, Swapped},
         layout::{Hash, Name, Pointer, Seen, Time},
@@ -37,6 +37,7 @@ pub(super) fn trials() -> Vec<Trial> {
         trial("fleet::the leader is killed while sets are published", killed_leader),
         trial("fleet::the leader is parted from the others while sets are published", parted_leader),
         trial("fleet::a member hangs, and one is gone", hanging_member),
+        trial("fleet::a change that is given up may come true, and says so", given_up),
         trial("fleet::operators race", race),
         trial("fleet::who comes second is told, and sets that are needed stay", second),
         trial("fleet::a source misses nothing", source),
@@ -173,14 +174,36 @@ fn race() {
     }
 }
 
+fn given_up() {
+    let namespace = Netns::new();
+    let etcd = Etcd::alone(&namespace);
+    let ring: Name = "canary".parse().expect("a name");
+    let set = Packed::new("192.0.2.1\n").expect("a set");
+    with_client(&namespace, &etcd, Duration::from_secs(2), async |client| {
+        let before = client.ring(&ring).await.expect("a ring");
+        let manifest = client.store(&set, &mut |_, _| ()).await.expect("a set");
+        etcd.freeze(0);
+        let problem = client.swap(&before, &pointer(&ring, 1, set.hash, "me"), manifest).await.expect_err("no answer");
+        assert_eq!(problem.kind, Kind::NoDaemon);
+        contains(&problem.error, &["does not answer: change the ring canary"]);
+        contains(&problem.hint, &["may have been made", "fleet history --ring canary"]);
+        etcd.thaw(0);
+    });
+}
+
 /// Runs in a namespace, with a client of its own.
-fn with_client<T: Send>(namespace: &Netns, etcd: &Etcd, run: impl AsyncFnOnce(Client) -> T + Send) -> T {
+fn with_client<T: Send>(
+    namespace: &Netns,
+    etcd: &Etcd,
+    patience: Duration,
+    run: impl AsyncFnOnce(Client) -> T + Send,
+) -> T {
     let settings = ConnectionSettings { etcd: vec![etcd.urls()], ..ConnectionSettings::default() };
     namespace.enter(|| {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
         runtime.block_on(async {
             let endpoints = settings.read().expect("settings");
-            run(Client::connect(&endpoints, PATIENCE).await.expect("a connection")).await
+            run(Client::connect(&endpoints, patience).await.expect("a connection")).await
         })
     })
 }
@@ -202,7 +225,7 @@ fn second() {
     let namespace = Netns::new();
     let etcd = Etcd::alone(&namespace);
     let ring: Name = "canary".parse().expect("a name");
-    with_client(&namespace, &etcd, async |client| {
+    with_client(&namespace, &etcd, PATIENCE, async |client| {
         let (one, two) = (Packed::new("192.0.2.1\n").expect("a set"), Packed::new("192.0.2.2\n").expect("a set"));
         let both = client.ring(&ring).await.expect("a ring");
         let stored = client.store(&one, &mut |_, _| ()).await.expect("a set");
