@@ -2,6 +2,7 @@
 
 mod changes;
 mod clusters;
+mod faults;
 mod nodes;
 mod real;
 mod secured;
@@ -12,6 +13,7 @@ pub(crate) fn trials() -> Vec<Trial> {
     let mut trials = Vec::new();
     trials.extend(changes::trials());
     trials.extend(clusters::trials());
+    trials.extend(faults::trials());
     trials.extend(nodes::trials());
     trials.extend(real::trials());
     trials.extend(secured::trials());

@@ -13,6 +13,7 @@ pub mod dial;
 pub mod etcd;
 pub mod etcdctl;
 pub mod exposition;
+pub mod faults;
 pub mod ground;
 pub mod holdings;
 pub mod host;

@@ -1,18 +1,19 @@
-//! A fleet of many nodes on one machine. Prints Markdown tables.
+//! Simulates fleets: many nodes on one machine, and faults at random. Prints Markdown tables.
 //!
-//! Build with `--release`: `cargo xtask sim` does.
+//! Build with `--release`, programs and simulation alike: `cargo xtask sim` does.
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "tables and progress are what this program is for")]
 
+mod faults;
 mod fleet;
 mod kernel;
 mod load;
 mod nodes;
 
 use anyhow::{Result, bail};
-use anyport_tests::ground;
+use anyport_tests::{ground, random};
 use clap::{Parser, Subcommand};
 
-/// Simulates a fleet.
+/// Simulates fleets.
 #[derive(Debug, Parser)]
 struct Options {
     #[command(subcommand)]
@@ -23,6 +24,8 @@ struct Options {
 enum What {
     /// From publishing a set to the node that has it last, by the number of nodes.
     Fleet(fleet::Options),
+    /// Faults at random in etcd, nodes and sockets, while clients dial.
+    Faults(faults::Options),
 }
 
 fn main() -> Result<()> {
@@ -32,7 +35,9 @@ fn main() -> Result<()> {
         bail!("this machine lacks:\n  {}", missing.join("\n  "));
     }
     ground::isolate();
-    match what {
-        What::Fleet(options) => fleet::fleet(&options),
+    eprintln!("random choices: repeat them with ANYPORT_SEED={}", random::seed());
+    match &what {
+        What::Fleet(options) => fleet::fleet(options),
+        What::Faults(options) => faults::faults(options),
     }
 }
