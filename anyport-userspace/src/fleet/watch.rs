@@ -15,7 +15,7 @@ use tracing::debug;
 
 use super::{
     delta::Delta,
-    etcd::{Etcd, causes, read_pointer, to_json},
+    etcd::{Etcd, causes, is_transient, read_pointer, to_json},
     layout::{Hash, Member, Name, Pointer, Report, Seen, Time},
 };
 use crate::api::{Kind, Problem};
@@ -26,6 +26,9 @@ pub const LEASE: i64 = 30;
 const KEEP_ALIVE: Duration = Duration::from_secs(10);
 /// After a watch has ended. What ends every watch at once would otherwise be asked for without end.
 const RESYNC_PAUSE: Duration = Duration::from_millis(200);
+/// How long one member may take with a report or to begin a watch, and how long all of them may.
+const ATTEMPT: Duration = Duration::from_secs(2);
+const PATIENCE: Duration = Duration::from_secs(5);
 /// How long after a failure reporting is tried again.
 const PAUSE: Duration = Duration::from_secs(2);
 
@@ -106,15 +109,11 @@ impl EtcdSource {
     async fn begin(&self) -> Result<WatchStream, Problem> {
         let options = WatchOptions::new().with_start_revision(self.known + 1);
         let key = self.etcd.keys.ring(&self.ring);
-        let lost = |why: String| {
-            Problem::new(Kind::NoDaemon, format!("watch the pointer of the ring {} in etcd: {why}", self.ring))
-        };
-        let mut client = self.etcd.client.watch_client();
-        match timeout(PAUSE, client.watch(key, Some(options))).await {
-            Ok(Ok(stream)) => Ok(stream),
-            Ok(Err(error)) => Err(lost(causes(&error))),
-            Err(_) => Err(lost("no answer in time".into())),
-        }
+        let watch = || async { self.etcd.client.watch_client().watch(key.as_str(), Some(options.clone())).await };
+        soon(watch).await.map_err(|error| {
+            let what = format!("watch the pointer of the ring {} in etcd: {}", self.ring, causes(&error));
+            Problem::new(Kind::NoDaemon, what)
+        })
     }
 
     /// The text of a set, which has that hash.
@@ -191,9 +190,9 @@ async fn keep(
     reports: &mut watch::Receiver<Option<Report>>,
     heard: &watch::Sender<Option<Instant>>,
 ) -> Result<(), Error> {
-    let mut client = etcd.client.lease_client();
-    let lease = within(client.grant(LEASE, None)).await?.id();
-    let (mut keeper, mut kept) = within(client.keep_alive(lease)).await?;
+    let client = || etcd.client.lease_client();
+    let lease = soon(|| async { client().grant(LEASE, None).await }).await?.id();
+    let (mut keeper, mut kept) = soon(|| async { client().keep_alive(lease).await }).await?;
     let mut ticks = interval(KEEP_ALIVE);
     reports.mark_changed();
     loop {
@@ -204,7 +203,7 @@ async fn keep(
                 }
                 let report = reports.borrow_and_update().clone();
                 if let Some(report) = report {
-                    within(write(etcd, &report, lease)).await?;
+                    soon(|| write(etcd, &report, lease)).await?;
                 }
             }
             _ = ticks.tick() => stay(&mut keeper, &mut kept).await?,
@@ -236,8 +235,57 @@ async fn write(etcd: &Etcd, report: &Report, lease: i64) -> Result<(), Error> {
     etcd.client.kv_client().txn(txn).await.map(drop)
 }
 
-/// Gives up soon, so that all is begun anew with another member.
+/// Asks again, since another member may know what the one that was asked does not: one that has no leader says so at once and is
+/// asked most often for that. Gives up soon, so that all is begun anew.
+async fn soon<T, F: Future<Output = Result<T, Error>>>(request: impl Fn() -> F) -> Result<T, Error> {
+    const AGAIN: Duration = Duration::from_millis(100);
+    within(async {
+        loop {
+            match timeout(ATTEMPT, request()).await {
+                Ok(Err(error)) if is_transient(&error) => sleep(AGAIN).await,
+                Ok(answer) => return answer,
+                Err(_) => {}
+            }
+        }
+    })
+    .await
+}
+
 async fn within<T>(request: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
-    const PATIENCE: Duration = Duration::from_secs(5);
     timeout(PATIENCE, request).await.unwrap_or_else(|_| Err(Error::Internal("no answer in time".into())))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{cell::Cell, future::pending};
+
+    use etcd_client::Error;
+
+    use super::soon;
+
+    #[tokio::test(start_paused = true)]
+    async fn another_member_is_asked_where_one_can_not_answer() {
+        let asked = Cell::new(0);
+        let answer = soon(|| async {
+            asked.set(asked.get() + 1);
+            match asked.get() {
+                1 => Err(Error::IoError(std::io::ErrorKind::ConnectionReset.into())),
+                2 => pending().await,
+                _ => Ok("here"),
+            }
+        });
+        assert_eq!((answer.await.unwrap(), asked.get()), ("here", 3));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_no_member_would_do_is_not_asked_again() {
+        let asked = Cell::new(0);
+        let answer = soon(|| async {
+            asked.set(asked.get() + 1);
+            Err::<(), _>(Error::LeaseKeepAliveError("the lease has ended".into()))
+        });
+        answer.await.unwrap_err();
+        assert_eq!(asked.get(), 1);
+        soon(pending::<Result<(), _>>).await.unwrap_err();
+    }
 }

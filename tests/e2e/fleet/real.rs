@@ -21,7 +21,10 @@ use crate::{
 const RINGS: [&str; 5] = ["canary", "canary", "main", "main", "main"];
 
 pub(super) fn trials() -> Vec<Trial> {
-    vec![trial("fleet::five daemons in two rings", five)]
+    vec![
+        trial("fleet::five daemons in two rings", five),
+        trial("fleet::daemons follow the majority, whichever member is parted from it", majority),
+    ]
 }
 
 fn five() {
@@ -65,4 +68,40 @@ fn five() {
         does_not_steer(host, "192.0.2.129");
     }
     drop(daemons);
+}
+
+/// Nodes may have their watch and their lease at the member that hears nothing any more, and still answers.
+fn majority() {
+    const NODES: usize = 3;
+    let backbone = Backbone::new(NODES);
+    let etcd = Etcd::start(&backbone.members(3));
+    let operator = Operator::of(&backbone.router, &etcd);
+    let urls: Vec<String> = (0..3).map(|member| etcd.url(member)).collect();
+    let files = scratch();
+    let start = |(number, host)| {
+        let config = files.path().join(format!("n{number}.toml"));
+        let text = format!("[fleet]\netcd = {urls:?}\nring = \"main\"\nnode = \"n{number}\"\n");
+        fs::write(&config, text).expect("a configuration");
+        Setup::new(host, "sk-lookup").config(config).start()
+    };
+    let _daemons: Vec<Daemon> = backbone.hosts.iter().enumerate().map(start).collect();
+    let publish = |prefix: &str| {
+        let set = operator.file("set", &format!("{prefix}\n"));
+        operator.ok(&format!("publish {set} --ring main --timeout 30s"));
+        wait_for("nodes that are current", Duration::from_secs(20), || {
+            let ring = operator.ring("main");
+            if ring["summary"]["current"] == NODES { Ok(()) } else { Err(ring.to_string()) }
+        });
+    };
+    publish("192.0.2.0/26");
+    let leader = etcd.leader();
+    for (parted, last) in [(leader, 64), ((leader + 1) % 3, 128)] {
+        etcd.part(parted);
+        publish(&format!("192.0.2.{last}/26"));
+        for host in &backbone.hosts {
+            steers(host, &format!("192.0.2.{}", last + 3));
+        }
+        etcd.rejoin(parted);
+        etcd.wait_until_well();
+    }
 }
