@@ -393,9 +393,9 @@ pub(crate) fn children(parent: Pid) -> Vec<Pid> {
 }
 
 /// Stops all threads of a process, if it is still there.
-fn stop_threads(pid: Pid) {
+pub(crate) fn stop_threads(pid: Pid) {
     kill(pid, Signal::SIGSTOP).ok();
-    wait_for("standstill of the daemon", Duration::from_secs(5), || {
+    wait_for("standstill of a process", Duration::from_secs(5), || {
         for thread in fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten() {
             // Threads may end meanwhile.
             let Ok(stat) = fs::read_to_string(thread.path().join("stat")) else { continue };

@@ -17,6 +17,7 @@ use nix::{
 use serde_json::Value;
 
 use crate::{
+    daemon::stop_threads,
     etcdctl::Etcdctl,
     ground::scratch,
     host::{Outcome, wait_for},
@@ -237,7 +238,7 @@ impl Etcd {
 
     /// Has a member do nothing, though its connections stay.
     pub fn freeze(&self, member: usize) {
-        kill(self.process(member), Signal::SIGSTOP).expect("a member to freeze");
+        stop_threads(self.process(member));
     }
 
     /// Has it go on.
