@@ -43,6 +43,7 @@ pub(crate) fn trials() -> Vec<Trial> {
     trials.push(trial("nodes::without etcd nothing changes, at a start neither", without));
     trials.push(trial("nodes::an etcd that is frozen, cut off or compacted", apart));
     trials.push(trial("nodes::off for a thousand changes", off));
+    trials.push(trial("nodes::a set is made out of the one before", derived));
     trials.push(trial("nodes::an etcd that is wiped or older", backwards));
     trials.push(trial("nodes::by TLS and signatures", trusted));
     trials
@@ -86,6 +87,19 @@ impl Fleet {
         command.args(["--force", "--etcd", &self.etcd.urls()]);
         let outcome = self.backbone.router.output(&mut command);
         assert!(outcome.status == 0, "publish: {outcome}");
+    }
+
+    /// Stores a set to which no pointer leads yet or any more.
+    fn store(&self, text: &str) {
+        let settings = ConnectionSettings { etcd: vec![self.etcd.urls()], ..ConnectionSettings::default() };
+        let packed = Packed::new(text).expect("a set");
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+        self.backbone.router.enter(|| {
+            runtime.block_on(async {
+                let client = Client::connect(&settings.read().expect("settings"), LIMIT).await.expect("etcd");
+                client.store(&packed, &mut |_, _| ()).await.expect("a set in etcd");
+            });
+        });
     }
 
     fn pointer(&self) -> Value {
@@ -342,6 +356,44 @@ fn off() {
     assert_eq!(self::fleet(&daemon)["sequence"], 1 + CHANGES);
     steers(&fleet.backbone.hosts[0], "192.0.2.129");
     does_not_steer(&fleet.backbone.hosts[0], "192.0.2.3");
+}
+
+/// A set that differs little comes as what it differs by, and whole where that is spoilt.
+fn derived() {
+    let fleet = Fleet::new(1);
+    let daemon = fleet.node(0);
+    let host = &fleet.backbone.hosts[0];
+    let many: Vec<_> = (0..500).map(|it| format!("2001:db8:{:x}::/48 both route=no\n", it * 131)).collect();
+    let set = |first: &str| format!("{first}\n{}", many.concat());
+    fleet.publish(&set("192.0.2.0/26"));
+    fleet.wait_until_current(0, &daemon);
+    for (first, is_spoilt, steered, not) in [
+        ("192.0.2.64/26", false, "192.0.2.65", "192.0.2.3"),
+        ("192.0.2.128/26", true, "192.0.2.129", "192.0.2.65"),
+        ("192.0.2.192/26", false, "192.0.2.193", "192.0.2.129"),
+    ] {
+        let before = fleet.pointer();
+        daemon.pause();
+        fleet.publish(&set(first));
+        let pointer = fleet.pointer();
+        assert_eq!(pointer["from"], before["set"], "{pointer}");
+        let [from, to] = ["from", "set"].map(|name| pointer[name].as_str().expect("a hash").to_owned());
+        if is_spoilt {
+            fleet.etcd.put(&format!("/anyport/deltas/{to}/{from}"), "nonsense");
+        } else {
+            fleet.etcd.ctl(&format!("del --prefix /anyport/sets/{to}"));
+        }
+        daemon.resume();
+        fleet.wait_until_current(0, &daemon);
+        steers(host, steered);
+        does_not_steer(host, not);
+        // The next one is made out of this one.
+        let again = fleet.etcd.keys(&format!("/anyport/sets/{to}"));
+        assert_eq!(again.is_empty(), !is_spoilt, "{again:?}");
+        if !is_spoilt {
+            fleet.store(&set(first));
+        }
+    }
 }
 
 /// Changes the ring so often, each time to another set, as an operator's program does.

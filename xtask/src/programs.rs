@@ -4,6 +4,7 @@ use std::{
     ffi::OsString,
     path::{Path, PathBuf},
     process::Command,
+    slice::from_ref,
 };
 
 use anyhow::Result;
@@ -90,7 +91,7 @@ pub(crate) fn sim(options: &BenchOptions) -> Result<()> {
 
 fn run(binary: &str, BenchOptions { name, arguments }: &BenchOptions) -> Result<()> {
     host::require(&[&[host::PROTOC, host::IP, host::IPTABLES, host::BPFTOOL][..], &host::FOR_TESTS].concat())?;
-    show(binary, &[&[name.clone()], &arguments[..]].concat())
+    show(binary, &[from_ref(name), arguments].concat())
 }
 
 fn show(binary: &str, arguments: &[OsString]) -> Result<()> {

@@ -10,7 +10,6 @@ use std::{
 use super::{Engine, apply::Intent, change::Keep};
 use crate::{
     api::{Applied, Apply, FleetView, Kind, Problem, RefusedView},
-    fleet::delta::Edits,
     rules::{Change, Origin, Prefix, Terms, lines},
     steering::BackEnd,
     store::FleetState,
@@ -32,6 +31,15 @@ pub struct Condition {
     pub basis: u64,
 }
 
+/// Lines by which two sets differ, each with its end.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct LineEdits {
+    /// Those that the former one has, once for each time that they go.
+    pub removed: String,
+    /// Those that the latter one has, once for each time that they come.
+    pub added: String,
+}
+
 impl Engine {
     /// Makes rules and services of the fleet equal to a set, and keeps it with the state. What was configured, applied and added
     /// on this node stays, and must not contradict it. Where it is known by which lines it differs from the set in force, only those
@@ -42,7 +50,7 @@ impl Engine {
     pub async fn take_set(
         &mut self,
         text: Arc<str>,
-        edits: Option<Edits>,
+        edits: Option<LineEdits>,
         state: FleetState,
     ) -> Result<Applied, Problem> {
         self.expect_confirmed()?;
@@ -74,7 +82,7 @@ impl Engine {
 
     /// What has to be done where the set in force has each rule once and nothing else, and so has the one that these edits make of
     /// it. Nothing where that is not so, or where they make no sense: then the whole set has to be read.
-    fn intent_of_edits(&mut self, Edits { removed, added }: &Edits) -> Option<Intent> {
+    fn intent_of_edits(&mut self, LineEdits { removed, added }: &LineEdits) -> Option<Intent> {
         if !self.is_fleet_plain {
             return None;
         }

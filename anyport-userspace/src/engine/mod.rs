@@ -43,7 +43,7 @@ use self::{
 };
 pub use self::{
     events::Clock,
-    fleet::{Condition, FleetBoard},
+    fleet::{Condition, FleetBoard, LineEdits},
     observed::{Observed, ObservedService},
     progress::Progress,
     register::fetch_registered,

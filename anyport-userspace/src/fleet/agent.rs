@@ -15,14 +15,13 @@ use tokio::time::{Instant, sleep, timeout};
 use tracing::{error, info, warn};
 
 use super::{
-    delta::Edits,
     layout::{Hash, Health, Name, Pointer, Refused, Report, Seen, Time},
     signing::PublicKeys,
     source::{Error, Source},
 };
 use crate::{
     api::{Kind, Problem, RefusedView},
-    engine::{Condition, FleetBoard},
+    engine::{Condition, FleetBoard, LineEdits},
     store::FleetState,
 };
 
@@ -50,7 +49,7 @@ pub trait Target {
     ///
     /// # Errors
     /// It is not taken, and nothing has changed.
-    async fn take(&mut self, text: Arc<str>, edits: Option<Edits>, state: &FleetState) -> Result<(), Problem>;
+    async fn take(&mut self, text: Arc<str>, edits: Option<LineEdits>, state: &FleetState) -> Result<(), Problem>;
 
     /// Keeps where the node stands; the set in force stays.
     ///
@@ -317,7 +316,7 @@ impl<S: Source, T: Target> Agent<S, T> {
     }
 
     /// Makes a set out of the one in force, if it is known how. That is no reason for anything to fail: there is the whole set.
-    async fn derive(&mut self, pointer: &Pointer) -> Result<Option<(Arc<str>, Edits)>, Failure> {
+    async fn derive(&mut self, pointer: &Pointer) -> Result<Option<(Arc<str>, LineEdits)>, Failure> {
         let Pointer { set, from, .. } = pointer;
         let Some((before, from)) = self.text.as_ref().zip(from.as_ref()) else { return Ok(None) };
         if self.state.set != Some(from.to_string()) {

@@ -9,20 +9,11 @@ use std::fmt::Write as _;
 use imara_diff::{Algorithm, Diff, InternedInput};
 
 use super::pack::{LARGEST, deflate, inflate};
-use crate::rules::InvalidText;
+use crate::{engine::LineEdits, rules::InvalidText};
 
 /// Steps from one set to another.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Delta(String);
-
-/// Lines by which two texts differ, each with its end.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Edits {
-    /// Those that the former text has, once for each time that they go.
-    pub removed: String,
-    /// Those that the latter text has, once for each time that they come.
-    pub added: String,
-}
 
 impl Delta {
     /// From one text to another.
@@ -73,9 +64,9 @@ impl Delta {
     ///
     /// # Errors
     /// It makes no sense, or makes more than a set may have.
-    pub fn apply(&self, before: &str) -> Result<(String, Edits), InvalidText> {
+    pub fn apply(&self, before: &str) -> Result<(String, LineEdits), InvalidText> {
         let mut rest = before;
-        let (mut after, mut edits) = (String::with_capacity(before.len() + self.0.len()), Edits::default());
+        let (mut after, mut edits) = (String::with_capacity(before.len() + self.0.len()), LineEdits::default());
         for step in self.0.split_inclusive('\n') {
             let wrong =
                 || InvalidText(format!("what makes one set out of another has a step that makes no sense: {step:?}"));
@@ -121,9 +112,10 @@ fn take<'a>(text: &mut &'a str, count: usize) -> Option<&'a str> {
 mod tests {
     use proptest::prelude::*;
 
-    use super::{Delta, Edits};
+    use super::Delta;
+    use crate::engine::LineEdits;
 
-    fn there_and_back(before: &str, after: &str) -> Edits {
+    fn there_and_back(before: &str, after: &str) -> LineEdits {
         let delta = Delta::between(before, after);
         assert_eq!(Delta::unpack(&delta.pack().unwrap()).unwrap(), delta);
         let (made, edits) = delta.apply(before).unwrap();
@@ -139,7 +131,7 @@ mod tests {
         assert_eq!((&*edits.removed, &*edits.added), ("b\n", "x\ny\n"));
         assert_eq!(there_and_back("a\nb", "a\n").removed, "b\n");
         for text in ["", "a", "a\n", "\n\n", "=1\n-1\n", "\\\n+\n", "a\r\nb\r\n"] {
-            assert_eq!(there_and_back(text, text), Edits::default());
+            assert_eq!(there_and_back(text, text), LineEdits::default());
             there_and_back(text, "");
             there_and_back("", text);
         }

@@ -97,7 +97,7 @@ pub enum Swapped {
     /// It is there, as of this revision.
     Done(i64),
     /// The pointer was another one by then.
-    Lost(Option<Seen<Pointer>>),
+    Lost(Option<Box<Seen<Pointer>>>),
     /// The set had been removed by then.
     SetGone,
 }
@@ -340,7 +340,7 @@ impl Etcd {
             // An earlier attempt was carried out, and its answer was lost.
             Some(found) if found.value == *pointer => Swapped::Done(found.revision),
             found if found.as_ref().map_or(0, |it| it.revision) == before => Swapped::SetGone,
-            found => Swapped::Lost(found),
+            found => Swapped::Lost(found.map(Box::new)),
         })
     }
 

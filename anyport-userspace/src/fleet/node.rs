@@ -16,7 +16,7 @@ use tracing::error;
 
 use super::{
     agent::{Agent, Identity, Target},
-    delta::{Delta, Edits},
+    delta::Delta,
     etcd::Etcd,
     layout::{Hash, Name, Pointer, Report, Seen},
     settings::ConnectionSettings,
@@ -26,7 +26,7 @@ use super::{
 use crate::{
     api::{Kind, Problem, Shared},
     config::Fleet,
-    engine::{Condition, FleetBoard},
+    engine::{Condition, FleetBoard, LineEdits},
     rights,
     store::FleetState,
 };
@@ -101,7 +101,7 @@ struct Daemon {
 }
 
 impl Target for Daemon {
-    async fn take(&mut self, text: Arc<str>, edits: Option<Edits>, state: &FleetState) -> Result<(), Problem> {
+    async fn take(&mut self, text: Arc<str>, edits: Option<LineEdits>, state: &FleetState) -> Result<(), Problem> {
         let (engine, state) = (Arc::clone(&self.engine), state.clone());
         let taken = self.control.spawn(async move {
             match engine.lock().await.as_mut() {

@@ -10,7 +10,7 @@ use anyport::{
     api::{Kind, Problem},
     fleet::{
         etcd::{Etcd as Client, Swapped},
-        layout::{Hash, Name, Pointer, Seen, Time},
+        layout::{Hash, Name, Pointer, Time},
         pack::Packed,
         settings::ConnectionSettings,
         watch::EtcdSource,
@@ -237,8 +237,8 @@ fn second() {
         let again = client.swap(&both, &first, stored).await.expect("an answer");
         assert!(matches!(again, Swapped::Done(_)), "{again:?}");
         let lost = client.swap(&both, &pointer(&ring, 1, two.hash, "second"), other).await.expect("an answer");
-        let Swapped::Lost(Some(Seen { value, .. })) = lost else { panic!("{lost:?}") };
-        assert_eq!(value, first);
+        let Swapped::Lost(Some(found)) = lost else { panic!("{lost:?}") };
+        assert_eq!(found.value, first);
         // Somebody tidies up between storing a set and pointing to it.
         assert_eq!(client.remove_unused_sets().await.expect("an answer"), 1);
         let now = client.ring(&ring).await.expect("a ring");

@@ -218,7 +218,7 @@ impl Change<'_> {
                     etcd.remove_unused_sets().await.ok();
                     return Ok(());
                 }
-                Swapped::Lost(other) => return Err(lost(&ring.name, other)),
+                Swapped::Lost(other) => return Err(lost(&ring.name, other.map(|it| *it))),
                 Swapped::SetGone => {}
             }
         }

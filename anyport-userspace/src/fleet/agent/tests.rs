@@ -14,9 +14,9 @@ use tokio::{sync::Notify, task::JoinHandle, time::sleep};
 use super::{Agent, Error, Identity, Source, Target};
 use crate::{
     api::{FleetView, Kind, Problem},
-    engine::{Condition, FleetBoard},
+    engine::{Condition, FleetBoard, LineEdits},
     fleet::{
-        delta::{Delta, Edits},
+        delta::Delta,
         layout::{Hash, Health, Pointer, Report, Seen, Time},
         signing::{PublicKeys, SigningKey},
     },
@@ -168,7 +168,7 @@ struct Host {
     tried: Vec<String>,
     text: Option<String>,
     /// What was told of the last one.
-    edits: Option<Edits>,
+    edits: Option<LineEdits>,
     /// On its disk.
     state: FleetState,
     basis: u64,
@@ -185,7 +185,7 @@ impl Daemon {
 }
 
 impl Target for Daemon {
-    async fn take(&mut self, text: Arc<str>, edits: Option<Edits>, state: &FleetState) -> Result<(), Problem> {
+    async fn take(&mut self, text: Arc<str>, edits: Option<LineEdits>, state: &FleetState) -> Result<(), Problem> {
         let mut host = self.host();
         host.edits = edits;
         host.tried.push(text.to_string());
@@ -321,7 +321,7 @@ async fn a_set_is_made_out_of_the_one_before_where_that_is_possible() {
         assert_eq!(scene.text().as_deref(), Some(set));
         seen.push((scene.fetches(), scene.daemon.host().edits.take()));
     }
-    let edits = Edits { removed: "b\n".into(), added: "x\n".into() };
+    let edits = LineEdits { removed: "b\n".into(), added: "x\n".into() };
     assert_eq!(seen, [((1, 0), None), ((1, 1), Some(edits)), ((2, 2), None), ((3, 3), None), ((4, 4), None)]);
     // Another agent does not know the text any more.
     scene.start().await;

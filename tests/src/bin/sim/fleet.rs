@@ -1,6 +1,7 @@
 //! `sim fleet`: from publishing a set to the node that has it last.
 
 use std::{
+    fmt::Write as _,
     fs,
     path::{Path, PathBuf},
     process::Command,
@@ -159,7 +160,11 @@ impl Fleet {
     /// Has the ring point to a set of the rules as they are.
     fn publish(&mut self) -> Result<()> {
         let file = self.files.path().join("set");
-        fs::write(&file, self.rules.iter().map(|prefix| format!("{prefix} both 80,443\n")).collect::<String>())?;
+        let mut text = String::new();
+        for prefix in &self.rules {
+            writeln!(text, "{prefix} both 80,443")?;
+        }
+        fs::write(&file, text)?;
         let mut command = Command::new(program("anyportctl").map_err(anyhow::Error::msg)?);
         command.env("ANYPORT_CONFIG", "/dev/null").args(["fleet", "publish"]).arg(file);
         command.args(["--ring", RING, "--force", "--etcd", &self.etcd.urls()]);

@@ -57,8 +57,8 @@ impl Load {
     /// Between then and now.
     pub(crate) fn since(&self, before: &Self) -> Self {
         Self {
-            etcd: self.etcd - before.etcd,
-            nodes: self.nodes - before.nodes,
+            etcd: self.etcd.saturating_sub(before.etcd),
+            nodes: self.nodes.saturating_sub(before.nodes),
             sent: self.sent - before.sent,
             received: self.received - before.received,
             messages: self.messages - before.messages,

@@ -15,8 +15,8 @@ use anyhow::{Context as _, Result};
 use anyport::{
     api::Problem,
     config::{self, Config},
-    engine::{Condition, Engine},
-    fleet::{agent::Target, delta::Edits, node::agent},
+    engine::{Condition, Engine, LineEdits},
+    fleet::{agent::Target, node::agent},
     service::{WorkerHandles, Workers},
     store::{FleetState, Store},
 };
@@ -113,7 +113,7 @@ fn run(configs: Vec<Config>, workers: &WorkerHandles, applied: &Applied) {
             .map(|config| {
                 let (workers, applied) = (workers.clone(), applied.clone());
                 spawn_local(async move {
-                    if let Err(error) = live(&config, workers, applied).await {
+                    if let Err(error) = Box::pin(live(&config, workers, applied)).await {
                         panic!("a node: {error:#}");
                     }
                 })
@@ -130,7 +130,7 @@ async fn live(config: &Config, workers: WorkerHandles, applied: Applied) -> Resu
     let engine = Engine::simulated(config, kept, crate::kernel::kernel(), workers).await?;
     let (board, state) = (engine.fleet_board().context("no fleet")?, engine.fleet_state().clone());
     let fleet = config.fleet.as_ref().context("no fleet")?;
-    match agent(fleet, Node { engine, applied }, board, state).run().await {}
+    match Box::pin(agent(fleet, Node { engine, applied }, board, state).run()).await {}
 }
 
 /// What an agent has do what etcd says.
@@ -141,7 +141,7 @@ struct Node {
 }
 
 impl Target for Node {
-    async fn take(&mut self, text: Arc<str>, edits: Option<Edits>, state: &FleetState) -> Result<(), Problem> {
+    async fn take(&mut self, text: Arc<str>, edits: Option<LineEdits>, state: &FleetState) -> Result<(), Problem> {
         self.engine.take_set(text, edits, state.clone()).await?;
         self.applied.note(state.sequence);
         Ok(())
