@@ -6,6 +6,7 @@ mod faults;
 mod nodes;
 mod real;
 mod secured;
+mod simulated;
 
 use libtest_mimic::Trial;
 
@@ -17,5 +18,6 @@ pub(crate) fn trials() -> Vec<Trial> {
     trials.extend(nodes::trials());
     trials.extend(real::trials());
     trials.extend(secured::trials());
+    trials.extend(simulated::trials());
     trials
 }
