@@ -140,16 +140,19 @@ fn no_live_socket(backend: &'static str) {
     for client in ["remote", "local"] {
         for (prefix, address) in [("192.0.2.0/24", "192.0.2.80"), ("2001:db8:0:a::/64", "2001:db8:0:a::80")] {
             let before = lab.daemon.count(prefix, "dropped");
+            // It would put them back at once.
+            lab.daemon.pause();
             for member in 0..4 {
                 let [a, b, c, d] = u32::try_from(slot * 4 + member).expect("a small number").to_ne_bytes();
                 let line = format!("bpftool map delete pinned {} key {a} {b} {c} {d}", pin("sockets"));
-                // The daemon may have noticed an earlier round and put the socket back, or not.
+                // The daemon may have put back what an earlier round took away, or not.
                 lab.topology.host.output(Command::new("sh").args(["-c", &line]));
             }
             lab.at(client).enter(|| {
                 expect_tcp_refused(at(address, 8080));
                 assert!(expect_udp_unanswered(at(address, 8080)), "{client} UDP to {address}: silence, not a refusal");
             });
+            lab.daemon.resume();
             let dropped = lab.daemon.count(prefix, "dropped") - before;
             assert!(dropped >= 2, "{client}: {dropped} packets to {prefix} counted as dropped, not two");
         }
