@@ -74,6 +74,18 @@ pub fn missing() -> Vec<String> {
     missing
 }
 
+/// Makes sure that this machine can run one of the laboratory's programs without being touched by it. To be called before there is a
+/// second thread.
+///
+/// # Errors
+/// Says what is missing.
+pub fn prepare() -> anyhow::Result<()> {
+    let missing = missing();
+    anyhow::ensure!(missing.is_empty(), "this machine lacks:\n  {}", missing.join("\n  "));
+    isolate();
+    Ok(())
+}
+
 /// What the kernel lacks, tried out in a namespace.
 fn lacking_features() -> Vec<String> {
     let trials = [

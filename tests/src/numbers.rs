@@ -1,4 +1,4 @@
-//! What stands for many measurements.
+//! Reckoning with measurements.
 
 use std::time::Duration;
 
@@ -13,4 +13,9 @@ pub fn median(values: impl IntoIterator<Item = f64>) -> f64 {
     let mut sorted: Vec<f64> = values.into_iter().collect();
     sorted.sort_by(f64::total_cmp);
     sorted.get(sorted.len() / 2).copied().unwrap_or(f64::NAN)
+}
+
+/// A count as a number to reckon with, up to that of 32 bits.
+pub fn count(number: usize) -> f64 {
+    f64::from(u32::try_from(number).unwrap_or(u32::MAX))
 }

@@ -4,6 +4,8 @@ use std::{fmt::Write as _, fs, path::Path};
 
 use anyhow::{Context as _, Result};
 
+use crate::numbers::count;
+
 /// Size of a panel's field, and the room around it for labels.
 const FIELD: (f64, f64) = (340.0, 220.0);
 const LEFT: f64 = 64.0;
@@ -119,8 +121,4 @@ fn label(power: i32) -> String {
         6.. => format!("{}M", 10_f64.powi(power - 6)),
         _ => format!("{:.*}", usize::try_from(-power).unwrap_or_default(), 10_f64.powi(power)),
     }
-}
-
-fn count(number: usize) -> f64 {
-    f64::from(u32::try_from(number).unwrap_or(u32::MAX))
 }

@@ -9,7 +9,7 @@ use std::{
     process::Command,
 };
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Result, ensure};
 use anyport_tests::{
     daemon::{Daemon, Setup},
     dial::{QUESTION, tcp_text, udp},
@@ -23,11 +23,7 @@ use anyport_tests::{
 const PREFIXES: [&str; 2] = ["192.0.2.0/24", "2001:db8::/64"];
 
 fn main() -> Result<()> {
-    let missing = ground::missing();
-    if !missing.is_empty() {
-        bail!("this machine lacks:\n  {}", missing.join("\n  "));
-    }
-    ground::isolate();
+    ground::prepare()?;
     heading("Three namespaces of their own: a client, the host that runs anyport, a server behind it");
     let topology = Topology::new();
     shell(&topology.client, "client", "ip route get 192.0.2.77");

@@ -55,11 +55,7 @@ enum Event {
 
 fn main() -> Result<()> {
     let options = Options::parse();
-    let missing = ground::missing();
-    if !missing.is_empty() {
-        bail!("this machine lacks:\n  {}", missing.join("\n  "));
-    }
-    ground::isolate();
+    ground::prepare()?;
     eprintln!("random choices: repeat them with ANYPORT_SEED={}", random::seed());
     println!(
         "| back end | connections | restarts, upgrades, crashes | refused | answered by another | reset before the first byte | \

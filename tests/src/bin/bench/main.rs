@@ -18,7 +18,7 @@ mod udp;
 
 use std::{net::IpAddr, thread, time::Duration};
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 use anyport_tests::ground;
 use clap::{Parser, Subcommand};
 
@@ -77,7 +77,7 @@ fn main() -> Result<()> {
         What::RelayBy(relay) => return relay::relay_by(relay),
         What::Loop(options) => return accept::run_loop(options),
         What::Upstream { address } => return traffic::upstream::serve(*address),
-        _ => prepare()?,
+        _ => ground::prepare()?,
     }
     match &what {
         What::Connect(options) => connect::connect(options),
@@ -91,16 +91,6 @@ fn main() -> Result<()> {
         What::Accept(options) => accept::accept(options),
         What::Sink(_) | What::RelayBy(_) | What::Loop(_) | What::Upstream { .. } => Ok(()),
     }
-}
-
-/// Makes sure that this machine can run the benchmark without being touched by it.
-fn prepare() -> Result<()> {
-    let missing = ground::missing();
-    if !missing.is_empty() {
-        bail!("this machine lacks:\n  {}", missing.join("\n  "));
-    }
-    ground::isolate();
-    Ok(())
 }
 
 /// CPUs, which is also how many members anyport's groups of listening sockets have.

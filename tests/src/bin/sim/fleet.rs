@@ -15,7 +15,7 @@ use anyport_tests::{
     etcd::Etcd,
     ground::{program, scratch},
     netns::Netns,
-    numbers::median,
+    numbers::{count, median},
     plot::{self, Line, Panel},
     prefixes::Space,
     random::Random,
@@ -265,10 +265,6 @@ fn plot(rows: &[Row], path: &Path) -> Result<()> {
         },
     ];
     plot::write(path, "A set on its way to the nodes of a fleet", &panels)
-}
-
-fn count(number: usize) -> f64 {
-    f64::from(u32::try_from(number).unwrap_or(u32::MAX))
 }
 
 fn seconds(time: Duration) -> f64 {

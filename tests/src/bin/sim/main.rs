@@ -9,7 +9,7 @@ mod kernel;
 mod load;
 mod nodes;
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 use anyport_tests::{ground, random};
 use clap::{Parser, Subcommand};
 
@@ -30,11 +30,7 @@ enum What {
 
 fn main() -> Result<()> {
     let Options { what } = Options::parse();
-    let missing = ground::missing();
-    if !missing.is_empty() {
-        bail!("this machine lacks:\n  {}", missing.join("\n  "));
-    }
-    ground::isolate();
+    ground::prepare()?;
     eprintln!("random choices: repeat them with ANYPORT_SEED={}", random::seed());
     match &what {
         What::Fleet(options) => fleet::fleet(options),
