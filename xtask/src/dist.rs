@@ -5,7 +5,6 @@ use std::{fs, path::Path};
 use anyhow::{Context as _, Result};
 
 use crate::{
-    host,
     packages::{self, Effort},
     process::{self, exec},
     programs::Programs,
@@ -23,7 +22,6 @@ pub(crate) struct Options {
 pub(crate) fn run(options: &Options) -> Result<()> {
     let root = process::workspace()?;
     let dist = process::target_dir(&root).join("dist");
-    host::require(&[host::PROTOC])?;
     fill(&root, &dist)?;
     if !options.without_programs {
         let programs = Programs::build(&root)?;

@@ -8,10 +8,7 @@ use std::{
 
 use anyhow::{Context as _, Result};
 
-use crate::{
-    host,
-    process::{self, exec},
-};
+use crate::process::{self, exec};
 
 const TARGETS: [&str; 4] = ["packet", "api", "file", "header"];
 
@@ -71,7 +68,6 @@ pub(crate) fn run(options: &Options) -> Result<()> {
 
 /// Builds the targets with overflow checks and debug assertions, apart from everything else.
 fn build(root: &Path, work: &Path) -> Result<PathBuf> {
-    host::require(&[host::PROTOC])?;
     let target = process::host_target()?;
     let mut cargo = process::cargo(root, "build");
     cargo

@@ -19,13 +19,6 @@ pub(crate) struct Tool {
     purpose: &'static str,
 }
 
-/// To build the client of etcd.
-pub(crate) const PROTOC: Tool = Tool {
-    program: "protoc",
-    debian: "protobuf-compiler",
-    fedora: "protobuf-compiler",
-    purpose: "building the client of etcd",
-};
 /// For the `tproxy` back end.
 pub(crate) const IPTABLES: Tool =
     Tool { program: "iptables-restore", debian: "iptables", fedora: "iptables-nft", purpose: "the tproxy back end" };

@@ -69,13 +69,13 @@ impl Programs {
 
 /// Builds and runs the demonstration.
 pub(crate) fn demo(options: &DemoOptions) -> Result<()> {
-    host::require(&[host::PROTOC, host::IP, host::BPFTOOL, host::IPTABLES])?;
+    host::require(&[host::IP, host::BPFTOOL, host::IPTABLES])?;
     show("demo", &options.arguments)
 }
 
 /// Builds and runs the long test.
 pub(crate) fn soak(options: &DemoOptions) -> Result<()> {
-    host::require(&[&[host::PROTOC, host::IP, host::IPTABLES, host::BPFTOOL][..], &host::FOR_TESTS].concat())?;
+    host::require(&[&[host::IP, host::IPTABLES, host::BPFTOOL][..], &host::FOR_TESTS].concat())?;
     show("soak", &options.arguments)
 }
 
@@ -90,7 +90,7 @@ pub(crate) fn sim(options: &BenchOptions) -> Result<()> {
 }
 
 fn run(binary: &str, BenchOptions { name, arguments }: &BenchOptions) -> Result<()> {
-    host::require(&[&[host::PROTOC, host::IP, host::IPTABLES, host::BPFTOOL][..], &host::FOR_TESTS].concat())?;
+    host::require(&[&[host::IP, host::IPTABLES, host::BPFTOOL][..], &host::FOR_TESTS].concat())?;
     show(binary, &[from_ref(name), arguments].concat())
 }
 

@@ -27,7 +27,6 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     if wants_tproxy {
         host::require(&[host::IPTABLES])?;
     }
-    host::require(&[host::PROTOC])?;
     host::recommend(&[host::IPTABLES, host::IPSET, host::BPFTOOL, host::IP]);
 
     let programs = Programs::build(&root)?;

@@ -28,7 +28,7 @@ pub(crate) struct Options {
 pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     let root = process::workspace()?;
     let mut session = Session::default();
-    let tools = [host::PROTOC, host::IP, host::IPTABLES, host::BPFTOOL, host::DPKG_DEB, host::RPMBUILD];
+    let tools = [host::IP, host::IPTABLES, host::BPFTOOL, host::DPKG_DEB, host::RPMBUILD];
     let packages = [&tools[..], &host::FOR_TESTS].concat();
     if let Err(error) = host::require(&packages) {
         session.check("programs that the tests use", || Err(error));

@@ -3,24 +3,19 @@
 use std::{
     fmt, fs,
     path::{Path, PathBuf},
-    time::Duration,
 };
 
-use etcd_client::{Certificate, ConnectOptions, Identity, TlsOptions};
 use serde::Deserialize;
+use tonic::transport::{Certificate, ClientTlsConfig, Identity};
 
-use super::layout::{DEFAULT_PREFIX, Keys};
+use super::{
+    etcd::client::Options,
+    layout::{DEFAULT_PREFIX, Keys},
+};
 use crate::{
     api::{Kind, Problem},
     rules::InvalidText,
 };
-
-/// How long to wait for a connection before another member is tried.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
-/// How often a connection with streams is tried out. etcd refuses clients that do so every 5 seconds or more often, or while
-/// nothing is asked (`--grpc-keepalive-min-time`).
-const KEEP_ALIVE: Duration = Duration::from_secs(10);
-const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// How to reach etcd, from options of the client or the table `[fleet]`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, clap::Args)]
@@ -98,14 +93,9 @@ impl ConnectionSettings {
     /// As [`Self::validate`]; or a file can't be read.
     pub fn read(&self) -> Result<Endpoints, Problem> {
         self.validate().map_err(|error| Problem::new(Kind::Invalid, error.to_string()))?;
-        let mut options = ConnectOptions::new()
-            .with_connect_timeout(CONNECT_TIMEOUT)
-            .with_keep_alive(KEEP_ALIVE, KEEP_ALIVE_TIMEOUT)
-            .with_keep_alive_while_idle(false)
-            .with_auto_token_refresh(true)
-            .with_require_leader(true);
+        let mut options = Options::default();
         if self.etcd.iter().any(|url| url.starts_with("https://")) {
-            let mut tls = TlsOptions::new();
+            let mut tls = ClientTlsConfig::new();
             tls = match &self.ca {
                 Some(ca) => tls.ca_certificate(Certificate::from_pem(read(ca)?)),
                 None => tls.with_native_roots(),
@@ -113,11 +103,11 @@ impl ConnectionSettings {
             if let (Some(certificate), Some(key)) = (&self.certificate, &self.key) {
                 tls = tls.identity(Identity::from_pem(read(certificate)?, read(key)?));
             }
-            options = options.with_tls(tls);
+            options.tls = Some(tls);
         }
         if let (Some(user), Some(file)) = (&self.user, &self.password_file) {
             let password = String::from_utf8_lossy(&read(file)?).trim_end_matches(['\r', '\n']).to_owned();
-            options = options.with_user(user, password);
+            options.user = Some((user.clone(), password));
         }
         let prefix = self.prefix.as_deref().unwrap_or(DEFAULT_PREFIX);
         Ok(Endpoints { urls: self.etcd.clone(), keys: Keys::new(prefix), options })
@@ -133,7 +123,7 @@ fn read(file: &Path) -> Result<Vec<u8>, Problem> {
 pub struct Endpoints {
     pub(super) urls: Vec<String>,
     pub(super) keys: Keys,
-    pub(super) options: ConnectOptions,
+    pub(super) options: Options,
 }
 
 /// Without password and key.

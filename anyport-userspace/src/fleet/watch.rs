@@ -2,20 +2,26 @@
 
 use std::time::{Duration, Instant};
 
-use etcd_client::{
-    Compare, CompareOp, Error, EventType, LeaseKeepAliveStream, LeaseKeeper, PutOptions, Txn, TxnOp, WatchOptions,
-    WatchResponse, WatchStream,
-};
 use tokio::{
     sync::watch,
     task::JoinHandle,
-    time::{interval, sleep, timeout},
+    time::{Instant as TokioInstant, interval_at, sleep, timeout},
 };
+use tonic::{Status, Streaming};
 use tracing::debug;
 
 use super::{
     delta::Delta,
-    etcd::{Etcd, causes, is_transient, read_pointer, to_json},
+    etcd::{
+        Etcd, causes,
+        client::Error,
+        is_transient,
+        messages::{
+            Compare, CompareResult, EventType, LeaseGrantRequest, LeaseKeepAliveRequest, LeaseKeepAliveResponse,
+            PutRequest, RequestOp, TxnRequest, WatchRequest, WatchResponse,
+        },
+        read_pointer, to_json,
+    },
     layout::{Hash, Member, Name, Pointer, Report, Seen, Time},
 };
 use crate::api::{Kind, Problem};
@@ -37,7 +43,7 @@ const PAUSE: Duration = Duration::from_secs(2);
 pub struct EtcdSource {
     etcd: Etcd,
     ring: Name,
-    watch: Option<WatchStream>,
+    watch: Option<Streaming<WatchResponse>>,
     /// etcd's revision up to which the pointer is known.
     known: i64,
     /// What was told last. Revisions alone do not tell pointers apart: etcd that was restored from a backup gives the same ones
@@ -84,7 +90,7 @@ impl EtcdSource {
                 continue;
             };
             let answer = match stream.message().await {
-                Ok(Some(answer)) if !answer.canceled() => answer,
+                Ok(Some(answer)) if !answer.canceled => answer,
                 ended => {
                     debug!("the watch of the ring {} has ended: {}", self.ring, why_ended(ended));
                     self.watch = None;
@@ -92,9 +98,9 @@ impl EtcdSource {
                     continue;
                 }
             };
-            let Some(event) = answer.events().last() else { continue };
-            let Some(entry) = event.kv() else { continue };
-            let pointer = if event.event_type() == EventType::Put { Some(read_pointer(entry)?) } else { None };
+            let Some(event) = answer.events.last() else { continue };
+            let Some(entry) = &event.kv else { continue };
+            let pointer = if event.r#type() == EventType::Put { Some(read_pointer(entry)?) } else { None };
             self.tell(pointer.as_ref());
             return Ok(pointer);
         }
@@ -106,11 +112,9 @@ impl EtcdSource {
     }
 
     /// Watches from behind what is known.
-    async fn begin(&self) -> Result<WatchStream, Problem> {
-        let options = WatchOptions::new().with_start_revision(self.known + 1);
-        let key = self.etcd.keys.ring(&self.ring);
-        let watch = || async { self.etcd.client.watch_client().watch(key.as_str(), Some(options.clone())).await };
-        soon(watch).await.map_err(|error| {
+    async fn begin(&self) -> Result<Streaming<WatchResponse>, Problem> {
+        let request = WatchRequest::new(&self.etcd.keys.ring(&self.ring), self.known + 1);
+        soon(|| self.etcd.client.watch(request.clone())).await.map_err(|error| {
             let what = format!("watch the pointer of the ring {} in etcd: {}", self.ring, causes(&error));
             Problem::new(Kind::NoDaemon, what)
         })
@@ -143,12 +147,12 @@ impl EtcdSource {
     }
 }
 
-fn why_ended(answer: Result<Option<WatchResponse>, Error>) -> String {
+fn why_ended(answer: Result<Option<WatchResponse>, Status>) -> String {
     match answer {
-        Ok(Some(answer)) if answer.compact_revision() > 0 => format!("compacted up to {}", answer.compact_revision()),
-        Ok(Some(answer)) => answer.cancel_reason().to_owned(),
+        Ok(Some(answer)) if answer.compact_revision > 0 => format!("compacted up to {}", answer.compact_revision),
+        Ok(Some(answer)) => answer.cancel_reason,
         Ok(None) => "the stream has ended".to_owned(),
-        Err(error) => causes(&error),
+        Err(status) => causes(&status.into()),
     }
 }
 
@@ -190,10 +194,11 @@ async fn keep(
     reports: &mut watch::Receiver<Option<Report>>,
     heard: &watch::Sender<Option<Instant>>,
 ) -> Result<(), Error> {
-    let client = || etcd.client.lease_client();
-    let lease = soon(|| async { client().grant(LEASE, None).await }).await?.id();
-    let (mut keeper, mut kept) = soon(|| async { client().keep_alive(lease).await }).await?;
-    let mut ticks = interval(KEEP_ALIVE);
+    let lease = soon(|| etcd.client.grant_lease(LeaseGrantRequest { ttl: LEASE })).await?.id;
+    let extend = LeaseKeepAliveRequest { id: lease };
+    let (keeper, mut kept) = soon(|| etcd.client.keep_lease(extend)).await?;
+    extended(&mut kept).await?;
+    let mut ticks = interval_at(TokioInstant::now() + KEEP_ALIVE, KEEP_ALIVE);
     reports.mark_changed();
     loop {
         tokio::select! {
@@ -206,33 +211,40 @@ async fn keep(
                     soon(|| write(etcd, &report, lease)).await?;
                 }
             }
-            _ = ticks.tick() => stay(&mut keeper, &mut kept).await?,
+            _ = ticks.tick() => {
+                keeper.send(extend).await.map_err(|_| lease_ended())?;
+                extended(&mut kept).await?;
+            }
         }
         heard.send_replace(Some(Instant::now()));
     }
 }
 
-/// Extends the lease.
-async fn stay(keeper: &mut LeaseKeeper, kept: &mut LeaseKeepAliveStream) -> Result<(), Error> {
-    within(keeper.keep_alive()).await?;
-    match within(kept.message()).await? {
-        Some(answer) if answer.ttl() > 0 => Ok(()),
-        _ => Err(Error::LeaseKeepAliveError("the lease has ended".into())),
+/// Waits until etcd has extended the lease.
+async fn extended(kept: &mut Streaming<LeaseKeepAliveResponse>) -> Result<(), Error> {
+    match within(async { Ok(kept.message().await?) }).await? {
+        Some(answer) if answer.ttl > 0 => Ok(()),
+        _ => Err(lease_ended()),
     }
+}
+
+fn lease_ended() -> Error {
+    Error::Ended("the lease has ended".into())
 }
 
 async fn write(etcd: &Etcd, report: &Report, lease: i64) -> Result<(), Error> {
     let Report { ring, node, .. } = report;
-    let json = |written: Result<String, Problem>| written.map_err(|error| Error::Internal(error.to_string()));
+    let json = |written: Result<String, Problem>| written.map_err(|error| Error::Ended(error.to_string()));
     let member = Member { node: node.clone(), ring: ring.clone(), since: Time::now() };
     let (key, member) = (etcd.keys.member(ring, node), json(to_json(&member))?);
-    let put = || -> Result<TxnOp, Error> {
-        let options = PutOptions::new().with_lease(lease);
-        Ok(TxnOp::put(etcd.keys.node(ring, node), json(to_json(report))?, Some(options)))
+    let put: RequestOp =
+        PutRequest { lease, ..PutRequest::new(&etcd.keys.node(ring, node), json(to_json(report))?) }.into();
+    let txn = TxnRequest {
+        compare: vec![Compare::create_revision(&key, CompareResult::Greater, 0)],
+        success: vec![put.clone()],
+        failure: vec![put, PutRequest::new(&key, member).into()],
     };
-    let is_known = Compare::create_revision(key.as_str(), CompareOp::Greater, 0);
-    let txn = Txn::new().when([is_known]).and_then([put()?]).or_else([put()?, TxnOp::put(key, member, None)]);
-    etcd.client.kv_client().txn(txn).await.map(drop)
+    etcd.client.txn(txn).await.map(drop)
 }
 
 /// Asks again, since another member may know what the one that was asked does not: one that has no leader says so at once and is
@@ -252,16 +264,14 @@ async fn soon<T, F: Future<Output = Result<T, Error>>>(request: impl Fn() -> F) 
 }
 
 async fn within<T>(request: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
-    timeout(PATIENCE, request).await.unwrap_or_else(|_| Err(Error::Internal("no answer in time".into())))
+    timeout(PATIENCE, request).await.unwrap_or_else(|_| Err(Error::Ended("no answer in time".into())))
 }
 
 #[cfg(test)]
 mod tests {
     use std::{cell::Cell, future::pending};
 
-    use etcd_client::Error;
-
-    use super::soon;
+    use super::{Error, soon};
 
     #[tokio::test(start_paused = true)]
     async fn another_member_is_asked_where_one_can_not_answer() {
@@ -269,7 +279,7 @@ mod tests {
         let answer = soon(|| async {
             asked.set(asked.get() + 1);
             match asked.get() {
-                1 => Err(Error::IoError(std::io::ErrorKind::ConnectionReset.into())),
+                1 => Err(tonic::Status::unavailable("no leader").into()),
                 2 => pending().await,
                 _ => Ok("here"),
             }
@@ -282,7 +292,7 @@ mod tests {
         let asked = Cell::new(0);
         let answer = soon(|| async {
             asked.set(asked.get() + 1);
-            Err::<(), _>(Error::LeaseKeepAliveError("the lease has ended".into()))
+            Err::<(), _>(Error::Ended("the lease has ended".into()))
         });
         answer.await.unwrap_err();
         assert_eq!(asked.get(), 1);

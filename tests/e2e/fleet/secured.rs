@@ -41,11 +41,11 @@ fn secured() {
     let (certificate, key) = ours.issue();
     let (certificate, key) = (files.file("certificate", &certificate), files.file("key", &key));
     let server = ["--cert-file", &certificate, "--key-file", &key, "--trusted-ca-file", &ca, "--client-cert-auth"];
-    let etcd = Etcd::secured(&namespace, &server, &["--cacert", &ca, "--cert", &certificate, "--key", &key]);
+    let mut etcd = Etcd::secured(&namespace, &server, &["--cacert", &ca, "--cert", &certificate, "--key", &key]);
     let urls = etcd.urls();
     let with = |ca: &str, more: &[&str]| {
         let options = ["--etcd", &urls, "--ca", ca].into_iter().chain(more.iter().copied());
-        Operator { options: options.map(str::to_owned).collect(), ..Operator::of(&namespace, &etcd) }
+        Operator { namespace: namespace.clone(), options: options.map(str::to_owned).collect(), files: scratch() }
     };
     let shown = ["--certificate", &certificate, "--key", &key];
     let set = files.file("set", "192.0.2.0/24\n");
@@ -97,6 +97,15 @@ fn secured() {
     let other = files.file("other", "198.51.100.0/24\n");
     contains(&user("reader", "known").refused(&format!("publish {other} --ring canary"), 4), &["permission denied"]);
     contains(&with(&ca, &shown).refused("status", 4), &["etcd at https://127.0.0.1:2379"]);
+    // etcd forgets the tokens that it gave when it starts anew: the node asks for another one.
+    etcd.kill(0);
+    etcd.start_again(0);
+    user("root", "secret").ok(&format!("publish {other} --ring canary"));
+    wait_for("node that is current after etcd's restart", Duration::from_secs(20), || {
+        let view = user("reader", "known").ring("canary");
+        let current = view["summary"]["current"] == 1 && view["pointer"]["sequence"] == 2;
+        if current { Ok(()) } else { Err(view.to_string()) }
+    });
 }
 
 fn signed() {

@@ -5,15 +5,22 @@
 //! is patient. A transaction whose answer was lost may have been carried out: the one that follows then fails by its
 //! comparison, and finds what it wanted to write.
 
+pub(super) mod client;
+pub(super) mod messages;
+
 use std::{collections::HashSet, error::Error as _, future::Future, time::Duration};
 
-use etcd_client::{
-    Client, Compare, CompareOp, DeleteOptions, Error, GetOptions, GetResponse, KeyValue, KvClient, Txn, TxnOp,
-    TxnOpResponse, TxnResponse,
-};
 use serde::{Serialize, de::DeserializeOwned};
 use tokio::time::{Instant, sleep, timeout};
+use tonic::Code;
 
+use self::{
+    client::{Client, Error},
+    messages::{
+        Compare, CompareResult, DeleteRangeRequest, KeyValue, OperationResponse, PutRequest, RangeRequest,
+        RangeResponse, RequestOp, ResponseHeader, TxnRequest, TxnResponse,
+    },
+};
 use super::{
     delta::Delta,
     layout::{HISTORY, Hash, Keys, Manifest, Member, Name, Pointer, Report, Seen},
@@ -25,8 +32,6 @@ use crate::api::{Kind, Problem};
 /// A member of etcd that takes longer is asked again, or another one is.
 const ATTEMPT: Duration = Duration::from_secs(3);
 const PAUSE: Duration = Duration::from_millis(100);
-/// Reports of 50,000 nodes. The client would take 4 MiB.
-const LARGEST_ANSWER: usize = 64 << 20;
 /// Manifest and chunks that are fetched at once.
 const PAGE: i64 = 3;
 /// How many times smaller than a set has to be what makes it out of another one.
@@ -38,7 +43,6 @@ const STORE_ATTEMPTS: usize = 5;
 #[derive(Clone)]
 pub struct Etcd {
     pub(super) client: Client,
-    kv: KvClient,
     pub(super) keys: Keys,
     patience: Duration,
     /// The members, for messages.
@@ -110,28 +114,36 @@ impl Etcd {
     pub async fn connect(endpoints: &Endpoints, patience: Duration) -> Result<Self, Problem> {
         let Endpoints { urls, keys, options } = endpoints;
         let names = urls.join(", ");
-        let connect = || Client::connect(urls.clone(), Some(options.clone()));
-        let client = retry(&names, patience, "connect", connect).await?;
-        let kv = client.kv_client().max_decoding_message_size(LARGEST_ANSWER);
-        Ok(Self { client, kv, keys: keys.clone(), patience, urls: names })
+        let client = retry(&names, patience, "connect", || Client::connect(urls, options)).await?;
+        Ok(Self { client, keys: keys.clone(), patience, urls: names })
     }
 
     /// Asks until there is an answer or patience is over.
-    pub(super) async fn ask<T, F: Future<Output = Result<T, Error>>>(
+    async fn ask<T, F: Future<Output = Result<T, Error>>>(
         &self,
         what: &str,
-        request: impl Fn(KvClient) -> F,
+        request: impl Fn() -> F,
     ) -> Result<T, Problem> {
-        retry(&self.urls, self.patience, what, || request(self.kv.clone())).await
+        retry(&self.urls, self.patience, what, request).await
     }
 
-    async fn transact(&self, what: &str, txn: &Txn) -> Result<TxnResponse, Problem> {
-        self.ask(what, |mut kv| async move { kv.txn(txn.clone()).await }).await
+    async fn transact(&self, what: &str, txn: &TxnRequest) -> Result<TxnResponse, Problem> {
+        self.ask(what, || self.client.txn(txn.clone())).await
     }
 
-    async fn get(&self, what: &str, key: String, options: GetOptions) -> Result<GetResponse, Problem> {
-        let (key, options) = (&key, &options);
-        self.ask(what, |mut kv| async move { kv.get(key.as_str(), Some(options.clone())).await }).await
+    /// Reads several things at one revision.
+    async fn get_all<const N: usize>(&self, what: &str, gets: [RangeRequest; N]) -> Result<TxnResponse, Problem> {
+        let txn = TxnRequest { success: gets.map(RequestOp::from).into(), ..TxnRequest::default() };
+        self.transact(what, &txn).await
+    }
+
+    async fn get(&self, what: &str, request: RangeRequest) -> Result<RangeResponse, Problem> {
+        self.ask(what, || self.client.range(request.clone())).await
+    }
+
+    async fn put(&self, what: &str, request: PutRequest) -> Result<i64, Problem> {
+        let answer = self.ask(what, || self.client.put(request.clone())).await?;
+        Ok(revision(answer.header.as_ref()))
     }
 
     /// A ring's pointer, and the revision that etcd is at.
@@ -140,9 +152,8 @@ impl Etcd {
     /// etcd does not answer; or what is there is no pointer.
     pub async fn pointer(&self, ring: &Name) -> Result<(Option<Seen<Pointer>>, i64), Problem> {
         let what = format!("read the pointer of the ring {ring}");
-        let answer = self.get(&what, self.keys.ring(ring), GetOptions::new()).await?;
-        let revision = answer.header().map_or(0, etcd_client::ResponseHeader::revision);
-        Ok((answer.kvs().first().map(read_pointer).transpose()?, revision))
+        let answer = self.get(&what, RangeRequest::key(&self.keys.ring(ring))).await?;
+        Ok((answer.kvs.first().map(read_pointer).transpose()?, revision(answer.header.as_ref())))
     }
 
     /// A ring, all of it at one moment.
@@ -151,11 +162,13 @@ impl Etcd {
     /// etcd does not answer; or what is there is no pointer.
     pub async fn ring(&self, name: &Name) -> Result<Ring, Problem> {
         let keys = &self.keys;
-        let all = [keys.history(name), keys.nodes_of(name), keys.members_of(name)];
-        let mut gets = vec![TxnOp::get(keys.ring(name), None)];
-        gets.extend(all.map(|key| TxnOp::get(key, Some(GetOptions::new().with_prefix()))));
-        let answer = self.transact(&format!("read the ring {name}"), &Txn::new().and_then(gets)).await?;
-        let [pointer, history, reports, members] = parts(&answer);
+        let gets = [
+            RangeRequest::key(&keys.ring(name)),
+            RangeRequest::prefix(&keys.history(name)),
+            RangeRequest::prefix(&keys.nodes_of(name)),
+            RangeRequest::prefix(&keys.members_of(name)),
+        ];
+        let [pointer, history, reports, members] = parts(self.get_all(&format!("read the ring {name}"), gets).await?);
         let mut unreadable = Vec::new();
         let pointer = pointer.first().map(read_pointer).transpose()?;
         let history = read_all(&history, &mut unreadable);
@@ -169,12 +182,10 @@ impl Etcd {
     /// etcd does not answer.
     pub async fn ring_names(&self) -> Result<Vec<Name>, Problem> {
         let keys = [self.keys.rings(), self.keys.members(), self.keys.nodes()];
-        let options = GetOptions::new().with_prefix().with_keys_only();
-        let gets: Vec<_> = keys.iter().map(|key| TxnOp::get(key.as_str(), Some(options.clone()))).collect();
-        let answer = self.transact("list the rings", &Txn::new().and_then(gets)).await?;
-        let found: [Vec<KeyValue>; 3] = parts(&answer);
+        let gets = keys.each_ref().map(|key| RangeRequest::prefix(key).keys_only());
+        let found: [Vec<KeyValue>; 3] = parts(self.get_all("list the rings", gets).await?);
         let names = found.iter().zip(&keys).flat_map(|(found, prefix)| {
-            let names = found.iter().filter_map(move |it| it.key_str().ok()?.strip_prefix(prefix)?.split('/').next());
+            let names = found.iter().filter_map(move |it| it.key_str()?.strip_prefix(prefix)?.split('/').next());
             names.filter_map(|name| name.parse().ok())
         });
         let mut names: Vec<Name> = names.collect();
@@ -197,18 +208,17 @@ impl Etcd {
         let mut manifest: Option<Manifest> = None;
         let mut chunks: Vec<Vec<u8>> = Vec::new();
         loop {
-            let options = GetOptions::new().with_range(end.as_str()).with_limit(PAGE);
-            let mut page = self.get(&format!("read the set {}", hash.short()), from.clone(), options).await?;
-            let more = page.more();
-            for entry in page.take_kvs() {
-                if entry.key() == first.as_bytes() {
+            let request = RangeRequest { range_end: end.clone().into(), limit: PAGE, ..RangeRequest::key(&from) };
+            let RangeResponse { kvs, more, .. } = self.get(&format!("read the set {}", hash.short()), request).await?;
+            for entry in kvs {
+                if entry.key == first.as_bytes() {
                     let read: Manifest = read_record(&entry).map_err(|why| spoilt(&why))?;
                     read.validate().map_err(|why| spoilt(&why))?;
                     manifest = Some(read);
                 } else {
                     // The least key behind this one.
                     from = format!("{}\0", entry.key_str().unwrap_or_default());
-                    chunks.push(entry.into_key_value().1);
+                    chunks.push(entry.value);
                 }
             }
             let Some(manifest) = manifest else {
@@ -233,18 +243,19 @@ impl Etcd {
             if there != 0 && self.set(hash).await.is_ok() {
                 return Ok(there);
             }
-            let mut compares = vec![Compare::mod_revision(self.keys.set(hash), CompareOp::Equal, there)];
+            let mut compares = vec![Compare::mod_revision(&self.keys.set(hash), CompareResult::Equal, there)];
             for (number, chunk) in packed.chunks().enumerate() {
                 let key = self.keys.chunk(hash, number);
                 let revision = self.store_chunk(&key, chunk).await?;
-                compares.push(Compare::mod_revision(key, CompareOp::Equal, revision));
+                compares.push(Compare::mod_revision(&key, CompareResult::Equal, revision));
                 progress(number + 1, manifest.chunks);
             }
             // The manifest comes last, and only where all chunks are still the ones that were written.
-            let put = TxnOp::put(self.keys.set(hash), to_json(manifest)?, None);
-            let answer = self.transact("store the set", &Txn::new().when(compares).and_then([put])).await?;
-            if answer.succeeded() {
-                return Ok(revision_of(&answer));
+            let put = PutRequest::new(&self.keys.set(hash), to_json(manifest)?);
+            let txn = TxnRequest { compare: compares, success: vec![put.into()], failure: Vec::new() };
+            let answer = self.transact("store the set", &txn).await?;
+            if answer.succeeded {
+                return Ok(revision(answer.header.as_ref()));
             }
         }
         Err(Problem::new(
@@ -262,9 +273,8 @@ impl Etcd {
         if delta.len() > CHUNK || delta.len() > packed.stored() / WORTH {
             return None;
         }
-        let (key, delta) = (&self.keys.delta(&from, &packed.hash), &delta);
-        let put = |mut kv: KvClient| async move { kv.put(key.as_str(), delta.as_slice(), None).await };
-        self.ask("store a delta", put).await.ok().map(|_| from)
+        let put = PutRequest::new(&self.keys.delta(&from, &packed.hash), delta);
+        self.put("store a delta", put).await.ok().map(|_| from)
     }
 
     /// What makes one set out of another; nothing if that is not there.
@@ -272,9 +282,9 @@ impl Etcd {
     /// # Errors
     /// etcd does not answer; or what is there makes no sense.
     pub async fn delta(&self, from: &Hash, to: &Hash) -> Result<Option<Delta>, Problem> {
-        let answer = self.get("read a delta", self.keys.delta(from, to), GetOptions::new()).await?;
-        let unpack = |it: &KeyValue| Delta::unpack(it.value());
-        answer.kvs().first().map(unpack).transpose().map_err(|why| Problem::new(Kind::Failed, why.to_string()))
+        let answer = self.get("read a delta", RangeRequest::key(&self.keys.delta(from, to))).await?;
+        let unpack = |it: &KeyValue| Delta::unpack(&it.value);
+        answer.kvs.first().map(unpack).transpose().map_err(|why| Problem::new(Kind::Failed, why.to_string()))
     }
 
     /// The revision of a set's manifest, 0 if there is none.
@@ -282,18 +292,17 @@ impl Etcd {
     /// # Errors
     /// etcd does not answer.
     pub async fn manifest_revision(&self, hash: &Hash) -> Result<i64, Problem> {
-        let options = GetOptions::new().with_keys_only();
-        let answer = self.get(&format!("look for the set {}", hash.short()), self.keys.set(hash), options).await?;
-        Ok(answer.kvs().first().map_or(0, KeyValue::mod_revision))
+        let request = RangeRequest::key(&self.keys.set(hash)).keys_only();
+        let answer = self.get(&format!("look for the set {}", hash.short()), request).await?;
+        Ok(answer.kvs.first().map_or(0, |it| it.mod_revision))
     }
 
     async fn store_chunk(&self, key: &str, chunk: &[u8]) -> Result<i64, Problem> {
-        let there = self.get("look for a chunk of the set", key.to_owned(), GetOptions::new()).await?;
-        if let Some(there) = there.kvs().first().filter(|it| it.value() == chunk) {
-            return Ok(there.mod_revision());
+        let there = self.get("look for a chunk of the set", RangeRequest::key(key)).await?;
+        if let Some(there) = there.kvs.first().filter(|it| it.value == chunk) {
+            return Ok(there.mod_revision);
         }
-        let put = self.ask("store a chunk of the set", |mut kv| async move { kv.put(key, chunk, None).await }).await?;
-        Ok(put.header().map_or(0, etcd_client::ResponseHeader::revision))
+        self.put("store a chunk of the set", PutRequest::new(key, chunk)).await
     }
 
     /// Has a ring point to another set, unless anybody has changed it since it was read, or has removed the set whose manifest
@@ -306,23 +315,23 @@ impl Etcd {
         let (key, set) = (self.keys.ring(name), self.keys.set(&pointer.set));
         let before = ring.pointer.as_ref().map_or(0, |it| it.revision);
         let compares = [
-            Compare::mod_revision(key.as_str(), CompareOp::Equal, before),
-            Compare::mod_revision(set.as_str(), CompareOp::Equal, manifest),
+            Compare::mod_revision(&key, CompareResult::Equal, before),
+            Compare::mod_revision(&set, CompareResult::Equal, manifest),
         ];
         let record = to_json(pointer)?;
-        let mut changes = vec![
-            TxnOp::put(key.as_str(), record.clone(), None),
-            TxnOp::put(self.keys.history_at(name, pointer.sequence), record, None),
+        let mut changes: Vec<RequestOp> = vec![
+            PutRequest::new(&key, record.clone()).into(),
+            PutRequest::new(&self.keys.history_at(name, pointer.sequence), record).into(),
         ];
         let kept = usize::try_from(HISTORY - 1).unwrap_or(usize::MAX);
         if let Some(oldest) =
             history.len().checked_sub(kept).filter(|surplus| *surplus > 0).and_then(|at| history.get(at))
         {
             let end = self.keys.history_at(name, oldest.sequence);
-            changes.push(TxnOp::delete(self.keys.history(name), Some(DeleteOptions::new().with_range(end))));
+            changes.push(DeleteRangeRequest::range(&self.keys.history(name), &end).into());
         }
-        let look = [TxnOp::get(key, None)];
-        let txn = Txn::new().when(compares).and_then(changes).or_else(look);
+        let look = RangeRequest::key(&key);
+        let txn = TxnRequest { compare: compares.into(), success: changes, failure: vec![look.into()] };
         // A request that was given up may have been carried out, or be so yet: by a member that hangs and goes on.
         let answer = self.transact(&format!("change the ring {name}"), &txn).await.map_err(|problem| match problem.kind {
             Kind::NoDaemon => problem.hint(format!(
@@ -331,10 +340,10 @@ impl Etcd {
             )),
             _ => problem,
         })?;
-        if answer.succeeded() {
-            return Ok(Swapped::Done(revision_of(&answer)));
+        if answer.succeeded {
+            return Ok(Swapped::Done(revision(answer.header.as_ref())));
         }
-        let [found] = parts(&answer);
+        let [found] = parts(answer);
         let found = found.first().map(read_pointer).transpose()?;
         Ok(match found {
             // An earlier attempt was carried out, and its answer was lost.
@@ -350,36 +359,31 @@ impl Etcd {
     /// etcd does not answer.
     pub async fn remove_unused_sets(&self) -> Result<usize, Problem> {
         let keys = &self.keys;
-        let all = || GetOptions::new().with_prefix();
         let gets = [
-            TxnOp::get(keys.rings(), Some(all())),
-            TxnOp::get(keys.histories(), Some(all())),
-            TxnOp::get(keys.sets(), Some(all().with_keys_only())),
-            TxnOp::get(keys.deltas(), Some(all().with_keys_only())),
+            RangeRequest::prefix(&keys.rings()),
+            RangeRequest::prefix(&keys.histories()),
+            RangeRequest::prefix(&keys.sets()).keys_only(),
+            RangeRequest::prefix(&keys.deltas()).keys_only(),
         ];
-        let answer = self.transact("look for unused sets", &Txn::new().and_then(gets)).await?;
-        let [rings, histories, sets, deltas] = parts(&answer);
-        let now = revision_of(&answer);
+        let answer = self.get_all("look for unused sets", gets).await?;
+        let now = revision(answer.header.as_ref());
+        let [rings, histories, sets, deltas] = parts(answer);
         let mut used = HashSet::new();
         for entry in rings.iter().chain(&histories) {
             // What can't be read may speak of any set.
             let Ok(pointer) = read_pointer(entry) else { return Ok(0) };
             used.insert(pointer.value.set);
         }
-        let found = sets.iter().filter_map(|it| keys.set_of(it.key_str().ok()?));
+        let found = sets.iter().filter_map(|it| keys.set_of(it.key_str()?));
         let unused: HashSet<Hash> = found.filter(|it| !used.contains(it)).collect();
         let mut removed = 0;
         for hash in unused {
             removed += usize::from(self.remove_unless_changed(&hash, now).await?);
         }
-        let deltas = deltas.iter().filter_map(|it| keys.delta_to(it.key_str().ok()?));
+        let deltas = deltas.iter().filter_map(|it| keys.delta_to(it.key_str()?));
         for hash in deltas.filter(|it| !used.contains(it)).collect::<HashSet<_>>() {
-            let (all, options) = (&keys.deltas_to(&hash), DeleteOptions::new().with_prefix());
-            let delete = |mut kv: KvClient| {
-                let options = options.clone();
-                async move { kv.delete(all.as_str(), Some(options)).await }
-            };
-            self.ask("remove unused deltas", delete).await?;
+            let delete = DeleteRangeRequest::prefix(&keys.deltas_to(&hash));
+            self.ask("remove unused deltas", || self.client.delete(delete.clone())).await?;
         }
         Ok(removed)
     }
@@ -392,15 +396,15 @@ impl Etcd {
     pub async fn remove_unless_changed(&self, hash: &Hash, since: i64) -> Result<bool, Problem> {
         let set = self.keys.set(hash);
         let end = format!("{set}0");
-        let unchanged = |key: &str| Compare::mod_revision(key, CompareOp::Less, since + 1);
-        let compares = [
-            unchanged(&self.keys.rings()).with_prefix(),
-            unchanged(&self.keys.histories()).with_prefix(),
-            unchanged(&set).with_range(end.as_str()),
+        let unchanged = |key: &str| Compare::mod_revision(key, CompareResult::Less, since + 1);
+        let compare = vec![
+            unchanged(&self.keys.rings()).of_prefix(),
+            unchanged(&self.keys.histories()).of_prefix(),
+            unchanged(&set).up_to(&end),
         ];
-        let remove = TxnOp::delete(set, Some(DeleteOptions::new().with_range(end)));
-        let answer = self.transact("remove an unused set", &Txn::new().when(compares).and_then([remove])).await?;
-        Ok(answer.succeeded())
+        let remove = DeleteRangeRequest::range(&set, &end);
+        let txn = TxnRequest { compare, success: vec![remove.into()], failure: Vec::new() };
+        Ok(self.transact("remove an unused set", &txn).await?.succeeded)
     }
 
     /// Forgets that a node is one of a ring's. Returns whether it was.
@@ -409,19 +413,22 @@ impl Etcd {
     /// etcd does not answer; or the node lives.
     pub async fn forget(&self, ring: &Name, node: &Name) -> Result<bool, Problem> {
         let (member, report) = (self.keys.member(ring, node), self.keys.node(ring, node));
-        let compares = [
-            Compare::create_revision(report, CompareOp::Equal, 0),
-            Compare::create_revision(member.as_str(), CompareOp::Greater, 0),
-        ];
-        let look = TxnOp::get(member.as_str(), None);
-        let txn = Txn::new().when(compares).and_then([TxnOp::delete(member, None)]).or_else([look]);
+        let txn = TxnRequest {
+            compare: vec![
+                Compare::create_revision(&report, CompareResult::Equal, 0),
+                Compare::create_revision(&member, CompareResult::Greater, 0),
+            ],
+            success: vec![DeleteRangeRequest::key(&member).into()],
+            failure: vec![RangeRequest::key(&member).into()],
+        };
         let answer = self.transact(&format!("forget the node {node}"), &txn).await?;
-        let [found] = if answer.succeeded() { [Vec::new()] } else { parts(&answer) };
+        let forgotten = answer.succeeded;
+        let [found] = if forgotten { [Vec::new()] } else { parts(answer) };
         if !found.is_empty() {
             return Err(Problem::new(Kind::Conflict, format!("the node {node} of the ring {ring} reports"))
                 .hint("stop it or give it another ring first; it would be back at its next report"));
         }
-        Ok(answer.succeeded())
+        Ok(forgotten)
     }
 }
 
@@ -449,36 +456,26 @@ async fn retry<T, F: Future<Output = Result<T, Error>>>(
     }
 }
 
-/// Codes of gRPC (google/rpc/code.proto).
-mod code {
-    pub(super) const INVALID_ARGUMENT: i32 = 3;
-    pub(super) const DEADLINE_EXCEEDED: i32 = 4;
-    pub(super) const PERMISSION_DENIED: i32 = 7;
-    pub(super) const ABORTED: i32 = 10;
-    pub(super) const UNAVAILABLE: i32 = 14;
-    pub(super) const UNAUTHENTICATED: i32 = 16;
-}
-
 /// Whether the same request may well succeed later, or at another member.
 pub(super) fn is_transient(error: &Error) -> bool {
     match error {
-        Error::TransportError(_) | Error::IoError(_) => true,
+        Error::Transport(_) => true,
         // Connections that break while a request is under way are told as of an unknown code, which etcd never gives.
-        Error::GRpcStatus(status) => {
-            matches!(i32::from(status.code()), code::UNAVAILABLE | code::DEADLINE_EXCEEDED | code::ABORTED)
+        Error::Status(status) => {
+            matches!(status.code(), Code::Unavailable | Code::DeadlineExceeded | Code::Aborted)
                 || status.source().is_some()
         }
-        _ => false,
+        Error::Ended(_) => false,
     }
 }
 
 fn refusal(urls: &str, what: &str, error: &Error) -> Problem {
     let text = format!("etcd at {urls}: {what}: {}", causes(error));
-    let Error::GRpcStatus(status) = error else { return Problem::new(Kind::Failed, text) };
-    match i32::from(status.code()) {
-        code::PERMISSION_DENIED | code::UNAUTHENTICATED => Problem::new(Kind::NotPermitted, text)
+    let Error::Status(status) = error else { return Problem::new(Kind::Failed, text) };
+    match status.code() {
+        Code::PermissionDenied | Code::Unauthenticated => Problem::new(Kind::NotPermitted, text)
             .hint("see the roles of the user that --user and --password-file name"),
-        code::INVALID_ARGUMENT if status.message().contains("auth") => {
+        Code::InvalidArgument if status.message().contains("auth") => {
             Problem::new(Kind::NotPermitted, text).hint("see --user and --password-file")
         }
         _ => Problem::new(Kind::Failed, text),
@@ -487,10 +484,7 @@ fn refusal(urls: &str, what: &str, error: &Error) -> Problem {
 
 /// An error with all that led to it.
 pub(super) fn causes(error: &Error) -> String {
-    let (mut text, mut source) = match error {
-        Error::GRpcStatus(status) => (status.message().to_owned(), status.source()),
-        other => (other.to_string(), other.source()),
-    };
+    let (mut text, mut source) = (error.to_string(), error.source());
     while let Some(cause) = source {
         let cause_text = cause.to_string();
         if !text.contains(&cause_text) {
@@ -502,30 +496,30 @@ pub(super) fn causes(error: &Error) -> String {
 }
 
 /// What the gets of a transaction have found, in order.
-fn parts<const N: usize>(answer: &TxnResponse) -> [Vec<KeyValue>; N] {
-    let mut found = answer.op_responses().into_iter().map(|it| match it {
-        TxnOpResponse::Get(mut get) => get.take_kvs(),
+fn parts<const N: usize>(answer: TxnResponse) -> [Vec<KeyValue>; N] {
+    let mut found = answer.responses.into_iter().map(|it| match it.response {
+        Some(OperationResponse::Range(range)) => range.kvs,
         _ => Vec::new(),
     });
     std::array::from_fn(|_| found.next().unwrap_or_default())
 }
 
-fn revision_of(answer: &TxnResponse) -> i64 {
-    answer.header().map_or(0, etcd_client::ResponseHeader::revision)
+fn revision(header: Option<&ResponseHeader>) -> i64 {
+    header.map_or(0, |it| it.revision)
 }
 
 fn read_record<T: DeserializeOwned>(entry: &KeyValue) -> Result<T, String> {
-    let key = String::from_utf8_lossy(entry.key());
-    serde_json::from_slice(entry.value()).map_err(|error| format!("what etcd has under {key} can't be read: {error}"))
+    let key = String::from_utf8_lossy(&entry.key);
+    serde_json::from_slice(&entry.value).map_err(|error| format!("what etcd has under {key} can't be read: {error}"))
 }
 
 pub(super) fn read_pointer(entry: &KeyValue) -> Result<Seen<Pointer>, Problem> {
     let value = read_record(entry).map_err(|why| {
-        let key = String::from_utf8_lossy(entry.key());
+        let key = String::from_utf8_lossy(&entry.key);
         Problem::new(Kind::Failed, why)
             .hint(format!("nodes go on with what they have; `etcdctl del {key}` lets the ring be published anew"))
     })?;
-    Ok(Seen { value, revision: entry.mod_revision() })
+    Ok(Seen { value, revision: entry.mod_revision })
 }
 
 fn read_all<T: DeserializeOwned>(entries: &[KeyValue], unreadable: &mut Vec<String>) -> Vec<T> {
@@ -533,7 +527,7 @@ fn read_all<T: DeserializeOwned>(entries: &[KeyValue], unreadable: &mut Vec<Stri
     for entry in entries {
         match read_record(entry) {
             Ok(record) => records.push(record),
-            Err(_) => unreadable.push(String::from_utf8_lossy(entry.key()).into_owned()),
+            Err(_) => unreadable.push(String::from_utf8_lossy(&entry.key).into_owned()),
         }
     }
     records
