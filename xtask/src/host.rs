@@ -6,7 +6,7 @@ use std::{
     process::Command,
 };
 
-use anyhow::{Result, bail};
+use anyhow::{Context as _, Result, bail};
 
 use crate::process;
 
@@ -42,7 +42,7 @@ pub(crate) const DPKG_DEB: Tool =
 pub(crate) const RPMBUILD: Tool =
     Tool { program: "rpmbuild", debian: "rpm", fedora: "rpm-build", purpose: "RPM packages" };
 /// The rest of what the tests use.
-pub(crate) const FOR_TESTS: [Tool; 14] = [
+pub(crate) const FOR_TESTS: [Tool; 16] = [
     Tool { program: "bird", debian: "bird2", fedora: "bird", purpose: "tests" },
     Tool { program: "ss", debian: "iproute2", fedora: "iproute", purpose: "tests" },
     IPSET,
@@ -51,6 +51,8 @@ pub(crate) const FOR_TESTS: [Tool; 14] = [
     Tool { program: "dnsmasq", debian: "dnsmasq-base", fedora: "dnsmasq", purpose: "tests" },
     Tool { program: "etcd", debian: "etcd-server", fedora: "etcd", purpose: "tests" },
     Tool { program: "etcdctl", debian: "etcd-client", fedora: "etcd", purpose: "tests" },
+    Tool { program: "nft", debian: "nftables", fedora: "nftables", purpose: "tests" },
+    Tool { program: "python3", debian: "python3", fedora: "python3", purpose: "tests" },
     Tool { program: "haproxy", debian: "haproxy", fedora: "haproxy", purpose: "tests" },
     Tool {
         program: "nginx",
@@ -69,38 +71,56 @@ pub(crate) fn missing(tools: &[Tool]) -> Vec<Tool> {
     tools.iter().filter(|tool| find(tool.program).is_none()).copied().collect()
 }
 
-/// Prints which packages would bring what is missing; nothing if nothing is.
+/// Installs what is missing where that is possible without asking, and else prints what to type and goes on.
 pub(crate) fn recommend(tools: &[Tool]) {
-    for tool in missing(tools) {
-        println!(
-            "This host has no {} ({}). Debian: apt-get install {}   Fedora: dnf install {}",
-            tool.program, tool.purpose, tool.debian, tool.fedora
-        );
+    if let Err(error) = require(tools) {
+        println!("{error:#}");
     }
 }
 
-/// Installs what is missing where that can be done without asking, and else fails with what to type.
+/// Installs what is missing where that is possible without asking, and else fails with what to type.
 pub(crate) fn require(tools: &[Tool]) -> Result<()> {
     let missing = missing(tools);
     if missing.is_empty() {
         return Ok(());
     }
-    let programs = join(&missing, |tool| tool.program);
+    let programs = by_purpose(&missing);
     let debian = join(&missing, |tool| tool.debian);
-    if !process::is_root() || find("apt-get").is_none() {
-        bail!(
-            "this host lacks {programs}.\n  Debian: apt-get install {debian}\n  Fedora: dnf install {}",
+    let by_hand = || {
+        format!(
+            "This host lacks {programs}.\n  Debian: apt-get install {debian}\n  Fedora: dnf install {}",
             join(&missing, |tool| tool.fedora)
-        );
-    }
-    println!("This host lacks {programs}: installing {debian}.");
-    let apt_get = || {
-        let mut command = Command::new("apt-get");
-        command.env("DEBIAN_FRONTEND", "noninteractive").arg("--quiet=2");
-        command
+        )
     };
-    process::exec(apt_get().arg("update"))?;
-    process::exec(apt_get().args(["install", "--yes", "--no-install-recommends"]).args(debian.split(' ')))
+    if find("apt-get").is_none() || !process::is_root() && find("sudo").is_none() {
+        bail!(by_hand());
+    }
+    println!("This host lacks {programs}. Installing {debian}.");
+    let install = || {
+        process::exec(apt_get().arg("update"))?;
+        process::exec(apt_get().args(["install", "--yes", "--no-install-recommends"]).args(debian.split(' ')))
+    };
+    install().with_context(by_hand)
+}
+
+/// `apt-get` that asks nothing, as root.
+fn apt_get() -> Command {
+    let mut command = Command::new(if process::is_root() { "env" } else { "sudo" });
+    if !process::is_root() {
+        command.arg("env");
+    }
+    command.args(["DEBIAN_FRONTEND=noninteractive", "apt-get", "--quiet=2"]);
+    command
+}
+
+/// `bpftool (looking at what the kernel holds), bird, ss (tests)`
+fn by_purpose(tools: &[Tool]) -> String {
+    let purposes = tools.chunk_by(|one, next| one.purpose == next.purpose);
+    let parts = purposes.map(|tools| {
+        let names: Vec<&str> = tools.iter().map(|tool| tool.program).collect();
+        format!("{} ({})", names.join(", "), tools.first().map_or("", |tool| tool.purpose))
+    });
+    parts.collect::<Vec<_>>().join(", ")
 }
 
 fn join(tools: &[Tool], name: impl Fn(&Tool) -> &'static str) -> String {

@@ -1,7 +1,6 @@
 //! `cargo xtask run`: from a checkout to a running daemon.
 
 use std::{
-    env,
     ffi::{OsStr, OsString},
     process::Command,
 };
@@ -21,13 +20,7 @@ pub(crate) struct Options {
 /// Builds both programs and becomes the daemon; returns only if that failed.
 pub(crate) fn run(options: &Options) -> Result<()> {
     let root = process::workspace()?;
-    let wants_tproxy = options.arguments.iter().any(|argument| {
-        argument.to_str().is_some_and(|argument| argument.trim_start_matches("--steering=") == "tproxy")
-    }) || env::var_os("ANYPORT_STEERING").is_some_and(|steering| steering == "tproxy");
-    if wants_tproxy {
-        host::require(&[host::IPTABLES])?;
-    }
-    host::recommend(&[host::IPTABLES, host::IPSET, host::BPFTOOL, host::IP]);
+    host::recommend(&[host::IP, host::BPFTOOL, host::IPTABLES, host::IPSET]);
 
     let programs = Programs::build(&root)?;
     println!("\nIn another terminal:\n");
