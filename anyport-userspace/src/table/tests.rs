@@ -1,9 +1,12 @@
 use std::collections::HashMap;
 
-use anyport_common::{flow::Flow, table::Verdict};
+use anyport_common::{
+    flow::{Flow, Version},
+    table::{self, SEGMENT_WORDS, Slot, Store, Verdict, Words},
+};
 use proptest::prelude::*;
 
-use super::{OwnSegments, Receiver, Table};
+use super::{OwnSegments, Reader, Receiver, Table};
 use crate::rules::{
     Change, Decision, Draft, Origin, Prefix, PrefixRules, Rule, RuleSet, RuleText, ServiceName, SourceLists,
     arbitrary::{SERVICES, flow, rule, rules, source_lists},
@@ -76,6 +79,53 @@ fn check(table: &Table, rules: &RuleSet, lists: &Lists, flows: &[Flow]) -> Resul
         );
     }
     Ok(())
+}
+
+/// Segments as a machine has them in memory whose words begin with their highest byte.
+struct BigEndian(Vec<Vec<[u8; 8]>>);
+
+impl BigEndian {
+    fn of(reader: &Reader) -> Self {
+        let segments = (0..).map_while(|number| reader.view.segment(number));
+        let bytes = |segment| (0..SEGMENT_WORDS as u32).map(|index| Words::word(&segment, index).to_be_bytes()).collect();
+        Self(segments.map(bytes).collect())
+    }
+}
+
+impl Store for BigEndian {
+    type Segment<'a> = &'a [[u8; 8]];
+
+    fn segment(&self, number: u32) -> Option<Self::Segment<'_>> {
+        self.0.get(number as usize).map(Vec::as_slice)
+    }
+}
+
+impl Words for &[[u8; 8]] {
+    fn word(&self, index: u32) -> u64 {
+        u64::from_be_bytes(self[index as usize % SEGMENT_WORDS])
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(30))]
+
+    /// Kernel and daemon read words, never their bytes, so that the order of bytes does not matter to a table.
+    #[test]
+    fn lookup_does_not_depend_on_the_order_of_bytes(
+        set in rules(30), lists in lists(), flows in prop::collection::vec(flow(), 100),
+    ) {
+        let (set, _) = numbered(&set);
+        let mut table = Table::new(Box::new(OwnSegments::default()));
+        table.make(&set, &find(&lists)).unwrap();
+        table.commit();
+        let reader = table.reader();
+        let swapped = BigEndian::of(&reader);
+        for flow in &flows {
+            let root = if flow.address.version == Version::V4 { reader.v4 } else { reader.v6 };
+            let verdict = table::lookup(&swapped, Slot(root), flow).unwrap_or(Verdict::Unmatched);
+            prop_assert_eq!(verdict, expected(&set, &lists, flow));
+        }
+    }
 }
 
 proptest! {
