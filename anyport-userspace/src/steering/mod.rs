@@ -23,9 +23,9 @@ use crate::{
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum BackEnd {
-    /// A BPF program where the kernel looks sockets up. Linux 5.9.
+    /// A BPF program where the kernel looks sockets up. Linux 5.10.
     SkLookup,
-    /// A BPF program at the ingress of interfaces. Linux 5.8, 6.6 for services of several workers.
+    /// A BPF program at the ingress of interfaces. Linux 6.6.
     Tc,
     /// The TPROXY target of iptables.
     Tproxy,
@@ -173,8 +173,6 @@ pub struct Decided {
 pub enum Kind {
     /// What attaches a BPF program to the network namespace or, by tcx, to an interface.
     Link,
-    /// The clsact filter that attaches one to an interface of a kernel without tcx, with its qdisc.
-    Filter,
     /// A map or a link in the BPF file system.
     Pin,
     /// A service's socket in the map of sockets.

@@ -15,6 +15,7 @@ use aya::{
 
 use super::{
     explain,
+    load::load_program,
     pins::{PinDirectory, remove_pin},
 };
 use crate::{
@@ -107,12 +108,17 @@ pub(super) struct SkLookupHook {
 
 impl SkLookupHook {
     pub(super) fn attach(mut ebpf: Ebpf) -> anyhow::Result<Self> {
-        let program: &mut SkLookup = program(&mut ebpf, SK_LOOKUP_PROGRAM)?;
-        program.load().context("load the sk_lookup program (Linux 5.9 or later is needed, and CAP_PERFMON)")?;
+        load_sk_lookup(&mut ebpf)?;
         let mut hook = Self { ebpf, link: None };
         hook.refresh()?;
         Ok(hook)
     }
+}
+
+/// Has the verifier look at the program of sk-lookup.
+pub(super) fn load_sk_lookup(ebpf: &mut Ebpf) -> anyhow::Result<()> {
+    let program: &mut SkLookup = program(ebpf, SK_LOOKUP_PROGRAM)?;
+    load_program(BackEnd::SkLookup, SK_LOOKUP_PROGRAM, || program.load())
 }
 
 impl Hook for SkLookupHook {

@@ -11,6 +11,7 @@ mod explain;
 mod frames;
 mod hooks;
 mod listing;
+mod load;
 mod pins;
 mod refuse;
 mod sockets;
@@ -36,7 +37,6 @@ use aya::{
     maps::{Map, MapData, PerCpuArray},
 };
 use aya_log::EbpfLogger;
-use nix::sys::resource::{RLIM_INFINITY, Resource, setrlimit};
 use tracing::warn;
 
 pub use self::pins::make_pin_directory;
@@ -121,6 +121,9 @@ impl Bpf {
     /// # Errors
     /// What the kernel refused. Nothing is left behind.
     pub fn open(back_end: BackEnd, options: &Options) -> anyhow::Result<Self> {
+        if back_end == BackEnd::Tc {
+            tc::expect_tcx()?;
+        }
         // Gives back what it took when it is dropped, as it is where something fails below.
         let pins = PinDirectory::open(&options.bpffs)?;
         let former = Sockets::former(&pins);
@@ -150,13 +153,11 @@ impl Bpf {
             .collect::<anyhow::Result<_>>()?;
         let sockets = Sockets::new(&sockets)?;
         let mut refuse = None;
-        // Filters have no pins to replace, and those of a daemon that was killed go by the names that ours will have.
-        tc::remove_leftovers()?;
         let hook: Box<dyn Hook> = match back_end {
             BackEnd::SkLookup => Box::new(SkLookupHook::attach(ebpf)?),
             BackEnd::Tc => {
                 refuse = Some(RefuseSockets::open(&mut ebpf, &sockets)?);
-                Box::new(TcHook::attach(ebpf, options.interfaces.clone(), None)?)
+                Box::new(TcHook::attach(ebpf, options.interfaces.clone())?)
             }
             BackEnd::Tproxy => bail!("tproxy works without BPF"),
         };
@@ -185,7 +186,6 @@ impl Bpf {
     /// # Errors
     /// A daemon is at work with the same directory, or the kernel refused.
     pub fn remove_leftovers(bpffs: &Path) -> anyhow::Result<()> {
-        tc::remove_leftovers()?;
         pins::remove_leftovers(bpffs)
     }
 }
@@ -198,8 +198,8 @@ impl Steering for Bpf {
     /// What a generation needs is there before it is in force, and what only the former one needs goes afterwards.
     fn apply(&mut self, plan: &Plan<'_>) -> anyhow::Result<()> {
         self.add_sockets(plan)?;
-        self.counts.begin(plan.fresh)?;
-        self.table.publish(plan)?;
+        self.counts.begin(plan.fresh).map_err(load::with_memory_limit)?;
+        self.table.publish(plan).map_err(load::with_memory_limit)?;
         let mut noted = self.counts.noted();
         for (before, now) in plan.moved {
             self.counts.add(*now, self.counts.get(*before, &mut noted));
@@ -395,14 +395,28 @@ impl Bpf {
     }
 }
 
+/// Finds out whether the kernel takes the programs of a back end, and leaves nothing behind.
+///
+/// # Errors
+/// It does not: says why.
+pub fn try_out(back_end: BackEnd) -> anyhow::Result<()> {
+    match back_end {
+        BackEnd::SkLookup => hooks::load_sk_lookup(&mut load(false)?),
+        BackEnd::Tc => {
+            tc::expect_tcx()?;
+            tc::load_all(&mut load(false)?)
+        }
+        BackEnd::Tproxy => bail!("tproxy works without BPF"),
+    }
+}
+
 fn load(debug: bool) -> anyhow::Result<Ebpf> {
-    // Before Linux 5.11 maps count against this limit; later it does not matter, nor whether it can be raised.
-    setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY).ok();
     let log_level = if debug { u8::MAX } else { 0 };
     EbpfLoader::new()
         .override_global(aya_log::LEVEL, &log_level, true)
         .load(OBJECT)
         .context("load the BPF maps (needs CAP_BPF and CAP_NET_ADMIN, or root)")
+        .map_err(load::with_memory_limit)
 }
 
 /// Passes on what the programs log, as long as the runtime runs.

@@ -11,8 +11,11 @@ use aya::{Ebpf, programs::SkReuseport};
 use nix::libc;
 use socket2::{Domain, Socket, Type};
 
-use super::{hooks::program, sockets::Sockets};
+use super::{hooks::program, load::load_program, sockets::Sockets};
+use crate::steering::BackEnd;
 
+/// The program's.
+const NAME: &str = "anyport_refuse";
 /// Where they stand in the map.
 const FIRST: u32 = REFUSE as u32 * SOCKETS_PER_SERVICE;
 
@@ -21,8 +24,8 @@ pub(super) struct RefuseSockets(Vec<Socket>);
 
 impl RefuseSockets {
     pub(super) fn open(ebpf: &mut Ebpf, map: &Sockets) -> anyhow::Result<Self> {
-        let program: &mut SkReuseport = program(ebpf, "anyport_refuse")?;
-        program.load().context("load the program that refuses (Linux 4.19 or later is needed)")?;
+        let program: &mut SkReuseport = program(ebpf, NAME)?;
+        load_program(BackEnd::Tc, NAME, || program.load())?;
         let mut sockets = Vec::new();
         let addresses = [SocketAddr::from((Ipv4Addr::LOCALHOST, 0)), (Ipv6Addr::LOCALHOST, 0).into()];
         for address in addresses {

@@ -1,8 +1,12 @@
-//! The tc programs at the ingress of each interface.
+//! The tc programs at the ingress of each interface, attached by tcx links.
+//!
+//! tcx came with Linux 6.6, the release in which `bpf_sk_assign` also came to take sockets that share a port (`SO_REUSEPORT`, commit
+//! 9c02bec95954), as those of services do. So a kernel that has tcx has all that is needed, and on one that has not, the program would
+//! drop whatever it is to steer.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashSet},
-    mem, thread,
+    collections::{BTreeMap, HashSet},
+    mem,
 };
 
 use anyhow::{Context as _, bail};
@@ -10,23 +14,17 @@ use anyport_common::flow::Flow;
 use aya::{
     Ebpf,
     programs::{
-        LinkOrder, ProgramError, SchedClassifier, TcAttachType, TestRun as _, TestRunOptions,
-        links::FdLink,
-        tc::{NlOptions, SchedClassifierLink, TcAttachOptions, TcError, qdisc_add_clsact, qdisc_detach_program},
+        LinkOrder, ProgramError, SchedClassifier, TcAttachType, TestRun as _, TestRunOptions, links::FdLink,
+        tc::TcAttachOptions,
     },
 };
-use futures_util::TryStreamExt as _;
-use netlink_packet_route::tc::TcHandle;
-use nix::{
-    ifaddrs::getifaddrs,
-    libc,
-    net::if_::{InterfaceFlags, if_nameindex},
-};
-use tracing::{info, warn};
+use nix::{ifaddrs::getifaddrs, libc, net::if_::InterfaceFlags};
+use tracing::warn;
 
 use super::{
     explain,
     hooks::{Hook, MaybePinned, loaded, program},
+    load::{load_program, needs},
     pins::PinDirectory,
 };
 use crate::steering::{BackEnd, Kind, Loss};
@@ -46,31 +44,14 @@ pub(super) struct TcHook {
     ebpf: Ebpf,
     /// The interfaces to watch; every one that is up if empty.
     selected: Vec<String>,
-    /// tcx links where the kernel has them (6.6), else clsact filters.
-    attach_by: AttachBy,
     attached: BTreeMap<u32, Attached>,
-    /// The interfaces whose clsact qdisc we added.
-    own_qdiscs: BTreeSet<u32>,
     failures: BTreeMap<u32, String>,
-}
-
-/// How a program gets to the ingress of an interface.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) enum AttachBy {
-    Tcx,
-    Clsact,
 }
 
 #[derive(Debug)]
 struct Attached {
     interface: Interface,
-    link: TcLink,
-}
-
-#[derive(Debug)]
-enum TcLink {
-    Tcx(MaybePinned),
-    Clsact(SchedClassifierLink),
+    link: MaybePinned,
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -83,12 +64,8 @@ struct Interface {
 }
 
 impl TcHook {
-    /// `attach_by` is found out by trying unless it is given.
-    pub(super) fn attach(mut ebpf: Ebpf, selected: Vec<String>, attach_by: Option<AttachBy>) -> anyhow::Result<Self> {
-        for name in [ETHERNET_PROGRAM, IP_PROGRAM] {
-            let program: &mut SchedClassifier = program(&mut ebpf, name)?;
-            program.load().context("load the tc program (Linux 5.8 or later is needed, and CAP_PERFMON)")?;
-        }
+    pub(super) fn attach(mut ebpf: Ebpf, selected: Vec<String>) -> anyhow::Result<Self> {
+        load_all(&mut ebpf)?;
         let interfaces = interfaces()?;
         if let Some(missing) = selected.iter().find(|name| !interfaces.iter().any(|it| it.name == **name)) {
             bail!("watch the interface {missing}: there is none of that name that is up (ip link lists them)");
@@ -96,12 +73,10 @@ impl TcHook {
         if let Some(unknown) = interfaces.iter().find(|it| selected.contains(&it.name) && it.program.is_none()) {
             bail!("watch the interface {}: {}", unknown.name, unknown_kind(unknown));
         }
-        let Some(first) = interfaces.iter().find(|it| it.program.is_some()) else {
+        if interfaces.iter().all(|it| it.program.is_none()) {
             bail!("attach the tc program: no interface of a known kind is up; try: ip link set lo up");
-        };
-        let attach_by = attach_by.map_or_else(|| probe(&mut ebpf, first), Ok)?;
-        let (attached, own_qdiscs, failures) = (BTreeMap::new(), BTreeSet::new(), BTreeMap::new());
-        let mut hook = Self { ebpf, selected, attach_by, attached, own_qdiscs, failures };
+        }
+        let mut hook = Self { ebpf, selected, attached: BTreeMap::new(), failures: BTreeMap::new() };
         hook.refresh()?;
         if hook.attached.is_empty()
             && let Some(failure) = hook.failures.values().next()
@@ -111,45 +86,19 @@ impl TcHook {
         Ok(hook)
     }
 
-    fn attach_to(&mut self, interface: &Interface) -> anyhow::Result<TcLink> {
+    fn attach_to(&mut self, interface: &Interface) -> anyhow::Result<MaybePinned> {
         if interface.program.is_none() {
             bail!("{} is not watched: {}", interface.name, unknown_kind(interface));
         }
-        let link = match self.attach_by {
-            AttachBy::Tcx => attach_tcx(&mut self.ebpf, interface)
-                .map(|link| TcLink::Tcx(MaybePinned::No(link)))
-                .map_err(anyhow::Error::from),
-            AttachBy::Clsact => self.attach_clsact(interface),
-        };
-        link.with_context(|| format!("attach the tc program to {} ({:?})", interface.name, self.attach_by))
-    }
-
-    fn attach_clsact(&mut self, interface: &Interface) -> anyhow::Result<TcLink> {
-        match qdisc_add_clsact(&interface.name) {
-            Ok(()) => drop(self.own_qdiscs.insert(interface.index)),
-            Err(TcError::NetlinkError(error)) if error.raw_os_error() == Some(libc::EEXIST) => {}
-            Err(error) => return Err(error).context("add the clsact qdisc"),
-        }
-        let program = classifier(&mut self.ebpf, interface)?;
-        let options = TcAttachOptions::Netlink(NlOptions::default());
-        let id = program.attach_with_options(&interface.name, TcAttachType::Ingress, options)?;
-        Ok(TcLink::Clsact(program.take_link(id)?))
+        let link = attach_tcx(&mut self.ebpf, interface);
+        link.map(MaybePinned::No).with_context(|| format!("attach the tc program to {} (tcx)", interface.name))
     }
 
     /// The interfaces that are up, and on which the program is not any more where it was.
     fn detached(&self) -> anyhow::Result<Vec<u32>> {
         let mut detached = Vec::new();
-        let filters =
-            if self.attach_by == AttachBy::Clsact { filters(self.attached.keys().copied())? } else { BTreeMap::new() };
         for (index, Attached { link, .. }) in &self.attached {
-            let is_attached = match link {
-                TcLink::Tcx(link) => link.is_attached()?,
-                TcLink::Clsact(filter) => {
-                    let own = (filter.priority()?, filter.handle()?.into());
-                    filters.get(index).is_some_and(|filters| filters.contains(&own))
-                }
-            };
-            if !is_attached {
+            if !link.is_attached()? {
                 detached.push(*index);
             }
         }
@@ -180,11 +129,7 @@ impl Hook for TcHook {
         let mut result =
             pins.remove_stale_links(PIN, |name| self.attached.keys().any(|index| name == pin_name(*index)));
         for (index, Attached { interface, link }) in mem::take(&mut self.attached) {
-            let link = match link {
-                TcLink::Tcx(link) => link.pin(pins, &pin_name(index)).map(TcLink::Tcx),
-                clsact @ TcLink::Clsact(_) => Ok(clsact),
-            };
-            match link {
+            match link.pin(pins, &pin_name(index)) {
                 Ok(link) => drop(self.attached.insert(index, Attached { interface, link })),
                 Err(error) => result = result.and(Err(error)),
             }
@@ -204,8 +149,7 @@ impl Hook for TcHook {
             .collect();
         let is_gone = |index: &u32, attached: &mut Attached| wanted.get(index) != Some(&attached.interface);
         let mut news = Vec::new();
-        for (index, gone) in self.attached.extract_if(.., is_gone) {
-            self.own_qdiscs.remove(&index);
+        for (_, gone) in self.attached.extract_if(.., is_gone) {
             news.push(Loss::new(Kind::Interface, format!("the interface {} went or is down", gone.interface.name)));
         }
         let known = mem::take(&mut self.failures);
@@ -235,25 +179,18 @@ impl Hook for TcHook {
 
     fn lost(&self, pins: &PinDirectory) -> anyhow::Result<Vec<Loss>> {
         let detached = self.detached()?;
-        let lost = self.attached.iter().filter_map(|(index, Attached { interface, link })| match link {
-            TcLink::Tcx(_) if detached.contains(index) => {
-                Some(Loss::new(Kind::Link, format!("the link of the tc program to {}", interface.name)))
+        let lost = self.attached.iter().filter_map(|(index, Attached { interface, link })| {
+            if detached.contains(index) {
+                return Some(Loss::new(Kind::Link, format!("the link of the tc program to {}", interface.name)));
             }
-            TcLink::Clsact(_) if detached.contains(index) => {
-                Some(Loss::new(Kind::Filter, format!("the clsact filter of {}", interface.name)))
-            }
-            TcLink::Tcx(link) => link.lost_pin(pins, &pin_name(*index)),
-            TcLink::Clsact(_) => None,
+            link.lost_pin(pins, &pin_name(*index))
         });
         Ok(lost.collect())
     }
 
     fn forget_lost(&mut self) -> anyhow::Result<()> {
         for index in self.detached()? {
-            if let Some(Attached { link: TcLink::Clsact(filter), .. }) = self.attached.remove(&index) {
-                // The filter of somebody else may have its number by now.
-                mem::forget(filter);
-            }
+            self.attached.remove(&index);
         }
         Ok(())
     }
@@ -271,51 +208,38 @@ impl Hook for TcHook {
     }
 
     fn detach(self: Box<Self>) -> anyhow::Result<()> {
-        let names: BTreeMap<u32, String> =
-            self.attached.iter().map(|(index, attached)| (*index, attached.interface.name.clone())).collect();
-        drop(self.attached);
-        let mut result = Ok(());
-        for index in self.own_qdiscs {
-            let name = names.get(&index).map_or("", String::as_str);
-            let removed = remove_clsact(index);
-            result = result.and(removed.with_context(|| format!("remove the clsact qdisc from {name}")));
-        }
-        result
+        Ok(())
     }
 
-    /// Links are pinned. Filters stay by themselves, unless aya takes them away.
-    fn leave(self: Box<Self>) {
-        for attached in self.attached.into_values() {
-            if let TcLink::Clsact(filter) = attached.link {
-                mem::forget(filter);
-            }
+    /// Links are pinned.
+    fn leave(self: Box<Self>) {}
+}
+
+/// Finds out whether the kernel has tcx links, before programs are loaded that only they can attach.
+pub(super) fn expect_tcx() -> anyhow::Result<()> {
+    let Some(any) = interfaces()?.into_iter().next() else {
+        bail!("look for tcx: no interface is up; try: ip link set lo up");
+    };
+    has_tcx(SchedClassifier::query_tcx(&any.name, TcAttachType::Ingress).map(drop))
+}
+
+/// The attach type is unknown to kernels before 6.6, and to those without `CONFIG_NET_XGRESS`.
+fn has_tcx(asked: Result<(), ProgramError>) -> anyhow::Result<()> {
+    match asked {
+        Err(ProgramError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::EINVAL) => {
+            bail!("the kernel has no tcx, by which the tc program is attached; {}", needs(BackEnd::Tc))
         }
+        asked => asked.context("ask the kernel for tcx programs"),
     }
 }
 
-/// Takes away the clsact filters that a daemon left, also from interfaces that are down by now. A qdisc that it added
-/// stays: whose it was is not known.
-pub(super) fn remove_leftovers() -> anyhow::Result<()> {
-    for interface in &if_nameindex().context("list the interfaces")? {
-        for program in [ETHERNET_PROGRAM, IP_PROGRAM] {
-            // There is nothing to remove as a rule.
-            drop(qdisc_detach_program(&interface.name().to_string_lossy(), TcAttachType::Ingress, program));
-        }
+/// Has the verifier look at the programs of tc.
+pub(super) fn load_all(ebpf: &mut Ebpf) -> anyhow::Result<()> {
+    for name in [ETHERNET_PROGRAM, IP_PROGRAM] {
+        let program: &mut SchedClassifier = program(ebpf, name)?;
+        load_program(BackEnd::Tc, name, || program.load())?;
     }
     Ok(())
-}
-
-/// Finds out whether the kernel has tcx links by making one.
-fn probe(ebpf: &mut Ebpf, interface: &Interface) -> anyhow::Result<AttachBy> {
-    match attach_tcx(ebpf, interface) {
-        Ok(_) => Ok(AttachBy::Tcx),
-        // The attach type is unknown to kernels before 6.6.
-        Err(ProgramError::SyscallError(error)) if error.io_error.raw_os_error() == Some(libc::EINVAL) => {
-            info!("the kernel has no tcx links; using clsact filters");
-            Ok(AttachBy::Clsact)
-        }
-        Err(error) => Err(error).with_context(|| format!("attach the tc program to {} (tcx)", interface.name)),
-    }
 }
 
 fn attach_tcx(ebpf: &mut Ebpf, interface: &Interface) -> Result<FdLink, ProgramError> {
@@ -329,51 +253,6 @@ fn attach_tcx(ebpf: &mut Ebpf, interface: &Interface) -> Result<FdLink, ProgramE
 fn classifier<'a>(ebpf: &'a mut Ebpf, interface: &Interface) -> Result<&'a mut SchedClassifier, ProgramError> {
     let program = interface.program.and_then(|program| ebpf.program_mut(program));
     program.ok_or(ProgramError::NotLoaded)?.try_into()
-}
-
-fn remove_clsact(index: u32) -> anyhow::Result<()> {
-    with_netlink(async move |handle| {
-        let mut request = handle.qdisc().del(index.cast_signed());
-        request.message_mut().header.parent = TcHandle::CLSACT;
-        Ok(request.execute().await?)
-    })
-}
-
-/// The filters at the ingress of these interfaces, each by priority and handle.
-fn filters(interfaces: impl Iterator<Item = u32>) -> anyhow::Result<BTreeMap<u32, Vec<(u16, u32)>>> {
-    let interfaces: Vec<u32> = interfaces.collect();
-    with_netlink(async move |handle| {
-        let mut filters = BTreeMap::new();
-        for index in interfaces {
-            let listed = handle.traffic_filter(index.cast_signed()).get().ingress().execute().try_collect::<Vec<_>>();
-            let of_interface = match listed.await {
-                Ok(messages) => messages,
-                // There is no qdisc, or no interface.
-                Err(rtnetlink::Error::NetlinkError(_)) => continue,
-                Err(error) => return Err(error).context("list the filters of an interface"),
-            };
-            let number = |header: &netlink_packet_route::tc::TcHeader| {
-                // The upper half is the priority, the lower one the protocol.
-                Some((u16::try_from(header.info >> 16).ok()?, header.handle.into()))
-            };
-            filters.insert(index, of_interface.iter().filter_map(|message| number(&message.header)).collect());
-        }
-        Ok(filters)
-    })
-}
-
-/// Talks to the kernel on a thread of its own: the caller may be on a runtime, on which nothing may block.
-fn with_netlink<T: Send>(talk: impl AsyncFnOnce(rtnetlink::Handle) -> anyhow::Result<T> + Send) -> anyhow::Result<T> {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let on_thread = || {
-        runtime.block_on(async {
-            let (connection, handle, _) = rtnetlink::new_connection()?;
-            tokio::spawn(connection);
-            talk(handle).await
-        })
-    };
-    thread::scope(|scope| scope.spawn(on_thread).join())
-        .unwrap_or_else(|_| bail!("the thread that asks about filters panicked"))
 }
 
 /// The interfaces that are up, `lo` among them.
@@ -426,81 +305,25 @@ fn pin_name(index: u32) -> String {
 mod tests {
     use std::{fs, path::Path, sync::Arc};
 
+    use aya::{programs::ProgramError, sys::SyscallError};
+    use nix::libc;
+
     use super::{
         super::{
-            Bpf, Options, Steering as _, load,
+            Bpf, Options, load,
             tests::{in_new_namespace, output, with_pins},
         },
-        AttachBy, BackEnd, ETHERNET_PROGRAM, Hook, IP_PROGRAM, Interface, Kind, Loss, TcHook, program_for,
+        BackEnd, ETHERNET_PROGRAM, Hook, IP_PROGRAM, Interface, TcHook, expect_tcx, has_tcx, program_for,
     };
 
-    fn filters() -> String {
-        output("tc", "filter show dev lo ingress")
-    }
-
+    /// As kernels before 6.6 answer.
     #[test]
-    fn clsact_filters_come_and_go_with_their_qdisc() {
-        in_new_namespace(|| {
-            let hook = TcHook::attach(load(false).unwrap(), Vec::new(), Some(AttachBy::Clsact)).unwrap();
-            assert_eq!(hook.interfaces(), ["lo"]);
-            assert!(filters().contains("anyport_eth"), "{}", filters());
-            Box::new(hook).detach().unwrap();
-            assert!(!output("tc", "qdisc show dev lo").contains("clsact"));
-        });
-    }
-
-    /// The older way, which no kernel takes that has tcx.
-    #[test]
-    fn clsact_filters_are_put_back() {
-        with_pins(|pins, _| {
-            let mut hook = TcHook::attach(load(false).unwrap(), Vec::new(), Some(AttachBy::Clsact)).unwrap();
-            for line in ["filter del dev lo ingress", "qdisc del dev lo clsact"] {
-                assert_eq!(hook.lost(&pins).unwrap(), []);
-                output("tc", line);
-                let lost = hook.lost(&pins).unwrap();
-                assert_eq!(lost, [Loss::new(Kind::Filter, "the clsact filter of lo")], "{line}");
-                hook.forget_lost().unwrap();
-                hook.refresh().unwrap();
-                assert!(filters().contains("anyport_eth"), "{line}: {}", filters());
-            }
-            // That of somebody else is no concern of ours.
-            output("tc", "qdisc add dev lo root pfifo");
-            assert_eq!(hook.lost(&pins).unwrap(), []);
-            Box::new(hook).detach().unwrap();
-            assert!(!output("tc", "qdisc show dev lo").contains("clsact"));
-        });
-    }
-
-    #[test]
-    fn a_qdisc_that_was_there_stays() {
-        in_new_namespace(|| {
-            output("tc", "qdisc add dev lo clsact");
-            let hook = TcHook::attach(load(false).unwrap(), Vec::new(), Some(AttachBy::Clsact)).unwrap();
-            Box::new(hook).detach().unwrap();
-            assert!(output("tc", "qdisc show dev lo").contains("clsact"));
-            assert!(!filters().contains("anyport"), "{}", filters());
-        });
-    }
-
-    #[test]
-    fn filters_of_a_daemon_that_was_killed_are_removed() {
-        in_new_namespace(|| {
-            let hook = TcHook::attach(load(false).unwrap(), Vec::new(), Some(AttachBy::Clsact)).unwrap();
-            std::mem::forget(hook);
-            assert!(filters().contains("anyport_eth"));
-            output("ip", "link set lo down");
-            let bpffs = tempfile::tempdir().unwrap();
-            let options = Options {
-                bpffs: bpffs.path().join("bpf"),
-                interfaces: Vec::new(),
-                debug: false,
-                readers: Arc::default(),
-                events: Arc::default(),
-            };
-            let opened = Bpf::open(BackEnd::SkLookup, &options).unwrap();
-            assert!(!filters().contains("anyport_eth"), "{}", filters());
-            Box::new(opened).detach().unwrap();
-        });
+    fn a_kernel_without_tcx_is_told_what_is_needed() {
+        let io_error = std::io::Error::from_raw_os_error(libc::EINVAL);
+        let error = has_tcx(Err(ProgramError::SyscallError(SyscallError { call: "bpf_prog_query", io_error })));
+        let error = format!("{:#}", error.unwrap_err());
+        assert!(error.contains("no tcx") && error.contains("tc needs Linux 6.6"), "{error}");
+        in_new_namespace(|| expect_tcx().unwrap());
     }
 
     #[test]
@@ -527,7 +350,7 @@ mod tests {
     #[test]
     fn pins_go_with_their_interfaces() {
         with_pins(|pins, path| {
-            let mut hook = TcHook::attach(load(false).unwrap(), Vec::new(), None).unwrap();
+            let mut hook = TcHook::attach(load(false).unwrap(), Vec::new()).unwrap();
             for _ in 0..3 {
                 output("ip", "link add later0 up type veth peer name later1");
                 hook.refresh().unwrap();
@@ -546,7 +369,7 @@ mod tests {
     #[test]
     fn what_can_not_be_pinned_stays_attached() {
         with_pins(|pins, path| {
-            let mut hook = TcHook::attach(load(false).unwrap(), Vec::new(), None).unwrap();
+            let mut hook = TcHook::attach(load(false).unwrap(), Vec::new()).unwrap();
             // A directory is in the way.
             let pin = path.join("link-tc-1");
             fs::create_dir(&pin).unwrap();
@@ -583,7 +406,7 @@ mod tests {
     #[test]
     fn a_kind_that_is_not_known_is_named() {
         in_new_namespace(|| {
-            let mut hook = TcHook::attach(load(false).unwrap(), Vec::new(), None).unwrap();
+            let mut hook = TcHook::attach(load(false).unwrap(), Vec::new()).unwrap();
             let interface = Interface { index: 7, name: "ib0".into(), link_type: 32, program: None };
             let error = hook.attach_to(&interface).unwrap_err().to_string();
             assert!(error.contains("ib0") && error.contains("link type 32"), "{error}");
@@ -591,10 +414,9 @@ mod tests {
     }
 
     #[test]
-    fn tcx_is_found_and_interfaces_are_followed() {
+    fn interfaces_are_followed() {
         in_new_namespace(|| {
-            let mut hook = TcHook::attach(load(false).unwrap(), Vec::new(), None).unwrap();
-            assert_eq!(hook.attach_by, AttachBy::Tcx);
+            let mut hook = TcHook::attach(load(false).unwrap(), Vec::new()).unwrap();
             output("ip", "link add later0 up type veth peer name later1");
             hook.refresh().unwrap();
             assert_eq!(hook.interfaces(), ["lo", "later0"]);
@@ -607,7 +429,7 @@ mod tests {
     #[test]
     fn an_interface_that_is_not_there_is_named() {
         in_new_namespace(|| {
-            let error = TcHook::attach(load(false).unwrap(), vec!["nope0".into()], None).unwrap_err();
+            let error = TcHook::attach(load(false).unwrap(), vec!["nope0".into()]).unwrap_err();
             assert!(error.to_string().contains("nope0"), "{error:#}");
         });
     }
