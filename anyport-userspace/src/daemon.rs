@@ -154,7 +154,7 @@ async fn control_loop(
     };
     let registering = register::bind(&beside).inspect_err(|_| remove_sockets(&paths))?;
     paths.push(&beside);
-    match Engine::start(config, workers, keeper.clone(), begin.is_successor).await {
+    match Engine::start(config, workers, keeper.clone(), begin).await {
         Ok(started) => *engine.lock().await = Some(started),
         Err(error) => {
             remove_sockets(&paths);

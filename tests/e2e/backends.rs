@@ -10,13 +10,14 @@ use std::{
 use anyport_tests::{
     daemon::{Daemon, Setup},
     dial::{expect_tcp_hello, expect_tcp_refused, expect_udp_hello},
-    ground::{path_with, scratch, xtables},
+    ground::{path_with, program, public_copy, scratch, xtables},
     host::{Outcome, wait_for},
     netns::Netns,
     topology::Topology,
 };
 use aya::{Ebpf, programs::SkLookup};
 use libtest_mimic::Trial;
+use nix::sys::signal::{Signal, kill};
 use serde_json::Value;
 
 use crate::cases::{Family, Lab, at, on_each_back_end, trial};
@@ -30,6 +31,7 @@ pub(crate) fn trials() -> Vec<Trial> {
         trial("backends::auto takes sk-lookup", auto),
         trial("backends::auto without CAP_BPF takes tproxy", without_bpf),
         trial("backends::auto takes tc where sk_lookup programs are at their limit", sk_lookup_full),
+        trial("backends::what was refused is not tried at each restart", remembered),
         trial("backends::a chosen back end that can't work", chosen_but_unusable),
         trial("backends::a bpffs is mounted where there is none", mounts_bpffs),
         trial("tc::backends::interfaces that appear later", later_interfaces),
@@ -81,9 +83,8 @@ fn without_bpf() {
     }
 }
 
-/// The kernel lets a namespace have 64 `sk_lookup` programs; here somebody has attached them all.
-fn sk_lookup_full() {
-    let namespace = Netns::new();
+/// Attaches as many `sk_lookup` programs as the kernel lets a namespace have, until it is dropped.
+fn fill_sk_lookup(namespace: &Netns) -> Ebpf {
     let object = Path::new(env!("CARGO_MANIFEST_DIR")).join("../anyport-ebpf/prebuilt/anyport.o");
     // Without rules in its maps, anyport's own program does for one that lets everything pass.
     let mut foreign = Ebpf::load_file(object).expect("the BPF object");
@@ -92,8 +93,41 @@ fn sk_lookup_full() {
     let file = File::open(namespace.path()).expect("the namespace's file");
     let attached = (0..1_000).take_while(|_| program.attach(&file).is_ok()).count();
     assert!((64..1_000).contains(&attached), "{attached} programs could be attached");
+    foreign
+}
+
+/// A server that follows another one takes its word for what does not work; one of another executable does not.
+fn remembered() {
+    let namespace = Netns::new();
+    let foreign = fill_sk_lookup(&namespace);
     let daemon = Daemon::start(&namespace, "auto");
-    assert_eq!(daemon.json("status")["backend"], "tc", "the choice of `auto` beside {attached} programs");
+    daemon.ok("add-prefix 192.0.2.0/24");
+    let reason = tried(&daemon, "sk-lookup")["reason"].clone();
+    drop(foreign);
+    for _ in 0..2 {
+        let server = daemon.pid();
+        kill(server, Signal::SIGKILL).expect("SIGKILL to the process that serves");
+        daemon.wait_for_successor(server);
+        assert_eq!(daemon.json("status")["backend"], "tc", "what steers after a crash");
+        let entry = tried(&daemon, "sk-lookup");
+        assert!(entry["usable"] == false && entry["reason"] == reason, "{entry}");
+        namespace.enter(|| expect_tcp_hello(at("192.0.2.3", 3)));
+    }
+    let directory = scratch();
+    let next = directory.path().join("anyportd");
+    public_copy(&program("anyportd").expect("the program under test"), &next);
+    let outcome = daemon.take_over(&next);
+    assert!(outcome.status == 0, "{outcome}");
+    assert_eq!(daemon.json("status")["backend"], "sk-lookup", "what steers after an upgrade");
+    namespace.enter(|| expect_tcp_hello(at("192.0.2.3", 3)));
+}
+
+/// The kernel lets a namespace have 64 `sk_lookup` programs; here somebody has attached them all.
+fn sk_lookup_full() {
+    let namespace = Netns::new();
+    let _foreign = fill_sk_lookup(&namespace);
+    let daemon = Daemon::start(&namespace, "auto");
+    assert_eq!(daemon.json("status")["backend"], "tc", "the choice of `auto` beside so many programs");
     let entry = tried(&daemon, "sk-lookup");
     let reason = entry["reason"].as_str().expect("a reason");
     assert!(entry["usable"] == false && reason.contains("too long"), "what the kernel said about sk-lookup: {entry}");

@@ -6,16 +6,18 @@ use std::{
     io::{Read as _, Write as _},
     net::{SocketAddr, TcpListener, TcpStream},
     os::unix::fs::chown,
+    thread::sleep,
     time::{Duration, Instant},
 };
 
 use anyport::observe::all_metrics;
 use anyport_tests::{
     daemon::Setup,
-    dial::{expect_tcp_echo, expect_tcp_hello, expect_udp_hello, tcp},
+    dial::{expect_tcp_echo, expect_tcp_hello, expect_udp_hello, tcp, tcp_text},
     exposition::Scrape,
     ground::{GROUP, USER, program, scratch},
     host::wait_for,
+    owners::Owner,
     topology::Topology,
 };
 use libtest_mimic::Trial;
@@ -32,6 +34,8 @@ pub(crate) fn trials() -> Vec<Trial> {
         trial("metrics::dashboard and alerts speak of what there is", documents),
         trial("metrics::many rules cost no more than they may", many),
         trial("metrics::readiness has reasons", readiness),
+        trial("metrics::what no longer steers is not ready", detached),
+        trial("metrics::what drops all packets is not well", dropping),
         trial("metrics::nobody but readers is answered, and nobody waits for slow ones", clients),
         trial("metrics::the page runs nothing but its own", page),
         trial("metrics::an address that is taken is an error at the first start", taken),
@@ -188,12 +192,7 @@ fn live(lab: &Lab) -> Value {
 
 fn readiness() {
     let lab = lab("sk-lookup");
-    let ready = |status: u16, reason: &str| {
-        wait_for("readiness", Duration::from_secs(10), || {
-            let (answered, _, body) = get(&lab, "/readyz");
-            if answered == status && body.contains(reason) { Ok(()) } else { Err(format!("{answered}: {body}")) }
-        });
-    };
+    let ready = |status: u16, reason: &str| wait_for_readiness(&lab, status, reason);
     ready(200, "ready");
     lab.daemon.ok("add-service gone --handler registered");
     lab.daemon.ok("add-service dead --handler forward --upstream 203.0.113.3:9 --health-check=interval=100ms,fall=1");
@@ -216,6 +215,64 @@ fn readiness() {
     assert!(silent.is_err(), "a process that does not run answers nothing");
     lab.daemon.resume();
     assert_eq!(get(&lab, "/healthz").2, "ok\n");
+}
+
+/// Waits until `/readyz` answers so.
+fn wait_for_readiness(lab: &Lab, status: u16, reason: &str) {
+    wait_for("readiness", Duration::from_secs(20), || {
+        let (answered, _, body) = get(lab, "/readyz");
+        if answered == status && body.contains(reason) { Ok(()) } else { Err(format!("{answered}: {body}")) }
+    });
+}
+
+fn detached() {
+    let lab = Lab::with("sk-lookup", |setup| setup.args(["--metrics", ADDRESS, "--mend", "false"]));
+    lab.daemon.ok("add-prefix 192.0.2.0/24");
+    wait_for_readiness(&lab, 200, "ready");
+    let pin = lab.daemon.bpffs().join("link-sk-lookup").display().to_string();
+    lab.topology.host.run("bpftool", ["link", "detach", "pinned", &pin]);
+    wait_for_readiness(&lab, 503, "the link of the sk_lookup program to the network namespace is gone");
+}
+
+/// A registered socket that others take out of the kernel's map can't be put back without its owner.
+fn dropping() {
+    let lab = lab("sk-lookup");
+    let owner = Owner::greeter(&lab.topology.host, "web", "127.0.0.1", 0);
+    let register = format!("register web --pid {} --fd {}", owner.pid(), owner.descriptor());
+    lab.daemon.ok("add-service web --handler registered");
+    lab.daemon.ok(&register);
+    lab.daemon.ok("add-prefix 192.0.2.0/24 --service web");
+    let dial = || lab.topology.client.enter(|| tcp_text(at("192.0.2.3", 80)));
+    assert_eq!(dial().expect("a greeting").split(' ').next(), Some("web"));
+    wait_for_readiness(&lab, 200, "ready");
+    let pins = lab.daemon.bpffs().display().to_string();
+    let line = format!(
+        "for place in $(seq 4 64); do bpftool map delete pinned {pins}/sockets key $place 0 0 0; done 2>/dev/null || true"
+    );
+    lab.topology.host.run("sh", ["-c", &line]);
+    // What stands so far is looked at, and then what comes.
+    sleep(Duration::from_secs(3));
+    for _ in 0..10 {
+        dial().expect_err("a connection without a socket");
+    }
+    wait_for_readiness(&lab, 503, "service web gets nothing: the last 10 packets");
+    let status = lab.daemon.json("status")["degraded"].to_string();
+    assert!(status.contains("(no_socket)"), "{status}");
+    let doctor = lab.daemon.ctl(&["doctor"]);
+    assert!(doctor.status == 1 && doctor.stdout.contains("service web gets nothing"), "{doctor}");
+    // Its owner puts it back, and the next who comes is the proof.
+    lab.daemon.ok(&register);
+    assert_eq!(dial().expect("a greeting").split(' ').next(), Some("web"));
+    wait_for_readiness(&lab, 200, "ready");
+    assert_eq!(lab.daemon.json("status")["degraded"], serde_json::json!([]));
+    // Drops that are meant are none of that.
+    drop(owner);
+    for _ in 0..20 {
+        dial().expect_err("a connection without an owner");
+    }
+    sleep(Duration::from_secs(5));
+    let status = lab.daemon.json("status")["degraded"].to_string();
+    assert!(status.contains("no live socket") && !status.contains("gets nothing"), "{status}");
 }
 
 fn clients() {

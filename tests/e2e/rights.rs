@@ -37,6 +37,7 @@ pub(crate) fn trials() -> Vec<Trial> {
     trials.extend(on_each_back_end("rights::an ordinary user with ambient capabilities", ordinary_user));
     trials.push(trial("rights::pins behind a directory that is closed to the user", closed_way));
     trials.push(trial("rights::another user, or root", other_users));
+    trials.push(trial("rights::memory for BPF maps", memory));
     trials
 }
 
@@ -218,6 +219,17 @@ fn closed_way() {
     };
     assert_eq!(names(&root), ["anyport"], "all that it sees of what is pinned");
     assert!(names(&format!("{root}/anyport")).contains(&"rules".to_owned()));
+}
+
+/// Before Linux 5.11 maps count against the limit of locked memory, which root raises for whom it becomes.
+fn memory() {
+    let wrapper = ["prlimit", "--memlock=65536:65536", "--"];
+    let daemon = Setup::new(&Netns::new(), "sk-lookup").through(wrapper).start();
+    for pid in [daemon.keeper(), daemon.pid()] {
+        let limits = fs::read_to_string(format!("/proc/{pid}/limits")).expect("limits");
+        let of_memory = limits.lines().find(|line| line.starts_with("Max locked memory")).expect("that of memory");
+        assert_eq!(of_memory.matches("unlimited").count(), 2, "{of_memory}");
+    }
 }
 
 fn other_users() {

@@ -56,6 +56,7 @@ fn main() -> ExitCode {
 }
 
 fn keep(config: Config) -> anyhow::Result<ExitCode> {
+    rights::raise_memory_limit();
     // Root may take them out of their owners.
     let fetched = engine::fetch_registered(&config.state_dir);
     if let Some(why) = rights::become_user(&config)? {

@@ -83,7 +83,14 @@ impl Journal {
     pub fn open(path: PathBuf) -> anyhow::Result<Self> {
         let any = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)
             .context("opening a socket to tell network namespaces apart")?;
-        let namespace = netns_cookie(&any).context("telling network namespaces apart (Linux 5.14)")?;
+        let namespace = match netns_cookie(&any) {
+            // Before Linux 5.14. Another namespace may get the inode when this one is gone; cookies are far smaller numbers.
+            Err(error) if error.raw_os_error() == Some(libc::ENOPROTOOPT) => {
+                fs::metadata("/proc/thread-self/ns/net").map(|it| it.ino())
+            }
+            cookie => cookie,
+        };
+        let namespace = namespace.context("telling network namespaces apart")?;
         let content = read(&path)
             .with_context(|| format!("read {}, which says what --fix has changed", path.display()))?
             .unwrap_or(Content { namespace, made: Vec::new() });

@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::{Context as _, anyhow};
 
-use super::{firewall, sysctl::Sysctl};
+use super::{firewall, modules::Modules, sysctl::Sysctl};
 use crate::{
     api::StatusView,
     routes::{LocalTable, Route},
@@ -69,6 +69,15 @@ pub struct PolicyRule {
     pub has_mark: bool,
 }
 
+/// A back end that was tried out.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Tried {
+    /// Which one.
+    pub(super) back_end: BackEnd,
+    /// Why it does not work here, if it does not.
+    pub(super) failure: Option<String>,
+}
+
 /// What the checks look at.
 #[derive(Debug)]
 pub struct Host {
@@ -84,8 +93,10 @@ pub struct Host {
     pub(super) sk_lookup: Fact<Vec<String>>,
     /// The same for the tcx programs at the ingress of each interface that is up.
     pub(super) tcx: Fact<BTreeMap<String, Vec<String>>>,
-    /// Whether the kernel has `sk_lookup` programs, and classifiers of tc.
-    pub(super) programs: Fact<[bool; 2]>,
+    /// What came of trying the back ends, up to the first that works, where no daemon tells.
+    pub(super) back_ends: Fact<Vec<Tried>>,
+    /// Where releases of the kernel have their modules.
+    pub(super) modules: PathBuf,
     pub(super) firewall: Fact<firewall::Ruleset>,
     /// The directories of `PATH`.
     pub(super) path: Vec<PathBuf>,
@@ -100,6 +111,15 @@ impl Host {
     /// Whether this back end is in use, or may come to be.
     pub(super) fn may_use(&self, back_end: BackEnd) -> bool {
         self.back_end().is_none_or(|it| it == back_end)
+    }
+
+    /// Whether this one is in use, or would be, since none before it works.
+    pub(super) fn depends_on(&self, back_end: BackEnd) -> bool {
+        match (&self.daemon, &self.back_ends) {
+            (Ok(daemon), _) => daemon.status.backend == back_end,
+            (Err(_), Ok(tried)) => tried.iter().any(|it| it.back_end == back_end),
+            (Err(_), Err(_)) => false,
+        }
     }
 
     /// What the daemon steers.
@@ -151,14 +171,14 @@ impl Host {
         Ok(value.and_then(|it| it.parse().ok()).unwrap_or_default())
     }
 
-    /// Major and minor version of the kernel.
-    pub(super) fn release(&self) -> anyhow::Result<(u32, u32)> {
-        let text = self.read("sys/kernel/osrelease")?;
-        let mut numbers = text.split(|it: char| !it.is_ascii_digit()).map(str::parse);
-        match (numbers.next(), numbers.next()) {
-            (Some(Ok(major)), Some(Ok(minor))) => Ok((major, minor)),
-            _ => Err(anyhow!("{text:?} is no version of Linux")),
-        }
+    /// The release of the kernel, as `uname -r` has it.
+    pub(super) fn release(&self) -> anyhow::Result<String> {
+        Ok(self.read("sys/kernel/osrelease")?.trim_end().to_owned())
+    }
+
+    /// The kernel's modules, if that is known.
+    pub(super) fn modules(&self) -> anyhow::Result<Option<Modules>> {
+        Ok(Modules::read(&self.proc, &self.modules, &self.release()?))
     }
 
     /// Those of the programs that are not in `PATH`.
@@ -182,7 +202,8 @@ impl Host {
             routes: Err(unknown()),
             sk_lookup: Err(unknown()),
             tcx: Err(unknown()),
-            programs: Err(unknown()),
+            back_ends: Err(unknown()),
+            modules: proc.join("lib/modules"),
             firewall: Err(unknown()),
             path: Vec::new(),
         }

@@ -8,10 +8,7 @@ use std::{
 };
 
 use anyhow::{Context as _, anyhow};
-use aya::{
-    programs::{ProgramType, SchedClassifier, loaded_programs, tc::TcAttachType},
-    sys::is_program_supported,
-};
+use aya::programs::{SchedClassifier, loaded_programs, tc::TcAttachType};
 use futures_util::TryStreamExt as _;
 use netlink_packet_route::{
     link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo},
@@ -22,12 +19,14 @@ use serde_json::value::RawValue;
 
 use super::{
     firewall,
-    host::{Daemon, Fact, Host, Link, PolicyRule, Steered},
+    host::{Daemon, Fact, Host, Link, PolicyRule, Steered, Tried},
 };
 use crate::{
     api::{Client, Kind, PrefixView, Problem, StatusView},
+    rights,
     routes::{Route, Routes},
     rules::Prefix,
+    steering::{BackEnd, bpf, tproxy},
     sys,
 };
 
@@ -55,7 +54,8 @@ impl Host {
             routes: fact(routes(daemon.as_ref().map_or(&[][..], |daemon| &daemon.steered)).await),
             sk_lookup: fact(sk_lookup()),
             tcx: fact(tcx(&names)),
-            programs: fact(programs()),
+            back_ends: fact(if daemon.is_ok() { Err(anyhow!("the daemon tells")) } else { back_ends() }),
+            modules: "/lib/modules".into(),
             firewall: fact(firewall::Ruleset::read()),
             path: env::split_paths(&env::var_os("PATH").unwrap_or_default()).collect(),
             proc: "/proc".into(),
@@ -182,8 +182,7 @@ async fn routes(steered: &[Steered]) -> anyhow::Result<Vec<(Prefix, Option<Route
 
 fn sk_lookup() -> anyhow::Result<Vec<String>> {
     let namespace = File::open("/proc/thread-self/ns/net").context("opening the network namespace")?;
-    let ids = sys::bpf::sk_lookup_programs(namespace)
-        .context("listing the sk_lookup programs (needs root, and Linux 5.9)")?;
+    let ids = sys::bpf::sk_lookup_programs(namespace).context("listing the sk_lookup programs (needs root)")?;
     if ids.is_empty() {
         return Ok(Vec::new());
     }
@@ -203,9 +202,24 @@ fn tcx(interfaces: &[String]) -> anyhow::Result<BTreeMap<String, Vec<String>>> {
     interfaces.iter().map(programs_of).collect()
 }
 
-fn programs() -> anyhow::Result<[bool; 2]> {
-    let is_supported = |program| is_program_supported(program).context("asking the kernel for BPF (needs root)");
-    Ok([is_supported(ProgramType::SkLookup)?, is_supported(ProgramType::SchedClassifier)?])
+/// Tries the back ends as a daemon does at its start, up to the first that works. Nothing stays behind.
+fn back_ends() -> anyhow::Result<Vec<Tried>> {
+    rights::raise_memory_limit();
+    let mut tried = Vec::new();
+    for back_end in BackEnd::ALL {
+        rights::expect_for(back_end).with_context(|| format!("trying {back_end}"))?;
+        let tried_out = match back_end {
+            BackEnd::SkLookup | BackEnd::Tc => bpf::try_out(back_end),
+            BackEnd::Tproxy => tproxy::try_out(),
+        };
+        let failure = tried_out.err().map(|error| format!("{error:#}"));
+        let works = failure.is_none();
+        tried.push(Tried { back_end, failure });
+        if works {
+            break;
+        }
+    }
+    Ok(tried)
 }
 
 /// What a program prints; nothing if it is not there.

@@ -7,6 +7,7 @@ mod firewall;
 mod fix;
 mod host;
 mod look;
+mod modules;
 mod sysctl;
 
 use std::fmt;

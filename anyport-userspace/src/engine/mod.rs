@@ -8,6 +8,7 @@ mod apply;
 mod change;
 mod commands;
 mod drain;
+mod dropping;
 mod events;
 mod explain;
 #[cfg(test)]
@@ -36,6 +37,7 @@ use tracing::error;
 use self::{
     apply::Unconfirmed,
     drain::Drains,
+    dropping::Dropping,
     mend::{BackOff, Mends, RoutesLook},
     numbers::Numbers,
     register::Registrations,
@@ -109,6 +111,8 @@ pub struct Engine {
     repairs: BackOff,
     /// What others have removed, and what became of it.
     mends: Mends,
+    /// What is dropped that should be served.
+    dropping: Dropping,
     routes_look: RoutesLook,
     /// Why it could not be seen what the kernel has.
     unseen: Option<String>,
@@ -197,6 +201,7 @@ impl Engine {
             Err(error) => error!("look again at interfaces and sockets: {error:#}"),
         }
         self.mend().await;
+        self.look_for_drops();
         self.judge();
         self.go_on_draining().await;
         if let Err(error) = self.end_draining().await {

@@ -79,8 +79,12 @@ impl Engine {
         if self.drains.include_all() {
             return Some("this node is drained".to_owned());
         }
-        let useless: Option<Vec<String>> =
-            services.iter().filter(|it| it.view.rules > 0).map(ObservedService::useless).collect();
+        if let Some(what) = self.mends.lost_steering() {
+            return Some(format!("{what} is gone"));
+        }
+        let back_end = self.steering.back_end();
+        let why = |it: &ObservedService| it.useless().or_else(|| self.dropping.fault_of(&it.view.name, back_end));
+        let useless: Option<Vec<String>> = services.iter().filter(|it| it.view.rules > 0).map(why).collect();
         useless.filter(|it| !it.is_empty()).map(|it| it.join("; "))
     }
 }

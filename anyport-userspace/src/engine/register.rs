@@ -116,7 +116,8 @@ impl Engine {
                 changed += usize::from(was.is_none_or(|was| was.cookie != cookie));
             }
         }
-        let is_same = changed == 0;
+        // Where it gets nothing, others may have taken the socket out of the kernel's map.
+        let is_same = changed == 0 && self.dropping.fault_of(service, self.steering.back_end()).is_none();
         self.replace_registrations(service, before, after, is_same).await?;
         if !is_same {
             info!("service {service}: the process {pid} registered {changed} sockets");
@@ -310,6 +311,7 @@ impl Engine {
             Some((Candidate::new(fetched).ok().filter(|it| it.cookie == cookie)?, pid))
         };
         if let Some((candidate, pid)) = through_keeper().or_else(|| fetch(kept)) {
+            let candidate = candidate.in_our_namespace().map_err(|unfit| unfit.to_string())?;
             if self.steering.back_end() == BackEnd::Tproxy
                 && let Err(problem) = make_group_transparent(&candidate)
             {

@@ -20,6 +20,7 @@ use tracing::error;
 use super::{
     Connected, Engine, FleetBoard, Running,
     drain::Drains,
+    dropping::Dropping,
     mend::{BackOff, Mends, RoutesLook},
     numbers::Numbers,
     register::expect_fallbacks,
@@ -30,7 +31,7 @@ use crate::{
     config::Config,
     events::{Board, Teller},
     host,
-    keeper::Link,
+    keeper::{Begin, Link},
     routes::{Holder, Routes},
     rules::{Change, Origin, RuleSet, to_address},
     service::{
@@ -38,7 +39,7 @@ use crate::{
     },
     steering::{
         BackEnd, Steering, bpf,
-        choose::{Chosen, choose, remove_leftovers},
+        choose::{Chosen, Remembered, choose, remove_leftovers},
     },
     store::{FleetState, KeptFleet, State, Store},
     table::{OwnSegments, Published, Table},
@@ -77,12 +78,7 @@ impl Engine {
     ///
     /// # Errors
     /// What does not work. Nothing is left behind, except by a successor: what was steered before still is, and newcomers wait.
-    pub async fn start(
-        config: &Config,
-        workers: WorkerHandles,
-        keeper: Link,
-        is_successor: bool,
-    ) -> anyhow::Result<Self> {
+    pub async fn start(config: &Config, workers: WorkerHandles, keeper: Link, begin: &Begin) -> anyhow::Result<Self> {
         let (store, state) = Store::open(&config.state_dir)?;
         let desired = desired(config, state)?;
         let routes = Routes::open()?;
@@ -95,10 +91,12 @@ impl Engine {
             readers: Arc::clone(&published),
             events: Arc::clone(&events),
         };
-        let chosen = choose(config.steering.back_end(), &options)?;
+        let wanted = config.steering.back_end();
+        let chosen = choose(wanted, &options, begin.remembered.as_ref())?;
+        keeper.remember(Remembered::new(wanted, &options, &chosen.outcomes));
         remove_leftovers(chosen.steering.back_end(), &options).context("remove what an earlier daemon left")?;
         let parts = Parts { store, routes, connected: host::connected_addresses, published, events, chosen };
-        let mut engine = Self::begin(config, parts, desired, workers, keeper, is_successor).await?;
+        let mut engine = Self::begin(config, parts, desired, workers, keeper, begin.is_successor).await?;
         engine.start_announcing();
         Ok(engine)
     }
@@ -171,6 +169,7 @@ impl Engine {
             broken: None,
             repairs: BackOff::default(),
             mends: Mends::default(),
+            dropping: Dropping::default(),
             routes_look: RoutesLook::default(),
             unseen: None,
             unconfirmed: None,

@@ -156,7 +156,8 @@ impl Engine {
         let services = self.services.values().flat_map(|running| running.service.degraded());
         let mends = self.mends.degraded(self.config.mend);
         let own = self.broken.iter().chain(&self.unseen).chain(&self.not_reloaded).cloned().chain(mends);
-        let all = own.chain(self.steering.degraded()).chain(services).chain(self.lost_sockets());
+        let dropping = self.dropping.faults(self.steering.back_end());
+        let all = own.chain(self.steering.degraded()).chain(services).chain(self.lost_sockets()).chain(dropping);
         all.chain(self.shadowed_metrics()).chain(self.announcing_degraded()).collect()
     }
 

@@ -51,12 +51,16 @@ impl Node {
         let begun = engine.lock().await.as_ref().and_then(|it| Some((it.fleet_board()?, it.fleet_state().clone())));
         let (board, state) = begun.context("join the fleet: there is no engine")?;
         let agent = agent(fleet, Daemon { control: Handle::current(), engine }, board, state);
-        let runtime = Builder::new_current_thread().enable_all().build().context("start a runtime for the fleet")?;
         let (stop, mut stopped) = watch::channel(());
         let work = move || {
             if let Err(error) = rights::for_others() {
                 return error!("stay out of the fleet: give the capabilities up: {error}");
             }
+            // Made here: where it is dropped, tokio takes no blocking, as there is in async code.
+            let runtime = match Builder::new_current_thread().enable_all().build() {
+                Ok(runtime) => runtime,
+                Err(error) => return error!("stay out of the fleet: start a runtime: {error}"),
+            };
             runtime.block_on(async {
                 tokio::select! {
                     never = agent.run() => match never {},

@@ -35,6 +35,7 @@ use super::{
     server::{News, Server},
     systemd,
 };
+use crate::steering::choose::Remembered;
 
 /// Between the starts of servers that crash.
 const SHORTEST_PAUSE: Duration = Duration::from_millis(100);
@@ -94,6 +95,8 @@ struct Keeper {
     pause: Duration,
     /// Who may have put steering into the kernel.
     served: Served,
+    /// What servers of the executable found out about the back ends.
+    remembered: Option<Remembered>,
     /// Whether the configuration is to be read again by the one that is about to serve, who may have read it already.
     is_to_reload: bool,
     /// Whether those that leave are nobody's business any more.
@@ -141,6 +144,7 @@ impl Keeper {
             restart_at: None,
             pause: FIRST_PAUSE,
             served,
+            remembered: None,
             is_to_reload: false,
             is_restarting: false,
             code: None,
@@ -233,6 +237,7 @@ impl Keeper {
             }
             Report::Failed(why) => server.failure = Some(why),
             Report::Replace(executable) => self.replace(executable),
+            Report::Remember(remembered) => self.remembered = Some(remembered),
             Report::Left => self.hand_over(),
         }
     }
@@ -260,6 +265,7 @@ impl Keeper {
             crash: self.crash.take(),
             started: self.started,
             crashed: self.crashed,
+            remembered: self.remembered.clone(),
         };
         if let Some(server) = &self.serving {
             server.give(self.sockets.iter());
@@ -302,6 +308,7 @@ impl Keeper {
         self.leaving.extend(left);
         if let Some((next, executable)) = self.next.take() {
             self.former = Some(std::mem::replace(&mut self.executable, executable));
+            self.remembered = None;
             self.serving = Some(next);
             self.begin();
         }
@@ -326,6 +333,7 @@ impl Keeper {
         self.crash = Some(format!("pid {}: {}", server.pid, server.failure.unwrap_or_else(|| end_in_words(status))));
         let pause = if let Some(former) = self.former.take() {
             self.executable = former;
+            self.remembered = None;
             Duration::ZERO
         } else if server.is_ready {
             self.pause = FIRST_PAUSE;

@@ -20,6 +20,7 @@ use super::{AT_STDIN, Order, Report, VARIABLE};
 use crate::{
     register::message::{Message, put, receive},
     rights,
+    steering::choose::Remembered,
 };
 
 /// How a server begins.
@@ -37,6 +38,9 @@ pub struct Begin {
     /// How many of them ended by a failure.
     #[serde(default)]
     pub crashed: u64,
+    /// What one of the same executable found out about the back ends.
+    #[serde(default)]
+    pub remembered: Option<Remembered>,
 }
 
 /// What the keeper wants of a server that has begun.
@@ -173,6 +177,11 @@ impl Link {
     /// Asks for a server of this executable.
     pub fn replace(&self, executable: &Path) {
         self.report(&Report::Replace(executable.to_owned()), None);
+    }
+
+    /// Has the next server told what was found out about the back ends.
+    pub fn remember(&self, remembered: Remembered) {
+        self.report(&Report::Remember(remembered), None);
     }
 
     /// Whether there is a keeper.

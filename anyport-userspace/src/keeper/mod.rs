@@ -24,6 +24,7 @@ pub use self::{
     host::keep,
     link::{Begin, Command, Commands, Link},
 };
+use crate::steering::choose::Remembered;
 
 /// The name under which a service manager passes the control socket, which it has bound. None of a service's sockets has such a name.
 pub const CONTROL: &str = "@control";
@@ -50,6 +51,8 @@ enum Report {
     Failed(String),
     /// Another executable is to take over.
     Replace(PathBuf),
+    /// What it found out about the back ends, for the next server of this executable.
+    Remember(Remembered),
 }
 
 /// What the keeper says.

@@ -76,9 +76,13 @@ impl Server {
             }
             listener => Some(listener?),
         };
-        let runtime = Builder::new_current_thread().enable_all().build().context("start a runtime for metrics")?;
         let (stop, mut stopped) = watch::channel(());
         let work = move || {
+            // Made here: where it is dropped, tokio takes no blocking, as there is in async code.
+            let runtime = match Builder::new_current_thread().enable_all().build() {
+                Ok(runtime) => runtime,
+                Err(error) => return warn!("nobody serves metrics at {address}: start a runtime: {error}"),
+            };
             runtime.block_on(async {
                 tokio::select! {
                     () = serve(listener, address, observer) => {}

@@ -190,7 +190,7 @@ fn find(register: &Register, descriptors: Vec<OwnedFd>, peer: &Peer) -> Result<V
     }
     let numbered = (1..).zip(descriptors);
     let candidates = numbered.map(|(number, descriptor): (usize, _)| {
-        Candidate::new(descriptor).map_err(|unfit| {
+        Candidate::new(descriptor).and_then(Candidate::in_our_namespace).map_err(|unfit| {
             Problem::new(Kind::Invalid, format!("descriptor {number} of those that were passed: {unfit}"))
         })
     });

@@ -1,16 +1,16 @@
 //! What a descriptor must be to be registered, and which packets its socket is for.
 
 use std::{
-    fmt, io,
-    net::{Ipv4Addr, SocketAddr, UdpSocket},
-    os::fd::OwnedFd,
+    fmt, fs, io,
+    net::SocketAddr,
+    os::{fd::OwnedFd, unix::fs::MetadataExt as _},
 };
 
 use anyport_common::{flow::Transport, maps::SOCKETS_PER_SERVICE};
 use nix::sys::stat::fstat;
 use socket2::{Domain, Protocol as Number, SockRef, Type};
 
-use crate::{rules::Protocol, service::Family, sys};
+use crate::{rights, rules::Protocol, service::Family, sys};
 
 /// A descriptor of a socket that can be steered to.
 #[derive(Debug)]
@@ -37,10 +37,10 @@ pub struct Candidate {
 pub struct Unfit(String);
 
 impl Candidate {
-    /// Looks at a descriptor.
+    /// Looks at a descriptor. Whoever is about to steer to the socket has to ask [`Self::in_our_namespace`], too.
     ///
     /// # Errors
-    /// It is not a listening TCP socket or an unconnected UDP socket of this thread's network namespace.
+    /// It is not a listening TCP socket or an unconnected UDP socket.
     pub fn new(descriptor: OwnedFd) -> Result<Self, Unfit> {
         let socket = SockRef::from(&descriptor);
         let domain = socket.domain().map_err(|error| match error.raw_os_error() {
@@ -48,7 +48,6 @@ impl Candidate {
             _ => because("ask for its domain", &error),
         })?;
         let transport = transport(&socket, domain)?;
-        expect_same_namespace(&descriptor)?;
         match transport {
             Transport::Tcp if !socket.is_listener().map_err(|error| because("ask whether it listens", &error))? => {
                 return Err(Unfit("it does not listen".into()));
@@ -77,6 +76,32 @@ impl Candidate {
             (SocketAddr::V6(_), false) => &[Family::Ipv6],
         };
         Ok(Self { descriptor, transport, local, cookie, inode, families, shares })
+    }
+
+    /// The same, if its socket belongs to this thread's network namespace. Takes `CAP_NET_ADMIN`, which the daemon has and its clients
+    /// may not have: so every way by which a socket is registered leads to this.
+    ///
+    /// # Errors
+    /// It belongs to another one.
+    pub fn in_our_namespace(self) -> Result<Self, Unfit> {
+        let attempt = "ask for its network namespace";
+        let its = {
+            let _raised = rights::raise(rights::NET_ADMIN);
+            sys::network_namespace(&self.descriptor)
+        };
+        let its = match its {
+            // We have the capability in our own one.
+            Err(error) if error.raw_os_error() == Some(libc::EPERM) => {
+                return Err(Unfit("it belongs to another network namespace than anyportd, of other rights".into()));
+            }
+            its => its.and_then(|its| fs::File::from(its).metadata()).map_err(|error| because(attempt, &error))?,
+        };
+        let ours = fs::metadata("/proc/thread-self/ns/net").map_err(|error| because(attempt, &error))?;
+        if (its.dev(), its.ino()) == (ours.dev(), ours.ino()) {
+            return Ok(self);
+        }
+        let (its, ours) = (its.ino(), ours.ino());
+        Err(Unfit(format!("it belongs to another network namespace (net:[{its}]) than anyportd (net:[{ours}])")))
     }
 
     /// Whether both are of one group, over which the kernel spreads what is steered to any of them.
@@ -113,20 +138,6 @@ fn transport(socket: &SockRef<'_>, domain: Domain) -> Result<Transport, Unfit> {
                 .into(),
         )),
         _ => Err(Unfit("it is neither a TCP nor a UDP socket".into())),
-    }
-}
-
-fn expect_same_namespace(descriptor: &OwnedFd) -> Result<(), Unfit> {
-    let attempt = "ask for its network namespace (Linux 5.14 or later is needed)";
-    let cookies = || {
-        let ours = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
-        Ok::<_, io::Error>((sys::netns_cookie(&ours)?, sys::netns_cookie(descriptor)?))
-    };
-    match cookies().map_err(|error| because(attempt, &error))? {
-        (ours, its) if ours == its => Ok(()),
-        (ours, its) => {
-            Err(Unfit(format!("it belongs to another network namespace (cookie {its}) than anyportd (cookie {ours})")))
-        }
     }
 }
 
@@ -256,7 +267,22 @@ mod tests {
             unshare(CloneFlags::CLONE_NEWNET).unwrap();
             UdpSocket::bind("0.0.0.0:0").unwrap()
         });
-        refused(abroad.join().unwrap(), "another network namespace");
+        let abroad = candidate(abroad.join().unwrap()).in_our_namespace().unwrap_err().to_string();
+        assert!(abroad.contains("another network namespace (net:["), "{abroad}");
+    }
+
+    /// Also where the thread is not the process' first one.
+    #[test]
+    fn sockets_of_our_namespace_are_known_by_it() {
+        for domain in [Domain::IPV4, Domain::IPV6] {
+            let address = if domain == Domain::IPV4 { "127.0.0.1:0" } else { "[::1]:0" };
+            candidate(bound(Type::STREAM, address, |_| ())).in_our_namespace().unwrap();
+        }
+        let elsewhere = thread::spawn(|| {
+            unshare(CloneFlags::CLONE_NEWNET).unwrap();
+            candidate(UdpSocket::bind("0.0.0.0:4242").unwrap()).in_our_namespace().unwrap();
+        });
+        elsewhere.join().unwrap();
     }
 
     #[test]

@@ -10,7 +10,10 @@ mod user;
 use std::marker::PhantomData;
 
 use anyhow::{Context as _, bail};
-use nix::unistd::Uid;
+use nix::{
+    sys::resource::{RLIM_INFINITY, Resource, getrlimit, setrlimit},
+    unistd::Uid,
+};
 pub use rustix::thread::CapabilitySet;
 use rustix::thread::{
     CapabilitySets, capabilities, clear_ambient_capability_set, configure_capability_in_ambient_set, set_capabilities,
@@ -56,6 +59,16 @@ pub fn expect_for(back_end: BackEnd) -> anyhow::Result<()> {
          unit)",
         names.join(" and ")
     )
+}
+
+/// Lets BPF maps and programs take the memory that they need, in this process and in those that it starts. Before Linux 5.11 they
+/// count against the limit of locked memory, 64 KiB as a rule, beyond which only root may go. Where that is not possible, the map that
+/// does not come to be says so.
+pub fn raise_memory_limit() {
+    let of = Resource::RLIMIT_MEMLOCK;
+    if setrlimit(of, RLIM_INFINITY, RLIM_INFINITY).is_err() {
+        getrlimit(of).and_then(|(_, hard)| setrlimit(of, hard, hard)).ok();
+    }
 }
 
 /// Capabilities in force on this thread until this is dropped.

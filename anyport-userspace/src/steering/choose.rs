@@ -1,6 +1,7 @@
 //! Finding the back end that works here, by trying.
 
 use anyhow::{Context as _, bail};
+use serde::{Deserialize, Serialize};
 use tracing::{info, warn};
 
 use super::{
@@ -21,7 +22,7 @@ pub struct Chosen {
 }
 
 /// Why a back end is used or not.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Outcome {
     /// Which one.
     pub back_end: BackEnd,
@@ -31,18 +32,71 @@ pub struct Outcome {
     pub reason: String,
 }
 
-/// Opens the back end that was asked for, or else the first that works.
+/// What a server of this executable found out about the back ends. The keeper hands it to the next one, which need not wait for a
+/// verifier to refuse once more what it has refused. Neither outlives the keeper, so nor does it outlive the kernel.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Remembered {
+    /// The settings that have a say in it.
+    settings: String,
+    /// As in [`Chosen`].
+    outcomes: Vec<Outcome>,
+}
+
+impl Remembered {
+    /// What is to be remembered of a choice.
+    pub fn new(wanted: Option<BackEnd>, options: &bpf::Options, outcomes: &[Outcome]) -> Self {
+        Self { settings: settings(wanted, options), outcomes: outcomes.to_vec() }
+    }
+
+    /// Those that did not work with the same settings.
+    fn unusable(&self, wanted: Option<BackEnd>, options: &bpf::Options) -> Vec<Outcome> {
+        if self.settings != settings(wanted, options) {
+            return Vec::new();
+        }
+        self.outcomes.iter().filter(|it| it.usable == Some(false)).cloned().collect()
+    }
+}
+
+fn settings(wanted: Option<BackEnd>, bpf::Options { bpffs, interfaces, debug, .. }: &bpf::Options) -> String {
+    format!("{wanted:?} {} {interfaces:?} {debug}", bpffs.display())
+}
+
+/// Opens the back end that was asked for, or else the first that works. What a server before has tried is not tried again, unless
+/// nothing else works any more.
 ///
 /// # Errors
 /// The one that was asked for does not work, or none does: says what the kernel said of each.
-pub fn choose(wanted: Option<BackEnd>, options: &bpf::Options) -> anyhow::Result<Chosen> {
+pub fn choose(
+    wanted: Option<BackEnd>,
+    options: &bpf::Options,
+    remembered: Option<&Remembered>,
+) -> anyhow::Result<Chosen> {
+    let unusable = remembered.map(|it| it.unusable(wanted, options)).unwrap_or_default();
+    match try_all(wanted, &unusable, |back_end| open(back_end, options)) {
+        Err(error) if !unusable.is_empty() => {
+            info!("trying all back ends again: {error:#}");
+            try_all(wanted, &[], |back_end| open(back_end, options))
+        }
+        chosen => chosen,
+    }
+}
+
+fn try_all(
+    wanted: Option<BackEnd>,
+    unusable: &[Outcome],
+    open: impl Fn(BackEnd) -> anyhow::Result<Box<dyn Steering>>,
+) -> anyhow::Result<Chosen> {
     let mut steering: Option<Box<dyn Steering>> = None;
     let mut outcomes = Vec::new();
     for back_end in BackEnd::ALL {
+        if let Some(known) = unusable.iter().find(|it| it.back_end == back_end) {
+            outcomes.push(known.clone());
+            continue;
+        }
         let (usable, reason) = match (&steering, wanted) {
             (_, Some(wanted)) if wanted != back_end => (None, format!("not tried: {wanted} was asked for")),
             (Some(first), _) => (None, format!("not tried: {} works and comes first", first.back_end())),
-            (None, _) => match open(back_end, options) {
+            (None, _) => match open(back_end) {
                 Ok(opened) => {
                     steering = Some(Box::new(Privileged(opened)));
                     (Some(true), reason_to_use(wanted))
@@ -94,5 +148,49 @@ pub fn remove_leftovers(in_use: BackEnd, options: &bpf::Options) -> anyhow::Resu
             tproxy::remove_leftovers()
         }
         BackEnd::Tproxy => Bpf::remove_leftovers(&options.bpffs),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{cell::RefCell, sync::Arc};
+
+    use anyhow::bail;
+
+    use super::{BackEnd, Outcome, Remembered, bpf::Options, try_all};
+
+    fn options(interface: &str) -> Options {
+        Options {
+            bpffs: "/pins".into(),
+            interfaces: vec![interface.to_owned()],
+            debug: false,
+            readers: Arc::default(),
+            events: Arc::default(),
+        }
+    }
+
+    /// As it comes back from the keeper.
+    #[test]
+    fn what_was_refused_is_not_tried_again_with_the_same_settings() {
+        let refused = |back_end| Outcome { back_end, usable: Some(false), reason: "no".into() };
+        let last = Outcome { back_end: BackEnd::Tproxy, usable: Some(true), reason: String::new() };
+        let outcomes = [refused(BackEnd::SkLookup), refused(BackEnd::Tc), last];
+        let text = serde_json::to_string(&Remembered::new(None, &options("lo"), &outcomes)).unwrap();
+        let remembered: Remembered = serde_json::from_str(&text).unwrap();
+        for (wanted, interface, is_known) in
+            [(None, "lo", true), (None, "eth0", false), (Some(BackEnd::Tc), "lo", false)]
+        {
+            let unusable = remembered.unusable(wanted, &options(interface));
+            assert_eq!(unusable.len(), if is_known { 2 } else { 0 }, "{wanted:?} {interface}");
+        }
+        let tried = RefCell::new(Vec::new());
+        let unusable = remembered.unusable(None, &options("lo"));
+        let error = try_all(None, &unusable, |back_end| {
+            tried.borrow_mut().push(back_end);
+            bail!("not any more")
+        });
+        assert_eq!(*tried.borrow(), [BackEnd::Tproxy]);
+        let error = format!("{:#}", error.unwrap_err());
+        assert!(error.contains("sk-lookup: no") && error.contains("tproxy: not any more"), "{error}");
     }
 }

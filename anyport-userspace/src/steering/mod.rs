@@ -250,6 +250,15 @@ pub trait Steering: Send + Sync + fmt::Debug {
     /// What became of the packets: gives the counters of a rule by its number.
     fn counters(&self) -> anyhow::Result<Box<dyn Fn(u32) -> Counters + '_>>;
 
+    /// How many packets were dropped for want of a socket, or since the kernel would not assign it; in little time. Nothing where that is not
+    /// counted.
+    ///
+    /// # Errors
+    /// The kernel can't be asked.
+    fn dropped(&self) -> anyhow::Result<Option<u64>> {
+        Ok(None)
+    }
+
     /// Whether it can steer to a socket that an earlier daemon steered to, without a descriptor of it.
     fn goes_on_with(&self, cookie: u64) -> bool;
 

@@ -55,6 +55,11 @@ impl Steering for Privileged {
         self.0.counters()
     }
 
+    fn dropped(&self) -> anyhow::Result<Option<u64>> {
+        let _raised = self.raise();
+        self.0.dropped()
+    }
+
     fn goes_on_with(&self, cookie: u64) -> bool {
         let _raised = self.raise();
         self.0.goes_on_with(cookie)

@@ -6,7 +6,7 @@ pub mod datagrams;
 
 use std::{
     io,
-    os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd as _, OwnedFd, RawFd},
     ptr::NonNull,
     slice,
     sync::atomic::AtomicU64,
@@ -219,6 +219,22 @@ pub fn netns_cookie(socket: impl AsFd) -> io::Result<u64> {
         )
     };
     if failed == 0 { Ok(cookie) } else { Err(io::Error::last_os_error()) }
+}
+
+/// The network namespace that a socket belongs to, as a descriptor (`SIOCGSKNS`, Linux 4.10).
+///
+/// # Errors
+/// The kernel's error, such as `EPERM` without `CAP_NET_ADMIN` there.
+pub fn network_namespace(socket: impl AsFd) -> io::Result<OwnedFd> {
+    // include/uapi/linux/sockios.h
+    const SIOCGSKNS: libc::Ioctl = 0x894c;
+    // SAFETY: the call takes no argument and touches no memory of ours.
+    let descriptor = unsafe { libc::ioctl(socket.as_fd().as_raw_fd(), SIOCGSKNS) };
+    if descriptor < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has just opened it for this call, so nobody else has it.
+    Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
 }
 
 /// A descriptor that this process was started with; nothing if it is not open.

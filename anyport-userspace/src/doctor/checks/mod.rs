@@ -11,10 +11,10 @@ mod firewall;
 mod ipv6;
 mod local_routes;
 mod loopback;
+mod modules;
 mod netkit;
 mod nonlocal_bind;
 mod policy_routing;
-mod reuseport;
 mod rp_filter;
 mod sk_lookup_programs;
 mod src_valid_mark;
@@ -31,6 +31,7 @@ use super::Check;
 pub(super) const ALL: &[Check] = &[
     Check { name: "daemon", look: daemon::look },
     Check { name: "back-ends", look: back_ends::look },
+    Check { name: "modules", look: modules::look },
     Check { name: "attached", look: attached::look },
     Check { name: "loopback", look: loopback::look },
     Check { name: "ipv6", look: ipv6::look },
@@ -43,7 +44,6 @@ pub(super) const ALL: &[Check] = &[
     Check { name: "sk-lookup-programs", look: sk_lookup_programs::look },
     Check { name: "tc-order", look: tc_order::look },
     Check { name: "netkit", look: netkit::look },
-    Check { name: "reuseport", look: reuseport::look },
     Check { name: "conntrack", look: conntrack::look },
     Check { name: "nonlocal-bind", look: nonlocal_bind::look },
     Check { name: "backlog", look: backlog::look },

@@ -4,8 +4,11 @@ use std::fs;
 
 use serde_json::json;
 
-use super::{back_ends, conntrack, netkit, reuseport, sk_lookup_programs};
-use crate::doctor::{Daemon, Finding, Host, Link, Severity, Steered};
+use super::{back_ends, conntrack, modules, netkit, sk_lookup_programs};
+use crate::{
+    doctor::{Daemon, Finding, Host, Link, Severity, Steered, host::Tried},
+    steering::BackEnd,
+};
 
 /// A host with these files below `/proc`.
 fn with_files(files: &[(&str, &str)], test: impl FnOnce(Host)) {
@@ -39,27 +42,6 @@ fn expect(found: &[Finding], severity: Severity, part: &str) {
     let [finding] = found else { panic!("{found:?}") };
     assert!(finding.severity == severity && finding.finding.contains(part), "{finding:?}");
     assert!(finding.severity == Severity::Note || !finding.fix.is_empty(), "{finding:?}");
-}
-
-#[test]
-fn groups_of_sockets_with_tc_need_linux_6_6() {
-    for (release, backend, workers, is_broken) in [
-        ("6.5.0-14-generic\n", "tc", 2, true),
-        ("5.15.0\n", "tc", 8, true),
-        ("6.5.0\n", "tc", 1, false),
-        ("6.5.0\n", "sk-lookup", 2, false),
-        ("6.6.1\n", "tc", 2, false),
-        ("6.18.0-rc1\n", "tc", 2, false),
-    ] {
-        with_files(&[("sys/kernel/osrelease", release)], |mut host| {
-            host.daemon = Ok(daemon(backend, workers));
-            let found = reuseport::look(&host).unwrap();
-            assert_eq!(!found.is_empty(), is_broken, "{release} {backend} {workers}: {found:?}");
-            if is_broken {
-                expect(&found, Severity::Broken, &format!("{workers} workers"));
-            }
-        });
-    }
 }
 
 #[test]
@@ -103,13 +85,27 @@ fn a_full_table_of_connections_is_broken_and_one_that_fills_up_a_warning() {
 fn back_ends_of_other_kernels() {
     with_files(&[], |mut host| {
         back_ends::look(&host).unwrap_err();
-        host.programs = Ok([true, true]);
+        let tried = |all: &[(BackEnd, Option<&str>)]| {
+            let tried = |it: &(BackEnd, Option<&str>)| Tried { back_end: it.0, failure: it.1.map(ToOwned::to_owned) };
+            Ok(all.iter().map(tried).collect())
+        };
+        host.back_ends = tried(&[(BackEnd::SkLookup, None)]);
         assert_eq!(back_ends::look(&host).unwrap(), []);
-        host.programs = Ok([false, true]);
-        expect(&back_ends::look(&host).unwrap(), Severity::Note, "no sk_lookup");
+        let (sk, tc) = ((BackEnd::SkLookup, Some("unknown func")), (BackEnd::Tc, Some("the kernel has no tcx")));
+        host.back_ends = tried(&[sk, (BackEnd::Tc, None)]);
+        expect(&back_ends::look(&host).unwrap(), Severity::Note, "sk-lookup is not used: unknown func");
+        host.back_ends = tried(&[sk, tc, (BackEnd::Tproxy, None)]);
+        let found = back_ends::look(&host).unwrap();
+        assert!(found.len() == 2 && found.iter().all(|it| it.why.starts_with("tproxy steers instead")), "{found:?}");
         // There is nothing in its PATH.
-        host.programs = Ok([false, false]);
-        expect(&back_ends::look(&host).unwrap(), Severity::Broken, "no back end");
+        host.back_ends = tried(&[sk, tc, (BackEnd::Tproxy, Some("not in PATH"))]);
+        let found = back_ends::look(&host).unwrap();
+        expect(
+            &found,
+            Severity::Broken,
+            "no back end works here. sk-lookup: unknown func; tc: the kernel has no tcx; tproxy: not",
+        );
+        assert_eq!(found[0].fix, ["apt-get install iptables"]);
         let mut daemon = daemon("tproxy", 1);
         daemon.status.backends = serde_json::from_value(json!([
             {"name": "sk-lookup", "usable": false, "reason": "CAP_BPF"}, {"name": "tproxy", "usable": true, "reason": ""}
@@ -117,6 +113,43 @@ fn back_ends_of_other_kernels() {
         .unwrap();
         host.daemon = Ok(daemon);
         expect(&back_ends::look(&host).unwrap(), Severity::Note, "sk-lookup is not used: CAP_BPF");
+    });
+}
+
+#[test]
+fn modules_of_other_kernels() {
+    const DEP: &str = "kernel/net/netfilter/xt_TPROXY.ko: kernel/net/ipv4/netfilter/nf_tproxy_ipv4.ko\n\
+                       kernel/net/ipv4/netfilter/nf_tproxy_ipv4.ko:\nkernel/net/netfilter/xt_socket.ko.xz:\n\
+                       kernel/net/netfilter/xt_multiport.ko.zst:\nkernel/net/netfilter/xt-comment.ko:\n\
+                       kernel/net/netfilter/nft_compat.ko:\nkernel/net/ipv4/tcp_diag.ko:\nkernel/net/ipv4/udp_diag.ko:\n\
+                       kernel/net/netfilter/ipset/ip_set.ko:\n";
+    let files = [
+        ("sys/kernel/osrelease", "5.10.0-9\n"),
+        ("modules", "ip_set_hash_net 53248 0 - Live 0x0\n"),
+        ("lib/modules/5.10.0-9/modules.builtin", "kernel/net/ipv4/inet_diag.ko\n"),
+        ("lib/modules/5.10.0-9/modules.dep", DEP),
+    ];
+    with_files(&files, |mut host| {
+        let found = |host: &Host| modules::look(host).unwrap().into_iter().map(|it| it.finding).collect::<Vec<_>>();
+        host.daemon = Ok(daemon("sk-lookup", 1));
+        assert_eq!(found(&host), [""; 0]);
+        let lacks = ["nf_tproxy_ipv6", "xt_set"].map(|it| format!("Linux 5.10.0-9 has no module {it}"));
+        host.daemon = Ok(daemon("tproxy", 1));
+        assert_eq!(found(&host), lacks);
+        // Without a daemon it matters whether tproxy would be used.
+        host.daemon = Err("none".into());
+        assert_eq!(found(&host), [""; 0]);
+        let failure = Some("no".to_owned());
+        host.back_ends = Ok(vec![
+            Tried { back_end: BackEnd::SkLookup, failure },
+            Tried { back_end: BackEnd::Tproxy, failure: None },
+        ]);
+        assert_eq!(found(&host), lacks);
+    });
+    // Without an index nothing is known, and nothing said.
+    with_files(&files[..2], |mut host| {
+        host.daemon = Ok(daemon("tproxy", 1));
+        assert_eq!(modules::look(&host).unwrap(), []);
     });
 }
 

@@ -106,6 +106,20 @@ fn slice_of(range: &Range<u32>) -> &[Range<u32>] {
 }
 
 #[test]
+fn drops_of_all_rules_are_added_up() {
+    with_program(|steered| {
+        steered.packet(0);
+        assert_eq!(steered.bpf.dropped().unwrap(), Some(0));
+        steered.services[0].groups = [const { None }; 4];
+        steered.apply(1, &[], &[]);
+        for place in [0, RULES - 1, RULES - 1] {
+            steered.packet(place);
+        }
+        assert_eq!(steered.bpf.dropped().unwrap(), Some(3));
+    });
+}
+
+#[test]
 fn each_packet_is_counted_once() {
     with_program(|steered| {
         let mut expected = vec![0; RULES as usize];

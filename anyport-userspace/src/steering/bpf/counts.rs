@@ -28,6 +28,8 @@ pub(super) struct Counts {
     sets: u32,
     /// [`Journal`]s, side by side.
     journals: MappedWords,
+    /// No rule has had this number or a higher one.
+    end: u32,
 }
 
 /// What the journals note, each as it was at a moment.
@@ -72,11 +74,13 @@ impl Counts {
             drops: Portions::new(drops, types, size_of::<Drops>() / 8)?,
             sets,
             journals,
+            end: 0,
         })
     }
 
     /// Makes counters for these rule numbers, all of them zero.
     pub(super) fn begin(&mut self, numbers: &[Range<u32>]) -> anyhow::Result<()> {
+        self.end = numbers.iter().map(|range| range.end).fold(self.end, u32::max);
         let portions = |range: &Range<u32>| range.start / PORTION_RULES..range.end.div_ceil(PORTION_RULES);
         let needed: HashSet<u32> = numbers.iter().flat_map(portions).collect();
         let new: HashSet<u32> = needed.into_iter().filter(|portion| !self.drops.made.contains_key(portion)).collect();
@@ -140,6 +144,17 @@ impl Counts {
             assign_error: drops.map_or(0, |drops| read(&drops[1])),
             denied: drops.map_or(0, |drops| read(&drops[2])),
         }
+    }
+
+    /// How many packets of all rules were dropped for want of a socket or by an error.
+    pub(super) fn dropped(&self) -> u64 {
+        let portions = (0..self.end.div_ceil(PORTION_RULES)).filter_map(|at| Some((at, &self.drops.made.get(&at)?.1)));
+        let of_portion = |(at, words): (u32, &MappedWords)| {
+            let rules = (self.end - at * PORTION_RULES).min(PORTION_RULES) as usize;
+            let drops = words.words().chunks_exact(self.drops.words).take(rules);
+            drops.flat_map(|drops| &drops[..2]).map(|word| word.load(Ordering::Relaxed)).sum::<u64>()
+        };
+        portions.map(of_portion).sum()
     }
 
     /// What all journals note.

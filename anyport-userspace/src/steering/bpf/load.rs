@@ -49,7 +49,8 @@ pub(super) fn needs(back_end: BackEnd) -> String {
 }
 
 fn release() -> String {
-    fs::read_to_string("/proc/sys/kernel/osrelease").map_or_else(|_| "unknown".into(), |text| text.trim_end().to_owned())
+    fs::read_to_string("/proc/sys/kernel/osrelease")
+        .map_or_else(|_| "unknown".into(), |text| text.trim_end().to_owned())
 }
 
 /// The last line of a verifier's log that is no statistics.

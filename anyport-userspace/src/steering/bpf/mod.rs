@@ -254,6 +254,10 @@ impl Steering for Bpf {
         Ok(Box::new(move |number| self.counts.get(number, &mut noted.borrow_mut())))
     }
 
+    fn dropped(&self) -> anyhow::Result<Option<u64>> {
+        Ok(Some(self.counts.dropped()))
+    }
+
     fn goes_on_with(&self, cookie: u64) -> bool {
         self.former.as_ref().is_some_and(|former| former.place_of(cookie).is_some())
     }
@@ -301,7 +305,12 @@ impl Bpf {
             for (offset, group) in (0..).zip(&service.groups) {
                 let index = u32::from(service.slot) * SOCKETS_PER_SERVICE + offset;
                 let Some(group) = group else { continue };
-                if self.held.get(&index).is_some_and(|held| held.cookie == group.cookie) {
+                // What others take out of the map is put back by us, but for what its owner has alone.
+                let is_there = match &group.holder {
+                    Holder::Us(_) => true,
+                    Holder::Owner(_) => self.sockets.cookie(index)? == Some(group.cookie),
+                };
+                if is_there && self.held.get(&index).is_some_and(|held| held.cookie == group.cookie) {
                     continue;
                 }
                 let descriptor = match (group.descriptor(), &group.holder) {
@@ -464,7 +473,7 @@ mod tests {
         sched::{CloneFlags, unshare},
     };
 
-    use super::{PinDirectory, load};
+    use super::{BackEnd, PinDirectory, load, try_out};
 
     /// Runs on a thread that has a network namespace of its own, with `lo` up, and mounts of its own.
     pub(super) fn in_new_namespace(test: impl FnOnce() + Send + 'static) {
@@ -490,6 +499,18 @@ mod tests {
         let output = Command::new(program).args(arguments.split(' ')).output().unwrap();
         assert!(output.status.success(), "{program} {arguments}: {output:?}");
         String::from_utf8(output.stdout).unwrap()
+    }
+
+    #[test]
+    fn the_back_ends_can_be_tried_out() {
+        in_new_namespace(|| {
+            for back_end in [BackEnd::SkLookup, BackEnd::Tc] {
+                try_out(back_end).unwrap();
+            }
+            output("ip", "link set lo down");
+            let error = format!("{:#}", try_out(BackEnd::Tc).unwrap_err());
+            assert!(error.contains("ip link set lo up"), "{error}");
+        });
     }
 
     /// With and without the log calls, which are dead code when logging is off.

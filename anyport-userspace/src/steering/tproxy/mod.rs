@@ -169,6 +169,14 @@ impl Steering for Tproxy {
     }
 }
 
+/// Finds out whether TPROXY works here for IPv4, and leaves nothing behind.
+///
+/// # Errors
+/// What is missing and how to get it.
+pub fn try_out() -> anyhow::Result<()> {
+    Chains::open(Family::V4).map(drop)
+}
+
 /// From the rules of one plan to those of the next, which differ in these prefixes.
 fn difference(before: &RuleSet, after: &RuleSet, changed: &[Prefix]) -> Change {
     let of = |rules: &RuleSet| {
