@@ -221,7 +221,7 @@ fn closed_way() {
     assert!(names(&format!("{root}/anyport")).contains(&"rules".to_owned()));
 }
 
-/// Before Linux 5.11 maps count against the limit of locked memory, which root raises for whom it becomes.
+/// Before Linux 5.11 maps count against the limit of locked memory, which is raised before the daemon becomes its user.
 fn memory() {
     let wrapper = ["prlimit", "--memlock=65536:65536", "--"];
     let daemon = Setup::new(&Netns::new(), "sk-lookup").through(wrapper).start();

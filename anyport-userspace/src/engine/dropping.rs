@@ -74,7 +74,7 @@ impl Watched {
         }
     }
 
-    /// Why nobody is served, if that is so.
+    /// Why it gets nothing, if that is so.
     fn fault(&self, name: &ServiceName, back_end: BackEnd) -> Option<String> {
         let Self { errors, lost, .. } = *self;
         let why = match back_end {

@@ -81,7 +81,7 @@ impl Server {
             // Made here: where it is dropped, tokio takes no blocking, as there is in async code.
             let runtime = match Builder::new_current_thread().enable_all().build() {
                 Ok(runtime) => runtime,
-                Err(error) => return warn!("nobody serves metrics at {address}: start a runtime: {error}"),
+                Err(error) => return warn!("metrics are not served at {address}: start a runtime: {error}"),
             };
             runtime.block_on(async {
                 tokio::select! {

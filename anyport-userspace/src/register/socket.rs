@@ -37,7 +37,7 @@ pub struct Candidate {
 pub struct Unfit(String);
 
 impl Candidate {
-    /// Looks at a descriptor. Whoever is about to steer to the socket has to ask [`Self::in_our_namespace`], too.
+    /// Looks at a descriptor. Before anything is steered to its socket, [`Self::in_our_namespace`] has to be asked, too.
     ///
     /// # Errors
     /// It is not a listening TCP socket or an unconnected UDP socket.
