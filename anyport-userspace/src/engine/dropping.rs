@@ -29,8 +29,9 @@ pub(super) struct Dropping {
     /// When the counters were read last, and how long that took.
     at: Option<Instant>,
     took: Duration,
-    /// All packets dropped by then.
+    /// All packets dropped by then, and the generation.
     dropped: u64,
+    generation: u64,
     services: BTreeMap<ServiceName, Watched>,
 }
 
@@ -103,9 +104,10 @@ impl Dropping {
         self.at.is_none_or(|at| at.elapsed() >= INTERVAL.max(self.took * SHARE))
     }
 
-    /// Whether something may be seen that was not: another drop, or the end of a row of them.
-    fn is_news(&self, dropped: u64) -> bool {
-        dropped != self.dropped || self.at.is_none() || self.services.values().any(|it| it.errors + it.lost > 0)
+    /// Whether something may be seen that was not: other services or rules, another drop, or the end of a row of them.
+    fn is_news(&self, generation: u64, dropped: u64) -> bool {
+        let has_row = self.services.values().any(|it| it.errors + it.lost > 0);
+        generation != self.generation || dropped != self.dropped || has_row
     }
 }
 
@@ -123,7 +125,7 @@ impl Engine {
     fn see_drops(&mut self) -> anyhow::Result<()> {
         let Some(dropped) = self.steering.dropped()? else { return Ok(()) };
         let at = Instant::now();
-        if self.dropping.is_news(dropped) {
+        if self.dropping.is_news(self.generation, dropped) {
             let mut needs: BTreeMap<&ServiceName, Needs> = BTreeMap::new();
             let sums = self.sums(|it| {
                 let terms = &it.rule.terms;
@@ -147,7 +149,7 @@ impl Engine {
                     (name, watched)
                 })
                 .collect();
-            self.dropping.dropped = dropped;
+            (self.dropping.dropped, self.dropping.generation) = (dropped, self.generation);
         }
         (self.dropping.at, self.dropping.took) = (Some(Instant::now()), at.elapsed());
         Ok(())
