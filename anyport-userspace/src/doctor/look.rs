@@ -207,7 +207,7 @@ fn back_ends() -> anyhow::Result<Vec<Tried>> {
     rights::raise_memory_limit();
     let mut tried = Vec::new();
     for back_end in BackEnd::ALL {
-        rights::expect_for(back_end).with_context(|| format!("trying {back_end}"))?;
+        rights::expect_for(back_end).map_err(|_| anyhow!("trying {back_end} (needs root)"))?;
         let tried_out = match back_end {
             BackEnd::SkLookup | BackEnd::Tc => bpf::try_out(back_end),
             BackEnd::Tproxy => tproxy::try_out(),
