@@ -13,6 +13,7 @@
 extern crate std;
 
 pub mod event;
+pub mod explain;
 pub mod flow;
 pub mod maps;
 pub mod packet;

@@ -5,7 +5,7 @@ use bytemuck::{Pod, Zeroable};
 use crate::table::{NUMBER_BITS, OFFSET_BITS, SEGMENT_BITS};
 
 /// Changes whenever programs and user space of different versions could misunderstand each other's maps.
-pub const ABI: u32 = 6;
+pub const ABI: u32 = 7;
 
 /// Names of the maps in the kernel, where 15 characters are the limit.
 pub mod names {
@@ -21,6 +21,10 @@ pub mod names {
     pub const COUNTS: &str = "anyport_counts";
     /// [`super::Drops`] by rule number, in portions.
     pub const DROPS: &str = "anyport_drops";
+    /// A segment of the table, of which only the type matters.
+    pub const SEGMENT: &str = "anyport_segment";
+    /// A counter of packets that were handed to a socket, of which only the type matters.
+    pub const COUNTER: &str = "anyport_counter";
     /// A portion of the drops, of which only the type matters.
     pub const PORTION: &str = "anyport_portion";
     /// A [`super::Journal`] for each of the first CPUs.
@@ -29,8 +33,6 @@ pub mod names {
     pub const TOTALS: &str = "anyport_totals";
     /// The services' sockets.
     pub const SOCKETS: &str = "anyport_sockets";
-    /// One [`super::Explained`].
-    pub const EXPLAINED: &str = "anyport_explain";
     /// A ring buffer of [`crate::event::Event`]s.
     pub const EVENTS: &str = "anyport_events";
     /// A [`crate::event::Filter`] for each listener.
@@ -69,14 +71,10 @@ pub struct Control {
     pub abi: u32,
     /// Which of the generations is in force.
     pub current: u32,
-    /// The process that has a program explain a decision; 0 while there is none.
-    pub explain: u32,
-    /// Whether packets are noted in the [`Journal`]s; else they are counted one by one.
-    pub is_noted: u32,
+    /// Not 0 if packets are noted in the [`Journal`]s; else they are counted one by one.
+    pub is_noted: u64,
     /// Which listeners are told of events, a bit each; 0 while nobody listens.
-    pub listeners: u32,
-    /// Nothing.
-    pub reserved: u32,
+    pub listeners: u64,
     /// The generations.
     pub generations: [Generation; GENERATIONS],
 }
@@ -191,39 +189,6 @@ pub struct Totals {
     /// A rule leaves them to the host.
     pub excepted: u64,
 }
-
-/// What a program writes down when it is asked to explain a decision.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
-pub struct Explained {
-    /// The generation that judged.
-    pub generation: u64,
-    /// The destination address that was judged, as [`crate::flow::Address`] has it.
-    pub address: [u64; 2],
-    /// The destination port.
-    pub port: u32,
-    /// One of the constants below.
-    pub verdict: u32,
-    /// The deciding rule's number.
-    pub rule: u32,
-    /// The service's slot.
-    pub service: u32,
-}
-
-/// In [`Explained`]: nothing was written.
-pub const EXPLAINED_NOTHING: u32 = 0;
-/// In [`Explained`]: no rule has an opinion.
-pub const EXPLAINED_UNMATCHED: u32 = 1;
-/// In [`Explained`]: the rule leaves it to the host.
-pub const EXPLAINED_HOST: u32 = 2;
-/// In [`Explained`]: the rule steers to the service, and its socket was assigned.
-pub const EXPLAINED_STEER: u32 = 3;
-/// In [`Explained`]: the rule steers to the service, which has no socket for this.
-pub const EXPLAINED_NO_SOCKET: u32 = 4;
-/// In [`Explained`]: the rule steers to the service, but its socket could not be assigned.
-pub const EXPLAINED_ASSIGN_ERROR: u32 = 5;
-/// In [`Explained`]: the rule steers to a service that does not take the source.
-pub const EXPLAINED_DENIED: u32 = 6;
 
 const _: () = {
     assert!(size_of::<Control>() == 24 + 24 * GENERATIONS);

@@ -70,6 +70,10 @@ struct Segment([u64; SEGMENT_WORDS]);
 #[btf_map(name = "baseline_words")]
 static WORDS: ArrayOfMaps<Array<Segment, 1, { BPF_F_MMAPABLE as usize }>, 64> = ArrayOfMaps::new();
 
+/// Shows the loader the type of a segment.
+#[btf_map(name = "baseline_type")]
+static TYPE: Array<Segment, 1, { BPF_F_MMAPABLE as usize }> = Array::new();
+
 /// How many cache lines they are, a power of two; set by the loader.
 #[unsafe(no_mangle)]
 static LINES: u32 = 1;

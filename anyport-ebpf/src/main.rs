@@ -1,4 +1,4 @@
-//! anyport's BPF programs: two ways to hand a packet to a service's socket, over the same maps.
+//! anyport's BPF programs: two ways to hand a packet to a service's socket, over the same maps, and what explains it.
 
 #![no_std]
 #![no_main]
@@ -6,6 +6,7 @@
 #![expect(internal_features, reason = "atomic addition, which the standard library has only where there is also CAS")]
 
 mod events;
+mod explain;
 mod maps;
 mod sk_lookup;
 mod sockets;
@@ -33,6 +34,12 @@ pub fn anyport_eth(ctx: TcContext) -> i32 {
 #[classifier]
 pub fn anyport_ip(ctx: TcContext) -> i32 {
     tc::steer_ip(&ctx)
+}
+
+/// Says what becomes of a flow. Attached nowhere.
+#[classifier]
+pub fn anyport_explain(ctx: TcContext) -> i32 {
+    explain::explain(&ctx)
 }
 
 /// Selects nobody out of a group of sockets, so that the kernel answers with a refusal (a reset for TCP, port

@@ -1,18 +1,17 @@
-//! The maps, and what both programs do with them.
+//! The maps, and what the programs do with them.
 
 use anyport_common::{
     flow::{Address, Flow, Version},
     maps::{
-        COUNTER_SETS, Control, Drops, EXPLAINED_DENIED, EXPLAINED_HOST, EXPLAINED_STEER, EXPLAINED_UNMATCHED,
-        Explained, GENERATIONS, Generation, JOURNAL_ENTRIES, Journal, MAX_SEGMENTS, MAX_SERVICES, PORTION_RULES,
-        PORTIONS, PortEntry, RuleEntry, SOCKETS_PER_SERVICE, Totals,
+        COUNTER_SETS, Control, Drops, GENERATIONS, Generation, JOURNAL_ENTRIES, Journal, MAX_SEGMENTS, MAX_SERVICES,
+        PORTION_RULES, PORTIONS, PortEntry, RuleEntry, SOCKETS_PER_SERVICE, Totals,
     },
     table::{self, Keys, SEGMENT_WORDS, Slot, Store, Verdict, Words},
 };
 use aya_ebpf::{
     bindings::{BPF_F_MMAPABLE, bpf_sock},
     btf_maps::{Array, ArrayOfMaps, PerCpuArray},
-    helpers::{bpf_get_current_pid_tgid, bpf_get_smp_processor_id},
+    helpers::bpf_get_smp_processor_id,
     macros::btf_map,
 };
 use core::{
@@ -54,15 +53,18 @@ static RULES: Array<RuleEntry, 1, MMAPABLE> = Array::new();
 #[btf_map(name = "anyport_ports")]
 static PORTS: Array<PortEntry, 1, MMAPABLE> = Array::new();
 
-/// Not read here either: shows user space the type of a portion.
+/// Not read here either: these show user space the types of what the maps of maps hold.
+#[btf_map(name = "anyport_segment")]
+static SEGMENT: Array<Segment, 1, MMAPABLE> = Array::new();
+
+#[btf_map(name = "anyport_counter")]
+static COUNTER: Array<u64, 1, MMAPABLE> = Array::new();
+
 #[btf_map(name = "anyport_portion")]
 static PORTION: Array<Drops, 1, MMAPABLE> = Array::new();
 
 #[btf_map(name = "anyport_totals")]
 static TOTALS: PerCpuArray<Totals, 1> = PerCpuArray::new();
-
-#[btf_map(name = "anyport_explain")]
-static EXPLAINED: Array<Explained, 1, MMAPABLE> = Array::new();
 
 #[btf_map(name = "anyport_sockets")]
 static SOCKETS: SocketMap<{ (MAX_SERVICES * SOCKETS_PER_SERVICE) as usize }> = SocketMap::new();
@@ -101,44 +103,39 @@ impl Words for &Segment {
     }
 }
 
-/// What is known of a packet once it has been judged.
+/// What the rules say about a flow.
 #[derive(Clone, Copy)]
 pub struct Judged {
-    /// What the rules say.
     pub verdict: Verdict,
-    /// Whether somebody only wants to know: nothing is counted or logged.
-    pub is_asked: bool,
+    /// The number of the generation that judged.
+    pub generation: u64,
 }
 
-/// Judges a flow by the generation in force, and counts the flows that are not steered.
+/// Judges a flow by the current generation, and counts the flows that are not steered.
 #[inline(always)]
-pub fn judge(flow: &Flow) -> Judged {
-    let mut judged = Judged { verdict: Verdict::Unmatched, is_asked: false };
-    let Some(control) = CONTROL.get(0) else {
-        return judged;
-    };
-    let generation = in_force(control);
-    judged.verdict = table::lookup(&Table, root(generation, flow.address), flow).unwrap_or(Verdict::Unmatched);
-    // SAFETY: the reference is valid; user space may change the value at any time.
-    let explain = unsafe { ptr::read_volatile(&raw const control.explain) };
-    if explain != 0 && explain == (bpf_get_current_pid_tgid() >> 32) as u32 {
-        judged.is_asked = true;
-        write_down(generation.number, flow, judged.verdict);
-    } else {
-        match judged.verdict {
-            Verdict::Unmatched => count_total(|totals| &mut totals.unmatched),
-            Verdict::Host { .. } => count_total(|totals| &mut totals.excepted),
-            Verdict::Steer { .. } | Verdict::Deny { .. } => {}
-        }
+pub fn judge(flow: &Flow) -> Verdict {
+    let verdict = look_up(flow).map_or(Verdict::Unmatched, |judged| judged.verdict);
+    match verdict {
+        Verdict::Unmatched => count_total(|totals| &mut totals.unmatched),
+        Verdict::Host { .. } => count_total(|totals| &mut totals.excepted),
+        Verdict::Steer { .. } | Verdict::Deny { .. } => {}
     }
-    judged
+    verdict
+}
+
+/// Judges a flow by the current generation.
+#[inline(always)]
+pub fn look_up(flow: &Flow) -> Option<Judged> {
+    let generation = in_force(CONTROL.get(0)?);
+    let verdict = table::lookup(&Table, root(generation, flow.address), flow).unwrap_or(Verdict::Unmatched);
+    Some(Judged { verdict, generation: generation.number })
 }
 
 /// Which listeners are told of events.
 #[inline(always)]
 pub fn listeners() -> u32 {
     // SAFETY: the reference is valid; user space may change the value at any time.
-    CONTROL.get(0).map_or(0, |control| unsafe { ptr::read_volatile(&raw const control.listeners) })
+    CONTROL.get(0).map_or(0, |control| unsafe { ptr::read_volatile(&raw const control.listeners) as u32 })
 }
 
 /// Whether a rule of the generation in force has an opinion on any port of an address.
@@ -270,33 +267,6 @@ pub fn count_drop(rule: u32, counter: impl Fn(*mut Drops) -> *mut u64) {
 pub unsafe fn add_one(counter: *mut u64) {
     // SAFETY: as the caller says.
     unsafe { atomic_xadd::<u64, u64, { AtomicOrdering::Relaxed }>(counter, 1) };
-}
-
-#[inline(always)]
-fn write_down(generation: u64, flow: &Flow, verdict: Verdict) {
-    let (verdict, rule, service) = match verdict {
-        Verdict::Unmatched => (EXPLAINED_UNMATCHED, 0, 0),
-        Verdict::Host { rule } => (EXPLAINED_HOST, rule, 0),
-        Verdict::Steer { rule, service } => (EXPLAINED_STEER, rule, u32::from(service)),
-        Verdict::Deny { rule } => (EXPLAINED_DENIED, rule, 0),
-    };
-    let Address { high, low, .. } = flow.address;
-    if let Some(explained) = EXPLAINED.get_ptr_mut(0) {
-        // SAFETY: the pointer is to the map's only value and aligned as the map's values are.
-        unsafe {
-            *explained =
-                Explained { generation, address: [high, low], port: u32::from(flow.port), verdict, rule, service };
-        }
-    }
-}
-
-/// Corrects what was written down: the rules say steer, but it did not come to that.
-#[inline(always)]
-pub fn write_down_failure(verdict: u32) {
-    if let Some(explained) = EXPLAINED.get_ptr_mut(0) {
-        // SAFETY: as above.
-        unsafe { (*explained).verdict = verdict };
-    }
 }
 
 /// The socket of a service for this kind of flow, with a reference that the caller must give back.

@@ -6,7 +6,6 @@
 use anyport_common::{
     event::{ASSIGN_ERROR, DENIED, NO_SOCKET, STEERED},
     flow::{Address, Flow, Transport},
-    maps::{EXPLAINED_ASSIGN_ERROR, EXPLAINED_NO_SOCKET},
     table::Verdict,
 };
 use aya_ebpf::{
@@ -22,7 +21,7 @@ use aya_log_ebpf::debug;
 
 use crate::{
     events::tell,
-    maps::{Judged, count_drop, count_steered, judge, socket, write_down_failure},
+    maps::{count_drop, count_steered, judge, socket},
 };
 
 const AF_INET: u32 = 2;
@@ -31,33 +30,26 @@ pub fn steer(ctx: &SkLookupContext) -> u32 {
     let Some(flow) = flow(ctx) else {
         return SK_PASS;
     };
-    let Judged { verdict, is_asked } = judge(&flow);
-    match verdict {
+    match judge(&flow) {
         Verdict::Unmatched | Verdict::Host { .. } => SK_PASS,
-        Verdict::Steer { rule, service } => assign(ctx, &flow, rule, service, is_asked),
+        Verdict::Steer { rule, service } => assign(ctx, &flow, rule, service),
         Verdict::Deny { rule } => {
-            if !is_asked {
-                // SAFETY: only the place of the field is taken.
-                count_drop(rule, |drops| unsafe { &raw mut (*drops).denied });
-                tell(&flow, source_port(ctx), rule, 0, DENIED);
-                debug!(ctx, "rule {} port {}: the service does not take the source", rule, flow.port);
-            }
+            // SAFETY: only the place of the field is taken.
+            count_drop(rule, |drops| unsafe { &raw mut (*drops).denied });
+            tell(&flow, source_port(ctx), rule, 0, DENIED);
+            debug!(ctx, "rule {} port {}: the service does not take the source", rule, flow.port);
             SK_DROP
         }
     }
 }
 
 #[inline(always)]
-fn assign(ctx: &SkLookupContext, flow: &Flow, rule: u32, service: u16, is_asked: bool) -> u32 {
+fn assign(ctx: &SkLookupContext, flow: &Flow, rule: u32, service: u16) -> u32 {
     let Some(socket) = socket(service, flow) else {
-        if is_asked {
-            write_down_failure(EXPLAINED_NO_SOCKET);
-        } else {
-            // SAFETY: only the place of the field is taken.
-            count_drop(rule, |drops| unsafe { &raw mut (*drops).no_socket });
-            tell(flow, source_port(ctx), rule, service, NO_SOCKET);
-            debug!(ctx, "rule {} port {}: service {} has no socket", rule, flow.port, service);
-        }
+        // SAFETY: only the place of the field is taken.
+        count_drop(rule, |drops| unsafe { &raw mut (*drops).no_socket });
+        tell(flow, source_port(ctx), rule, service, NO_SOCKET);
+        debug!(ctx, "rule {} port {}: service {} has no socket", rule, flow.port, service);
         return SK_DROP;
     };
     // SAFETY: the socket is referenced until it is released below; both pointers are the kernel's own.
@@ -69,21 +61,15 @@ fn assign(ctx: &SkLookupContext, flow: &Flow, rule: u32, service: u16, is_asked:
         error
     };
     if error != 0 {
-        if is_asked {
-            write_down_failure(EXPLAINED_ASSIGN_ERROR);
-        } else {
-            // SAFETY: only the place of the field is taken.
-            count_drop(rule, |drops| unsafe { &raw mut (*drops).assign_error });
-            tell(flow, source_port(ctx), rule, service, ASSIGN_ERROR);
-            debug!(ctx, "rule {} port {}: bpf_sk_assign: {}", rule, flow.port, error);
-        }
+        // SAFETY: only the place of the field is taken.
+        count_drop(rule, |drops| unsafe { &raw mut (*drops).assign_error });
+        tell(flow, source_port(ctx), rule, service, ASSIGN_ERROR);
+        debug!(ctx, "rule {} port {}: bpf_sk_assign: {}", rule, flow.port, error);
         return SK_DROP;
     }
-    if !is_asked {
-        count_steered(rule);
-        tell(flow, source_port(ctx), rule, service, STEERED);
-        debug!(ctx, "rule {} port {}: steered to service {}", rule, flow.port, service);
-    }
+    count_steered(rule);
+    tell(flow, source_port(ctx), rule, service, STEERED);
+    debug!(ctx, "rule {} port {}: steered to service {}", rule, flow.port, service);
     SK_PASS
 }
 

@@ -6,7 +6,7 @@
 use anyport_common::{
     event::{ASSIGN_ERROR, DENIED, NO_SOCKET, STEERED},
     flow::{Address, Flow, Transport, Version},
-    maps::{EXPLAINED_NO_SOCKET, REFUSE},
+    maps::REFUSE,
     packet::{self, Bytes, Packet},
     table::Verdict,
 };
@@ -21,7 +21,7 @@ use core::{mem::MaybeUninit, ptr::NonNull};
 
 use crate::{
     events::tell,
-    maps::{Judged, count_drop, count_steered, covers, judge, socket, write_down_failure},
+    maps::{count_drop, count_steered, covers, judge, socket},
 };
 
 const TCP_ESTABLISHED: u32 = 1;
@@ -65,23 +65,12 @@ fn steer(ctx: &TcContext, packet: &Packet) -> i32 {
         // is not known, so none counts it.
         return if covers(packet.flow.address) { TC_ACT_SHOT } else { TC_ACT_UNSPEC };
     }
-    let Judged { verdict, is_asked } = judge(&packet.flow);
     let flow = &packet.flow;
-    let (rule, service) = match verdict {
+    let (rule, service) = match judge(flow) {
         Verdict::Unmatched | Verdict::Host { .. } => return TC_ACT_UNSPEC,
         Verdict::Steer { rule, service } => (rule, Some(service)),
         Verdict::Deny { rule } => (rule, None),
     };
-    if is_asked {
-        // A frame that no interface received can't be assigned a socket, so it is only looked for.
-        match service.map(|service| socket(service, flow)) {
-            // SAFETY: the reference is given back, and nothing else is done with the socket.
-            Some(Some(socket)) => drop(unsafe { bpf_sk_release(socket.as_ptr().cast()) }),
-            Some(None) => write_down_failure(EXPLAINED_NO_SOCKET),
-            None => {}
-        }
-        return TC_ACT_UNSPEC;
-    }
     if belongs_to_somebody(ctx, packet) {
         return TC_ACT_UNSPEC;
     }

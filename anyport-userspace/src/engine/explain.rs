@@ -33,7 +33,7 @@ impl Engine {
         let Endpoint(from) = from.unwrap_or_else(|| Endpoint((loopback(to.is_ipv4()), SOURCE_PORT).into()));
         let flow = Flow { source: to_address(from.ip()), address: to_address(to.ip()), transport, port: to.port() };
 
-        let (decided, rule) = self.decided(&flow, from.port())?;
+        let (decided, rule) = self.decided(&flow)?;
         let sources = rule.as_ref().map_or(SourceLists::EVERYBODY, |rule| self.sources_of(&rule.terms.service));
         let (verdict, reason) = match decided.fate {
             // Such as with tproxy, where the service sees to it.
@@ -107,11 +107,11 @@ impl Engine {
     }
 
     /// What the kernel decides, with the rule that it names.
-    fn decided(&self, flow: &Flow, source_port: u16) -> anyhow::Result<(Decided, Option<Numbered<'_>>)> {
+    fn decided(&self, flow: &Flow) -> anyhow::Result<(Decided, Option<Numbered<'_>>)> {
         let mut unknown = 0;
         // An answer may come from a generation that is on its way out.
         for _ in 0..2 {
-            let decided = self.steering.decide(flow, source_port)?;
+            let decided = self.steering.decide(flow)?;
             let Some(number) = decided.rule else { return Ok((decided, None)) };
             if let Some(rule) = rules::considered(&self.rules, flow).find(|it| it.number == number) {
                 return Ok((decided, Some(rule)));

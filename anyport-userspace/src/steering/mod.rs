@@ -272,7 +272,7 @@ pub trait Steering: Send + Sync + fmt::Debug {
     ///
     /// # Errors
     /// The kernel can't be asked.
-    fn decide(&self, flow: &Flow, source_port: u16) -> anyhow::Result<Decided>;
+    fn decide(&self, flow: &Flow) -> anyhow::Result<Decided>;
 
     /// The lookup table that was applied last, where this back end has one that the daemon can read too.
     fn reader(&self) -> Option<Reader> {

@@ -75,9 +75,9 @@ impl Steering for Privileged {
         self.0.count_on(counted)
     }
 
-    fn decide(&self, flow: &Flow, source_port: u16) -> anyhow::Result<Decided> {
+    fn decide(&self, flow: &Flow) -> anyhow::Result<Decided> {
         let _raised = self.raise();
-        self.0.decide(flow, source_port)
+        self.0.decide(flow)
     }
 
     fn reader(&self) -> Option<Reader> {

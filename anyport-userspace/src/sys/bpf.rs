@@ -227,37 +227,37 @@ pub struct Ran {
     pub nanoseconds: u32,
 }
 
-/// Makes an array map that can be mapped into memory.
+/// Makes an array map that can be mapped into memory. From Linux 5.15 to 6.1 (commits 68134668c17f and db559117828d) a map of maps
+/// takes one with types only if what it was created with has types, too, and one without only if that has none.
 ///
 /// # Errors
 /// The kernel's, such as `ENOMEM`.
-pub fn create_array(name: &str, value_size: usize, entries: u32, types: Option<&Types>) -> io::Result<OwnedFd> {
+pub fn create_array(name: &str, value_size: usize, entries: u32, types: &Types) -> io::Result<OwnedFd> {
+    let Types { btf, key, value } = types;
     let mut attr = MapCreate {
         map_type: MAP_TYPE_ARRAY,
         key_size: 4,
         value_size: size(value_size)?,
         max_entries: entries,
         map_flags: F_MMAPABLE,
+        btf_fd: number(btf.as_raw_fd())?,
+        btf_key_type_id: *key,
+        btf_value_type_id: *value,
         ..MapCreate::default()
     };
     // The last byte stays 0.
     for (to, from) in attr.name[..15].iter_mut().zip(name.bytes()) {
         *to = from;
     }
-    if let Some(Types { btf, key, value }) = types {
-        attr.btf_fd = number(btf.as_raw_fd())?;
-        attr.btf_key_type_id = *key;
-        attr.btf_value_type_id = *value;
-    }
     let fd = invoke(MAP_CREATE, &mut attr)?;
     owned(fd)
 }
 
-/// The types of a map, if it has any. They must have come from this process, which holds them still.
+/// The types of a map. They must have come from this process, which holds them still.
 ///
 /// # Errors
-/// The kernel's.
-pub fn types_of(map: impl AsFd) -> io::Result<Option<Types>> {
+/// The kernel's; `NotFound` for a map without types.
+pub fn types_of(map: impl AsFd) -> io::Result<Types> {
     let mut info = MapInfo::default();
     let mut attr = GetInfo {
         fd: number(map.as_fd().as_raw_fd())?,
@@ -265,11 +265,8 @@ pub fn types_of(map: impl AsFd) -> io::Result<Option<Types>> {
         info: address(ptr::from_mut(&mut info).cast()),
     };
     invoke(OBJ_GET_INFO_BY_FD, &mut attr)?;
-    if info.btf_id == 0 {
-        return Ok(None);
-    }
     let btf = own_btf(info.btf_id)?;
-    Ok(Some(Types { btf, key: info.btf_key_type_id, value: info.btf_value_type_id }))
+    Ok(Types { btf, key: info.btf_key_type_id, value: info.btf_value_type_id })
 }
 
 /// A second descriptor of types that this process has given to the kernel. To ask the kernel by their number takes
@@ -470,19 +467,29 @@ pub fn copy_socket(from: BorrowedFd<'_>, from_key: u32, to: BorrowedFd<'_>, to_k
     };
     let loaded = owned(invoke(PROG_LOAD, &mut load)?)?;
     // A packet as short as Ethernet allows.
-    let packet = [0_u8; 64];
-    let mut run = TestRun {
-        prog_fd: number(loaded.as_raw_fd())?,
-        data_size_in: size(packet.len())?,
-        data_in: address(packet.as_ptr().cast()),
-        ..TestRun::default()
-    };
-    invoke(PROG_TEST_RUN, &mut run)?;
-    match run.retval.cast_signed() {
+    match run_classifier(&loaded, &mut [0; 64])?.cast_signed() {
         0 => Ok(true),
         error if error == absent => Ok(false),
         error => Err(io::Error::from_raw_os_error(-error)),
     }
+}
+
+/// Runs a classifier of tc (Linux 4.12) once on a packet, in which it may write. Returns what the program returned.
+///
+/// # Errors
+/// The kernel's, such as `EINVAL` for a packet that is shorter than an Ethernet header.
+pub fn run_classifier(program: impl AsFd, packet: &mut [u8]) -> io::Result<u32> {
+    let asked = packet.to_vec();
+    let mut attr = TestRun {
+        prog_fd: number(program.as_fd().as_raw_fd())?,
+        data_size_in: size(asked.len())?,
+        data_size_out: size(packet.len())?,
+        data_in: address(asked.as_ptr().cast()),
+        data_out: address(packet.as_mut_ptr().cast_const().cast()),
+        ..TestRun::default()
+    };
+    invoke(PROG_TEST_RUN, &mut attr)?;
+    Ok(attr.retval)
 }
 
 /// Runs an `sk_lookup` program (Linux 5.13) `repeat` times on what `context` says, and leaves there what it selected.

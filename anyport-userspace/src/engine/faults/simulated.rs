@@ -224,7 +224,7 @@ impl Steering for Simulated {
         self.fallibly(|| ())
     }
 
-    fn decide(&self, _flow: &Flow, _source_port: u16) -> anyhow::Result<Decided> {
+    fn decide(&self, _flow: &Flow) -> anyhow::Result<Decided> {
         bail!("nobody asks")
     }
 

@@ -20,7 +20,7 @@ use tempfile::TempDir;
 use super::{Bpf, differential::open, tests::in_new_namespace};
 use crate::{
     rules::{Change, Origin, Prefix, PrefixRules, RuleSet, RuleText, ServiceName},
-    steering::{BackEnd, GroupSocket, Holder, Plan, ServiceSockets, Steering as _},
+    steering::{BackEnd, Fate, GroupSocket, Holder, Plan, ServiceSockets, Steering as _},
 };
 
 /// Enough that packets are noted.
@@ -76,19 +76,23 @@ impl Steered {
 
     /// Runs the program on a packet for which the rule at this place decides.
     fn packet(&self, place: u32) {
-        let flow = Flow {
-            source: Address::v4(0x7f00_0001),
-            address: Address::v4(0xc000_0200 + place),
-            transport: Transport::Tcp,
-            port: 80,
-        };
-        self.bpf.hook.run(&flow, 40_000).unwrap();
+        self.bpf.run(&flow(place));
     }
 
     /// What was counted for the rules with these numbers.
     fn counted(&self, numbers: Range<u32>) -> Vec<u64> {
         let counters = self.bpf.counters().unwrap();
         numbers.map(|number| counters(number).steered).collect()
+    }
+}
+
+/// A flow for which the rule at this place decides.
+fn flow(place: u32) -> Flow {
+    Flow {
+        source: Address::v4(0x7f00_0001),
+        address: Address::v4(0xc000_0200 + place),
+        transport: Transport::Tcp,
+        port: 80,
     }
 }
 
@@ -180,5 +184,42 @@ fn readings_never_go_back_while_packets_come() {
             reader.join().unwrap();
         });
         assert_eq!(steered.counted(1..3), [PACKETS; 2]);
+    });
+}
+
+/// Neither is an explanation counted as a packet, nor a packet taken for what is explained, nor one explanation for another.
+#[test]
+fn explanations_and_packets_do_not_meet() {
+    const ROUNDS: u32 = 20_000;
+    with_program(|steered| {
+        let is_done = AtomicBool::new(false);
+        let packets: u64 = thread::scope(|scope| {
+            let explaining = [0, 1].map(|first| {
+                let steered = &*steered;
+                scope.spawn(move || {
+                    for round in 0..ROUNDS {
+                        let place = (2 * round + first) % RULES;
+                        let decided = steered.bpf.decide(&flow(place)).unwrap();
+                        assert_eq!((decided.fate, decided.rule), (Fate::Steer, Some(1 + place)));
+                    }
+                })
+            });
+            let sender = scope.spawn(|| {
+                let mut packets = 0;
+                while !is_done.load(Ordering::Relaxed) {
+                    steered.packet(RULES - 1);
+                    packets += 1;
+                }
+                packets
+            });
+            for thread in explaining {
+                thread.join().unwrap();
+            }
+            is_done.store(true, Ordering::Relaxed);
+            sender.join().unwrap()
+        });
+        let mut expected = vec![0; RULES as usize];
+        expected[RULES as usize - 1] = packets;
+        assert_eq!(steered.counted(1..RULES + 1), expected);
     });
 }

@@ -11,6 +11,7 @@ use anyhow::Context as _;
 use anyport_common::maps::{COUNTER_SETS, Counters, Drops, JOURNAL_ENTRIES, Journal, PORTION_RULES, PORTIONS};
 use aya::{maps::Map, util::nr_cpus};
 
+use super::types_of;
 use crate::sys::{self, MappedWords};
 
 /// What the counters of all CPUs may take, in bytes. Rules beyond have only the set that all CPUs share.
@@ -53,25 +54,25 @@ impl NotedByCpu {
 #[derive(Debug)]
 struct Portions {
     outer: OwnedFd,
-    types: Option<sys::bpf::Types>,
+    types: sys::bpf::Types,
     /// Words of a counter.
     words: usize,
     made: HashMap<u32, (OwnedFd, MappedWords)>,
 }
 
 impl Counts {
-    /// `portion` shows the type of a portion of drops.
-    pub(super) fn new(steered: Map, drops: Map, portion: Map, journals: Map) -> anyhow::Result<Self> {
+    /// `counter` and `portion` show the types of a portion of counters and of one of drops.
+    pub(super) fn new(steered: Map, counter: &Map, drops: Map, portion: &Map, journals: Map) -> anyhow::Result<Self> {
         let Map::Array(journals) = journals else { anyhow::bail!("the map of journals is no array") };
         let words = (COUNTER_SETS as usize - 1) * JOURNAL_WORDS;
         let journals = MappedWords::new(journals.fd(), words).context("map the journals into memory")?;
-        let Map::Array(portion) = portion else { anyhow::bail!("the map of a portion is no array") };
-        let types = sys::bpf::types_of(portion.fd()).context("look at the type of the counters")?;
+        let [steered_types, drops_types] = [types_of(counter), types_of(portion)];
+        let attempt = "look at the types of the counters";
         let cpus = nr_cpus().map_err(|(_, error)| error).context("count the CPUs")?;
         let sets = u32::try_from(cpus).map_or(COUNTER_SETS, |cpus| cpus.saturating_add(1).min(COUNTER_SETS));
         Ok(Self {
-            steered: Portions::new(steered, None, 1)?,
-            drops: Portions::new(drops, types, size_of::<Drops>() / 8)?,
+            steered: Portions::new(steered, steered_types.context(attempt)?, 1)?,
+            drops: Portions::new(drops, drops_types.context(attempt)?, size_of::<Drops>() / 8)?,
             sets,
             journals,
             end: 0,
@@ -231,7 +232,7 @@ fn halves(word: &AtomicU64) -> [u32; 2] {
 }
 
 impl Portions {
-    fn new(outer: Map, types: Option<sys::bpf::Types>, words: usize) -> anyhow::Result<Self> {
+    fn new(outer: Map, types: sys::bpf::Types, words: usize) -> anyhow::Result<Self> {
         let Map::ArrayOfMaps(outer) = outer else { anyhow::bail!("the map of counters is no array of maps") };
         let outer = outer.fd().as_fd().try_clone_to_owned().context("duplicate the descriptor of the counters")?;
         Ok(Self { outer, types, words, made: HashMap::new() })
@@ -240,9 +241,8 @@ impl Portions {
     fn make(&mut self, places: &[u32]) -> anyhow::Result<()> {
         let attempt = "make a map for counters";
         for place in places {
-            let types = self.types.as_ref();
-            let map =
-                sys::bpf::create_array("anyport_portion", self.words * 8, PORTION_RULES, types).context(attempt)?;
+            let map = sys::bpf::create_array("anyport_portion", self.words * 8, PORTION_RULES, &self.types)
+                .context(attempt)?;
             let words = MappedWords::new(&map, PORTION_RULES as usize * self.words).context(attempt)?;
             self.made.insert(*place, (map, words));
         }

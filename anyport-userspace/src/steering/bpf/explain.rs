@@ -1,119 +1,134 @@
-//! Asking the loaded program itself what it would do with a packet.
+//! Asking the kernel what it would do with a packet.
+//!
+//! A program that is attached nowhere answers, by the functions and the maps of those that steer (see `anyport-ebpf/src/explain.rs`).
+//! Question and answer stand in the packet that it is run on. So those that steer do nothing for this, and neither real packets nor
+//! another question can get in between.
 
-use std::sync::atomic::Ordering;
+use std::os::fd::{AsFd as _, OwnedFd};
 
-use anyhow::bail;
+use anyhow::{Context as _, bail};
 use anyport_common::{
-    flow::{Address, Flow, Transport, Version},
-    maps::{
-        EXPLAINED_ASSIGN_ERROR, EXPLAINED_DENIED, EXPLAINED_HOST, EXPLAINED_NO_SOCKET, EXPLAINED_STEER,
-        EXPLAINED_UNMATCHED, Explained, SOCKETS_PER_SERVICE,
+    explain::{
+        ANSWER_AT, Answer, CONNECTED, DENIED, HOST, NO_SOCKET, PACKET_BYTES, QUESTION_AT, Question, STEER, UNMATCHED,
     },
+    flow::Flow,
+    maps::SOCKETS_PER_SERVICE,
 };
-use nix::libc::{AF_INET, AF_INET6};
+use aya::{Ebpf, programs::SchedClassifier};
 
-use super::Bpf;
+use super::{Bpf, hooks::program};
 use crate::{
-    steering::{Decided, Fate},
-    sys::bpf::SkLookup,
+    steering::{BackEnd, Decided, Fate},
+    sys::bpf::run_classifier,
 };
 
-/// Words of what a program writes down.
-pub(super) const EXPLAINED_WORDS: usize = size_of::<Explained>() / 8;
-/// Between a run and the look at what it wrote down, real packets on this thread could write, too.
-const ATTEMPTS: usize = 10;
+const PROGRAM: &str = "anyport_explain";
 
-impl Bpf {
-    /// Runs the program on the first packet of a flow, and reads what it wrote down.
-    pub(super) fn decide(&self, flow: &Flow, source_port: u16) -> anyhow::Result<Decided> {
-        for _ in 0..ATTEMPTS {
-            self.explained.words().iter().for_each(|word| word.store(0, Ordering::Relaxed));
-            self.table.explained(|| self.hook.run(flow, source_port))?;
-            let words: Vec<u64> = self.explained.words().iter().map(|word| word.load(Ordering::Relaxed)).collect();
-            let explained: Explained = bytemuck::pod_read_unaligned(bytemuck::cast_slice(&words));
-            let Address { high, low, .. } = flow.address;
-            if explained.address == [high, low] && explained.port == u32::from(flow.port) {
-                return self.decided(flow, explained);
-            }
-        }
-        bail!("run the BPF program to see what it decides: it wrote nothing down about this packet")
+/// The program that answers.
+#[derive(Debug)]
+pub(super) struct Explainer(OwnedFd);
+
+impl Explainer {
+    pub(super) fn load(ebpf: &mut Ebpf) -> anyhow::Result<Self> {
+        let attempt = "load the program that explains";
+        let program: &mut SchedClassifier = program(ebpf, PROGRAM)?;
+        program.load().context(attempt)?;
+        program.fd().context(attempt)?.as_fd().try_clone_to_owned().map(Self).context(attempt)
     }
 
-    fn decided(&self, flow: &Flow, explained: Explained) -> anyhow::Result<Decided> {
-        let Explained { generation, verdict, rule, service, .. } = explained;
+    fn ask(&self, flow: &Flow) -> anyhow::Result<Answer> {
+        let mut packet = [0; PACKET_BYTES];
+        packet[QUESTION_AT..ANSWER_AT].copy_from_slice(bytemuck::bytes_of(&Question::new(flow)));
+        let returned = run_classifier(&self.0, &mut packet).context("run the program that explains")?;
+        if returned != 0 {
+            bail!("run the program that explains: it can't answer ({returned})");
+        }
+        Ok(bytemuck::pod_read_unaligned(&packet[ANSWER_AT..]))
+    }
+}
+
+impl Bpf {
+    /// What becomes of the first packet of a flow.
+    pub(super) fn decide(&self, flow: &Flow) -> anyhow::Result<Decided> {
+        let Answer { generation, outcome, rule, service, .. } = self.explainer.ask(flow)?;
         let socket = || {
             let index = service * SOCKETS_PER_SERVICE + flow.socket_offset();
             self.sockets.cookie(index)
         };
-        let (fate, rule, cookie) = match verdict {
-            EXPLAINED_UNMATCHED => (Fate::Unmatched, None, None),
-            EXPLAINED_HOST => (Fate::Host, Some(rule), None),
-            EXPLAINED_STEER => (Fate::Steer, Some(rule), socket()?),
-            EXPLAINED_NO_SOCKET | EXPLAINED_ASSIGN_ERROR => (Fate::Drop, Some(rule), None),
-            EXPLAINED_DENIED => (Fate::Deny, Some(rule), None),
-            other => bail!("the BPF program wrote down a verdict that is not known here: {other}"),
+        let (fate, rule, cookie) = match outcome {
+            UNMATCHED => (Fate::Unmatched, None, None),
+            HOST => (Fate::Host, Some(rule), None),
+            STEER => (Fate::Steer, Some(rule), socket()?),
+            NO_SOCKET => (Fate::Drop, Some(rule), None),
+            // `bpf_sk_assign` refuses such a socket where sockets are looked up (net/core/filter.c), and not at tc.
+            CONNECTED if self.hook.back_end() == BackEnd::SkLookup => (Fate::Drop, Some(rule), None),
+            CONNECTED => (Fate::Steer, Some(rule), socket()?),
+            DENIED => (Fate::Deny, Some(rule), None),
+            other => bail!("the program that explains gave an answer that is not known here: {other}"),
         };
         Ok(Decided { fate, rule, cookie, bound: None, generation: Some(generation) })
     }
 }
 
-/// The flow's first packet, as an `sk_lookup` program sees it.
-pub(super) fn sk_lookup(flow: &Flow, source_port: u16) -> SkLookup {
-    let mut context = SkLookup {
-        protocol: flow.transport.number().into(),
-        remote_port: source_port.to_be(),
-        local_port: flow.port.into(),
-        ..SkLookup::default()
+#[cfg(test)]
+mod tests {
+    use std::{
+        net::{Ipv4Addr, UdpSocket},
+        sync::Arc,
     };
-    match flow.address.version {
-        Version::V4 => {
-            context.family = AF_INET.cast_unsigned();
-            [context.remote_ip4, ..] = words(flow.source);
-            [context.local_ip4, ..] = words(flow.address);
-        }
-        Version::V6 => {
-            context.family = AF_INET6.cast_unsigned();
-            context.remote_ip6 = words(flow.source);
-            context.local_ip6 = words(flow.address);
+
+    use anyport_common::flow::{Address, Flow, Transport};
+
+    use crate::{
+        rules::{Origin, RuleSet, RuleText},
+        steering::{
+            BackEnd, Fate, GroupSocket, Holder, Plan, ServiceSockets, Steering as _,
+            bpf::{differential::open, tests::in_new_namespace},
+        },
+    };
+
+    /// A socket of UDP stays in the map of sockets when its owner connects it; then the kernel does not take it any more.
+    #[test]
+    fn a_socket_that_was_connected_is_not_steered_to() {
+        for (back_end, fate) in [(BackEnd::SkLookup, Fate::Drop), (BackEnd::Tc, Fate::Steer)] {
+            in_new_namespace(move || {
+                let directory = tempfile::tempdir().unwrap();
+                let mut bpf = open(back_end, &directory.path().join("bpf"));
+                let mut rules = RuleSet::default();
+                let rule = r#"{"prefix": "192.0.2.0/24", "protocol": "udp"}"#;
+                rules.insert(&serde_json::from_str::<RuleText>(rule).unwrap().into_rule(Origin::Added)).unwrap();
+                let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+                let bound = socket.local_addr().unwrap();
+                let held = Arc::new(socket.try_clone().unwrap().into());
+                let group = GroupSocket { cookie: 0, bound, holder: Holder::Us(held) };
+                let plan = Plan {
+                    generation: 1,
+                    rules: &rules,
+                    changed: None,
+                    fresh: std::slice::from_ref(&(0..1)),
+                    freed: &[],
+                    moved: &[],
+                    services: &[ServiceSockets {
+                        slot: 1,
+                        name: "default".parse().unwrap(),
+                        groups: [None, Some(group), None, None],
+                        sources: Arc::default(),
+                    }],
+                };
+                bpf.apply(&plan).unwrap();
+                let [source, address] = [0x7f00_0001, 0xc000_0207].map(Address::v4);
+                let flow = Flow { source, address, transport: Transport::Udp, port: 53 };
+                let decided = bpf.decide(&flow).unwrap();
+                assert_eq!(decided.fate, Fate::Steer);
+                assert!(decided.cookie.is_some_and(|cookie| cookie != 0));
+                socket.connect((Ipv4Addr::LOCALHOST, 1)).unwrap();
+                assert_eq!(bpf.decide(&flow).unwrap().fate, fate, "{back_end:?}");
+                if back_end == BackEnd::SkLookup {
+                    bpf.run(&flow);
+                    assert_eq!(bpf.counters().unwrap()(0).assign_error, 1, "so it is dropped");
+                }
+                Box::new(bpf).detach().unwrap();
+            });
         }
     }
-    context
-}
-
-/// The flow's first packet in an Ethernet frame.
-pub(super) fn frame(flow: &Flow, source_port: u16) -> Vec<u8> {
-    let (source, destination) = (bytes(flow.source), bytes(flow.address));
-    let protocol = flow.transport.number();
-    let mut frame = vec![0; 12];
-    match flow.address.version {
-        Version::V4 => {
-            frame.extend([0x08, 0x00, 0x45, 0, 0, 40, 0, 0, 0, 0, 64, protocol, 0, 0]);
-            frame.extend(&source[..4]);
-            frame.extend(&destination[..4]);
-        }
-        Version::V6 => {
-            frame.extend([0x86, 0xdd, 0x60, 0, 0, 0, 0, 20, protocol, 64]);
-            frame.extend(source);
-            frame.extend(destination);
-        }
-    }
-    let mut transport = [0; 20];
-    transport[..2].copy_from_slice(&source_port.to_be_bytes());
-    transport[2..4].copy_from_slice(&flow.port.to_be_bytes());
-    match flow.transport {
-        // A header of five words, and SYN.
-        Transport::Tcp => transport[12..14].copy_from_slice(&[0x50, 0x02]),
-        Transport::Udp => transport[4..6].copy_from_slice(&20_u16.to_be_bytes()),
-    }
-    frame.extend(transport);
-    frame
-}
-
-fn bytes(Address { high, low, .. }: Address) -> [u8; 16] {
-    (u128::from(high) << 64 | u128::from(low)).to_be_bytes()
-}
-
-/// An address in network byte order; IPv4 takes the first word.
-fn words(address: Address) -> [u32; 4] {
-    bytemuck::cast(bytes(address))
 }

@@ -39,8 +39,9 @@ fn steering() -> (Ebpf, BpfTable) {
     let mut ebpf = load(false).unwrap();
     // Before the maps' descriptors go.
     program::<SchedClassifier>(&mut ebpf, "anyport_eth").unwrap().load().unwrap();
-    let [table, control] = [names::TABLE, names::CONTROL].map(|name| take_map(&mut ebpf, name).unwrap());
-    let mut table = BpfTable::new(table, control, Arc::default()).unwrap();
+    let [table, segment, control] =
+        [names::TABLE, names::SEGMENT, names::CONTROL].map(|name| take_map(&mut ebpf, name).unwrap());
+    let mut table = BpfTable::new(table, &segment, control, Arc::default()).unwrap();
     let numbers = 0..2;
     let plan = Plan {
         generation: 1,

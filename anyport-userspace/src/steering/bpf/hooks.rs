@@ -1,26 +1,20 @@
 //! Where the programs run.
 
-use std::{
-    fmt,
-    fs::File,
-    os::fd::{AsFd as _, OwnedFd},
-};
+use std::{fmt, fs::File, os::fd::OwnedFd};
 
 use anyhow::Context as _;
-use anyport_common::flow::Flow;
 use aya::{
     Ebpf,
     programs::{Program, ProgramError, SkLookup, links::FdLink},
 };
 
 use super::{
-    explain,
     load::load_program,
     pins::{PinDirectory, remove_pin},
 };
 use crate::{
     steering::{BackEnd, Kind, Loss},
-    sys::{self, bpf::run_sk_lookup},
+    sys,
 };
 
 /// An attached program.
@@ -34,8 +28,9 @@ pub(super) trait Hook: Send + Sync + fmt::Debug {
     fn lost(&self, pins: &PinDirectory) -> anyhow::Result<Vec<Loss>>;
     /// Forgets that the program was attached where it is not any more, so that [`Self::refresh`] attaches it again.
     fn forget_lost(&mut self) -> anyhow::Result<()>;
-    /// Runs the program on the first packet of a flow.
-    fn run(&self, flow: &Flow, source_port: u16) -> anyhow::Result<()>;
+    /// Where the program is.
+    #[cfg(test)]
+    fn ebpf(&self) -> &Ebpf;
     fn interfaces(&self) -> Vec<String> {
         Vec::new()
     }
@@ -94,7 +89,7 @@ impl MaybePinned {
     }
 }
 
-const SK_LOOKUP_PROGRAM: &str = "anyport_sk";
+pub(super) const SK_LOOKUP_PROGRAM: &str = "anyport_sk";
 /// The name of its link's pin.
 const SK_LOOKUP_PIN: &str = "sk-lookup";
 
@@ -170,15 +165,9 @@ impl Hook for SkLookupHook {
         Ok(())
     }
 
-    fn run(&self, flow: &Flow, source_port: u16) -> anyhow::Result<()> {
-        let program: &SkLookup = loaded(&self.ebpf, SK_LOOKUP_PROGRAM)?;
-        let mut context = explain::sk_lookup(flow, source_port);
-        let program = program.fd().context("find the loaded sk_lookup program")?;
-        match run_sk_lookup(program.as_fd(), &mut context, 1) {
-            // The program ran, and selected a socket out of a group, of which the kernel can't name the one in the end.
-            Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => Ok(()),
-            ran => ran.map(drop).context("run the sk_lookup program (Linux 5.13 or later)"),
-        }
+    #[cfg(test)]
+    fn ebpf(&self) -> &Ebpf {
+        &self.ebpf
     }
 
     fn detach(self: Box<Self>) -> anyhow::Result<()> {
@@ -194,6 +183,7 @@ fn detached() -> Loss {
 }
 
 /// A program that only is to be looked at.
+#[cfg(test)]
 pub(super) fn loaded<'a, P>(ebpf: &'a Ebpf, name: &str) -> anyhow::Result<&'a P>
 where
     &'a P: TryFrom<&'a Program, Error = ProgramError>,

@@ -161,7 +161,7 @@ fn octets(prefix: &Prefix) -> [u8; 16] {
 #[derive(Debug)]
 struct Growing {
     name: &'static str,
-    types: Option<sys::bpf::Types>,
+    types: sys::bpf::Types,
     value_size: usize,
     map: OwnedFd,
     words: MappedWords,
@@ -174,7 +174,7 @@ impl Growing {
         const FIRST: u32 = 8;
         let Map::Array(typed) = typed else { anyhow::bail!("the map {name} is no array") };
         let types = sys::bpf::types_of(typed.fd()).with_context(|| format!("look at the type of the map {name}"))?;
-        let (map, words) = make(name, value_size, FIRST, types.as_ref())?;
+        let (map, words) = make(name, value_size, FIRST, &types)?;
         Ok(Self { name, types, value_size, map, words, entries: FIRST, path: None })
     }
 
@@ -185,7 +185,7 @@ impl Growing {
         }
         // A map of a million entries must not double for one more.
         let entries = entries + (entries / 16).max(8);
-        (self.map, self.words) = make(self.name, self.value_size, entries, self.types.as_ref())?;
+        (self.map, self.words) = make(self.name, self.value_size, entries, &self.types)?;
         self.entries = entries;
         if let Some(path) = self.path.take() {
             self.pin_at(path)?;
@@ -243,7 +243,7 @@ fn make(
     name: &str,
     value_size: usize,
     entries: u32,
-    types: Option<&sys::bpf::Types>,
+    types: &sys::bpf::Types,
 ) -> anyhow::Result<(OwnedFd, MappedWords)> {
     let attempt = || format!("make the map {name} for {entries} entries");
     let map = sys::bpf::create_array(name, value_size, entries, types).with_context(attempt)?;

@@ -8,6 +8,8 @@ mod differential;
 mod events;
 mod explain;
 #[cfg(test)]
+mod first_packet;
+#[cfg(test)]
 mod frames;
 mod hooks;
 mod listing;
@@ -43,7 +45,7 @@ pub use self::pins::make_pin_directory;
 use self::{
     counts::Counts,
     events::BpfEars,
-    explain::EXPLAINED_WORDS,
+    explain::Explainer,
     hooks::{Hook, SkLookupHook},
     listing::Listing,
     pins::{PINNED_AGAIN, PINNED_AT_ONCE, PinDirectory},
@@ -55,7 +57,7 @@ use self::{
 use super::{BackEnd, Decided, Holder, Kind, Loss, Plan, Steering};
 use crate::{
     events::Board,
-    sys::{self, MappedWords},
+    sys,
     table::{Published, Reader},
 };
 
@@ -84,8 +86,7 @@ pub struct Bpf {
     counts: Counts,
     totals: PerCpuArray<MapData, [u64; 2]>,
     sockets: Sockets,
-    /// Where programs write down what they are asked.
-    explained: MappedWords,
+    explainer: Explainer,
     /// The map of sockets that an earlier daemon pinned, until ours has taken its place.
     former: Option<Sockets>,
     /// What was put into the map of sockets.
@@ -139,19 +140,20 @@ impl Bpf {
         let totals = take_map(&mut ebpf, names::TOTALS)?;
         let sockets = take_map(&mut ebpf, names::SOCKETS)?;
         // The maps have to stay open until the programs that use them are loaded.
-        let explained = take_map(&mut ebpf, names::EXPLAINED)?;
         let filters = take_map(&mut ebpf, names::FILTERS)?;
         let ring = take_map(&mut ebpf, names::EVENTS)?;
         let ears =
             BpfEars::new(&fd_of(&filters)?, ring, map_control(fd_of(&control)?)?, LISTENERS_WORD, &options.events)?;
-        let [rules, ports, portion] =
-            [names::RULES, names::PORTS, names::PORTION].map(|name| take_map(&mut ebpf, name));
+        let [rules, ports] = [names::RULES, names::PORTS].map(|name| take_map(&mut ebpf, name));
+        let [segment, counter, portion] =
+            [names::SEGMENT, names::COUNTER, names::PORTION].map(|name| take_map(&mut ebpf, name));
         let maps = PINNED_AT_ONCE
             .into_iter()
             .zip([&control, &table, &counts, &journals, &drops, &totals, &sockets])
             .map(|(name, map)| Ok((name, duplicate(map)?)))
             .collect::<anyhow::Result<_>>()?;
         let sockets = Sockets::new(&sockets)?;
+        let explainer = Explainer::load(&mut ebpf)?;
         let mut refuse = None;
         let hook: Box<dyn Hook> = match back_end {
             BackEnd::SkLookup => Box::new(SkLookupHook::attach(ebpf)?),
@@ -166,13 +168,12 @@ impl Bpf {
             former,
             hook,
             events: Arc::clone(&options.events),
-            table: BpfTable::new(table, control, Arc::clone(&options.readers))?,
+            table: BpfTable::new(table, &segment?, control, Arc::clone(&options.readers))?,
             listing: Listing::new(rules?, ports?)?,
-            counts: Counts::new(counts, drops, portion?, journals)?,
+            counts: Counts::new(counts, &counter?, drops, &portion?, journals)?,
             totals: PerCpuArray::try_from(totals)?,
             sockets,
-            explained: MappedWords::new(fd_of(&explained)?, EXPLAINED_WORDS)
-                .context("map the map of explanations into memory")?,
+            explainer,
             held: HashMap::new(),
             pins,
             maps,
@@ -274,8 +275,8 @@ impl Steering for Bpf {
         Ok(())
     }
 
-    fn decide(&self, flow: &Flow, source_port: u16) -> anyhow::Result<Decided> {
-        Self::decide(self, flow, source_port)
+    fn decide(&self, flow: &Flow) -> anyhow::Result<Decided> {
+        Self::decide(self, flow)
     }
 
     fn reader(&self) -> Option<Reader> {
@@ -455,6 +456,11 @@ fn duplicate(map: &Map) -> anyhow::Result<MapData> {
     MapData::from_fd(fd_of(map)?).context("duplicate the handle of a BPF map")
 }
 
+/// The types of a map that shows them.
+fn types_of(map: &Map) -> anyhow::Result<sys::bpf::Types> {
+    Ok(sys::bpf::types_of(fd_of(map)?)?)
+}
+
 /// Another descriptor of a map.
 fn fd_of(map: &Map) -> anyhow::Result<OwnedFd> {
     let (Map::Array(data) | Map::ArrayOfMaps(data) | Map::PerCpuArray(data) | Map::SockMap(data)) = map else {
@@ -530,7 +536,7 @@ mod tests {
                 names.push(name.to_owned());
             }
             names.sort();
-            assert_eq!(names, ["anyport_eth", "anyport_ip", "anyport_refuse", "anyport_sk"]);
+            assert_eq!(names, ["anyport_eth", "anyport_explain", "anyport_ip", "anyport_refuse", "anyport_sk"]);
         }
     }
 }

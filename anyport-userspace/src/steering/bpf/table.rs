@@ -8,11 +8,12 @@ use std::{
 
 use anyhow::Context as _;
 use anyport_common::{
-    maps::{ABI, Control, GENERATIONS, Generation, MAX_SERVICES},
+    maps::{ABI, Control, GENERATIONS, Generation, MAX_SERVICES, names},
     table::SEGMENT_WORDS,
 };
 use aya::maps::Map;
 
+use super::types_of;
 use crate::{
     rules::{RuleSet, ServiceName, SourceLists},
     steering::{Plan, ServiceSockets},
@@ -22,6 +23,8 @@ use crate::{
 
 /// Words of the control map.
 const CONTROL_WORDS: usize = size_of::<Control>() / 8;
+/// Which of them says whether packets are noted.
+const NOTED_WORD: usize = 1;
 /// Which of them says who listens to events.
 pub(super) const LISTENERS_WORD: usize = 2;
 /// Where the generations begin among them, and how many words each has.
@@ -47,13 +50,15 @@ pub(super) struct BpfTable {
 }
 
 impl BpfTable {
-    pub(super) fn new(table: Map, control: Map, readers: Arc<Published>) -> anyhow::Result<Self> {
+    /// `segment` shows the type of a segment.
+    pub(super) fn new(table: Map, segment: &Map, control: Map, readers: Arc<Published>) -> anyhow::Result<Self> {
         let Map::Array(control) = control else { anyhow::bail!("the control map is no array") };
         let control = map_control(control.fd())?;
         control.words()[0].store(word(ABI, 0), Ordering::Release);
         let Map::ArrayOfMaps(table) = table else { anyhow::bail!("the map of the table is no array of maps") };
         let outer = table.fd().as_fd().try_clone_to_owned().context("duplicate the descriptor of the table")?;
-        let segments = BpfSegments { outer, made: HashMap::new(), apart: Vec::new(), readers };
+        let types = types_of(segment).context("look at the type of a segment")?;
+        let segments = BpfSegments { outer, types, made: HashMap::new(), apart: Vec::new(), readers };
         Ok(Self { table: Table::new(Box::new(segments)), control, current: 0, is_noted: false, slots: HashMap::new() })
     }
 
@@ -71,7 +76,7 @@ impl BpfTable {
             return Err(error);
         }
         self.is_noted = plan.rules.len() > FEW_RULES;
-        self.explain_to(0);
+        self.control.words()[NOTED_WORD].store(self.is_noted.into(), Ordering::SeqCst);
         self.switch_to(self.table.generation(plan.generation));
         self.table.commit();
         if !are_slots_kept || plan.changed.is_none() {
@@ -105,18 +110,6 @@ impl BpfTable {
         self.current = next;
     }
 
-    /// Has programs that this process runs say what they decide, while `run` runs.
-    pub(super) fn explained<T>(&self, run: impl FnOnce() -> T) -> T {
-        self.explain_to(std::process::id());
-        let result = run();
-        self.explain_to(0);
-        result
-    }
-
-    fn explain_to(&self, process: u32) {
-        self.control.words()[1].store(word(process, self.is_noted.into()), Ordering::SeqCst);
-    }
-
     pub(super) fn reader(&self) -> Reader {
         self.table.reader()
     }
@@ -145,6 +138,7 @@ fn word(first: u32, second: u32) -> u64 {
 #[derive(Debug)]
 struct BpfSegments {
     outer: OwnedFd,
+    types: sys::bpf::Types,
     made: HashMap<u32, OwnedFd>,
     /// Those that are not in the map yet.
     apart: Vec<u32>,
@@ -154,7 +148,7 @@ struct BpfSegments {
 impl Segments for BpfSegments {
     fn create(&mut self, number: u32) -> anyhow::Result<Segment> {
         let context = "make a segment of the lookup table";
-        let map: OwnedFd = sys::bpf::create_array("anyport_segment", SEGMENT_WORDS * 8, 1, None).context(context)?;
+        let map = sys::bpf::create_array(names::SEGMENT, SEGMENT_WORDS * 8, 1, &self.types).context(context)?;
         let words = MappedWords::new(&map, SEGMENT_WORDS).context(context)?;
         self.made.insert(number, map);
         self.apart.push(number);

@@ -10,20 +10,17 @@ use std::{
 };
 
 use anyhow::{Context as _, bail};
-use anyport_common::flow::Flow;
 use aya::{
     Ebpf,
     programs::{
-        LinkOrder, ProgramError, SchedClassifier, TcAttachType, TestRun as _, TestRunOptions, links::FdLink,
-        tc::TcAttachOptions,
+        LinkOrder, ProgramError, SchedClassifier, TcAttachType, links::FdLink, tc::TcAttachOptions,
     },
 };
 use nix::{ifaddrs::getifaddrs, libc, net::if_::InterfaceFlags};
 use tracing::warn;
 
 use super::{
-    explain,
-    hooks::{Hook, MaybePinned, loaded, program},
+    hooks::{Hook, MaybePinned, program},
     load::{load_program, needs},
     pins::PinDirectory,
 };
@@ -35,7 +32,7 @@ const ARPHRD_IP6GRE: u16 = 823;
 /// Beginning of the names of pinned links, before the interface's index.
 const PIN: &str = "tc-";
 /// For interfaces whose packets begin with an Ethernet header.
-const ETHERNET_PROGRAM: &str = "anyport_eth";
+pub(super) const ETHERNET_PROGRAM: &str = "anyport_eth";
 /// For interfaces whose packets begin with the IP header.
 const IP_PROGRAM: &str = "anyport_ip";
 
@@ -112,12 +109,9 @@ impl TcHook {
 }
 
 impl Hook for TcHook {
-    fn run(&self, flow: &Flow, source_port: u16) -> anyhow::Result<()> {
-        let program: &SchedClassifier = loaded(&self.ebpf, ETHERNET_PROGRAM)?;
-        let frame = explain::frame(flow, source_port);
-        let options = TestRunOptions { data_in: Some(&frame), ..TestRunOptions::new() };
-        program.test_run(options).context("run the tc program")?;
-        Ok(())
+    #[cfg(test)]
+    fn ebpf(&self) -> &Ebpf {
+        &self.ebpf
     }
 
     fn back_end(&self) -> BackEnd {

@@ -143,7 +143,7 @@ impl Steering for Tproxy {
         Ok(())
     }
 
-    fn decide(&self, flow: &Flow, _source_port: u16) -> anyhow::Result<Decided> {
+    fn decide(&self, flow: &Flow) -> anyhow::Result<Decided> {
         let Live { verdict, rule } = self.decide_live(flow)?;
         let (fate, bound) = match verdict {
             Some(Verdict::Tproxy(bound)) => (Fate::Steer, Some(bound)),

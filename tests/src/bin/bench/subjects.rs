@@ -16,7 +16,7 @@ use anyport::{
         BackEnd, GroupSocket, Holder, Plan, ServiceSockets, Steering,
         bpf::{Bpf, Options},
     },
-    sys::bpf::{create_array, set_inner},
+    sys::bpf::{create_array, set_inner, types_of},
 };
 use anyport_common::{
     flow::Transport,
@@ -239,8 +239,10 @@ fn load(rules: &Rules, sockets: &Sockets) -> Result<Ebpf> {
     let lines = (rules.prefixes.len() / 2).next_power_of_two();
     let mut ebpf = EbpfLoader::new().override_global("LINES", &u32::try_from(lines)?, true).load(BASELINES)?;
     let segments = (lines * LINE_WORDS as usize).div_ceil(SEGMENT_WORDS);
+    let Some(Map::Array(typed)) = ebpf.map("baseline_type") else { bail!("no map that shows the type of words") };
+    let types = types_of(typed.fd())?;
     let made = (0..u32::try_from(segments)?)
-        .map(|number| Ok((number, create_array("baseline_words", SEGMENT_WORDS * 8, 1, None)?)))
+        .map(|number| Ok((number, create_array("baseline_words", SEGMENT_WORDS * 8, 1, &types)?)))
         .collect::<Result<Vec<_>>>()?;
     let Some(Map::ArrayOfMaps(words)) = ebpf.map("baseline_words") else { bail!("no map of words") };
     set_inner(words.fd(), &made)?;
