@@ -5,6 +5,8 @@ use std::{
     io, mem,
     os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
+    thread,
+    time::Duration,
 };
 
 use anyhow::{Context as _, bail};
@@ -23,8 +25,16 @@ const LINK: &str = "link-";
 pub(super) const NEW: &str = "-new";
 /// What the kernel itself puts into the root of a BPF file system.
 const KERNELS: [&str; 2] = ["maps.debug", "progs.debug"];
-/// What stands for a device in the list of mounts, by which a later daemon knows our mount again.
-const SOURCE: &str = "anyport";
+/// Options of a file system that is there only for us, by which a later daemon knows it again. Kernels before 5.17 forget the source of
+/// such a mount (commit 1e9d74660d4d); its mode they keep.
+const OUR_OPTIONS: &str = "mode=2755";
+const OUR_MODE: u32 = 0o2755;
+/// The bits of a mode that the kernel does not set by itself in such a file system.
+const MODE_BITS: u32 = 0o6777;
+
+/// How often, and after which pauses, it is tried to unmount a file system that is busy.
+const UNMOUNT_ATTEMPTS: usize = 20;
+const UNMOUNT_PAUSE: Duration = Duration::from_millis(10);
 
 /// Names of the maps that are pinned once, and of those that are replaced.
 pub(super) const PINNED_AT_ONCE: [&str; 7] = ["control", "table", "counts", "journals", "drops", "totals", "sockets"];
@@ -50,7 +60,7 @@ impl PinDirectory {
     /// Locks a directory that is on a BPF file system.
     fn lock(path: &Path) -> anyhow::Result<Self> {
         let is_mount_ours = match mount_at(path)? {
-            Some(mount) if mount.source == SOURCE => true,
+            Some(mount) if mount.is_root && has_our_mode(path)? => true,
             Some(mount) if mount.is_root => bail!(
                 "{0} is the root of a BPF file system, where others may have pins; use a directory below, such as \
                  --bpffs {0}/anyport",
@@ -131,7 +141,7 @@ impl PinDirectory {
         self.lock = None;
         if is_empty && self.is_mount_ours {
             self.is_mount_ours = false;
-            match umount(&self.path) {
+            match unmount(&self.path) {
                 // It was mounted before the process became an ordinary user, and is there for the next one.
                 Err(Errno::EPERM) => return Ok(()),
                 unmounted => unmounted?,
@@ -154,6 +164,17 @@ impl Drop for PinDirectory {
     }
 }
 
+/// Unmounts what nobody uses. A child that another thread has just forked has our descriptors until it executes its program.
+fn unmount(path: &Path) -> nix::Result<()> {
+    for _ in 0..UNMOUNT_ATTEMPTS {
+        match umount(path) {
+            Err(Errno::EBUSY) => thread::sleep(UNMOUNT_PAUSE),
+            unmounted => return unmounted,
+        }
+    }
+    umount(path)
+}
+
 /// Creates a directory for pins, and mounts a BPF file system where there is none.
 ///
 /// # Errors
@@ -164,12 +185,12 @@ pub fn make_pin_directory(path: &Path) -> anyhow::Result<()> {
         return Ok(());
     }
     if path.starts_with(USUAL_MOUNT_POINT) && !is_bpffs(Path::new(USUAL_MOUNT_POINT)) {
-        mount_bpffs(Path::new(USUAL_MOUNT_POINT), "bpf")?;
+        mount_bpffs(Path::new(USUAL_MOUNT_POINT), None)?;
     }
     fs::create_dir_all(path)
         .with_context(|| format!("create the directory {} for pinned maps and links", path.display()))?;
     if !is_bpffs(path)
-        && let Err(error) = mount_bpffs(path, SOURCE)
+        && let Err(error) = mount_bpffs(path, Some(OUR_OPTIONS))
     {
         fs::remove_dir(path).ok();
         return Err(error);
@@ -201,9 +222,14 @@ fn is_bpffs(path: &Path) -> bool {
     statfs(path).is_ok_and(|it| it.filesystem_type() == BPF_FS_MAGIC)
 }
 
+/// Whether the root of a file system has the mode that ours have.
+fn has_our_mode(path: &Path) -> anyhow::Result<bool> {
+    let root = fs::metadata(path).with_context(|| format!("look at {}", path.display()))?;
+    Ok(root.mode() & MODE_BITS == OUR_MODE)
+}
+
 /// What is mounted exactly at a path.
 struct Mount {
-    source: String,
     /// Whether it shows the file system from its root on, and not a directory of it.
     is_root: bool,
 }
@@ -219,19 +245,18 @@ fn mount_at(path: &Path) -> anyhow::Result<Option<Mount>> {
         .collect();
     let mounts = fs::read_to_string("/proc/thread-self/mountinfo").context("list the mounts")?;
     Ok(mounts.lines().rev().find_map(|line| {
-        let (fields, of_file_system) = line.split_once(" - ")?;
-        let mut fields = fields.split(' ').skip(3);
+        let mut fields = line.split(' ').skip(3);
         let (root, at) = (fields.next()?, fields.next()?);
-        let source = of_file_system.split(' ').nth(1)?;
-        (at == escaped).then(|| Mount { source: source.to_owned(), is_root: root == "/" })
+        (at == escaped).then(|| Mount { is_root: root == "/" })
     }))
 }
 
-fn mount_bpffs(at: &Path, source: &str) -> anyhow::Result<()> {
-    mount(Some(source), at, Some("bpf"), MsFlags::empty(), None::<&str>).map_err(io::Error::from).with_context(|| {
+fn mount_bpffs(at: &Path, options: Option<&str>) -> anyhow::Result<()> {
+    mount(Some("bpf"), at, Some("bpf"), MsFlags::empty(), options).map_err(io::Error::from).with_context(|| {
+        let with = options.map(|it| format!("-o {it} ")).unwrap_or_default();
         format!(
             "mount a BPF file system on {0}, where there is none (needs CAP_SYS_ADMIN; or mount one \
-             beforehand: mount -t bpf {source} {0})",
+             beforehand: mount -t bpf {with}bpf {0})",
             at.display()
         )
     })
@@ -243,7 +268,7 @@ mod tests {
 
     use nix::mount::{MntFlags, umount2};
 
-    use super::{PinDirectory, SOURCE, is_bpffs, mount_at, mount_bpffs, remove_leftovers};
+    use super::{OUR_OPTIONS, PinDirectory, is_bpffs, mount_at, mount_bpffs, remove_leftovers};
     use crate::steering::bpf::tests::{in_new_namespace, with_pins};
 
     #[test]
@@ -266,7 +291,7 @@ mod tests {
             let path = parent.path().join("with blank");
             for remove in [|path: &Path| PinDirectory::open(path)?.remove(), remove_leftovers] {
                 fs::create_dir(&path).unwrap();
-                mount_bpffs(&path, SOURCE).unwrap();
+                mount_bpffs(&path, Some(OUR_OPTIONS)).unwrap();
                 remove(&path).unwrap();
                 assert!(!path.exists());
             }
@@ -277,7 +302,7 @@ mod tests {
     fn the_root_of_somebody_elses_file_system_is_refused() {
         in_new_namespace(|| {
             let root = tempfile::tempdir().unwrap();
-            mount_bpffs(root.path(), "bpf").unwrap();
+            mount_bpffs(root.path(), None).unwrap();
             for result in [PinDirectory::open(root.path()).map(drop), remove_leftovers(root.path())] {
                 let error = result.unwrap_err().to_string();
                 assert!(error.contains("directory below"), "{error}");
