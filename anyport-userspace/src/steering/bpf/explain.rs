@@ -58,11 +58,10 @@ impl Bpf {
         let (fate, rule, cookie) = match outcome {
             UNMATCHED => (Fate::Unmatched, None, None),
             HOST => (Fate::Host, Some(rule), None),
-            STEER => (Fate::Steer, Some(rule), socket()?),
             NO_SOCKET => (Fate::Drop, Some(rule), None),
             // `bpf_sk_assign` refuses such a socket where sockets are looked up (net/core/filter.c), and not at tc.
             CONNECTED if self.hook.back_end() == BackEnd::SkLookup => (Fate::Drop, Some(rule), None),
-            CONNECTED => (Fate::Steer, Some(rule), socket()?),
+            STEER | CONNECTED => (Fate::Steer, Some(rule), socket()?),
             DENIED => (Fate::Deny, Some(rule), None),
             other => bail!("the program that explains gave an answer that is not known here: {other}"),
         };

@@ -62,7 +62,7 @@ impl Steering for Idle {
         Ok(())
     }
 
-    fn decide(&self, _flow: &Flow, _source_port: u16) -> Result<Decided> {
+    fn decide(&self, _flow: &Flow) -> Result<Decided> {
         bail!("there is no traffic")
     }
 
