@@ -2,7 +2,7 @@ use std::collections::HashMap;
 
 use anyport_common::{
     flow::{Flow, Version},
-    table::{self, SEGMENT_WORDS, Slot, Store, Verdict, Words},
+    table::{self, SEGMENT_BITS, SEGMENT_WORDS, Slot, Store, Verdict, Words},
 };
 use proptest::prelude::*;
 
@@ -87,22 +87,24 @@ struct BigEndian(Vec<Vec<[u8; 8]>>);
 impl BigEndian {
     fn of(reader: &Reader) -> Self {
         let segments = (0..).map_while(|number| reader.view.segment(number));
-        let bytes = |segment| (0..SEGMENT_WORDS as u32).map(|index| Words::word(&segment, index).to_be_bytes()).collect();
+        let bytes = |segment| (0..1 << SEGMENT_BITS).map(|index| Words::word(&segment, index).to_be_bytes()).collect();
         Self(segments.map(bytes).collect())
     }
 }
 
 impl Store for BigEndian {
-    type Segment<'a> = &'a [[u8; 8]];
+    type Segment<'a> = BigEndianSegment<'a>;
 
-    fn segment(&self, number: u32) -> Option<Self::Segment<'_>> {
-        self.0.get(number as usize).map(Vec::as_slice)
+    fn segment(&self, number: u32) -> Option<BigEndianSegment<'_>> {
+        self.0.get(number as usize).map(|segment| BigEndianSegment(segment))
     }
 }
 
-impl Words for &[[u8; 8]] {
+struct BigEndianSegment<'a>(&'a [[u8; 8]]);
+
+impl Words for BigEndianSegment<'_> {
     fn word(&self, index: u32) -> u64 {
-        u64::from_be_bytes(self[index as usize % SEGMENT_WORDS])
+        u64::from_be_bytes(self.0[index as usize % SEGMENT_WORDS])
     }
 }
 

@@ -12,9 +12,7 @@ use std::{
 use anyhow::{Context as _, bail};
 use aya::{
     Ebpf,
-    programs::{
-        LinkOrder, ProgramError, SchedClassifier, TcAttachType, links::FdLink, tc::TcAttachOptions,
-    },
+    programs::{LinkOrder, ProgramError, SchedClassifier, TcAttachType, links::FdLink, tc::TcAttachOptions},
 };
 use nix::{ifaddrs::getifaddrs, libc, net::if_::InterfaceFlags};
 use tracing::warn;
