@@ -11,7 +11,7 @@ use std::{
 
 use anyport_tests::{
     daemon::{Daemon, LogOnPanic},
-    dial::{expect_tcp_refused, is_refusal, tcp, tcp_from},
+    dial::{expect_tcp_hello, expect_tcp_refused, is_refusal, tcp, tcp_from},
     ground::scratch,
     host::wait_for,
 };
@@ -19,7 +19,7 @@ use libtest_mimic::Trial;
 use serde_json::Value;
 
 use crate::{
-    cases::{BACKENDS, at, on_each_back_end, trial},
+    cases::{BACKENDS, Lab, at, on_each_back_end, trial},
     control::contains,
     rules::{services, who},
 };
@@ -33,6 +33,7 @@ const CLIENTS: usize = 3;
 pub(crate) fn trials() -> Vec<Trial> {
     let mut trials = Vec::new();
     trials.extend(on_each_back_end("apply::the applied rules are those of the file", files));
+    trials.extend(on_each_back_end("apply::100,000 rules", hundred_thousand));
     trials.extend(on_each_back_end("apply::what is not confirmed goes back by itself", unconfirmed));
     trials.push(trial("apply::services come, change and go with the file", with_services));
     trials.push(trial("apply::files that make no sense change nothing", nonsense));
@@ -258,6 +259,26 @@ fn counters() {
     let before = unmatched();
     daemon.namespace().enter(|| expect_tcp_refused(at("127.0.0.1", 9)));
     assert_eq!(unmatched(), before + 1);
+}
+
+/// The first and the last of many decide, and they go as they came.
+fn hundred_thousand(backend: &'static str) {
+    const RULES: u32 = 100_000;
+    let lab = Lab::new(backend);
+    let files = Files::new();
+    let all: String = (0..RULES).map(|host| format!("2001:db8:0:a::{host:x}\n")).collect();
+    files.apply(&lab.daemon, &all, "");
+    let [first, last, none] = [0, RULES - 1, RULES].map(|host| at(&format!("2001:db8:0:a::{host:x}"), 80));
+    for client in ["remote", "local"] {
+        lab.at(client).enter(|| {
+            expect_tcp_hello(first);
+            expect_tcp_hello(last);
+        });
+    }
+    assert_eq!(lab.daemon.json("status")["rules"], RULES);
+    lab.topology.client.enter(|| expect_tcp_refused(none));
+    files.apply(&lab.daemon, "", "--force");
+    lab.topology.client.enter(|| expect_tcp_refused(last));
 }
 
 /// Of so many rules that packets are noted before they are counted: while others come and go, under other numbers, over

@@ -26,6 +26,9 @@ use crate::cases::{Family, Lab, at, on_each_back_end, trial};
 const WITHOUT_BPF: [&str; 4] =
     ["setpriv", "--bounding-set=-bpf,-sys_admin,-perfmon", "--inh-caps=-bpf,-sys_admin,-perfmon", "--"];
 
+/// The first series of kernels that the `tc` back end works on.
+const TC_SINCE: [u32; 2] = [6, 6];
+
 pub(crate) fn trials() -> Vec<Trial> {
     let mut trials = vec![
         trial("backends::auto takes sk-lookup", auto),
@@ -40,6 +43,9 @@ pub(crate) fn trials() -> Vec<Trial> {
     for flavour in ["nft", "legacy"] {
         trials.push(trial(format!("tproxy::backends::iptables of the {flavour} flavour"), move || tproxy(flavour)));
     }
+    if kernel() < TC_SINCE {
+        trials.push(trial("backends::tc is refused where the kernel is too old for it", too_old_for_tc));
+    }
     trials.push(trial("tproxy::backends::many prefixes, with ipset and without", many));
     for backend in ["sk-lookup", "tc"] {
         trials.push(trial(format!("{backend}::backends::bpftool shows the rules"), move || operator(backend)));
@@ -48,6 +54,21 @@ pub(crate) fn trials() -> Vec<Trial> {
     trials.extend(on_each_back_end("backends::rp_filter and src_valid_mark", reverse_path));
     trials.extend(on_each_back_end("backends::a local route of someone else's", foreign_route));
     trials
+}
+
+/// The series of the kernel that runs.
+fn kernel() -> [u32; 2] {
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease").expect("the kernel's release");
+    let mut numbers = release.split(|it: char| !it.is_ascii_digit()).map(|number| number.parse().expect("a number"));
+    [(); 2].map(|()| numbers.next().expect("two numbers"))
+}
+
+/// The reason names what the kernel would have to be, by choice and by `auto`.
+fn too_old_for_tc() {
+    let outcome = Setup::new(&Netns::new(), "tc").run_to_end();
+    assert!(outcome.status == 1 && outcome.stderr.contains("6.6"), "--steering tc: {outcome}");
+    let daemon = Daemon::start(&Netns::new(), "auto");
+    assert_eq!(daemon.json("status")["backend"], "sk-lookup", "the choice of `auto`");
 }
 
 /// The entry of `status` for a back end.

@@ -1,8 +1,9 @@
 //! What all subjects share: how a case becomes a trial, and hosts with a daemon.
 
 use std::{
-    fmt,
+    env, fmt, fs,
     net::{IpAddr, SocketAddr},
+    path::Path,
     sync::{Arc, LazyLock},
     time::Duration,
 };
@@ -30,6 +31,26 @@ pub(crate) fn trial(name: impl Into<String>, case: impl FnOnce() + Send + 'stati
 /// A trial of `case` for each back end.
 pub(crate) fn on_each_back_end(name: &str, case: fn(&'static str)) -> impl Iterator<Item = Trial> {
     BACKENDS.into_iter().map(move |backend| trial(format!("{backend}::{name}"), move || case(backend)))
+}
+
+/// Of `trials`, those that the file named by `ANYPORT_TEST_CASES` has lines of: names, or beginnings of names with `*` behind.
+/// All where there is no such file. A line that names no trial is an error.
+pub(crate) fn chosen(trials: Vec<Trial>) -> Result<Vec<Trial>, String> {
+    let Some(path) = env::var_os("ANYPORT_TEST_CASES") else { return Ok(trials) };
+    let path = Path::new(&path);
+    let lines = fs::read_to_string(path).map_err(|error| format!("read the cases in {}: {error}", path.display()))?;
+    let is_of = |name: &str, line: &str| match line.strip_suffix('*') {
+        Some(beginning) => name.starts_with(beginning),
+        None => name == line,
+    };
+    let lines: Vec<&str> = lines.lines().filter(|line| !line.is_empty()).collect();
+    let unknown: Vec<_> =
+        lines.iter().filter(|line| !trials.iter().any(|trial| is_of(trial.name(), line))).copied().collect();
+    if unknown.is_empty() {
+        Ok(trials.into_iter().filter(|trial| lines.iter().any(|line| is_of(trial.name(), line))).collect())
+    } else {
+        Err(format!("{} names cases that are not there:\n  {}", path.display(), unknown.join("\n  ")))
+    }
 }
 
 /// An IP version.

@@ -1,7 +1,8 @@
 //! The end-to-end tests: real programs, real packets, in namespaces of their own.
 //!
 //! What this machine lacks for them is printed, a line each. With `ANYPORT_REQUIRE=all` or `CI=true` that is a
-//! failure; otherwise all tests count as ignored. Run by `cargo xtask test`.
+//! failure; otherwise all tests count as ignored. Run by `cargo xtask test`. `ANYPORT_TEST_CASES` names a file of the cases to
+//! run, `ANYPORT_TEST_PATIENCE` says how many times longer than usual to wait on a slow machine.
 #![expect(
     clippy::print_stderr,
     reason = "says what is missing, which seed repeats the run, and how long something took"
@@ -121,6 +122,12 @@ fn main() -> ExitCode {
     trials.extend(doctor::trials());
     trials.extend(fleet::trials());
     trials.extend(kubernetes::trials());
-    let trials = trials.into_iter().map(|trial| trial.with_ignored_flag(ignored)).collect();
-    libtest_mimic::run(&arguments, trials).exit_code()
+    let trials: Vec<_> = trials.into_iter().map(|trial| trial.with_ignored_flag(ignored)).collect();
+    match cases::chosen(trials) {
+        Ok(trials) => libtest_mimic::run(&arguments, trials).exit_code(),
+        Err(error) => {
+            eprintln!("{error}");
+            ExitCode::FAILURE
+        }
+    }
 }

@@ -9,6 +9,8 @@ use std::{
 
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 
+use crate::host::patience;
+
 /// How long anything that must come may take.
 pub const PATIENCE: Duration = Duration::from_secs(20);
 /// How long silence must last to count as such.
@@ -37,7 +39,7 @@ pub fn tcp(to: SocketAddr) -> io::Result<TcpStream> {
 
 /// The same, if it comes to be within `limit`.
 pub fn tcp_within(to: SocketAddr, limit: Duration) -> io::Result<TcpStream> {
-    with_limits(TcpStream::connect_timeout(&to, limit)?)
+    with_limits(TcpStream::connect_timeout(&to, patience(limit))?)
 }
 
 /// A TCP connection from the very address and port `from`.
@@ -45,13 +47,13 @@ pub fn tcp_from(from: SocketAddr, to: SocketAddr) -> io::Result<TcpStream> {
     let socket = Socket::new(Domain::for_address(to), Type::STREAM, Some(Protocol::TCP))?;
     socket.set_reuse_address(true)?;
     socket.bind(&from.into())?;
-    socket.connect_timeout(&to.into(), PATIENCE)?;
+    socket.connect_timeout(&to.into(), patience(PATIENCE))?;
     with_limits(socket.into())
 }
 
 fn with_limits(stream: TcpStream) -> io::Result<TcpStream> {
-    stream.set_read_timeout(Some(PATIENCE))?;
-    stream.set_write_timeout(Some(PATIENCE))?;
+    stream.set_read_timeout(Some(patience(PATIENCE)))?;
+    stream.set_write_timeout(Some(patience(PATIENCE)))?;
     Ok(stream)
 }
 
@@ -124,7 +126,7 @@ pub fn udp(to: SocketAddr, question: &[u8]) -> io::Result<(SocketAddr, Vec<u8>)>
 
 /// Sends `question` over a connected `socket` and returns the first answer within `limit`.
 pub fn udp_over(socket: &UdpSocket, question: &[u8], limit: Duration) -> io::Result<Vec<u8>> {
-    socket.set_read_timeout(Some(limit))?;
+    socket.set_read_timeout(Some(patience(limit)))?;
     socket.send(question)?;
     let mut buffer = vec![0; 65_536];
     let (length, _) = receive(socket, &mut buffer)?;

@@ -1,8 +1,9 @@
 //! Programs of the host, run to their end, and waiting for what they show.
 
 use std::{
-    fmt,
+    env, fmt,
     process::{Command, Stdio},
+    sync::LazyLock,
     thread::sleep,
     time::{Duration, Instant},
 };
@@ -48,10 +49,19 @@ impl fmt::Display for Outcome {
 /// How many times longer anything may take on a machine that is busy with something else, too.
 const BUSY: u32 = 4;
 
+/// How long to wait on this machine for what takes up to `limit` on a usual one: `ANYPORT_TEST_PATIENCE` times as long.
+pub fn patience(limit: Duration) -> Duration {
+    static FACTOR: LazyLock<u32> = LazyLock::new(|| match env::var("ANYPORT_TEST_PATIENCE") {
+        Ok(factor) => factor.parse().expect("a whole number in ANYPORT_TEST_PATIENCE"),
+        Err(_) => 1,
+    });
+    *FACTOR * limit
+}
+
 /// Asks `probe` until it answers, and panics with `what` and its last complaint when `limit` is over, which is one for a
 /// machine that does nothing else.
 pub fn wait_for<T>(what: &str, limit: Duration, mut probe: impl FnMut() -> Result<T, String>) -> T {
-    let limit = BUSY * limit;
+    let limit = patience(BUSY * limit);
     let end = Instant::now() + limit;
     loop {
         match probe() {

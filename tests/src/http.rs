@@ -7,6 +7,8 @@ use std::{
     time::Duration,
 };
 
+use crate::host::patience;
+
 /// Sends one request with `body` and returns the status code and the body of the answer.
 pub fn request(socket: &Path, method: &str, target: &str, body: &[u8]) -> (u16, String) {
     let answer = raw(socket, &bytes(method, target, body));
@@ -28,7 +30,7 @@ pub fn bytes(method: &str, target: &str, body: &[u8]) -> Vec<u8> {
 /// Sends `bytes` and returns all that comes back.
 pub fn raw(socket: &Path, bytes: &[u8]) -> String {
     let mut stream = UnixStream::connect(socket).expect("a connection to the control socket");
-    stream.set_read_timeout(Some(Duration::from_secs(10))).expect("a time limit");
+    stream.set_read_timeout(Some(patience(Duration::from_secs(10)))).expect("a time limit");
     // The daemon may have answered and closed before it read everything.
     drop(stream.write_all(bytes));
     let mut answer = Vec::new();

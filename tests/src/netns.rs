@@ -18,7 +18,7 @@ use std::{
 
 use nix::sched::{CloneFlags, setns, unshare};
 
-use crate::host::{Outcome, wait_for};
+use crate::host::{Outcome, patience, wait_for};
 
 /// A network namespace, kept by its descriptor.
 #[derive(Clone, Debug)]
@@ -130,7 +130,7 @@ impl Netns {
             let (address, _) = address.split_once('/').expect("ADDR/LEN");
             let closed = SocketAddr::new(address.parse().expect("an address"), 9);
             wait_for("way over the new cable", Duration::from_secs(10), || {
-                let answer = self.enter(|| TcpStream::connect_timeout(&closed, Duration::from_millis(100)));
+                let answer = self.enter(|| TcpStream::connect_timeout(&closed, patience(Duration::from_millis(100))));
                 match answer.map_err(|error| (error.kind(), error)) {
                     Err((io::ErrorKind::ConnectionRefused, _)) => Ok(()),
                     other => Err(format!("{closed}: {other:?}")),

@@ -66,6 +66,31 @@ pub(crate) const FOR_TESTS: [Tool; 16] = [
     Tool { program: "nsenter", debian: "util-linux", fedora: "util-linux", purpose: "tests" },
 ];
 
+/// What it takes to boot other kernels.
+pub(crate) const FOR_KERNELS: [Tool; 11] = [
+    kernels("qemu-system-x86_64", "qemu-system-x86", "qemu-system-x86-core"),
+    kernels("debootstrap", "debootstrap", "debootstrap"),
+    kernels("mke2fs", "e2fsprogs", "e2fsprogs"),
+    kernels("busybox", "busybox-static", "busybox"),
+    kernels("cpio", "cpio", "cpio"),
+    kernels("depmod", "kmod", "kmod"),
+    kernels("xz", "xz-utils", "xz"),
+    kernels("zstd", "zstd", "zstd"),
+    kernels("strip", "binutils", "binutils"),
+    kernels("apt-get", "apt", "apt"),
+    DPKG_DEB,
+];
+
+const fn kernels(program: &'static str, debian: &'static str, fedora: &'static str) -> Tool {
+    Tool { program, debian, fedora, purpose: "booting other kernels" }
+}
+
+/// The Debian packages of all that the tests use.
+pub(crate) fn packages_for_tests() -> Vec<&'static str> {
+    let tools = [IP, IPTABLES, BPFTOOL].into_iter().chain(FOR_TESTS);
+    tools.flat_map(|tool| tool.debian.split(' ')).collect()
+}
+
 /// Those that are not there.
 pub(crate) fn missing(tools: &[Tool]) -> Vec<Tool> {
     tools.iter().filter(|tool| find(tool.program).is_none()).copied().collect()

@@ -7,6 +7,7 @@ mod build_ebpf;
 mod dist;
 mod fuzz;
 mod host;
+mod kernel;
 mod object;
 mod packages;
 mod process;

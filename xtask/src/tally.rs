@@ -49,7 +49,7 @@ impl Tally {
     }
 
     /// Reads `test result: ok. 3 passed; 0 failed; 1 ignored; …`, the last line of libtest and libtest-mimic.
-    fn parse(line: &str) -> Option<Self> {
+    pub(crate) fn parse(line: &str) -> Option<Self> {
         let (_, counts) = line.strip_prefix("test result: ")?.split_once(". ")?;
         let count = |what: &str| {
             let count = counts.split("; ").find_map(|count| count.strip_suffix(what))?;

@@ -9,7 +9,7 @@ use std::{
 use anyhow::{Result, bail};
 
 use crate::{
-    build_ebpf, dist, host,
+    build_ebpf, dist, host, kernel,
     packages::{self, Effort},
     process::{self, exec},
     programs::Programs,
@@ -22,12 +22,18 @@ use crate::{
 pub(crate) struct Options {
     /// Run only the tests whose names contain this, and no other checks.
     filter: Option<String>,
+    #[command(flatten)]
+    kernel: kernel::Options,
 }
 
 /// Runs everything, whatever fails, and prints the sum as the last line.
 pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     let root = process::workspace()?;
     let mut session = Session::default();
+    if !options.kernel.kernels.is_empty() {
+        kernel::run(&mut session, &root, &options.kernel)?;
+        return Ok(session.finish());
+    }
     let tools = [host::IP, host::IPTABLES, host::BPFTOOL, host::DPKG_DEB, host::RPMBUILD];
     let packages = [&tools[..], &host::FOR_TESTS].concat();
     if let Err(error) = host::require(&packages) {
@@ -117,7 +123,7 @@ fn tests(session: &mut Session, root: &Path, filter: Option<&str>) -> Result<()>
 }
 
 /// A cargo command on all crates but the one that is for the BPF target only.
-fn host_crates(root: &Path, subcommand: &str) -> Command {
+pub(crate) fn host_crates(root: &Path, subcommand: &str) -> Command {
     let mut cargo = process::cargo(root, subcommand);
     cargo.args(["--workspace", "--exclude", "anyport-ebpf"]);
     cargo
@@ -130,7 +136,7 @@ fn nothing_may_be_left_out() -> bool {
 
 /// What came out so far.
 #[derive(Default)]
-struct Session {
+pub(crate) struct Session {
     tally: Tally,
     /// Tests that ran or were skipped: the tally without the checks.
     tests: usize,
@@ -140,7 +146,7 @@ struct Session {
 
 impl Session {
     /// Counts as one: passed or failed.
-    fn check(&mut self, name: &str, check: impl FnOnce() -> Result<()>) -> bool {
+    pub(crate) fn check(&mut self, name: &str, check: impl FnOnce() -> Result<()>) -> bool {
         println!("\n=== {name}");
         let result = check();
         match &result {
@@ -163,6 +169,15 @@ impl Session {
             self.notes.push(format!("FAILED: {name}: {tally}"));
         }
         Ok(())
+    }
+
+    /// Counts what ran elsewhere, and says why it failed.
+    pub(crate) fn count(&mut self, name: &str, tally: &Tally, result: Result<()>) {
+        self.tally.add(tally);
+        self.tests += tally.passed + tally.failed + tally.skipped;
+        if let Err(error) = result {
+            self.notes.push(format!("FAILED: {name}: {error:#}"));
+        }
     }
 
     fn leave_out(&mut self, name: &str, checks: usize, why: &anyhow::Error) {

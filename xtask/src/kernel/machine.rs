@@ -1,0 +1,98 @@
+//! A virtual machine: QEMU with a kernel, disks and a serial console that is shown as it speaks.
+
+use std::{
+    io::{BufRead as _, BufReader},
+    path::Path,
+    process::{Child, Command, Stdio},
+    sync::mpsc::{self, RecvTimeoutError},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result};
+
+use super::linux::Linux;
+
+/// What the kernel is told. Nothing but a panic ends a machine that has failed: `-no-reboot` makes an end of it. The
+/// watchdogs would take a slow host for a hanging kernel.
+const COMMAND_LINE: &str = "console=ttyS0 quiet panic=-1 oops=panic nowatchdog mitigations=off";
+
+/// Disks beside those of the kernel.
+pub(crate) struct Disks<'a> {
+    /// The root file system.
+    pub(crate) root: &'a Path,
+    /// The programs under test.
+    pub(crate) programs: &'a Path,
+    /// Where the cases go in and the results come out.
+    pub(crate) exchange: &'a Path,
+}
+
+/// How a machine ended.
+pub(crate) struct Run {
+    /// What it said.
+    pub(crate) console: Vec<String>,
+    /// Whether it had to be ended, as its time was over.
+    pub(crate) hung: bool,
+    /// How long it ran.
+    pub(crate) time: Duration,
+}
+
+/// Boots and waits for the end, which the guest makes.
+pub(crate) fn boot(linux: &Linux, disks: &Disks<'_>, limit: Duration) -> Result<Run> {
+    let begin = Instant::now();
+    let mut machine = qemu(linux, disks).spawn().context("start qemu-system-x86_64")?;
+    let result = listen(&mut machine, begin + limit);
+    // Also where it can't be listened to: no machine stays behind.
+    drop(machine.kill());
+    let status = machine.wait().context("wait for QEMU's end")?;
+    let (mut console, hung) = result?;
+    if !hung && !status.success() {
+        console.push(format!("QEMU ended with {status}"));
+    }
+    Ok(Run { console, hung, time: begin.elapsed() })
+}
+
+fn qemu(linux: &Linux, disks: &Disks<'_>) -> Command {
+    let mut qemu = Command::new("qemu-system-x86_64");
+    // The second accelerator is taken where the first does not work.
+    qemu.args(["-machine", "pc", "-accel", "kvm", "-accel", "tcg,thread=multi"]);
+    // Emulation of these costs much or has errors, and nothing here needs them.
+    qemu.args(["-cpu", "max,la57=off,cx16=off", "-smp", "2", "-m", "3G"]);
+    qemu.args(["-nodefaults", "-no-reboot", "-display", "none", "-nic", "none", "-serial", "stdio"]);
+    qemu.arg("-kernel").arg(linux.kernel()).arg("-initrd").arg(linux.initramfs()).args(["-append", COMMAND_LINE]);
+    let modules = linux.modules();
+    for (path, keeps) in [(disks.root, false), (&*modules, false), (disks.programs, false), (disks.exchange, true)] {
+        let snapshot = if keeps { "off" } else { "on" };
+        qemu.arg("-drive").arg(format!("file={},format=raw,if=virtio,snapshot={snapshot}", path.display()));
+    }
+    qemu.stdin(Stdio::null()).stdout(Stdio::piped());
+    qemu
+}
+
+/// Shows what the machine says until it ends; true if it has not by then.
+fn listen(machine: &mut Child, end: Instant) -> Result<(Vec<String>, bool)> {
+    let console = machine.stdout.take().context("no console")?;
+    let (sender, receiver) = mpsc::channel();
+    thread::spawn(move || {
+        for line in BufReader::new(console).split(b'\n').map_while(Result::ok) {
+            let line = String::from_utf8_lossy(&line).trim_end_matches('\r').to_owned();
+            if sender.send(line).is_err() {
+                break;
+            }
+        }
+    });
+    let mut lines = Vec::new();
+    loop {
+        match receiver.recv_timeout(end.saturating_duration_since(Instant::now())) {
+            Ok(line) => {
+                println!("{line}");
+                lines.push(line);
+            }
+            Err(RecvTimeoutError::Timeout) => return Ok((lines, true)),
+            Err(RecvTimeoutError::Disconnected) => {
+                machine.wait().context("wait for QEMU's end")?;
+                return Ok((lines, false));
+            }
+        }
+    }
+}

@@ -1,0 +1,118 @@
+//! `cargo xtask test --kernel`: the end-to-end tests on other kernels, in virtual machines.
+//!
+//! Kernels and the root file system are Debian's packages; what is made of them is kept below `target/kernels`.
+
+mod apt;
+mod cases;
+mod image;
+mod linux;
+mod machine;
+mod outcome;
+mod record;
+mod versions;
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, bail};
+
+use crate::{
+    host,
+    process::{self, exec},
+    test::{self, Session},
+};
+use linux::Linux;
+use machine::Disks;
+use outcome::Outcome;
+
+/// Room for the cases that go in and the results that come out.
+const EXCHANGE: u64 = 32 << 20;
+/// How long a machine may take where it is emulated, for a brief pass and for a whole one.
+const LIMITS: [Duration; 2] = [Duration::from_mins(10), Duration::from_mins(45)];
+
+/// Which kernels, and how much.
+#[derive(clap::Args)]
+pub(crate) struct Options {
+    /// Test on these kernels, in virtual machines: `all`, `newest`, a series (6.1) or a release (6.12.95+deb12) of Debian.
+    #[arg(long = "kernel", value_name = "VERSION", value_delimiter = ',', conflicts_with = "filter")]
+    pub(crate) kernels: Vec<String>,
+    /// Only a few cases of each back end.
+    #[arg(long, requires = "kernels")]
+    brief: bool,
+    /// Write what was seen into docs/kernels.md.
+    #[arg(long, requires = "kernels", conflicts_with = "brief")]
+    record: bool,
+}
+
+/// Boots each kernel and runs the tests there.
+pub(crate) fn run(session: &mut Session, root: &Path, options: &Options) -> Result<()> {
+    if !process::is_root() {
+        bail!("making a root file system takes root: start this by `sudo --preserve-env=PATH`, or as root");
+    }
+    host::require(&host::FOR_KERNELS)?;
+    let mut lab = None;
+    session.check("tests and the root file system", || {
+        lab = Some(Lab::build(root)?);
+        Ok(())
+    });
+    let Some(lab) = lab else { return Ok(()) };
+    let mut seen = Vec::new();
+    for name in versions::named(&options.kernels) {
+        let mut found = None;
+        session.check(&format!("Linux {name}: download"), || {
+            found = Some(lab.linux(&name)?);
+            Ok(())
+        });
+        let Some((release, linux)) = found else { continue };
+        let what = format!("Linux {name}: {release} with {}", cases::back_ends(&release).join(", "));
+        println!("\n=== {what}");
+        let outcome = lab.test(&release, &linux, options.brief)?;
+        session.count(&what, &outcome.tally, outcome.check());
+        seen.push((name, outcome));
+    }
+    if options.record {
+        record::write(root, &seen)?;
+    }
+    Ok(())
+}
+
+/// What all machines share.
+struct Lab {
+    store: PathBuf,
+    root: PathBuf,
+    programs: PathBuf,
+}
+
+impl Lab {
+    fn build(root: &Path) -> Result<Self> {
+        exec(test::host_crates(root, "build").args(["--bins", "--examples"]))?;
+        let tests = image::test_program(&mut process::cargo(root, "test"))?;
+        let target = process::target_dir(root);
+        let store = target.join("kernels");
+        fs::create_dir_all(&store).with_context(|| format!("create {}", store.display()))?;
+        let programs = image::programs(&store, &target.join("debug"), &tests)?;
+        Ok(Self { root: image::root(&store)?, programs, store })
+    }
+
+    fn linux(&self, name: &str) -> Result<(String, Linux)> {
+        let package = versions::find(&self.store.join("apt"), name)?;
+        let linux = Linux::of(&self.store, &package)?;
+        Ok((package.release, linux))
+    }
+
+    fn test(&self, release: &str, linux: &Linux, brief: bool) -> Result<Outcome> {
+        let cases = cases::list(release, brief);
+        let exchange = self.store.join("exchange");
+        fs::write(&exchange, &cases).with_context(|| format!("write {}", exchange.display()))?;
+        fs::File::options().write(true).open(&exchange)?.set_len(EXCHANGE)?;
+        let disks = Disks { root: &self.root, programs: &self.programs, exchange: &exchange };
+        let run = machine::boot(linux, &disks, LIMITS[usize::from(!brief)])?;
+        println!("The machine ran for {} s.", run.time.as_secs());
+        let outcome = Outcome::read(&run, &exchange, &self.store.join("results").join(release))?;
+        fs::remove_file(&exchange)?;
+        Ok(outcome)
+    }
+}
