@@ -73,3 +73,13 @@ fn report(result: anyhow::Result<ExitCode>) -> ExitCode {
         ExitCode::FAILURE
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        super::Xtask::command().debug_assert();
+    }
+}

@@ -23,7 +23,7 @@ pub(crate) struct Options {
     /// Run only the tests whose names contain this, and no other checks.
     filter: Option<String>,
     #[command(flatten)]
-    kernel: kernel::Options,
+    kernel: kernel::KernelOptions,
 }
 
 /// Runs everything, whatever fails, and prints the sum as the last line.

@@ -21,6 +21,8 @@ const BASE: &str = "kmod nftables python3 bsdutils";
 /// machine's `mke2fs` has learnt since.
 pub(crate) fn from_directory(directory: &Path, image: &Path, size: &str) -> Result<()> {
     drop(fs::remove_file(image));
+    // mke2fs is quiet about a file that is there.
+    fs::File::create(image).with_context(|| format!("create {}", image.display()))?;
     exec(Command::new("mke2fs").args(["-q", "-F", "-t", "ext2", "-m", "0", "-d"]).args([directory, image]).arg(size))
         .with_context(|| format!("make {} out of {}", image.display(), directory.display()))
 }

@@ -62,7 +62,7 @@ impl Linux {
         let staged = unpacked.join("staged");
         let modules = staged.join("lib/modules").join(release);
         for path in &files {
-            let mut parts = path.iter().skip_while(|part| *part != release);
+            let mut parts = path.strip_prefix(unpacked)?.iter().skip_while(|part| *part != release);
             if parts.next().is_none() || !fs::symlink_metadata(path)?.is_file() || name(path).starts_with("vmlinuz") {
                 continue;
             }
@@ -138,8 +138,7 @@ fn decompress(from: &Path, to: &Path) -> Result<()> {
 
 /// Packs a directory as the kernel reads it.
 fn pack(directory: &Path, to: &Path) -> Result<()> {
-    let mut names = stdout(Command::new("find").arg(".").current_dir(directory))?;
-    names.push('\n');
+    let names = stdout(Command::new("find").arg(".").current_dir(directory))?;
     let mut cpio = Command::new("cpio")
         .args(["--create", "--format=newc", "--quiet"])
         .current_dir(directory)
@@ -147,7 +146,7 @@ fn pack(directory: &Path, to: &Path) -> Result<()> {
         .stdout(fs::File::create(to)?)
         .spawn()
         .context("start cpio")?;
-    cpio.stdin.take().context("no pipe to cpio")?.write_all(names.trim_start().as_bytes())?;
+    cpio.stdin.take().context("no pipe to cpio")?.write_all(names.as_bytes())?;
     let status = cpio.wait()?;
     ensure!(status.success(), "cpio failed: {status}");
     Ok(())

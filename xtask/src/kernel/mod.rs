@@ -35,7 +35,7 @@ const LIMITS: [Duration; 2] = [Duration::from_mins(10), Duration::from_mins(45)]
 
 /// Which kernels, and how much.
 #[derive(clap::Args)]
-pub(crate) struct Options {
+pub(crate) struct KernelOptions {
     /// Test on these kernels, in virtual machines: `all`, `newest`, a series (6.1) or a release (6.12.95+deb12) of Debian.
     #[arg(long = "kernel", value_name = "VERSION", value_delimiter = ',', conflicts_with = "filter")]
     pub(crate) kernels: Vec<String>,
@@ -48,25 +48,30 @@ pub(crate) struct Options {
 }
 
 /// Boots each kernel and runs the tests there.
-pub(crate) fn run(session: &mut Session, root: &Path, options: &Options) -> Result<()> {
+pub(crate) fn run(session: &mut Session, root: &Path, options: &KernelOptions) -> Result<()> {
     if !process::is_root() {
         bail!("making a root file system takes root: start this by `sudo --preserve-env=PATH`, or as root");
     }
     host::require(&host::FOR_KERNELS)?;
+    let store = process::target_dir(root).join("kernels");
+    fs::create_dir_all(&store).with_context(|| format!("create {}", store.display()))?;
+    let mut kernels = Vec::new();
+    for name in versions::named(&options.kernels) {
+        session.check(&format!("Linux {name}: download"), || {
+            let package = versions::find(&store.join("apt"), &name)?;
+            let linux = Linux::of(&store, &package)?;
+            kernels.push((name.clone(), package.release, linux));
+            Ok(())
+        });
+    }
     let mut lab = None;
     session.check("tests and the root file system", || {
-        lab = Some(Lab::build(root)?);
+        lab = Some(Lab::build(root, &store)?);
         Ok(())
     });
     let Some(lab) = lab else { return Ok(()) };
     let mut seen = Vec::new();
-    for name in versions::named(&options.kernels) {
-        let mut found = None;
-        session.check(&format!("Linux {name}: download"), || {
-            found = Some(lab.linux(&name)?);
-            Ok(())
-        });
-        let Some((release, linux)) = found else { continue };
+    for (name, release, linux) in kernels {
         let what = format!("Linux {name}: {release} with {}", cases::back_ends(&release).join(", "));
         println!("\n=== {what}");
         let outcome = lab.test(&release, &linux, options.brief)?;
@@ -87,20 +92,11 @@ struct Lab {
 }
 
 impl Lab {
-    fn build(root: &Path) -> Result<Self> {
+    fn build(root: &Path, store: &Path) -> Result<Self> {
         exec(test::host_crates(root, "build").args(["--bins", "--examples"]))?;
         let tests = image::test_program(&mut process::cargo(root, "test"))?;
-        let target = process::target_dir(root);
-        let store = target.join("kernels");
-        fs::create_dir_all(&store).with_context(|| format!("create {}", store.display()))?;
-        let programs = image::programs(&store, &target.join("debug"), &tests)?;
-        Ok(Self { root: image::root(&store)?, programs, store })
-    }
-
-    fn linux(&self, name: &str) -> Result<(String, Linux)> {
-        let package = versions::find(&self.store.join("apt"), name)?;
-        let linux = Linux::of(&self.store, &package)?;
-        Ok((package.release, linux))
+        let programs = image::programs(store, &process::target_dir(root).join("debug"), &tests)?;
+        Ok(Self { root: image::root(store)?, programs, store: store.to_owned() })
     }
 
     fn test(&self, release: &str, linux: &Linux, brief: bool) -> Result<Outcome> {
