@@ -17,6 +17,9 @@ use super::linux::Linux;
 /// watchdogs would take a slow host for a hanging kernel.
 const COMMAND_LINE: &str = "console=ttyS0 quiet panic=-1 oops=panic nowatchdog mitigations=off";
 
+/// How long a kernel may take to find that it has no root file system, by KVM.
+const PROBE: Duration = Duration::from_secs(20);
+
 /// Disks beside those of the kernel.
 pub(crate) struct Disks<'a> {
     /// The root file system.
@@ -38,9 +41,9 @@ pub(crate) struct Run {
 }
 
 /// Boots and waits for the end, which the guest makes.
-pub(crate) fn boot(linux: &Linux, disks: &Disks<'_>, limit: Duration) -> Result<Run> {
+pub(crate) fn boot(linux: &Linux, disks: &Disks<'_>, accelerator: Accelerator, limit: Duration) -> Result<Run> {
     let begin = Instant::now();
-    let mut machine = qemu(linux, disks).spawn().context("start qemu-system-x86_64")?;
+    let mut machine = with_disks(linux, disks, accelerator).spawn().context("start qemu-system-x86_64")?;
     let result = listen(&mut machine, begin + limit);
     // Also where it can't be listened to: no machine stays behind.
     drop(machine.kill());
@@ -52,20 +55,70 @@ pub(crate) fn boot(linux: &Linux, disks: &Disks<'_>, limit: Duration) -> Result<
     Ok(Run { console, hung, time: begin.elapsed() })
 }
 
-fn qemu(linux: &Linux, disks: &Disks<'_>) -> Command {
+/// How a processor is had.
+#[derive(Clone, Copy)]
+pub(crate) enum Accelerator {
+    /// The host's own.
+    Kvm,
+    /// In software, which works everywhere.
+    Tcg,
+}
+
+impl Accelerator {
+    /// KVM where it works. That there is a `/dev/kvm` says little: some hosts that are virtual machines themselves run a few
+    /// instructions of a guest and then fail. So a kernel boots, finds no root file system and panics, which ends the machine.
+    pub(crate) fn usable(linux: &Linux) -> Self {
+        let mut qemu = qemu(linux, Self::Kvm);
+        qemu.args(["-append", "panic=-1", "-serial", "null"]).stderr(Stdio::null());
+        let Ok(mut machine) = qemu.spawn() else { return Self::Tcg };
+        let end = Instant::now() + PROBE;
+        let works = loop {
+            match machine.try_wait() {
+                Ok(Some(status)) => break status.success(),
+                Ok(None) if Instant::now() < end => thread::sleep(Duration::from_millis(50)),
+                _ => break false,
+            }
+        };
+        drop(machine.kill());
+        drop(machine.wait());
+        if works { Self::Kvm } else { Self::Tcg }
+    }
+}
+
+fn qemu(linux: &Linux, accelerator: Accelerator) -> Command {
     let mut qemu = Command::new("qemu-system-x86_64");
-    // The second accelerator is taken where the first does not work.
-    qemu.args(["-machine", "pc", "-accel", "kvm", "-accel", "tcg,thread=multi"]);
-    // Emulation of these costs much or has errors, and nothing here needs them.
-    qemu.args(["-cpu", "max,la57=off,cx16=off", "-smp", "2", "-m", "3G"]);
-    qemu.args(["-nodefaults", "-no-reboot", "-display", "none", "-nic", "none", "-serial", "stdio"]);
-    qemu.arg("-kernel").arg(linux.kernel()).arg("-initrd").arg(linux.initramfs()).args(["-append", COMMAND_LINE]);
+    match accelerator {
+        Accelerator::Kvm => qemu.args(["-accel", "kvm", "-cpu", "host"]),
+        // Emulation of these costs much or has errors, and nothing here needs them.
+        Accelerator::Tcg => qemu.args(["-accel", "tcg,thread=multi", "-cpu", "max,la57=off,cx16=off"]),
+    };
+    qemu.args([
+        "-machine",
+        "pc",
+        "-smp",
+        "2",
+        "-m",
+        "3G",
+        "-nodefaults",
+        "-no-reboot",
+        "-display",
+        "none",
+        "-nic",
+        "none",
+    ]);
+    qemu.arg("-kernel").arg(linux.kernel()).stdin(Stdio::null());
+    qemu
+}
+
+fn with_disks(linux: &Linux, disks: &Disks<'_>, accelerator: Accelerator) -> Command {
+    let mut qemu = qemu(linux, accelerator);
+    qemu.args(["-serial", "stdio", "-append", COMMAND_LINE]).arg("-initrd").arg(linux.initramfs());
     let modules = linux.modules();
     for (path, keeps) in [(disks.root, false), (&*modules, false), (disks.programs, false), (disks.exchange, true)] {
         let snapshot = if keeps { "off" } else { "on" };
         qemu.arg("-drive").arg(format!("file={},format=raw,if=virtio,snapshot={snapshot}", path.display()));
     }
-    qemu.stdin(Stdio::null()).stdout(Stdio::piped());
+    qemu.stdout(Stdio::piped());
     qemu
 }
 

@@ -25,7 +25,7 @@ use crate::{
     test::{self, Session},
 };
 use linux::Linux;
-use machine::Disks;
+use machine::{Accelerator, Disks};
 use outcome::Outcome;
 
 /// Room for the cases that go in and the results that come out.
@@ -70,11 +70,13 @@ pub(crate) fn run(session: &mut Session, root: &Path, options: &KernelOptions) -
         Ok(())
     });
     let Some(lab) = lab else { return Ok(()) };
+    let mut accelerator = None;
     let mut seen = Vec::new();
     for (name, release, linux) in kernels {
         let what = format!("Linux {name}: {release} with {}", cases::back_ends(&release).join(", "));
         println!("\n=== {what}");
-        let outcome = lab.test(&release, &linux, options.brief)?;
+        let accelerator = *accelerator.get_or_insert_with(|| Accelerator::usable(&linux));
+        let outcome = lab.test(&release, &linux, accelerator, options.brief)?;
         session.count(&what, &outcome.tally, outcome.check());
         seen.push((name, outcome));
     }
@@ -99,13 +101,13 @@ impl Lab {
         Ok(Self { root: image::root(store)?, programs, store: store.to_owned() })
     }
 
-    fn test(&self, release: &str, linux: &Linux, brief: bool) -> Result<Outcome> {
+    fn test(&self, release: &str, linux: &Linux, accelerator: Accelerator, brief: bool) -> Result<Outcome> {
         let cases = cases::list(release, brief);
         let exchange = self.store.join("exchange");
         fs::write(&exchange, &cases).with_context(|| format!("write {}", exchange.display()))?;
         fs::File::options().write(true).open(&exchange)?.set_len(EXCHANGE)?;
         let disks = Disks { root: &self.root, programs: &self.programs, exchange: &exchange };
-        let run = machine::boot(linux, &disks, LIMITS[usize::from(!brief)])?;
+        let run = machine::boot(linux, &disks, accelerator, LIMITS[usize::from(!brief)])?;
         println!("The machine ran for {} s.", run.time.as_secs());
         let outcome = Outcome::read(&run, &exchange, &self.store.join("results").join(release))?;
         fs::remove_file(&exchange)?;
