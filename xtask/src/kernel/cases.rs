@@ -7,8 +7,9 @@ use super::versions::numbers;
 const TC_SINCE: [u64; 2] = [6, 6];
 
 /// Cases of each back end that run always.
-const BRIEF: [&str; 9] = [
-    "tcp*",
+const BRIEF: [&str; 10] = [
+    "tcp4::*",
+    "tcp6::*",
     "udp4::*",
     "udp6::*",
     "--except 22 leaves the host's listener",
@@ -19,7 +20,8 @@ const BRIEF: [&str; 9] = [
     "rights::whose they are and which",
 ];
 /// Cases of each back end that run in a whole pass, too.
-const WHOLE: [&str; 21] = [
+const WHOLE: [&str; 22] = [
+    "tcp::1000 random pairs *",
     "other traffic stays as it was",
     "established connections survive *",
     "udp::answers leave from the dialled address and port",
