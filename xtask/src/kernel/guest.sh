@@ -23,8 +23,11 @@ echo "anyport: $(uname -r) $(uname -v), up after $(cut -d' ' -f1 /proc/uptime) s
 export ANYPORTD=/under-test/debug/anyportd ANYPORTCTL=/under-test/debug/anyportctl
 export ANYPORT_REQUIRE=all ANYPORT_TEST_CASES=/tmp/cases ANYPORT_TEST_PATIENCE=8 RUST_BACKTRACE=0
 cd /tmp
-/under-test/debug/deps/e2e --test-threads 2 2>&1 | tee /tmp/results/output
-echo "${PIPESTATUS[0]}" >/tmp/results/status
+# What tests complain goes to the console alone: it would tear the runner's lines apart.
+{
+  /under-test/debug/deps/e2e --test-threads 2 2>&3 | tee /tmp/results/output
+  echo "${PIPESTATUS[0]}" >/tmp/results/status
+} 3>&1
 echo "anyport: ended after $(cut -d' ' -f1 /proc/uptime) s"
 dmesg >/tmp/results/dmesg
 tar -cf /dev/vdd -C /tmp/results .
