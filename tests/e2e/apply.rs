@@ -266,7 +266,7 @@ fn hundred_thousand(backend: &'static str) {
     const RULES: u32 = 100_000;
     let lab = Lab::new(backend);
     let files = Files::new();
-    let all: String = (0..RULES).map(|host| format!("2001:db8:0:a::{host:x}\n")).collect();
+    let all = (0..RULES).map(|host| format!("2001:db8:0:a::{host:x}\n")).collect::<Vec<_>>().concat();
     files.apply(&lab.daemon, &all, "");
     let [first, last, none] = [0, RULES - 1, RULES].map(|host| at(&format!("2001:db8:0:a::{host:x}"), 80));
     for client in ["remote", "local"] {
