@@ -85,14 +85,19 @@ fn held(backend: &'static str) {
             let (user, group) = (USER.to_string(), GROUP.to_string());
             assert_eq!(ids, [[user.as_str(); 4], [group.as_str(); 4]].concat(), "{name}");
             assert_eq!(set(&thread, "CapPrm"), permitted, "permitted to {name} of {backend}");
-            // The control thread has them while it works, as when it reads counters now and then.
+            // The control thread has them while it works, and its programs with it, as when it reads counters now and then.
+            let ambient = if is_server { 0 } else { all };
             wait_for("rest of a thread", Duration::from_secs(5), || {
                 let now = threads(pid).into_iter().find(|it| it["Pid"] == thread["Pid"]);
-                let now = set(&now.ok_or_else(|| format!("{name} has ended"))?, "CapEff");
-                if now == effective { Ok(()) } else { Err(format!("{now} in effect for {name}")) }
+                let now = now.ok_or_else(|| format!("{name} has ended"))?;
+                let now = ["CapEff", "CapAmb"].map(|name| set(&now, name));
+                if now == [effective, ambient] {
+                    Ok(())
+                } else {
+                    Err(format!("{now:?} in effect and ambient for {name}"))
+                }
             });
             assert_eq!(set(&thread, "CapBnd") & !all, 0, "within reach of {name}");
-            assert_eq!(set(&thread, "CapAmb"), if is_server { 0 } else { all }, "what programs of {name} have");
             assert_eq!(thread["NoNewPrivs"], "1", "{name}");
             assert_eq!(thread["Seccomp"], if is_server { "2" } else { "0" }, "{name}");
         }

@@ -13,12 +13,19 @@ use crate::process;
 /// A program, and the packages that install it.
 #[derive(Clone, Copy)]
 pub(crate) struct Tool {
-    program: &'static str,
+    pub(crate) program: &'static str,
     debian: &'static str,
     fedora: &'static str,
     purpose: &'static str,
 }
 
+/// For the C that is part of the programs, when they are checked for 64-bit ARM.
+pub(crate) const AARCH64_GCC: Tool = Tool {
+    program: "aarch64-linux-gnu-gcc",
+    debian: "gcc-aarch64-linux-gnu libc6-dev-arm64-cross",
+    fedora: "gcc-aarch64-linux-gnu",
+    purpose: "checking the programs for 64-bit ARM",
+};
 /// For the `tproxy` back end.
 pub(crate) const IPTABLES: Tool =
     Tool { program: "iptables-restore", debian: "iptables", fedora: "iptables-nft", purpose: "the tproxy back end" };

@@ -9,7 +9,7 @@ use std::{
 use anyhow::{Result, bail};
 
 use crate::{
-    build_ebpf, dist, host, kernel,
+    aarch64, build_ebpf, dist, host, kernel,
     packages::{self, Effort},
     process::{self, exec},
     programs::Programs,
@@ -80,11 +80,12 @@ fn checks(session: &mut Session, root: &Path) {
                 exec(clippy.args(["--", "--deny", "warnings"]))
             });
             session.check("the BPF object", || build_ebpf::check(root, &toolchain));
+            session.check("the programs for 64-bit ARM", || aarch64::check(root));
         }
         Err(error) if nothing_may_be_left_out() => {
             session.check("the BPF object", || Err(error));
         }
-        Err(error) => session.leave_out("lints of the BPF programs, the BPF object", 2, &error),
+        Err(error) => session.leave_out("lints of the BPF programs, the BPF object, 64-bit ARM", 3, &error),
     }
 }
 
