@@ -43,7 +43,7 @@ pub(crate) struct KernelOptions {
     #[arg(long, requires = "kernels")]
     brief: bool,
     /// Write what was seen into docs/kernels.md.
-    #[arg(long, requires = "kernels", conflicts_with = "brief")]
+    #[arg(long, requires = "kernels")]
     record: bool,
 }
 
