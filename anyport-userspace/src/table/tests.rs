@@ -1,6 +1,7 @@
 use std::collections::HashMap;
 
 use anyport_common::{
+    event::RING_BYTES,
     flow::{Flow, Version},
     table::{self, SEGMENT_BITS, SEGMENT_WORDS, Slot, Store, Verdict, Words},
 };
@@ -79,6 +80,14 @@ fn check(table: &Table, rules: &RuleSet, lists: &Lists, flows: &[Flow]) -> Resul
         );
     }
     Ok(())
+}
+
+/// Kernels with pages of 64 KiB take a ring buffer of whole pages only, and map whole pages.
+#[test]
+fn segments_and_events_are_whole_pages_of_any_size() {
+    const PAGE: usize = 64 << 10;
+    assert_eq!(SEGMENT_WORDS * size_of::<u64>() % PAGE, 0);
+    assert_eq!(RING_BYTES % PAGE, 0);
 }
 
 /// Segments as a machine has them in memory whose words begin with their highest byte.
