@@ -266,9 +266,10 @@ fn hundred_thousand(backend: &'static str) {
     const RULES: u32 = 100_000;
     let lab = Lab::new(backend);
     let files = Files::new();
-    let all = (0..RULES).map(|host| format!("2001:db8:0:a::{host:x}\n")).collect::<Vec<_>>().concat();
+    let address = |host: u32| format!("2001:db8:0:a::{:x}:{:x}", host >> 16, host & 0xffff);
+    let all = (0..RULES).map(|host| address(host) + "\n").collect::<Vec<_>>().concat();
     files.apply(&lab.daemon, &all, "");
-    let [first, last, none] = [0, RULES - 1, RULES].map(|host| at(&format!("2001:db8:0:a::{host:x}"), 80));
+    let [first, last, none] = [0, RULES - 1, RULES].map(|host| at(&address(host), 80));
     for client in ["remote", "local"] {
         lab.at(client).enter(|| {
             expect_tcp_hello(first);

@@ -103,14 +103,15 @@ pub(crate) fn missing(tools: &[Tool]) -> Vec<Tool> {
     tools.iter().filter(|tool| find(tool.program).is_none()).copied().collect()
 }
 
-/// Installs what is missing where that is possible without asking, and else prints what to type and goes on.
+/// The same, but prints what to type and goes on.
 pub(crate) fn recommend(tools: &[Tool]) {
     if let Err(error) = require(tools) {
         println!("{error:#}");
     }
 }
 
-/// Installs what is missing where that is possible without asking, and else fails with what to type.
+/// Installs what is missing, as root or through sudo, which may ask for a password; where neither is possible or there is no
+/// apt-get, fails with what to type.
 pub(crate) fn require(tools: &[Tool]) -> Result<()> {
     let missing = missing(tools);
     if missing.is_empty() {

@@ -59,6 +59,10 @@ impl Watched {
     fn look(&mut self, now: Seen) {
         let Seen { steered, no_socket, assign_error, is_served } = std::mem::replace(&mut self.seen, now);
         let grown = |now: u64, before: u64| now.checked_sub(before);
+        if !now.is_served {
+            // A fault of sockets ends with them.
+            self.lost = 0;
+        }
         let (Some(steered), Some(no_socket), Some(assign_error)) =
             (grown(now.steered, steered), grown(now.no_socket, no_socket), grown(now.assign_error, assign_error))
         else {
@@ -117,14 +121,15 @@ impl Engine {
         if !self.dropping.is_due() {
             return;
         }
+        let at = Instant::now();
         if let Err(error) = self.see_drops() {
             error!("look whether packets are dropped: {error:#}");
         }
+        (self.dropping.at, self.dropping.took) = (Some(Instant::now()), at.elapsed());
     }
 
     fn see_drops(&mut self) -> anyhow::Result<()> {
         let Some(dropped) = self.steering.dropped()? else { return Ok(()) };
-        let at = Instant::now();
         if self.dropping.is_news(self.generation, dropped) {
             let mut needs: BTreeMap<&ServiceName, Needs> = BTreeMap::new();
             let sums = self.sums(|it| {
@@ -151,7 +156,6 @@ impl Engine {
                 .collect();
             (self.dropping.dropped, self.dropping.generation) = (dropped, self.generation);
         }
-        (self.dropping.at, self.dropping.took) = (Some(Instant::now()), at.elapsed());
         Ok(())
     }
 
@@ -201,6 +205,8 @@ mod tests {
         expect(&[([0, MANY, 0], true, true)]);
         // There are none, or there were none until a moment ago, or what is steered is drained.
         expect(&[([0, 99, 0], false, false), ([0, 99, 0], true, false), ([0, 0, 0], true, false)]);
+        // What got lost while there were sockets is no fault any more once they are gone.
+        expect(&[([0, MANY, 0], true, true), ([0; 3], false, false)]);
         // Some are served.
         expect(&[([100, 99, 99], true, false)]);
     }

@@ -175,7 +175,7 @@ impl Client {
         let Some(user) = &self.user else { return call(None).await };
         let token = user.token();
         match call(token.clone()).await {
-            Err(Error::Status(status)) if status.code() == Code::Unauthenticated => {
+            Err(Error::Status(status)) if has_ended(&status) => {
                 self.fetch_token(user, token).await?;
                 call(user.token()).await
             }
@@ -235,6 +235,12 @@ impl User {
     fn token(&self) -> Option<MetadataValue<Ascii>> {
         self.token.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
+}
+
+/// Whether the token that came with a call is none any more: it has ended, or users or roles have changed since.
+fn has_ended(status: &Status) -> bool {
+    status.code() == Code::Unauthenticated
+        || status.code() == Code::InvalidArgument && status.message().contains("revision of auth store is old")
 }
 
 fn endpoint(url: &str, tls: Option<&ClientTlsConfig>) -> Result<Endpoint, Error> {

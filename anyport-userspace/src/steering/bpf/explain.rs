@@ -16,7 +16,7 @@ use anyport_common::{
 };
 use aya::{Ebpf, programs::SchedClassifier};
 
-use super::{Bpf, hooks::program};
+use super::{Bpf, hooks::program, load::load_program};
 use crate::{
     steering::{BackEnd, Decided, Fate},
     sys::bpf::run_classifier,
@@ -29,10 +29,10 @@ const PROGRAM: &str = "anyport_explain";
 pub(super) struct Explainer(OwnedFd);
 
 impl Explainer {
-    pub(super) fn load(ebpf: &mut Ebpf) -> anyhow::Result<Self> {
+    pub(super) fn load(ebpf: &mut Ebpf, back_end: BackEnd) -> anyhow::Result<Self> {
         let attempt = "load the program that explains";
         let program: &mut SchedClassifier = program(ebpf, PROGRAM)?;
-        program.load().context(attempt)?;
+        load_program(back_end, PROGRAM, || program.load())?;
         program.fd().context(attempt)?.as_fd().try_clone_to_owned().map(Self).context(attempt)
     }
 

@@ -153,7 +153,7 @@ impl Bpf {
             .map(|(name, map)| Ok((name, duplicate(map)?)))
             .collect::<anyhow::Result<_>>()?;
         let sockets = Sockets::new(&sockets)?;
-        let explainer = Explainer::load(&mut ebpf)?;
+        let explainer = Explainer::load(&mut ebpf, back_end)?;
         let mut refuse = None;
         let hook: Box<dyn Hook> = match back_end {
             BackEnd::SkLookup => Box::new(SkLookupHook::attach(ebpf)?),
@@ -410,12 +410,14 @@ impl Bpf {
 /// # Errors
 /// It does not: says why.
 pub fn try_out(back_end: BackEnd) -> anyhow::Result<()> {
+    if back_end == BackEnd::Tc {
+        tc::expect_tcx()?;
+    }
+    let mut ebpf = load(false)?;
+    Explainer::load(&mut ebpf, back_end)?;
     match back_end {
-        BackEnd::SkLookup => hooks::load_sk_lookup(&mut load(false)?),
-        BackEnd::Tc => {
-            tc::expect_tcx()?;
-            tc::load_all(&mut load(false)?)
-        }
+        BackEnd::SkLookup => hooks::load_sk_lookup(&mut ebpf),
+        BackEnd::Tc => tc::load_all(&mut ebpf),
         BackEnd::Tproxy => bail!("tproxy works without BPF"),
     }
 }

@@ -29,6 +29,8 @@ const KERNELS: [&str; 2] = ["maps.debug", "progs.debug"];
 /// such a mount (commit 1e9d74660d4d); its mode they keep.
 const OUR_OPTIONS: &str = "mode=2755";
 const OUR_MODE: u32 = 0o2755;
+/// The source of a mount by anyport with ABI 6 or less, which the next version meets when it takes over.
+const FORMER_SOURCE: &str = "anyport";
 /// The bits of a mode that the kernel does not set by itself in such a file system.
 const MODE_BITS: u32 = 0o6777;
 
@@ -60,7 +62,7 @@ impl PinDirectory {
     /// Locks a directory that is on a BPF file system.
     fn lock(path: &Path) -> anyhow::Result<Self> {
         let is_mount_ours = match mount_at(path)? {
-            Some(mount) if mount.is_root && has_our_mode(path)? => true,
+            Some(mount) if mount.is_root && (mount.source == FORMER_SOURCE || has_our_mode(path)?) => true,
             Some(mount) if mount.is_root => bail!(
                 "{0} is the root of a BPF file system, where others may have pins; use a directory below, such as \
                  --bpffs {0}/anyport",
@@ -232,6 +234,7 @@ fn has_our_mode(path: &Path) -> anyhow::Result<bool> {
 struct Mount {
     /// Whether it shows the file system from its root on, and not a directory of it.
     is_root: bool,
+    source: String,
 }
 
 /// The uppermost mount at a path, by `proc_pid_mountinfo(5)`.
@@ -245,9 +248,11 @@ fn mount_at(path: &Path) -> anyhow::Result<Option<Mount>> {
         .collect();
     let mounts = fs::read_to_string("/proc/thread-self/mountinfo").context("list the mounts")?;
     Ok(mounts.lines().rev().find_map(|line| {
-        let mut fields = line.split(' ').skip(3);
+        let (of_mount, of_file_system) = line.split_once(" - ")?;
+        let mut fields = of_mount.split(' ').skip(3);
         let (root, at) = (fields.next()?, fields.next()?);
-        (at == escaped).then(|| Mount { is_root: root == "/" })
+        let source = of_file_system.split(' ').nth(1)?;
+        (at == escaped).then(|| Mount { is_root: root == "/", source: source.to_owned() })
     }))
 }
 
@@ -266,9 +271,9 @@ fn mount_bpffs(at: &Path, options: Option<&str>) -> anyhow::Result<()> {
 mod tests {
     use std::{fs, path::Path};
 
-    use nix::mount::{MntFlags, umount2};
+    use nix::mount::{MntFlags, MsFlags, mount, umount2};
 
-    use super::{OUR_OPTIONS, PinDirectory, is_bpffs, mount_at, mount_bpffs, remove_leftovers};
+    use super::{FORMER_SOURCE, OUR_OPTIONS, PinDirectory, is_bpffs, mount_at, mount_bpffs, remove_leftovers};
     use crate::steering::bpf::tests::{in_new_namespace, with_pins};
 
     #[test]
@@ -295,6 +300,18 @@ mod tests {
                 remove(&path).unwrap();
                 assert!(!path.exists());
             }
+        });
+    }
+
+    #[test]
+    fn a_mount_of_a_former_version_is_known() {
+        in_new_namespace(|| {
+            let parent = tempfile::tempdir().unwrap();
+            let path = parent.path().join("former");
+            fs::create_dir(&path).unwrap();
+            mount(Some(FORMER_SOURCE), &path, Some("bpf"), MsFlags::empty(), None::<&str>).unwrap();
+            PinDirectory::open(&path).unwrap().remove().unwrap();
+            assert!(!path.exists());
         });
     }
 
