@@ -21,22 +21,19 @@ use toml::Spanned;
 
 #[cfg(feature = "fleet")]
 pub use self::fleet::Fleet;
+pub use crate::back_end::Choice;
 use crate::{
     announce::Announce,
     api::{FleetView, Readers},
+    human_duration::HumanDuration,
+    paths::{DEFAULT_SOCKET, DEFAULT_STATE_DIR, Paths},
     rights::User,
-    rules::{
-        Origin, Prefix, RuleSet, RuleText, ServiceName,
-        file::{self, Places},
-    },
-    service::{HandlerKind, Limits, ServiceConfig, Span},
-    steering::BackEnd,
+    rule_file,
+    rules::{Origin, Prefix, RuleSet, RuleText, ServiceName},
+    service::{HandlerKind, Limits, ServiceConfig},
+    text::Positions,
 };
 
-/// Where the daemon listens for `anyportctl`, unless told otherwise.
-pub const DEFAULT_SOCKET: &str = "/run/anyport/anyportd.sock";
-/// Where it keeps what was added by hand, unless told otherwise.
-pub const DEFAULT_STATE_DIR: &str = "/var/lib/anyport";
 /// The configuration file, unless told otherwise.
 pub const DEFAULT_FILE: &str = "/etc/anyport/anyport.toml";
 /// Far more than any machine has use for, and far less than makes the kernel's groups slow.
@@ -45,33 +42,6 @@ const MAX_WORKERS: usize = 1024;
 const DEFAULT_DRAIN_TIMEOUT: Duration = Duration::from_mins(10);
 /// Half of what the kernel's maps can number: while rules are replaced, both sets are numbered.
 const DEFAULT_MAX_RULES: usize = MAX_RULES as usize / 2;
-
-/// Which back end to use.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "kebab-case")]
-pub enum Choice {
-    /// The first of them that works here.
-    #[default]
-    Auto,
-    /// A BPF program where the kernel looks sockets up.
-    SkLookup,
-    /// A BPF program at the ingress of interfaces.
-    Tc,
-    /// The TPROXY target of iptables.
-    Tproxy,
-}
-
-impl Choice {
-    /// The back end that was asked for, unless any will do.
-    pub fn back_end(self) -> Option<BackEnd> {
-        match self {
-            Self::Auto => None,
-            Self::SkLookup => Some(BackEnd::SkLookup),
-            Self::Tc => Some(BackEnd::Tc),
-            Self::Tproxy => Some(BackEnd::Tproxy),
-        }
-    }
-}
 
 /// How much the daemon logs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Deserialize, clap::ValueEnum)]
@@ -173,7 +143,7 @@ pub struct Settings {
     pub max_rules: Option<usize>,
     /// How long connections may go on after a restart or an upgrade has replaced the process that serves them [default: 10m]
     #[arg(long, env = "ANYPORT_DRAIN_TIMEOUT", value_name = "TIME")]
-    pub drain_timeout: Option<Span>,
+    pub drain_timeout: Option<HumanDuration>,
     /// Leaves steering in the kernel at the end, where the next start takes it over: packets are refused meanwhile, rather than
     /// left to the host
     #[arg(long, env = "ANYPORT_KEEP", num_args = 0..=1, default_missing_value = "true", value_name = "BOOL")]
@@ -289,6 +259,16 @@ pub struct Config {
 }
 
 impl Config {
+    /// Its files and directories.
+    pub fn paths(&self) -> Paths<'_> {
+        Paths {
+            socket: &self.socket,
+            state_dir: &self.state_dir,
+            bpffs: &self.bpffs,
+            announced: self.announce.as_ref().map(|announce| &*announce.file),
+        }
+    }
+
     /// Puts options and file together. Without `file`, the usual one is read if it is there.
     ///
     /// # Errors
@@ -475,7 +455,7 @@ impl Config {
         #[cfg(feature = "fleet")]
         let fleet = file.fleet.and_then(|table| fleet::Table::settle(table, text, &mut problems)).map(Box::new);
         let announce = file.announce.map(|table| {
-            let at = Places::of(text).at(table.span().start);
+            let at = Positions::of(text).at(table.span().start);
             let announce = table.into_inner();
             problems.extend(announce.validate().err().map(|error| format!("{at}: {error}")));
             announce
@@ -560,7 +540,7 @@ struct ConfigFile {
 
 /// The services, and what is wrong with them and their fallbacks.
 fn services(tables: Vec<Spanned<ServiceConfig>>, text: &str, problems: &mut Vec<String>) -> Vec<ServiceConfig> {
-    let placed = file::services(tables, text, problems);
+    let placed = rule_file::services(tables, text, problems);
     for (at, service) in &placed {
         let Some(fallback) = &service.fallback else { continue };
         match placed.iter().find(|(_, other)| other.name == *fallback) {
@@ -584,7 +564,7 @@ fn rules(
     problems: &mut Vec<String>,
 ) -> RuleSet {
     let mut rules = RuleSet::default();
-    let mut places = Places::of(text);
+    let mut places = Positions::of(text);
     for table in tables {
         let at = places.at(table.span().start);
         let rule = table.into_inner().into_rule(Origin::Config);
@@ -604,7 +584,7 @@ fn rules(
 fn place_of_setting(text: &str, name: &str) -> Option<String> {
     let file = toml::de::DeTable::parse(text).ok()?;
     let value = file.get_ref().get("daemon")?.get_ref().as_table()?.get(name)?;
-    Some(Places::of(text).at(value.span().start).to_string())
+    Some(Positions::of(text).at(value.span().start).to_string())
 }
 
 #[cfg(test)]

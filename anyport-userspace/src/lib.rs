@@ -15,9 +15,13 @@
 #[cfg(feature = "daemon")]
 pub mod announce;
 #[cfg(feature = "daemon")]
+pub mod back_end;
+#[cfg(feature = "daemon")]
 pub mod cli;
 #[cfg(feature = "daemon")]
 pub mod config;
+#[cfg(feature = "daemon")]
+pub mod control;
 #[cfg(feature = "daemon")]
 pub mod daemon;
 #[cfg(feature = "daemon")]
@@ -26,10 +30,12 @@ pub mod doctor;
 pub mod engine;
 #[cfg(feature = "daemon")]
 pub mod events;
-#[cfg(feature = "fleet")]
+#[cfg(feature = "daemon")]
 pub mod fleet;
 #[cfg(feature = "daemon")]
 pub mod host;
+#[cfg(feature = "daemon")]
+pub mod human_duration;
 #[cfg(feature = "daemon")]
 pub mod keeper;
 #[cfg(feature = "daemon")]
@@ -39,9 +45,13 @@ pub mod logging;
 #[cfg(feature = "daemon")]
 pub mod observe;
 #[cfg(feature = "daemon")]
+pub mod paths;
+#[cfg(feature = "daemon")]
 pub mod rights;
 #[cfg(feature = "daemon")]
 pub mod routes;
+#[cfg(feature = "daemon")]
+pub mod rule_file;
 #[cfg(feature = "daemon")]
 pub mod service;
 #[cfg(feature = "daemon")]
@@ -58,8 +68,10 @@ mod text;
 pub mod api;
 mod datagram;
 mod owner;
+mod problem;
 pub mod register;
 pub mod rules;
+mod scm_rights;
 
 #[cfg(feature = "tokio")]
 pub use self::owner::tokio;

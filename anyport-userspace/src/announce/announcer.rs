@@ -22,7 +22,6 @@ use super::{
 };
 use crate::{
     api::{AnnounceView, AnnouncedPrefix},
-    config::Config,
     rules::Prefix,
     text::list_of,
 };
@@ -139,30 +138,21 @@ impl Announcer {
     }
 }
 
-/// Withdraws everything, where no server does. The file is read again for what is announced, since it may have been another one.
+/// Withdraws everything, where no server does.
 ///
 /// # Errors
 /// The file can't be written, or the router not be told.
-pub fn withdraw_all(config: &Config) -> anyhow::Result<()> {
-    let now = config.read_again();
-    let Some(announce) = now.as_ref().unwrap_or(config).announce.as_ref() else { return Ok(()) };
+pub fn withdraw_all(announce: &Announce) -> anyhow::Result<()> {
     write(announce, &file::text(announce.format, &[]))?;
     let Some(socket) = &announce.reload else { return Ok(()) };
     let runtime = Builder::new_current_thread().enable_all().build().context("start a runtime")?;
     runtime.block_on(bird::configure(socket, &announce.file))
 }
 
-/// As [`withdraw_all`], but not where a service manager says that the service has ended well: then it has withdrawn everything itself, or
-/// is restarted.
-///
-/// # Errors
-/// As there.
-pub fn withdraw_after_stop(config: &Config) -> anyhow::Result<()> {
+/// Whether a service manager says that the service has ended well: then it has withdrawn everything itself, or is restarted.
+pub fn has_ended_well() -> bool {
     // Set for ExecStopPost= (systemd.exec(5)).
-    if env::var_os("SERVICE_RESULT").is_some_and(|result| result == "success") {
-        return Ok(());
-    }
-    withdraw_all(config)
+    env::var_os("SERVICE_RESULT").is_some_and(|result| result == "success")
 }
 
 fn write(config: &Announce, text: &str) -> anyhow::Result<()> {

@@ -2,7 +2,7 @@ use std::{fmt, path::PathBuf, time::Duration};
 
 use serde::Deserialize;
 
-use crate::{rules::Prefix, service::Span};
+use crate::{human_duration::HumanDuration, rules::Prefix};
 
 const DEFAULT_FILE: &str = "/run/anyport/announced.conf";
 /// As long as a router takes to tell others twice over, and a process to start.
@@ -32,7 +32,7 @@ pub struct Announce {
     pub needs: Needs,
     /// How long a prefix has to be served without a break before it is announced.
     #[serde(default = "default_hold_down")]
-    pub hold_down: Span,
+    pub hold_down: HumanDuration,
 }
 
 /// How the file is written.
@@ -73,8 +73,8 @@ fn default_file() -> PathBuf {
     DEFAULT_FILE.into()
 }
 
-fn default_hold_down() -> Span {
-    Span(DEFAULT_HOLD_DOWN)
+fn default_hold_down() -> HumanDuration {
+    HumanDuration(DEFAULT_HOLD_DOWN)
 }
 
 impl Announce {

@@ -5,9 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use serde::{Deserialize, Serialize};
-
-use crate::rules::Prefix;
+use crate::{api::AnnounceState, rules::Prefix};
 
 /// Each time that a prefix is withdrawn its hold-down is doubled, up to 32 times the first one. After so long without a break it begins
 /// anew.
@@ -45,25 +43,10 @@ pub struct Judgement {
     /// How long a prefix has to be served without a break.
     pub hold_down: Duration,
 }
-
-/// What becomes of a prefix.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum State {
-    /// It is announced.
-    Announced,
-    /// It is served, but not for long enough.
-    Held,
-    /// It is not served.
-    Unserved,
-    /// Somebody has drained it.
-    Drained,
-}
-
 /// What is known of a prefix.
 #[derive(Clone, Debug)]
 pub(super) struct Hold {
-    pub(super) state: State,
+    pub(super) state: AnnounceState,
     /// Since when.
     pub(super) since: Instant,
     /// Why it is not served, or was not before.
@@ -82,7 +65,7 @@ pub(super) struct Holds {
 }
 
 impl Hold {
-    fn new(state: State, now: Instant) -> Self {
+    fn new(state: AnnounceState, now: Instant) -> Self {
         Self { state, since: now, why: None, withdrawals: 0 }
     }
 
@@ -91,7 +74,7 @@ impl Hold {
         self.since + hold_down * 2_u32.pow(self.withdrawals.saturating_sub(1).min(MOST_DOUBLINGS))
     }
 
-    fn turn(&mut self, state: State, why: Option<String>, now: Instant) {
+    fn turn(&mut self, state: AnnounceState, why: Option<String>, now: Instant) {
         if self.state != state {
             (self.state, self.since) = (state, now);
         }
@@ -99,23 +82,23 @@ impl Hold {
     }
 
     fn judge(&mut self, verdict: &Verdict, hold_down: Duration, now: Instant) {
-        let is_announced = self.state == State::Announced;
+        let is_announced = self.state == AnnounceState::Announced;
         match verdict {
             Verdict::Unknown => {}
-            Verdict::Drained => self.turn(State::Drained, None, now),
+            Verdict::Drained => self.turn(AnnounceState::Drained, None, now),
             Verdict::Unserved(why) => {
                 if is_announced {
                     let is_long = now.duration_since(self.since) >= hold_down * 2_u32.pow(MOST_DOUBLINGS);
                     self.withdrawals = if is_long { 1 } else { self.withdrawals.saturating_add(1) };
                 }
-                self.turn(State::Unserved, Some(why.clone()), now);
+                self.turn(AnnounceState::Unserved, Some(why.clone()), now);
             }
             Verdict::Served if is_announced => {}
             Verdict::Served => {
                 let why = self.why.take();
-                self.turn(State::Held, why, now);
+                self.turn(AnnounceState::Held, why, now);
                 if self.due(hold_down) <= now {
-                    self.turn(State::Announced, None, now);
+                    self.turn(AnnounceState::Announced, None, now);
                 }
             }
         }
@@ -125,7 +108,7 @@ impl Hold {
 impl Holds {
     /// Where these were announced by a process before.
     pub(super) fn of(announced: impl Iterator<Item = Prefix>, now: Instant) -> Self {
-        let prefixes = announced.map(|prefix| (prefix, Hold::new(State::Announced, now)));
+        let prefixes = announced.map(|prefix| (prefix, Hold::new(AnnounceState::Announced, now)));
         Self { prefixes: prefixes.collect(), ..Self::default() }
     }
 
@@ -136,20 +119,20 @@ impl Holds {
         let mut former = std::mem::take(&mut self.prefixes);
         let mut stay = 0;
         for Judged { prefix, verdict } in prefixes {
-            let mut hold = former.remove(prefix).unwrap_or_else(|| Hold::new(State::Unserved, now));
-            let was_announced = hold.state == State::Announced;
+            let mut hold = former.remove(prefix).unwrap_or_else(|| Hold::new(AnnounceState::Unserved, now));
+            let was_announced = hold.state == AnnounceState::Announced;
             hold.judge(verdict, *hold_down, now);
-            stay += usize::from(was_announced && hold.state == State::Announced);
+            stay += usize::from(was_announced && hold.state == AnnounceState::Announced);
             self.prefixes.insert(*prefix, hold);
         }
         self.withdrawals += (before - stay) as u64;
         self.announcements += (self.announced().count() - stay) as u64;
-        let held = self.prefixes.values().filter(|hold| hold.state == State::Held);
+        let held = self.prefixes.values().filter(|hold| hold.state == AnnounceState::Held);
         held.map(|hold| hold.due(*hold_down)).min()
     }
 
     pub(super) fn announced(&self) -> impl Iterator<Item = Prefix> {
-        self.prefixes.iter().filter(|(_, hold)| hold.state == State::Announced).map(|(prefix, _)| *prefix)
+        self.prefixes.iter().filter(|(_, hold)| hold.state == AnnounceState::Announced).map(|(prefix, _)| *prefix)
     }
 
     pub(super) fn iter(&self) -> impl Iterator<Item = (&Prefix, &Hold)> {
@@ -161,7 +144,8 @@ impl Holds {
 mod tests {
     use std::time::{Duration, Instant};
 
-    use super::{Holds, Judged, Judgement, State, Verdict};
+    use super::{Holds, Judged, Judgement, Verdict};
+    use crate::api::AnnounceState;
 
     const HOLD_DOWN: Duration = Duration::from_secs(10);
 
@@ -178,7 +162,7 @@ mod tests {
             Self { holds: Holds::of(announced.into_iter(), begin), begin }
         }
 
-        fn judge(&mut self, second: u64, verdict: Verdict) -> (State, Option<u64>) {
+        fn judge(&mut self, second: u64, verdict: Verdict) -> (AnnounceState, Option<u64>) {
             let prefixes = vec![Judged { prefix: "192.0.2.0/24".parse().unwrap(), verdict }];
             let judgement = Judgement { number: second, prefixes, hold_down: HOLD_DOWN };
             let again = self.holds.judge(&judgement, self.begin + Duration::from_secs(second));
@@ -186,12 +170,12 @@ mod tests {
             (hold.state, again.map(|it| (it - self.begin).as_secs()))
         }
 
-        fn served(&mut self, second: u64) -> (State, Option<u64>) {
+        fn served(&mut self, second: u64) -> (AnnounceState, Option<u64>) {
             self.judge(second, Verdict::Served)
         }
 
         fn fails(&mut self, second: u64) {
-            assert_eq!(self.judge(second, Verdict::Unserved("x".into())), (State::Unserved, None));
+            assert_eq!(self.judge(second, Verdict::Unserved("x".into())), (AnnounceState::Unserved, None));
         }
     }
 
@@ -199,9 +183,9 @@ mod tests {
     fn what_is_served_for_long_enough_is_announced() {
         let mut story = Story::new(false);
         story.fails(0);
-        assert_eq!(story.served(5), (State::Held, Some(15)));
-        assert_eq!(story.served(14), (State::Held, Some(15)));
-        assert_eq!(story.served(15), (State::Announced, None));
+        assert_eq!(story.served(5), (AnnounceState::Held, Some(15)));
+        assert_eq!(story.served(14), (AnnounceState::Held, Some(15)));
+        assert_eq!(story.served(15), (AnnounceState::Announced, None));
         story.fails(16);
         assert_eq!((story.holds.announcements, story.holds.withdrawals), (1, 1));
         assert_eq!(story.holds.announced().count(), 0);
@@ -214,29 +198,29 @@ mod tests {
         for pause in [10, 20, 40, 80, 160, 320, 320] {
             story.fails(now + 1);
             now += 2;
-            assert_eq!(story.served(now), (State::Held, Some(now + pause)));
+            assert_eq!(story.served(now), (AnnounceState::Held, Some(now + pause)));
             // A break while it is held is no withdrawal, but the time begins anew.
             story.fails(now + 1);
             now += 2;
-            assert_eq!(story.served(now), (State::Held, Some(now + pause)));
+            assert_eq!(story.served(now), (AnnounceState::Held, Some(now + pause)));
             now += pause;
-            assert_eq!(story.served(now), (State::Announced, None));
+            assert_eq!(story.served(now), (AnnounceState::Announced, None));
         }
         story.fails(now + 320);
-        assert_eq!(story.served(now + 321), (State::Held, Some(now + 331)));
+        assert_eq!(story.served(now + 321), (AnnounceState::Held, Some(now + 331)));
     }
 
     #[test]
     fn what_was_announced_stays_so_until_something_is_known() {
         let mut story = Story::new(true);
-        assert_eq!(story.judge(0, Verdict::Unknown), (State::Announced, None));
-        assert_eq!(story.served(1), (State::Announced, None));
-        assert_eq!(story.judge(2, Verdict::Drained), (State::Drained, None));
-        assert_eq!(story.served(3), (State::Held, Some(13)), "a drain is no failure");
+        assert_eq!(story.judge(0, Verdict::Unknown), (AnnounceState::Announced, None));
+        assert_eq!(story.served(1), (AnnounceState::Announced, None));
+        assert_eq!(story.judge(2, Verdict::Drained), (AnnounceState::Drained, None));
+        assert_eq!(story.served(3), (AnnounceState::Held, Some(13)), "a drain is no failure");
         let nothing = Judgement { number: 4, prefixes: Vec::new(), hold_down: HOLD_DOWN };
         assert_eq!(story.holds.judge(&nothing, story.begin), None);
         assert_eq!(story.holds.iter().count(), 0);
         let mut unknown = Story::new(false);
-        assert_eq!(unknown.judge(0, Verdict::Unknown), (State::Unserved, None));
+        assert_eq!(unknown.judge(0, Verdict::Unknown), (AnnounceState::Unserved, None));
     }
 }

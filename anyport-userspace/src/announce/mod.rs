@@ -11,7 +11,7 @@ mod file;
 mod holds;
 
 pub use self::{
-    announcer::{Announcer, withdraw_after_stop, withdraw_all},
+    announcer::{Announcer, has_ended_well, withdraw_all},
     config::{Announce, Format, Needs},
-    holds::{Judged, Judgement, State, Verdict},
+    holds::{Judged, Judgement, Verdict},
 };

@@ -1,13 +1,10 @@
-//! Of prefixes that are announced, and of those that are drained.
+//! Views of announced prefixes and of drains.
 
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{
-    announce::State,
-    rules::{Prefix, ServiceName},
-};
+use crate::rules::{Prefix, ServiceName};
 
 /// Seconds that a drain waits for the routers of others.
 const DEFAULT_WAIT: u64 = 30;
@@ -36,12 +33,26 @@ pub struct AnnouncedPrefix {
     /// Which one.
     pub prefix: Prefix,
     /// Whether it is announced, or what kind of reason there is if not.
-    pub state: State,
+    pub state: AnnounceState,
     /// Since when, by RFC 3339.
     pub since: String,
     /// Why it is not served, or was not before.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub why: Option<String>,
+}
+
+/// What becomes of a prefix.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum AnnounceState {
+    /// It is announced.
+    Announced,
+    /// It is served, but not for long enough.
+    Held,
+    /// It is not served.
+    Unserved,
+    /// Somebody has drained it.
+    Drained,
 }
 
 /// Body of `POST /v1/drain`: what is not to be served any more, which is the whole node if neither is given.

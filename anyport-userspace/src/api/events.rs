@@ -1,31 +1,15 @@
+//! Requests for events, and the lines of the answer.
+
 use std::{
-    convert::Infallible,
     net::SocketAddr,
     num::{NonZeroU16, NonZeroU32},
-    time::Duration,
 };
 
-use anyport_common::event::{ASSIGN_ERROR, DENIED, Event, NO_SOCKET, STEERED};
-use axum::{
-    body::{Body, Bytes},
-    http::header::CONTENT_TYPE,
-    response::{IntoResponse, Response},
-};
-use futures_util::stream;
+use anyport_common::event::{ASSIGN_ERROR, DENIED, NO_SOCKET, STEERED};
 use serde::{Deserialize, Serialize};
-use tokio::time::timeout;
 
-use super::{Kind, Problem, Shared};
-use crate::{
-    engine::Clock,
-    events::Listener,
-    rules::{Prefix, Protocol, ServiceName},
-};
-
-/// Events that are sent at once.
-const BATCH: usize = 256;
-/// How often it is told what was missed, if nothing else is.
-const INTERVAL: Duration = Duration::from_secs(1);
+use super::{Kind, Problem};
+use crate::rules::{Prefix, Protocol, ServiceName};
 
 /// Query of `GET /v1/events`: which connections and flows to tell.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -143,59 +127,4 @@ pub enum Told {
         /// In words.
         note: String,
     },
-}
-
-/// Answers with events as they come, until the client goes or the daemon ends.
-pub(super) async fn tell(engine: Shared, request: Listen) -> Result<Response, Problem> {
-    request.validate()?;
-    let (listener, note) = {
-        let engine = engine.lock().await;
-        let engine = engine.as_ref().ok_or_else(super::stopping)?;
-        (engine.listen(&request)?, engine.note_on_events())
-    };
-    // At once, so that whoever asked knows that it has begun.
-    let first = note.iter().map(line).collect::<String>() + "\n";
-    let telling = Telling { engine, listener, request, first: Some(first) };
-    let lines = stream::unfold(telling, |mut telling| async {
-        let lines = telling.next().await?;
-        Some((Ok::<_, Infallible>(Bytes::from(lines)), telling))
-    });
-    Ok(([(CONTENT_TYPE, "application/x-ndjson")], Body::from_stream(lines)).into_response())
-}
-
-struct Telling {
-    engine: Shared,
-    listener: Listener,
-    request: Listen,
-    first: Option<String>,
-}
-
-impl Telling {
-    /// The next lines; nothing when the daemon ends.
-    async fn next(&mut self) -> Option<String> {
-        if let Some(first) = self.first.take() {
-            return Some(first);
-        }
-        loop {
-            let mut events: Vec<Event> = Vec::new();
-            if let Ok(event) = timeout(INTERVAL, self.listener.next()).await {
-                events.push(event?);
-                events.extend(std::iter::from_fn(|| self.listener.try_next()).take(BATCH - 1));
-            }
-            let missed = Some(self.listener.missed()).filter(|it| *it > 0);
-            let mut lines: String = missed.map(|missed| line(&Told::Missed { missed })).into_iter().collect();
-            let engine = self.engine.lock().await;
-            let (engine, clock) = (engine.as_ref()?, Clock::now());
-            let views = events.iter().filter_map(|event| engine.describe(event, &self.request, &clock));
-            lines.extend(views.map(|view| line(&Told::Event(view))));
-            if !lines.is_empty() {
-                return Some(lines);
-            }
-        }
-    }
-}
-
-fn line(told: &Told) -> String {
-    // These types are all text and numbers.
-    serde_json::to_string(told).unwrap_or_default() + "\n"
 }

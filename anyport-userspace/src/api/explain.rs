@@ -4,9 +4,9 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
 
 use super::{Kind, Problem};
 use crate::{
+    back_end::BackEnd,
     rules::{InvalidText, Numbered, Origin, PortSet, Prefix, Protocol, ServiceName, Terms},
     service::Family,
-    steering::BackEnd,
 };
 
 /// An address and a port as they stand in packets: no port 0, and IPv4 addresses as such.

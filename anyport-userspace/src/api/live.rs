@@ -3,9 +3,9 @@
 use serde::{Deserialize, Serialize};
 
 use crate::{
+    back_end::BackEnd,
     rules::{Protocol, ServiceName},
     service::{HandlerKind, UpstreamState},
-    steering::BackEnd,
 };
 
 /// Answer of `GET /v1/live`: counts, and rates since they were counted before.

@@ -7,10 +7,7 @@ use nix::{
 
 use serde::Deserialize;
 
-use crate::sys::peer_groups;
-
-/// Members of this group may use the API, as root may.
-pub const GROUP: &str = "anyport";
+use crate::{rights::GROUP, sys::peer_groups};
 
 /// Who is at the other end, as the kernel says.
 #[derive(Clone, Debug)]

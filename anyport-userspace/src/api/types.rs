@@ -10,13 +10,13 @@ use crate::{
 };
 
 /// Bytes of the largest body. Most requests are a few lines.
-pub(super) const MAX_BODY: usize = 1 << 20;
+pub(crate) const MAX_BODY: usize = 1 << 20;
 
 /// Bytes of the largest file that can be applied.
-pub(super) const MAX_FILE: usize = 256 << 20;
+pub(crate) const MAX_FILE: usize = 256 << 20;
 
 /// The problem of a request beyond its limit.
-pub(super) fn too_large(error: String, limit: usize) -> Problem {
+pub(crate) fn too_large(error: String, limit: usize) -> Problem {
     Problem::new(Kind::TooLarge, error).hint(format!("{limit} bytes are the limit; send several requests"))
 }
 

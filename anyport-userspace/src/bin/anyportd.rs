@@ -7,9 +7,10 @@ use anyhow::Context as _;
 use anyport::{
     announce,
     config::{Config, Options},
-    daemon, engine,
+    control, daemon, engine,
     keeper::{self, Link},
     logging, rights,
+    steering::bpf::make_pin_directory,
 };
 use clap::Parser as _;
 use tracing::error;
@@ -38,8 +39,9 @@ fn main() -> ExitCode {
     }
     let Some(link) = link else {
         let done = match (takeover, withdraw) {
-            (true, _) => keeper::take_over(&config.socket).map(|()| ExitCode::SUCCESS),
-            (_, true) => announce::withdraw_after_stop(&config).map(|()| ExitCode::SUCCESS),
+            (true, _) => control::take_over(&config.socket).map(|()| ExitCode::SUCCESS),
+            (_, true) if announce::has_ended_well() => Ok(ExitCode::SUCCESS),
+            (_, true) => withdraw_all(&config).map(|()| ExitCode::SUCCESS),
             _ => keep(config),
         };
         return done.unwrap_or_else(|error| fail(&error));
@@ -59,16 +61,22 @@ fn keep(config: Config) -> anyhow::Result<ExitCode> {
     rights::raise_memory_limit();
     // Root may take them out of their owners.
     let fetched = engine::fetch_registered(&config.state_dir);
-    if let Some(why) = rights::become_user(&config)? {
+    if let Some(why) = rights::become_user(config.user.as_ref(), config.paths(), config.steering, make_pin_directory)? {
         eprintln!("anyportd: running as root with all of its rights: {why}");
     }
     let given_up = move || {
         eprintln!("anyportd: nobody has served since the crash: withdrawing what is announced");
-        if let Err(error) = announce::withdraw_all(&config) {
+        if let Err(error) = withdraw_all(&config) {
             eprintln!("anyportd: {error:#}");
         }
     };
     keeper::keep(fetched, given_up).context("start the server process")
+}
+
+/// The file is read again for what is announced, since it may have been another one.
+fn withdraw_all(config: &Config) -> anyhow::Result<()> {
+    let now = config.read_again();
+    now.as_ref().unwrap_or(config).announce.as_ref().map_or(Ok(()), announce::withdraw_all)
 }
 
 fn fail(error: &anyhow::Error) -> ExitCode {

@@ -22,7 +22,7 @@ use serde::Serialize;
 
 use crate::{
     api::{Changed, Client, Kind, Problem},
-    config::DEFAULT_SOCKET,
+    paths::DEFAULT_SOCKET,
 };
 
 /// Controls anyportd, which steers whole prefixes to one socket.

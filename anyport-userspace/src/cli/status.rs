@@ -2,7 +2,7 @@ use std::fmt::Write as _;
 
 use super::{Output, drain::subject};
 use crate::{
-    announce::State,
+    api::AnnounceState,
     api::{
         AnnounceView, AnnouncedPrefix, BackEndView, Client, DrainState, DrainView, FleetView, MendedView, Problem,
         StatusView,
@@ -88,15 +88,15 @@ fn fleet(view: &FleetView) -> String {
 fn announced(AnnounceView { file, reload, prefixes, .. }: &AnnounceView) -> Vec<String> {
     const SHOWN: usize = 10;
     let by = reload.as_ref().unwrap_or(file).display();
-    let others = || prefixes.iter().filter(|it| it.state != State::Announced);
+    let others = || prefixes.iter().filter(|it| it.state != AnnounceState::Announced);
     let (all, left) = (prefixes.len(), others().count());
     let mut lines = vec![format!("announced   {} of {all} prefixes, by {by}", all - left)];
     lines.extend(others().take(SHOWN).map(|AnnouncedPrefix { prefix, state, since, why }| {
         let what = match state {
-            State::Announced => "announced",
-            State::Held => "served, held down",
-            State::Unserved => "not served",
-            State::Drained => "drained",
+            AnnounceState::Announced => "announced",
+            AnnounceState::Held => "served, held down",
+            AnnounceState::Unserved => "not served",
+            AnnounceState::Drained => "drained",
         };
         let why = why.as_ref().map(|why| format!(": {why}")).unwrap_or_default();
         format!("  withdrawn {prefix} {what} since {since}{why}")

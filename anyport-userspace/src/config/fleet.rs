@@ -18,7 +18,7 @@ use crate::{
         settings::ConnectionSettings,
         signing::PublicKeys,
     },
-    rules::file::Places,
+    text::Positions,
 };
 
 /// The settings that can change while the daemon runs.
@@ -77,7 +77,8 @@ impl Table {
     pub(super) fn settle(table: Spanned<Self>, text: &str, problems: &mut Vec<String>) -> Option<Fleet> {
         let before = problems.len();
         let at = table.span().start;
-        let mut wrong = |at: usize, what: &dyn Display| problems.push(format!("{}: {what}", Places::of(text).at(at)));
+        let mut wrong =
+            |at: usize, what: &dyn Display| problems.push(format!("{}: {what}", Positions::of(text).at(at)));
         let Self { etcd, ring, node, prefix, ca, certificate, key, user, password_file, public_key, max_removal } =
             table.into_inner();
         let connection = ConnectionSettings { etcd, prefix, ca, certificate, key, user, password_file };

@@ -11,9 +11,9 @@ use anyhow::{Context as _, anyhow};
 use super::{firewall, modules::Modules, sysctl::Sysctl};
 use crate::{
     api::StatusView,
+    back_end::BackEnd,
     routes::{LocalTable, Route},
     rules::{PortSet, Prefix, Protocol},
-    steering::BackEnd,
 };
 
 /// Something that could be looked at, or why not.

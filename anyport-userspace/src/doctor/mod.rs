@@ -134,7 +134,7 @@ pub struct DaemonView {
     /// The process that accepts.
     pub pid: u32,
     /// The back end in use.
-    pub backend: crate::steering::BackEnd,
+    pub backend: crate::back_end::BackEnd,
     /// Number of rules.
     pub rules: usize,
 }

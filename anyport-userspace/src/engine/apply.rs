@@ -13,9 +13,9 @@ use tracing::{info, warn};
 use super::{Engine, Running, change::Keep, commands::conflict_problem, register::expect_fallbacks};
 use crate::{
     api::{Applied, Apply, Changed, Kind, Problem},
+    rule_file::RuleFile,
     rules::{
         Change, Conflict, Held, Origin, Prefix, PrefixRules, Rule, ServiceName, Terms,
-        file::RuleFile,
         lines::{Line, LineRule},
     },
     service::ServiceConfig,

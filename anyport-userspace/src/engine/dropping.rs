@@ -12,7 +12,7 @@ use anyport_common::{flow::Transport, maps::Counters};
 use tracing::error;
 
 use super::{Engine, views::Sums};
-use crate::{rules::ServiceName, steering::BackEnd};
+use crate::{back_end::BackEnd, rules::ServiceName};
 
 /// How often it is looked whether packets were dropped.
 const INTERVAL: Duration = Duration::from_secs(2);

@@ -34,7 +34,8 @@ use crate::{
     api::{AddPrefixes, Apply, Problem, RemovePrefixes},
     config::{Config, Options},
     fleet::delta::Delta,
-    rules::{Origin, Prefix, Terms, file::RuleFile},
+    rule_file::RuleFile,
+    rules::{Origin, Prefix, Terms},
     service::{HandlerKind, ServiceConfig, Workers},
     store::{FleetState, Store, simulated::Simulated as Disk},
 };

@@ -3,42 +3,16 @@
 use std::{
     collections::BTreeMap,
     hash::{DefaultHasher, Hash as _, Hasher as _},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::{Duration, Instant, SystemTime},
+    sync::Arc,
 };
 
 use super::{Engine, apply::Intent, change::Keep};
 use crate::{
-    api::{Applied, Apply, FleetView, Kind, Problem, RefusedView},
+    api::{Applied, Apply, Kind, Problem},
+    fleet::{Condition, FleetBoard, LineEdits},
     rules::{Change, Origin, Prefix, Terms, lines},
-    steering::BackEnd,
     store::FleetState,
 };
-
-/// How long etcd may be silent before that is something which does not work as it should.
-const SILENCE: Duration = Duration::from_secs(10);
-
-/// How a daemon is, as far as its fleet wants to know.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Condition {
-    /// The back end in use.
-    pub back_end: BackEnd,
-    /// The generation that the kernel holds.
-    pub generation: u64,
-    /// What does not work as it should, apart from the fleet.
-    pub degraded: Vec<String>,
-    /// Changes when a set that was refused might be taken: with rules, services and limits of this node.
-    pub basis: u64,
-}
-
-/// Lines by which two sets differ, each with its end.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct LineEdits {
-    /// Those that the former one has, once for each time that they go.
-    pub removed: String,
-    /// Those that the latter one has, once for each time that they come.
-    pub added: String,
-}
 
 impl Engine {
     /// Makes rules and services of the fleet equal to a set, and keeps it with the state. What was configured, applied and added
@@ -178,96 +152,5 @@ impl Engine {
                  the section [fleet] of the configuration and reload it, or go there in several sets"
             ),
         ))
-    }
-}
-
-/// What the agent tells of the fleet, for those who ask for the status.
-#[derive(Debug)]
-pub struct FleetBoard(Mutex<Told>);
-
-#[derive(Debug)]
-struct Told {
-    view: FleetView,
-    heard: Option<Instant>,
-    /// When it became silent, for people and for this process.
-    silent: (SystemTime, Instant),
-}
-
-impl FleetBoard {
-    /// Before etcd was asked for the first time.
-    pub fn new(view: FleetView, state: &FleetState) -> Self {
-        let board = Self(Mutex::new(Told { view, heard: None, silent: (SystemTime::now(), Instant::now()) }));
-        board.stands(state);
-        board
-    }
-
-    fn told(&self) -> MutexGuard<'_, Told> {
-        // Whoever panicked has told all or nothing: each change is an assignment.
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// This is in force and was seen.
-    pub fn stands(&self, state: &FleetState) {
-        let FleetState { sequence, set, since, seen, .. } = state.clone();
-        let view = &mut self.told().view;
-        *view = FleetView { sequence, set, since, seen, ..view.clone() };
-    }
-
-    /// etcd has answered then, and still does as far as is known.
-    pub fn heard(&self, at: Instant) {
-        let mut told = self.told();
-        told.heard = told.heard.max(Some(at));
-        (told.view.connected, told.view.error) = (true, None);
-    }
-
-    /// etcd does not answer.
-    pub fn lost(&self, error: String) {
-        let mut told = self.told();
-        if told.view.connected {
-            told.silent = (SystemTime::now(), Instant::now());
-        }
-        (told.view.connected, told.view.error) = (false, Some(error));
-    }
-
-    /// Whether etcd has no pointer of the ring.
-    pub fn missing(&self, is_missing: bool) {
-        self.told().view.missing = is_missing;
-    }
-
-    /// What is refused now, if anything is.
-    pub fn refuse(&self, refused: Option<RefusedView>) {
-        self.told().view.refused = refused;
-    }
-
-    /// All of it.
-    pub fn view(&self) -> FleetView {
-        let told = self.told();
-        let contact_age = told.heard.map(|at| at.elapsed().as_secs_f64());
-        FleetView { contact_age, ..told.view.clone() }
-    }
-
-    /// What does not work as it should.
-    pub fn degraded(&self) -> Vec<String> {
-        let told = self.told();
-        let FleetView { ring, sequence, seen, refused, error, .. } = &told.view;
-        let mut degraded = Vec::new();
-        if let Some(RefusedView { sequence: wanted, error, .. }) = refused {
-            let wanted = wanted.map_or_else(String::new, |it| format!(" with the sequence {it}"));
-            let stays = if *sequence > 0 { format!("{sequence} stays in force") } else { "nothing changes".to_owned() };
-            degraded.push(format!("the pointer of the ring {ring}{wanted} is not followed, and {stays}: {error}"));
-        }
-        if told.view.missing && *seen > 0 {
-            degraded.push(format!(
-                "etcd has no pointer of the ring {ring}, of which {seen} was seen: it was wiped, or the ring removed; what is in \
-                 force stays"
-            ));
-        }
-        let (since, at) = told.silent;
-        if !told.view.connected && at.elapsed() >= SILENCE {
-            let since = humantime::format_rfc3339_seconds(since);
-            let why = error.as_deref().unwrap_or("nothing has come back yet");
-            degraded.push(format!("etcd has not answered since {since}, and what is in force stays: {why}"));
-        }
-        degraded
     }
 }

@@ -45,7 +45,6 @@ use self::{
 };
 pub use self::{
     events::Clock,
-    fleet::{Condition, FleetBoard, LineEdits},
     observed::{Observed, ObservedService},
     progress::Progress,
     register::fetch_registered,
@@ -56,6 +55,7 @@ use crate::{
     announce::Announcer,
     config::Config,
     events::Board,
+    fleet::FleetBoard,
     routes::{Coverage, Edits, Routes, Watch},
     rules::{Origin, Prefix, RuleSet, ServiceName, Terms},
     service::{Commons, DescriptorPool, Service, ServiceConfig},
@@ -69,6 +69,9 @@ const COUNTERS_INTERVAL: Duration = Duration::from_mins(1);
 
 /// See [`crate::host::connected_addresses`].
 pub type Connected = fn() -> anyhow::Result<HashSet<IpAddr>>;
+
+/// The engine, until the daemon stops.
+pub type Shared = Arc<tokio::sync::Mutex<Option<Engine>>>;
 
 /// The daemon's state and its hold on the kernel.
 #[derive(Debug)]

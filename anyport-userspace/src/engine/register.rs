@@ -24,12 +24,12 @@ use crate::{
     api::{Changed, Kind, Peer, Problem},
     datagram::Ends,
     host,
-    register::{Candidate, Process, Registered, Unregister, choose, holders},
+    register::{Candidate, KeptSocket, Process, Registered, Unregister, choose, holders},
     rights,
     rules::{Change, Protocol, ServiceName, to_address},
     service::{AnswerGuard, Family, HandlerKind, Queue, ServiceConfig, SocketInfo},
     steering::{BackEnd, GroupSocket, Holder},
-    store::{KeptSocket, Store},
+    store::Store,
     table::Published,
 };
 

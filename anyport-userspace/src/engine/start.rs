@@ -18,7 +18,7 @@ use tokio::runtime::Handle;
 use tracing::error;
 
 use super::{
-    Connected, Engine, FleetBoard, Running,
+    Connected, Engine, Running,
     drain::Drains,
     dropping::Dropping,
     mend::{BackOff, Mends, RoutesLook},
@@ -30,6 +30,7 @@ use crate::{
     api::{Kind, Problem},
     config::Config,
     events::{Board, Teller},
+    fleet::FleetBoard,
     host,
     keeper::{Begin, Link},
     routes::{Holder, Routes},

@@ -21,7 +21,7 @@ use super::{
 };
 use crate::{
     api::{Kind, Problem, RefusedView},
-    engine::{Condition, FleetBoard, LineEdits},
+    fleet::{Condition, FleetBoard, LineEdits},
     store::FleetState,
 };
 

@@ -9,7 +9,7 @@ use std::fmt::Write as _;
 use imara_diff::{Algorithm, Diff, InternedInput};
 
 use super::pack::{LARGEST, deflate, inflate};
-use crate::{engine::LineEdits, rules::InvalidText};
+use crate::{fleet::LineEdits, rules::InvalidText};
 
 /// Steps from one set to another.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -113,7 +113,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::Delta;
-    use crate::engine::LineEdits;
+    use crate::fleet::LineEdits;
 
     fn there_and_back(before: &str, after: &str) -> LineEdits {
         let delta = Delta::between(before, after);

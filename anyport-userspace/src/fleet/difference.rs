@@ -7,9 +7,9 @@ use std::{
 
 use crate::{
     api::{Kind, Problem},
+    rule_file::RuleFile,
     rules::{
         Conflict, Origin, Prefix, PrefixRules, Rule, RuleSet, ServiceName, Terms,
-        file::RuleFile,
         lines::{Line, LineRule},
     },
     service::ServiceConfig,

@@ -18,8 +18,8 @@ use tracing::{debug, warn};
 
 use super::{AT_STDIN, Order, Report, VARIABLE};
 use crate::{
-    register::message::{Message, put, receive},
     rights,
+    scm_rights::{Message, put, receive},
     steering::choose::Remembered,
 };
 

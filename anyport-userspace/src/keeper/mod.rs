@@ -9,7 +9,6 @@
 //! Both talk over a pair of sockets, in messages of JSON with descriptors beside them: [`Report`] and [`Order`]. They may be of
 //! different versions of anyport, so what is unknown is ignored, and what is there keeps its meaning.
 
-mod handover;
 mod host;
 mod link;
 mod server;
@@ -20,7 +19,6 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 pub use self::{
-    handover::{Handover, take_over},
     host::keep,
     link::{Begin, Command, Commands, Link},
 };

@@ -19,7 +19,7 @@ use nix::{
 use tokio::{process::Command, sync::mpsc::UnboundedSender, task::spawn_blocking, time::Instant};
 
 use super::{AT_STDIN, Order, Report, VARIABLE};
-use crate::register::message::{MAX_DESCRIPTORS, Message, put, receive};
+use crate::scm_rights::{MAX_DESCRIPTORS, Message, put, receive};
 
 /// What has become of a server, or what it said.
 #[derive(Debug)]

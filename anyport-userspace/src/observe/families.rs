@@ -5,7 +5,7 @@ use super::{
     text::Kind,
 };
 use crate::{
-    announce::State,
+    api::AnnounceState,
     api::{DrainState, FleetView},
     service::UpstreamState,
 };
@@ -164,10 +164,10 @@ pub(super) static FAMILIES: &[Family] = &[
         "Prefixes that are `announced`, or not, since they are served but not for long enough (`held`), `unserved` or `drained`",
         Values::Some(|it| {
             let states = [
-                (State::Announced, "announced"),
-                (State::Held, "held"),
-                (State::Unserved, "unserved"),
-                (State::Drained, "drained"),
+                (AnnounceState::Announced, "announced"),
+                (AnnounceState::Held, "held"),
+                (AnnounceState::Unserved, "unserved"),
+                (AnnounceState::Drained, "drained"),
             ];
             let Some(announce) = &it.observed.status.announce else { return Vec::new() };
             let count = |state| announce.prefixes.iter().filter(|it| it.state == state).count();

@@ -10,8 +10,8 @@ use tokio::{sync::Mutex, time::timeout};
 
 use super::ranking::{Counts, Ranked, Ranking};
 use crate::{
-    api::{Kind, LivePrefix, LiveService, LiveUpstream, LiveView, Problem, ServiceCounts, Shared},
-    engine::{Engine, Observed, ObservedService, Progress},
+    api::{Kind, LivePrefix, LiveService, LiveUpstream, LiveView, Problem, ServiceCounts},
+    engine::{Engine, Observed, ObservedService, Progress, Shared},
     rules::ServiceName,
 };
 

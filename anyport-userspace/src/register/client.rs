@@ -15,8 +15,11 @@ use rustix::{
 };
 use serde_json::Value;
 
-use super::{Request, message};
-use crate::api::{Changed, Kind, Problem};
+use super::Request;
+use crate::{
+    problem::{Changed, Kind, Problem},
+    scm_rights,
+};
 
 /// Longer than any registration takes, tproxy with a busy iptables lock included.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -56,7 +59,7 @@ fn ask(path: &Path, request: &Request, descriptors: &[BorrowedFd<'_>]) -> Result
         }
         Errno::TOOMANYREFS => Problem::new(
             Kind::Invalid,
-            format!("{} descriptors; {} are the limit", descriptors.len(), message::MAX_DESCRIPTORS),
+            format!("{} descriptors; {} are the limit", descriptors.len(), scm_rights::MAX_DESCRIPTORS),
         ),
         _ => Problem::new(Kind::NoDaemon, format!("no anyportd answers at {}: {error}", path.display()))
             .hint("start anyportd, or name its socket with --socket"),
@@ -71,8 +74,8 @@ fn exchange(path: &Path, text: &[u8], descriptors: &[BorrowedFd<'_>]) -> rustix:
     }
     let address = SocketAddrUnix::new(path)?;
     retry_on_intr(|| connect(&socket, &address))?;
-    message::put(&socket, text, descriptors)?;
-    let answer = message::receive(&socket)?;
+    scm_rights::put(&socket, text, descriptors)?;
+    let answer = scm_rights::receive(&socket)?;
     if answer.text.is_empty() { Err(Errno::CONNRESET) } else { Ok((socket, answer.text)) }
 }
 

@@ -4,14 +4,11 @@
 //! closes it the map forgets it at once, and newcomers are refused rather than left in a queue that nobody serves.
 
 mod client;
-pub(crate) mod message;
 #[cfg(feature = "daemon")]
 mod process;
 #[cfg(feature = "daemon")]
 mod registered;
 mod request;
-#[cfg(feature = "daemon")]
-mod server;
 #[cfg(feature = "daemon")]
 mod socket;
 
@@ -21,8 +18,7 @@ use std::path::{Path, PathBuf};
 #[cfg(feature = "daemon")]
 pub use self::{
     process::{Process, Watch, holders},
-    registered::Registered,
-    server::{bind, serve},
+    registered::{KeptSocket, Registered},
     socket::{Candidate, Chosen, choose},
 };
 pub use client::{open, send};

@@ -21,10 +21,10 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::{Candidate, Listen};
 use crate::{
-    api::{Kind, Problem},
     host::{self, Owner},
+    problem::{Kind, Problem},
+    rules::Family,
     rules::Protocol,
-    service::Family,
     sys,
 };
 

@@ -7,13 +7,32 @@ use std::{
 
 use anyhow::Context as _;
 use anyport_common::flow::Transport;
+use serde::{Deserialize, Serialize};
 use tokio::sync::Notify;
 
 use super::{
     Candidate,
     process::{Process, Watch, holders},
 };
-use crate::{host::Owner, store::KeptSocket};
+use crate::{host::Owner, rules::ServiceName};
+
+/// A socket that was registered, as it is found again.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct KeptSocket {
+    /// Who receives.
+    pub service: ServiceName,
+    /// Its places among the service's sockets.
+    pub places: Vec<usize>,
+    /// The kernel's name for it, which no other socket of the same boot has.
+    pub cookie: u64,
+    /// Its inode.
+    pub inode: u64,
+    /// Where it is bound.
+    pub local: SocketAddr,
+    /// The process that was seen to hold it last.
+    #[serde(default)]
+    pub pid: u32,
+}
 
 /// A socket that was registered, and the process that holds it.
 #[derive(Debug)]

@@ -10,7 +10,7 @@ use anyport_common::{flow::Transport, maps::SOCKETS_PER_SERVICE};
 use nix::sys::stat::fstat;
 use socket2::{Domain, Protocol as Number, SockRef, Type};
 
-use crate::{rights, rules::Protocol, service::Family, sys};
+use crate::{rights, rules::Family, rules::Protocol, sys};
 
 /// A descriptor of a socket that can be steered to.
 #[derive(Debug)]
@@ -197,7 +197,7 @@ mod tests {
     use socket2::{Domain, Protocol, Socket, Type};
 
     use super::{Candidate, choose};
-    use crate::service::Family;
+    use crate::rules::Family;
 
     fn refused(descriptor: impl Into<OwnedFd>, why: &str) {
         let error = Candidate::new(descriptor.into()).unwrap_err().to_string();

@@ -21,9 +21,9 @@ use rustix::thread::{
 
 pub use self::{
     sandbox::{confine, narrow},
-    user::{USER, User, become_user},
+    user::{GROUP, USER, User, become_user},
 };
-use crate::{config::Choice, steering::BackEnd};
+use crate::back_end::{BackEnd, Choice};
 
 /// Routes, BPF programs at hooks of the network, iptables, transparent sockets, buffers beyond `net.core.rmem_max`.
 pub const NET_ADMIN: CapabilitySet = CapabilitySet::NET_ADMIN;
@@ -171,7 +171,7 @@ mod tests {
     };
 
     use super::{NET_ADMIN, PROGRAMS, TOOLS, for_control, for_others, for_start, raise, raise_for};
-    use crate::{config::Choice, steering::BackEnd};
+    use crate::back_end::{BackEnd, Choice};
 
     /// On a thread of an ordinary user who may have all.
     fn as_nobody(test: fn()) {

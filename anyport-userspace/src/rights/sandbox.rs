@@ -12,9 +12,9 @@ use nix::unistd::Uid;
 use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, apply_filter, apply_filter_all_threads};
 
 use crate::{
-    config::{Choice, Config},
+    back_end::{BackEnd, Choice},
     lock,
-    steering::BackEnd,
+    paths::Paths,
 };
 
 /// What tproxy starts.
@@ -80,26 +80,29 @@ const DENIED: [libc::c_long; 48] = [
 ///
 /// # Errors
 /// The kernel refuses what it has.
-pub fn confine(config: &Config) -> anyhow::Result<Option<&'static str>> {
+pub fn confine(paths: Paths<'_>, choice: Choice) -> anyhow::Result<Option<&'static str>> {
     if Uid::effective().is_root() {
         return Ok(None);
     }
     deny(&DENIED, false)?;
-    let status = restrict_files(config).context("confine what files are written and executed (Landlock)")?;
+    let status = restrict_files(paths, choice).context("confine what files are written and executed (Landlock)")?;
     Ok((status == RulesetStatus::NotEnforced)
         .then_some("this kernel has no Landlock: files are guarded by their modes alone"))
 }
 
-fn restrict_files(config: &Config) -> anyhow::Result<RulesetStatus> {
+fn restrict_files(
+    Paths { socket, state_dir, bpffs, announced }: Paths<'_>,
+    choice: Choice,
+) -> anyhow::Result<RulesetStatus> {
     // Its rights, and what kernels before Linux 6.2 lack of them is left out.
     const VERSION: ABI = ABI::V3;
     let writing = AccessFs::from_write(VERSION);
-    let announced = config.announce.as_ref().and_then(|announce| announce.file.parent());
-    let own = [Some(lock::DIRECTORY.as_ref()), config.socket.parent(), Some(&*config.state_dir), Some(&*config.bpffs)];
-    let own: Vec<&Path> = own.into_iter().chain([announced]).flatten().collect();
+    let announced = announced.and_then(Path::parent);
+    let own = [Some(lock::DIRECTORY.as_ref()), socket.parent(), Some(state_dir), Some(bpffs), announced];
+    let own: Vec<&Path> = own.into_iter().flatten().collect();
     // What is not there yet can't be allowed. Whoever needs it says what keeps it from being made.
-    let has_pins = config.steering != Choice::Tproxy;
-    for path in own.iter().filter(|path| has_pins || **path != config.bpffs) {
+    let has_pins = choice != Choice::Tproxy;
+    for path in own.iter().filter(|path| has_pins || **path != bpffs) {
         fs::create_dir_all(path).ok();
     }
     let restricted = Ruleset::default()
@@ -163,7 +166,7 @@ mod tests {
     use rustix::{process::Uid, thread::set_thread_res_uid};
 
     use super::confine;
-    use crate::config::{Choice, Config, Settings};
+    use crate::{back_end::Choice, paths::Paths};
 
     /// All of it is a thread's, so that one is enough to lose it.
     #[test]
@@ -175,21 +178,15 @@ mod tests {
             fs::create_dir_all(path).unwrap();
             chown(path, Some(NOBODY.into()), None::<Gid>).unwrap();
         }
-        let settings = Settings {
-            socket: Some(own.join("run/anyportd.sock")),
-            state_dir: Some(own.join("state")),
-            bpffs: Some(own.join("pins")),
-            steering: Some(Choice::Tproxy),
-            ..Settings::default()
-        };
-        let config = Config::new(settings, Some("/dev/null".as_ref())).unwrap();
+        let [socket, state_dir, bpffs] = ["run/anyportd.sock", "state", "pins"].map(|name| own.join(name));
         let confined = move || {
             let nobody = Uid::from_raw(NOBODY);
             set_thread_res_uid(nobody, nobody, nobody).unwrap();
             rustix::thread::set_no_new_privs(true).unwrap();
             assert!(Command::new("/bin/true").status().unwrap().success());
             fs::write(foreign.join("before"), "").unwrap();
-            assert_eq!(confine(&config).unwrap(), None, "this kernel lacks what the test is about");
+            let paths = Paths { socket: &socket, state_dir: &state_dir, bpffs: &bpffs, announced: None };
+            assert_eq!(confine(paths, Choice::Tproxy).unwrap(), None, "this kernel lacks what the test is about");
 
             for name in ["run/one", "state/two"] {
                 fs::write(own.join(name), "").unwrap();

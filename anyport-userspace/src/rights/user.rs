@@ -24,11 +24,12 @@ use serde::Deserialize;
 
 use super::ALL;
 use crate::{
-    api::GROUP,
-    config::{Choice, Config, DEFAULT_SOCKET, DEFAULT_STATE_DIR},
-    steering::bpf::make_pin_directory,
+    back_end::Choice,
+    paths::{DEFAULT_SOCKET, DEFAULT_STATE_DIR, Paths},
 };
 
+/// Members of this group may use the whole API, as root may.
+pub const GROUP: &str = "anyport";
 /// Whom the daemon becomes unless told otherwise.
 pub const USER: &str = "anyport";
 /// What `iptables` of the older kind locks against others of its kind (`xtables.lock` in iptables(8)).
@@ -83,12 +84,18 @@ struct Account {
 ///
 /// # Errors
 /// There is no such user, or the kernel refuses.
-pub fn become_user(config: &Config) -> anyhow::Result<Option<String>> {
+pub fn become_user(
+    wanted: Option<&User>,
+    paths: Paths<'_>,
+    choice: Choice,
+    make_pin_directory: impl Fn(&Path) -> anyhow::Result<()>,
+) -> anyhow::Result<Option<String>> {
     let held = capabilities(None).context("ask for the capabilities")?.permitted & ALL;
     let why = if Uid::effective().is_root() {
-        match account(config.user.as_ref())? {
+        match account(wanted)? {
             Ok(account) => {
-                prepare(config, account).with_context(|| format!("make ready for {account}"))?;
+                let pins = (choice != Choice::Tproxy && make_pin_directory(paths.bpffs).is_ok()).then_some(paths.bpffs);
+                prepare(paths, choice, pins, account).with_context(|| format!("make ready for {account}"))?;
                 switch(account).with_context(|| format!("become {account}"))?;
                 None
             }
@@ -152,21 +159,21 @@ fn switch(Account { uid, gid }: Account) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// What takes root, and what must be the user's.
-fn prepare(config: &Config, account: Account) -> anyhow::Result<()> {
+/// What takes root, and what must be the user's: of the pins, if there is a directory for them. Where there is none, the server says
+/// what it lacks.
+fn prepare(paths: Paths<'_>, choice: Choice, pins: Option<&Path>, account: Account) -> anyhow::Result<()> {
     // The lock of a network namespace may be a file there, wherever the sockets are.
-    for directory in [Some(usual_parent()), config.socket.parent()].into_iter().flatten() {
+    for directory in [Some(usual_parent()), paths.socket.parent()].into_iter().flatten() {
         give_directory(directory, directory == usual_parent(), account)?;
     }
-    give_directory(&config.state_dir, config.state_dir == Path::new(DEFAULT_STATE_DIR), account)?;
-    if !matches!(config.steering, Choice::SkLookup | Choice::Tc) {
+    give_directory(paths.state_dir, paths.state_dir == Path::new(DEFAULT_STATE_DIR), account)?;
+    if !matches!(choice, Choice::SkLookup | Choice::Tc) {
         // Without the lock the older kind of iptables does not work; it will say so.
         give_lock(account).ok();
     }
-    // Where this fails, the server says what it lacks.
-    if config.steering != Choice::Tproxy && make_pin_directory(&config.bpffs).is_ok() {
-        give_tree(&config.bpffs, account)?;
-        open_way(&config.bpffs, account)?;
+    if let Some(pins) = pins {
+        give_tree(pins, account)?;
+        open_way(pins, account)?;
     }
     Ok(())
 }

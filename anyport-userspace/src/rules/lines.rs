@@ -47,7 +47,7 @@ pub fn parse(text: &str, mut share: impl FnMut(Terms) -> Arc<Terms>) -> Result<V
 }
 
 /// Refuses a file with mistakes, and tells the first few.
-pub(super) fn expect_none(mut mistakes: Vec<String>) -> Result<(), InvalidText> {
+pub(crate) fn expect_none(mut mistakes: Vec<String>) -> Result<(), InvalidText> {
     if mistakes.is_empty() {
         return Ok(());
     }

@@ -6,8 +6,6 @@ pub(crate) mod arbitrary;
 #[cfg(feature = "daemon")]
 mod decide;
 #[cfg(feature = "daemon")]
-pub mod file;
-#[cfg(feature = "daemon")]
 pub mod lines;
 mod name;
 #[cfg(feature = "daemon")]

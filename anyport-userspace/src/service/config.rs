@@ -6,11 +6,14 @@ use anyport_common::flow::Transport;
 use serde::{Deserialize, Serialize};
 
 use super::forward::config::{
-    Balance, Ejection, ForwardConfig, HealthCheck, ProxyVersion, Span, TcpOptions, UdpOptions, UpstreamAddress,
+    Balance, Ejection, ForwardConfig, HealthCheck, ProxyVersion, TcpOptions, UdpOptions, UpstreamAddress,
     table_of_words,
 };
 use super::{Limits, Rate, Registrant};
-use crate::rules::{InvalidText, Prefix, ServiceName, SourceLists};
+use crate::{
+    human_duration::HumanDuration,
+    rules::{InvalidText, Prefix, ServiceName, SourceLists},
+};
 
 /// Longest banner in bytes: what the kernel takes at once even from a client that reads nothing.
 const MAX_BANNER: usize = 1024;
@@ -206,7 +209,7 @@ pub(crate) struct ServiceTable {
     /// How long a connection to an upstream may take to come to be [default: 3s]
     #[arg(long, value_name = "TIME")]
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    connect_timeout: Option<Span>,
+    connect_timeout: Option<HumanDuration>,
     /// How many other upstreams are tried after the first [default: 2]
     #[arg(long, value_name = "N")]
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -214,11 +217,11 @@ pub(crate) struct ServiceTable {
     /// Close connections over which nothing was said for this long [default: 5m]
     #[arg(long, value_name = "TIME")]
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    idle_timeout: Option<Span>,
+    idle_timeout: Option<HumanDuration>,
     /// Close connections after this time [default: never]
     #[arg(long, value_name = "TIME")]
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    max_duration: Option<Span>,
+    max_duration: Option<HumanDuration>,
     /// Try upstreams by connecting to them; interval=2s,timeout=1s,rise=2,fall=3 and port=N if given without a value
     #[arg(
         long, value_name = "KEY=VALUE,...", num_args = 0..=1, require_equals = true, default_missing_value = "",
@@ -233,7 +236,7 @@ pub(crate) struct ServiceTable {
     /// How often names of upstreams are resolved again [default: 30s]
     #[arg(long, value_name = "TIME")]
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    resolve_interval: Option<Span>,
+    resolve_interval: Option<HumanDuration>,
     /// Socket options: nodelay=true, keepalive=TIME, fast-open=false, send-buffer=BYTES, receive-buffer=BYTES
     #[arg(long, value_name = "KEY=VALUE,...", value_parser = table_of_words::<TcpOptions>)]
     #[serde(default, skip_serializing_if = "Option::is_none")]

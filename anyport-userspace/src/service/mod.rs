@@ -3,6 +3,7 @@
 mod answers;
 mod config;
 mod descriptors;
+mod event_loop;
 pub mod forward;
 mod handlers;
 mod histogram;
@@ -34,7 +35,7 @@ use tokio::{net::UdpSocket, runtime::Handle, sync::Notify, task::JoinSet};
 pub(crate) use config::ServiceTable;
 pub use config::{HandlerKind, ServiceConfig};
 pub use descriptors::DescriptorPool;
-pub use forward::{UpstreamState, UpstreamView, config::Span};
+pub use forward::{UpstreamState, UpstreamView};
 pub use histogram::{ConnectionTimes, Distribution};
 pub use limits::{Capacity, Limits, Rate};
 pub use registrant::Registrant;

@@ -1,10 +1,6 @@
 //! Accepting connections, and serving them.
 
-pub(super) mod events;
-mod slab;
-pub(super) mod stream;
 mod talk;
-mod timers;
 
 use std::{
     cell::RefCell,
@@ -27,14 +23,12 @@ use tokio::{
     time::{sleep, sleep_until},
 };
 
-use self::{
-    events::{Context, Event, EventLoop, Machine, Next},
-    talk::Talk,
-};
+use self::talk::Talk;
 use super::{
     ServiceConfig,
     datagram::Ends,
     descriptors::DescriptorPool,
+    event_loop::{self, Context, Event, EventLoop, Machine, Next},
     forward::{Client, End, Forwarder, Outcome, Refusal, Served},
     histogram::Sampler,
     limits::{Gate, Pass, Refused},
@@ -150,7 +144,7 @@ fn start(site: &Arc<Site>, sampler: &mut Sampler, socket: Socket, client: Socket
         Ok(pass) => pass,
         Err(why) => {
             refused.raise(why);
-            return stream::reset(&socket);
+            return event_loop::reset(&socket);
         }
     };
     let Some(dialled) = dialled(&socket) else { return };

@@ -13,38 +13,12 @@ use anyport_common::{
 };
 use serde::{Deserialize, Serialize};
 
+pub use crate::back_end::BackEnd;
 use crate::{
     register::Registered,
     rules::{Prefix, RuleSet, ServiceName, SourceLists},
     table::{Reader, Receiver},
 };
-
-/// A way to hand packets to sockets.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
-#[serde(rename_all = "kebab-case")]
-pub enum BackEnd {
-    /// A BPF program where the kernel looks sockets up. Linux 5.10.
-    SkLookup,
-    /// A BPF program at the ingress of interfaces. Linux 6.6.
-    Tc,
-    /// The TPROXY target of iptables.
-    Tproxy,
-}
-
-impl BackEnd {
-    /// All of them, the best first.
-    pub const ALL: [Self; 3] = [Self::SkLookup, Self::Tc, Self::Tproxy];
-}
-
-impl fmt::Display for BackEnd {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::SkLookup => "sk-lookup",
-            Self::Tc => "tc",
-            Self::Tproxy => "tproxy",
-        })
-    }
-}
 
 /// One socket out of a service's group for one transport and family; the kernel finds the others by it.
 #[derive(Clone, Debug)]

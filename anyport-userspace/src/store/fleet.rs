@@ -7,7 +7,8 @@ use serde::{Deserialize, Serialize};
 
 use super::{NO_CHECKSUM, Named, SET, Store, VERSION, expect_checksum, named};
 use crate::{
-    rules::{Origin, Rule, file::RuleFile},
+    rule_file::RuleFile,
+    rules::{Origin, Rule},
     service::ServiceConfig,
 };
 

@@ -6,7 +6,7 @@
 mod files;
 mod fleet;
 
-use std::{collections::HashMap, fmt::Write as _, io, mem, net::SocketAddr, path::Path, sync::Arc};
+use std::{collections::HashMap, fmt::Write as _, io, mem, path::Path, sync::Arc};
 
 use anyhow::{Context as _, bail};
 use anyport_common::maps::Counters;
@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use tracing::warn;
 
 use crate::{
+    register::KeptSocket,
     rules::{
         Origin, Prefix, Rule, RuleText, ServiceName, Terms,
         lines::{self, Line},
@@ -102,24 +103,6 @@ pub struct State {
     pub applied_rules: Vec<Rule>,
     /// What the fleet gave. It is saved apart from the rest, by [`Store::save_fleet`].
     pub fleet: Option<KeptFleet>,
-}
-
-/// A socket that was registered, as it is found again.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct KeptSocket {
-    /// Who receives.
-    pub service: ServiceName,
-    /// Its places among the service's sockets.
-    pub places: Vec<usize>,
-    /// The kernel's name for it, which no other socket of the same boot has.
-    pub cookie: u64,
-    /// Its inode.
-    pub inode: u64,
-    /// Where it is bound.
-    pub local: SocketAddr,
-    /// The process that was seen to hold it last.
-    #[serde(default)]
-    pub pid: u32,
 }
 
 /// Something that was drained: what steers to a service, what is steered inside of a prefix or, without both, the whole node.

@@ -6,7 +6,8 @@ use std::sync::Arc;
 use anyport::{
     api::{AddPrefixes, Apply, Explain, ListPrefixes, Listen, Problem, Reload, RemovePrefixes, TakeOver, parse},
     register,
-    rules::{file::RuleFile, lines},
+    rule_file::RuleFile,
+    rules::lines,
     service::{
         ServiceConfig,
         forward::{

@@ -3,8 +3,8 @@
 use anyhow::Context as _;
 
 use crate::{
+    back_end::BackEnd,
     doctor::{Daemon, Finding, Host, firewall::Tool, host::known},
-    steering::BackEnd,
 };
 
 const WHY: &str =

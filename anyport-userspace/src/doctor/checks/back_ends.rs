@@ -1,11 +1,11 @@
 //! Which back ends work here: what a daemon has found out, or what comes of trying.
 
 use crate::{
+    back_end::BackEnd,
     doctor::{
         Finding, Host,
         host::{Tried, known},
     },
-    steering::BackEnd,
 };
 
 pub(super) fn look(host: &Host) -> anyhow::Result<Vec<Finding>> {

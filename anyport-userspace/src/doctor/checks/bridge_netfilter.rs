@@ -1,8 +1,8 @@
 //! Bridged packets that pass the chains of iptables twice.
 
 use crate::{
+    back_end::BackEnd,
     doctor::{Change, Finding, Host, Sysctl},
-    steering::BackEnd,
 };
 
 const SWITCHES: [(&str, &str, bool); 2] =

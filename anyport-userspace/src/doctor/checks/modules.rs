@@ -1,8 +1,8 @@
 //! Modules that the kernel lacks.
 
 use crate::{
+    back_end::BackEnd,
     doctor::{Finding, Host},
-    steering::BackEnd,
     text::list_of,
 };
 

@@ -1,8 +1,8 @@
 //! Interfaces that lose what tc has done to a packet.
 
 use crate::{
+    back_end::BackEnd,
     doctor::{Finding, Host},
-    steering::BackEnd,
 };
 
 pub(super) fn look(host: &Host) -> anyhow::Result<Vec<Finding>> {

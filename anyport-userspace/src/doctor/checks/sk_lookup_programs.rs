@@ -1,8 +1,8 @@
 //! Other `sk_lookup` programs of the network namespace.
 
 use crate::{
+    back_end::BackEnd,
     doctor::{Finding, Host, host::known},
-    steering::BackEnd,
     sys::bpf::MAX_SK_LOOKUP,
     text::list_of,
 };

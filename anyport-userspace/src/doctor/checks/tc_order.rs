@@ -1,8 +1,8 @@
 //! Programs at the ingress of interfaces that see packets before anyport's.
 
 use crate::{
+    back_end::BackEnd,
     doctor::{Finding, Host, host::known},
-    steering::BackEnd,
     text::list_of,
 };
 

@@ -6,8 +6,8 @@ use serde_json::json;
 
 use super::{back_ends, conntrack, modules, netkit, sk_lookup_programs};
 use crate::{
+    back_end::BackEnd,
     doctor::{Daemon, Finding, Host, Link, Severity, Steered, host::Tried},
-    steering::BackEnd,
 };
 
 /// A host with these files below `/proc`.

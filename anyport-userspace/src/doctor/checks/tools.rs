@@ -1,8 +1,8 @@
 //! Programs that the tproxy back end runs.
 
 use crate::{
+    back_end::BackEnd,
     doctor::{Finding, Host},
-    steering::BackEnd,
 };
 
 #[expect(clippy::unnecessary_wraps, reason = "other checks may not be able to look")]

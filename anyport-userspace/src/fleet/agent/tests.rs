@@ -14,13 +14,13 @@ use tokio::{sync::Notify, task::JoinHandle, time::sleep};
 use super::{Agent, Error, Identity, Source, Target};
 use crate::{
     api::{FleetView, Kind, Problem},
-    engine::{Condition, FleetBoard, LineEdits},
+    back_end::BackEnd,
+    fleet::{Condition, FleetBoard, LineEdits},
     fleet::{
         delta::Delta,
         layout::{Hash, Health, Pointer, Report, Seen, Time},
         signing::{PublicKeys, SigningKey},
     },
-    steering::BackEnd,
     store::FleetState,
 };
 

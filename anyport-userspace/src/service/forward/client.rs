@@ -21,11 +21,8 @@ use super::{
 use crate::service::{
     datagram::Ends,
     descriptors::DescriptorPool,
+    event_loop::{Context, Event, Next, Side, Stream, reset},
     stats::Traffic,
-    tcp::{
-        events::{Context, Event, Next},
-        stream::{Side, Stream, reset},
-    },
 };
 
 /// How long a peer that has to send a PROXY header may take.

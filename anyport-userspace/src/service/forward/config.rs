@@ -5,61 +5,15 @@ use std::{
     net::IpAddr,
     num::{NonZeroU16, NonZeroU32},
     str::FromStr,
-    time::Duration,
 };
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 pub use super::header::ProxyVersion;
-use crate::rules::{InvalidText, Prefix};
-
-/// A time in a setting, such as `3s` or `5m`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
-pub struct Span(pub Duration);
-
-impl Span {
-    const fn seconds(seconds: u64) -> Self {
-        Self(Duration::from_secs(seconds))
-    }
-}
-
-impl FromStr for Span {
-    type Err = InvalidText;
-
-    fn from_str(text: &str) -> Result<Self, InvalidText> {
-        let wrong = |why: String| InvalidText(format!("{text:?} is not a time such as 3s, 500ms or 5m: {why}"));
-        let span = humantime::parse_duration(text).map_err(|error| wrong(error.to_string()))?;
-        if span < SHORTEST || span > LONGEST {
-            return Err(wrong("it must lie between 10ms and 1year".into()));
-        }
-        Ok(Self(span))
-    }
-}
-
-impl TryFrom<String> for Span {
-    type Error = InvalidText;
-
-    fn try_from(text: String) -> Result<Self, InvalidText> {
-        text.parse()
-    }
-}
-
-impl From<Span> for String {
-    fn from(span: Span) -> Self {
-        span.to_string()
-    }
-}
-
-impl fmt::Display for Span {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // Without blanks, so that it is one word of a command line.
-        f.write_str(&humantime::format_duration(self.0).to_string().replace(' ', ""))
-    }
-}
-
-const SHORTEST: Duration = Duration::from_millis(10);
-const LONGEST: Duration = Duration::from_hours(366 * 24);
+use crate::{
+    human_duration::HumanDuration,
+    rules::{InvalidText, Prefix},
+};
 
 /// Where an upstream is, as the operator writes it: `ADDR:PORT`, `ADDR:*`, `NAME:PORT` or `NAME:*`.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -178,9 +132,9 @@ pub enum Balance {
 #[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
 pub struct HealthCheck {
     /// Time between two checks of an upstream.
-    pub interval: Span,
+    pub interval: HumanDuration,
     /// How long a connection may take to come to be.
-    pub timeout: Span,
+    pub timeout: HumanDuration,
     /// So many in a row that succeed bring an upstream up.
     pub rise: NonZeroU32,
     /// So many in a row that fail take it down.
@@ -193,7 +147,13 @@ pub struct HealthCheck {
 impl Default for HealthCheck {
     fn default() -> Self {
         let times = |count| NonZeroU32::new(count).unwrap_or(NonZeroU32::MIN);
-        Self { interval: Span::seconds(2), timeout: Span::seconds(1), rise: times(2), fall: times(3), port: None }
+        Self {
+            interval: HumanDuration::seconds(2),
+            timeout: HumanDuration::seconds(1),
+            rise: times(2),
+            fall: times(3),
+            port: None,
+        }
     }
 }
 
@@ -204,12 +164,12 @@ pub struct Ejection {
     /// So many failures in a row; 0 for never.
     pub failures: u32,
     /// For how long.
-    pub time: Span,
+    pub time: HumanDuration,
 }
 
 impl Default for Ejection {
     fn default() -> Self {
-        Self { failures: 3, time: Span::seconds(10) }
+        Self { failures: 3, time: HumanDuration::seconds(10) }
     }
 }
 
@@ -221,7 +181,7 @@ pub struct TcpOptions {
     pub nodelay: bool,
     /// Silence after which the peers' kernels are asked whether they are still there (`SO_KEEPALIVE`).
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub keepalive: Option<Span>,
+    pub keepalive: Option<HumanDuration>,
     /// Whether clients may send data with their first packet (`TCP_FASTOPEN`).
     pub fast_open: bool,
     /// Bytes of the send buffer; as the kernel sees fit if absent (`SO_SNDBUF`).
@@ -243,7 +203,7 @@ impl Default for TcpOptions {
 #[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
 pub struct UdpOptions {
     /// A flow over which nothing was said for this long is forgotten.
-    pub idle_timeout: Span,
+    pub idle_timeout: HumanDuration,
     /// Most flows at a time; the least recently used go first.
     pub max_flows: NonZeroU32,
     /// A flow is over when so many datagrams have come for each one that was sent to the upstream; without, only when it is idle.
@@ -254,7 +214,7 @@ pub struct UdpOptions {
 impl Default for UdpOptions {
     fn default() -> Self {
         let max_flows = NonZeroU32::MIN.saturating_add((1 << 14) - 1);
-        Self { idle_timeout: Span::seconds(30), max_flows, responses: None }
+        Self { idle_timeout: HumanDuration::seconds(30), max_flows, responses: None }
     }
 }
 
@@ -272,19 +232,19 @@ pub struct ForwardConfig {
     /// Whether upstreams see the client's address as the source.
     pub transparent_source: bool,
     /// How long a connection to an upstream may take to come to be.
-    pub connect_timeout: Span,
+    pub connect_timeout: HumanDuration,
     /// How many other upstreams are tried after the first.
     pub retries: u32,
     /// A connection over which nothing was said for this long is closed, after half as much more at the latest.
-    pub idle_timeout: Span,
+    pub idle_timeout: HumanDuration,
     /// A connection is closed after this time.
-    pub max_duration: Option<Span>,
+    pub max_duration: Option<HumanDuration>,
     /// How upstreams are tried when nobody dials them; not at all if absent.
     pub health_check: Option<HealthCheck>,
     /// When an upstream gets no clients for a while.
     pub ejection: Ejection,
     /// How often names are resolved again.
-    pub resolve_interval: Span,
+    pub resolve_interval: HumanDuration,
     /// Options of the sockets.
     pub tcp: TcpOptions,
     /// How datagrams are forwarded.
@@ -299,13 +259,13 @@ impl Default for ForwardConfig {
             proxy_protocol: None,
             accept_proxy: Vec::new(),
             transparent_source: false,
-            connect_timeout: Span::seconds(3),
+            connect_timeout: HumanDuration::seconds(3),
             retries: 2,
-            idle_timeout: Span::seconds(5 * 60),
+            idle_timeout: HumanDuration::seconds(5 * 60),
             max_duration: None,
             health_check: None,
             ejection: Ejection::default(),
-            resolve_interval: Span::seconds(30),
+            resolve_interval: HumanDuration::seconds(30),
             tcp: TcpOptions::default(),
             udp: UdpOptions::default(),
         }
@@ -363,7 +323,7 @@ pub(in crate::service) fn table_of_words<T: DeserializeOwned>(text: &str) -> Res
 mod tests {
     use std::time::Duration;
 
-    use super::{Ejection, ForwardConfig, HealthCheck, Span, TcpOptions, UpstreamAddress, table_of_words};
+    use super::{Ejection, ForwardConfig, HealthCheck, HumanDuration, TcpOptions, UpstreamAddress, table_of_words};
 
     #[test]
     fn reads_and_writes_upstreams() {
@@ -394,10 +354,10 @@ mod tests {
     #[test]
     fn reads_and_writes_times() {
         for text in ["10ms", "3s", "1m30s", "5m"] {
-            assert_eq!(text.parse::<Span>().unwrap().to_string(), text);
+            assert_eq!(text.parse::<HumanDuration>().unwrap().to_string(), text);
         }
         for text in ["", "3", "9ms", "2years", "-1s", "soon"] {
-            assert!(text.parse::<Span>().is_err(), "{text:?}");
+            assert!(text.parse::<HumanDuration>().is_err(), "{text:?}");
         }
     }
 

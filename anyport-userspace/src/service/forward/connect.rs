@@ -10,7 +10,7 @@ use socket2::{Domain, Socket, TcpKeepalive, Type};
 
 use super::config::TcpOptions;
 use crate::{
-    service::{Family, sockets::set_transparent, tcp::stream::Stream},
+    service::{Family, event_loop::Stream, sockets::set_transparent},
     sys,
 };
 
@@ -78,11 +78,11 @@ mod tests {
     use socket2::{Domain, Socket, Type};
 
     use super::{prepare, set_up_listener};
-    use crate::service::forward::config::{Span, TcpOptions};
+    use crate::{human_duration::HumanDuration, service::forward::config::TcpOptions};
 
     const OPTIONS: TcpOptions = TcpOptions {
         nodelay: false,
-        keepalive: Some(Span(Duration::from_secs(33))),
+        keepalive: Some(HumanDuration(Duration::from_secs(33))),
         fast_open: true,
         send_buffer: Some(std::num::NonZeroU32::new(70_000).unwrap()),
         receive_buffer: Some(std::num::NonZeroU32::new(80_000).unwrap()),

@@ -12,11 +12,8 @@ use std::{
 use super::pipe::Pipe;
 use crate::service::{
     descriptors::DescriptorPool,
+    event_loop::{Context, Next, Stream},
     stats::Traffic,
-    tcp::{
-        events::{Context, Next},
-        stream::Stream,
-    },
 };
 
 /// A pipe is used for a direction that has moved at least so many bytes ...
@@ -385,10 +382,7 @@ mod tests {
     };
 
     use super::{Context, DescriptorPool, End, First, Limits, Next, Outcome, Relay, Stream, Traffic};
-    use crate::service::tcp::{
-        events::{Event, EventLoop, Machine},
-        stream::{Side, reset},
-    };
+    use crate::service::event_loop::{Event, EventLoop, Machine, Side, reset};
 
     const LONG: Limits = Limits { idle: Duration::from_mins(1), end: None };
     const LARGE: usize = 32 << 20;

@@ -20,7 +20,7 @@ use super::{
     names,
     upstream::{Upstream, UpstreamState},
 };
-use crate::service::{lock, tcp::stream::reset};
+use crate::service::{event_loop::reset, lock};
 
 /// How often it is looked whether a client's connections lack a way back.
 const RETURNS_INTERVAL: Duration = Duration::from_secs(1);

@@ -285,11 +285,12 @@ mod tests {
     use std::{collections::HashMap, net::IpAddr, sync::Arc, thread::sleep, time::Duration};
 
     use super::{
-        super::config::{Balance, Ejection, HealthCheck, Span},
+        super::config::{Balance, Ejection, HealthCheck},
         Balancer, Upstream, UpstreamState,
     };
+    use crate::human_duration::HumanDuration;
 
-    const EJECTION: Ejection = Ejection { failures: 2, time: Span(Duration::from_millis(50)) };
+    const EJECTION: Ejection = Ejection { failures: 2, time: HumanDuration(Duration::from_millis(50)) };
 
     fn upstreams(count: u8) -> Vec<Arc<Upstream>> {
         (1..=count).map(|last| Arc::new(Upstream::new([198, 51, 100, last].into(), None, None))).collect()

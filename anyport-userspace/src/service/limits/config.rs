@@ -4,7 +4,7 @@ use std::{fmt, num::NonZeroU32, str::FromStr, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
-use crate::{rules::InvalidText, service::forward::config::Span};
+use crate::{human_duration::HumanDuration, rules::InvalidText};
 
 /// Limits on connections, and on flows of datagrams, which count as such.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -27,7 +27,7 @@ pub struct Rate {
     /// How many.
     pub count: NonZeroU32,
     /// In this time.
-    pub period: Span,
+    pub period: HumanDuration,
 }
 
 /// Periods that need no number.
@@ -42,7 +42,7 @@ impl FromStr for Rate {
         let (count, period) = text.split_once('/').ok_or_else(|| wrong("there is no slash"))?;
         let count =
             count.parse().map_err(|_| wrong("the number before the slash must lie between 1 and 4294967295"))?;
-        let unit = UNITS.iter().find(|(unit, _)| *unit == period).map(|(_, period)| Ok(Span(*period)));
+        let unit = UNITS.iter().find(|(unit, _)| *unit == period).map(|(_, period)| Ok(HumanDuration(*period)));
         let period = unit.unwrap_or_else(|| period.parse()).map_err(|InvalidText(why)| wrong(&why))?;
         let rate = Self { count, period };
         if rate.interval().is_zero() {

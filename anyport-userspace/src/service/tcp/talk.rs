@@ -9,11 +9,15 @@ use std::{
 use anyport_common::flow::Transport;
 use socket2::Socket;
 
-use super::{
-    events::{Context, Event, Next},
-    stream::Stream,
+use crate::{
+    datagram::Ends,
+    service::{
+        HandlerKind, ServiceConfig,
+        event_loop::{Context, Event, Next, Stream},
+        handlers::Line,
+        stats::Traffic,
+    },
 };
-use crate::service::{HandlerKind, ServiceConfig, datagram::Ends, handlers::Line, stats::Traffic};
 
 /// A connection over which nothing was said for this long is closed, at the earliest after half of it.
 const IDLE_LIMIT: Duration = Duration::from_mins(5);
@@ -199,7 +203,7 @@ mod tests {
     use nix::sys::epoll::EpollTimeout;
 
     use super::{Context, Ends, Event, HandlerKind, Next, ServiceConfig, Talk, Traffic};
-    use crate::service::tcp::events::{EventLoop, Machine};
+    use crate::service::event_loop::{EventLoop, Machine};
 
     const INTERVAL: Duration = Duration::from_millis(200);
 

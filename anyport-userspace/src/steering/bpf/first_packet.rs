@@ -12,7 +12,7 @@ use super::{
     tc::ETHERNET_PROGRAM,
 };
 use crate::{
-    steering::BackEnd,
+    back_end::BackEnd,
     sys::bpf::{SkLookup, run_classifier, run_sk_lookup},
 };
 

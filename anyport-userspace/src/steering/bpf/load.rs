@@ -7,7 +7,7 @@ use aya::programs::ProgramError;
 use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
 use tracing::debug;
 
-use crate::steering::BackEnd;
+use crate::back_end::BackEnd;
 
 /// Of the verifier's words to people. The debug log has all of them.
 const LONGEST_LINE: usize = 200;

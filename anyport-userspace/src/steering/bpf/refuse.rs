@@ -12,7 +12,7 @@ use nix::libc;
 use socket2::{Domain, Socket, Type};
 
 use super::{hooks::program, load::load_program, sockets::Sockets};
-use crate::steering::BackEnd;
+use crate::back_end::BackEnd;
 
 /// The program's.
 const NAME: &str = "anyport_refuse";

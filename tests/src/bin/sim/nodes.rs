@@ -15,8 +15,9 @@ use anyhow::{Context as _, Result};
 use anyport::{
     api::Problem,
     config::{self, Config},
-    engine::{Condition, Engine, LineEdits},
-    fleet::{agent::Target, node::agent},
+    daemon::fleet_node::agent,
+    engine::Engine,
+    fleet::{Condition, LineEdits, agent::Target},
     service::{WorkerHandles, Workers},
     store::{FleetState, Store},
 };

@@ -13,8 +13,10 @@ use tokio::{
     time::{Instant, sleep},
 };
 
-use super::Link;
-use crate::api::{Client, Kind, Peer, Problem, StatusView, TakeOver, Taken};
+use crate::{
+    api::{Client, Kind, Peer, Problem, StatusView, TakeOver, Taken},
+    keeper::Link,
+};
 
 /// How long a server may take to read its configuration, and the next one to serve.
 const PATIENCE: Duration = Duration::from_secs(25);

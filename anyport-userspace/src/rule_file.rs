@@ -1,15 +1,18 @@
 //! Files of rules and services, in either form.
 
-use std::{collections::HashSet, fmt, sync::Arc};
+use std::{collections::HashSet, sync::Arc};
 
 use serde::Deserialize;
 use toml::Spanned;
 
-use super::{
-    InvalidText, Origin, Rule, RuleText, Terms,
-    lines::{self, LineRule},
+use crate::{
+    rules::{
+        InvalidText, Origin, Rule, RuleText, Terms,
+        lines::{self, LineRule},
+    },
+    service::ServiceConfig,
+    text::{Position, Positions},
 };
-use crate::service::ServiceConfig;
 
 /// What a file says.
 #[derive(Debug)]
@@ -42,7 +45,7 @@ impl RuleFile {
         let mut problems = Vec::new();
         let services = services(tables.service, text, &mut problems);
         let mut rules = Vec::with_capacity(tables.rule.len());
-        let mut places = Places::of(text);
+        let mut places = Positions::of(text);
         for table in tables.rule {
             let place = places.at(table.span().start);
             let Rule { prefix, terms, .. } = table.into_inner().into_rule(Origin::Applied);
@@ -61,10 +64,10 @@ pub(crate) fn services(
     tables: Vec<Spanned<ServiceConfig>>,
     text: &str,
     problems: &mut Vec<String>,
-) -> Vec<(Place, ServiceConfig)> {
+) -> Vec<(Position, ServiceConfig)> {
     let mut names = HashSet::new();
     let mut services = Vec::with_capacity(tables.len());
-    let mut places = Places::of(text);
+    let mut places = Positions::of(text);
     for table in tables {
         let place = places.at(table.span().start);
         let service = table.into_inner();
@@ -78,44 +81,6 @@ pub(crate) fn services(
         }
     }
     services
-}
-
-/// Line and column in a text, as editors count them.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Place {
-    line: u32,
-    column: usize,
-}
-
-impl fmt::Display for Place {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "line {}, column {}", self.line, self.column)
-    }
-}
-
-/// Finds places in a text, each from the one before: there may be a million of them.
-#[derive(Debug)]
-pub(crate) struct Places<'a> {
-    text: &'a str,
-    line: u32,
-    offset: usize,
-}
-
-impl<'a> Places<'a> {
-    pub(crate) fn of(text: &'a str) -> Self {
-        Self { text, line: 1, offset: 0 }
-    }
-
-    /// The place of an offset in bytes. Offsets have to ascend.
-    pub(crate) fn at(&mut self, offset: usize) -> Place {
-        let between = self.text.get(self.offset..offset).unwrap_or_default();
-        let lines = between.bytes().filter(|byte| *byte == b'\n').count();
-        self.line = self.line.saturating_add(u32::try_from(lines).unwrap_or(u32::MAX));
-        self.offset = self.offset.max(offset);
-        let before = self.text.get(..offset).unwrap_or_default();
-        let column = before.rsplit('\n').next().unwrap_or_default().chars().count() + 1;
-        Place { line: self.line, column }
-    }
 }
 
 #[cfg(test)]

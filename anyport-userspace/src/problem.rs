@@ -1,3 +1,5 @@
+//! How a request ends: with a problem, or with a change.
+
 use serde::{Deserialize, Serialize};
 
 /// Why a request was not carried out.
@@ -89,6 +91,12 @@ impl Problem {
         Self { kind, error: error.into(), hint: String::new() }
     }
 
+    /// The daemon ends, and a later one may carry the request out.
+    #[cfg(feature = "daemon")]
+    pub(crate) fn stopping() -> Self {
+        Self::new(Kind::Stopping, "anyportd is stopping").hint("try again when it runs again")
+    }
+
     /// Adds what to do next.
     #[must_use]
     pub fn hint(mut self, hint: impl Into<String>) -> Self {
@@ -102,4 +110,15 @@ impl From<anyhow::Error> for Problem {
     fn from(error: anyhow::Error) -> Self {
         Self::new(Kind::Failed, format!("{error:#}"))
     }
+}
+
+/// Answer to a change.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Changed {
+    /// The generation that the kernel holds now.
+    pub generation: u64,
+    /// How many rules or services were added or removed; 0 if all was so already.
+    pub changed: usize,
+    /// What the caller should know although it worked.
+    pub notes: Vec<String>,
 }

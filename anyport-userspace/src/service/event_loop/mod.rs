@@ -3,6 +3,10 @@
 //! Each connection is a small state machine that is told what has happened and goes as far as it can. There is no task,
 //! no timer and no allocation of its own for any of the waits.
 
+mod slab;
+mod stream;
+mod timers;
+
 use std::{
     io,
     os::fd::{AsFd, BorrowedFd},
@@ -14,9 +18,10 @@ use nix::{
     sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout},
 };
 
-use super::{
+pub(super) use self::stream::{Side, Stream, reset};
+use self::{
     slab::{Key, Slab},
-    stream::{Side, Watcher},
+    stream::Watcher,
     timers::{Due, Timers},
 };
 
@@ -198,7 +203,7 @@ mod tests {
     use nix::sys::epoll::EpollTimeout;
     use socket2::Socket;
 
-    use super::{super::stream::Stream, Context, Event, EventLoop, Machine, Next};
+    use super::{Context, Event, EventLoop, Machine, Next, Stream};
 
     /// Tells what happens to it.
     struct Probe {

@@ -22,9 +22,11 @@ use serde_json::{Value, json};
 use tokio::{io::unix::AsyncFd, time::sleep};
 use tracing::{debug, warn};
 
-use super::{Answer, Candidate, Process, Register, Request, message};
 use crate::{
-    api::{Changed, Kind, Peer, Problem, Shared, parse, stopping},
+    api::{Changed, Kind, Peer, Problem, parse},
+    engine::Shared,
+    register::{Answer, Candidate, Process, Register, Request},
+    scm_rights,
     sys::watch_readable,
 };
 
@@ -109,13 +111,13 @@ async fn converse(client: OwnedFd, engine: Shared, clients: Clients) -> anyhow::
         None => Err(Problem::new(Kind::Failed, format!("user {} has {MAX_CLIENTS} requests under way", peer.uid))
             .hint("try again when they are done")),
     };
-    message::put(&client, &serde_json::to_vec(&to_json(answer)?)?, &[]).context("answer it")
+    scm_rights::put(&client, &serde_json::to_vec(&to_json(answer)?)?, &[]).context("answer it")
 }
 
-async fn receive(client: &AsyncFd<OwnedFd>) -> io::Result<message::Message> {
+async fn receive(client: &AsyncFd<OwnedFd>) -> io::Result<scm_rights::Message> {
     loop {
         let mut ready = client.readable().await?;
-        match message::receive(client) {
+        match scm_rights::receive(client) {
             Err(Errno::AGAIN) => ready.clear_ready(),
             Err(Errno::INTR) => {}
             received => return Ok(received?),
@@ -133,31 +135,31 @@ fn to_json(answer: Result<Changed, Problem>) -> serde_json::Result<Value> {
 }
 
 async fn carry_out(
-    message: message::Message,
+    message: scm_rights::Message,
     client: &AsyncFd<OwnedFd>,
     peer: Peer,
     engine: Shared,
 ) -> Result<Changed, Problem> {
-    let message::Message { text, descriptors, is_cut_off } = message;
+    let scm_rights::Message { text, descriptors, is_cut_off } = message;
     if is_cut_off {
         return Err(Problem::new(
             Kind::TooLarge,
             format!(
                 "the request is larger than {} bytes or {} descriptors",
-                message::MAX_MESSAGE,
-                message::MAX_DESCRIPTORS
+                scm_rights::MAX_MESSAGE,
+                scm_rights::MAX_DESCRIPTORS
             ),
         ));
     }
     let request: Request = parse(&text)?;
-    engine.lock().await.as_ref().ok_or_else(stopping)?.expect_registrant(request.service(), &peer)?;
+    engine.lock().await.as_ref().ok_or_else(Problem::stopping)?.expect_registrant(request.service(), &peer)?;
     let (register, sockets) = match request {
         Request::Unregister(unregister) => {
-            return engine.lock().await.as_mut().ok_or_else(stopping)?.unregister(&unregister, &peer).await;
+            return engine.lock().await.as_mut().ok_or_else(Problem::stopping)?.unregister(&unregister, &peer).await;
         }
         Request::Answer(Answer { service }) => {
             let connection = client.get_ref().try_clone().context("duplicate a descriptor")?;
-            return engine.lock().await.as_mut().ok_or_else(stopping)?.answer_for(&service, &peer, connection);
+            return engine.lock().await.as_mut().ok_or_else(Problem::stopping)?.answer_for(&service, &peer, connection);
         }
         Request::Register(register) => {
             // Processes may have very many descriptors.
@@ -170,7 +172,13 @@ async fn carry_out(
     };
     let (candidates, peer) = sockets;
     let pid = register.pid.unwrap_or(peer.pid);
-    engine.lock().await.as_mut().ok_or_else(stopping)?.register(&register.service, candidates, pid, &peer).await
+    engine
+        .lock()
+        .await
+        .as_mut()
+        .ok_or_else(Problem::stopping)?
+        .register(&register.service, candidates, pid, &peer)
+        .await
 }
 
 /// The sockets that come with a request, of a process that the peer may speak for.

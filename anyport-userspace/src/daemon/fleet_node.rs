@@ -14,19 +14,20 @@ use tokio::{
 };
 use tracing::error;
 
-use super::{
-    agent::{Agent, Identity, Target},
-    delta::Delta,
-    etcd::Etcd,
-    layout::{Hash, Name, Pointer, Report, Seen},
-    settings::ConnectionSettings,
-    source::{Error, Source},
-    watch::EtcdSource,
-};
 use crate::{
-    api::{Kind, Problem, Shared},
+    api::{Kind, Problem},
     config::Fleet,
-    engine::{Condition, FleetBoard, LineEdits},
+    engine::Shared,
+    fleet::{
+        Condition, FleetBoard, LineEdits,
+        agent::{Agent, Identity, Target},
+        delta::Delta,
+        etcd::Etcd,
+        layout::{Hash, Name, Pointer, Report, Seen},
+        settings::ConnectionSettings,
+        source::{Error, Source},
+        watch::EtcdSource,
+    },
     rights,
     store::FleetState,
 };

@@ -22,7 +22,7 @@ use tokio::{net::UnixStream, sync::watch, time::timeout};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{debug, warn};
 
-use super::Peer;
+use crate::api::Peer;
 
 /// Connections of one user at a time. Where there are as many, the one that has been without a request for longest makes room.
 const PER_USER: usize = 64;

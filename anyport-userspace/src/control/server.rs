@@ -1,3 +1,5 @@
+//! The server of the control API.
+
 use std::{
     fs,
     io::ErrorKind,
@@ -36,24 +38,22 @@ use nix::{
 use serde::de::DeserializeOwned;
 use tokio::{
     net::UnixListener,
-    sync::{Mutex, watch},
+    sync::watch,
     time::{sleep, timeout},
 };
 use tokio_util::task::TaskTracker;
 use tracing::{info, warn};
 
 use super::{
-    Kind, Peer, Problem, Readers, TakeOver, Taken,
+    Handover,
     clients::{Client, Clients},
-    parse,
-    peer::GROUP,
     turns::Turns,
-    types::{MAX_BODY, MAX_FILE, too_large},
 };
 use crate::{
-    engine::{Engine, Progress},
-    keeper::Handover,
+    api::{self, Kind, MAX_BODY, MAX_FILE, Peer, Problem, Readers, TakeOver, Taken, parse, too_large},
+    engine::{Engine, Progress, Shared},
     observe::Observer,
+    rights::GROUP,
     rules::{InvalidText, ServiceName},
 };
 
@@ -61,9 +61,6 @@ use crate::{
 const BODY_TIME: Duration = Duration::from_secs(30);
 /// How long to wait where no descriptor is free.
 const PAUSE: Duration = Duration::from_millis(100);
-
-/// The engine, until the daemon stops.
-pub type Shared = Arc<Mutex<Option<Engine>>>;
 
 /// Opens the control socket, for root and the group `anyport`; with readers for everybody, since each request is looked at.
 ///
@@ -234,7 +231,7 @@ impl<S: Send + Sync> FromRequest<S> for Body {
 
 /// Asks the engine.
 async fn ask<T>(engine: &Shared, question: impl FnOnce(&mut Engine) -> Result<T, Problem>) -> Answer<T> {
-    question(engine.lock().await.as_mut().ok_or_else(stopping)?).map(Json)
+    question(engine.lock().await.as_mut().ok_or_else(Problem::stopping)?).map(Json)
 }
 
 /// Has the engine carry out a command, to its end even if the client goes away: the connection's own task would be
@@ -246,17 +243,13 @@ async fn command<T: Send + 'static>(
     let task = tokio::spawn(async move {
         match engine.lock().await.as_mut() {
             Some(engine) => command(engine).await,
-            None => Err(stopping()),
+            None => Err(Problem::stopping()),
         }
     });
     match task.await {
         Ok(result) => result.map(Json),
         Err(error) => Err(Problem::new(Kind::Failed, format!("carry the command out: {error}"))),
     }
-}
-
-pub(crate) fn stopping() -> Problem {
-    Problem::new(Kind::Stopping, "anyportd is stopping").hint("try again when it runs again")
 }
 
 /// Reads a request's body.
@@ -288,17 +281,17 @@ async fn take_over(
     handover.request(&peer, &executable).await.map(Json)
 }
 
-async fn status(State(engine): State<Shared>) -> Answer<super::StatusView> {
+async fn status(State(engine): State<Shared>) -> Answer<api::StatusView> {
     ask(&engine, |engine| engine.status()).await
 }
 
-async fn live(Extension(observer): Extension<Arc<Observer>>) -> Answer<super::LiveView> {
+async fn live(Extension(observer): Extension<Arc<Observer>>) -> Answer<api::LiveView> {
     observer.sample().await.map(|sample| Json(sample.live()))
 }
 
 async fn prefixes(
     State(engine): State<Shared>,
-    query: Result<Query<super::ListPrefixes>, QueryRejection>,
+    query: Result<Query<api::ListPrefixes>, QueryRejection>,
 ) -> Result<Response, Problem> {
     let Query(query) = query.map_err(|rejection| Problem::new(Kind::Invalid, rejection.body_text()))?;
     let Json(json) = ask(&engine, |engine| engine.prefixes(&query)).await?;
@@ -307,39 +300,39 @@ async fn prefixes(
 
 async fn explain(
     State(engine): State<Shared>,
-    query: Result<Query<super::Explain>, QueryRejection>,
-) -> Answer<super::Explanation> {
+    query: Result<Query<api::Explain>, QueryRejection>,
+) -> Answer<api::Explanation> {
     let Query(query) = query.map_err(|rejection| Problem::new(Kind::Invalid, rejection.body_text()))?;
     command(engine, move |engine| engine.explain(query).boxed()).await
 }
 
 async fn events(
     State(engine): State<Shared>,
-    query: Result<Query<super::Listen>, QueryRejection>,
+    query: Result<Query<api::Listen>, QueryRejection>,
 ) -> Result<Response, Problem> {
     let Query(query) = query.map_err(|rejection| Problem::new(Kind::Invalid, rejection.body_text()))?;
-    super::events::tell(engine, query).await
+    super::events::stream(engine, query).await
 }
 
-async fn services(State(engine): State<Shared>) -> Answer<Vec<super::ServiceView>> {
+async fn services(State(engine): State<Shared>) -> Answer<Vec<api::ServiceView>> {
     ask(&engine, |engine| engine.services()).await
 }
 
-async fn add_prefixes(State(engine): State<Shared>, body: Body) -> Answer<super::Changed> {
+async fn add_prefixes(State(engine): State<Shared>, body: Body) -> Answer<api::Changed> {
     let request = read(body)?;
     command(engine, |engine| engine.add_prefixes(request).boxed()).await
 }
 
-async fn remove_prefixes(State(engine): State<Shared>, body: Body) -> Answer<super::Changed> {
+async fn remove_prefixes(State(engine): State<Shared>, body: Body) -> Answer<api::Changed> {
     let request = read(body)?;
     command(engine, |engine| engine.remove_prefixes(request).boxed()).await
 }
 
 async fn apply(
     State(engine): State<Shared>,
-    query: Result<Query<super::Apply>, QueryRejection>,
+    query: Result<Query<api::Apply>, QueryRejection>,
     body: Body,
-) -> Answer<super::Applied> {
+) -> Answer<api::Applied> {
     let Query(options) = query.map_err(|rejection| Problem::new(Kind::Invalid, rejection.body_text()))?;
     let text = String::from_utf8(bytes(body, MAX_FILE)?.into())
         .map_err(|error| Problem::new(Kind::Invalid, format!("read the file: {error}")))?;
@@ -348,41 +341,41 @@ async fn apply(
 
 async fn reload(
     State(engine): State<Shared>,
-    query: Result<Query<super::Reload>, QueryRejection>,
-) -> Answer<super::Reloaded> {
+    query: Result<Query<api::Reload>, QueryRejection>,
+) -> Answer<api::Reloaded> {
     let Query(options) = query.map_err(|rejection| Problem::new(Kind::Invalid, rejection.body_text()))?;
     command(engine, move |engine| async move { engine.reload(&options).await }.boxed()).await
 }
 
-async fn confirm(State(engine): State<Shared>) -> Answer<super::Changed> {
+async fn confirm(State(engine): State<Shared>) -> Answer<api::Changed> {
     command(engine, |engine| engine.confirm().boxed()).await
 }
 
-async fn drains(State(engine): State<Shared>) -> Answer<Vec<super::DrainView>> {
+async fn drains(State(engine): State<Shared>) -> Answer<Vec<api::DrainView>> {
     ask(&engine, |engine| engine.drains()).await
 }
 
-async fn drain(State(engine): State<Shared>, body: Body) -> Answer<Vec<super::DrainView>> {
+async fn drain(State(engine): State<Shared>, body: Body) -> Answer<Vec<api::DrainView>> {
     let request = read(body)?;
     command(engine, |engine| engine.drain(request).boxed()).await
 }
 
-async fn undrain(State(engine): State<Shared>, body: Body) -> Answer<super::Changed> {
+async fn undrain(State(engine): State<Shared>, body: Body) -> Answer<api::Changed> {
     let request = read(body)?;
     command(engine, |engine| engine.undrain(request).boxed()).await
 }
 
 /// Answered without the engine, which is busy.
-async fn progress(Extension(progress): Extension<Arc<Progress>>) -> Json<super::ProgressView> {
+async fn progress(Extension(progress): Extension<Arc<Progress>>) -> Json<api::ProgressView> {
     Json(progress.view())
 }
 
-async fn add_service(State(engine): State<Shared>, body: Body) -> Answer<super::Changed> {
+async fn add_service(State(engine): State<Shared>, body: Body) -> Answer<api::Changed> {
     let request = read(body)?;
     command(engine, |engine| engine.add_service(request).boxed()).await
 }
 
-async fn remove_service(State(engine): State<Shared>, UrlPath(name): UrlPath<String>) -> Answer<super::Changed> {
+async fn remove_service(State(engine): State<Shared>, UrlPath(name): UrlPath<String>) -> Answer<api::Changed> {
     let name: ServiceName =
         name.parse().map_err(|error: InvalidText| Problem::new(Kind::Invalid, error.to_string()))?;
     command(engine, |engine| engine.remove_service(name).boxed()).await

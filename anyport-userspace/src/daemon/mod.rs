@@ -1,5 +1,8 @@
 //! The daemon: the order in which its parts start and stop.
 
+#[cfg(feature = "fleet")]
+pub mod fleet_node;
+
 use std::{ffi::CStr, fs, future::pending, path::Path, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
@@ -16,12 +19,12 @@ use tokio::{
 use tracing::{error, info, warn};
 
 #[cfg(feature = "fleet")]
-use crate::fleet::node::Node;
+use self::fleet_node::Node;
 use crate::{
-    api,
     config::Config,
-    engine::Engine,
-    keeper::{self, Begin, Command, Commands, Handover, Link},
+    control::{self, Handover, registrar},
+    engine::{Engine, Shared},
+    keeper::{self, Begin, Command, Commands, Link},
     lock::Lock,
     observe::{self, Observer, Servers},
     register, rights,
@@ -49,7 +52,7 @@ const NAME: &CStr = c"anyportd";
 pub fn run(config: &Config, keeper: &Link) -> anyhow::Result<()> {
     prctl::set_name(NAME).context("name the process")?;
     rights::for_start(config.steering).context("put the capabilities out of force")?;
-    if let Some(lack) = rights::confine(config)? {
+    if let Some(lack) = rights::confine(config.paths(), config.steering)? {
         warn!("{lack}");
     }
     Engine::check(config)?;
@@ -138,7 +141,7 @@ async fn control_loop(
     begin: &Begin,
 ) -> anyhow::Result<()> {
     let mut ends = Ends::new(keeper, begin.is_restarted)?;
-    let engine: api::Shared = Arc::default();
+    let engine: Shared = Arc::default();
     let servers = Servers { started: begin.started, crashed: begin.crashed };
     let observer = Arc::new(Observer::new(Arc::clone(&engine), servers));
     let watch_at = |address| observe::Server::start(address, Arc::clone(&observer), begin.is_successor);
@@ -149,10 +152,10 @@ async fn control_loop(
     let beside = register::socket_beside(&config.socket);
     let mut paths: Vec<&Path> = if given.is_some() { Vec::new() } else { vec![&config.socket] };
     let listener = match given {
-        Some(given) => api::adopt(given, &config.socket)?,
-        None => api::bind(&config.socket, config.readers.as_ref())?,
+        Some(given) => control::adopt(given, &config.socket)?,
+        None => control::bind(&config.socket, config.readers.as_ref())?,
     };
-    let registering = register::bind(&beside).inspect_err(|_| remove_sockets(&paths))?;
+    let registering = registrar::bind(&beside).inspect_err(|_| remove_sockets(&paths))?;
     paths.push(&beside);
     match Engine::start(config, workers, keeper.clone(), begin).await {
         Ok(started) => *engine.lock().await = Some(started),
@@ -168,8 +171,8 @@ async fn control_loop(
     let (stop, stopped) = watch::channel(false);
     let handover = Handover::new(keeper.clone());
     let (shared, readers) = (Arc::clone(&engine), config.readers.clone());
-    let server = tokio::spawn(api::serve(listener, shared, observer, handover.clone(), readers, stopped));
-    let registrar = tokio::spawn(register::serve(registering, Arc::clone(&engine)));
+    let server = tokio::spawn(control::serve(listener, shared, observer, handover.clone(), readers, stopped));
+    let registrar = tokio::spawn(registrar::serve(registering, Arc::clone(&engine)));
     let watcher = tokio::spawn(keep_looking(Arc::clone(&engine), hangup));
     #[cfg(feature = "fleet")]
     let node = match &config.fleet {
@@ -230,7 +233,7 @@ async fn drain(connections: &DescriptorPool, limit: Duration, ends: &mut Ends) {
 
 /// Tells the engine to look again when an interface or a route changes or a process ends that registered a socket, and from time
 /// to time; and to read the configuration again.
-async fn keep_looking(engine: api::Shared, mut hangup: Signal) {
+async fn keep_looking(engine: Shared, mut hangup: Signal) {
     let mut timer = interval(REFRESH);
     timer.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let Some((owner_exits, watch)) = engine.lock().await.as_ref().map(|it| (it.owner_exits(), it.watch())) else {

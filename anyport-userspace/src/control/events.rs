@@ -1,0 +1,77 @@
+//! `GET /v1/events`: events as they come, a line of JSON each.
+
+use std::{convert::Infallible, time::Duration};
+
+use anyport_common::event::Event;
+use axum::{
+    body::{Body, Bytes},
+    http::header::CONTENT_TYPE,
+    response::{IntoResponse as _, Response},
+};
+use tokio::time::timeout;
+
+use crate::{
+    api::{Listen, Problem, Told},
+    engine::{Clock, Shared},
+    events::Listener,
+};
+
+/// Events that are sent at once.
+const BATCH: usize = 256;
+/// How often it is told what was missed, if nothing else is.
+const INTERVAL: Duration = Duration::from_secs(1);
+
+/// Answers with events as they come, until the client goes or the daemon ends.
+pub(super) async fn stream(engine: Shared, request: Listen) -> Result<Response, Problem> {
+    request.validate()?;
+    let (listener, note) = {
+        let engine = engine.lock().await;
+        let engine = engine.as_ref().ok_or_else(Problem::stopping)?;
+        (engine.listen(&request)?, engine.note_on_events())
+    };
+    // At once, so that whoever asked knows that it has begun.
+    let first = note.iter().map(line).collect::<String>() + "\n";
+    let telling = Telling { engine, listener, request, first: Some(first) };
+    let lines = futures_util::stream::unfold(telling, |mut telling| async {
+        let lines = telling.next().await?;
+        Some((Ok::<_, Infallible>(Bytes::from(lines)), telling))
+    });
+    Ok(([(CONTENT_TYPE, "application/x-ndjson")], Body::from_stream(lines)).into_response())
+}
+
+struct Telling {
+    engine: Shared,
+    listener: Listener,
+    request: Listen,
+    first: Option<String>,
+}
+
+impl Telling {
+    /// The next lines; nothing when the daemon ends.
+    async fn next(&mut self) -> Option<String> {
+        if let Some(first) = self.first.take() {
+            return Some(first);
+        }
+        loop {
+            let mut events: Vec<Event> = Vec::new();
+            if let Ok(event) = timeout(INTERVAL, self.listener.next()).await {
+                events.push(event?);
+                events.extend(std::iter::from_fn(|| self.listener.try_next()).take(BATCH - 1));
+            }
+            let missed = Some(self.listener.missed()).filter(|it| *it > 0);
+            let mut lines: String = missed.map(|missed| line(&Told::Missed { missed })).into_iter().collect();
+            let engine = self.engine.lock().await;
+            let (engine, clock) = (engine.as_ref()?, Clock::now());
+            let views = events.iter().filter_map(|event| engine.describe(event, &self.request, &clock));
+            lines.extend(views.map(|view| line(&Told::Event(view))));
+            if !lines.is_empty() {
+                return Some(lines);
+            }
+        }
+    }
+}
+
+fn line(told: &Told) -> String {
+    // These types are all text and numbers.
+    serde_json::to_string(told).unwrap_or_default() + "\n"
+}
