@@ -9,6 +9,7 @@ mod dist;
 mod fuzz;
 mod host;
 mod kernel;
+mod layers;
 mod object;
 mod packages;
 mod process;

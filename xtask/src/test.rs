@@ -9,7 +9,7 @@ use std::{
 use anyhow::{Result, bail};
 
 use crate::{
-    aarch64, build_ebpf, dist, host, kernel,
+    aarch64, build_ebpf, dist, host, kernel, layers,
     packages::{self, Effort},
     process::{self, exec},
     programs::Programs,
@@ -57,6 +57,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
 
 /// All that needs no test to run.
 fn checks(session: &mut Session, root: &Path) {
+    session.check("layers of the daemon's modules", || layers::check(root));
     session.check("formatting", || exec(Command::new("cargo").current_dir(root).args(["fmt", "--all", "--check"])));
     session.check("lints", || exec(host_crates(root, "clippy").args(["--all-targets", "--", "--deny", "warnings"])));
     for features in ["", "tokio", "daemon"] {

@@ -19,7 +19,8 @@ use tracing::debug;
 
 use super::{
     AnswerGuard, LoopGuard,
-    udp::{Refusal, UdpWorker, refusal},
+    reply::UdpWorker,
+    udp::{Refusal, refusal},
 };
 use crate::datagram::{Ends, LARGEST};
 

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::stats::Count;
+use super::counts::Count;
 
 /// How many bounds each histogram has.
 const BOUNDS: usize = 11;

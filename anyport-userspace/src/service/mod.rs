@@ -2,6 +2,7 @@
 
 mod answers;
 mod config;
+mod counts;
 mod descriptors;
 mod event_loop;
 pub mod forward;
@@ -12,6 +13,7 @@ mod log;
 mod raw;
 mod registrant;
 mod reply;
+mod socket_options;
 mod sockets;
 mod stats;
 mod tcp;
@@ -49,10 +51,11 @@ use self::{
     histogram::{Histogram, Times},
     limits::{Gate, Room},
     log::ConnectionLog,
+    reply::UdpWorker,
     sockets::Group,
     stats::TcpCounts,
     tcp::{Acceptor, Site},
-    udp::{Receiver, UdpWorker},
+    udp::Receiver,
 };
 pub use crate::rules::Family;
 use crate::{
@@ -324,7 +327,7 @@ impl<'a> Start<'a> {
             // Nobody of us receives, but owners have their answers sent.
             self.udp.push(Arc::new(UdpWorker::new(self.commons.descriptors.clone(), Arc::clone(&self.reply_opened))));
         }
-        let ageing = udp::age_replies(self.udp.clone(), self.reply_opened);
+        let ageing = reply::age_replies(self.udp.clone(), self.reply_opened);
         self.tasks.spawn_on(ageing, self.commons.workers.first());
         if let Some(forwarder) = &self.forwarder {
             self.tasks.spawn_on(forward::keep_up(Arc::clone(forwarder)), &self.commons.control);
@@ -336,7 +339,7 @@ impl<'a> Start<'a> {
 
     fn accept(&mut self, socket: Socket, worker: &Handle) -> anyhow::Result<()> {
         if let Some(forward) = &self.config.forward {
-            forward::set_up_listener(&socket, &forward.tcp).context("set up a listening socket")?;
+            socket_options::set_up_listener(&socket, &forward.tcp).context("set up a listening socket")?;
         }
         let site = Arc::new(Site {
             config: Arc::clone(&self.config),

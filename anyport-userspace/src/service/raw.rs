@@ -6,19 +6,14 @@
 
 use std::{io, net::SocketAddr};
 
-use socket2::{Domain, Protocol, Socket, Type};
-
-use super::{Family, sockets::set_transparent};
+use super::socket_options;
 
 const UDP: u8 = 17;
 const HEADER: usize = 8;
 
 /// Sends one datagram. The socket is not kept: while it is open, it gets a copy of each datagram of the host.
 pub(super) fn send(from: SocketAddr, to: SocketAddr, data: &[u8]) -> io::Result<()> {
-    let family = if from.is_ipv4() { Family::Ipv4 } else { Family::Ipv6 };
-    let socket = Socket::new(Domain::for_address(from), Type::RAW.nonblocking(), Some(Protocol::UDP))?;
-    socket.set_recv_buffer_size(0)?;
-    set_transparent(&socket, family)?;
+    let socket = socket_options::raw(from)?;
     // Where there is a port, raw sockets want 0.
     let address_of = |end: SocketAddr| SocketAddr::new(end.ip(), 0).into();
     socket.bind(&address_of(from))?;

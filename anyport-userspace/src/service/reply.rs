@@ -4,24 +4,67 @@ use std::{
     collections::HashMap,
     io,
     net::SocketAddr,
-    sync::Arc,
+    sync::{Arc, Mutex},
     time::{Duration, Instant},
 };
 
-use socket2::{Domain, SockAddr, Socket, Type};
+use socket2::{SockAddr, Socket};
+use tokio::{sync::Notify, time::sleep};
 
 use super::{
-    Family,
     descriptors::{DescriptorPool, Descriptors},
-    raw,
-    sockets::set_transparent,
+    lock, raw, socket_options,
     stats::UdpCounts,
 };
 
 /// Most sockets in one generation; two are kept.
 const GENERATION: usize = 128;
+/// An idle reply socket lives between one and two times this. It is short, since the host can't bind a reply
+/// socket's port for that long, and a client that comes back later costs some microseconds only.
+const REPLY_AGE: Duration = Duration::from_secs(1);
 /// At most one complaint in this time.
 const COMPLAINT_INTERVAL: Duration = Duration::from_secs(10);
+
+/// What answers for one UDP socket: its reply sockets and counts.
+#[derive(Debug)]
+pub(super) struct UdpWorker {
+    pub(super) counts: Arc<UdpCounts>,
+    pub(super) replies: Mutex<ReplySockets>,
+    /// Raised when there is a reply socket and was none.
+    reply_opened: Arc<Notify>,
+}
+
+impl UdpWorker {
+    pub(super) fn new(descriptors: DescriptorPool, reply_opened: Arc<Notify>) -> Self {
+        let counts = Arc::default();
+        let replies = Mutex::new(ReplySockets::new(descriptors, Arc::clone(&counts)));
+        Self { counts, replies, reply_opened }
+    }
+
+    /// Answers a client from what it dialled.
+    pub(super) fn answer(&self, dialled: SocketAddr, client: SocketAddr, answer: &[u8]) -> io::Result<()> {
+        let mut replies = lock(&self.replies);
+        if replies.is_empty() {
+            self.reply_opened.notify_one();
+        }
+        replies.send(dialled, client, answer)
+    }
+}
+
+/// Closes reply sockets that are not in use. Sleeps until `opened` while there are none.
+pub(super) async fn age_replies(workers: Vec<Arc<UdpWorker>>, opened: Arc<Notify>) {
+    loop {
+        opened.notified().await;
+        while workers.iter().any(|worker| !lock(&worker.replies).is_empty()) {
+            sleep(REPLY_AGE).await;
+            for worker in &workers {
+                // The lock is free again when the sockets are closed.
+                let retired = lock(&worker.replies).age();
+                drop(retired);
+            }
+        }
+    }
+}
 
 type Generation = HashMap<SocketAddr, Reply>;
 
@@ -129,15 +172,7 @@ struct Reply {
 
 impl Reply {
     fn open(from: SocketAddr, descriptor: Option<Descriptors>, counts: Arc<UdpCounts>) -> io::Result<Self> {
-        let family = if from.is_ipv4() { Family::Ipv4 } else { Family::Ipv6 };
-        let socket = Socket::new(Domain::for_address(from), Type::DGRAM.nonblocking(), None)?;
-        set_transparent(&socket, family)?;
-        // Several workers answer from one address. Not SO_REUSEPORT: it would make this one of the receivers
-        // where another socket with that option is bound to the very address and port.
-        socket.set_reuse_address(true)?;
-        // It is not meant to receive; one datagram is always kept, which is enough to notice.
-        socket.set_recv_buffer_size(0)?;
-        socket.bind(&from.into())?;
+        let socket = socket_options::reply(from)?;
         Ok(Self { socket, counts, descriptor })
     }
 

@@ -7,26 +7,18 @@ use std::{
     os::fd::OwnedFd,
     process,
     sync::Arc,
-    time::Duration,
 };
 
 use anyhow::Context as _;
 use anyport_common::flow::Transport;
-use nix::sys::socket::{setsockopt, sockopt};
 use serde::{Deserialize, Serialize};
-use socket2::{Domain, Socket, TcpKeepalive, Type};
+use socket2::Socket;
 
+use super::socket_options;
 use crate::{
-    datagram, rights,
     rules::{Family, Protocol, ServiceName},
     steering::{GroupSocket, Holder},
 };
-
-/// Room for datagrams that wait for a worker, in bytes as the kernel counts them (a small datagram is about 800):
-/// one socket stands in for millions, and the usual 208 KiB are gone after 270 datagrams.
-const RECEIVE_BUFFER: usize = 4 << 20;
-/// A peer that went away without a word is noticed after this time and nine probes, 75 seconds apart.
-const KEEP_ALIVE: Duration = Duration::from_mins(5);
 
 /// One of a service's sockets.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -69,7 +61,7 @@ impl Group {
         if let Some(group) = Self::of_kept(family, transport, kept) {
             return group.fill(size).map(Some).with_context(what);
         }
-        let first = match transparent(family, transport) {
+        let first = match socket_options::listening(family, transport) {
             Err(error) if error.raw_os_error() == Some(libc::EAFNOSUPPORT) => return Ok(None),
             first => first.map_err(explain).with_context(what)?,
         };
@@ -103,7 +95,7 @@ impl Group {
     /// Opens what is missing to `size` sockets, and has all of them listen.
     fn fill(mut self, size: NonZeroUsize) -> io::Result<Self> {
         while self.sockets.len() < size.get() {
-            let socket = transparent(self.family, self.transport)?;
+            let socket = socket_options::listening(self.family, self.transport)?;
             socket.set_reuse_port(true)?;
             socket.bind(&self.bound.into())?;
             self.sockets.push(socket);
@@ -147,45 +139,6 @@ pub(super) fn kept_prefix(service: &ServiceName, family: Family, transport: Tran
 /// The name under which a socket is kept.
 pub(super) fn kept_name(service: &ServiceName, SocketInfo { family, protocol, cookie, .. }: &SocketInfo) -> String {
     format!("{service}/{protocol}-{}/{cookie}", family.to_string().to_lowercase())
-}
-
-/// A socket, not bound yet, that may have foreign addresses for its own.
-pub(super) fn transparent(family: Family, transport: Transport) -> io::Result<Socket> {
-    let domain = match family {
-        Family::Ipv4 => Domain::IPV4,
-        Family::Ipv6 => Domain::IPV6,
-    };
-    let kind = match transport {
-        Transport::Tcp => Type::STREAM,
-        Transport::Udp => Type::DGRAM,
-    };
-    let socket = Socket::new(domain, kind.nonblocking(), None)?;
-    let _raised = rights::raise(rights::NET_ADMIN);
-    set_transparent(&socket, family)?;
-    if family == Family::Ipv6 {
-        socket.set_only_v6(true)?;
-    }
-    match (transport, family) {
-        (Transport::Tcp, _) => {
-            // Accepted connections inherit these, which spares two system calls for each.
-            socket.set_tcp_nodelay(true)?;
-            socket.set_tcp_keepalive(&TcpKeepalive::new().with_time(KEEP_ALIVE))?;
-        }
-        (Transport::Udp, _) => datagram::tell_destinations(&socket, family)?,
-    }
-    if transport == Transport::Udp && setsockopt(&socket, sockopt::RcvBufForce, &RECEIVE_BUFFER).is_err() {
-        // Not privileged enough to go beyond net.core.rmem_max, such as in a container.
-        socket.set_recv_buffer_size(RECEIVE_BUFFER)?;
-    }
-    Ok(socket)
-}
-
-/// Lets a socket be bound to, and be found by, addresses that are not the host's.
-pub(super) fn set_transparent(socket: &Socket, family: Family) -> io::Result<()> {
-    match family {
-        Family::Ipv4 => socket.set_ip_transparent_v4(true),
-        Family::Ipv6 => socket.set_ip_transparent_v6(true),
-    }
 }
 
 /// Adds what to do about it.

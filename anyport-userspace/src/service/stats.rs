@@ -1,10 +1,12 @@
 //! What services count.
 
-use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-
 use serde::{Deserialize, Serialize};
 
-use super::{histogram::Times, limits::Refusals};
+use super::{
+    counts::{Count, Traffic},
+    histogram::Times,
+    limits::Refusals,
+};
 
 /// What became of the connections and datagrams of a service since it was started.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -57,38 +59,6 @@ pub struct ServiceStats {
     pub listen_drops: u64,
     /// Datagrams that the kernel dropped since the buffer of those that wait was full.
     pub receive_drops: u64,
-}
-
-/// A count that one task raises and others read.
-#[derive(Debug, Default)]
-pub(super) struct Count(AtomicU64);
-
-impl Count {
-    pub(super) fn raise(&self) {
-        self.add(1);
-    }
-
-    pub(super) fn add(&self, count: u64) {
-        self.0.fetch_add(count, Relaxed);
-    }
-
-    pub(super) fn get(&self) -> u64 {
-        self.0.load(Relaxed)
-    }
-}
-
-/// Bytes of clients and bytes for clients.
-#[derive(Debug, Default)]
-pub(super) struct Traffic {
-    pub(super) from_client: Count,
-    pub(super) to_client: Count,
-}
-
-impl Traffic {
-    pub(super) fn add(&self, from_client: u64, to_client: u64) {
-        self.from_client.add(from_client);
-        self.to_client.add(to_client);
-    }
 }
 
 /// What a worker counts for one listening socket. Aligned so that workers share no cache line.

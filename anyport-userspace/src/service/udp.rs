@@ -1,26 +1,18 @@
 //! Serving datagrams, and judging which to answer.
 
-use std::{
-    io,
-    net::SocketAddr,
-    sync::{Arc, Mutex},
-    time::Duration,
-};
+use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
 use anyport_common::flow::Transport;
 use socket2::{SockAddr, SockRef};
-use tokio::{io::Interest, net::UdpSocket, sync::Notify, task::yield_now, time::sleep};
+use tokio::{io::Interest, net::UdpSocket, task::yield_now, time::sleep};
 
 use super::{
     HandlerKind, LoopGuard, ServiceConfig,
     datagram::{self, Datagram, Ends},
-    descriptors::DescriptorPool,
     forward::UdpForwarder,
     handlers::Line,
     limits::{Gate, Refused},
-    lock,
-    reply::ReplySockets,
-    stats::UdpCounts,
+    reply::UdpWorker,
 };
 use crate::events::Teller;
 
@@ -28,52 +20,8 @@ use crate::events::Teller;
 const BATCH: usize = 64;
 /// An answer may be so many times the question, IP and UDP headers counted on both sides.
 const AMPLIFICATION: usize = 4;
-/// An idle reply socket lives between one and two times this. It is short, since the host can't bind a reply
-/// socket's port for that long, and a client that comes back later costs some microseconds only.
-const REPLY_AGE: Duration = Duration::from_secs(1);
 /// Pause after an error that is not of one datagram.
 const PAUSE: Duration = Duration::from_millis(100);
-
-/// What others may know of one UDP socket.
-#[derive(Debug)]
-pub(super) struct UdpWorker {
-    pub(super) counts: Arc<UdpCounts>,
-    pub(super) replies: Mutex<ReplySockets>,
-    /// Raised when there is a reply socket and was none.
-    reply_opened: Arc<Notify>,
-}
-
-impl UdpWorker {
-    pub(super) fn new(descriptors: DescriptorPool, reply_opened: Arc<Notify>) -> Self {
-        let counts = Arc::default();
-        let replies = Mutex::new(ReplySockets::new(descriptors, Arc::clone(&counts)));
-        Self { counts, replies, reply_opened }
-    }
-
-    /// Answers a client from what it dialled.
-    pub(super) fn answer(&self, dialled: SocketAddr, client: SocketAddr, answer: &[u8]) -> io::Result<()> {
-        let mut replies = lock(&self.replies);
-        if replies.is_empty() {
-            self.reply_opened.notify_one();
-        }
-        replies.send(dialled, client, answer)
-    }
-}
-
-/// Closes reply sockets that are not in use. Sleeps until `opened` while there are none.
-pub(super) async fn age_replies(workers: Vec<Arc<UdpWorker>>, opened: Arc<Notify>) {
-    loop {
-        opened.notified().await;
-        while workers.iter().any(|worker| !lock(&worker.replies).is_empty()) {
-            sleep(REPLY_AGE).await;
-            for worker in &workers {
-                // The lock is free again when the sockets are closed.
-                let retired = lock(&worker.replies).age();
-                drop(retired);
-            }
-        }
-    }
-}
 
 /// One UDP socket at work.
 pub(super) struct Receiver {

@@ -19,10 +19,10 @@ use super::{
     upstream::Upstream,
 };
 use crate::service::{
+    counts::Traffic,
     datagram::Ends,
     descriptors::DescriptorPool,
     event_loop::{Context, Event, Next, Side, Stream, reset},
-    stats::Traffic,
 };
 
 /// How long a peer that has to send a PROXY header may take.

@@ -9,7 +9,7 @@ use std::{
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
-pub use super::header::ProxyVersion;
+pub use super::{super::socket_options::TcpOptions, header::ProxyVersion};
 use crate::{
     human_duration::HumanDuration,
     rules::{InvalidText, Prefix},
@@ -170,31 +170,6 @@ pub struct Ejection {
 impl Default for Ejection {
     fn default() -> Self {
         Self { failures: 3, time: HumanDuration::seconds(10) }
-    }
-}
-
-/// Options of the sockets on both sides.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
-pub struct TcpOptions {
-    /// Whether small pieces leave at once (`TCP_NODELAY`).
-    pub nodelay: bool,
-    /// Silence after which the peers' kernels are asked whether they are still there (`SO_KEEPALIVE`).
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub keepalive: Option<HumanDuration>,
-    /// Whether clients may send data with their first packet (`TCP_FASTOPEN`).
-    pub fast_open: bool,
-    /// Bytes of the send buffer; as the kernel sees fit if absent (`SO_SNDBUF`).
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub send_buffer: Option<NonZeroU32>,
-    /// Bytes of the receive buffer; as the kernel sees fit if absent (`SO_RCVBUF`).
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub receive_buffer: Option<NonZeroU32>,
-}
-
-impl Default for TcpOptions {
-    fn default() -> Self {
-        Self { nodelay: true, keepalive: None, fast_open: false, send_buffer: None, receive_buffer: None }
     }
 }
 

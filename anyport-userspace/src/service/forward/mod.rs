@@ -29,7 +29,6 @@ use tokio::{sync::Notify, time::timeout};
 pub use self::upstream::{UpstreamState, UpstreamView};
 pub(super) use self::{
     client::Client,
-    connect::set_up_listener,
     relay::{End, Outcome},
     udp::UdpForwarder,
     upkeep::keep_up,

@@ -11,9 +11,9 @@ use std::{
 
 use super::pipe::Pipe;
 use crate::service::{
+    counts::Traffic,
     descriptors::DescriptorPool,
     event_loop::{Context, Next, Stream},
-    stats::Traffic,
 };
 
 /// A pipe is used for a direction that has moved at least so many bytes ...

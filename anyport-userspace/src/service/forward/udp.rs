@@ -18,8 +18,7 @@ use std::{
 };
 
 use anyport_common::flow::Transport;
-use nix::sys::socket::{setsockopt, sockopt};
-use socket2::{Domain, SockRef, Socket, Type};
+use socket2::SockRef;
 use tokio::{
     io::Interest,
     net::UdpSocket,
@@ -36,21 +35,18 @@ use super::{
 };
 use crate::{
     service::{
-        Family,
         datagram::Ends,
         limits::{self, Gate, Pass, Refused},
         lock,
         log::{ConnectionLog, Entry},
-        sockets::set_transparent,
-        udp::UdpWorker,
+        reply::UdpWorker,
+        socket_options,
     },
     sys::datagrams::{Batch, Sent},
 };
 
 /// How often it is looked for flows that are idle.
 const SWEEP: Duration = Duration::from_secs(1);
-/// Bytes of the buffers of a flow that lasts, as the kernel counts them: a client may send a window's worth at once.
-const BUFFER: usize = 1 << 20;
 
 thread_local! {
     /// One for all flows of a worker: what is received is sent on at once.
@@ -266,10 +262,7 @@ impl Shared {
         let Ends { client, dialled } = flow.ends;
         let opened = connected(client, Some(dialled)).and_then(|socket| {
             for socket in [&socket, &flow.upstream] {
-                setsockopt(socket, sockopt::UdpGroSegment, &true)?;
-                // Beyond net.core.rmem_max where that is allowed.
-                setsockopt(socket, sockopt::RcvBufForce, &BUFFER)
-                    .or_else(|_| setsockopt(socket, sockopt::RcvBuf, &BUFFER))?;
+                socket_options::set_up_large_flow(socket)?;
             }
             Ok(socket)
         });
@@ -429,13 +422,6 @@ fn wait_for_more(socket: &UdpSocket) {
 
 /// A socket that is connected to `to`, from the address and port `from` if there is one, whosever it is.
 fn connected(to: SocketAddr, from: Option<SocketAddr>) -> io::Result<UdpSocket> {
-    let socket = Socket::new(Domain::for_address(to), Type::DGRAM.nonblocking(), None)?;
-    if let Some(from) = from {
-        set_transparent(&socket, if from.is_ipv4() { Family::Ipv4 } else { Family::Ipv6 })?;
-        // Other flows have the same address and port at their end.
-        socket.set_reuse_address(true)?;
-        socket.bind(&from.into())?;
-    }
-    socket.connect(&to.into())?;
+    let socket = socket_options::flow(to, from)?;
     UdpSocket::from_std(socket.into())
 }

@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use smallvec::SmallVec;
 
 use super::config::{Balance, Ejection, HealthCheck};
-use crate::service::{lock, stats::Traffic};
+use crate::service::{counts::Traffic, lock};
 
 /// One address that clients are connected to. All workers share it; nothing that a connection needs takes a lock.
 #[derive(Debug)]

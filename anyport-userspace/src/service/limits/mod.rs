@@ -19,8 +19,8 @@ use std::{
 pub use self::config::{Limits, Rate};
 use self::sources::{Source, Sources};
 use super::{
+    counts::Count,
     descriptors::{DescriptorPool, Descriptors},
-    stats::Count,
 };
 use crate::rules::{Prefix, SourceLists};
 

@@ -13,9 +13,9 @@ use crate::{
     datagram::Ends,
     service::{
         HandlerKind, ServiceConfig,
+        counts::Traffic,
         event_loop::{Context, Event, Next, Stream},
         handlers::Line,
-        stats::Traffic,
     },
 };
 
