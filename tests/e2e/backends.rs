@@ -106,9 +106,9 @@ fn without_bpf() {
 
 /// Attaches as many `sk_lookup` programs as the kernel lets a namespace have, until it is dropped.
 fn fill_sk_lookup(namespace: &Netns) -> Ebpf {
-    let object = Path::new(env!("CARGO_MANIFEST_DIR")).join("../anyport-ebpf/prebuilt/anyport.o");
+    const OBJECT: &[u8] = aya::include_bytes_aligned!("../../anyport-ebpf/prebuilt/anyport.o");
     // Without rules in its maps, anyport's own program does for one that lets everything pass.
-    let mut foreign = Ebpf::load_file(object).expect("the BPF object");
+    let mut foreign = Ebpf::load(OBJECT).expect("the BPF object");
     let program: &mut SkLookup = foreign.program_mut("anyport_sk").expect("a program").try_into().expect("sk_lookup");
     program.load().expect("loading the program");
     let file = File::open(namespace.path()).expect("the namespace's file");

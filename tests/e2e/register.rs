@@ -380,8 +380,7 @@ fn ways() {
     // As a unit with PassFileDescriptorsToExec= does: the client ends, and the socket stays with those who have it.
     let (client, control) = (program("anyportctl").expect("the client"), lab.daemon.socket());
     let client = [client.display().to_string(), "register".into(), "web".into(), "--socket".into()];
-    let script_path = script("supervisor.py");
-    let mut words = vec!["python3", &script_path];
+    let mut words = vec!["python3", "-c", script("supervisor.py")];
     words.extend(client.iter().map(String::as_str));
     let control = control.display().to_string();
     words.push(&control);
@@ -395,7 +394,7 @@ fn ways() {
 
     let passer = Owner::start(
         host,
-        &["python3", &script("passer.py"), &register_socket(&lab.daemon).display().to_string(), "web"],
+        &["python3", "-c", script("passer.py"), &register_socket(&lab.daemon).display().to_string(), "web"],
     );
     assert!(passer.line.contains("\"status\":200"), "{}", passer.line);
     assert_eq!(text_at(&lab, "192.0.2.1", 1), "passer\n");
@@ -421,8 +420,9 @@ fn permissions() {
     let register = register_socket(&lab.daemon).display().to_string();
     let host = &lab.topology.host;
     // The interpreter may be where a stranger can't read it, so it gives its privileges up by itself.
-    let passer =
-        |service: &str| Owner::start(host, &["python3", &script("passer.py"), &register, service, "65533", "4711"]);
+    let passer = |service: &str| {
+        Owner::start(host, &["python3", "-c", script("passer.py"), &register, service, "65533", "4711"])
+    };
     lab.daemon.ok("add-service closed --handler registered");
     lab.daemon.ok("add-service user --handler registered --owner user:65533");
     lab.daemon.ok("add-service group --handler registered --owner user:1 --owner group:4711");

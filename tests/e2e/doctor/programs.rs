@@ -4,7 +4,6 @@ use std::{
     fs::File,
     net::TcpListener,
     os::fd::AsRawFd as _,
-    path::Path,
     process::{Command, Stdio},
     time::Duration,
 };
@@ -86,8 +85,8 @@ fn taken_away(backend: &'static str) {
 fn redirect(namespace: &Netns) -> (Ebpf, TcpListener) {
     const BEFORE_ADDRESS: u32 = 8 + 16;
     const SERVICE: u32 = 1;
-    let object = Path::new(env!("CARGO_MANIFEST_DIR")).join("../anyport-ebpf/prebuilt/baselines.o");
-    let mut ebpf = EbpfLoader::new().map_max_entries("baseline_trie", 1).load_file(object).expect("the BPF object");
+    const OBJECT: &[u8] = aya::include_bytes_aligned!("../../../anyport-ebpf/prebuilt/baselines.o");
+    let mut ebpf = EbpfLoader::new().map_max_entries("baseline_trie", 1).load(OBJECT).expect("the BPF object");
     let listener = namespace.enter(|| TcpListener::bind("127.0.0.1:0")).expect("a listener");
     let mut sockets: SockMap<_> = ebpf.map_mut("baseline_sock").expect("a map").try_into().expect("of sockets");
     sockets.set(SERVICE * 4, &listener.as_raw_fd(), 0).expect("the socket into the map");
