@@ -7,7 +7,7 @@ use anyhow::{Context as _, Result};
 use crate::{
     packages::{self, Effort},
     process::{self, exec},
-    programs::Programs,
+    programs::{PACKAGED, Programs},
 };
 
 /// Options of `cargo xtask dist`.
@@ -24,7 +24,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let dist = process::target_dir(&root).join("dist");
     fill(&root, &dist)?;
     if !options.without_programs {
-        let programs = Programs::build(&root)?;
+        let programs = Programs::build(&root, PACKAGED)?;
         for program in [programs.daemon(), programs.client()] {
             copy(&program, &dist)?;
         }

@@ -14,6 +14,9 @@ use crate::{
     process::{self, exec},
 };
 
+/// The profile of what is packaged and measured.
+pub(crate) const PACKAGED: &str = "packaged";
+
 /// Options of `cargo xtask demo` and `soak`.
 #[derive(clap::Args)]
 pub(crate) struct DemoOptions {
@@ -39,11 +42,11 @@ pub(crate) struct Programs {
 }
 
 impl Programs {
-    /// Builds them as users get them.
-    pub(crate) fn build(root: &Path) -> Result<Self> {
+    /// Builds them with a profile of Cargo.toml: `release`, or [`PACKAGED`].
+    pub(crate) fn build(root: &Path, profile: &str) -> Result<Self> {
         let mut cargo = process::cargo(root, "build");
-        exec(cargo.args(["--release", "--package", "anyport-userspace", "--bins"]))?;
-        Ok(Self::built(root, "release"))
+        exec(cargo.args(["--profile", profile, "--package", "anyport-userspace", "--bins"]))?;
+        Ok(Self::built(root, profile))
     }
 
     /// Those that cargo has built already.
@@ -96,9 +99,9 @@ fn run(binary: &str, BenchOptions { name, arguments }: &BenchOptions) -> Result<
 
 fn show(binary: &str, arguments: &[OsString]) -> Result<()> {
     let root = process::workspace()?;
-    let programs = Programs::build(&root)?;
+    let programs = Programs::build(&root, PACKAGED)?;
     let mut cargo = process::cargo(&root, "run");
-    cargo.args(["--quiet", "--release", "--package", "anyport-tests", "--bin", binary, "--"]);
+    cargo.args(["--quiet", "--profile", PACKAGED, "--package", "anyport-tests", "--bin", binary, "--"]);
     programs.name_to(cargo.args(arguments));
     process::run_as_root(&mut cargo)?;
     Err(process::become_command(&mut cargo))

@@ -22,7 +22,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let root = process::workspace()?;
     host::recommend(&[host::IP, host::BPFTOOL, host::IPTABLES, host::IPSET]);
 
-    let programs = Programs::build(&root)?;
+    let programs = Programs::build(&root, "release")?;
     println!("\nIn another terminal:\n");
     println!("  export PATH=\"{}:$PATH\"", programs.directory.display());
     if process::is_root() {
