@@ -51,7 +51,7 @@ use self::{
     pins::{PINNED_AGAIN, PINNED_AT_ONCE, PinDirectory},
     refuse::RefuseSockets,
     sockets::Sockets,
-    table::{BpfTable, LISTENERS_WORD, map_control},
+    table::{BpfTable, SUBSCRIBERS_WORD, map_control},
     tc::TcHook,
 };
 use super::{BackEnd, Decided, Holder, Kind, Loss, Plan, Steering};
@@ -136,20 +136,20 @@ impl Bpf {
         let table = take_map(&mut ebpf, names::TABLE)?;
         let counts = take_map(&mut ebpf, names::COUNTS)?;
         let drops = take_map(&mut ebpf, names::DROPS)?;
-        let journals = take_map(&mut ebpf, names::JOURNALS)?;
+        let batches = take_map(&mut ebpf, names::BATCHES)?;
         let totals = take_map(&mut ebpf, names::TOTALS)?;
         let sockets = take_map(&mut ebpf, names::SOCKETS)?;
         // The maps have to stay open until the programs that use them are loaded.
         let filters = take_map(&mut ebpf, names::FILTERS)?;
         let ring = take_map(&mut ebpf, names::EVENTS)?;
         let ears =
-            BpfEars::new(&fd_of(&filters)?, ring, map_control(fd_of(&control)?)?, LISTENERS_WORD, &options.events)?;
+            BpfEars::new(&fd_of(&filters)?, ring, map_control(fd_of(&control)?)?, SUBSCRIBERS_WORD, &options.events)?;
         let [rules, ports] = [names::RULES, names::PORTS].map(|name| take_map(&mut ebpf, name));
         let [segment, counter, portion] =
             [names::SEGMENT, names::COUNTER, names::PORTION].map(|name| take_map(&mut ebpf, name));
         let maps = PINNED_AT_ONCE
             .into_iter()
-            .zip([&control, &table, &counts, &journals, &drops, &totals, &sockets])
+            .zip([&control, &table, &counts, &batches, &drops, &totals, &sockets])
             .map(|(name, map)| Ok((name, duplicate(map)?)))
             .collect::<anyhow::Result<_>>()?;
         let sockets = Sockets::new(&sockets)?;
@@ -170,7 +170,7 @@ impl Bpf {
             events: Arc::clone(&options.events),
             table: BpfTable::new(table, &segment?, control, Arc::clone(&options.readers))?,
             listing: Listing::new(rules?, ports?)?,
-            counts: Counts::new(counts, &counter?, drops, &portion?, journals)?,
+            counts: Counts::new(counts, &counter?, drops, &portion?, batches)?,
             totals: PerCpuArray::try_from(totals)?,
             sockets,
             explainer,
@@ -201,9 +201,9 @@ impl Steering for Bpf {
         self.add_sockets(plan)?;
         self.counts.begin(plan.fresh).map_err(load::with_memory_limit)?;
         self.table.publish(plan).map_err(load::with_memory_limit)?;
-        let mut noted = self.counts.noted();
+        let mut batched = self.counts.batched();
         for (before, now) in plan.moved {
-            self.counts.add(*now, self.counts.get(*before, &mut noted));
+            self.counts.add(*now, self.counts.get(*before, &mut batched));
         }
         self.remove_sockets(plan)?;
         self.hook.refresh()?;
@@ -251,8 +251,8 @@ impl Steering for Bpf {
     }
 
     fn counters(&self) -> anyhow::Result<Box<dyn Fn(u32) -> Counters + '_>> {
-        let noted = RefCell::new(self.counts.noted());
-        Ok(Box::new(move |number| self.counts.get(number, &mut noted.borrow_mut())))
+        let batched = RefCell::new(self.counts.batched());
+        Ok(Box::new(move |number| self.counts.get(number, &mut batched.borrow_mut())))
     }
 
     fn dropped(&self) -> anyhow::Result<Option<u64>> {
