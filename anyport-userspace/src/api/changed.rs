@@ -1,3 +1,5 @@
+//! The answer to a command that changes the rules or services.
+
 use serde::{Deserialize, Serialize};
 
 /// Answer to a change.

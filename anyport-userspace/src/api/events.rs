@@ -1,3 +1,5 @@
+//! `GET /v1/events`: the request, the events as JSON lines, and the stream that sends them.
+
 use std::{
     convert::Infallible,
     net::SocketAddr,

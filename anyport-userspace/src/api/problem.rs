@@ -1,3 +1,5 @@
+//! The error type of the control API, with its kinds, HTTP status codes and exit codes.
+
 use serde::{Deserialize, Serialize};
 
 /// Why a request was not carried out.

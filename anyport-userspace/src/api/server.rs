@@ -1,3 +1,5 @@
+//! The server of the control API: its socket, its routes and the permissions of each request.
+
 use std::{
     fs,
     io::ErrorKind,

@@ -1,3 +1,5 @@
+//! `anyportctl apply`: makes the applied rules equal to a file.
+
 use std::{
     fs,
     io::{IsTerminal as _, Read as _, stderr, stdin},

@@ -1,3 +1,5 @@
+//! Which sources a service allows and denies: its access control list.
+
 use std::{collections::HashSet, net::IpAddr};
 
 use super::{InvalidText, Prefix};

@@ -1,3 +1,5 @@
+//! Tests of the state file, with a disk that loses power at any moment.
+
 use std::{fmt::Write as _, fs, sync::Arc};
 
 use anyport_common::maps::Counters;

@@ -1,3 +1,5 @@
+//! Tests that compare the lookup table with the reference decision.
+
 use std::collections::HashMap;
 
 use anyport_common::{

@@ -1,3 +1,5 @@
+//! Tests of the rule set: precedence, conflicts, origins and changes.
+
 use anyport_common::flow::Transport;
 
 use proptest::prelude::*;

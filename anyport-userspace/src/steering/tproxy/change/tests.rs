@@ -1,3 +1,5 @@
+//! Tests that every packet meets the old or the new verdict at each moment of a change.
+
 use std::collections::HashSet;
 
 use proptest::prelude::*;

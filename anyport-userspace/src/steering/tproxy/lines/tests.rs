@@ -1,3 +1,5 @@
+//! Tests of the lines that are written for iptables.
+
 use std::net::SocketAddr;
 
 use proptest::prelude::*;
