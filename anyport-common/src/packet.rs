@@ -217,5 +217,4 @@ fn with_ports<B: Bytes + ?Sized>(packet: &B, offset: u32, end: u32, known: Packe
 }
 
 #[cfg(test)]
-#[path = "packet_tests.rs"]
 mod tests;

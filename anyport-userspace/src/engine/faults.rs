@@ -36,7 +36,7 @@ use crate::{
     fleet::delta::Delta,
     rules::{Origin, Prefix, Terms, file::RuleFile},
     service::{HandlerKind, ServiceConfig, Workers},
-    store::{FleetState, Store, simulated::Simulated as Disk},
+    store::{FleetState, Store, tests::simulated::Simulated as Disk},
 };
 
 /// Steps in all, and how many daemons take them at the same time.

@@ -10,11 +10,11 @@ use crate::{
     steering::{
         ServiceSockets,
         tproxy::{
-            fixtures::{
+            lines::{Family, Verdict},
+            tests::fixtures::{
                 FAMILIES, Model, Packet, expected, numbered, packets, rule, rule_set, service, services, some_change,
                 target,
             },
-            lines::{Family, Verdict},
         },
     },
 };

@@ -17,10 +17,10 @@ use anyport_common::{
 
 use tempfile::TempDir;
 
-use super::{Bpf, differential::open, tests::in_new_namespace};
+use super::{differential::open, in_new_namespace};
 use crate::{
     rules::{Change, Origin, Prefix, PrefixRules, RuleSet, RuleText, ServiceName},
-    steering::{BackEnd, Fate, GroupSocket, Holder, Plan, ServiceSockets, Steering as _},
+    steering::{BackEnd, Fate, GroupSocket, Holder, Plan, ServiceSockets, Steering as _, bpf::Bpf},
 };
 
 /// Enough that packets are batched.
