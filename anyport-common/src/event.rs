@@ -28,7 +28,7 @@ pub const DENIED: u8 = 8;
 pub struct Event {
     /// Nanoseconds since the system has started, without those in which it slept (`CLOCK_MONOTONIC`).
     pub time: u64,
-    /// The client's address, as [`Address`] has it.
+    /// The client's address, as [`Address`](crate::flow::Address) has it.
     pub source: [u64; 2],
     /// The original destination's address, likewise.
     pub address: [u64; 2],

@@ -1,4 +1,4 @@
-//! The ground that the laboratory stands on: what the machine must offer, and the process's own mounts.
+//! The prerequisites of the test harness: what the machine must offer, and the process's own mounts.
 
 use std::{
     env,
@@ -12,8 +12,12 @@ use std::{
 use nix::{
     mount::{MsFlags, mount},
     sched::{CloneFlags, unshare},
-    sys::resource::{Resource, getrlimit, setrlimit},
-    unistd::geteuid,
+    sys::{
+        prctl::set_pdeathsig,
+        resource::{Resource, getrlimit, setrlimit},
+        signal::Signal,
+    },
+    unistd::{geteuid, getppid},
 };
 
 use crate::{host::Outcome, netns::Netns};
@@ -74,7 +78,7 @@ pub fn missing() -> Vec<String> {
     missing
 }
 
-/// Makes sure that this machine can run one of the laboratory's programs without being touched by it. To be called before there is a
+/// Makes sure that this machine can run one of the test harness's programs without being touched by it. To be called before there is a
 /// second thread.
 ///
 /// # Errors
@@ -84,6 +88,14 @@ pub fn prepare() -> anyhow::Result<()> {
     anyhow::ensure!(missing.is_empty(), "this machine lacks:\n  {}", missing.join("\n  "));
     isolate();
     Ok(())
+}
+
+/// Has the kernel kill this process when the thread that started it ends, such as cargo, so that a run that is killed leaves
+/// neither tests nor daemons.
+pub fn die_with_parent() {
+    let parent = getppid();
+    set_pdeathsig(Signal::SIGKILL).expect("a signal at the parent's end");
+    assert_eq!(getppid(), parent, "the parent ended meanwhile");
 }
 
 /// What the kernel lacks, tried out in a namespace.

@@ -9,6 +9,7 @@ mod dist;
 mod fuzz;
 mod host;
 mod kernel;
+mod module_docs;
 mod object;
 mod packages;
 mod process;

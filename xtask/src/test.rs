@@ -9,7 +9,7 @@ use std::{
 use anyhow::{Result, bail};
 
 use crate::{
-    aarch64, build_ebpf, dist, host, kernel,
+    aarch64, build_ebpf, dist, host, kernel, module_docs,
     packages::{self, Effort},
     process::{self, exec},
     programs::Programs,
@@ -73,6 +73,11 @@ fn checks(session: &mut Session, root: &Path) {
             exec(clippy.args([features, "--", "--deny", "warnings"]))
         });
     }
+    session.check("what each file is for", || module_docs::check(root));
+    session.check("documentation of the code", || {
+        let mut doc = host_crates(root, "doc");
+        exec(doc.env("RUSTDOCFLAGS", "--deny warnings").args(["--no-deps", "--document-private-items"]))
+    });
     match Toolchain::find() {
         Ok(toolchain) => {
             session.check("lints of the BPF programs", || {
@@ -107,14 +112,14 @@ fn tests(session: &mut Session, root: &Path, filter: Option<&str>) -> Result<()>
         cargo.arg("--no-fail-fast").args(targets).arg("--").args(filter);
         cargo
     };
-    session.tests("unit and property tests", &mut runner(&["--lib", "--bins"]))?;
+    session.tests("unit and property tests", &runner(&["--lib", "--bins"]))?;
     if filter.is_none() {
-        session.tests("documentation tests", &mut runner(&["--doc"]))?;
+        session.tests("documentation tests", &runner(&["--doc"]))?;
     }
     let mut end_to_end = runner(&["--test", "*"]);
     Programs::built(root, "debug").name_to(end_to_end.env("ANYPORT_REQUIRE", "all"));
     process::run_as_root(&mut end_to_end)?;
-    session.tests("end-to-end tests", &mut end_to_end)?;
+    session.tests("end-to-end tests", &end_to_end)?;
     if let Some(filter) = filter
         && session.tests == 0
     {
@@ -161,7 +166,7 @@ impl Session {
     }
 
     /// Counts as many as the runner counted.
-    fn tests(&mut self, name: &str, runner: &mut Command) -> Result<()> {
+    fn tests(&mut self, name: &str, runner: &Command) -> Result<()> {
         println!("\n=== {name}");
         let tally = Tally::of(runner)?;
         self.tally.add(&tally);

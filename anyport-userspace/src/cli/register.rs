@@ -34,6 +34,7 @@ pub(super) struct Add {
     #[arg(long, value_name = "N", requires = "pid", conflicts_with = "listen")]
     fd: Option<i32>,
     /// Where its socket waits, such as tcp:127.0.0.1:8080 or udp:[::]:53
+    #[expect(rustdoc::broken_intra_doc_links, reason = "it is the text of --help, in which brackets are no links")]
     #[arg(long, value_name = "PROTOCOL:ADDR:PORT", requires = "pid")]
     listen: Option<Listen>,
 }
