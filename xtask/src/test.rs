@@ -84,13 +84,19 @@ fn checks(session: &mut Session, root: &Path) {
                 let mut clippy = build_ebpf::cargo(root, "clippy", &toolchain)?;
                 exec(clippy.args(["--", "--deny", "warnings"]))
             });
+            session.check("documentation of the BPF programs", || {
+                let mut doc = build_ebpf::cargo(root, "doc", &toolchain)?;
+                exec(doc.env("RUSTDOCFLAGS", "--deny warnings").args(["--no-deps", "--document-private-items"]))
+            });
             session.check("the BPF object", || build_ebpf::check(root, &toolchain));
             session.check("the programs for 64-bit ARM", || aarch64::check(root));
         }
         Err(error) if nothing_may_be_left_out() => {
             session.check("the BPF object", || Err(error));
         }
-        Err(error) => session.leave_out("lints of the BPF programs, the BPF object, 64-bit ARM", 3, &error),
+        Err(error) => {
+            session.leave_out("lints and documentation of the BPF programs, the BPF object, 64-bit ARM", 4, &error)
+        }
     }
 }
 
