@@ -1,14 +1,14 @@
-//! What programs tell of the connections and flows that they judge, to those who listen.
+//! Events: what the programs publish about the connections and flows that they judge, and the subscribers' filters.
 
 use bytemuck::{Pod, Zeroable};
 
 use crate::flow::{Flow, Version};
 
-/// Most listeners at a time.
-pub const LISTENERS: usize = 8;
+/// Most subscribers at a time.
+pub const SUBSCRIBERS: usize = 8;
 /// Bytes of the ring buffer: some 4000 events that the daemon has not taken yet.
 pub const RING_BYTES: usize = 1 << 18;
-/// Flows of datagrams that are remembered, so that not each of their datagrams is told.
+/// Flows of datagrams that are remembered, so that not each of their datagrams is published.
 pub const RECENT: usize = 1 << 12;
 /// A flow is new again after so many nanoseconds without a datagram that was judged: 30 s.
 const SILENCE: u64 = 30_000_000_000;
@@ -28,9 +28,9 @@ pub const DENIED: u8 = 8;
 pub struct Event {
     /// Nanoseconds since the system has started, without those in which it slept (`CLOCK_MONOTONIC`).
     pub time: u64,
-    /// The client's address, as [`Address`] has it.
+    /// The client's address, as [`Address`](crate::flow::Address) has it.
     pub source: [u64; 2],
-    /// The address that was dialled, likewise.
+    /// The original destination's address, likewise.
     pub address: [u64; 2],
     /// The number of the rule that decided.
     pub rule: u32,
@@ -38,7 +38,7 @@ pub struct Event {
     pub service: u32,
     /// The client's port, in host byte order.
     pub source_port: u16,
-    /// The port that was dialled, in host byte order.
+    /// The original destination's port, in host byte order.
     pub port: u16,
     /// 4 or 6.
     pub ip_version: u8,
@@ -46,15 +46,15 @@ pub struct Event {
     pub protocol: u8,
     /// What became of it: one of the constants above.
     pub outcome: u8,
-    /// Who is to be told, a bit each.
-    pub listeners: u8,
+    /// The subscribers that get the event, a bit each.
+    pub subscribers: u8,
 }
 
-/// What a listener wants to hear of.
+/// Which events a subscriber wants.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
 pub struct Filter {
-    /// First bits of the dialled address.
+    /// First bits of the original destination's address.
     pub address: [u64; 2],
     /// Which bits those are.
     pub address_mask: [u64; 2],
@@ -64,9 +64,9 @@ pub struct Filter {
     pub source_mask: [u64; 2],
     /// Events for which the ring buffer had no room. Counted by the programs.
     pub missed: u64,
-    /// One of so many is told, chosen at random; all if 0.
+    /// One of so many is published, chosen at random; all if 0.
     pub sample: u32,
-    /// The slot of the service; 0 for all. What is refused without asking for a service is told all the same.
+    /// The slot of the service; 0 for all. What is refused without asking for a service is published all the same.
     pub service: u32,
     /// 4 or 6; 0 for both.
     pub ip_version: u8,
@@ -76,7 +76,7 @@ pub struct Filter {
     pub outcomes: u8,
     /// Nothing.
     pub reserved: u8,
-    /// The dialled port, in host byte order; 0 for all.
+    /// The original destination's port, in host byte order; 0 for all.
     pub port: u16,
     /// Nothing.
     pub reserved_too: u16,
@@ -88,7 +88,7 @@ const _: () = {
 };
 
 impl Event {
-    /// What became of a flow, of which nobody is told yet.
+    /// What became of a flow; no subscriber is chosen yet.
     #[inline(always)]
     pub const fn new(flow: &Flow, source_port: u16, outcome: u8, time: u64) -> Self {
         Self {
@@ -105,11 +105,11 @@ impl Event {
             },
             protocol: flow.transport.number(),
             outcome,
-            listeners: 0,
+            subscribers: 0,
         }
     }
 
-    /// A number for the flow and what became of it. Different ones seldom have the same, unless somebody makes them so.
+    /// A number for the flow and what became of it. Different flows seldom have the same, unless they are made so on purpose.
     #[inline(always)]
     pub fn mark(&self) -> u64 {
         let Self { source, address, source_port, port, protocol, outcome, .. } = *self;
@@ -124,7 +124,7 @@ impl Event {
 }
 
 impl Filter {
-    /// Whether the listener is to be told, sampling aside.
+    /// Whether the subscriber wants this event, sampling aside.
     #[inline(always)]
     pub fn wants(&self, event: &Event) -> bool {
         let is_within = |address: &[u64; 2], bits: &[u64; 2], mask: &[u64; 2]| {
@@ -139,7 +139,7 @@ impl Filter {
             && is_within(&event.source, &self.source, &self.source_mask)
     }
 
-    /// Whether this number, random among all of 32 bits, is that of the one event that is told of so many.
+    /// Whether this number, random among all of 32 bits, is that of the one event that is published of so many.
     #[inline(always)]
     pub const fn is_sampled(&self, random: u32) -> bool {
         (random as u64 * self.sample as u64) >> 32 == 0

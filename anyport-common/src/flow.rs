@@ -71,7 +71,7 @@ impl Transport {
     }
 }
 
-/// What a client dialled, and from where.
+/// The original destination of a packet, and its source.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Flow {
     /// The client's address, of the same version.

@@ -1,4 +1,4 @@
-//! The entries of the BPF maps, as an operator sees them with `bpftool map dump`, and the maps' sizes.
+//! The entries of the BPF maps, as an administrator sees them with `bpftool map dump`, and the maps' sizes.
 
 use bytemuck::{Pod, Zeroable};
 
@@ -27,15 +27,15 @@ pub mod names {
     pub const COUNTER: &str = "anyport_counter";
     /// A portion of the drops, of which only the type matters.
     pub const PORTION: &str = "anyport_portion";
-    /// A [`super::Journal`] for each of the first CPUs.
-    pub const JOURNALS: &str = "anyport_journal";
+    /// A [`super::Batch`] for each of the first CPUs.
+    pub const BATCHES: &str = "anyport_journal";
     /// [`super::Totals`], per CPU.
     pub const TOTALS: &str = "anyport_totals";
     /// The services' sockets.
     pub const SOCKETS: &str = "anyport_sockets";
     /// A ring buffer of [`crate::event::Event`]s.
     pub const EVENTS: &str = "anyport_events";
-    /// A [`crate::event::Filter`] for each listener.
+    /// A [`crate::event::Filter`] for each subscriber.
     pub const FILTERS: &str = "anyport_filters";
 }
 
@@ -57,8 +57,8 @@ pub const PORTIONS: u32 = MAX_RULES / PORTION_RULES;
 /// Sets of counters: the first one is shared by all CPUs that have none of their own, the others are those of the
 /// first CPUs.
 pub const COUNTER_SETS: u32 = 33;
-/// Rules that a [`Journal`] has room for.
-pub const JOURNAL_ENTRIES: usize = 60;
+/// Packets that a [`Batch`] has room for.
+pub const BATCH_ENTRIES: usize = 60;
 
 /// Generations whose roots stand side by side, so that one store switches between them.
 pub const GENERATIONS: usize = 64;
@@ -69,12 +69,12 @@ pub const GENERATIONS: usize = 64;
 pub struct Control {
     /// [`ABI`] of the programs and maps.
     pub abi: u32,
-    /// Which of the generations is in force.
+    /// Which of the generations is active.
     pub current: u32,
-    /// Not 0 if packets are noted in the [`Journal`]s; else they are counted one by one.
-    pub is_noted: u64,
-    /// Which listeners are told of events, a bit each; 0 while nobody listens.
-    pub listeners: u64,
+    /// Not 0 if packets are counted in [`Batch`]es; else they are counted one by one.
+    pub is_batched: u64,
+    /// Which subscribers there are for events, a bit each.
+    pub subscribers: u64,
     /// The generations.
     pub generations: [Generation; GENERATIONS],
 }
@@ -169,22 +169,22 @@ pub struct Counters {
 /// the processor's caches: counting many packets at once lets it fetch the counters all at the same time.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]
-pub struct Journal {
-    /// How many entries there are and, above the last 32 bits, how often all were counted and the journal was emptied.
+pub struct Batch {
+    /// How many entries there are and, above the last 32 bits, how often all were counted and the batch was emptied.
     pub state: u64,
     /// Not 0 while a program writes here: one that interrupts it counts by itself.
     pub is_busy: u32,
     /// Nothing.
     pub reserved: u32,
     /// The rules' numbers, a packet each.
-    pub entries: [u32; JOURNAL_ENTRIES],
+    pub entries: [u32; BATCH_ENTRIES],
 }
 
 /// What became of the packets that no rule steers.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
 pub struct Totals {
-    /// No rule had an opinion.
+    /// No rule matched.
     pub unmatched: u64,
     /// A rule leaves them to the host.
     pub excepted: u64,
@@ -195,6 +195,6 @@ const _: () = {
     assert!(size_of::<RuleEntry>() == 56);
     assert!(size_of::<PortEntry>() == 8);
     assert!(size_of::<Drops>() == 24);
-    assert!(size_of::<Journal>() == 256, "cache lines of its own");
+    assert!(size_of::<Batch>() == 256, "cache lines of its own");
     assert!(MAX_SEGMENTS << SEGMENT_BITS <= 1 << OFFSET_BITS);
 };

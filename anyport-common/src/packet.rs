@@ -1,6 +1,6 @@
 //! Reading a packet as far as steering needs: addresses, ports and the flags of TCP.
 //!
-//! Nothing is trusted and nothing is assumed to be there. What is nobody's business here gives nothing and is left to
+//! Nothing is trusted and nothing is assumed to be there. What is of no concern here gives nothing and is left to
 //! the host: a later fragment, another transport than TCP and UDP, a header that the kernel refuses as well. A packet
 //! whose ports are out of reach, but not out of the kernel's, is told apart from that: see [`Packet::is_unreadable`].
 
@@ -50,7 +50,7 @@ impl Bytes for [u8] {
 /// What steering needs to know of a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Packet {
-    /// Who sends, and what he dialled.
+    /// The source and the original destination.
     pub flow: Flow,
     /// The sender's port in host byte order.
     pub source_port: u16,
@@ -145,7 +145,7 @@ fn from_ipv6<B: Bytes + ?Sized>(packet: &B, offset: u32) -> Option<Packet> {
         };
         let length = u32::from(length);
         offset += match next {
-            // With segments left, the destination in the header is not the one that the sender dialled.
+            // With segments left, the destination in the header is not the final one.
             ROUTING if fourth != 0 => return None,
             FRAGMENT => {
                 let fragment = u16::from_be_bytes([third, fourth]);
@@ -217,5 +217,4 @@ fn with_ports<B: Bytes + ?Sized>(packet: &B, offset: u32, end: u32, known: Packe
 }
 
 #[cfg(test)]
-#[path = "packet_tests.rs"]
 mod tests;

@@ -1,4 +1,4 @@
-//! The lookup: from what a client dialled to the rule that decides.
+//! The lookup: from the original destination to the rule that decides.
 //!
 //! A generation is a tree of nodes in a flat array of words, made of [`Slot`]s. What it divides into ranges is the
 //! space of a 64-bit key: the first half of the address (IPv4 stands in its first 32 bits), then the second half where
@@ -70,7 +70,7 @@ pub trait Words {
 /// What the rules say about a flow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
-    /// No rule has an opinion.
+    /// No rule matches.
     Unmatched,
     /// A rule leaves it to the host.
     Host {
@@ -92,7 +92,7 @@ pub enum Verdict {
 }
 
 /// What holds for a range of keys: a verdict, the ports that have to be looked at, or a node that divides it further.
-/// The number 0 is the verdict that no rule has an opinion.
+/// The number 0 is the verdict that no rule matches.
 ///
 /// ```text
 /// bits     0-2      3-4    5-7                8-15   16-31        32-63
@@ -144,7 +144,7 @@ const STEER: u64 = 2;
 const DENY: u64 = 3;
 
 impl Slot {
-    /// No rule has an opinion.
+    /// No rule matches.
     pub const UNMATCHED: Self = Self(0);
 
     /// A verdict. The number of a rule that `is_relative` counts from the first rule of the prefix.
@@ -343,7 +343,7 @@ fn place_in_line(word: impl Fn(u32) -> u64, key: u64) -> u32 {
     low_half(count(word(0)) + count(word(1) & SECOND)).wrapping_sub(1) % LINE_SLOTS
 }
 
-const _: () = assert!(UNMATCHED == 0 && VERDICT == 0, "a word of zeros says that no rule has an opinion");
+const _: () = assert!(UNMATCHED == 0 && VERDICT == 0, "a word of zeros says that no rule matches");
 
 /// A port as a key.
 #[inline(always)]
@@ -355,7 +355,7 @@ pub const fn port_key(port: u16) -> u64 {
 /// table that is damaged.
 #[inline(always)]
 pub fn lookup<S: Store + ?Sized>(store: &S, root: Slot, flow: &Flow) -> Option<Verdict> {
-    // No rule speaks of port 0.
+    // No rule matches port 0.
     if flow.port == 0 {
         return Some(Verdict::Unmatched);
     }
@@ -378,7 +378,7 @@ pub fn lookup<S: Store + ?Sized>(store: &S, root: Slot, flow: &Flow) -> Option<V
     Some(verdict.to_verdict(policy.first_number()))
 }
 
-/// Whether a rule of a generation has an opinion on any port of an address. Nothing is returned only for a table that
+/// Whether a rule of a generation matches any port of an address. Nothing is returned only for a table that
 /// is damaged.
 #[inline(always)]
 pub fn covers<S: Store + ?Sized>(store: &S, root: Slot, address: Address) -> Option<bool> {

@@ -24,10 +24,10 @@ use core::ptr::{self, NonNull};
 
 const AF_INET: u32 = 2;
 
-/// What a rule of the trie speaks of: everything up to the port is part of the prefix.
+/// What a rule of the trie matches: everything up to the port is part of the prefix.
 #[repr(C)]
 #[derive(Clone, Copy)]
-struct Dialled {
+struct Destination {
     protocol: u8,
     /// In network byte order; 0 stands for all ports.
     port: [u8; 2],
@@ -55,7 +55,7 @@ struct Counts {
 }
 
 #[btf_map(name = "baseline_trie")]
-static TRIE: LpmTrie<Dialled, Binding, 1> = LpmTrie::new();
+static TRIE: LpmTrie<Destination, Binding, 1> = LpmTrie::new();
 
 #[btf_map(name = "baseline_sock")]
 static SOCKETS: SockMap<{ (MAX_SERVICES * SOCKETS_PER_SERVICE) as usize }> = SockMap::new();
@@ -87,8 +87,8 @@ pub fn baseline_empty(_ctx: SkLookupContext) -> u32 {
 /// The usual design: one trie for all rules, asked for the port and for all ports; the longer prefix wins.
 #[sk_lookup]
 pub fn baseline_lpm(ctx: SkLookupContext) -> u32 {
-    let (dialled, offset) = dialled(&ctx);
-    match binding(dialled) {
+    let (destination, offset) = destination(&ctx);
+    match binding(destination) {
         Some(Binding { service, .. }) => steer(&ctx, service, offset),
         None => SK_PASS,
     }
@@ -97,11 +97,11 @@ pub fn baseline_lpm(ctx: SkLookupContext) -> u32 {
 /// The least: each address has a cache line of its own, as far as there are so many, which says where to steer to.
 #[sk_lookup]
 pub fn baseline_load(ctx: SkLookupContext) -> u32 {
-    let (dialled, offset) = dialled(&ctx);
+    let (destination, offset) = destination(&ctx);
     // Any multiplication that spreads what differs.
     const SPREAD: u64 = 0x9e37_79b9_7f4a_7c15;
     let [high, low] = [0, 8].map(|at| {
-        let half = &dialled.address[at..at + 8];
+        let half = &destination.address[at..at + 8];
         u64::from_be_bytes([half[0], half[1], half[2], half[3], half[4], half[5], half[6], half[7]])
     });
     // SAFETY: the reference is valid; the loader has changed the value.
@@ -135,9 +135,9 @@ fn steer(ctx: &SkLookupContext, service: u32, offset: u32) -> u32 {
 }
 
 #[inline(always)]
-fn binding(dialled: Dialled) -> Option<Binding> {
-    let exact = TRIE.get(&Key::new(FULL, dialled)).copied();
-    let any = TRIE.get(&Key::new(FULL, Dialled { port: [0; 2], ..dialled })).copied();
+fn binding(destination: Destination) -> Option<Binding> {
+    let exact = TRIE.get(&Key::new(FULL, destination)).copied();
+    let any = TRIE.get(&Key::new(FULL, Destination { port: [0; 2], ..destination })).copied();
     match (exact, any) {
         (Some(exact), Some(any)) if any.prefix_len > exact.prefix_len => Some(any),
         (Some(exact), _) => Some(exact),
@@ -145,9 +145,9 @@ fn binding(dialled: Dialled) -> Option<Binding> {
     }
 }
 
-/// What was dialled, and which of a service's sockets serves it.
+/// The original destination, and which of a service's sockets serves it.
 #[inline(always)]
-fn dialled(ctx: &SkLookupContext) -> (Dialled, u32) {
+fn destination(ctx: &SkLookupContext) -> (Destination, u32) {
     // SAFETY: the verifier lets a program read these fields of its context; of the addresses 32 bits at a time.
     let (family, protocol, port, words) = unsafe {
         let lookup = ctx.lookup;
@@ -167,7 +167,7 @@ fn dialled(ctx: &SkLookupContext) -> (Dialled, u32) {
     }
     let is_udp = u32::from(protocol == 17);
     let offset = if family == AF_INET { is_udp } else { 2 + is_udp };
-    (Dialled { protocol, port: port.to_be_bytes(), address, reserved: 0 }, offset)
+    (Destination { protocol, port: port.to_be_bytes(), address, reserved: 0 }, offset)
 }
 
 #[inline(always)]

@@ -1,7 +1,7 @@
 //! What becomes of a flow, for `explain`.
 //!
 //! A program of its own, which is attached nowhere: the daemon runs it (`BPF_PROG_TEST_RUN`, for this type since Linux 4.12; for
-//! `sk_lookup` only since 5.13). It asks the same maps by the same functions as those that steer, and counts and tells nothing.
+//! `sk_lookup` only since 5.13). It asks the same maps by the same functions as those that steer, and counts and publishes nothing.
 
 use anyport_common::{
     explain::{ANSWER_AT, Answer, CONNECTED, DENIED, HOST, NO_SOCKET, QUESTION_AT, Question, STEER, UNMATCHED},

@@ -8,6 +8,7 @@
 mod events;
 mod explain;
 mod maps;
+mod outcome;
 mod sk_lookup;
 mod sockets;
 mod tc;
@@ -42,7 +43,7 @@ pub fn anyport_explain(ctx: TcContext) -> i32 {
     explain::explain(&ctx)
 }
 
-/// Selects nobody out of a group of sockets, so that the kernel answers with a refusal (a reset for TCP, port
+/// Selects no socket of a group, so that the kernel answers with a refusal (a reset for TCP, port
 /// unreachable for UDP). Serves the tc programs, which can drop a packet only in silence.
 #[sk_reuseport]
 pub fn anyport_refuse(_ctx: SkReuseportContext) -> u32 {

@@ -1,9 +1,10 @@
 //! The maps, and what the programs do with them.
 
 use anyport_common::{
+    event::{DENIED, NO_SOCKET},
     flow::{Address, Flow, Version},
     maps::{
-        COUNTER_SETS, Control, Drops, GENERATIONS, Generation, JOURNAL_ENTRIES, Journal, MAX_SEGMENTS, MAX_SERVICES,
+        BATCH_ENTRIES, Batch, COUNTER_SETS, Control, Drops, GENERATIONS, Generation, MAX_SEGMENTS, MAX_SERVICES,
         PORTION_RULES, PORTIONS, PortEntry, RuleEntry, SOCKETS_PER_SERVICE, Totals,
     },
     table::{self, Keys, SEGMENT_WORDS, Slot, Store, Verdict, Words},
@@ -40,13 +41,13 @@ static COUNTS: ArrayOfMaps<Array<u64, { PORTION_RULES as usize }, MMAPABLE>, { (
     ArrayOfMaps::new();
 
 #[btf_map(name = "anyport_journal")]
-static JOURNALS: Array<Journal, { COUNTER_SETS as usize - 1 }, MMAPABLE> = Array::new();
+static BATCHES: Array<Batch, { COUNTER_SETS as usize - 1 }, MMAPABLE> = Array::new();
 
 #[btf_map(name = "anyport_drops")]
 static DROPS: ArrayOfMaps<Array<Drops, { PORTION_RULES as usize }, MMAPABLE>, { PORTIONS as usize }> =
     ArrayOfMaps::new();
 
-/// Not read here, and made anew by user space as large as they have to be: what they hold is for human readers.
+/// Not read here, and replaced by user space with maps as large as they have to be: what they hold is for human readers.
 #[btf_map(name = "anyport_rules")]
 static RULES: Array<RuleEntry, 1, MMAPABLE> = Array::new();
 
@@ -89,7 +90,7 @@ impl Store for Table {
 /// What no slot is.
 const NOWHERE: Slot = Slot(u64::MAX);
 
-/// A global function, which the verifier walks once, whoever calls it (Linux 5.6).
+/// A global function, which the verifier walks once, not at each call (Linux 5.6).
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn anyport_descend(root: u64, key: u64, low: u64, source: u64) -> u64 {
@@ -126,27 +127,27 @@ pub fn judge(flow: &Flow) -> Verdict {
 /// Judges a flow by the current generation.
 #[inline(always)]
 pub fn look_up(flow: &Flow) -> Option<Judged> {
-    let generation = in_force(CONTROL.get(0)?);
+    let generation = active(CONTROL.get(0)?);
     let verdict = table::lookup(&Table, root(generation, flow.address), flow).unwrap_or(Verdict::Unmatched);
     Some(Judged { verdict, generation: generation.number })
 }
 
-/// Which listeners are told of events.
+/// Which subscribers there are, a bit each.
 #[inline(always)]
-pub fn listeners() -> u32 {
+pub fn subscribers() -> u32 {
     // SAFETY: the reference is valid; user space may change the value at any time.
-    CONTROL.get(0).map_or(0, |control| unsafe { ptr::read_volatile(&raw const control.listeners) as u32 })
+    CONTROL.get(0).map_or(0, |control| unsafe { ptr::read_volatile(&raw const control.subscribers) as u32 })
 }
 
-/// Whether a rule of the generation in force has an opinion on any port of an address.
+/// Whether a rule of the active generation matches any port of an address.
 #[inline(always)]
 pub fn covers(address: Address) -> bool {
-    CONTROL.get(0).and_then(|control| table::covers(&Table, root(in_force(control), address), address)).unwrap_or(false)
+    CONTROL.get(0).and_then(|control| table::covers(&Table, root(active(control), address), address)).unwrap_or(false)
 }
 
-/// The generation in force.
+/// The active generation.
 #[inline(always)]
-fn in_force(control: &Control) -> &Generation {
+fn active(control: &Control) -> &Generation {
     // The daemon replaces the number while programs run; it is read once, so that one generation judges.
     // SAFETY: the reference is valid.
     let current = unsafe { ptr::read_volatile(&raw const control.current) };
@@ -169,57 +170,57 @@ fn count_total(counter: impl Fn(&mut Totals) -> &mut u64) {
     }
 }
 
-/// Counts a packet that was handed to a socket, or notes it for later.
+/// Counts a packet that was handed to a socket, at once or in the batch of this CPU.
 #[inline(always)]
 pub fn count_steered(rule: u32) {
     // SAFETY: the helper only reads which CPU this is.
     let cpu = unsafe { bpf_get_smp_processor_id() };
-    let is_noted = CONTROL.get(0).is_some_and(|control| {
+    let is_batched = CONTROL.get(0).is_some_and(|control| {
         // SAFETY: the reference is valid; user space may change the value at any time.
-        unsafe { ptr::read_volatile(&raw const control.is_noted) != 0 }
+        unsafe { ptr::read_volatile(&raw const control.is_batched) != 0 }
     });
-    if !is_noted {
+    if !is_batched {
         count_of(cpu, rule);
-    } else if JOURNALS.get_ptr_mut(cpu).is_none_or(|journal| !note(journal, cpu, rule)) {
+    } else if BATCHES.get_ptr_mut(cpu).is_none_or(|batch| !add_to_batch(batch, cpu, rule)) {
         count_shared(rule);
     }
 }
 
-/// Notes a packet in the journal of this CPU, unless another program was interrupted while it did so. A journal that is
-/// full is emptied.
+/// Adds a packet to the batch of this CPU, unless another program was interrupted while it did so. A full batch is
+/// emptied.
 #[inline(always)]
-fn note(journal: *mut Journal, cpu: u32, rule: u32) -> bool {
-    // SAFETY: the journal is valid and aligned, and only programs on this CPU write to it; one that interrupts another
+fn add_to_batch(batch: *mut Batch, cpu: u32, rule: u32) -> bool {
+    // SAFETY: the batch is valid and aligned, and only programs on this CPU write to it; one that interrupts another
     // ends before that goes on. Volatile, so that all is done in this order.
     unsafe {
-        if ptr::read_volatile(&raw const (*journal).is_busy) != 0 {
+        if ptr::read_volatile(&raw const (*batch).is_busy) != 0 {
             return false;
         }
-        ptr::write_volatile(&raw mut (*journal).is_busy, 1);
-        let state = ptr::read_volatile(&raw const (*journal).state);
+        ptr::write_volatile(&raw mut (*batch).is_busy, 1);
+        let state = ptr::read_volatile(&raw const (*batch).state);
         let length = state as u32 as usize;
-        if length < JOURNAL_ENTRIES {
-            ptr::write_volatile(&raw mut (*journal).entries[length], rule);
+        if length < BATCH_ENTRIES {
+            ptr::write_volatile(&raw mut (*batch).entries[length], rule);
         }
-        ptr::write_volatile(&raw mut (*journal).state, state + 1);
-        if length + 1 >= JOURNAL_ENTRIES {
+        ptr::write_volatile(&raw mut (*batch).state, state + 1);
+        if length + 1 >= BATCH_ENTRIES {
             anyport_empty(cpu);
-            ptr::write_volatile(&raw mut (*journal).state, ((state >> 32) + 1) << 32);
+            ptr::write_volatile(&raw mut (*batch).state, ((state >> 32) + 1) << 32);
         }
-        ptr::write_volatile(&raw mut (*journal).is_busy, 0);
+        ptr::write_volatile(&raw mut (*batch).is_busy, 0);
     }
     true
 }
 
-/// Counts what a full journal holds. None of the counters depends on another, so that a processor waits for the memory of
+/// Counts what a full batch holds. None of the counters depends on another, so that a processor waits for the memory of
 /// many of them at once. A global function, as [`anyport_descend`].
 #[unsafe(no_mangle)]
 #[inline(never)]
 pub extern "C" fn anyport_empty(cpu: u32) -> u32 {
-    if let Some(journal) = JOURNALS.get_ptr_mut(cpu) {
-        for place in 0..JOURNAL_ENTRIES {
-            // SAFETY: the journal is valid and aligned, and only programs on this CPU write to it.
-            count_of(cpu, unsafe { ptr::read_volatile(&raw const (*journal).entries[place]) });
+    if let Some(batch) = BATCHES.get_ptr_mut(cpu) {
+        for place in 0..BATCH_ENTRIES {
+            // SAFETY: the batch is valid and aligned, and only programs on this CPU write to it.
+            count_of(cpu, unsafe { ptr::read_volatile(&raw const (*batch).entries[place]) });
         }
     }
     0
@@ -228,7 +229,7 @@ pub extern "C" fn anyport_empty(cpu: u32) -> u32 {
 /// Counts a packet among those of this CPU.
 #[inline(always)]
 fn count_of(cpu: u32, rule: u32) {
-    let (portion, place) = (rule / PORTION_RULES % PORTIONS, rule % PORTION_RULES);
+    let (portion, place) = place_of(rule);
     if let Some(own) = COUNTS.get_value_ptr_mut((cpu + 1) * PORTIONS + portion, &place) {
         // SAFETY: the value is valid and aligned, and only programs on this CPU write to it.
         unsafe { *own += 1 };
@@ -241,21 +242,33 @@ fn count_of(cpu: u32, rule: u32) {
 /// Counts a packet where programs on all CPUs may.
 #[inline(always)]
 fn count_shared(rule: u32) {
-    let (portion, place) = (rule / PORTION_RULES % PORTIONS, rule % PORTION_RULES);
+    let (portion, place) = place_of(rule);
     if let Some(shared) = COUNTS.get_value_ptr_mut(portion, &place) {
         // SAFETY: the value is valid and aligned.
         unsafe { add_one(shared) };
     }
 }
 
-/// Counts a packet that a rule could not hand to a socket.
+/// Counts a packet that a rule could not hand to a socket, by the outcome of its event.
 #[inline(always)]
-pub fn count_drop(rule: u32, counter: impl Fn(*mut Drops) -> *mut u64) {
-    let (portion, place) = (rule / PORTION_RULES % PORTIONS, rule % PORTION_RULES);
+pub fn count_drop(rule: u32, outcome: u8) {
+    let (portion, place) = place_of(rule);
     if let Some(drops) = DROPS.get_value_ptr_mut(portion, &place) {
-        // SAFETY: the value is valid and aligned.
-        unsafe { add_one(counter(drops)) };
+        // SAFETY: the value is valid and aligned, and so are its fields.
+        unsafe {
+            add_one(match outcome {
+                NO_SOCKET => &raw mut (*drops).no_socket,
+                DENIED => &raw mut (*drops).denied,
+                _ => &raw mut (*drops).assign_error,
+            });
+        }
     }
+}
+
+/// The portion of the counters that has a rule, and its place there.
+#[inline(always)]
+const fn place_of(rule: u32) -> (u32, u32) {
+    (rule / PORTION_RULES % PORTIONS, rule % PORTION_RULES)
 }
 
 /// Programs on other CPUs and the daemon change the value by atomic operations, too. The target has no compare-and-swap,

@@ -4,24 +4,21 @@
 //! host's input firewall are behind it (Documentation/bpf/prog_sk_lookup.rst, since Linux 5.9).
 
 use anyport_common::{
-    event::{ASSIGN_ERROR, DENIED, NO_SOCKET, STEERED},
     flow::{Address, Flow, Transport},
     table::Verdict,
 };
 use aya_ebpf::{
-    EbpfContext as _,
     bindings::{
         BPF_SK_LOOKUP_F_REPLACE,
         sk_action::{SK_DROP, SK_PASS},
     },
-    helpers::{bpf_sk_assign, bpf_sk_release},
     programs::SkLookupContext,
 };
-use aya_log_ebpf::debug;
 
 use crate::{
-    events::tell,
-    maps::{count_drop, count_steered, judge, socket},
+    maps::{judge, socket},
+    outcome::{Outcome, record},
+    sockets,
 };
 
 const AF_INET: u32 = 2;
@@ -34,10 +31,7 @@ pub fn steer(ctx: &SkLookupContext) -> u32 {
         Verdict::Unmatched | Verdict::Host { .. } => SK_PASS,
         Verdict::Steer { rule, service } => assign(ctx, &flow, rule, service),
         Verdict::Deny { rule } => {
-            // SAFETY: only the place of the field is taken.
-            count_drop(rule, |drops| unsafe { &raw mut (*drops).denied });
-            tell(&flow, source_port(ctx), rule, 0, DENIED);
-            debug!(ctx, "rule {} port {}: the service does not take the source", rule, flow.port);
+            record(ctx, &flow, source_port(ctx), rule, Outcome::Denied);
             SK_DROP
         }
     }
@@ -46,30 +40,17 @@ pub fn steer(ctx: &SkLookupContext) -> u32 {
 #[inline(always)]
 fn assign(ctx: &SkLookupContext, flow: &Flow, rule: u32, service: u16) -> u32 {
     let Some(socket) = socket(service, flow) else {
-        // SAFETY: only the place of the field is taken.
-        count_drop(rule, |drops| unsafe { &raw mut (*drops).no_socket });
-        tell(flow, source_port(ctx), rule, service, NO_SOCKET);
-        debug!(ctx, "rule {} port {}: service {} has no socket", rule, flow.port, service);
+        record(ctx, flow, source_port(ctx), rule, Outcome::NoSocket { service });
         return SK_DROP;
     };
-    // SAFETY: the socket is referenced until it is released below; both pointers are the kernel's own.
-    let error = unsafe {
-        // Another program may have been attached before and have selected a socket. A rule wins over that, as it does
-        // over the host's own sockets (Documentation/bpf/prog_sk_lookup.rst: the last selection counts if it replaces).
-        let error = bpf_sk_assign(ctx.as_ptr(), socket.as_ptr().cast(), BPF_SK_LOOKUP_F_REPLACE.into());
-        bpf_sk_release(socket.as_ptr().cast());
-        error
-    };
+    // Another program may have been attached before and have selected a socket. A rule wins over that, as it does
+    // over the host's own sockets (Documentation/bpf/prog_sk_lookup.rst: the last selection counts if it replaces).
+    let error = sockets::assign(ctx, socket, BPF_SK_LOOKUP_F_REPLACE.into());
     if error != 0 {
-        // SAFETY: only the place of the field is taken.
-        count_drop(rule, |drops| unsafe { &raw mut (*drops).assign_error });
-        tell(flow, source_port(ctx), rule, service, ASSIGN_ERROR);
-        debug!(ctx, "rule {} port {}: bpf_sk_assign: {}", rule, flow.port, error);
+        record(ctx, flow, source_port(ctx), rule, Outcome::AssignError { service, error });
         return SK_DROP;
     }
-    count_steered(rule);
-    tell(flow, source_port(ctx), rule, service, STEERED);
-    debug!(ctx, "rule {} port {}: steered to service {}", rule, flow.port, service);
+    record(ctx, flow, source_port(ctx), rule, Outcome::Steered { service });
     SK_PASS
 }
 

@@ -1,14 +1,15 @@
-//! A map of sockets that user space can read.
+//! A map of sockets that user space can read, and the assignment of a socket to a packet.
 
 use core::ptr::{self, NonNull};
 
 use aya_ebpf::{
+    EbpfContext,
     bindings::{bpf_map_type::BPF_MAP_TYPE_SOCKMAP, bpf_sock},
-    helpers::bpf_map_lookup_elem,
+    helpers::{bpf_map_lookup_elem, bpf_sk_assign, bpf_sk_release},
 };
 
 /// A socket map with 64-bit values, in which user space finds the cookies of the sockets (Linux 5.7, `sock_map_lookup_sys` in
-/// net/core/sock_map.c). The library's own has 32-bit values, which tell nothing.
+/// net/core/sock_map.c). The library's own has 32-bit values, which say nothing.
 #[repr(C)]
 pub struct SocketMap<const ENTRIES: usize> {
     r#type: *const [i32; BPF_MAP_TYPE_SOCKMAP as usize],
@@ -18,7 +19,7 @@ pub struct SocketMap<const ENTRIES: usize> {
     map_flags: *const [i32; 0],
 }
 
-// SAFETY: the fields only say what the loader is to make; nobody follows them.
+// SAFETY: the fields only say what the loader is to make; no program follows them.
 unsafe impl<const ENTRIES: usize> Sync for SocketMap<ENTRIES> {}
 
 impl<const ENTRIES: usize> SocketMap<ENTRIES> {
@@ -40,5 +41,16 @@ impl<const ENTRIES: usize> SocketMap<ENTRIES> {
         let socket =
             unsafe { bpf_map_lookup_elem(ptr::from_ref(self).cast_mut().cast(), ptr::from_ref(&index).cast()) };
         NonNull::new(socket.cast())
+    }
+}
+
+/// Assigns the socket to the packet and gives its reference back; returns 0 or a negative error number.
+#[inline(always)]
+pub fn assign(ctx: &impl EbpfContext, socket: NonNull<bpf_sock>, flags: u64) -> i64 {
+    // SAFETY: the socket is referenced until it is released here; both pointers are the kernel's own.
+    unsafe {
+        let error = bpf_sk_assign(ctx.as_ptr(), socket.as_ptr().cast(), flags);
+        bpf_sk_release(socket.as_ptr().cast());
+        error
     }
 }

@@ -1,10 +1,9 @@
 //! Steering at the ingress of interfaces.
 //!
-//! Sees every packet, so it must find out by itself which ones belong to somebody already, and assign the socket
-//! again for each packet that does not (`bpf_sk_assign` for tc, since Linux 5.7).
+//! The program sees every packet, so it finds out by itself which packets belong to an existing socket, and assigns the
+//! socket again for each packet that does not (`bpf_sk_assign` for tc, since Linux 5.7).
 
 use anyport_common::{
-    event::{ASSIGN_ERROR, DENIED, NO_SOCKET, STEERED},
     flow::{Address, Flow, Transport, Version},
     maps::REFUSE,
     packet::{self, Bytes, Packet},
@@ -12,16 +11,16 @@ use anyport_common::{
 };
 use aya_ebpf::{
     EbpfContext as _,
-    bindings::{BPF_F_CURRENT_NETNS, TC_ACT_SHOT, TC_ACT_UNSPEC, bpf_sock},
-    helpers::{bpf_sk_assign, bpf_sk_lookup_udp, bpf_sk_release, bpf_skb_load_bytes, bpf_skc_lookup_tcp},
+    bindings::{BPF_F_CURRENT_NETNS, TC_ACT_SHOT, TC_ACT_UNSPEC},
+    helpers::{bpf_sk_lookup_udp, bpf_sk_release, bpf_skb_load_bytes, bpf_skc_lookup_tcp},
     programs::TcContext,
 };
-use aya_log_ebpf::debug;
 use core::{mem::MaybeUninit, ptr::NonNull};
 
 use crate::{
-    events::tell,
-    maps::{count_drop, count_steered, covers, judge, socket},
+    maps::{covers, judge, socket},
+    outcome::{Outcome, record},
+    sockets,
 };
 
 const TCP_ESTABLISHED: u32 = 1;
@@ -71,43 +70,29 @@ fn steer(ctx: &TcContext, packet: &Packet) -> i32 {
         Verdict::Steer { rule, service } => (rule, Some(service)),
         Verdict::Deny { rule } => (rule, None),
     };
-    if belongs_to_somebody(ctx, packet) {
+    if belongs_to_a_socket(ctx, packet) {
         return TC_ACT_UNSPEC;
     }
     let Some(service) = service else {
-        // SAFETY: only the place of the field is taken.
-        count_drop(rule, |drops| unsafe { &raw mut (*drops).denied });
-        tell(flow, packet.source_port, rule, 0, DENIED);
-        debug!(ctx, "rule {} port {}: the service does not take the source", rule, flow.port);
+        record(ctx, flow, packet.source_port, rule, Outcome::Denied);
         // Reassembly forgets the assignment of what refuses.
         return if packet.is_fragmented { TC_ACT_SHOT } else { refuse(ctx, flow) };
     };
     if packet.is_fragmented {
         // Reassembly forgets the assignment, and the whole datagram could reach a socket of the host.
-        // SAFETY: only the place of the field is taken.
-        count_drop(rule, |drops| unsafe { &raw mut (*drops).assign_error });
-        tell(flow, packet.source_port, rule, service, ASSIGN_ERROR);
-        debug!(ctx, "rule {} port {}: dropped a fragment", rule, flow.port);
+        record(ctx, flow, packet.source_port, rule, Outcome::Fragment { service });
         return TC_ACT_SHOT;
     }
     let Some(socket) = socket(service, flow) else {
-        // SAFETY: only the place of the field is taken.
-        count_drop(rule, |drops| unsafe { &raw mut (*drops).no_socket });
-        tell(flow, packet.source_port, rule, service, NO_SOCKET);
-        debug!(ctx, "rule {} port {}: service {} has no socket", rule, flow.port, service);
+        record(ctx, flow, packet.source_port, rule, Outcome::NoSocket { service });
         return refuse(ctx, flow);
     };
-    let error = assign(ctx, socket);
+    let error = sockets::assign(ctx, socket, 0);
     if error != 0 {
-        // SAFETY: only the place of the field is taken.
-        count_drop(rule, |drops| unsafe { &raw mut (*drops).assign_error });
-        tell(flow, packet.source_port, rule, service, ASSIGN_ERROR);
-        debug!(ctx, "rule {} port {}: bpf_sk_assign: {}", rule, flow.port, error);
+        record(ctx, flow, packet.source_port, rule, Outcome::AssignError { service, error });
         return TC_ACT_SHOT;
     }
-    count_steered(rule);
-    tell(flow, packet.source_port, rule, service, STEERED);
-    debug!(ctx, "rule {} port {}: steered to service {}", rule, flow.port, service);
+    record(ctx, flow, packet.source_port, rule, Outcome::Steered { service });
     TC_ACT_UNSPEC
 }
 
@@ -115,19 +100,8 @@ fn steer(ctx: &TcContext, packet: &Packet) -> i32 {
 #[inline(always)]
 fn refuse(ctx: &TcContext, flow: &Flow) -> i32 {
     match socket(REFUSE, flow) {
-        Some(socket) if assign(ctx, socket) == 0 => TC_ACT_UNSPEC,
+        Some(socket) if sockets::assign(ctx, socket, 0) == 0 => TC_ACT_UNSPEC,
         _ => TC_ACT_SHOT,
-    }
-}
-
-/// Assigns the socket and gives its reference back; returns 0 or a negative error number.
-#[inline(always)]
-fn assign(ctx: &TcContext, socket: NonNull<bpf_sock>) -> i64 {
-    // SAFETY: the socket is referenced until it is released here; both pointers are the kernel's own.
-    unsafe {
-        let error = bpf_sk_assign(ctx.as_ptr(), socket.as_ptr().cast(), 0);
-        bpf_sk_release(socket.as_ptr().cast());
-        error
     }
 }
 
@@ -136,7 +110,7 @@ fn assign(ctx: &TcContext, socket: NonNull<bpf_sock>) -> i64 {
 /// An unconnected UDP socket of the host does not count: inside of a rule steering wins over it. Neither does any socket
 /// for a fragment that may become a SYN: by then it may be gone, and a listener of the host is found.
 #[inline(always)]
-fn belongs_to_somebody(ctx: &TcContext, packet: &Packet) -> bool {
+fn belongs_to_a_socket(ctx: &TcContext, packet: &Packet) -> bool {
     if packet.is_fragmented && packet.opens_connection {
         return false;
     }
@@ -155,14 +129,14 @@ fn belongs_to_somebody(ctx: &TcContext, packet: &Packet) -> bool {
 ///
 /// TPROXY ends the old connection and goes on with the listener (`nf_tproxy_handle_time_wait4`). A tc program can't
 /// end it, and with the old one there, kernels since 6.11 drop a SYN that is assigned to a listener (commit
-/// ff46e3b44219). Left alone, the kernel looks for a listener at the dialled address. If there is none, its answer
+/// ff46e3b44219). Left alone, the kernel looks for a listener at the original destination. If there is none, its answer
 /// has the client end the old connection, and the next SYN, at most a second later, finds the way free. If there is
 /// one, it would get what is steered, and that must not be.
 #[inline(always)]
 fn can_reopen(ctx: &TcContext, packet: &Packet) -> bool {
     // No connection has this source port, so what is found is a listener.
-    let from_nobody = Packet { source_port: 0, ..*packet };
-    state_of_tcp(ctx, &from_nobody).is_none()
+    let without_port = Packet { source_port: 0, ..*packet };
+    state_of_tcp(ctx, &without_port).is_none()
 }
 
 /// The state of the socket that the kernel finds for this packet of TCP, if there is one.

@@ -14,10 +14,10 @@ use std::{
 use anyport_tests::{
     daemon::{Daemon, LogOnPanic, Setup},
     dial::{expect_tcp_echo, expect_tcp_hello, expect_tcp_refused, expect_udp_hello, expect_udp_unanswered, tcp},
-    ground::{GROUP, USER, program, scratch},
     host::{Outcome, wait_for},
     netns::Netns,
     owners::Owner,
+    prerequisites::{GROUP, USER, program, scratch},
     topology::{SERVER, Topology},
 };
 use libtest_mimic::Trial;

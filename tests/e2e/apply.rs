@@ -12,8 +12,8 @@ use std::{
 use anyport_tests::{
     daemon::{Daemon, LogOnPanic},
     dial::{expect_tcp_hello, expect_tcp_refused, is_refusal, tcp, tcp_from},
-    ground::scratch,
     host::wait_for,
+    prerequisites::scratch,
 };
 use libtest_mimic::Trial;
 use serde_json::Value;

@@ -1,4 +1,4 @@
-//! Choosing a back end, what each needs, and what an operator sees of it.
+//! Choosing a back end, what each needs, and what an administrator sees of it.
 
 use std::{
     fs::{self, File},
@@ -10,9 +10,9 @@ use std::{
 use anyport_tests::{
     daemon::{Daemon, Setup},
     dial::{expect_tcp_hello, expect_tcp_refused, expect_udp_hello},
-    ground::{path_with, program, public_copy, scratch, xtables},
     host::{Outcome, wait_for},
     netns::Netns,
+    prerequisites::{path_with, program, public_copy, scratch, xtables},
     topology::Topology,
 };
 use aya::{Ebpf, programs::SkLookup};
@@ -48,7 +48,7 @@ pub(crate) fn trials() -> Vec<Trial> {
     }
     trials.push(trial("tproxy::backends::many prefixes, with ipset and without", many));
     for backend in ["sk-lookup", "tc"] {
-        trials.push(trial(format!("{backend}::backends::bpftool shows the rules"), move || operator(backend)));
+        trials.push(trial(format!("{backend}::backends::bpftool shows the rules"), move || shown_by_bpftool(backend)));
         trials.push(trial(format!("{backend}::backends::programs log on request"), move || programs_log(backend)));
     }
     trials.extend(on_each_back_end("backends::rp_filter and src_valid_mark", reverse_path));
@@ -355,7 +355,7 @@ fn many() {
 }
 
 /// Map names, and fields by name, in the words of the documentation.
-fn operator(backend: &'static str) {
+fn shown_by_bpftool(backend: &'static str) {
     let lab = Lab::new(backend);
     lab.daemon.ok("add-prefix 192.0.2.0/24 --ports 80-90 --except 85");
     lab.daemon.ok("add-prefix 2001:db8:0:a::/64 --protocol udp --ports 53");

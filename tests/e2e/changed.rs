@@ -5,8 +5,8 @@ use std::{fmt::Write as _, path::Path, time::Duration};
 use anyport_tests::{
     daemon::Setup,
     dial::{expect_tcp_hello, tcp_text},
-    ground::{path_with, xtables},
     host::wait_for,
+    prerequisites::{path_with, xtables},
 };
 use libtest_mimic::Trial;
 use serde_json::Value;

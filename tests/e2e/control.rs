@@ -5,9 +5,9 @@ use std::{fs, os::unix::fs::PermissionsExt as _, process::Command};
 use anyport_tests::{
     daemon::Daemon,
     dial::{expect_tcp_hello, tcp_server},
-    ground::{GROUP, program, public_copy, scratch},
     host::Outcome,
     netns::Netns,
+    prerequisites::{GROUP, program, public_copy, scratch},
     topology::Topology,
 };
 use libtest_mimic::Trial;

@@ -11,9 +11,9 @@ use std::{
 use anyport_tests::{
     daemon::{Daemon, Setup, kill_all},
     dial::{expect_tcp_hello, expect_tcp_refused},
-    ground::BPFFS,
     host::wait_for,
     netns::Netns,
+    prerequisites::BPFFS,
     random::Random,
 };
 use libtest_mimic::Trial;
@@ -197,7 +197,7 @@ fn kills(backend: &'static str) {
     assert_no_pins(&lab.daemon);
 }
 
-/// Routes, what an operator reads and what a client gets agree with the rules.
+/// Routes, what an administrator reads and what a client gets agree with the rules.
 fn converged(lab: &Lab, expected: &BTreeSet<String>, round: usize) {
     let routes =
         ["-4", "-6"].map(|family| lab.topology.host.ip(&format!("{family} route show table local proto 165"))).concat();

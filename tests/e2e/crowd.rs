@@ -10,10 +10,10 @@ use std::{
 
 use anyport_tests::{
     daemon::{Daemon, Setup},
-    ground::{program, public_copy, scratch},
     host::Outcome,
     http,
     netns::Netns,
+    prerequisites::{program, public_copy, scratch},
     random::Random,
 };
 use libtest_mimic::Trial;

@@ -11,9 +11,9 @@ use std::process::Command;
 use anyport_tests::{
     daemon::Daemon,
     dial::{self, expect_tcp_hello, expect_udp_hello},
-    ground::{program, scratch},
     host::Outcome,
     netns::Netns,
+    prerequisites::{program, scratch},
 };
 use libtest_mimic::Trial;
 use serde_json::{Value, json};
@@ -88,7 +88,7 @@ fn type_fixes(namespace: &Netns, finding: &Value) {
     }
 }
 
-/// A laboratory in which [`PREFIXES`] are steered.
+/// A test harness in which [`PREFIXES`] are steered.
 fn steering(backend: &str) -> Lab {
     let lab = Lab::new(backend);
     lab.daemon.ok(&format!("add-prefix {PREFIXES} --protocol both"));

@@ -11,9 +11,9 @@ use std::{
 
 use anyport_tests::{
     dial::{PATIENCE, any, expect_udp_unanswered, receive, udp_over},
-    ground,
     host::wait_for,
     netns::Netns,
+    prerequisites,
     topology::{CLIENT, SECOND, SERVER},
 };
 use libtest_mimic::Trial;
@@ -367,7 +367,7 @@ fn dns() {
         lab.daemon.ok(&format!("add-service dns{family} --handler forward --upstream {server}:53"));
         lab.daemon.ok(&format!("add-prefix {} --protocol both --service dns{family}", family.of(PREFIX)));
     }
-    let directory = ground::scratch();
+    let directory = prerequisites::scratch();
     let mut command = Command::new("setpriv");
     command.args([
         "--pdeathsig",

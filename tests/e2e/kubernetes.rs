@@ -11,8 +11,8 @@ use std::{
 use anyport_tests::{
     daemon::Setup,
     dial::{tcp_text, udp},
-    ground::{program, scratch},
     host::Outcome,
+    prerequisites::{program, scratch},
     topology::Topology,
 };
 use k8s_openapi::{

@@ -20,9 +20,9 @@ use anyport::{
 use anyport_tests::{
     daemon::LogOnPanic,
     dial::{PATIENCE, any, receive, tcp_text},
-    ground::{example, public_copy, scratch},
     host::wait_for,
     owners::{Owner, register_socket},
+    prerequisites::{example, public_copy, scratch},
     random::Random,
 };
 use libtest_mimic::Trial;

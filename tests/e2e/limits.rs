@@ -201,7 +201,7 @@ fn kept() {
     let mut lab = Lab::new("sk-lookup");
     lab.daemon.ok("add-service by-hand --handler echo --max-connections-per-source 1");
     lab.daemon.ok(&format!("add-prefix {} --service by-hand", PREFIX[0]));
-    let directory = anyport_tests::ground::scratch();
+    let directory = anyport_tests::prerequisites::scratch();
     let file = directory.path().join("services.toml");
     let text = |count| {
         format!(

@@ -12,8 +12,8 @@ use std::{
 use anyport::register::{Register, Request, send, socket_beside};
 use anyport_tests::{
     dial::{QUESTION, expect_tcp_line, is_refusal, tcp, tcp_from, udp_over},
-    ground::scratch,
     netns::Netns,
+    prerequisites::scratch,
     topology::{CLIENT, SECOND, SERVER},
 };
 use libtest_mimic::Trial;

@@ -51,8 +51,9 @@ mod wire;
 
 use std::{env, process::ExitCode};
 
-use anyport_tests::{ground, random};
+use anyport_tests::{prerequisites, random};
 use libtest_mimic::Arguments;
+use nix::unistd::getppid;
 
 /// Tests at a time. They wait for daemons to start more than they compute.
 const THREADS: usize = 4;
@@ -62,12 +63,13 @@ fn main() -> ExitCode {
         starts::hold(&name);
         return ExitCode::SUCCESS;
     }
+    let parent = getppid();
     let mut arguments = Arguments::from_args();
     arguments.test_threads.get_or_insert(THREADS);
     let mut ignored = false;
     if !arguments.list {
-        let mut missing = ground::missing();
-        missing.extend(ground::example("service").err());
+        let mut missing = prerequisites::missing();
+        missing.extend(prerequisites::example("service").err());
         for what in &missing {
             eprintln!("missing: {what}");
         }
@@ -78,10 +80,11 @@ fn main() -> ExitCode {
         }
         ignored = !missing.is_empty();
         if !ignored {
-            ground::isolate();
+            prerequisites::isolate();
             eprintln!("random choices: repeat them with ANYPORT_SEED={}", random::seed());
         }
     }
+    prerequisites::end_with(parent);
     let mut trials = Vec::new();
     trials.extend(steer::trials());
     trials.extend(udp::trials());

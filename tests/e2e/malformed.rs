@@ -4,10 +4,10 @@ use std::{ffi::OsStr, fs, net::Ipv6Addr, os::unix::ffi::OsStrExt as _};
 
 use anyport_tests::{
     daemon::{Daemon, Setup},
-    ground::scratch,
     host::Outcome,
     http,
     netns::Netns,
+    prerequisites::scratch,
 };
 use libtest_mimic::Trial;
 

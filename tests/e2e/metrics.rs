@@ -15,9 +15,9 @@ use anyport_tests::{
     daemon::Setup,
     dial::{expect_tcp_echo, expect_tcp_hello, expect_udp_hello, tcp, tcp_text},
     exposition::Scrape,
-    ground::{GROUP, USER, program, scratch},
     host::wait_for,
     owners::Owner,
+    prerequisites::{GROUP, USER, program, scratch},
     topology::Topology,
 };
 use libtest_mimic::Trial;

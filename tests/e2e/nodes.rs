@@ -21,9 +21,9 @@ use anyport_tests::{
     daemon::{Daemon, Setup},
     dial::{expect_tcp_hello, expect_tcp_refused, tcp},
     etcd::Etcd,
-    ground::{program, scratch},
     host::wait_for,
     netns::Netns,
+    prerequisites::{program, scratch},
 };
 use libtest_mimic::Trial;
 use nix::{
@@ -396,7 +396,7 @@ fn derived() {
     }
 }
 
-/// Changes the ring so often, each time to another set, as an operator's program does.
+/// Changes the ring so often, each time to another set, as a program of an administrator does.
 fn change_often(url: &str, changes: u64, last: &str) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
     runtime.block_on(async {

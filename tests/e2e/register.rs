@@ -20,11 +20,11 @@ use anyport::register::{Register, Request, send};
 use anyport_tests::{
     daemon::{Daemon, LogOnPanic, Setup},
     dial::{expect_tcp_refused, receive, tcp, tcp_text, udp},
-    ground::{GROUP, program, public_copy, scratch},
     host::wait_for,
     http,
     netns::Netns,
     owners::{Owner, register_socket, script},
+    prerequisites::{GROUP, program, public_copy, scratch},
     random::Random,
     servers::Server,
 };

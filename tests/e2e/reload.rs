@@ -8,8 +8,8 @@ use std::{
 
 use anyport_tests::{
     dial::{expect_tcp_echo, expect_tcp_hello, expect_tcp_line, expect_tcp_refused, tcp},
-    ground::scratch,
     host::wait_for,
+    prerequisites::scratch,
 };
 use libtest_mimic::Trial;
 use nix::sys::signal::{Signal, kill};

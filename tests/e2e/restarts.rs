@@ -15,8 +15,8 @@ use std::{
 use anyport_tests::{
     daemon::LogOnPanic,
     dial::{PATIENCE, any, expect_tcp_hello, expect_tcp_line, tcp, udp, udp_over},
-    ground::{program, public_copy, scratch},
     host::wait_for,
+    prerequisites::{program, public_copy, scratch},
     random::Random,
     steady::{Loss, Tally, dial_during},
     systemd::Systemd,

@@ -11,10 +11,10 @@ use std::{
 use anyport_tests::{
     daemon::{Daemon, Setup},
     dial::{PATIENCE, expect_tcp_hello, expect_udp_hello, tcp_text, tcp_within, udp},
-    ground::{GROUP, USER, program, public_copy, scratch},
     host::wait_for,
     netns::Netns,
     owners::Owner,
+    prerequisites::{GROUP, USER, program, public_copy, scratch},
     topology::Topology,
 };
 use libtest_mimic::Trial;

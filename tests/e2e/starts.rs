@@ -21,8 +21,8 @@ use std::{
 use anyport_tests::{
     daemon::{Daemon, Setup},
     dial::{expect_tcp_hello, expect_tcp_refused, read_text, tcp, tcp_server, tcp_text},
-    ground::{program, public_copy, scratch},
     netns::Netns,
+    prerequisites::{program, public_copy, scratch},
     topology::Topology,
 };
 use libtest_mimic::Trial;

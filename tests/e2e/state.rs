@@ -5,9 +5,9 @@ use std::{ffi::OsStr, fs, thread, time::Duration};
 use anyport_tests::{
     daemon::{Daemon, Setup},
     dial::expect_tcp_hello,
-    ground::scratch,
     host::wait_for,
     netns::Netns,
+    prerequisites::scratch,
 };
 use libtest_mimic::Trial;
 

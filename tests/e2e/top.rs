@@ -1,7 +1,7 @@
 //! `anyportctl top`: rates in a terminal, and elsewhere.
 
 use std::{
-    io::{Read as _, Write as _},
+    io::{ErrorKind, Read as _, Write as _},
     process::{Command, Stdio},
     sync::{
         Arc,
@@ -14,8 +14,8 @@ use std::{
 
 use anyport_tests::{
     dial::{expect_tcp_hello, expect_udp_hello},
-    ground::program,
     host::wait_for,
+    prerequisites::program,
 };
 use libtest_mimic::Trial;
 use serde_json::Value;
@@ -111,7 +111,11 @@ fn in_terminal(line: &str, typed: Receiver<&'static str>) -> String {
     let mut keyboard = process.stdin.take().expect("its input");
     spawn(move || {
         for keys in typed {
-            keyboard.write_all(keys.as_bytes()).expect("typing");
+            match keyboard.write_all(keys.as_bytes()) {
+                // The program ended by itself.
+                Err(error) if error.kind() == ErrorKind::BrokenPipe => break,
+                typed => typed.expect("typing"),
+            }
         }
     });
     let mut shown = String::new();
@@ -131,9 +135,10 @@ fn after(delay: Duration, keys: &'static str) -> Receiver<&'static str> {
     let (sender, receiver) = channel();
     spawn(move || {
         sleep(delay);
-        sender.send(keys).expect("a terminal");
-        // It stays open.
-        sleep(Duration::from_secs(5));
+        // It stays open, unless the program ended by itself.
+        if sender.send(keys).is_ok() {
+            sleep(Duration::from_secs(5));
+        }
     });
     receiver
 }

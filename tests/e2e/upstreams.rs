@@ -10,9 +10,9 @@ use std::{
 
 use anyport_tests::{
     dial::{SILENCE, any, first_words, tcp, tcp_server, tcp_text, udp_over},
-    ground::scratch,
     host::wait_for,
     netns::Netns,
+    prerequisites::scratch,
     topology::{SECOND, SERVER},
 };
 use libtest_mimic::Trial;

@@ -17,9 +17,9 @@ use nix::{
 use serde_json::Value;
 
 use crate::{
-    ground::{BPFFS, GROUP, USER, program, scratch},
     host::{Outcome, wait_for},
     netns::Netns,
+    prerequisites::{BPFFS, GROUP, USER, program, scratch},
 };
 
 /// How a daemon is to be started.

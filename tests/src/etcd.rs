@@ -19,9 +19,9 @@ use serde_json::Value;
 use crate::{
     daemon::stop_threads,
     etcdctl::Etcdctl,
-    ground::scratch,
     host::{Outcome, wait_for},
     netns::Netns,
+    prerequisites::scratch,
 };
 
 const CLIENTS: u16 = 2379;

@@ -1,6 +1,6 @@
-//! The laboratory: private network namespaces, the hosts in them, a daemon under test and ways to dial it.
+//! The test harness: private network namespaces, the hosts in them, a daemon under test and ways to dial it.
 //!
-//! Nothing here touches the network of the machine: [`ground::isolate`] gives the process a mount namespace of
+//! Nothing here touches the network of the machine: [`prerequisites::isolate`] gives the process a mount namespace of
 //! its own, every [`netns::Netns`] is anonymous and ends with its handle, and no namespace has a way out. Only
 //! addresses from documentation prefixes and 127.0.0.0/8 appear.
 //!
@@ -10,21 +10,21 @@
 pub mod backbone;
 pub mod daemon;
 pub mod dial;
+pub mod driver;
 pub mod etcd;
 pub mod etcdctl;
 pub mod exposition;
 pub mod faults;
-pub mod ground;
 pub mod holdings;
 pub mod host;
 pub mod http;
 pub mod netns;
 pub mod numbers;
-pub mod operator;
 pub mod owners;
 pub mod packet;
 pub mod plot;
 pub mod prefixes;
+pub mod prerequisites;
 pub mod random;
 pub mod servers;
 pub mod steady;

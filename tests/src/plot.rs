@@ -1,4 +1,4 @@
-//! Plots as SVG: panels side by side, both axes logarithmic. Colours are such that they show on light and dark ground.
+//! Plots as SVG: panels side by side, both axes logarithmic. Colours are such that they show on light and dark backgrounds.
 
 use std::{fmt::Write as _, fs, path::Path};
 
@@ -13,7 +13,7 @@ const TOP: f64 = 40.0;
 const PANEL: (f64, f64) = (LEFT + FIELD.0 + 24.0, TOP + FIELD.1 + 56.0);
 const LEGEND: f64 = 28.0;
 const COLUMNS: usize = 2;
-/// For ground of either kind.
+/// For backgrounds of either kind.
 const INK: &str = "#808890";
 const COLOURS: [&str; 6] = ["#e07b00", "#2f81f7", "#2da44e", "#bf5af2", "#e5484d", "#00a3a3"];
 

@@ -11,7 +11,7 @@ use nix::{
     unistd::Pid,
 };
 
-use crate::{ground::scratch, netns::Netns};
+use crate::{netns::Netns, prerequisites::scratch};
 
 /// A running server. Ended when dropped.
 #[derive(Debug)]

@@ -11,9 +11,9 @@ use nix::unistd::Pid;
 
 use crate::{
     daemon::children,
-    ground::public_copy,
     host::{Outcome, wait_for},
     netns::Netns,
+    prerequisites::public_copy,
 };
 
 /// What the manager finds: its own /run, /var, /etc and control groups, and units in /run/systemd/system.

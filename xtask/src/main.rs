@@ -10,6 +10,7 @@ mod fuzz;
 mod host;
 mod kernel;
 mod layers;
+mod module_docs;
 mod object;
 mod packages;
 mod process;

@@ -37,6 +37,23 @@ pub(crate) fn exec(command: &mut Command) -> Result<()> {
     Ok(())
 }
 
+/// The same command, which the kernel kills when this program ends, however it ends. Standard streams are not copied.
+pub(crate) fn dying_with_us(command: &Command) -> Command {
+    // PR_SET_PDEATHSIG has to be set by the process itself and outlives execve(2).
+    let mut setpriv = Command::new("setpriv");
+    setpriv.args(["--pdeathsig", "KILL", "--"]).arg(command.get_program()).args(command.get_args());
+    for (name, value) in command.get_envs() {
+        match value {
+            Some(value) => setpriv.env(name, value),
+            None => setpriv.env_remove(name),
+        };
+    }
+    if let Some(directory) = command.get_current_dir() {
+        setpriv.current_dir(directory);
+    }
+    setpriv
+}
+
 /// What a command prints on its standard output.
 pub(crate) fn stdout(command: &mut Command) -> Result<String> {
     let output = command
@@ -76,4 +93,18 @@ pub(crate) fn host_target() -> Result<String> {
     let version = stdout(Command::new("rustc").arg("-vV"))?;
     let host = version.lines().find_map(|line| line.strip_prefix("host: "));
     Ok(host.context("`rustc -vV` names no host")?.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use super::{dying_with_us, stdout};
+
+    #[test]
+    fn dying_with_us_keeps_arguments_environment_and_directory() {
+        let mut shell = Command::new("sh");
+        shell.args(["-c", "echo $1 $OF_TEST $PWD", "sh", "an argument"]).env("OF_TEST", "a value").current_dir("/");
+        assert_eq!(stdout(&mut dying_with_us(&shell)).unwrap(), "an argument a value /\n");
+    }
 }

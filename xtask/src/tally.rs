@@ -8,6 +8,8 @@ use std::{
 
 use anyhow::{Context as _, Result};
 
+use crate::process::dying_with_us;
+
 /// What one or several runners counted.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Tally {
@@ -29,7 +31,8 @@ impl Tally {
 
     /// Runs `cargo test`, shows its output and adds its summary lines up. If it failed otherwise than by failing
     /// tests, because one of them ended the whole program for example, that counts as one.
-    pub(crate) fn of(command: &mut Command) -> Result<Self> {
+    pub(crate) fn of(command: &Command) -> Result<Self> {
+        let mut command = dying_with_us(command);
         let mut child =
             command.stdout(Stdio::piped()).spawn().with_context(|| format!("{command:?} could not be started"))?;
         let mut tally = Self::default();

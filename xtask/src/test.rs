@@ -9,7 +9,7 @@ use std::{
 use anyhow::{Result, bail};
 
 use crate::{
-    aarch64, build_ebpf, dist, host, kernel, layers,
+    aarch64, build_ebpf, dist, host, kernel, layers, module_docs,
     packages::{self, Effort},
     process::{self, exec},
     programs::Programs,
@@ -74,11 +74,20 @@ fn checks(session: &mut Session, root: &Path) {
             exec(clippy.args([features, "--", "--deny", "warnings"]))
         });
     }
+    session.check("what each file is for", || module_docs::check(root));
+    session.check("documentation of the code", || {
+        let mut doc = host_crates(root, "doc");
+        exec(doc.env("RUSTDOCFLAGS", "--deny warnings").args(["--no-deps", "--document-private-items"]))
+    });
     match Toolchain::find() {
         Ok(toolchain) => {
             session.check("lints of the BPF programs", || {
                 let mut clippy = build_ebpf::cargo(root, "clippy", &toolchain)?;
                 exec(clippy.args(["--", "--deny", "warnings"]))
+            });
+            session.check("documentation of the BPF programs", || {
+                let mut doc = build_ebpf::cargo(root, "doc", &toolchain)?;
+                exec(doc.env("RUSTDOCFLAGS", "--deny warnings").args(["--no-deps", "--document-private-items"]))
             });
             session.check("the BPF object", || build_ebpf::check(root, &toolchain));
             session.check("the programs for 64-bit ARM", || aarch64::check(root));
@@ -86,7 +95,9 @@ fn checks(session: &mut Session, root: &Path) {
         Err(error) if nothing_may_be_left_out() => {
             session.check("the BPF object", || Err(error));
         }
-        Err(error) => session.leave_out("lints of the BPF programs, the BPF object, 64-bit ARM", 3, &error),
+        Err(error) => {
+            session.leave_out("lints and documentation of the BPF programs, the BPF object, 64-bit ARM", 4, &error)
+        }
     }
 }
 
@@ -108,14 +119,14 @@ fn tests(session: &mut Session, root: &Path, filter: Option<&str>) -> Result<()>
         cargo.arg("--no-fail-fast").args(targets).arg("--").args(filter);
         cargo
     };
-    session.tests("unit and property tests", &mut runner(&["--lib", "--bins"]))?;
+    session.tests("unit and property tests", &runner(&["--lib", "--bins"]))?;
     if filter.is_none() {
-        session.tests("documentation tests", &mut runner(&["--doc"]))?;
+        session.tests("documentation tests", &runner(&["--doc"]))?;
     }
     let mut end_to_end = runner(&["--test", "*"]);
     Programs::built(root, "debug").name_to(end_to_end.env("ANYPORT_REQUIRE", "all"));
     process::run_as_root(&mut end_to_end)?;
-    session.tests("end-to-end tests", &mut end_to_end)?;
+    session.tests("end-to-end tests", &end_to_end)?;
     if let Some(filter) = filter
         && session.tests == 0
     {
@@ -162,7 +173,7 @@ impl Session {
     }
 
     /// Counts as many as the runner counted.
-    fn tests(&mut self, name: &str, runner: &mut Command) -> Result<()> {
+    fn tests(&mut self, name: &str, runner: &Command) -> Result<()> {
         println!("\n=== {name}");
         let tally = Tally::of(runner)?;
         self.tally.add(&tally);

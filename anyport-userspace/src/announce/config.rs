@@ -1,3 +1,5 @@
+//! The table `[announce]` of the configuration: which prefixes are announced, where the file is and how it is written.
+
 use std::{fmt, path::PathBuf, time::Duration};
 
 use serde::Deserialize;

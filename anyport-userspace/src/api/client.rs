@@ -1,3 +1,5 @@
+//! The client of the control API: one method a request, over the Unix socket of a daemon.
+
 use std::{
     io::ErrorKind,
     ops::ControlFlow,

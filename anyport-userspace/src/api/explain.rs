@@ -1,3 +1,5 @@
+//! The types of `GET /v1/explain`: the flow that is asked about, and what becomes of its first packet.
+
 use std::{fmt, net::SocketAddr, str::FromStr};
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};

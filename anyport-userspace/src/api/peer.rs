@@ -1,3 +1,5 @@
+//! Which users may use the control API, and which may only read, by the credentials of the Unix socket's peer.
+
 use std::{fmt, io, os::fd::BorrowedFd, str::FromStr};
 
 use nix::{

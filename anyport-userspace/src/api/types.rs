@@ -1,3 +1,5 @@
+//! The types of the control API's requests and answers, and the limits of their sizes.
+
 use std::{num::NonZeroU16, path::PathBuf};
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};

@@ -1,3 +1,5 @@
+//! `anyportctl apply`: makes the applied rules equal to a file.
+
 use std::{
     fs,
     io::{IsTerminal as _, Read as _, stderr, stdin},
@@ -14,6 +16,7 @@ use crate::api::{self, Applied, Changed, Client, Kind, Problem, ProgressView};
 ///
 /// The file has the tables `[[service]]` and `[[rule]]` of the configuration, or a rule a line:
 /// PREFIX [tcp|udp|both] [PORTS] [except=PORTS] [source=CIDR] [service=NAME] [route=no]
+#[expect(rustdoc::broken_intra_doc_links, reason = "it is the text of --help, in which brackets are no links")]
 #[derive(Debug, clap::Args)]
 pub(super) struct Apply {
     /// The file; - for standard input

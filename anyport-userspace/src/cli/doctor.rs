@@ -1,3 +1,5 @@
+//! `anyportctl doctor`: checks the host, and fixes what is wrong on request.
+
 use std::path::PathBuf;
 
 use serde::Serialize;

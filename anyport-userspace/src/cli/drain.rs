@@ -1,3 +1,5 @@
+//! `anyportctl drain` and `undrain`: take this node out of service and put it back.
+
 use std::time::{Duration, Instant};
 
 use super::Output;

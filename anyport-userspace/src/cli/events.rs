@@ -1,3 +1,5 @@
+//! `anyportctl events`: prints connections and flows as they begin.
+
 use std::{
     io::{self, Write as _},
     num::{NonZeroU16, NonZeroU32, NonZeroU64},

@@ -1,3 +1,5 @@
+//! `anyportctl explain`: says what becomes of a packet, and why.
+
 use std::fmt::Write as _;
 
 use clap::ValueEnum as _;

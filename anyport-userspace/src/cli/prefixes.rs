@@ -1,3 +1,5 @@
+//! `anyportctl add-prefix`, `remove-prefix` and `prefixes`: the rules.
+
 use std::{borrow::Cow, num::NonZeroU16};
 
 use serde_json::value::RawValue;

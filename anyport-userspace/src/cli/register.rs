@@ -1,6 +1,8 @@
+//! `anyportctl register` and `unregister`: the sockets of other processes.
+
 use std::{
     env,
-    os::fd::{AsFd as _, BorrowedFd},
+    os::fd::{AsFd as _, BorrowedFd, OwnedFd},
     process,
 };
 
@@ -12,7 +14,7 @@ use crate::{
     register::{Listen, Process, Register, Request, Unregister, holders, send, socket_beside},
     rules::{Protocol, ServiceName},
     service::Family,
-    sys::inherited,
+    sys::take_inherited,
 };
 
 /// The first descriptor that systemd passes (`sd_listen_fds(3)`).
@@ -32,6 +34,7 @@ pub(super) struct Add {
     #[arg(long, value_name = "N", requires = "pid", conflicts_with = "listen")]
     fd: Option<i32>,
     /// Where its socket waits, such as tcp:127.0.0.1:8080 or udp:[::]:53
+    #[expect(rustdoc::broken_intra_doc_links, reason = "it is the text of --help, in which brackets are no links")]
     #[arg(long, value_name = "PROTOCOL:ADDR:PORT", requires = "pid")]
     listen: Option<Listen>,
 }
@@ -50,10 +53,9 @@ impl Add {
             (Some(process), None, Some(listen)) => process.listening(&listen)?,
             _ => Vec::new(),
         };
-        let mut descriptors: Vec<_> = fetched.iter().map(|it| it.descriptor.as_fd()).collect();
-        if pid.is_none() {
-            descriptors = passed()?;
-        }
+        let passed = if pid.is_none() { passed()? } else { Vec::new() };
+        let fetched = fetched.iter().map(|it| it.descriptor.as_fd());
+        let descriptors: Vec<_> = fetched.chain(passed.iter().map(|it| it.as_fd())).collect();
         // Who only passes sockets on will have ended soon.
         let pid = pid.or_else(|| holder(*descriptors.first()?));
         let request = Request::Register(Register { service, pid });
@@ -69,7 +71,7 @@ fn holder(socket: BorrowedFd<'_>) -> Option<u32> {
 }
 
 /// What systemd passed.
-fn passed() -> Result<Vec<BorrowedFd<'static>>, Problem> {
+fn passed() -> Result<Vec<OwnedFd>, Problem> {
     let invalid = |why: String| {
         Problem::new(Kind::Invalid, format!("register: {why}"))
             .hint("name a socket by --pid and --fd or --listen, or have systemd pass it: see sd_listen_fds(3)")
@@ -86,7 +88,7 @@ fn passed() -> Result<Vec<BorrowedFd<'static>>, Problem> {
         return Err(invalid(format!("LISTEN_PID is {meant:?}, so the sockets were passed to another process")));
     }
     let descriptors = LISTEN_FDS_START..LISTEN_FDS_START + count;
-    let open = |it| inherited(it).ok_or_else(|| invalid(format!("the descriptor {it} of LISTEN_FDS is not open")));
+    let open = |it| take_inherited(it).ok_or_else(|| invalid(format!("the descriptor {it} of LISTEN_FDS is not open")));
     descriptors.map(open).collect()
 }
 

@@ -1,3 +1,5 @@
+//! `anyportctl reload`: has the daemon read its configuration file again.
+
 use super::{Output, path};
 use crate::api::{self, Client, Problem, Reloaded};
 

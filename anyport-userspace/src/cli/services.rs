@@ -1,3 +1,5 @@
+//! `anyportctl services`, `add-service` and `remove-service`.
+
 use std::collections::BTreeSet;
 
 use super::{

@@ -1,3 +1,5 @@
+//! `anyportctl status`: the daemon's state on one page.
+
 use std::fmt::Write as _;
 
 use super::{Output, drain::subject};

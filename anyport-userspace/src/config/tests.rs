@@ -1,3 +1,5 @@
+//! Tests of the configuration: precedence, what reload may change, and error texts.
+
 use super::{Choice, Config, LogLevel, Settings};
 
 const EXAMPLE: &str = r#"

@@ -1,4 +1,4 @@
-//! The server of the control API.
+//! The server of the control API: its socket, its routes and the permissions of each request.
 
 use std::{
     fs,

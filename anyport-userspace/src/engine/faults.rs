@@ -37,7 +37,7 @@ use crate::{
     rule_file::RuleFile,
     rules::{Origin, Prefix, Terms},
     service::{HandlerKind, ServiceConfig, Workers},
-    store::{FleetState, Store, simulated::Simulated as Disk},
+    store::{FleetState, Store, tests::simulated::Simulated as Disk},
 };
 
 /// Steps in all, and how many daemons take them at the same time.

@@ -1,3 +1,5 @@
+//! Allocates the small numbers by which rules and services stand in the kernel's maps.
+
 use std::{
     collections::{BTreeMap, VecDeque},
     ops::Range,

@@ -1,3 +1,5 @@
+//! A snapshot of what the engine knows, for metrics and the page of `observe`.
+
 use anyport_common::maps::Counters;
 
 use super::{Counted, Engine};

@@ -1,3 +1,5 @@
+//! How far a long command is, readable while it runs.
+
 use std::sync::{Mutex, PoisonError};
 
 use crate::api::ProgressView;

@@ -305,7 +305,7 @@ impl Engine {
         let KeptSocket { cookie, local, pid, .. } = *kept;
         let through_keeper = || {
             let name = kept_name(cookie);
-            let fetched = self.commons.keeper.take(&name).into_iter().next()?;
+            let fetched = self.commons.keeper.take_one(&name)?;
             // Where it stayed, it would keep the socket open when its owner is gone.
             self.commons.keeper.forget(name);
             Some((Candidate::new(fetched).ok().filter(|it| it.cookie == cookie)?, pid))

@@ -8,7 +8,7 @@ use std::{
     },
 };
 
-use anyport_common::event::{Event, Filter, LISTENERS, RECENT, goes_on, remembered};
+use anyport_common::event::{Event, Filter, RECENT, SUBSCRIBERS, goes_on, remembered};
 use tokio::sync::mpsc;
 use tracing::warn;
 
@@ -31,7 +31,7 @@ pub trait Ears: fmt::Debug + Send + Sync {
     fn missed(&self, number: usize) -> u64;
 }
 
-/// Who listens: at most [`LISTENERS`] at a time.
+/// Who listens: at most [`SUBSCRIBERS`] at a time.
 #[derive(Debug)]
 pub struct Board {
     inner: Mutex<Inner>,
@@ -43,7 +43,7 @@ pub struct Board {
 
 #[derive(Debug, Default)]
 struct Inner {
-    places: [Option<Place>; LISTENERS],
+    places: [Option<Place>; SUBSCRIBERS],
     /// Without, events are made by this process.
     ears: Option<Arc<dyn Ears>>,
 }
@@ -58,7 +58,7 @@ struct Place {
 
 /// All places are taken.
 #[derive(Debug, thiserror::Error)]
-#[error("{LISTENERS} others listen already, which is the limit")]
+#[error("{SUBSCRIBERS} others listen already, which is the limit")]
 pub struct NoRoom;
 
 /// Hears events until it is dropped.
@@ -88,7 +88,7 @@ impl Board {
         let before = std::mem::replace(&mut self.lock().ears, ears);
         // Programs may stay when this process ends, and should not go on to tell.
         if let Some(before) = before {
-            for number in 0..LISTENERS {
+            for number in 0..SUBSCRIBERS {
                 before.set(number, None).ok();
             }
         }
@@ -142,7 +142,7 @@ impl Board {
     /// Hands an event to those that it names.
     pub fn deliver(&self, event: &Event) {
         for (number, place) in self.lock().places.iter_mut().enumerate() {
-            if event.listeners >> number & 1 != 0
+            if event.subscribers >> number & 1 != 0
                 && let Some(Place { filter, sender, missed, .. }) = place
                 // It may have been told to somebody who had the place before.
                 && filter.wants(event)
@@ -160,9 +160,9 @@ impl Board {
             let wants = |place: &Place| place.filter.wants(&event) && place.filter.is_sampled(random);
             let places = inner.places.iter().enumerate();
             let told = places.filter(|(_, place)| place.as_ref().is_some_and(wants));
-            event.listeners = told.fold(0, |told, (number, _)| told | 1 << number);
+            event.subscribers = told.fold(0, |told, (number, _)| told | 1 << number);
         }
-        if event.listeners != 0 && (event.protocol != UDP || !self.is_recent(&event)) {
+        if event.subscribers != 0 && (event.protocol != UDP || !self.is_recent(&event)) {
             self.deliver(&event);
         }
     }
@@ -224,7 +224,7 @@ mod tests {
     use std::sync::Arc;
 
     use anyport_common::{
-        event::{DENIED, Event, Filter, LISTENERS, STEERED},
+        event::{DENIED, Event, Filter, STEERED, SUBSCRIBERS},
         flow::{Address, Flow, Transport},
     };
     use bytemuck::Zeroable as _;
@@ -261,7 +261,7 @@ mod tests {
         drop(udp);
         // What was told to the one before is nothing to the one who has its place.
         let mut denied = board.listen(Filter { outcomes: DENIED, ..all() }, None).unwrap();
-        board.deliver(&Event { listeners: 0b11, ..event(Transport::Udp, 4) });
+        board.deliver(&Event { subscribers: 0b11, ..event(Transport::Udp, 4) });
         assert_eq!((ports(&mut everybody), ports(&mut denied)), (vec![4], vec![]));
         drop((everybody, denied));
         assert!(!board.is_heard());
@@ -281,7 +281,7 @@ mod tests {
     #[test]
     fn there_is_room_for_some() {
         let board = Arc::new(Board::default());
-        let mut all: Vec<_> = (0..LISTENERS).map(|_| board.listen(all(), None).unwrap()).collect();
+        let mut all: Vec<_> = (0..SUBSCRIBERS).map(|_| board.listen(all(), None).unwrap()).collect();
         board.listen(self::all(), None).unwrap_err();
         all.swap_remove(3);
         board.listen(self::all(), None).unwrap();

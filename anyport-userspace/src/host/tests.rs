@@ -1,3 +1,5 @@
+//! Tests of what the host has that a rule could shadow.
+
 use std::{
     collections::HashMap,
     net::{TcpListener, UdpSocket},

@@ -50,7 +50,7 @@ const LASTING: Duration = Duration::from_secs(10);
 ///
 /// `fetched` are sockets of others, with their names, which the first server asks for.
 ///
-/// Where nobody has served for [`LASTING`] after a crash, `given_up` is called, once for each time.
+/// Where nobody has served for 10 s (`LASTING`) after a crash, `given_up` is called, once for each time.
 ///
 /// SIGTERM and SIGINT stop it; SIGUSR2 has the executable take over that is now where this one was; SIGHUP is passed on, to
 /// have the configuration read again.

@@ -140,6 +140,11 @@ impl Link {
         shared.kept().extract_if(prefix.to_owned().., |name, _| name.starts_with(prefix)).map(|(_, fd)| fd).collect()
     }
 
+    /// The socket of exactly this name, if one was kept for a server before.
+    pub fn take_one(&self, name: &str) -> Option<OwnedFd> {
+        self.0.as_ref()?.kept().remove(name)
+    }
+
     /// Lets go of what was kept and nobody has taken.
     pub fn forget_rest(&self) {
         let Some(shared) = &self.0 else { return };

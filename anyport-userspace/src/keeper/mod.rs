@@ -6,7 +6,7 @@
 //! For an upgrade the keeper starts a server from another executable. That reads its configuration first; then the one
 //! before stops accepting, gives its locks back and serves the connections that it has, to their end or a deadline.
 //!
-//! Both talk over a pair of sockets, in messages of JSON with descriptors beside them: [`Report`] and [`Order`]. They may be of
+//! Both talk over a pair of sockets, in messages of JSON with descriptors beside them: `Report` and `Order`. They may be of
 //! different versions of anyport, so what is unknown is ignored, and what is there keeps its meaning.
 
 mod host;

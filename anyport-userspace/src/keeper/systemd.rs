@@ -4,16 +4,17 @@ use std::{
     collections::BTreeMap,
     env, fs, io,
     os::fd::{BorrowedFd, OwnedFd, RawFd},
-    process::Command,
+    process::{self, Command},
 };
 
-use nix::unistd::close;
 use sd_notify::NotifyState;
 
 use crate::sys;
 
 /// Where `Type=notify` units find the manager's socket (`sd_notify(3)`).
 const SOCKET: &str = "NOTIFY_SOCKET";
+/// The first descriptor that the manager passes (`sd_listen_fds(3)`).
+const LISTEN_FDS_START: RawFd = 3;
 
 /// Whether a service manager is told what happens, and keeps what it is given.
 pub(super) fn is_there() -> bool {
@@ -22,21 +23,32 @@ pub(super) fn is_there() -> bool {
 
 /// The sockets that the manager has kept (`LISTEN_FDS`), by the names under which it was given them. To be called once.
 pub(super) fn kept() -> BTreeMap<String, OwnedFd> {
-    let inherited = match sd_notify::listen_fds_with_names() {
-        Ok(inherited) => inherited,
+    let names = match passed_names(|name| env::var(name).ok()) {
+        Ok(names) => names,
         Err(error) => {
             warn(&format_args!("take the sockets that the service manager kept: {error}"));
             return BTreeMap::new();
         }
     };
-    inherited.filter_map(|(number, name)| Some((name, take(number)?))).collect()
+    let numbers = LISTEN_FDS_START..;
+    numbers.zip(names).filter_map(|(number, name)| Some((name, sys::take_inherited(number)?))).collect()
 }
 
-/// A descriptor that the process was started with, in a handle that closes it in the end.
-fn take(number: RawFd) -> Option<OwnedFd> {
-    let owned = sys::inherited(number)?.try_clone_to_owned().ok()?;
-    close(number).ok()?;
-    Some(owned)
+/// The names of the descriptors that were passed to this process, as the environment has them (`sd_listen_fds(3)`).
+fn passed_names(variable: impl Fn(&str) -> Option<String>) -> Result<Vec<String>, String> {
+    let number = |name: &str, text: String| text.parse().map_err(|_| format!("{name} is {text:?}, which is no number"));
+    let Some(pid) = variable("LISTEN_PID") else { return Ok(Vec::new()) };
+    if number("LISTEN_PID", pid)? != process::id() {
+        return Ok(Vec::new());
+    }
+    let Some(count) = variable("LISTEN_FDS") else { return Ok(Vec::new()) };
+    let count = number("LISTEN_FDS", count)?;
+    let Some(names) = variable("LISTEN_FDNAMES") else { return Ok((0..count).map(|_| "unknown".into()).collect()) };
+    let names: Vec<String> = names.split(':').map(Into::into).collect();
+    if u32::try_from(names.len()) != Ok(count) {
+        return Err(format!("LISTEN_FDS is {count}, but LISTEN_FDNAMES has {} names", names.len()));
+    }
+    Ok(names)
 }
 
 /// Has the manager keep a socket.
@@ -94,7 +106,27 @@ fn warn(what: &std::fmt::Arguments<'_>) {
 
 #[cfg(test)]
 mod tests {
-    use super::is_restart_of;
+    use std::process;
+
+    use super::{is_restart_of, passed_names};
+
+    #[test]
+    fn passed_names_follow_the_environment() {
+        let pid = process::id().to_string();
+        let of = |variables: &[(&str, &str)]| {
+            passed_names(|name| variables.iter().find(|(it, _)| *it == name).map(|(_, value)| (*value).into()))
+        };
+        let own = ("LISTEN_PID", pid.as_str());
+        assert_eq!(of(&[("LISTEN_FDS", "1")]).unwrap(), [""; 0]);
+        assert_eq!(of(&[("LISTEN_PID", "1"), ("LISTEN_FDS", "1")]).unwrap(), [""; 0]);
+        assert_eq!(of(&[own]).unwrap(), [""; 0]);
+        assert_eq!(of(&[own, ("LISTEN_FDS", "2")]).unwrap(), ["unknown"; 2]);
+        assert_eq!(of(&[own, ("LISTEN_FDS", "2"), ("LISTEN_FDNAMES", "a:b")]).unwrap(), ["a", "b"]);
+        for wrong in [&[own, ("LISTEN_FDS", "x")][..], &[own, ("LISTEN_FDS", "1"), ("LISTEN_FDNAMES", "a:b")]] {
+            of(wrong).unwrap_err();
+        }
+        of(&[("LISTEN_PID", "x")]).unwrap_err();
+    }
 
     #[test]
     fn a_restart_is_told_from_a_stop() {

@@ -1,3 +1,5 @@
+//! `Listener`, by which a program receives the TCP connections of a service.
+
 use std::{
     io,
     net::{SocketAddr, TcpListener, TcpStream},

@@ -1,3 +1,5 @@
+//! `UdpSocket`, by which a program receives the datagrams of a service.
+
 use std::{
     io,
     net::{self, SocketAddr},

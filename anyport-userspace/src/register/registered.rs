@@ -1,3 +1,5 @@
+//! A registered socket of another process: what identifies it, its owner, and whether that process has ended.
+
 use std::{
     net::SocketAddr,
     os::fd::OwnedFd,

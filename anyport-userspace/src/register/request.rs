@@ -1,3 +1,5 @@
+//! The requests and answers at the socket for registering.
+
 use std::{fmt, net::SocketAddr, str::FromStr};
 
 use anyport_common::flow::Transport;

@@ -1,3 +1,5 @@
+//! Tests of local routes, in network namespaces of their own.
+
 use std::{collections::HashSet, fs, process::Command, time::Duration};
 
 use futures_util::StreamExt as _;

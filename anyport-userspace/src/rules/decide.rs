@@ -1,3 +1,5 @@
+//! The reference decision about a packet, with which every back end is compared.
+
 use std::net::IpAddr;
 
 use anyport_common::flow::Transport;

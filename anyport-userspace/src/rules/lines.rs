@@ -197,7 +197,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::{Line, parse};
-    use crate::rules::arbitrary::rule;
+    use crate::rules::tests::arbitrary::rule;
 
     #[test]
     fn reads_what_people_write() {

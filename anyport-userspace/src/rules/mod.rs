@@ -1,8 +1,5 @@
 //! What to steer: prefixes, ports, rules and their order. Pure; knows nothing of the kernel.
 
-#[cfg(test)]
-#[cfg(feature = "daemon")]
-pub(crate) mod arbitrary;
 #[cfg(feature = "daemon")]
 mod decide;
 #[cfg(feature = "daemon")]
@@ -19,6 +16,11 @@ mod rule;
 mod set;
 #[cfg(feature = "daemon")]
 mod sources;
+#[cfg(test)]
+#[cfg(feature = "daemon")]
+pub(crate) mod tests {
+    pub(crate) mod arbitrary;
+}
 #[cfg(feature = "daemon")]
 mod why;
 

@@ -1,3 +1,5 @@
+//! The name of a service, and which names are valid.
+
 use std::{fmt, str::FromStr};
 
 use serde::{Deserialize, Deserializer, Serialize, de::Error as _};

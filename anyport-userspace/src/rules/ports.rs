@@ -1,3 +1,5 @@
+//! Sets of ports, as rules write them.
+
 use std::{fmt, str::FromStr};
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};

@@ -1,3 +1,5 @@
+//! IPv4 and IPv6 prefixes, their order, and addresses as the lookup table has them.
+
 use std::{
     cmp::{Ordering, Reverse},
     fmt,

@@ -1,3 +1,5 @@
+//! The transport protocols of a rule, and the address families.
+
 use std::fmt;
 
 use anyport_common::flow::Transport;

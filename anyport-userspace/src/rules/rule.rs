@@ -1,3 +1,5 @@
+//! A rule: its prefix, what it does with which ports, where it came from, and its precedence within a prefix.
+
 use std::{cmp::Reverse, fmt, net::IpAddr, sync::Arc};
 
 use serde::{Deserialize, Serialize};

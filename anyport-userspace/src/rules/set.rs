@@ -1,3 +1,5 @@
+//! The rule set: all rules in order of precedence, without conflicts, and changes to it.
+
 use std::{
     cmp::Reverse,
     collections::{BTreeMap, HashMap, btree_map::Entry},

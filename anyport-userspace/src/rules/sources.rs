@@ -1,3 +1,5 @@
+//! Which sources a service allows and denies: its access control list.
+
 use std::{collections::HashSet, net::IpAddr};
 
 use super::{InvalidText, Prefix};
@@ -118,9 +120,8 @@ mod tests {
 
     use super::SourceLists;
     use crate::rules::{
-        Prefix,
-        arbitrary::{flow, source_lists},
-        from_address,
+        Prefix, from_address,
+        tests::arbitrary::{flow, source_lists},
     };
 
     fn lists(allow: &[&str], deny: &[&str]) -> SourceLists {

@@ -1,3 +1,5 @@
+//! Explains in words why a rule decides about a flow, or why it does not.
+
 use anyport_common::flow::Flow;
 
 use super::{Numbered, Prefix, Protocol, RuleSet, Terms, from_address, rule::Target};

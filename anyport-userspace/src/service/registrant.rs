@@ -1,3 +1,5 @@
+//! The users and groups that may register sockets for a service.
+
 use std::fmt;
 
 use nix::unistd::{Group, User};

@@ -1,3 +1,5 @@
+//! Raises capabilities around each call of a back end.
+
 use anyport_common::{flow::Flow, maps::Counters};
 
 use super::{BackEnd, Decided, Loss, Plan, Steering};

@@ -447,6 +447,4 @@ fn read_counters(line: &str) -> Option<(Counters, &str)> {
 }
 
 #[cfg(test)]
-pub(crate) mod simulated;
-#[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -276,19 +276,31 @@ fn own_btf(id: u32) -> io::Result<OwnedFd> {
         let entry = entry?;
         let is_btf = fs::read_link(entry.path()).is_ok_and(|target| target.as_os_str() == "anon_inode:btf");
         let number_of = || entry.file_name().to_str()?.parse().ok();
-        let Some(descriptor) = is_btf.then(number_of).flatten().and_then(super::inherited) else { continue };
+        let Some(Ok(descriptor)) = is_btf.then(number_of).flatten().map(duplicate) else { continue };
         let mut info = BtfInfo::default();
         let mut attr = GetInfo {
             fd: number(descriptor.as_raw_fd())?,
             len: size(size_of::<BtfInfo>())?,
             info: address(ptr::from_mut(&mut info).cast()),
         };
-        invoke(OBJ_GET_INFO_BY_FD, &mut attr)?;
-        if info.id == id {
-            return descriptor.try_clone_to_owned();
+        // Another thread may have closed it and opened something else there, which has no such information.
+        if invoke(OBJ_GET_INFO_BY_FD, &mut attr).is_ok() && info.id == id {
+            return Ok(descriptor);
         }
     }
     Err(io::ErrorKind::NotFound.into())
+}
+
+/// A second descriptor of what is open at this number at this moment, whichever code of this process opened it. Only for
+/// BTF, which never changes, so that a second descriptor makes no difference to the owner of the first.
+fn duplicate(number: RawFd) -> io::Result<OwnedFd> {
+    // SAFETY: the call takes plain numbers and opens a descriptor, or fails where none is open.
+    let duplicate = unsafe { libc::fcntl(number, libc::F_DUPFD_CLOEXEC, 0) };
+    if duplicate < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has just made this descriptor for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(duplicate) })
 }
 
 /// Puts maps into a map of maps. For each call the kernel waits until all programs that run have ended, some 10 ms; so

@@ -6,10 +6,10 @@ pub mod datagrams;
 
 use std::{
     io,
-    os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd as _, OwnedFd, RawFd},
+    os::fd::{AsFd, AsRawFd, FromRawFd as _, OwnedFd, RawFd},
     ptr::NonNull,
     slice,
-    sync::atomic::AtomicU64,
+    sync::{Mutex, PoisonError, atomic::AtomicU64},
     thread,
     time::Duration,
 };
@@ -237,10 +237,61 @@ pub fn network_namespace(socket: impl AsFd) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
 }
 
-/// A descriptor that this process was started with; nothing if it is not open.
-pub fn inherited(number: RawFd) -> Option<BorrowedFd<'static>> {
+/// Takes a descriptor that this process was started with, such as those of `LISTEN_FDS` (`sd_listen_fds(3)`). Nothing is
+/// taken if the number is not open, was taken already, is a standard stream, or was opened by this process.
+pub fn take_inherited(number: RawFd) -> Option<OwnedFd> {
+    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+    // The standard library has the descriptors below for its own.
+    if number <= libc::STDERR_FILENO {
+        return None;
+    }
+    let _guard = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
     // SAFETY: the call takes plain numbers and only looks.
     let flags = unsafe { libc::fcntl(number, libc::F_GETFD) };
-    // SAFETY: it is open, and nothing in this process closes what it has not opened.
-    (flags >= 0).then(|| unsafe { BorrowedFd::borrow_raw(number) })
+    // execve(2) closes what has the flag, and this process opens nothing without it.
+    if flags < 0 || flags & libc::FD_CLOEXEC != 0 {
+        return None;
+    }
+    // SAFETY: the call takes plain numbers, and sets a flag that no user of the descriptor sees.
+    if unsafe { libc::fcntl(number, libc::F_SETFD, flags | libc::FD_CLOEXEC) } != 0 {
+        return None;
+    }
+    // SAFETY: it is open and came by execve(2), so no other code of this process owns it; the flag, set under the lock,
+    // keeps a second call from taking it.
+    Some(unsafe { OwnedFd::from_raw_fd(number) })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        fs::File,
+        io::{Seek as _, Write as _},
+        os::fd::{AsRawFd as _, IntoRawFd as _},
+    };
+
+    use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+
+    use super::take_inherited;
+
+    #[test]
+    fn take_inherited_takes_a_descriptor_once() {
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(b"all").unwrap();
+        // As a parent leaves it.
+        fcntl(&file, FcntlArg::F_SETFD(FdFlag::empty())).unwrap();
+        let number = file.into_raw_fd();
+        let mut taken = File::from(take_inherited(number).unwrap());
+        assert_eq!(taken.stream_position().unwrap(), 3);
+        assert!(take_inherited(number).is_none());
+        let flags = fcntl(&taken, FcntlArg::F_GETFD).unwrap();
+        assert_eq!(FdFlag::from_bits_retain(flags), FdFlag::FD_CLOEXEC);
+    }
+
+    #[test]
+    fn take_inherited_leaves_what_this_process_owns() {
+        let own = tempfile::tempfile().unwrap();
+        for number in [own.as_raw_fd(), 0, 1, 2, -1, i32::MAX] {
+            assert!(take_inherited(number).is_none(), "{number}");
+        }
+    }
 }

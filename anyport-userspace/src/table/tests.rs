@@ -1,3 +1,5 @@
+//! Tests that compare the lookup table with the reference decision.
+
 use std::collections::HashMap;
 
 use anyport_common::{
@@ -9,9 +11,9 @@ use proptest::prelude::*;
 
 use super::{OwnSegments, Reader, Receiver, Table};
 use crate::rules::{
-    Change, Decision, Draft, Origin, Prefix, PrefixRules, Rule, RuleSet, RuleText, ServiceName, SourceLists,
-    arbitrary::{SERVICES, flow, rule, rules, source_lists},
-    decide, from_address,
+    Change, Decision, Draft, Origin, Prefix, PrefixRules, Rule, RuleSet, RuleText, ServiceName, SourceLists, decide,
+    from_address,
+    tests::arbitrary::{SERVICES, flow, rule, rules, source_lists},
 };
 
 /// The services in slots from 1 on, with whom they take.

@@ -8,7 +8,7 @@ use std::{
 
 use anyport_tests::{
     dial::expect_tcp_hello,
-    ground::{scratch, xtables},
+    prerequisites::{scratch, xtables},
 };
 use libtest_mimic::Trial;
 

@@ -3,9 +3,9 @@
 use std::fmt::Write as _;
 
 use anyport_tests::{
+    driver::{Driver, put_report, report, text},
     etcd::Etcd,
     netns::Netns,
-    operator::{Operator, put_report, report, text},
 };
 use libtest_mimic::Trial;
 use serde_json::{Value, json};
@@ -26,94 +26,94 @@ pub(super) fn trials() -> Vec<Trial> {
 const ONE: &str = "192.0.2.0/24 tcp 80 service=edge\n";
 const TWO: &str = "192.0.2.0/24 tcp 80 service=edge\n198.51.100.0/24\n";
 
-fn alone() -> (Etcd, Operator) {
+fn alone() -> (Etcd, Driver) {
     let namespace = Netns::new();
     let etcd = Etcd::alone(&namespace);
-    let operator = Operator::of(&namespace, &etcd);
-    (etcd, operator)
+    let driver = Driver::of(&namespace, &etcd);
+    (etcd, driver)
 }
 
 fn verbs() {
-    let (etcd, operator) = alone();
-    contains(&operator.ok("status"), &["there is no ring"]);
-    let (one, two) = (operator.file("one", ONE), operator.file("two", TWO));
-    let plan = operator.json(&format!("publish {one} --ring canary --dry-run"));
+    let (etcd, driver) = alone();
+    contains(&driver.ok("status"), &["there is no ring"]);
+    let (one, two) = (driver.file("one", ONE), driver.file("two", TWO));
+    let plan = driver.json(&format!("publish {one} --ring canary --dry-run"));
     assert_eq!(plan["difference"], json!(["+ 192.0.2.0/24 tcp 80 service=edge"]));
     assert!(etcd.keys("/anyport").is_empty(), "a dry run writes nothing");
-    let published = operator.json(&format!("publish {one} --ring canary"));
+    let published = driver.json(&format!("publish {one} --ring canary"));
     assert_eq!((&published["sequence"], &published["changed"]), (&json!(1), &json!(true)), "{published}");
     let pointer = etcd.record("/anyport/rings/canary");
     assert_eq!(pointer["set"], published["set"]);
     assert_eq!(etcd.record("/anyport/history/canary/00000000000000000001"), pointer);
-    assert_eq!(operator.json(&format!("publish {one} --ring canary"))["changed"], false);
-    let changed = operator.ok(&format!("publish {two} --ring canary --note second"));
+    assert_eq!(driver.json(&format!("publish {one} --ring canary"))["changed"], false);
+    let changed = driver.ok(&format!("publish {two} --ring canary --note second"));
     contains(
         &changed,
         &["+ 198.51.100.0/24 tcp 1-65535 service=default", "1 added, 0 removed, 1 unchanged", "sequence 2"],
     );
     // A set that nobody has tried goes no further by itself.
-    contains(&operator.refused("promote --from canary --to main", 5), &["--force"]);
+    contains(&driver.refused("promote --from canary --to main", 5), &["--force"]);
     put_report(&etcd, &report("n1", &etcd.record("/anyport/rings/canary")));
-    let promoted = operator.json("promote --from canary --to main");
+    let promoted = driver.json("promote --from canary --to main");
     assert_eq!((&promoted["sequence"], &promoted["added"]), (&json!(1), &json!(2)), "{promoted}");
-    let back = operator.json("rollback --ring canary");
+    let back = driver.json("rollback --ring canary");
     assert_eq!((&back["sequence"], &back["set"]), (&json!(3), &published["set"]), "{back}");
-    contains(&operator.refused("promote --from canary --to main", 5), &["n1 is behind"]);
-    assert_eq!(operator.json("rollback --ring canary --to 2")["set"], promoted["set"]);
-    contains(&operator.refused("rollback --ring canary --to 9", 1), &["no sequence 9", "history --ring canary"]);
-    let history = operator.json("history --ring canary");
+    contains(&driver.refused("promote --from canary --to main", 5), &["n1 is behind"]);
+    assert_eq!(driver.json("rollback --ring canary --to 2")["set"], promoted["set"]);
+    contains(&driver.refused("rollback --ring canary --to 9", 1), &["no sequence 9", "history --ring canary"]);
+    let history = driver.json("history --ring canary");
     let notes: Vec<&Value> = history.as_array().expect("records").iter().map(|it| &it["note"]).collect();
     assert_eq!(notes, [&json!("rolled back to 2"), &json!("rolled back to 1"), &json!("second"), &Value::Null]);
     assert_eq!(history[0]["present"], true);
-    contains(&operator.ok("history --ring main"), &["promoted from canary 2"]);
+    contains(&driver.ok("history --ring main"), &["promoted from canary 2"]);
 }
 
 fn refused() {
-    let (etcd, operator) = alone();
-    let conflict = operator.file("conflict", "192.0.2.0/24 service=a\n192.0.2.0/24 service=b\n");
-    contains(&operator.refused(&format!("publish {conflict} --ring canary"), 2), &["line 2", "contradicts"]);
-    let nonsense = operator.file("nonsense", "[[rule]]\nprefix = \"192.0.2.1/24\"\n");
-    contains(&operator.refused(&format!("publish {nonsense} --ring canary"), 2), &[&nonsense, "has bits set"]);
-    contains(&operator.refused("publish /nonexistent --ring canary", 2), &["/nonexistent"]);
-    contains(&operator.refused("publish /dev/null --ring a/b", 2), &["a/b"]);
-    contains(&operator.refused("rollback --ring canary", 1), &["has no set"]);
+    let (etcd, driver) = alone();
+    let conflict = driver.file("conflict", "192.0.2.0/24 service=a\n192.0.2.0/24 service=b\n");
+    contains(&driver.refused(&format!("publish {conflict} --ring canary"), 2), &["line 2", "contradicts"]);
+    let nonsense = driver.file("nonsense", "[[rule]]\nprefix = \"192.0.2.1/24\"\n");
+    contains(&driver.refused(&format!("publish {nonsense} --ring canary"), 2), &[&nonsense, "has bits set"]);
+    contains(&driver.refused("publish /nonexistent --ring canary", 2), &["/nonexistent"]);
+    contains(&driver.refused("publish /dev/null --ring a/b", 2), &["a/b"]);
+    contains(&driver.refused("rollback --ring canary", 1), &["has no set"]);
     assert!(etcd.keys("/anyport").is_empty());
-    let many = operator.file("many", "192.0.2.0/24\n198.51.100.0/24\n203.0.113.0/24\n");
-    operator.ok(&format!("publish {many} --ring canary"));
-    let few = operator.file("few", ONE);
+    let many = driver.file("many", "192.0.2.0/24\n198.51.100.0/24\n203.0.113.0/24\n");
+    driver.ok(&format!("publish {many} --ring canary"));
+    let few = driver.file("few", ONE);
     let before = etcd.record("/anyport/rings/canary");
-    contains(&operator.refused(&format!("publish {few} --ring canary"), 5), &["of the 3 rules", "only 1", "--force"]);
-    contains(&operator.ok(&format!("publish {few} --ring canary --dry-run")), &["without --force it would be refused"]);
+    contains(&driver.refused(&format!("publish {few} --ring canary"), 5), &["of the 3 rules", "only 1", "--force"]);
+    contains(&driver.ok(&format!("publish {few} --ring canary --dry-run")), &["without --force it would be refused"]);
     assert_eq!(etcd.record("/anyport/rings/canary"), before);
-    operator.ok(&format!("publish {few} --ring canary --force"));
+    driver.ok(&format!("publish {few} --ring canary --force"));
     // What others have written there is told, and not overwritten unseen.
     etcd.put("/anyport/rings/canary", "nonsense");
-    contains(&operator.refused(&format!("publish {many} --ring canary"), 1), &["/anyport/rings/canary", "etcdctl del"]);
+    contains(&driver.refused(&format!("publish {many} --ring canary"), 1), &["/anyport/rings/canary", "etcdctl del"]);
 }
 
 fn sequences() {
-    let (etcd, operator) = alone();
-    let (one, two) = (operator.file("one", ONE), operator.file("two", TWO));
-    operator.ok(&format!("publish {one} --ring canary"));
+    let (etcd, driver) = alone();
+    let (one, two) = (driver.file("one", ONE), driver.file("two", TWO));
+    driver.ok(&format!("publish {one} --ring canary"));
     let first = etcd.record("/anyport/rings/canary");
     // A node that has seen more than etcd knows of, since etcd was restored from a backup.
     let mut ahead = report("n1", &first);
     ahead["sequence"] = 40.into();
     put_report(&etcd, &ahead);
-    contains(&operator.ok("status"), &["1 ahead", "n1 has seen sequence 40: etcd has lost something"]);
-    let published = operator.json(&format!("publish {one} --ring canary"));
+    contains(&driver.ok("status"), &["1 ahead", "n1 has seen sequence 40: etcd has lost something"]);
+    let published = driver.json(&format!("publish {one} --ring canary"));
     assert_eq!(published["sequence"], 41, "the same set has to be published anew: {published}");
     contains(&published["notes"].to_string(), &["etcd has lost something"]);
     // A pointer that is gone.
     etcd.ctl("del /anyport/rings/canary");
-    assert_eq!(operator.json(&format!("publish {two} --ring canary"))["sequence"], 42);
+    assert_eq!(driver.json(&format!("publish {two} --ring canary"))["sequence"], 42);
     ahead["refused"] = json!({ "sequence": u64::MAX, "set": first["set"], "error": "why" });
     put_report(&etcd, &ahead);
-    contains(&operator.refused(&format!("publish {one} --ring canary --force"), 1), &["no sequence left"]);
+    contains(&driver.refused(&format!("publish {one} --ring canary --force"), 1), &["no sequence left"]);
 }
 
 fn chunked() {
-    let (etcd, operator) = alone();
+    let (etcd, driver) = alone();
     // Numbers at random, which can't be made much smaller.
     let mut state = 7_u32;
     let mut rules = String::new();
@@ -122,31 +122,31 @@ fn chunked() {
         let (a, b, c) = (number >> 16, number >> 8 & 255, number & 255);
         writeln!(rules, "10.{a}.{b}.{c} tcp {} service=s{}", (state >> 16) | 1, state >> 5 & 63).expect("a line");
     }
-    let file = operator.file("many", &rules);
-    let published = operator.json(&format!("publish {file} --ring main"));
+    let file = driver.file("many", &rules);
+    let published = driver.json(&format!("publish {file} --ring main"));
     assert_eq!(published["added"], 200_000);
     let set = text(&published["set"]);
     let manifest = etcd.record(&format!("/anyport/sets/{set}"));
     assert!(manifest["chunks"].as_u64() > Some(1), "{manifest}");
     assert_eq!(etcd.keys(&format!("/anyport/sets/{set}/")).len() as u64, manifest["chunks"].as_u64().expect("chunks"));
     // It is read again, chunk by chunk, to be compared with.
-    let more = operator.file("more", &format!("{rules}192.0.2.0/24\n"));
-    let published = operator.json(&format!("publish {more} --ring main"));
+    let more = driver.file("more", &format!("{rules}192.0.2.0/24\n"));
+    let published = driver.json(&format!("publish {more} --ring main"));
     let counts = ["added", "removed", "unchanged"].map(|it| published[it].as_u64());
     assert_eq!(counts, [Some(1), Some(0), Some(200_000)]);
     // A chunk is lost: it is told, and publishing the file again mends it.
     etcd.ctl(&format!("del /anyport/sets/{set}/0001"));
-    contains(&operator.refused("rollback --ring main", 1), &["spoilt", "publishing the same file again"]);
-    assert_eq!(operator.json(&format!("publish {file} --ring main"))["sequence"], 3);
+    contains(&driver.refused("rollback --ring main", 1), &["spoilt", "publishing the same file again"]);
+    assert_eq!(driver.json(&format!("publish {file} --ring main"))["sequence"], 3);
 }
 
 fn unused() {
-    let (etcd, operator) = alone();
+    let (etcd, driver) = alone();
     etcd.put(&format!("/anyport/sets/{}/0000", "ab".repeat(32)), "left over by somebody who was interrupted");
-    let file = |number: u32| operator.file("set", &format!("192.0.2.{}/32 tcp {}\n", number % 256, number + 1));
-    operator.ok(&format!("publish {} --ring canary", file(0)));
+    let file = |number: u32| driver.file("set", &format!("192.0.2.{}/32 tcp {}\n", number % 256, number + 1));
+    driver.ok(&format!("publish {} --ring canary", file(0)));
     assert_eq!(etcd.keys("/anyport/sets").len(), 2, "{:?}", etcd.keys("/anyport/sets"));
-    let kept = operator.json("promote --from canary --to main --force");
+    let kept = driver.json("promote --from canary --to main --force");
     let set = text(&kept["set"]).to_owned();
     // As if there had been very many changes: the history is full.
     let pointer = etcd.record("/anyport/rings/canary");
@@ -156,10 +156,10 @@ fn unused() {
         etcd.put(&format!("/anyport/history/canary/{sequence:020}"), &record.to_string());
     }
     for number in 1..=2 {
-        operator.ok(&format!("publish {} --ring canary", file(number)));
+        driver.ok(&format!("publish {} --ring canary", file(number)));
     }
     let history = etcd.keys("/anyport/history/canary/");
-    assert_eq!((history.len(), operator.sequence("canary")), (100, 102), "{history:?}");
+    assert_eq!((history.len(), driver.sequence("canary")), (100, 102), "{history:?}");
     assert!(history[0].ends_with("003"), "{history:?}");
     let sets = etcd.keys("/anyport/sets");
     assert_eq!(sets.len(), 6, "{sets:?}");
@@ -167,14 +167,14 @@ fn unused() {
 }
 
 fn no_etcd() {
-    let (mut etcd, operator) = alone();
-    let one = operator.file("one", ONE);
+    let (mut etcd, driver) = alone();
+    let one = driver.file("one", ONE);
     etcd.kill(0);
     for verb in [format!("publish {one} --ring canary"), "status".into()] {
-        let complaint = operator.refused(&format!("{verb} --timeout 1s"), 3);
+        let complaint = driver.refused(&format!("{verb} --timeout 1s"), 3);
         contains(&complaint, &["etcd at http://127.0.0.1:2379 does not answer", "nodes go on with what they have"]);
     }
-    let unnamed = Operator { options: Vec::new(), ..operator };
+    let unnamed = Driver { options: Vec::new(), ..driver };
     contains(&unnamed.refused("status", 2), &["no etcd is named", "--etcd"]);
     let config = unnamed.file("anyport.toml", "[fleet]\netcd = [\"http://127.0.0.1:2379\"]\nring = \"canary\"\n");
     etcd.restart(0);

@@ -1,4 +1,4 @@
-//! Three members, of which some die or hang; two operators at once; and a source that misses nothing.
+//! Three members, of which some die or hang; two drivers at once; and a source that misses nothing.
 
 use std::{
     sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed},
@@ -18,10 +18,10 @@ use anyport::{
 };
 use anyport_tests::{
     backbone::Backbone,
+    driver::{Driver, text},
     etcd::Etcd,
     host::wait_for,
     netns::Netns,
-    operator::{Operator, text},
     steady::EndOfWork,
 };
 use libtest_mimic::Trial;
@@ -48,36 +48,36 @@ fn killed_leader() {
     const CHANGES: u64 = 30;
     let namespace = Netns::new();
     let mut etcd = Etcd::three(&namespace);
-    let operator = Operator::of(&namespace, &etcd);
+    let driver = Driver::of(&namespace, &etcd);
     let leader = etcd.leader();
     scope(|scope| {
         scope.spawn(|| {
             for number in 0..CHANGES {
-                let file = operator.file(&number.to_string(), &format!("192.0.2.{number}\n"));
-                operator.ok(&format!("publish {file} --ring canary --timeout 30s"));
+                let file = driver.file(&number.to_string(), &format!("192.0.2.{number}\n"));
+                driver.ok(&format!("publish {file} --ring canary --timeout 30s"));
             }
         });
         sleep(Duration::from_millis(400));
         etcd.kill(leader);
     });
     // Each change was made once, whether or not the answer to it was lost.
-    let history = operator.json("history --ring canary");
+    let history = driver.json("history --ring canary");
     let sequences: Vec<u64> =
         history.as_array().expect("records").iter().filter_map(|it| it["sequence"].as_u64()).collect();
     assert_eq!(sequences, (1..=CHANGES).rev().collect::<Vec<_>>());
     assert_ne!(etcd.leader(), leader);
     etcd.restart(leader);
-    let alone = Operator { options: vec!["--etcd".into(), etcd.url(leader)], ..operator };
+    let alone = Driver { options: vec!["--etcd".into(), etcd.url(leader)], ..driver };
     assert_eq!(alone.sequence("canary"), CHANGES);
 }
 
 /// Publishes set after set until `is_over`, and tells of each whether it was.
-fn publish_until(operator: &Operator, is_over: &AtomicBool, done: &AtomicUsize) -> Vec<bool> {
+fn publish_until(driver: &Driver, is_over: &AtomicBool, done: &AtomicUsize) -> Vec<bool> {
     let mut outcomes = Vec::new();
     while !is_over.load(Relaxed) {
         let number = outcomes.len();
-        let file = operator.file("set", &format!("192.0.2.{number}\n"));
-        let outcome = operator.run(&format!("publish {file} --ring canary --note {number} --timeout 10s"));
+        let file = driver.file("set", &format!("192.0.2.{number}\n"));
+        let outcome = driver.run(&format!("publish {file} --ring canary --note {number} --timeout 10s"));
         let is_done = outcome.status == 0;
         assert!(is_done || (outcome.status == 3 && outcome.stderr.contains("does not answer")), "{outcome}");
         outcomes.push(is_done);
@@ -89,9 +89,9 @@ fn publish_until(operator: &Operator, is_over: &AtomicBool, done: &AtomicUsize) 
 fn parted_leader() {
     let backbone = Backbone::new(0);
     let etcd = Etcd::start(&backbone.members(3));
-    let operator = Operator::of(&backbone.router, &etcd);
+    let driver = Driver::of(&backbone.router, &etcd);
     let leader = etcd.leader();
-    let alone = Operator { options: vec!["--etcd".into(), etcd.url(leader)], ..Operator::of(&backbone.router, &etcd) };
+    let alone = Driver { options: vec!["--etcd".into(), etcd.url(leader)], ..Driver::of(&backbone.router, &etcd) };
     let (is_over, done) = (AtomicBool::new(false), AtomicUsize::new(0));
     let wait_for_more = || {
         let enough = done.load(Relaxed) + 5;
@@ -101,7 +101,7 @@ fn parted_leader() {
         });
     };
     let outcomes = scope(|scope| {
-        let publishing = scope.spawn(|| publish_until(&operator, &is_over, &done));
+        let publishing = scope.spawn(|| publish_until(&driver, &is_over, &done));
         let end = EndOfWork(&is_over);
         wait_for_more();
         etcd.part(leader);
@@ -115,7 +115,7 @@ fn parted_leader() {
         publishing.join().expect("outcomes")
     });
     // One history without gaps. What was published is in it once; of what was given up it is not known.
-    let (history, of_leader) = (operator.json("history --ring canary"), alone.json("history --ring canary"));
+    let (history, of_leader) = (driver.json("history --ring canary"), alone.json("history --ring canary"));
     assert_eq!(history, of_leader);
     let entries: Vec<(u64, usize)> = history
         .as_array()
@@ -134,17 +134,17 @@ fn parted_leader() {
 fn hanging_member() {
     let namespace = Netns::new();
     let mut etcd = Etcd::three(&namespace);
-    let operator = Operator::of(&namespace, &etcd);
-    let file = |number: u32| operator.file("set", &format!("192.0.2.{number}\n"));
+    let driver = Driver::of(&namespace, &etcd);
+    let file = |number: u32| driver.file("set", &format!("192.0.2.{number}\n"));
     etcd.kill(0);
-    operator.ok(&format!("publish {} --ring canary --timeout 30s", file(1)));
+    driver.ok(&format!("publish {} --ring canary --timeout 30s", file(1)));
     // Two of three are needed.
     etcd.freeze(1);
-    contains(&operator.refused(&format!("publish {} --ring canary --timeout 2s", file(2)), 3), &["does not answer"]);
+    contains(&driver.refused(&format!("publish {} --ring canary --timeout 2s", file(2)), 3), &["does not answer"]);
     etcd.thaw(1);
     etcd.restart(0);
     etcd.freeze(2);
-    operator.ok(&format!("publish {} --ring canary --timeout 30s", file(3)));
+    driver.ok(&format!("publish {} --ring canary --timeout 30s", file(3)));
     etcd.thaw(2);
 }
 
@@ -152,17 +152,17 @@ fn race() {
     const OPERATORS: usize = 6;
     let namespace = Netns::new();
     let etcd = Etcd::alone(&namespace);
-    let operator = Operator::of(&namespace, &etcd);
+    let driver = Driver::of(&namespace, &etcd);
     let outcomes: Vec<_> = scope(|scope| {
-        let operator = &operator;
+        let driver = &driver;
         let publish = |number| {
-            let file = operator.file(&format!("{number}"), &format!("192.0.2.{number}\n"));
-            operator.run(&format!("publish {file} --ring canary --note by-{number}"))
+            let file = driver.file(&format!("{number}"), &format!("192.0.2.{number}\n"));
+            driver.run(&format!("publish {file} --ring canary --note by-{number}"))
         };
         let threads: Vec<_> = (0..OPERATORS).map(|number| scope.spawn(move || publish(number))).collect();
         threads.into_iter().map(|it| it.join().expect("an outcome")).collect()
     });
-    let history = operator.json("history --ring canary");
+    let history = driver.json("history --ring canary");
     let history = history.as_array().expect("records");
     assert_eq!(history.len(), outcomes.iter().filter(|it| it.status == 0).count(), "{outcomes:?}");
     for outcome in outcomes.iter().filter(|it| it.status != 0) {
@@ -280,10 +280,10 @@ async fn nothing(source: &mut EtcdSource) {
 fn source() {
     let namespace = Netns::new();
     let mut etcd = Etcd::alone(&namespace);
-    let operator = Operator::of(&namespace, &etcd);
+    let driver = Driver::of(&namespace, &etcd);
     let publish = |number: u32| {
-        let file = operator.file("set", &format!("192.0.2.{number}\n"));
-        let published: Value = operator.json(&format!("publish {file} --ring canary"));
+        let file = driver.file("set", &format!("192.0.2.{number}\n"));
+        let published: Value = driver.json(&format!("publish {file} --ring canary"));
         published["sequence"].as_u64()
     };
     let settings = ConnectionSettings { etcd: vec![etcd.urls()], ..ConnectionSettings::default() };

@@ -15,7 +15,7 @@ use anyport::fleet::{
     settings::ConnectionSettings,
     watch::EtcdSource,
 };
-use anyport_tests::{etcd::Etcd, host::wait_for, netns::Netns, operator::Operator};
+use anyport_tests::{driver::Driver, etcd::Etcd, host::wait_for, netns::Netns};
 use libtest_mimic::Trial;
 use serde_json::Value;
 
@@ -114,7 +114,7 @@ async fn follow(settings: &ConnectionSettings, ring: Name, node: Name, ended: &A
 
 struct Fleet {
     etcd: Etcd,
-    operator: Operator,
+    driver: Driver,
     nodes: Vec<Node>,
     namespace: Netns,
 }
@@ -123,12 +123,12 @@ struct Fleet {
 fn fleet() -> Fleet {
     let namespace = Netns::new();
     let etcd = Etcd::alone(&namespace);
-    let operator = Operator::of(&namespace, &etcd);
+    let driver = Driver::of(&namespace, &etcd);
     let nodes = [("canary", "c1"), ("canary", "c2"), ("main", "m1"), ("main", "m2"), ("main", "m3")];
     let nodes = nodes.map(|(ring, node)| Node::start(&namespace, &etcd, ring, node)).into();
-    let fleet = Fleet { etcd, operator, nodes, namespace };
+    let fleet = Fleet { etcd, driver, nodes, namespace };
     for ring in ["canary", "main"] {
-        fleet.operator.ok(&format!("publish {} --ring {ring}", fleet.set("192.0.2.0/24")));
+        fleet.driver.ok(&format!("publish {} --ring {ring}", fleet.set("192.0.2.0/24")));
         fleet.wait_for(ring, "current", if ring == "main" { 3 } else { 2 });
     }
     fleet
@@ -136,13 +136,13 @@ fn fleet() -> Fleet {
 
 impl Fleet {
     fn set(&self, prefix: &str) -> String {
-        self.operator.file(prefix.split('/').next().unwrap_or_default(), &format!("{prefix}\n"))
+        self.driver.file(prefix.split('/').next().unwrap_or_default(), &format!("{prefix}\n"))
     }
 
     /// Waits until so many nodes of a ring are in a state.
     fn wait_for(&self, ring: &str, state: &str, count: u64) -> Value {
         wait_for("nodes in that state", Duration::from_secs(10), || {
-            let view = self.operator.ring(ring);
+            let view = self.driver.ring(ring);
             if view["summary"][state] == count { Ok(view) } else { Err(format!("{count} {state}: {view}")) }
         })
     }
@@ -150,7 +150,7 @@ impl Fleet {
     /// Rolls a set out, which must stop; the complaint and the steps.
     fn stopped(&self, prefix: &str, options: &str) -> (String, Vec<Value>) {
         let set = self.set(prefix);
-        let outcome = self.operator.run(&format!("rollout {set} --rings canary,main --json {options}"));
+        let outcome = self.driver.run(&format!("rollout {set} --rings canary,main --json {options}"));
         assert_eq!(outcome.status, 1, "{outcome}");
         (outcome.stderr, outcome.stdout.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect())
     }
@@ -159,7 +159,7 @@ impl Fleet {
     fn expect_as_before(&self, sequence: u64) {
         let back = self.wait_for("canary", "current", 2);
         assert_eq!(back["pointer"]["sequence"], sequence, "{back}");
-        let main = self.operator.ring("main");
+        let main = self.driver.ring("main");
         assert_eq!(main["pointer"]["sequence"], 1, "{main}");
         assert_eq!(back["pointer"]["set"], main["pointer"]["set"]);
     }
@@ -168,19 +168,19 @@ impl Fleet {
 fn rollout() {
     let fleet = fleet();
     let set = fleet.set("198.51.100.0/24");
-    let text = fleet.operator.ok(&format!("rollout {set} --rings canary,main --gate 1s"));
+    let text = fleet.driver.ok(&format!("rollout {set} --rings canary,main --gate 1s"));
     contains(
         &text,
         &["ring canary: all of 2 nodes", "ring canary: passed the gate", "ring main: all of 3", "ring main: passed"],
     );
     let view = fleet.wait_for("main", "current", 3);
     assert_eq!(view["nodes"][0]["report"]["set"], view["pointer"]["set"]);
-    contains(&fleet.operator.ok("status"), &["ring main: sequence 2", "3 nodes: 3 current", "m1    current  2"]);
+    contains(&fleet.driver.ok("status"), &["ring main: sequence 2", "3 nodes: 3 current", "m1    current  2"]);
     // Without a file, the rings behind get what the first one has.
-    fleet.operator.ok(&format!("publish {} --ring canary", fleet.set("192.0.2.0/24")));
-    fleet.operator.ok("rollout --rings canary,main --gate 0s");
-    assert_eq!(fleet.operator.sequence("main"), 3);
-    contains(&fleet.operator.refused("rollout --rings canary,main,canary", 2), &["twice"]);
+    fleet.driver.ok(&format!("publish {} --ring canary", fleet.set("192.0.2.0/24")));
+    fleet.driver.ok("rollout --rings canary,main --gate 0s");
+    assert_eq!(fleet.driver.sequence("main"), 3);
+    contains(&fleet.driver.refused("rollout --rings canary,main,canary", 2), &["twice"]);
 }
 
 fn bad_set() {
@@ -191,25 +191,25 @@ fn bad_set() {
     assert_eq!(step, [&Value::Null, &Value::from("rolled-back")], "{steps:?}");
     fleet.expect_as_before(3);
     contains(
-        &fleet.operator.ok("history --ring canary"),
+        &fleet.driver.ok("history --ring canary"),
         &["rolled back to 1, since the rollout has stopped: the node c"],
     );
     // Published without care, it is shown who refuses.
-    fleet.operator.ok(&format!("publish {} --ring canary", fleet.set(BAD)));
+    fleet.driver.ok(&format!("publish {} --ring canary", fleet.set(BAD)));
     fleet.wait_for("canary", "refused", 2);
     contains(
-        &fleet.operator.ok("status --ring canary"),
+        &fleet.driver.ok("status --ring canary"),
         &["2 refused", "c1 refuses sequence 4: the host would be cut off"],
     );
-    contains(&fleet.operator.refused("promote --from canary --to main", 5), &["c1 refuses", "--force"]);
+    contains(&fleet.driver.refused("promote --from canary --to main", 5), &["c1 refuses", "--force"]);
     // A node that ends is missed until it is forgotten.
     drop(fleet.nodes.remove(0));
     fleet.etcd.ctl("del /anyport/nodes/canary/c1");
     fleet.wait_for("canary", "missing", 1);
-    contains(&fleet.operator.ok("status"), &["1 missing", "c1 does not report", "fleet forget c1"]);
-    contains(&fleet.operator.refused("forget c2 --ring canary", 1), &["c2", "reports"]);
-    fleet.operator.ok("forget c1 --ring canary");
-    assert_eq!(fleet.operator.ring("canary")["summary"]["nodes"], 1);
+    contains(&fleet.driver.ok("status"), &["1 missing", "c1 does not report", "fleet forget c1"]);
+    contains(&fleet.driver.refused("forget c2 --ring canary", 1), &["c2", "reports"]);
+    fleet.driver.ok("forget c1 --ring canary");
+    assert_eq!(fleet.driver.ring("canary")["summary"]["nodes"], 1);
 }
 
 fn unwell() {
@@ -221,10 +221,10 @@ fn unwell() {
     contains(&complaint, &["2 of 2 nodes do not have it within 1s: c1, c2"]);
     fleet.expect_as_before(5);
     let set = fleet.set("198.51.100.0/24");
-    let operator = Operator::of(&fleet.namespace, &fleet.etcd);
-    let running = thread::spawn(move || operator.run(&format!("rollout {set} --rings canary,main --gate 30s")));
+    let driver = Driver::of(&fleet.namespace, &fleet.etcd);
+    let running = thread::spawn(move || driver.run(&format!("rollout {set} --rings canary,main --gate 30s")));
     fleet.wait_for("canary", "current", 2);
-    wait_for("sequence of the rollout", Duration::from_secs(10), || match fleet.operator.sequence("canary") {
+    wait_for("sequence of the rollout", Duration::from_secs(10), || match fleet.driver.sequence("canary") {
         6 => Ok(()),
         other => Err(other.to_string()),
     });
@@ -234,21 +234,21 @@ fn unwell() {
     let outcome = running.join().expect("an outcome");
     assert_eq!(outcome.status, 1, "{outcome}");
     contains(&outcome.stderr, &["the node c1 does not report any more"]);
-    assert_eq!(fleet.operator.sequence("canary"), 7);
+    assert_eq!(fleet.driver.sequence("canary"), 7);
 }
 
 fn overtaken() {
     let fleet = fleet();
     let set = fleet.set("198.51.100.0/24");
-    let operator = Operator::of(&fleet.namespace, &fleet.etcd);
-    let running = thread::spawn(move || operator.run(&format!("rollout {set} --rings canary,main --gate 30s")));
-    wait_for("sequence of the rollout", Duration::from_secs(10), || match fleet.operator.sequence("canary") {
+    let driver = Driver::of(&fleet.namespace, &fleet.etcd);
+    let running = thread::spawn(move || driver.run(&format!("rollout {set} --rings canary,main --gate 30s")));
+    wait_for("sequence of the rollout", Duration::from_secs(10), || match fleet.driver.sequence("canary") {
         2 => Ok(()),
         other => Err(other.to_string()),
     });
-    fleet.operator.ok(&format!("publish {} --ring canary", fleet.set("203.0.113.0/24")));
+    fleet.driver.ok(&format!("publish {} --ring canary", fleet.set("203.0.113.0/24")));
     let outcome = running.join().expect("an outcome");
     assert_eq!(outcome.status, 1, "{outcome}");
     contains(&outcome.stderr, &["somebody else has changed the ring canary", "not touched: main"]);
-    assert_eq!((fleet.operator.sequence("canary"), fleet.operator.sequence("main")), (3, 1));
+    assert_eq!((fleet.driver.sequence("canary"), fleet.driver.sequence("main")), (3, 1));
 }

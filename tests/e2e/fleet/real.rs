@@ -5,10 +5,10 @@ use std::{fs, time::Duration};
 use anyport_tests::{
     backbone::Backbone,
     daemon::{Daemon, Setup},
+    driver::Driver,
     etcd::Etcd,
-    ground::scratch,
     host::wait_for,
-    operator::Operator,
+    prerequisites::scratch,
 };
 use libtest_mimic::Trial;
 
@@ -31,7 +31,7 @@ fn five() {
     let backbone = Backbone::new(RINGS.len());
     let hosts = &backbone.hosts;
     let etcd = Etcd::start(&[backbone.center()]);
-    let operator = Operator::of(&backbone.router, &etcd);
+    let driver = Driver::of(&backbone.router, &etcd);
     let files = scratch();
     let start = |(number, host)| {
         let config = files.path().join(format!("n{number}.toml"));
@@ -42,27 +42,27 @@ fn five() {
     };
     let daemons: Vec<Daemon> = hosts.iter().enumerate().map(start).collect();
     for (ring, nodes) in [("canary", 2), ("main", 3)] {
-        wait_for("nodes that report", Duration::from_secs(30), || match operator.ring(ring)["summary"]["nodes"] {
+        wait_for("nodes that report", Duration::from_secs(30), || match driver.ring(ring)["summary"]["nodes"] {
             ref seen if *seen == nodes => Ok(()),
             ref seen => Err(format!("{ring}: {seen}")),
         });
     }
-    let good = operator.file("good", "192.0.2.0/25\n");
-    let out = operator.ok(&format!("rollout {good} --rings canary,main --gate 500ms --within 20s"));
+    let good = driver.file("good", "192.0.2.0/25\n");
+    let out = driver.ok(&format!("rollout {good} --rings canary,main --gate 500ms --within 20s"));
     contains(&out, &["ring canary: all of 2 nodes", "ring main: all of 3 nodes have it in force", "ring main: passed"]);
     for host in hosts {
         steers(host, "192.0.2.3");
     }
-    contains(&operator.ok("status"), &["2 nodes: 2 current", "3 nodes: 3 current", "sk-lookup"]);
+    contains(&driver.ok("status"), &["2 nodes: 2 current", "3 nodes: 3 current", "sk-lookup"]);
     // It holds an address of the second host, which is not taken from it.
-    let bad = operator.file("bad", "192.0.2.0/25\n192.0.2.128/25\n203.0.113.4/30\n");
-    let complaint = operator.refused(&format!("rollout {bad} --rings canary,main --gate 20s --within 20s"), 1);
+    let bad = driver.file("bad", "192.0.2.0/25\n192.0.2.128/25\n203.0.113.4/30\n");
+    let complaint = driver.refused(&format!("rollout {bad} --rings canary,main --gate 20s --within 20s"), 1);
     contains(&complaint, &["the node n1 refuses it: ", "rolled back", "not touched: main"]);
-    wait_for("rolled back nodes", Duration::from_secs(20), || match operator.ring("canary")["summary"]["current"] {
+    wait_for("rolled back nodes", Duration::from_secs(20), || match driver.ring("canary")["summary"]["current"] {
         ref current if *current == 2 => Ok(()),
         ref current => Err(current.to_string()),
     });
-    assert_eq!((operator.sequence("canary"), operator.sequence("main")), (3, 1));
+    assert_eq!((driver.sequence("canary"), driver.sequence("main")), (3, 1));
     for host in hosts {
         steers(host, "192.0.2.3");
         does_not_steer(host, "192.0.2.129");
@@ -75,7 +75,7 @@ fn majority() {
     const NODES: usize = 3;
     let backbone = Backbone::new(NODES);
     let etcd = Etcd::start(&backbone.members(3));
-    let operator = Operator::of(&backbone.router, &etcd);
+    let driver = Driver::of(&backbone.router, &etcd);
     let urls: Vec<String> = (0..3).map(|member| etcd.url(member)).collect();
     let files = scratch();
     let start = |(number, host)| {
@@ -86,10 +86,10 @@ fn majority() {
     };
     let _daemons: Vec<Daemon> = backbone.hosts.iter().enumerate().map(start).collect();
     let publish = |prefix: &str| {
-        let set = operator.file("set", &format!("{prefix}\n"));
-        operator.ok(&format!("publish {set} --ring main --timeout 30s"));
+        let set = driver.file("set", &format!("{prefix}\n"));
+        driver.ok(&format!("publish {set} --ring main --timeout 30s"));
         wait_for("nodes that are current", Duration::from_secs(20), || {
-            let ring = operator.ring("main");
+            let ring = driver.ring("main");
             if ring["summary"]["current"] == NODES { Ok(()) } else { Err(ring.to_string()) }
         });
     };

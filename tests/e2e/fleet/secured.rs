@@ -3,7 +3,7 @@
 use std::{path::PathBuf, time::Duration};
 
 use anyport::fleet::{layout::Pointer, settings::ConnectionSettings, signing::PublicKeys};
-use anyport_tests::{etcd::Etcd, ground::scratch, host::wait_for, netns::Netns, operator::Operator};
+use anyport_tests::{driver::Driver, etcd::Etcd, host::wait_for, netns::Netns, prerequisites::scratch};
 use libtest_mimic::Trial;
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, IsCa, KeyPair, PKCS_ED25519};
 
@@ -35,7 +35,7 @@ impl Authority {
 
 fn secured() {
     let namespace = Netns::new();
-    let files = Operator { namespace: namespace.clone(), options: Vec::new(), files: scratch() };
+    let files = Driver { namespace: namespace.clone(), options: Vec::new(), files: scratch() };
     let (ours, others) = (Authority::new(), Authority::new());
     let ca = files.file("ca", &ours.0.pem());
     let (certificate, key) = ours.issue();
@@ -45,7 +45,7 @@ fn secured() {
     let urls = etcd.urls();
     let with = |ca: &str, more: &[&str]| {
         let options = ["--etcd", &urls, "--ca", ca].into_iter().chain(more.iter().copied());
-        Operator { namespace: namespace.clone(), options: options.map(str::to_owned).collect(), files: scratch() }
+        Driver { namespace: namespace.clone(), options: options.map(str::to_owned).collect(), files: scratch() }
     };
     let shown = ["--certificate", &certificate, "--key", &key];
     let set = files.file("set", "192.0.2.0/24\n");
@@ -111,26 +111,26 @@ fn secured() {
 fn signed() {
     let namespace = Netns::new();
     let etcd = Etcd::alone(&namespace);
-    let operator = Operator::of(&namespace, &etcd);
+    let driver = Driver::of(&namespace, &etcd);
     let pair = KeyPair::generate_for(&PKCS_ED25519).expect("a key");
-    let key = operator.file("key", &pair.serialize_pem());
+    let key = driver.file("key", &pair.serialize_pem());
     let keys = PublicKeys::from_pem(pair.public_key_pem().as_bytes()).expect("a public key");
-    let set = operator.file("set", "192.0.2.0/24\n");
-    let other = operator.file("other", "198.51.100.0/24\n");
-    operator.ok(&format!("publish {set} --ring canary --signing-key {key}"));
+    let set = driver.file("set", "192.0.2.0/24\n");
+    let other = driver.file("other", "198.51.100.0/24\n");
+    driver.ok(&format!("publish {set} --ring canary --signing-key {key}"));
     let pointer = |ring: &str| -> Pointer {
         serde_json::from_value(etcd.record(&format!("/anyport/rings/{ring}"))).expect("a pointer")
     };
     keys.verify(&pointer("canary")).expect("a signature");
-    contains(&operator.refused(&format!("publish {other} --ring canary"), 5), &["is signed", "--signing-key"]);
-    contains(&operator.refused(&format!("publish {other} --ring canary --signing-key {set}"), 2), &["ed25519"]);
-    assert_eq!(operator.sequence("canary"), 1);
-    operator.ok(&format!("publish {other} --ring canary --force"));
+    contains(&driver.refused(&format!("publish {other} --ring canary"), 5), &["is signed", "--signing-key"]);
+    contains(&driver.refused(&format!("publish {other} --ring canary --signing-key {set}"), 2), &["ed25519"]);
+    assert_eq!(driver.sequence("canary"), 1);
+    driver.ok(&format!("publish {other} --ring canary --force"));
     keys.verify(&pointer("canary")).expect_err("without a signature");
     // The same set, signed now: that is a change.
-    assert_eq!(operator.json(&format!("publish {other} --ring canary --signing-key {key}"))["sequence"], 3);
-    operator.ok(&format!("rollback --ring canary --to 1 --signing-key {key}"));
-    operator.ok(&format!("promote --from canary --to main --signing-key {key} --force"));
+    assert_eq!(driver.json(&format!("publish {other} --ring canary --signing-key {key}"))["sequence"], 3);
+    driver.ok(&format!("rollback --ring canary --to 1 --signing-key {key}"));
+    driver.ok(&format!("promote --from canary --to main --signing-key {key} --force"));
     keys.verify(&pointer("canary")).expect("a signature");
     let main = pointer("main");
     keys.verify(&main).expect("a signature");

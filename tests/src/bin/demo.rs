@@ -13,8 +13,8 @@ use anyhow::{Result, ensure};
 use anyport_tests::{
     daemon::{Daemon, Setup},
     dial::{QUESTION, tcp_text, udp},
-    ground,
     netns::Netns,
+    prerequisites,
     random::Random,
     topology::Topology,
 };
@@ -23,7 +23,7 @@ use anyport_tests::{
 const PREFIXES: [&str; 2] = ["192.0.2.0/24", "2001:db8::/64"];
 
 fn main() -> Result<()> {
-    ground::prepare()?;
+    prerequisites::prepare()?;
     heading("Three namespaces of their own: a client, the host that runs anyport, a server behind it");
     let topology = Topology::new();
     shell(&topology.client, "client", "ip route get 192.0.2.77");
@@ -89,7 +89,7 @@ fn dial(namespace: &Netns, host: &str, to: SocketAddr, protocol: &str) -> bool {
     text.ends_with(&format!("you reached {to} over {protocol}\n"))
 }
 
-/// Runs `anyportctl`, shown without the options that only this laboratory needs.
+/// Runs `anyportctl`, shown without the options that only this test harness needs.
 fn control(daemon: &Daemon, arguments: &str) {
     command("host", &format!("anyportctl {arguments}"));
     print!("{}", daemon.ok(arguments));

@@ -11,9 +11,9 @@ use std::{
 use anyhow::{Result, bail};
 use anyport_tests::{
     daemon::{Daemon, Setup},
-    ground::{self, program, public_copy, scratch},
     holdings::Holdings,
     host::wait_for,
+    prerequisites::{self, program, public_copy, scratch},
     random::{self, Random},
     steady::{Loss, dial_during},
     topology::Topology,
@@ -55,7 +55,7 @@ enum Event {
 
 fn main() -> Result<()> {
     let options = Options::parse();
-    ground::prepare()?;
+    prerequisites::prepare()?;
     eprintln!("random choices: repeat them with ANYPORT_SEED={}", random::seed());
     println!(
         "| back end | connections | restarts, upgrades, crashes | refused | answered by another | reset before the first byte | \

@@ -13,7 +13,7 @@ use super::{
     nodes::Node,
     publishing::{Published, Publisher},
 };
-use crate::{etcd::Etcd, operator::Operator};
+use crate::{driver::Driver, etcd::Etcd};
 
 /// Within which nodes have to stand where they should when all is well again: a lost connection is noticed within 20 seconds, and made
 /// anew within 15. Four times as long as on a machine that does nothing else.
@@ -39,8 +39,8 @@ pub(super) struct Settled {
 }
 
 /// Waits until all nodes have what was published first.
-pub(super) fn all_hold(operator: &Operator, nodes: &[Node], published: &Published) {
-    let Settled { standings, .. } = wait_until_settled(operator, nodes, published);
+pub(super) fn all_hold(driver: &Driver, nodes: &[Node], published: &Published) {
+    let Settled { standings, .. } = wait_until_settled(driver, nodes, published);
     let hold = standings.iter().all(|it| matches!(it, Standing::Holds));
     assert!(hold, "not all nodes take the first set: {standings:?}");
 }
@@ -49,21 +49,21 @@ pub(super) fn all_hold(operator: &Operator, nodes: &[Node], published: &Publishe
 /// take, and then with one that all can.
 pub(super) fn settle(
     etcd: &Mutex<Etcd>,
-    operator: &Operator,
+    driver: &Driver,
     nodes: &[Node],
     publisher: &mut Publisher<'_>,
     ledger: &Ledger,
 ) -> [Settled; 3] {
     etcd.lock().expect("a cluster").wait_until_well();
     // A change that was given up may have arrived late.
-    if pointer(operator).is_none() {
+    if pointer(driver).is_none() {
         publisher.mend(ledger);
     }
-    let left = wait_until_settled(operator, nodes, &publisher.published);
+    let left = wait_until_settled(driver, nodes, &publisher.published);
     let bad_for = publisher.publish_bad(ledger);
-    let bad = wait_until_settled(operator, nodes, &publisher.published);
+    let bad = wait_until_settled(driver, nodes, &publisher.published);
     let is_good = publisher.publish_good(ledger);
-    let good = wait_until_settled(operator, nodes, &publisher.published);
+    let good = wait_until_settled(driver, nodes, &publisher.published);
     if bad_for.is_none() || !is_good {
         ledger.wrong("nothing can be published after the trouble");
     }
@@ -91,18 +91,18 @@ pub(super) fn settle(
     [left, bad, good]
 }
 
-fn pointer(operator: &Operator) -> Option<Value> {
-    let outcome = operator.run("status --ring main --json");
+fn pointer(driver: &Driver) -> Option<Value> {
+    let outcome = driver.run("status --ring main --json");
     let ring = serde_json::from_str::<Value>(&outcome.stdout).ok()?;
     ring[0]["pointer"]["sequence"].is_u64().then(|| ring[0].clone())
 }
 
-fn wait_until_settled(operator: &Operator, nodes: &[Node], published: &Published) -> Settled {
+fn wait_until_settled(driver: &Driver, nodes: &[Node], published: &Published) -> Settled {
     const PAUSE: Duration = Duration::from_millis(100);
     let start = Instant::now();
     loop {
-        // As an operator sees it.
-        let ring = pointer(operator).unwrap_or_default();
+        // As an administrator sees it.
+        let ring = pointer(driver).unwrap_or_default();
         let standings: Vec<Standing> = nodes.iter().map(|node| standing(node, &ring, published)).collect();
         let time = start.elapsed();
         if time > LIMIT || !standings.iter().any(|it| matches!(it, Standing::Elsewhere(_))) {

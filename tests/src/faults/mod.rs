@@ -1,5 +1,5 @@
 //! Faults at random in a fleet: in etcd's members, in nodes and their cables, in the sockets that others have registered there, and
-//! in what operators publish. Clients dial on every node all the while.
+//! in what administrators publish. Clients dial on every node all the while.
 
 mod end;
 mod ledger;
@@ -20,9 +20,9 @@ pub use self::{ledger::Fault, report::Report};
 use self::{ledger::Ledger, nodes::Node, publishing::Publisher};
 use crate::{
     backbone::Backbone,
+    driver::Driver,
     etcd::Etcd,
-    ground::{program, public_copy, scratch},
-    operator::Operator,
+    prerequisites::{program, public_copy, scratch},
     steady::{EndOfWork, Tally},
 };
 
@@ -54,7 +54,7 @@ pub fn run(plan: &Plan) -> Report {
     let backbone = Backbone::new(plan.nodes);
     let etcd = Etcd::start(&backbone.members(MEMBERS));
     let (urls, client, files) = (etcd.urls(), etcd.client(), scratch());
-    let operator = Operator::of(&backbone.router, &etcd);
+    let driver = Driver::of(&backbone.router, &etcd);
     let start = |(number, host)| Node::start(host, number, BACK_ENDS[number % BACK_ENDS.len()], &urls, files.path());
     let nodes: Vec<Node> = backbone.hosts.iter().enumerate().map(start).collect();
     let versions: Vec<PathBuf> = ["one", "two"].iter().map(|name| files.path().join(name)).collect();
@@ -63,17 +63,17 @@ pub fn run(plan: &Plan) -> Report {
     }
 
     let etcd = Mutex::new(etcd);
-    let mut publisher = Publisher::new(&operator, client, plan.nodes);
+    let mut publisher = Publisher::new(&driver, client, plan.nodes);
     let before = Ledger::new(Duration::ZERO);
     assert!(publisher.publish_good(&before), "nothing can be published: {:?}", before.close());
-    end::all_hold(&operator, &nodes, &publisher.published);
+    end::all_hold(&driver, &nodes, &publisher.published);
 
     let (ledger, is_over) = (Ledger::new(plan.time), AtomicBool::new(false));
     let (tallies, ends) = scope(|scope| {
         let dialling: Vec<_> = nodes.iter().map(|node| scope.spawn(|| node.dial_until(&is_over))).collect();
         let end_of_work = EndOfWork(&is_over);
         trouble(&backbone, &etcd, &nodes, &versions, &mut publisher, &ledger);
-        let ends = end::settle(&etcd, &operator, &nodes, &mut publisher, &ledger);
+        let ends = end::settle(&etcd, &driver, &nodes, &mut publisher, &ledger);
         drop(end_of_work);
         let tallies = dialling.into_iter().map(|it| it.join().unwrap_or_else(|panic| resume_unwind(panic)));
         (tallies.collect::<Vec<Tally>>(), ends)

@@ -1,4 +1,4 @@
-//! An operator who publishes all the time, sets that are good and others, while somebody else spoils the pointer now and then.
+//! A driver that publishes all the time, good sets and bad ones, while another client spoils the pointer now and then.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -15,9 +15,9 @@ use super::{
 };
 use crate::{
     backbone::Backbone,
+    driver::{Driver, text},
     etcdctl::Etcdctl,
     host::Outcome,
-    operator::{Operator, text},
     random::Random,
 };
 
@@ -47,10 +47,10 @@ pub(super) struct Published {
     pub(super) prefixes: BTreeMap<String, Vec<String>>,
 }
 
-/// The operator, and the other one.
+/// The driver, and the other client.
 #[derive(Debug)]
 pub(super) struct Publisher<'a> {
-    operator: &'a Operator,
+    driver: &'a Driver,
     client: Etcdctl,
     nodes: usize,
     random: Random,
@@ -70,9 +70,9 @@ enum Attempt {
 }
 
 impl<'a> Publisher<'a> {
-    pub(super) fn new(operator: &'a Operator, client: Etcdctl, nodes: usize) -> Self {
+    pub(super) fn new(driver: &'a Driver, client: Etcdctl, nodes: usize) -> Self {
         let (random, published) = (Random::new("publisher"), Published::default());
-        Self { operator, client, nodes, random, number: 0, read_at: 0, published }
+        Self { driver, client, nodes, random, number: 0, read_at: 0, published }
     }
 
     /// Publishes until the trouble is over, and what etcd has prevented from happening once has happened then. The pointer is
@@ -164,9 +164,9 @@ impl<'a> Publisher<'a> {
         }
         prefixes.sort_unstable();
         self.published.prefixes.insert(Hash::of(&set).to_string(), prefixes);
-        let file = self.operator.file("set", &set);
+        let file = self.driver.file("set", &set);
         let verb = format!("publish {file} --ring main --force --json --note p{number} --timeout {PATIENCE}s");
-        let outcome = self.operator.run(&verb);
+        let outcome = self.driver.run(&verb);
         let attempt = judge(&outcome).unwrap_or_else(|| {
             ledger.wrong(format_args!("publishing set {number}: {outcome}"));
             Attempt::Refused
@@ -245,7 +245,7 @@ impl<'a> Publisher<'a> {
 
     /// Reads the history, which goes back 100 changes. It may grow, and does not change.
     fn read_history(&mut self, ledger: &Ledger) {
-        let outcome = self.operator.run("history --ring main --json");
+        let outcome = self.driver.run("history --ring main --json");
         let Ok(history) = serde_json::from_str::<Value>(&outcome.stdout) else { return };
         self.read_at = self.number;
         for entry in history.as_array().expect("records") {

@@ -1,3 +1,5 @@
+//! The progress bar of `anyportctl fleet`.
+
 use std::{
     io::{IsTerminal as _, stderr},
     time::{Duration, Instant},

@@ -1,3 +1,5 @@
+//! `anyportctl fleet history`: the rule sets that a ring had.
+
 use serde::Serialize;
 
 use crate::{

@@ -28,6 +28,7 @@ use crate::{
 ///
 /// Nodes belong to rings, such as canary and main. Each ring has one set at a time. How to reach etcd is said by these options, or by
 /// the table [fleet] of the configuration file.
+#[expect(rustdoc::broken_intra_doc_links, reason = "it is the text of --help, in which brackets are no links")]
 #[derive(Debug, clap::Args)]
 pub(super) struct Fleet {
     #[command(flatten)]

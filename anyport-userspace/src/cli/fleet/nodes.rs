@@ -1,3 +1,5 @@
+//! `anyportctl fleet status` and `forget`: the state of each node of a ring.
+
 use std::fmt::Write as _;
 
 use serde::Serialize;

@@ -1,3 +1,5 @@
+//! `anyportctl fleet publish`, `promote` and `rollback`: give a ring another rule set.
+
 use std::path::PathBuf;
 
 use super::change::{How, Prepared, RingChanged};

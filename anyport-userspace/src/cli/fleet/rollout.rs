@@ -1,3 +1,5 @@
+//! `anyportctl fleet rollout`: gives rings a rule set one by one, and takes it back if nodes fail.
+
 use std::{collections::BTreeMap, path::PathBuf, time::Duration};
 
 use serde::Serialize;

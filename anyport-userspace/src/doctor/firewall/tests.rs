@@ -1,3 +1,5 @@
+//! Tests that follow packets through rule sets of iptables and nftables.
+
 use serde_json::{Value, json};
 
 use super::{How, Packet, Ruleset, Stopped, Tool, iptables, nftables};

@@ -1,3 +1,5 @@
+//! Tests of the routes that cover exactly the addresses of prefixes.
+
 use std::collections::BTreeSet;
 
 use proptest::{collection::vec, prelude::*};

@@ -1,9 +1,11 @@
+//! Tests of the rule set: precedence, conflicts, origins and changes.
+
 use anyport_common::flow::Transport;
 
 use proptest::prelude::*;
 
 use super::{Change, Conflict, Draft, RuleSet};
-use crate::rules::{Decision, Origin, PortSet, Prefix, Protocol, Rule, RuleText, arbitrary, decide};
+use crate::rules::{Decision, Origin, PortSet, Prefix, Protocol, Rule, RuleText, decide, tests::arbitrary};
 
 fn rule(prefix: &str, protocol: Protocol, ports: &str, except: &str, service: &str) -> Rule {
     let (prefix, source) =

@@ -1,3 +1,5 @@
+//! Tests of the limits on connections, sources and rates.
+
 use std::{net::IpAddr, num::NonZeroU32, sync::Arc, thread};
 
 use super::{Capacity, DescriptorPool, Gate, Limits, Pass, Refused, Room};

@@ -8,7 +8,7 @@ use std::{
 };
 
 use anyhow::Context as _;
-use anyport_common::maps::{COUNTER_SETS, Counters, Drops, JOURNAL_ENTRIES, Journal, PORTION_RULES, PORTIONS};
+use anyport_common::maps::{BATCH_ENTRIES, Batch, COUNTER_SETS, Counters, Drops, PORTION_RULES, PORTIONS};
 use aya::{maps::Map, util::nr_cpus};
 
 use super::types_of;
@@ -16,9 +16,9 @@ use crate::sys::{self, MappedWords};
 
 /// What the counters of all CPUs may take, in bytes. Rules beyond have only the set that all CPUs share.
 const BUDGET: u64 = 64 << 20;
-const JOURNAL_WORDS: usize = size_of::<Journal>() / 8;
+const BATCH_WORDS: usize = size_of::<Batch>() / 8;
 /// The words before the entries.
-const JOURNAL_HEAD: usize = std::mem::offset_of!(Journal, entries) / 8;
+const BATCH_HEAD: usize = std::mem::offset_of!(Batch, entries) / 8;
 
 /// The counters of the rules.
 #[derive(Debug)]
@@ -27,24 +27,24 @@ pub(super) struct Counts {
     drops: Portions,
     /// Sets of counters for packets that were handed to a socket.
     sets: u32,
-    /// [`Journal`]s, side by side.
-    journals: MappedWords,
+    /// [`Batch`]es, side by side.
+    batches: MappedWords,
     /// No rule has had this number or a higher one.
     end: u32,
 }
 
-/// What the journals note, each as it was at a moment.
+/// What the batches hold, each as it was at a moment.
 #[derive(Debug, Default)]
-pub(super) struct Noted(Vec<NotedByCpu>);
+pub(super) struct Batched(Vec<BatchedByCpu>);
 
 #[derive(Debug, Default)]
-struct NotedByCpu {
-    /// How often the journal had been emptied.
+struct BatchedByCpu {
+    /// How often the batch had been emptied.
     emptied: u32,
     packets: HashMap<u32, u64>,
 }
 
-impl NotedByCpu {
+impl BatchedByCpu {
     fn packets_of(&self, number: u32) -> u64 {
         self.packets.get(&number).copied().unwrap_or_default()
     }
@@ -62,10 +62,10 @@ struct Portions {
 
 impl Counts {
     /// `counter` and `portion` show the types of a portion of counters and of one of drops.
-    pub(super) fn new(steered: Map, counter: &Map, drops: Map, portion: &Map, journals: Map) -> anyhow::Result<Self> {
-        let Map::Array(journals) = journals else { anyhow::bail!("the map of journals is no array") };
-        let words = (COUNTER_SETS as usize - 1) * JOURNAL_WORDS;
-        let journals = MappedWords::new(journals.fd(), words).context("map the journals into memory")?;
+    pub(super) fn new(steered: Map, counter: &Map, drops: Map, portion: &Map, batches: Map) -> anyhow::Result<Self> {
+        let Map::Array(batches) = batches else { anyhow::bail!("the map of batches is no array") };
+        let words = (COUNTER_SETS as usize - 1) * BATCH_WORDS;
+        let batches = MappedWords::new(batches.fd(), words).context("map the batches into memory")?;
         let [steered_types, drops_types] = [types_of(counter), types_of(portion)];
         let attempt = "look at the types of the counters";
         let cpus = nr_cpus().map_err(|(_, error)| error).context("count the CPUs")?;
@@ -74,7 +74,7 @@ impl Counts {
             steered: Portions::new(steered, steered_types.context(attempt)?, 1)?,
             drops: Portions::new(drops, drops_types.context(attempt)?, size_of::<Drops>() / 8)?,
             sets,
-            journals,
+            batches,
             end: 0,
         })
     }
@@ -88,7 +88,7 @@ impl Counts {
         let with_sets: Vec<u32> = new.iter().flat_map(|portion| self.sets_of(*portion)).collect();
         self.steered.make(&with_sets)?;
         self.drops.make(&new.iter().copied().collect::<Vec<_>>())?;
-        let mut noted = self.noted();
+        let mut batched = self.batched();
         // What was just made is zero.
         let is_old = |number: &u32| !new.contains(&(number / PORTION_RULES));
         for number in numbers.iter().cloned().flatten().filter(is_old) {
@@ -99,24 +99,24 @@ impl Counts {
             }
         }
         let is_fresh = |number: &u32| is_old(number) && numbers.iter().any(|range| range.contains(number));
-        let late: HashSet<u32> = noted.0.iter().flat_map(|it| it.packets.keys().copied()).filter(is_fresh).collect();
+        let late: HashSet<u32> = batched.0.iter().flat_map(|it| it.packets.keys().copied()).filter(is_fresh).collect();
         for number in late {
-            self.begin_noted(number, &mut noted);
+            self.begin_batched(number, &mut batched);
         }
         Ok(())
     }
 
-    /// Begins at zero for a number of which packets are noted, which were another rule's: what they will add to the
+    /// Begins at zero for a number of which a batch holds packets, which were another rule's: what they will add to the
     /// counters of their CPU is taken off the shared one.
-    fn begin_noted(&self, number: u32, noted: &mut Noted) {
+    fn begin_batched(&self, number: u32, batched: &mut Batched) {
         let Some([shared]) = self.steered.counter(number / PORTION_RULES, number) else { return };
         shared.store(0, Ordering::Relaxed);
-        for (cpu, noted) in (0..).zip(&mut noted.0) {
-            let others = self.at_rest(cpu, noted, |noted| {
+        for (cpu, batched) in (0..).zip(&mut batched.0) {
+            let others = self.at_rest(cpu, batched, |batched| {
                 if let Some([own]) = self.own(cpu, number) {
                     own.store(0, Ordering::Relaxed);
                 }
-                noted.packets_of(number)
+                batched.packets_of(number)
             });
             shared.fetch_sub(others, Ordering::Relaxed);
         }
@@ -128,14 +128,14 @@ impl Counts {
         (0..if bytes <= BUDGET { self.sets } else { 1 }).map(move |set| set * PORTIONS + portion)
     }
 
-    /// What was counted for a rule, with the packets that are only noted, of which `noted` says what is known.
-    pub(super) fn get(&self, number: u32, noted: &mut Noted) -> Counters {
+    /// What was counted for a rule, with the packets that are only in a batch, of which `batched` says what is known.
+    pub(super) fn get(&self, number: u32, batched: &mut Batched) -> Counters {
         let read = |word: &AtomicU64| word.load(Ordering::Relaxed);
         let portion = number / PORTION_RULES;
         let shared = self.steered.counter(portion, number).map_or(0, |counter| read(&counter[0]));
-        let by_cpu = (0..).zip(&mut noted.0).map(|(cpu, noted)| {
-            self.at_rest(cpu, noted, |noted| {
-                self.own(cpu, number).map_or(0, |counter| read(&counter[0])) + noted.packets_of(number)
+        let by_cpu = (0..).zip(&mut batched.0).map(|(cpu, batched)| {
+            self.at_rest(cpu, batched, |batched| {
+                self.own(cpu, number).map_or(0, |counter| read(&counter[0])) + batched.packets_of(number)
             })
         });
         let drops = self.drops.counter(portion, number);
@@ -158,44 +158,44 @@ impl Counts {
         portions.map(of_portion).sum()
     }
 
-    /// What all journals note.
-    pub(super) fn noted(&self) -> Noted {
-        Noted((0..self.sets - 1).map(|cpu| self.noted_by(cpu)).collect())
+    /// What all batches hold.
+    pub(super) fn batched(&self) -> Batched {
+        Batched((0..self.sets - 1).map(|cpu| self.batched_by(cpu)).collect())
     }
 
-    fn noted_by(&self, cpu: u32) -> NotedByCpu {
+    fn batched_by(&self, cpu: u32) -> BatchedByCpu {
         let (length, emptied) = self.state(cpu);
         let mut packets = HashMap::new();
-        for number in self.journal(cpu)[JOURNAL_HEAD..].iter().flat_map(halves).take(length) {
+        for number in self.batch(cpu)[BATCH_HEAD..].iter().flat_map(halves).take(length) {
             *packets.entry(number).or_default() += 1;
         }
-        NotedByCpu { emptied, packets }
+        BatchedByCpu { emptied, packets }
     }
 
-    /// Has `act` look at a rule's counter of a CPU and at what is noted there, again if the journal was emptied into the
-    /// counters in the meantime: then `noted` was out of date. Where processors let others see stores in another order,
-    /// as arm64 does, what is read in the very moment of emptying may be off by that journal, until it is read again.
-    fn at_rest<T>(&self, cpu: u32, noted: &mut NotedByCpu, act: impl Fn(&NotedByCpu) -> T) -> T {
+    /// Has `act` look at a rule's counter of a CPU and at what its batch holds, again if the batch was emptied into the
+    /// counters in the meantime: then `batched` was out of date. Where processors let others see stores in another order,
+    /// as arm64 does, what is read in the very moment of emptying may be off by that batch, until it is read again.
+    fn at_rest<T>(&self, cpu: u32, batched: &mut BatchedByCpu, act: impl Fn(&BatchedByCpu) -> T) -> T {
         loop {
-            let result = act(noted);
+            let result = act(batched);
             fence(Ordering::SeqCst);
             let (length, emptied) = self.state(cpu);
             // A full one is being emptied, which takes some microseconds.
-            if length < JOURNAL_ENTRIES && emptied == noted.emptied {
+            if length < BATCH_ENTRIES && emptied == batched.emptied {
                 return result;
             }
-            *noted = self.noted_by(cpu);
+            *batched = self.batched_by(cpu);
         }
     }
 
-    /// How many entries the journal of a CPU has, and how often it has been emptied.
+    /// How many entries the batch of a CPU has, and how often it has been emptied.
     fn state(&self, cpu: u32) -> (usize, u32) {
-        let [length, emptied] = halves(&self.journal(cpu)[0]);
+        let [length, emptied] = halves(&self.batch(cpu)[0]);
         (length as usize, emptied)
     }
 
-    fn journal(&self, cpu: u32) -> &[AtomicU64] {
-        &self.journals.words()[cpu as usize * JOURNAL_WORDS..][..JOURNAL_WORDS]
+    fn batch(&self, cpu: u32) -> &[AtomicU64] {
+        &self.batches.words()[cpu as usize * BATCH_WORDS..][..BATCH_WORDS]
     }
 
     /// Adds to what was counted for a rule, where anybody may write.

@@ -10,7 +10,7 @@ use std::{
 };
 
 use anyhow::{Context as _, bail};
-use anyport_common::event::{Event, Filter, LISTENERS};
+use anyport_common::event::{Event, Filter, SUBSCRIBERS};
 use aya::maps::{Map, MapData, RingBuf};
 use tokio::io::unix::AsyncFd;
 use tracing::error;
@@ -25,13 +25,13 @@ const FILTER_WORDS: usize = size_of::<Filter>() / 8;
 /// Which of them counts what was missed.
 const MISSED: usize = std::mem::offset_of!(Filter, missed) / 8;
 
-/// The maps by which programs are told who listens.
+/// The maps by which programs know the subscribers and their filters.
 pub(super) struct BpfEars {
     filters: MappedWords,
     control: MappedWords,
     /// The word of the control map that says which filters count.
-    listeners: usize,
-    /// Until somebody listens for the first time.
+    subscribers: usize,
+    /// Until the first subscriber comes.
     ring: Mutex<Option<RingBuf<MapData>>>,
     board: Weak<Board>,
 }
@@ -43,18 +43,18 @@ impl fmt::Debug for BpfEars {
 }
 
 impl BpfEars {
-    /// `listeners` is the word of the control map that says who listens.
+    /// `subscribers` is the word of the control map that says which subscribers there are.
     pub(super) fn new(
         filters: &OwnedFd,
         ring: Map,
         control: MappedWords,
-        listeners: usize,
+        subscribers: usize,
         board: &Arc<Board>,
     ) -> anyhow::Result<Self> {
         let Map::RingBuf(ring) = ring else { bail!("the map of events is no ring buffer") };
-        let filters = MappedWords::new(filters, LISTENERS * FILTER_WORDS).context("map the filters into memory")?;
+        let filters = MappedWords::new(filters, SUBSCRIBERS * FILTER_WORDS).context("map the filters into memory")?;
         let ring = RingBuf::try_from(Map::RingBuf(ring)).context("map the ring buffer of events into memory")?;
-        Ok(Self { filters, control, listeners, ring: Mutex::new(Some(ring)), board: Arc::downgrade(board) })
+        Ok(Self { filters, control, subscribers, ring: Mutex::new(Some(ring)), board: Arc::downgrade(board) })
     }
 
     fn read_events(&self) -> anyhow::Result<()> {
@@ -68,20 +68,20 @@ impl BpfEars {
 impl Ears for BpfEars {
     fn set(&self, number: usize, filter: Option<&Filter>) -> anyhow::Result<()> {
         let Some(filter) = filter else {
-            self.control.words()[self.listeners].fetch_and(!(1 << number), SeqCst);
+            self.control.words()[self.subscribers].fetch_and(!(1 << number), SeqCst);
             return Ok(());
         };
         self.read_events()?;
         let words: [u64; FILTER_WORDS] = bytemuck::cast(*filter);
         let places = &self.filters.words()[number * FILTER_WORDS..][..FILTER_WORDS];
         // While a filter is changed it may let through what neither form of it wants; the board looks again.
-        let is_new = self.control.words()[self.listeners].load(SeqCst) >> number & 1 == 0;
+        let is_new = self.control.words()[self.subscribers].load(SeqCst) >> number & 1 == 0;
         for (at, (place, word)) in places.iter().zip(words).enumerate() {
             if at != MISSED || is_new {
                 place.store(word, Relaxed);
             }
         }
-        self.control.words()[self.listeners].fetch_or(1 << number, SeqCst);
+        self.control.words()[self.subscribers].fetch_or(1 << number, SeqCst);
         Ok(())
     }
 

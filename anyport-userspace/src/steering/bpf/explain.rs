@@ -82,7 +82,7 @@ mod tests {
         rules::{Origin, RuleSet, RuleText},
         steering::{
             BackEnd, Fate, GroupSocket, Holder, Plan, ServiceSockets, Steering as _,
-            bpf::{differential::open, tests::in_new_namespace},
+            bpf::tests::{differential::open, in_new_namespace},
         },
     };
 

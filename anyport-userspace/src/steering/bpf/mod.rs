@@ -1,16 +1,8 @@
 //! The BPF back ends, `sk-lookup` and `tc`: one object and one set of maps, two hooks.
 
-#[cfg(test)]
-mod counting;
 mod counts;
-#[cfg(test)]
-mod differential;
 mod events;
 mod explain;
-#[cfg(test)]
-mod first_packet;
-#[cfg(test)]
-mod frames;
 mod hooks;
 mod listing;
 mod load;
@@ -19,6 +11,8 @@ mod refuse;
 mod sockets;
 mod table;
 mod tc;
+#[cfg(test)]
+mod tests;
 
 use std::{
     cell::RefCell,
@@ -51,7 +45,7 @@ use self::{
     pins::{PINNED_AGAIN, PINNED_AT_ONCE, PinDirectory},
     refuse::RefuseSockets,
     sockets::Sockets,
-    table::{BpfTable, LISTENERS_WORD, map_control},
+    table::{BpfTable, SUBSCRIBERS_WORD, map_control},
     tc::TcHook,
 };
 use super::{BackEnd, Decided, Holder, Kind, Loss, Plan, Steering};
@@ -136,20 +130,20 @@ impl Bpf {
         let table = take_map(&mut ebpf, names::TABLE)?;
         let counts = take_map(&mut ebpf, names::COUNTS)?;
         let drops = take_map(&mut ebpf, names::DROPS)?;
-        let journals = take_map(&mut ebpf, names::JOURNALS)?;
+        let batches = take_map(&mut ebpf, names::BATCHES)?;
         let totals = take_map(&mut ebpf, names::TOTALS)?;
         let sockets = take_map(&mut ebpf, names::SOCKETS)?;
         // The maps have to stay open until the programs that use them are loaded.
         let filters = take_map(&mut ebpf, names::FILTERS)?;
         let ring = take_map(&mut ebpf, names::EVENTS)?;
         let ears =
-            BpfEars::new(&fd_of(&filters)?, ring, map_control(fd_of(&control)?)?, LISTENERS_WORD, &options.events)?;
+            BpfEars::new(&fd_of(&filters)?, ring, map_control(fd_of(&control)?)?, SUBSCRIBERS_WORD, &options.events)?;
         let [rules, ports] = [names::RULES, names::PORTS].map(|name| take_map(&mut ebpf, name));
         let [segment, counter, portion] =
             [names::SEGMENT, names::COUNTER, names::PORTION].map(|name| take_map(&mut ebpf, name));
         let maps = PINNED_AT_ONCE
             .into_iter()
-            .zip([&control, &table, &counts, &journals, &drops, &totals, &sockets])
+            .zip([&control, &table, &counts, &batches, &drops, &totals, &sockets])
             .map(|(name, map)| Ok((name, duplicate(map)?)))
             .collect::<anyhow::Result<_>>()?;
         let sockets = Sockets::new(&sockets)?;
@@ -170,7 +164,7 @@ impl Bpf {
             events: Arc::clone(&options.events),
             table: BpfTable::new(table, &segment?, control, Arc::clone(&options.readers))?,
             listing: Listing::new(rules?, ports?)?,
-            counts: Counts::new(counts, &counter?, drops, &portion?, journals)?,
+            counts: Counts::new(counts, &counter?, drops, &portion?, batches)?,
             totals: PerCpuArray::try_from(totals)?,
             sockets,
             explainer,
@@ -201,9 +195,9 @@ impl Steering for Bpf {
         self.add_sockets(plan)?;
         self.counts.begin(plan.fresh).map_err(load::with_memory_limit)?;
         self.table.publish(plan).map_err(load::with_memory_limit)?;
-        let mut noted = self.counts.noted();
+        let mut batched = self.counts.batched();
         for (before, now) in plan.moved {
-            self.counts.add(*now, self.counts.get(*before, &mut noted));
+            self.counts.add(*now, self.counts.get(*before, &mut batched));
         }
         self.remove_sockets(plan)?;
         self.hook.refresh()?;
@@ -251,8 +245,8 @@ impl Steering for Bpf {
     }
 
     fn counters(&self) -> anyhow::Result<Box<dyn Fn(u32) -> Counters + '_>> {
-        let noted = RefCell::new(self.counts.noted());
-        Ok(Box::new(move |number| self.counts.get(number, &mut noted.borrow_mut())))
+        let batched = RefCell::new(self.counts.batched());
+        Ok(Box::new(move |number| self.counts.get(number, &mut batched.borrow_mut())))
     }
 
     fn dropped(&self) -> anyhow::Result<Option<u64>> {
@@ -469,76 +463,4 @@ fn fd_of(map: &Map) -> anyhow::Result<OwnedFd> {
         bail!("the BPF object has a map of an unexpected type: {map:?}");
     };
     data.fd().as_fd().try_clone_to_owned().context("duplicate the descriptor of a BPF map")
-}
-
-#[cfg(test)]
-mod tests {
-    use std::{path::Path, process::Command, thread};
-
-    use aya::programs::Program;
-    use nix::{
-        mount::{MsFlags, mount},
-        sched::{CloneFlags, unshare},
-    };
-
-    use super::{BackEnd, PinDirectory, load, try_out};
-
-    /// Runs on a thread that has a network namespace of its own, with `lo` up, and mounts of its own.
-    pub(super) fn in_new_namespace(test: impl FnOnce() + Send + 'static) {
-        let thread = thread::spawn(|| {
-            unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS).unwrap();
-            mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>).unwrap();
-            output("ip", "link set lo up");
-            test();
-        });
-        thread.join().unwrap();
-    }
-
-    /// Runs with a directory of pins on a BPF file system of its own, at this path.
-    pub(super) fn with_pins(test: impl FnOnce(PinDirectory, &Path) + Send + 'static) {
-        in_new_namespace(|| {
-            let parent = tempfile::tempdir().unwrap();
-            let path = parent.path().join("bpf");
-            test(PinDirectory::open(&path).unwrap(), &path);
-        });
-    }
-
-    pub(super) fn output(program: &str, arguments: &str) -> String {
-        let output = Command::new(program).args(arguments.split(' ')).output().unwrap();
-        assert!(output.status.success(), "{program} {arguments}: {output:?}");
-        String::from_utf8(output.stdout).unwrap()
-    }
-
-    #[test]
-    fn the_back_ends_can_be_tried_out() {
-        in_new_namespace(|| {
-            for back_end in [BackEnd::SkLookup, BackEnd::Tc] {
-                try_out(back_end).unwrap();
-            }
-            output("ip", "link set lo down");
-            let error = format!("{:#}", try_out(BackEnd::Tc).unwrap_err());
-            assert!(error.contains("ip link set lo up"), "{error}");
-        });
-    }
-
-    /// With and without the log calls, which are dead code when logging is off.
-    #[test]
-    fn the_verifier_takes_every_program() {
-        for debug in [false, true] {
-            let mut ebpf = load(debug).unwrap();
-            let mut names: Vec<String> = Vec::new();
-            for (name, program) in ebpf.programs_mut() {
-                let loaded = match program {
-                    Program::SkLookup(program) => program.load(),
-                    Program::SchedClassifier(program) => program.load(),
-                    Program::SkReuseport(program) => program.load(),
-                    other => panic!("{name} is an unexpected {:?}", other.prog_type()),
-                };
-                loaded.unwrap_or_else(|error| panic!("{name}, debug {debug}: {error}"));
-                names.push(name.to_owned());
-            }
-            names.sort();
-            assert_eq!(names, ["anyport_eth", "anyport_explain", "anyport_ip", "anyport_refuse", "anyport_sk"]);
-        }
-    }
 }

@@ -23,10 +23,10 @@ use crate::{
 
 /// Words of the control map.
 const CONTROL_WORDS: usize = size_of::<Control>() / 8;
-/// Which of them says whether packets are noted.
-const NOTED_WORD: usize = 1;
-/// Which of them says who listens to events.
-pub(super) const LISTENERS_WORD: usize = 2;
+/// Which of them says whether packets are batched.
+const BATCHED_WORD: usize = 1;
+/// Which of them says which subscribers there are.
+pub(super) const SUBSCRIBERS_WORD: usize = 2;
 /// Where the generations begin among them, and how many words each has.
 const FIRST_GENERATION: usize = 3;
 const GENERATION_WORDS: usize = size_of::<Generation>() / 8;
@@ -43,7 +43,7 @@ pub(super) struct BpfTable {
     control: MappedWords,
     current: usize,
     /// Whether programs note packets before they count them.
-    is_noted: bool,
+    is_batched: bool,
     /// The slots of all services and whom they take, also of those that are gone, since everything was compiled anew: policies
     /// that nobody uses at the moment still have them.
     slots: HashMap<ServiceName, (u16, Arc<SourceLists>)>,
@@ -59,7 +59,13 @@ impl BpfTable {
         let outer = table.fd().as_fd().try_clone_to_owned().context("duplicate the descriptor of the table")?;
         let types = types_of(segment).context("look at the type of a segment")?;
         let segments = BpfSegments { outer, types, made: HashMap::new(), apart: Vec::new(), readers };
-        Ok(Self { table: Table::new(Box::new(segments)), control, current: 0, is_noted: false, slots: HashMap::new() })
+        Ok(Self {
+            table: Table::new(Box::new(segments)),
+            control,
+            current: 0,
+            is_batched: false,
+            slots: HashMap::new(),
+        })
     }
 
     /// Puts a plan in force: made aside first, then switched to by a single store.
@@ -75,8 +81,8 @@ impl BpfTable {
             self.table.abort();
             return Err(error);
         }
-        self.is_noted = plan.rules.len() > FEW_RULES;
-        self.control.words()[NOTED_WORD].store(self.is_noted.into(), Ordering::SeqCst);
+        self.is_batched = plan.rules.len() > FEW_RULES;
+        self.control.words()[BATCHED_WORD].store(self.is_batched.into(), Ordering::SeqCst);
         self.switch_to(self.table.generation(plan.generation));
         self.table.commit();
         if !are_slots_kept || plan.changed.is_none() {

@@ -40,13 +40,21 @@ pub(super) struct TcHook {
     /// The interfaces to watch; every one that is up if empty.
     selected: Vec<String>,
     attached: BTreeMap<u32, Attached>,
-    failures: BTreeMap<u32, String>,
+    failures: BTreeMap<u32, Failure>,
 }
 
 #[derive(Debug)]
 struct Attached {
     interface: Interface,
     link: MaybePinned,
+}
+
+/// An interface to which the program could not be attached.
+#[derive(Clone, Debug, PartialEq)]
+struct Failure {
+    /// Its name.
+    interface: String,
+    message: String,
 }
 
 #[derive(Clone, Debug, PartialEq)]
@@ -76,7 +84,7 @@ impl TcHook {
         if hook.attached.is_empty()
             && let Some(failure) = hook.failures.values().next()
         {
-            bail!("{failure}");
+            bail!("{}", failure.message);
         }
         Ok(hook)
     }
@@ -158,9 +166,9 @@ impl Hook for TcHook {
                     self.attached.insert(index, Attached { interface, link });
                 }
                 Err(error) => {
-                    let failure = format!("{error:#}");
+                    let failure = Failure { interface: interface.name, message: format!("{error:#}") };
                     if known.get(&index) != Some(&failure) {
-                        warn!("{failure}");
+                        warn!("{}", failure.message);
                     }
                     self.failures.insert(index, failure);
                 }
@@ -193,10 +201,10 @@ impl Hook for TcHook {
 
     fn degraded(&self) -> Vec<String> {
         let is_there = |name: &String| self.attached.values().any(|attached| attached.interface.name == *name);
-        let is_failure = |name: &String| self.failures.values().any(|failure| failure.contains(name.as_str()));
+        let is_failure = |name: &String| self.failures.values().any(|failure| failure.interface == *name);
         let missing = self.selected.iter().filter(|name| !is_there(name) && !is_failure(name));
         let missing = missing.map(|name| format!("the interface {name} is to be watched, and is not there or down"));
-        self.failures.values().cloned().chain(missing).collect()
+        self.failures.values().map(|failure| failure.message.clone()).chain(missing).collect()
     }
 
     fn detach(self: Box<Self>) -> anyhow::Result<()> {
@@ -306,7 +314,7 @@ mod tests {
             Bpf, Options, load,
             tests::{in_new_namespace, output, with_pins},
         },
-        BackEnd, ETHERNET_PROGRAM, Hook, IP_PROGRAM, Interface, TcHook, expect_tcx, has_tcx, program_for,
+        BackEnd, ETHERNET_PROGRAM, Failure, Hook, IP_PROGRAM, Interface, TcHook, expect_tcx, has_tcx, program_for,
     };
 
     /// As kernels before 6.6 answer.
@@ -418,6 +426,19 @@ mod tests {
             output("ip", "link del later0");
             hook.refresh().unwrap();
             assert_eq!(hook.interfaces(), ["lo"]);
+        });
+    }
+
+    /// The name of one is the beginning of the other's.
+    #[test]
+    fn degraded_names_a_missing_interface_beside_one_that_failed() {
+        in_new_namespace(|| {
+            let mut hook = TcHook::attach(load(false).unwrap(), Vec::new()).unwrap();
+            hook.selected = vec!["x1".into(), "x10".into()];
+            let failure = Failure { interface: "x10".into(), message: "attach the tc program to x10 (tcx)".into() };
+            hook.failures.insert(10, failure.clone());
+            let missing = "the interface x1 is to be watched, and is not there or down";
+            assert_eq!(hook.degraded(), [failure.message.as_str(), missing]);
         });
     }
 

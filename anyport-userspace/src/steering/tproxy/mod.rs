@@ -9,8 +9,6 @@ mod chains;
 mod change;
 mod counted;
 mod explain;
-#[cfg(test)]
-mod fixtures;
 mod groups;
 mod lines;
 mod nftables;

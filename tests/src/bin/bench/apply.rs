@@ -14,11 +14,11 @@ use anyhow::{Context as _, Result, ensure};
 use anyport::rules::Prefix;
 use anyport_tests::{
     daemon::Daemon,
-    ground,
     holdings::Holdings,
     netns::Netns,
     plot::{self, Line, Panel},
     prefixes::Space,
+    prerequisites,
     random::Random,
 };
 
@@ -109,7 +109,7 @@ struct RuleFile {
 
 impl RuleFile {
     fn write(lines: impl Iterator<Item = impl Display>) -> Result<Self> {
-        let directory = ground::scratch();
+        let directory = prerequisites::scratch();
         let path = directory.path().join("rules");
         let mut text = String::new();
         for line in lines {

@@ -14,10 +14,10 @@ use anyhow::{Context as _, Result};
 use anyport_tests::{
     daemon::{Daemon, Setup},
     dial::tcp,
-    ground,
     host::wait_for,
     netns::Netns,
     numbers::percentile,
+    prerequisites,
     random::Random,
 };
 use socket2::{Domain, Protocol, Socket, Type};
@@ -100,7 +100,7 @@ fn namespace() -> Netns {
 
 /// A variant whose connections are accepted by [`sink`] at `listen`.
 fn plain(name: &str, namespace: Netns, listen: &[SocketAddr], targets: Vec<SocketAddr>) -> Result<Variant> {
-    let directory = ground::scratch();
+    let directory = prerequisites::scratch();
     let file = directory.path().join("listen");
     fs::write(&file, listen.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n"))?;
     let mut command = Command::new("setpriv");

@@ -19,7 +19,7 @@ mod udp;
 use std::{net::IpAddr, thread, time::Duration};
 
 use anyhow::Result;
-use anyport_tests::ground;
+use anyport_tests::prerequisites;
 use clap::{Parser, Subcommand};
 
 /// The back ends of anyport.
@@ -77,7 +77,7 @@ fn main() -> Result<()> {
         What::RelayBy(relay) => return relay::relay_by(relay),
         What::Loop(options) => return accept::run_loop(options),
         What::Upstream { address } => return traffic::upstream::serve(*address),
-        _ => ground::prepare()?,
+        _ => prerequisites::prepare()?,
     }
     match &what {
         What::Connect(options) => connect::connect(options),

@@ -10,9 +10,10 @@ use std::{
 use anyhow::{Context as _, Result};
 use anyport_tests::{
     daemon::{Daemon, Setup},
-    dial, ground,
+    dial,
     holdings::Holdings,
     host::wait_for,
+    prerequisites,
     topology::{HOST, SERVER, Topology},
 };
 use tempfile::TempDir;
@@ -83,7 +84,7 @@ impl Lab {
     pub(crate) fn start() -> Result<Self> {
         let topology = Topology::new();
         separate(&topology);
-        let directory = ground::scratch();
+        let directory = prerequisites::scratch();
         let upstream = start_upstream(&topology)?;
         let haproxy = write(&directory, "haproxy.cfg", &haproxy())?;
         let haproxy = Running::start(&topology.host, on_first_cpu("haproxy").arg("-f").arg(haproxy));

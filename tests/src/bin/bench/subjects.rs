@@ -22,7 +22,7 @@ use anyport_common::{
     flow::Transport,
     table::{LINE_WORDS, SEGMENT_WORDS},
 };
-use anyport_tests::{ground::BPFFS, netns::Netns, prefixes::Space};
+use anyport_tests::{netns::Netns, prefixes::Space, prerequisites::BPFFS};
 use aya::{
     Ebpf, EbpfLoader, include_bytes_aligned,
     maps::{LpmTrie, Map, SockMap, lpm_trie::Key},

@@ -13,9 +13,9 @@ use anyport::sys::datagrams::Batch;
 use anyport_tests::{
     daemon::{Daemon, Setup},
     dial::receive,
-    ground,
     host::wait_for,
     numbers::median,
+    prerequisites,
     random::Random,
     topology::{HOST, SERVER, Topology},
 };
@@ -132,7 +132,7 @@ impl Lab {
     fn start() -> Result<Self> {
         let topology = Topology::new();
         separate(&topology);
-        let directory = ground::scratch();
+        let directory = prerequisites::scratch();
         let upstream = start_upstream(&topology)?;
         let listen = |port: u16, more: &str| {
             format!(" server {{ listen {}:{port} udp; proxy_pass {}:{ECHO}; {more} }}\n", HOST[0], SERVER[0])

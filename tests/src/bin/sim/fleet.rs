@@ -13,11 +13,11 @@ use anyhow::{Result, bail, ensure};
 use anyport::fleet::{self, settings::ConnectionSettings};
 use anyport_tests::{
     etcd::Etcd,
-    ground::{program, scratch},
     netns::Netns,
     numbers::{count, median},
     plot::{self, Line, Panel},
     prefixes::Space,
+    prerequisites::{program, scratch},
     random::Random,
 };
 use tokio::runtime::Builder;

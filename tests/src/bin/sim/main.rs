@@ -10,7 +10,7 @@ mod load;
 mod nodes;
 
 use anyhow::Result;
-use anyport_tests::{ground, random};
+use anyport_tests::{prerequisites, random};
 use clap::{Parser, Subcommand};
 
 /// Simulates fleets.
@@ -30,7 +30,7 @@ enum What {
 
 fn main() -> Result<()> {
     let Options { what } = Options::parse();
-    ground::prepare()?;
+    prerequisites::prepare()?;
     eprintln!("random choices: repeat them with ANYPORT_SEED={}", random::seed());
     match &what {
         What::Fleet(options) => fleet::fleet(options),

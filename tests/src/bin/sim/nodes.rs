@@ -21,7 +21,7 @@ use anyport::{
     service::{WorkerHandles, Workers},
     store::{FleetState, Store},
 };
-use anyport_tests::{etcd::Etcd, ground::scratch, host::wait_for, netns::Netns};
+use anyport_tests::{etcd::Etcd, host::wait_for, netns::Netns, prerequisites::scratch};
 use clap::Parser as _;
 use tokio::{
     runtime::Builder,

@@ -1,3 +1,5 @@
+//! Tests that every packet meets the old or the new verdict at each moment of a change.
+
 use std::collections::HashSet;
 
 use proptest::prelude::*;
@@ -8,11 +10,11 @@ use crate::{
     steering::{
         ServiceSockets,
         tproxy::{
-            fixtures::{
+            lines::{Family, Verdict},
+            tests::fixtures::{
                 FAMILIES, Model, Packet, expected, numbered, packets, rule, rule_set, service, services, some_change,
                 target,
             },
-            lines::{Family, Verdict},
         },
     },
 };

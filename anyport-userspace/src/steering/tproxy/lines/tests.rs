@@ -1,3 +1,5 @@
+//! Tests of the lines that are written for iptables.
+
 use std::net::SocketAddr;
 
 use proptest::prelude::*;
@@ -5,7 +7,7 @@ use proptest::prelude::*;
 use super::{Family, guards, lines, split, without};
 use crate::{
     rules::{PortSet, Protocol, RuleSet},
-    steering::tproxy::fixtures::{FAMILIES, Model, expected, packets, rule, rule_set, services, some_rules},
+    steering::tproxy::tests::fixtures::{FAMILIES, Model, expected, packets, rule, rule_set, services, some_rules},
 };
 
 fn rules() -> RuleSet {

@@ -1,3 +1,5 @@
+//! Tests of reading what `iptables-save` prints.
+
 use anyport_common::maps::Counters;
 
 use super::{counted, deletions_of_jumps, our_chains, rules_lines};

@@ -17,14 +17,17 @@ use proptest::{
     test_runner::{Config, TestRunner},
 };
 
-use super::{Bpf, Options, tests::in_new_namespace};
+use super::in_new_namespace;
 use crate::{
     rules::{
-        Change, Decision, Origin, RuleSet, RuleText, ServiceName, SourceLists,
-        arbitrary::{SERVICES, flow, rules, source_lists},
-        decide, from_address, to_address,
+        Change, Decision, Origin, RuleSet, RuleText, ServiceName, SourceLists, decide, from_address,
+        tests::arbitrary::{SERVICES, flow, rules, source_lists},
+        to_address,
     },
-    steering::{BackEnd, Decided, Fate, Plan, ServiceSockets, Steering as _},
+    steering::{
+        BackEnd, Decided, Fate, Plan, ServiceSockets, Steering as _,
+        bpf::{Bpf, Options},
+    },
 };
 
 /// Decisions of each program, unless told otherwise.
@@ -61,7 +64,7 @@ fn expected(rules: &RuleSet, services: &[ServiceSockets], flow: &Flow) -> (Fate,
     }
 }
 
-pub(super) fn open(back_end: BackEnd, bpffs: &Path) -> Bpf {
+pub(in crate::steering::bpf) fn open(back_end: BackEnd, bpffs: &Path) -> Bpf {
     let options = Options {
         bpffs: bpffs.to_owned(),
         interfaces: Vec::new(),

@@ -6,21 +6,23 @@ use anyport_common::flow::{Address, Flow, Transport, Version};
 use aya::programs;
 use nix::libc::{AF_INET, AF_INET6, EOPNOTSUPP};
 
-use super::{
-    Bpf,
-    hooks::{SK_LOOKUP_PROGRAM, loaded},
-    tc::ETHERNET_PROGRAM,
-};
 use crate::{
-    back_end::BackEnd,
+    steering::{
+        BackEnd,
+        bpf::{
+            Bpf,
+            hooks::{SK_LOOKUP_PROGRAM, loaded},
+            tc::ETHERNET_PROGRAM,
+        },
+    },
     sys::bpf::{SkLookup, run_classifier, run_sk_lookup},
 };
 
 const SOURCE_PORT: u16 = 40_000;
 
 impl Bpf {
-    /// Runs the attached program (Linux 5.13 where sockets are looked up). It counts and tells as for any packet.
-    pub(super) fn run(&self, flow: &Flow) {
+    /// Runs the attached program (Linux 5.13 where sockets are looked up). It counts and publishes as for any packet.
+    pub(in crate::steering::bpf) fn run(&self, flow: &Flow) {
         let ebpf = self.hook.ebpf();
         match self.hook.back_end() {
             BackEnd::SkLookup => {

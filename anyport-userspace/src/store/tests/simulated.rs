@@ -7,7 +7,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard},
 };
 
-use super::Files;
+use crate::store::Files;
 
 /// What is found on a disk: files by name.
 pub(crate) type Disk = BTreeMap<String, Vec<u8>>;

@@ -1,4 +1,4 @@
-//! Somebody who types `anyportctl fleet …`.
+//! The driver of `anyportctl fleet …`: runs its commands and reads what they print.
 
 use std::{fs, path::PathBuf, process::Command};
 
@@ -6,14 +6,14 @@ use serde_json::{Value, json};
 
 use crate::{
     etcd::Etcd,
-    ground::{program, scratch},
     host::Outcome,
     netns::Netns,
+    prerequisites::{program, scratch},
 };
 
-/// An operator with files and a way to reach etcd.
+/// Runs `anyportctl fleet` with files and a way to reach etcd.
 #[derive(Debug)]
-pub struct Operator {
+pub struct Driver {
     /// Where.
     pub namespace: Netns,
     /// What comes behind all arguments.
@@ -22,8 +22,8 @@ pub struct Operator {
     pub files: tempfile::TempDir,
 }
 
-impl Operator {
-    /// One who reaches etcd from a namespace.
+impl Driver {
+    /// A driver that reaches etcd from a namespace.
     pub fn of(namespace: &Netns, etcd: &Etcd) -> Self {
         Self { namespace: namespace.clone(), options: vec!["--etcd".into(), etcd.urls()], files: scratch() }
     }

@@ -1,4 +1,4 @@
-//! The ground that the laboratory stands on: what the machine must offer, and the process's own mounts.
+//! The prerequisites of the test harness: what the machine must offer, and the process's own mounts.
 
 use std::{
     env,
@@ -6,14 +6,19 @@ use std::{
     fs,
     os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
-    process::Command,
+    process::{Command, exit},
+    thread,
 };
 
 use nix::{
     mount::{MsFlags, mount},
     sched::{CloneFlags, unshare},
-    sys::resource::{Resource, getrlimit, setrlimit},
-    unistd::geteuid,
+    sys::{
+        prctl::set_pdeathsig,
+        resource::{Resource, getrlimit, setrlimit},
+        signal::{SigSet, Signal, kill},
+    },
+    unistd::{Pid, geteuid, getppid},
 };
 
 use crate::{host::Outcome, netns::Netns};
@@ -74,7 +79,7 @@ pub fn missing() -> Vec<String> {
     missing
 }
 
-/// Makes sure that this machine can run one of the laboratory's programs without being touched by it. To be called before there is a
+/// Makes sure that this machine can run one of the test harness's programs without being touched by it. To be called before there is a
 /// second thread.
 ///
 /// # Errors
@@ -84,6 +89,49 @@ pub fn prepare() -> anyhow::Result<()> {
     anyhow::ensure!(missing.is_empty(), "this machine lacks:\n  {}", missing.join("\n  "));
     isolate();
     Ok(())
+}
+
+/// Ends this process, and all that it has started, when `parent` ends or on SIGTERM: a run that is killed leaves neither tests nor
+/// daemons. Daemons that change their user lose the signal of `setpriv --pdeathsig`. To be called after [`isolate`], and before
+/// there is a second thread.
+pub fn end_with(parent: Pid) {
+    let mut signals = SigSet::empty();
+    signals.add(Signal::SIGTERM);
+    // Threads inherit this; what they start does not, since the standard library clears it.
+    signals.thread_block().expect("to block a signal");
+    thread::spawn(move || {
+        signals.wait().expect("to wait for a signal");
+        // Other threads may start more meanwhile.
+        for _ in 0..10 {
+            for pid in descendants(Pid::this()) {
+                // It may have ended.
+                kill(pid, Signal::SIGKILL).ok();
+            }
+        }
+        exit(1);
+    });
+    set_pdeathsig(Signal::SIGTERM).expect("a signal at the parent's end");
+    assert_eq!(getppid(), parent, "the process that started the tests has ended");
+}
+
+/// The processes that this one has started, and those that they have started.
+fn descendants(ancestor: Pid) -> Vec<Pid> {
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    // pid (comm) state ppid …, see proc_pid_stat(5).
+    let parent = |text: String| text.rsplit_once(") ")?.1.split(' ').nth(1)?.parse().ok().map(Pid::from_raw);
+    let processes: Vec<(Pid, Pid)> = entries
+        .filter_map(|it| {
+            let pid = it.file_name().to_str()?.parse().ok().map(Pid::from_raw)?;
+            Some((pid, parent(fs::read_to_string(it.path().join("stat")).ok()?)?))
+        })
+        .collect();
+    let mut found = vec![ancestor];
+    let mut next = 0;
+    while let Some(parent) = found.get(next).copied() {
+        found.extend(processes.iter().filter(|(_, of)| *of == parent).map(|(pid, _)| *pid));
+        next += 1;
+    }
+    found.split_off(1)
 }
 
 /// What the kernel lacks, tried out in a namespace.

@@ -1,5 +1,7 @@
 //! TPROXY in network namespaces of the tests' own. Needs root.
 
+pub(super) mod fixtures;
+
 use std::{
     collections::HashMap,
     io::{Read as _, Write as _},
@@ -23,12 +25,8 @@ use anyport_common::{
     maps::Counters,
 };
 
-use super::{
-    Tproxy,
-    fixtures::{rule, rule_set},
-    lines::Verdict,
-    remove_leftovers,
-};
+use self::fixtures::{rule, rule_set};
+use super::{Tproxy, lines::Verdict, remove_leftovers};
 use crate::{
     rules::{Prefix, Protocol, RuleSet, ServiceName, to_address},
     steering::{GroupSocket, Holder, Plan, ServiceSockets, Steering},

@@ -8,10 +8,14 @@ use aya::{
     programs::{SchedClassifier, TestRun as _, TestRunOptions},
 };
 
-use super::{hooks::program, load, names, table::BpfTable, take_map};
+use anyport_common::maps::names;
+
 use crate::{
     rules::{Origin, RuleSet, RuleText},
-    steering::{Plan, ServiceSockets},
+    steering::{
+        Plan, ServiceSockets,
+        bpf::{hooks::program, load, table::BpfTable, take_map},
+    },
 };
 
 /// There are no sockets in the map, so what is to be steered is dropped (`TC_ACT_SHOT`).

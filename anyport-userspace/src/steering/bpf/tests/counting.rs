@@ -12,18 +12,18 @@ use std::{
 
 use anyport_common::{
     flow::{Address, Flow, Transport},
-    maps::JOURNAL_ENTRIES,
+    maps::BATCH_ENTRIES,
 };
 
 use tempfile::TempDir;
 
-use super::{Bpf, differential::open, tests::in_new_namespace};
+use super::{differential::open, in_new_namespace};
 use crate::{
     rules::{Change, Origin, Prefix, PrefixRules, RuleSet, RuleText, ServiceName},
-    steering::{BackEnd, Fate, GroupSocket, Holder, Plan, ServiceSockets, Steering as _},
+    steering::{BackEnd, Fate, GroupSocket, Holder, Plan, ServiceSockets, Steering as _, bpf::Bpf},
 };
 
-/// Enough that packets are noted.
+/// Enough that packets are batched.
 const RULES: u32 = 100;
 
 /// A program that steers 192.0.2.0 and the addresses behind it, each by a rule of its own.
@@ -127,7 +127,7 @@ fn drops_of_all_rules_are_added_up() {
 fn each_packet_is_counted_once() {
     with_program(|steered| {
         let mut expected = vec![0; RULES as usize];
-        for packet in 0..5 * JOURNAL_ENTRIES {
+        for packet in 0..5 * BATCH_ENTRIES {
             let place = packet * packet % RULES as usize;
             steered.packet(u32::try_from(place).unwrap());
             expected[place] += 1;
@@ -137,9 +137,9 @@ fn each_packet_is_counted_once() {
 }
 
 #[test]
-fn what_is_noted_goes_on_with_the_rule_and_not_with_its_number() {
+fn what_is_batched_goes_on_with_the_rule_and_not_with_its_number() {
     with_program(|steered| {
-        for packets in [1, 7, JOURNAL_ENTRIES as u64 + 3] {
+        for packets in [1, 7, BATCH_ENTRIES as u64 + 3] {
             (0..packets).for_each(|_| steered.packet(4));
             // The rules have others' numbers now, the fifth one goes on under another.
             let all = 1..2 * RULES + 1;
@@ -147,12 +147,12 @@ fn what_is_noted_goes_on_with_the_rule_and_not_with_its_number() {
             let mut expected = vec![0; RULES as usize];
             expected[4] = packets;
             assert_eq!(steered.counted(RULES + 1..all.end), expected);
-            // And now all is new, with numbers of which packets are still noted.
+            // And now all is new, with numbers of which a batch still holds packets.
             steered.apply(1, slice_of(&all), &[]);
             expected[4] = 0;
             assert_eq!(steered.counted(1..RULES + 1), expected);
-            (0..JOURNAL_ENTRIES as u64 * 2).for_each(|_| steered.packet(9));
-            expected[9] = JOURNAL_ENTRIES as u64 * 2;
+            (0..BATCH_ENTRIES as u64 * 2).for_each(|_| steered.packet(9));
+            expected[9] = BATCH_ENTRIES as u64 * 2;
             assert_eq!(steered.counted(1..RULES + 1), expected);
             steered.apply(1, slice_of(&all), &[]);
         }

@@ -8,7 +8,7 @@ use std::{
 use anyport_common::flow::{Flow, Transport};
 use proptest::prelude::*;
 
-use super::{Origin, PortSet, Prefix, Protocol, Rule, RuleSet, RuleText, SourceLists, to_address};
+use crate::rules::{Origin, PortSet, Prefix, Protocol, Rule, RuleSet, RuleText, SourceLists, to_address};
 
 /// The services that random rules steer to.
 pub(crate) const SERVICES: [&str; 3] = ["a", "b", "c"];

@@ -167,7 +167,7 @@ fn walks_ipv6_extension_headers() {
     }
 }
 
-/// The kernel walks chains of any length, so what is behind a long one is not nobody's.
+/// The kernel walks chains of any length, so what is behind a long one still has a socket.
 #[test]
 fn tells_apart_what_it_walks_from_what_the_kernel_walks() {
     let options_to = |next| [next, 0, 1, 4, 0, 0, 0, 0];

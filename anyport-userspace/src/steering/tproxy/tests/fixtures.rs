@@ -10,22 +10,24 @@ use std::{
 use anyport_common::flow::Transport;
 use proptest::prelude::*;
 
-use super::{
-    change::{self, State, Step, Target, Way},
-    groups::{self, Sockets},
-    lines::{Destination, Family, Line, Verdict},
-};
 use crate::{
     rules::{Decision, Origin, PortSet, Prefix, Protocol, Rule, RuleSet, RuleText, decide},
-    steering::{GroupSocket, Holder, ServiceSockets},
+    steering::{
+        GroupSocket, Holder, ServiceSockets,
+        tproxy::{
+            change::{self, State, Step, Target, Way},
+            groups::{self, Sockets},
+            lines::{Destination, Family, Line, Verdict},
+        },
+    },
 };
 
-pub(super) const FAMILIES: [Family; 2] = [Family::V4, Family::V6];
+pub(in crate::steering::tproxy) const FAMILIES: [Family; 2] = [Family::V4, Family::V6];
 
 /// A packet: source, destination, transport and port.
-pub(super) type Packet = (IpAddr, IpAddr, Transport, u16);
+pub(in crate::steering::tproxy) type Packet = (IpAddr, IpAddr, Transport, u16);
 
-pub(super) fn service(name: &str, slot: u16, bound: [Option<&str>; 4]) -> ServiceSockets {
+pub(in crate::steering::tproxy) fn service(name: &str, slot: u16, bound: [Option<&str>; 4]) -> ServiceSockets {
     let socket = Arc::new(File::open("/dev/null").unwrap().into());
     let group =
         |bound: &str| GroupSocket { cookie: 0, bound: bound.parse().unwrap(), holder: Holder::Us(Arc::clone(&socket)) };
@@ -37,7 +39,7 @@ pub(super) fn service(name: &str, slot: u16, bound: [Option<&str>; 4]) -> Servic
     }
 }
 
-pub(super) fn services() -> Vec<ServiceSockets> {
+pub(in crate::steering::tproxy) fn services() -> Vec<ServiceSockets> {
     vec![
         service("a", 1, [Some("127.0.0.1:1001"), Some("127.0.0.1:1002"), Some("[::1]:1003"), Some("[::1]:1004")]),
         service("b", 2, [Some("0.0.0.0:2001"), None, Some("[::]:2003"), None]),
@@ -46,7 +48,13 @@ pub(super) fn services() -> Vec<ServiceSockets> {
 }
 
 /// A rule for a prefix such as `192.0.2.0/24` or `192.0.2.0/24 from 198.51.100.0/24`.
-pub(super) fn rule(prefix: &str, protocol: Protocol, ports: &str, except: &str, service: &str) -> Rule {
+pub(in crate::steering::tproxy) fn rule(
+    prefix: &str,
+    protocol: Protocol,
+    ports: &str,
+    except: &str,
+    service: &str,
+) -> Rule {
     let (prefix, source) =
         prefix.split_once(" from ").map_or((prefix, None), |(prefix, source)| (prefix, Some(source)));
     RuleText {
@@ -62,7 +70,7 @@ pub(super) fn rule(prefix: &str, protocol: Protocol, ports: &str, except: &str, 
 }
 
 /// A numbered set of those of the rules that contradict none before them.
-pub(super) fn rule_set(rules: &[Rule]) -> RuleSet {
+pub(in crate::steering::tproxy) fn rule_set(rules: &[Rule]) -> RuleSet {
     let mut set = RuleSet::default();
     for rule in rules.iter().filter(|rule| rule.terms.validate(&rule.prefix).is_ok()) {
         let _ = set.insert(rule);
@@ -71,7 +79,7 @@ pub(super) fn rule_set(rules: &[Rule]) -> RuleSet {
 }
 
 /// The same rules, under numbers from this one on.
-pub(super) fn numbered(set: &RuleSet, first: u32) -> RuleSet {
+pub(in crate::steering::tproxy) fn numbered(set: &RuleSet, first: u32) -> RuleSet {
     let mut next = first;
     let mut change = crate::rules::Change::default();
     for (prefix, rules) in set.prefixes() {
@@ -85,20 +93,30 @@ pub(super) fn numbered(set: &RuleSet, first: u32) -> RuleSet {
     numbered
 }
 
-pub(super) fn target<'a>(rules: &'a RuleSet, services: &'a [ServiceSockets], family: Family, few: usize) -> Target<'a> {
+pub(in crate::steering::tproxy) fn target<'a>(
+    rules: &'a RuleSet,
+    services: &'a [ServiceSockets],
+    family: Family,
+    few: usize,
+) -> Target<'a> {
     Target { family, few, rules, sockets: Sockets::of(services, family), waiting: Vec::new() }
 }
 
 /// What the kernel would be like.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Model {
-    pub(super) lines: Vec<Line>,
-    pub(super) sets: HashMap<String, HashSet<Prefix>>,
+pub(in crate::steering::tproxy) struct Model {
+    pub(in crate::steering::tproxy) lines: Vec<Line>,
+    pub(in crate::steering::tproxy) sets: HashMap<String, HashSet<Prefix>>,
 }
 
 impl Model {
     /// Made from nothing by the rules.
-    pub(super) fn of(rules: &RuleSet, services: &[ServiceSockets], family: Family, few: usize) -> (Self, State) {
+    pub(in crate::steering::tproxy) fn of(
+        rules: &RuleSet,
+        services: &[ServiceSockets],
+        family: Family,
+        few: usize,
+    ) -> (Self, State) {
         let mut named = 0;
         let Way { steps, end, .. } = change::from_anything(target(rules, services, family, few), || {
             named += 1;
@@ -113,7 +131,7 @@ impl Model {
     }
 
     /// Does a step and gives what the kernel was like after each part of it.
-    pub(super) fn carry_out(&mut self, step: Step) -> Vec<Self> {
+    pub(in crate::steering::tproxy) fn carry_out(&mut self, step: Step) -> Vec<Self> {
         let mut states = Vec::new();
         match step {
             Step::Make(sets) => {
@@ -141,7 +159,7 @@ impl Model {
         states
     }
 
-    pub(super) fn matches(&self, line: &Line, packet: Packet) -> bool {
+    pub(in crate::steering::tproxy) fn matches(&self, line: &Line, packet: Packet) -> bool {
         let (source, address, transport, port) = packet;
         let is_inside = match &line.destination {
             Destination::Prefix(prefix, _) => prefix.contains(address),
@@ -154,7 +172,12 @@ impl Model {
     }
 
     /// What a packet meets that goes through the lines from the first to the last, and the rule that is counted.
-    pub(super) fn decide(&self, state: &State, rules: &RuleSet, packet: Packet) -> Option<(u32, Verdict)> {
+    pub(in crate::steering::tproxy) fn decide(
+        &self,
+        state: &State,
+        rules: &RuleSet,
+        packet: Packet,
+    ) -> Option<(u32, Verdict)> {
         let line = self.lines.iter().find(|line| self.matches(line, packet))?;
         let number = match &line.destination {
             Destination::Prefix(_, number) => number.unwrap(),
@@ -168,7 +191,11 @@ impl Model {
 }
 
 /// What the rules say.
-pub(super) fn expected(rules: &RuleSet, services: &[ServiceSockets], packet: Packet) -> Option<(u32, Verdict)> {
+pub(in crate::steering::tproxy) fn expected(
+    rules: &RuleSet,
+    services: &[ServiceSockets],
+    packet: Packet,
+) -> Option<(u32, Verdict)> {
     let (source, address, transport, port) = packet;
     match decide(rules, address, transport, port, source) {
         Decision::Unmatched => None,
@@ -183,7 +210,7 @@ pub(super) fn expected(rules: &RuleSet, services: &[ServiceSockets], packet: Pac
 }
 
 /// Packets of a family that tell the rules of [`some_rules`] apart.
-pub(super) fn packets(family: Family) -> Vec<Packet> {
+pub(in crate::steering::tproxy) fn packets(family: Family) -> Vec<Packet> {
     let sources = ["198.51.100.1", "198.51.100.200", "203.0.113.9", "2001:db8:1::1", "2001:db8:1:8000::", "fe80::1"];
     let addresses = [
         "192.0.2.1",
@@ -264,13 +291,13 @@ fn each_of(terms: &RuleText, prefixes: &[Prefix]) -> Vec<Rule> {
 }
 
 /// Rules of which some say the same of several prefixes.
-pub(super) fn some_rules() -> impl Strategy<Value = Vec<Rule>> {
+pub(in crate::steering::tproxy) fn some_rules() -> impl Strategy<Value = Vec<Rule>> {
     let alike = (some_terms(), some_prefixes()).prop_map(|(terms, prefixes)| each_of(&terms, &prefixes));
     prop::collection::vec(alike, 0..6).prop_map(|rules| rules.concat())
 }
 
 /// Two sets of such rules, which say the same of some prefixes.
-pub(super) fn some_change() -> impl Strategy<Value = [Vec<Rule>; 2]> {
+pub(in crate::steering::tproxy) fn some_change() -> impl Strategy<Value = [Vec<Rule>; 2]> {
     let alike = (some_terms(), [some_prefixes(), some_prefixes(), some_prefixes()])
         .prop_map(|(terms, [stay, go, come])| [go, come].map(|some| each_of(&terms, &[&stay[..], &some].concat())));
     let before_and_after =

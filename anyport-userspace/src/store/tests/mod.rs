@@ -1,8 +1,13 @@
+//! Tests of the state file, with a disk that loses power at any moment.
+
+pub(crate) mod simulated;
+
 use std::{fmt::Write as _, fs, sync::Arc};
 
 use anyport_common::maps::Counters;
 
-use super::{FleetState, KeptFleet, KeptSocket, Line, State, Store, simulated::Simulated};
+use self::simulated::Simulated;
+use super::{FleetState, KeptFleet, KeptSocket, Line, State, Store};
 use crate::rules::{Origin, RuleText, Terms};
 
 #[test]
