@@ -53,6 +53,7 @@ use std::{env, process::ExitCode};
 
 use anyport_tests::{prerequisites, random};
 use libtest_mimic::Arguments;
+use nix::unistd::getppid;
 
 /// Tests at a time. They wait for daemons to start more than they compute.
 const THREADS: usize = 4;
@@ -62,7 +63,7 @@ fn main() -> ExitCode {
         starts::hold(&name);
         return ExitCode::SUCCESS;
     }
-    prerequisites::die_with_parent();
+    let parent = getppid();
     let mut arguments = Arguments::from_args();
     arguments.test_threads.get_or_insert(THREADS);
     let mut ignored = false;
@@ -83,6 +84,7 @@ fn main() -> ExitCode {
             eprintln!("random choices: repeat them with ANYPORT_SEED={}", random::seed());
         }
     }
+    prerequisites::end_with(parent);
     let mut trials = Vec::new();
     trials.extend(steer::trials());
     trials.extend(udp::trials());

@@ -6,7 +6,8 @@ use std::{
     fs,
     os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
-    process::Command,
+    process::{Command, exit},
+    thread,
 };
 
 use nix::{
@@ -15,9 +16,14 @@ use nix::{
     sys::{
         prctl::set_pdeathsig,
         resource::{Resource, getrlimit, setrlimit},
-        signal::Signal,
+        signal::{Signal, kill},
     },
-    unistd::{geteuid, getppid},
+    unistd::{Pid, geteuid, getppid},
+};
+
+use tokio::{
+    runtime::Builder,
+    signal::unix::{SignalKind, signal},
 };
 
 use crate::{host::Outcome, netns::Netns};
@@ -90,12 +96,46 @@ pub fn prepare() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Has the kernel kill this process when the thread that started it ends, such as cargo, so that a run that is killed leaves
-/// neither tests nor daemons.
-pub fn die_with_parent() {
-    let parent = getppid();
-    set_pdeathsig(Signal::SIGKILL).expect("a signal at the parent's end");
-    assert_eq!(getppid(), parent, "the parent ended meanwhile");
+/// Ends this process, and all that it has started, when `parent` ends or on SIGTERM: a run that is killed leaves neither tests nor
+/// daemons. Daemons that change their user lose the signal of `setpriv --pdeathsig`. To be called after [`isolate`], and before
+/// there is a second thread.
+pub fn end_with(parent: Pid) {
+    let runtime = Builder::new_current_thread().enable_all().build().expect("a runtime");
+    // Caught rather than blocked: what is started would inherit a blocked signal.
+    let mut terminate = runtime.block_on(async { signal(SignalKind::terminate()) }).expect("to catch a signal");
+    thread::spawn(move || {
+        runtime.block_on(terminate.recv());
+        // Other threads may start more meanwhile.
+        for _ in 0..10 {
+            for pid in descendants(Pid::this()) {
+                // It may have ended.
+                kill(pid, Signal::SIGKILL).ok();
+            }
+        }
+        exit(1);
+    });
+    set_pdeathsig(Signal::SIGTERM).expect("a signal at the parent's end");
+    assert_eq!(getppid(), parent, "the process that started the tests has ended");
+}
+
+/// The processes that this one has started, and those that they have started.
+fn descendants(ancestor: Pid) -> Vec<Pid> {
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    // pid (comm) state ppid …, see proc_pid_stat(5).
+    let parent = |text: String| text.rsplit_once(") ")?.1.split(' ').nth(1)?.parse().ok().map(Pid::from_raw);
+    let processes: Vec<(Pid, Pid)> = entries
+        .filter_map(|it| {
+            let pid = it.file_name().to_str()?.parse().ok().map(Pid::from_raw)?;
+            Some((pid, parent(fs::read_to_string(it.path().join("stat")).ok()?)?))
+        })
+        .collect();
+    let mut found = vec![ancestor];
+    let mut next = 0;
+    while let Some(parent) = found.get(next).copied() {
+        found.extend(processes.iter().filter(|(_, of)| *of == parent).map(|(pid, _)| *pid));
+        next += 1;
+    }
+    found.split_off(1)
 }
 
 /// What the kernel lacks, tried out in a namespace.
