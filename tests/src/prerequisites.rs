@@ -16,9 +16,14 @@ use nix::{
     sys::{
         prctl::set_pdeathsig,
         resource::{Resource, getrlimit, setrlimit},
-        signal::{SigSet, Signal, kill},
+        signal::{Signal, kill},
     },
     unistd::{Pid, geteuid, getppid},
+};
+
+use tokio::{
+    runtime::Builder,
+    signal::unix::{SignalKind, signal},
 };
 
 use crate::{host::Outcome, netns::Netns};
@@ -95,12 +100,11 @@ pub fn prepare() -> anyhow::Result<()> {
 /// daemons. Daemons that change their user lose the signal of `setpriv --pdeathsig`. To be called after [`isolate`], and before
 /// there is a second thread.
 pub fn end_with(parent: Pid) {
-    let mut signals = SigSet::empty();
-    signals.add(Signal::SIGTERM);
-    // Threads inherit this; what they start does not, since the standard library clears it.
-    signals.thread_block().expect("to block a signal");
+    let runtime = Builder::new_current_thread().enable_all().build().expect("a runtime");
+    // Caught rather than blocked: what is started would inherit a blocked signal.
+    let mut terminate = runtime.block_on(async { signal(SignalKind::terminate()) }).expect("to catch a signal");
     thread::spawn(move || {
-        signals.wait().expect("to wait for a signal");
+        runtime.block_on(terminate.recv());
         // Other threads may start more meanwhile.
         for _ in 0..10 {
             for pid in descendants(Pid::this()) {

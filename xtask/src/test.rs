@@ -96,7 +96,7 @@ fn checks(session: &mut Session, root: &Path) {
             session.check("the BPF object", || Err(error));
         }
         Err(error) => {
-            session.leave_out("lints and documentation of the BPF programs, the BPF object, 64-bit ARM", 4, &error)
+            session.leave_out("lints and documentation of the BPF programs, the BPF object, 64-bit ARM", 4, &error);
         }
     }
 }
