@@ -19,7 +19,7 @@ use tracing::{error, info, warn};
 use crate::fleet::node::Node;
 use crate::{
     api,
-    config::Config,
+    config::{Config, DaemonConfig},
     engine::Engine,
     keeper::{self, Begin, Command, Commands, Handover, Link},
     lock::Lock,
@@ -190,7 +190,7 @@ async fn control_loop(
     drop(metrics);
     watcher.abort();
     registrar.abort();
-    let &Config { keep, drain_timeout, .. } = engine.config();
+    let &DaemonConfig { keep, drain_timeout, .. } = &engine.config().daemon;
     if end == End::Stop {
         engine.withdraw().await;
     }

@@ -6,12 +6,11 @@
 
 mod announcer;
 mod bird;
-mod config;
 mod file;
 mod holds;
 
 pub use self::{
     announcer::{Announcer, withdraw_after_stop, withdraw_all},
-    config::{Announce, Format, Needs},
     holds::{Judged, Judgement, State, Verdict},
 };
+pub use crate::config::{Announce, Format, Needs};

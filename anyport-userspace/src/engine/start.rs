@@ -86,7 +86,7 @@ impl Engine {
         let events: Arc<Board> = Arc::default();
         let options = bpf::Options {
             bpffs: config.bpffs.clone(),
-            interfaces: config.interfaces.clone(),
+            interfaces: config.interface.clone(),
             debug: config.log_level >= crate::config::LogLevel::Debug,
             readers: Arc::clone(&published),
             events: Arc::clone(&events),
@@ -133,7 +133,7 @@ impl Engine {
         let commons = Commons {
             workers,
             control: Handle::current(),
-            capacity: Capacity::new(config.limits, descriptors.clone()),
+            capacity: Capacity::new(config.limits(), descriptors.clone()),
             sees_to_sources: chosen.steering.back_end() == BackEnd::Tproxy,
             descriptors,
             loop_guard: loop_guard(&published),
