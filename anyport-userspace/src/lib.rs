@@ -56,6 +56,7 @@ pub mod table;
 mod text;
 
 pub mod api;
+mod as_text;
 mod datagram;
 mod owner;
 pub mod register;

@@ -5,9 +5,7 @@ use nix::{
     unistd::{Group, Uid},
 };
 
-use serde::Deserialize;
-
-use crate::sys::peer_groups;
+use crate::{as_text::as_text, sys::peer_groups};
 
 /// Members of this group may use the API, as root may.
 pub const GROUP: &str = "anyport";
@@ -43,8 +41,7 @@ impl Peer {
 }
 
 /// Who may look at everything and change nothing, beside those who are in control.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
-#[serde(try_from = "String")]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Readers {
     /// Whoever gets to the socket.
     All,
@@ -77,13 +74,7 @@ impl FromStr for Readers {
     }
 }
 
-impl TryFrom<String> for Readers {
-    type Error = String;
-
-    fn try_from(text: String) -> Result<Self, String> {
-        text.parse()
-    }
-}
+as_text!(Readers);
 
 impl fmt::Display for Readers {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

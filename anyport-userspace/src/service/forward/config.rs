@@ -11,11 +11,13 @@ use std::{
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 pub use super::header::ProxyVersion;
-use crate::rules::{InvalidText, Prefix};
+use crate::{
+    as_text::as_text,
+    rules::{InvalidText, Prefix},
+};
 
 /// A time in a setting, such as `3s` or `5m`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Span(pub Duration);
 
 impl Span {
@@ -37,19 +39,7 @@ impl FromStr for Span {
     }
 }
 
-impl TryFrom<String> for Span {
-    type Error = InvalidText;
-
-    fn try_from(text: String) -> Result<Self, InvalidText> {
-        text.parse()
-    }
-}
-
-impl From<Span> for String {
-    fn from(span: Span) -> Self {
-        span.to_string()
-    }
-}
+as_text!(Span);
 
 impl From<Span> for Duration {
     fn from(span: Span) -> Self {
@@ -68,8 +58,7 @@ const SHORTEST: Duration = Duration::from_millis(10);
 const LONGEST: Duration = Duration::from_hours(366 * 24);
 
 /// Where an upstream is, as the operator writes it: `ADDR:PORT`, `ADDR:*`, `NAME:PORT` or `NAME:*`.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct UpstreamAddress {
     /// What to dial.
     pub host: Host,
@@ -152,19 +141,7 @@ impl fmt::Display for UpstreamAddress {
     }
 }
 
-impl TryFrom<String> for UpstreamAddress {
-    type Error = InvalidText;
-
-    fn try_from(text: String) -> Result<Self, InvalidText> {
-        text.parse()
-    }
-}
-
-impl From<UpstreamAddress> for String {
-    fn from(address: UpstreamAddress) -> Self {
-        address.to_string()
-    }
-}
+as_text!(UpstreamAddress);
 
 /// Which of several upstreams gets the next connection.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
@@ -370,6 +347,7 @@ mod tests {
     use std::time::Duration;
 
     use super::{Ejection, ForwardConfig, HealthCheck, Span, TcpOptions, UpstreamAddress, table_of_words};
+    use crate::as_text::expect_same_json;
 
     #[test]
     fn reads_and_writes_upstreams() {
@@ -395,6 +373,7 @@ mod tests {
             let error = text.parse::<UpstreamAddress>().unwrap_err().to_string();
             assert!(error.contains(why), "{text:?}: {error}");
         }
+        expect_same_json::<UpstreamAddress>(&["198.51.100.5:80", "[2001:db8::5]:*", "a.example:80"]);
     }
 
     #[test]
@@ -405,6 +384,7 @@ mod tests {
         for text in ["", "3", "9ms", "2years", "-1s", "soon"] {
             assert!(text.parse::<Span>().is_err(), "{text:?}");
         }
+        expect_same_json::<Span>(&["10ms", "1m30s"]);
     }
 
     #[test]
