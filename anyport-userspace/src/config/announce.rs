@@ -45,7 +45,7 @@ announce! {{
     /// The control socket of BIRD, by which it is told to read its configuration
     reload: Option<PathBuf> {
         default: None,
-        in_words: "nobody is told",
+        in_words: "no router is told",
         empty: "nothing",
         changes_by: Restart,
         sample: r#""/run/bird/bird.ctl""#,

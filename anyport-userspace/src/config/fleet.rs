@@ -24,7 +24,7 @@ use crate::{
 shown_as_text!(Name);
 
 table! {
-    /// `[fleet]` as it stands in the file. What may be left out is none until [`Fleet::settle`] sees to it.
+    /// `[fleet]` as it stands in the file. What may be left out is none.
     #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
     #[serde(deny_unknown_fields, rename_all = "kebab-case")]
     pub struct FleetSettings ("fleet.", "none") {
@@ -137,7 +137,7 @@ pub struct Fleet {
 
 impl Fleet {
     /// What is right; what is wrong is added to the problems. Files are read, since a node that can't do so at its start would only
-    /// say so when somebody asks.
+    /// say so later.
     pub(super) fn settle(table: Spanned<FleetSettings>, text: &str, problems: &mut Vec<String>) -> Option<Self> {
         let before = problems.len();
         let at = Places::of(text).at(table.span().start).to_string();

@@ -10,6 +10,7 @@ use super::Settings;
 ///
 /// Without any configuration it starts, steers nothing, and says what to type next. Each option may also stand
 /// under [daemon] in the configuration file, by its long name.
+#[expect(rustdoc::broken_intra_doc_links, reason = "it is the text of --help, in which brackets are no links")]
 #[derive(Debug, Parser)]
 #[command(
     name = "anyportd",

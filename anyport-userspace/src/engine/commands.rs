@@ -4,7 +4,7 @@ use super::{Engine, change::Keep, register::expect_fallbacks};
 use crate::{
     api::{AddPrefixes, Changed, Kind, Problem, RemovePrefixes},
     host::{self, Host},
-    rules::{Change, Conflict, Draft, Origin, Prefix, Rule, ServiceName},
+    rules::{Change, Conflict, Draft, Origin, Prefix, Rule, ServiceName, Terms},
     service::ServiceConfig,
 };
 
@@ -14,14 +14,13 @@ impl Engine {
     /// # Errors
     /// See [`Kind`]. Nothing has changed.
     pub async fn add_prefixes(&mut self, request: AddPrefixes) -> Result<Changed, Problem> {
-        let force = request.force;
-        let (prefixes, terms) = request.into_terms();
+        let AddPrefixes { prefixes, protocol, ports, except, source, service, route, force } = request;
         if prefixes.is_empty() {
             return Err(Problem::new(Kind::Invalid, "add prefixes: there are none in the request"));
         }
         self.expect_confirmed()?;
-        self.expect_service(&terms.service)?;
-        let terms = self.shared(terms);
+        self.expect_service(&service)?;
+        let terms = self.shared(Terms { protocol, ports, except, source, service, route });
         let mut draft = Draft::of(&self.rules);
         let mut added = 0;
         for prefix in prefixes {
