@@ -57,3 +57,12 @@ impl Choice {
         }
     }
 }
+
+impl fmt::Display for Choice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.back_end() {
+            Some(back_end) => back_end.fmt(f),
+            None => f.write_str("auto"),
+        }
+    }
+}

@@ -66,6 +66,7 @@ pub mod table;
 mod text;
 
 pub mod api;
+mod as_text;
 mod datagram;
 mod owner;
 mod problem;

@@ -24,6 +24,7 @@ const LAYERS: &[Layers] = &[
     Layers {
         parent: &[],
         order: &[
+            "as_text",
             "back_end",
             "lock",
             "paths",
@@ -49,9 +50,9 @@ const LAYERS: &[Layers] = &[
             "rule_file",
             "store",
             "api",
-            "announce",
             "fleet",
             "config",
+            "announce",
             "logging",
             // What the daemon is put together from.
             "engine",

@@ -6,12 +6,11 @@
 
 mod announcer;
 mod bird;
-mod config;
 mod file;
 mod holds;
 
 pub use self::{
     announcer::{Announcer, has_ended_well, withdraw_all},
-    config::{Announce, Format, Needs},
     holds::{Judged, Judgement, Verdict},
 };
+pub use crate::config::{Announce, Format, Needs};

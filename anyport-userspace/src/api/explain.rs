@@ -2,10 +2,11 @@
 
 use std::{fmt, net::SocketAddr, str::FromStr};
 
-use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
+use serde::{Deserialize, Serialize};
 
 use super::{Kind, Problem};
 use crate::{
+    as_text::as_text,
     back_end::BackEnd,
     rules::{InvalidText, Numbered, Origin, PortSet, Prefix, Protocol, ServiceName, Terms},
     service::Family,
@@ -42,18 +43,7 @@ impl FromStr for Endpoint {
     }
 }
 
-impl Serialize for Endpoint {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(self)
-    }
-}
-
-impl<'de> Deserialize<'de> for Endpoint {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let text = String::deserialize(deserializer)?;
-        text.parse().map_err(D::Error::custom)
-    }
-}
+as_text!(Endpoint);
 
 /// Query of `GET /v1/explain`: the first packet of a connection, or a datagram.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
@@ -256,7 +246,12 @@ pub struct ListenerView {
 #[cfg(test)]
 mod tests {
     use super::{Endpoint, Explain};
-    use crate::rules::Protocol;
+    use crate::{as_text::expect_same_json, rules::Protocol};
+
+    #[test]
+    fn json_of_endpoints() {
+        expect_same_json::<Endpoint>(&["192.0.2.7:80", "[2001:db8::7]:65535"]);
+    }
 
     #[test]
     fn refuses_what_stands_in_no_packet_and_says_why() {

@@ -7,9 +7,7 @@ use nix::{
     unistd::{Group, Uid},
 };
 
-use serde::Deserialize;
-
-use crate::{rights::GROUP, sys::peer_groups};
+use crate::{as_text::as_text, rights::GROUP, sys::peer_groups};
 
 /// Who is at the other end, as the kernel says.
 #[derive(Clone, Debug)]
@@ -42,8 +40,7 @@ impl Peer {
 }
 
 /// Who may look at everything and change nothing, beside those who are in control.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
-#[serde(try_from = "String")]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Readers {
     /// Whoever gets to the socket.
     All,
@@ -76,13 +73,7 @@ impl FromStr for Readers {
     }
 }
 
-impl TryFrom<String> for Readers {
-    type Error = String;
-
-    fn try_from(text: String) -> Result<Self, String> {
-        text.parse()
-    }
-}
+as_text!(Readers);
 
 impl fmt::Display for Readers {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

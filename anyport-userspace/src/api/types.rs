@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use super::{AnnounceView, DrainView, Kind, Problem};
 use crate::{
-    rules::{Origin, PortSet, Prefix, Protocol, ServiceName, Terms},
+    rules::{Origin, PortSet, Prefix, Protocol, ServiceName, Terms, with_terms},
     service::{HandlerKind, Limits, Registrant, ServiceStats, SocketInfo, UpstreamView},
     steering::{self, BackEnd},
 };
@@ -33,37 +33,16 @@ pub fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, Problem> {
     })
 }
 
-/// Body of `POST /v1/prefixes`: one rule for each of the prefixes.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct AddPrefixes {
-    /// All of them are added, or none.
-    pub prefixes: Vec<Prefix>,
-    /// Transports to steer.
-    #[serde(default)]
-    pub protocol: Protocol,
-    /// Ports to steer.
-    #[serde(default = "PortSet::all")]
-    pub ports: PortSet,
-    /// Ports to leave to the host.
-    #[serde(default)]
-    pub except: PortSet,
-    /// The clients to steer; all of them if there is none.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub source: Option<Prefix>,
-    /// Who receives.
-    #[serde(default = "ServiceName::default_service")]
-    pub service: ServiceName,
-    /// Whether to make the prefixes local.
-    #[serde(default = "yes")]
-    pub route: bool,
-    /// Whether to go on although listening sockets are shadowed or the host may be cut off.
-    #[serde(default)]
-    pub force: bool,
-}
-
-fn yes() -> bool {
-    true
+with_terms! {
+    /// Body of `POST /v1/prefixes`: one rule for each of the prefixes.
+    pub struct AddPrefixes {
+        /// All of them are added, or none.
+        pub prefixes: Vec<Prefix>,
+        ..Terms,
+        /// Whether to go on although listening sockets are shadowed or the host may be cut off.
+        #[serde(default)]
+        pub force: bool,
+    }
 }
 
 /// Body of `DELETE /v1/prefixes`: every rule of exactly these prefixes that matches what else is given.

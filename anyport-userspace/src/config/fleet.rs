@@ -1,4 +1,4 @@
-//! The section `[fleet]`: whom this node asks for rules, and what it takes from there.
+//! `[fleet]`: where the daemon looks for rules, and what it takes from there.
 
 use std::{
     fmt::Display,
@@ -12,94 +12,165 @@ use nix::unistd::gethostname;
 use serde::Deserialize;
 use toml::Spanned;
 
+use super::{
+    declare::{Table as _, shown_as_text, table},
+    place_of_setting,
+};
 use crate::{
-    fleet::{
-        layout::{DEFAULT_PREFIX, Name},
-        settings::ConnectionSettings,
-        signing::PublicKeys,
-    },
+    fleet::{layout::Name, settings::ConnectionSettings, signing::PublicKeys},
     text::Positions,
 };
 
-/// The settings that can change while the daemon runs.
-pub(super) const LIVE: [&str; 1] = ["fleet.max-removal"];
-/// Those that take a restart.
-pub(super) const FIXED: [&str; 10] = [
-    "fleet.etcd",
-    "fleet.ring",
-    "fleet.node",
-    "fleet.prefix",
-    "fleet.ca",
-    "fleet.certificate",
-    "fleet.key",
-    "fleet.user",
-    "fleet.password-file",
-    "fleet.public-key",
-];
+shown_as_text!(Name);
+
+table! {
+    /// `[fleet]` as it stands in the file. What may be left out is none.
+    #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+    #[serde(deny_unknown_fields, rename_all = "kebab-case")]
+    pub struct FleetSettings ("fleet.", "none") {
+        /// Client URLs of etcd, all with `https://` or all with `http://`
+        etcd: Vec<String> {
+            in_words: "none; needed",
+            changes_by: Restart,
+            sample: r#"["https://192.0.2.11:2379", "https://192.0.2.12:2379", "https://192.0.2.13:2379"]"#,
+        }
+
+        /// The ring whose pointer is followed
+        ring: Name {
+            in_words: "none; needed",
+            changes_by: Restart,
+            sample: r#""main""#,
+        }
+
+        /// What this node is called there
+        node: Option<Name> {
+            in_words: "the host's name",
+            empty: "none",
+            changes_by: Restart,
+            sample: r#""edge-1""#,
+        }
+
+        /// What all keys begin with
+        prefix: Option<String> {
+            in_words: "/anyport/",
+            empty: "/anyport/",
+            changes_by: Restart,
+            sample: r#""/anyport/""#,
+        }
+
+        /// Certificates by which to know etcd, in PEM
+        ca: Option<PathBuf> {
+            in_words: "those that the system trusts",
+            empty: "none",
+            changes_by: Restart,
+            sample: r#""/etc/anyport/etcd-ca.pem""#,
+        }
+
+        /// Certificate that this node shows to etcd, in PEM
+        certificate: Option<PathBuf> {
+            in_words: "none",
+            empty: "none",
+            changes_by: Restart,
+            sample: r#""/etc/anyport/node.pem""#,
+        }
+
+        /// Private key of that certificate, in PEM
+        key: Option<PathBuf> {
+            in_words: "none",
+            empty: "none",
+            changes_by: Restart,
+            sample: r#""/etc/anyport/node.key""#,
+        }
+
+        /// User of etcd
+        user: Option<String> {
+            in_words: "none",
+            empty: "none",
+            changes_by: Restart,
+            sample: r#""node""#,
+        }
+
+        /// File with the password of that user
+        password_file: Option<PathBuf> {
+            in_words: "none",
+            empty: "none",
+            changes_by: Restart,
+            sample: r#""/etc/anyport/etcd-password""#,
+        }
+
+        /// Follow only what one of the keys in this file, in PEM, has signed
+        public_key: Option<PathBuf> {
+            in_words: "none: what is there is followed, signed or not",
+            empty: "none",
+            changes_by: Restart,
+            sample: r#""/etc/anyport/fleet.pem""#,
+        }
+
+        /// Refuse a set that takes more percent of the fleet's rules away
+        max_removal: Option<NonZeroU8> {
+            in_words: "none",
+            empty: "none",
+            changes_by: Reload,
+            check: |it| match it {
+                Some(percent) if percent.get() > 100 => Err("it is a percentage".to_owned()),
+                _ => Ok(()),
+            },
+            sample: "50",
+        }
+    }
+}
 
 /// To which fleet this node belongs.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Fleet {
+    /// The settings, with the name of this node.
+    pub settings: FleetSettings,
     /// How etcd is reached.
     pub connection: ConnectionSettings,
     /// The ring whose pointer is followed.
     pub ring: Name,
     /// What this node is called there.
     pub node: Name,
-    /// The file with the keys of which one has to have signed a pointer.
-    pub public_key: Option<PathBuf>,
-    /// What these were at the start.
+    /// The keys of which one has to have signed a pointer, as they were at the start.
     pub public_keys: Option<PublicKeys>,
-    /// Most rules of the fleet that one set may take away, in percent.
-    pub max_removal: Option<NonZeroU8>,
 }
 
-/// `[fleet]` as it stands in the file.
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields, rename_all = "kebab-case")]
-pub(super) struct Table {
-    etcd: Vec<String>,
-    ring: Name,
-    node: Option<Name>,
-    prefix: Option<String>,
-    ca: Option<PathBuf>,
-    certificate: Option<PathBuf>,
-    key: Option<PathBuf>,
-    user: Option<String>,
-    password_file: Option<PathBuf>,
-    public_key: Option<Spanned<PathBuf>>,
-    max_removal: Option<Spanned<NonZeroU8>>,
-}
-
-impl Table {
+impl Fleet {
     /// What is right; what is wrong is added to the problems. Files are read, since a node that can't do so at its start would only
-    /// say so when somebody asks.
-    pub(super) fn settle(table: Spanned<Self>, text: &str, problems: &mut Vec<String>) -> Option<Fleet> {
+    /// say so later.
+    pub(super) fn settle(table: Spanned<FleetSettings>, text: &str, problems: &mut Vec<String>) -> Option<Self> {
         let before = problems.len();
-        let at = table.span().start;
-        let mut wrong =
-            |at: usize, what: &dyn Display| problems.push(format!("{}: {what}", Positions::of(text).at(at)));
-        let Self { etcd, ring, node, prefix, ca, certificate, key, user, password_file, public_key, max_removal } =
-            table.into_inner();
-        let connection = ConnectionSettings { etcd, prefix, ca, certificate, key, user, password_file };
+        let at = Positions::of(text).at(table.span().start).to_string();
+        let mut settings = table.into_inner();
+        let mut wrong = |setting: Option<&str>, what: &dyn Display| {
+            let place = setting.and_then(|name| place_of_setting(text, "fleet", name));
+            problems.push(format!("{}: {what}", place.as_ref().unwrap_or(&at)));
+        };
+        let connection = settings.connection();
         if let Err(problem) = connection.read() {
-            wrong(at, &problem.error);
+            wrong(None, &problem.error);
         }
-        let public_keys = public_key.as_ref().and_then(|file| {
-            read_keys(file.get_ref()).map_err(|error| wrong(file.span().start, &format!("{error:#}"))).ok()
-        });
-        if let Some(percent) = max_removal.as_ref().filter(|it| it.get_ref().get() > 100) {
-            wrong(percent.span().start, &format!("max-removal = {}: it is a percentage", percent.get_ref()));
+        let public_keys = settings
+            .public_key
+            .as_ref()
+            .and_then(|file| read_keys(file).map_err(|error| wrong(Some("public-key"), &format!("{error:#}"))).ok());
+        for setting in FleetSettings::SETTINGS {
+            if let Some(problem) = setting.problem(&settings) {
+                wrong(Some(setting.name), &problem);
+            }
         }
-        let node = node.map_or_else(host_name, Ok).map_err(|error| wrong(at, &format!("{error:#}"))).ok()?;
-        (problems.len() == before).then(|| Fleet {
-            connection,
-            ring,
-            node,
-            public_key: public_key.map(Spanned::into_inner),
-            public_keys,
-            max_removal: max_removal.map(Spanned::into_inner),
-        })
+        let node = settings.node.take().map_or_else(host_name, Ok);
+        let node = node.map_err(|error| wrong(None, &format!("{error:#}"))).ok()?;
+        settings.node = Some(node.clone());
+        let ring = settings.ring.clone();
+        (problems.len() == before).then_some(Self { settings, connection, ring, node, public_keys })
+    }
+}
+
+impl FleetSettings {
+    fn connection(&self) -> ConnectionSettings {
+        let Self { etcd, prefix, ca, certificate, key, user, password_file, .. } = self.clone();
+        ConnectionSettings { etcd, prefix, ca, certificate, key, user, password_file }
     }
 }
 
@@ -113,37 +184,12 @@ fn host_name() -> anyhow::Result<Name> {
     name.to_string_lossy().parse().context("the name of this host is none for a node; give it one: node = \"NAME\"")
 }
 
-/// In the order of [`LIVE`].
-pub(super) fn live_texts(fleet: Option<&Fleet>) -> Vec<String> {
-    vec![fleet.and_then(|it| it.max_removal).map_or_else(|| "none".to_owned(), |it| it.to_string())]
-}
-
-/// In the order of [`FIXED`].
-pub(super) fn fixed_texts(fleet: Option<&Fleet>) -> Vec<String> {
-    let none = || "none".to_owned();
-    let Some(Fleet { connection, ring, node, public_key, .. }) = fleet else { return vec![none(); FIXED.len()] };
-    let ConnectionSettings { etcd, prefix, ca, certificate, key, user, password_file } = connection;
-    let path = |path: &Option<PathBuf>| path.as_ref().map_or_else(none, |it| it.display().to_string());
-    vec![
-        etcd.join(", "),
-        ring.to_string(),
-        node.to_string(),
-        prefix.clone().unwrap_or_else(|| DEFAULT_PREFIX.to_owned()),
-        path(ca),
-        path(certificate),
-        path(key),
-        user.clone().unwrap_or_else(none),
-        path(password_file),
-        path(public_key),
-    ]
-}
-
 #[cfg(test)]
 mod tests {
     use crate::config::{Config, Settings};
 
     fn parse(text: &str) -> anyhow::Result<Config> {
-        Config::parse(Settings::default(), text)
+        Config::parse(&Settings::default(), text)
     }
 
     #[test]

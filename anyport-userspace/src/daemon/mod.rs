@@ -21,7 +21,7 @@ use tracing::{error, info, warn};
 #[cfg(feature = "fleet")]
 use self::fleet_node::Node;
 use crate::{
-    config::Config,
+    config::{Config, DaemonConfig},
     control::{self, Handover, registrar},
     engine::{Engine, Shared},
     keeper::{self, Begin, Command, Commands, Link},
@@ -193,7 +193,7 @@ async fn control_loop(
     drop(metrics);
     watcher.abort();
     registrar.abort();
-    let &Config { keep, drain_timeout, .. } = engine.config();
+    let &DaemonConfig { keep, drain_timeout, .. } = &engine.config().daemon;
     if end == End::Stop {
         engine.withdraw().await;
     }

@@ -87,7 +87,7 @@ impl Engine {
         let events: Arc<Board> = Arc::default();
         let options = bpf::Options {
             bpffs: config.bpffs.clone(),
-            interfaces: config.interfaces.clone(),
+            interfaces: config.interface.clone(),
             debug: config.log_level >= crate::config::LogLevel::Debug,
             readers: Arc::clone(&published),
             events: Arc::clone(&events),
@@ -134,7 +134,7 @@ impl Engine {
         let commons = Commons {
             workers,
             control: Handle::current(),
-            capacity: Capacity::new(config.limits, descriptors.clone()),
+            capacity: Capacity::new(config.limits(), descriptors.clone()),
             sees_to_sources: chosen.steering.back_end() == BackEnd::Tproxy,
             descriptors,
             loop_guard: loop_guard(&published),

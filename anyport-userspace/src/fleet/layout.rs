@@ -12,10 +12,10 @@ use std::{
 };
 
 use ring::digest::{SHA256, digest};
-use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
+use serde::{Deserialize, Serialize};
 
 use super::signing::Signature;
-use crate::rules::InvalidText;
+use crate::{as_text::as_text, rules::InvalidText};
 
 /// Under which all keys are, unless told otherwise.
 pub const DEFAULT_PREFIX: &str = "/anyport/";
@@ -445,30 +445,20 @@ pub(super) fn from_hex<const N: usize>(text: &str) -> Option<[u8; N]> {
     bytes.try_into().ok()
 }
 
-/// Reads and writes a type as the text that it displays.
-macro_rules! as_text {
-    ($type:ty) => {
-        impl Serialize for $type {
-            fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-                serializer.collect_str(self)
-            }
-        }
-
-        impl<'de> Deserialize<'de> for $type {
-            fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-                let text = std::borrow::Cow::<'de, str>::deserialize(deserializer)?;
-                text.parse().map_err(D::Error::custom)
-            }
-        }
-    };
-}
-pub(super) use as_text;
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
 
-    use super::{Hash, Keys, Name, Pointer, Time, from_hex, hex};
+    use super::{Hash, Keys, Name, Pointer, Signature, Time, from_hex, hex};
+    use crate::as_text::expect_same_json;
+
+    #[test]
+    fn json_of_values() {
+        expect_same_json::<Hash>(&["ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"]);
+        expect_same_json::<Name>(&["canary", "Node-1.example_x"]);
+        expect_same_json::<Time>(&["2026-01-31T23:59:59Z"]);
+        expect_same_json::<Signature>(&["0f".repeat(64).as_str()]);
+    }
 
     #[test]
     fn a_hash_is_that_of_sha256sum() {

@@ -7,10 +7,9 @@ use std::{fmt, str::FromStr};
 
 use ring::signature::{ED25519, Ed25519KeyPair, UnparsedPublicKey};
 use rustls_pki_types::{PrivatePkcs8KeyDer, SubjectPublicKeyInfoDer, pem::PemObject as _};
-use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
 
-use super::layout::{Hash, Name, Pointer, as_text, from_hex, hex};
-use crate::rules::InvalidText;
+use super::layout::{Hash, Name, Pointer, from_hex, hex};
+use crate::{as_text::as_text, rules::InvalidText};
 
 /// What is signed begins with this, so that no signature over anything else can be taken for one.
 const DOMAIN: &[u8] = b"anyport fleet pointer 1\0";

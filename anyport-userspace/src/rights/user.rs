@@ -10,6 +10,12 @@ use std::{
     str::FromStr,
 };
 
+use super::ALL;
+use crate::{
+    as_text::as_text,
+    back_end::Choice,
+    paths::{DEFAULT_SOCKET, DEFAULT_STATE_DIR, Paths},
+};
 use anyhow::{Context as _, bail};
 use nix::{
     mount::{MsFlags, mount},
@@ -20,13 +26,6 @@ use rustix::thread::{
     CapabilitySet, CapabilitySets, capabilities, configure_capability_in_ambient_set,
     remove_capability_from_bounding_set, set_capabilities, set_keep_capabilities, set_no_new_privs,
 };
-use serde::Deserialize;
-
-use super::ALL;
-use crate::{
-    back_end::Choice,
-    paths::{DEFAULT_SOCKET, DEFAULT_STATE_DIR, Paths},
-};
 
 /// Members of this group may use the whole API, as root may.
 pub const GROUP: &str = "anyport";
@@ -36,8 +35,7 @@ pub const USER: &str = "anyport";
 const XTABLES_LOCK: (&str, &str) = ("XTABLES_LOCKFILE", "/run/xtables.lock");
 
 /// A user by name, or by the numbers of user and group: `anyport` or `64998:64998`.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
-#[serde(try_from = "String")]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct User(String);
 
 impl FromStr for User {
@@ -56,19 +54,13 @@ impl FromStr for User {
     }
 }
 
-impl TryFrom<String> for User {
-    type Error = String;
-
-    fn try_from(text: String) -> Result<Self, String> {
-        text.parse()
-    }
-}
-
 impl fmt::Display for User {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)
     }
 }
+
+as_text!(User);
 
 /// Who it is to be.
 #[derive(Clone, Copy, Debug)]

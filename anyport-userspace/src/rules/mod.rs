@@ -22,16 +22,21 @@ pub(crate) mod tests {
     pub(crate) mod arbitrary;
 }
 #[cfg(feature = "daemon")]
+mod text;
+#[cfg(feature = "daemon")]
 mod why;
 
+#[cfg(feature = "daemon")]
+pub(crate) use self::text::with_terms;
 #[cfg(feature = "daemon")]
 pub use self::{
     decide::{Decision, decide},
     ports::PortSet,
     prefix::{Prefix, from_address, to_address},
-    rule::{Origin, Origins, Rule, RuleText, Terms},
+    rule::{Origin, Origins, Rule, Terms},
     set::{Change, Conflict, Draft, Held, Numbered, PrefixRules, RuleSet},
     sources::SourceLists,
+    text::RuleText,
     why::{considered, why},
 };
 pub use name::ServiceName;

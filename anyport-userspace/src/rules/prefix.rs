@@ -8,9 +8,9 @@ use std::{
 };
 
 use anyport_common::flow::{Address, Version};
-use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
 
 use super::InvalidText;
+use crate::as_text::as_text;
 
 /// An IPv4 or IPv6 block without host bits. IPv4-mapped IPv6 addresses are refused: they never stand in a packet.
 ///
@@ -172,18 +172,7 @@ impl FromStr for Prefix {
     }
 }
 
-impl Serialize for Prefix {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(self)
-    }
-}
-
-impl<'de> Deserialize<'de> for Prefix {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let text = String::deserialize(deserializer)?;
-        text.parse().map_err(D::Error::custom)
-    }
-}
+as_text!(Prefix);
 
 #[cfg(test)]
 mod tests {

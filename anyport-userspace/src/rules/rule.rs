@@ -114,7 +114,7 @@ impl Default for Terms {
             except: PortSet::default(),
             source: None,
             service: ServiceName::default_service(),
-            route: true,
+            route: Self::default_route(),
         }
     }
 }
@@ -127,6 +127,11 @@ pub(super) enum Target<'a> {
 }
 
 impl Terms {
+    /// Whether anyport makes prefixes local where nothing is said of it.
+    pub(crate) fn default_route() -> bool {
+        true
+    }
+
     /// The ports that the rule has an opinion on: those it steers and those it leaves to the host.
     pub fn opinion(&self) -> PortSet {
         self.ports.union(&self.except)
@@ -220,51 +225,5 @@ impl Rule {
 impl fmt::Display for Rule {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} {}", self.prefix, self.terms)
-    }
-}
-
-/// A rule as it stands under `[[rule]]` in a file, and in the state file.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct RuleText {
-    /// The destination addresses.
-    pub prefix: Prefix,
-    /// The transports.
-    #[serde(default)]
-    pub protocol: Protocol,
-    /// The destination ports that are steered.
-    #[serde(default = "PortSet::all")]
-    pub ports: PortSet,
-    /// The destination ports that are left to the host.
-    #[serde(default)]
-    pub except: PortSet,
-    /// The clients that the rule is about; all of them if there is none.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub source: Option<Prefix>,
-    /// Who receives what is steered.
-    #[serde(default = "ServiceName::default_service")]
-    pub service: ServiceName,
-    /// Whether anyport makes the prefix local.
-    #[serde(default = "yes")]
-    pub route: bool,
-}
-
-fn yes() -> bool {
-    true
-}
-
-impl RuleText {
-    /// The rule that is meant.
-    pub fn into_rule(self, origin: Origin) -> Rule {
-        let Self { prefix, protocol, ports, except, source, service, route } = self;
-        let terms = Arc::new(Terms { protocol, ports, except, source, service, route });
-        Rule { prefix, terms, origins: origin.into() }
-    }
-}
-
-impl From<&Rule> for RuleText {
-    fn from(rule: &Rule) -> Self {
-        let Terms { protocol, ports, except, source, service, route } = Terms::clone(&rule.terms);
-        Self { prefix: rule.prefix, protocol, ports, except, source, service, route }
     }
 }

@@ -3,15 +3,13 @@
 use std::fmt;
 
 use nix::unistd::{Group, User};
-use serde::{Deserialize, Serialize};
 
-use crate::rules::InvalidText;
+use crate::{as_text::as_text, rules::InvalidText};
 
 /// Who may register sockets for a service: `user:NAME`, `user:UID`, `group:NAME` or `group:GID`.
 ///
 /// Names are looked up when somebody registers, so that users may come after the configuration.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Registrant {
     /// A user, by name or number.
     User(String),
@@ -49,19 +47,7 @@ impl std::str::FromStr for Registrant {
     }
 }
 
-impl TryFrom<String> for Registrant {
-    type Error = InvalidText;
-
-    fn try_from(text: String) -> Result<Self, InvalidText> {
-        text.parse()
-    }
-}
-
-impl From<Registrant> for String {
-    fn from(registrant: Registrant) -> Self {
-        registrant.to_string()
-    }
-}
+as_text!(Registrant);
 
 impl fmt::Display for Registrant {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -75,6 +61,7 @@ impl fmt::Display for Registrant {
 #[cfg(test)]
 mod tests {
     use super::Registrant;
+    use crate::as_text::expect_same_json;
 
     #[test]
     fn users_and_groups_go_by_name_or_number() {
@@ -87,5 +74,6 @@ mod tests {
         for text in ["root", "user:", "uid:0", ""] {
             assert!(text.parse::<Registrant>().unwrap_err().to_string().contains("user:NAME"));
         }
+        expect_same_json::<Registrant>(&["user:www-data", "user:33", "group:web", "group:77"]);
     }
 }

@@ -11,13 +11,13 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 pub use super::{super::socket_options::TcpOptions, header::ProxyVersion};
 use crate::{
+    as_text::as_text,
     human_duration::HumanDuration,
     rules::{InvalidText, Prefix},
 };
 
 /// Where an upstream is, as the operator writes it: `ADDR:PORT`, `ADDR:*`, `NAME:PORT` or `NAME:*`.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct UpstreamAddress {
     /// What to dial.
     pub host: Host,
@@ -100,19 +100,7 @@ impl fmt::Display for UpstreamAddress {
     }
 }
 
-impl TryFrom<String> for UpstreamAddress {
-    type Error = InvalidText;
-
-    fn try_from(text: String) -> Result<Self, InvalidText> {
-        text.parse()
-    }
-}
-
-impl From<UpstreamAddress> for String {
-    fn from(address: UpstreamAddress) -> Self {
-        address.to_string()
-    }
-}
+as_text!(UpstreamAddress);
 
 /// Which of several upstreams gets the next connection.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
@@ -299,6 +287,7 @@ mod tests {
     use std::time::Duration;
 
     use super::{Ejection, ForwardConfig, HealthCheck, HumanDuration, TcpOptions, UpstreamAddress, table_of_words};
+    use crate::as_text::expect_same_json;
 
     #[test]
     fn reads_and_writes_upstreams() {
@@ -324,6 +313,7 @@ mod tests {
             let error = text.parse::<UpstreamAddress>().unwrap_err().to_string();
             assert!(error.contains(why), "{text:?}: {error}");
         }
+        expect_same_json::<UpstreamAddress>(&["198.51.100.5:80", "[2001:db8::5]:*", "a.example:80"]);
     }
 
     #[test]
@@ -334,6 +324,7 @@ mod tests {
         for text in ["", "3", "9ms", "2years", "-1s", "soon"] {
             assert!(text.parse::<HumanDuration>().is_err(), "{text:?}");
         }
+        expect_same_json::<HumanDuration>(&["10ms", "1m30s"]);
     }
 
     #[test]

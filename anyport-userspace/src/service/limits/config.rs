@@ -4,7 +4,7 @@ use std::{fmt, num::NonZeroU32, str::FromStr, time::Duration};
 
 use serde::{Deserialize, Serialize};
 
-use crate::{human_duration::HumanDuration, rules::InvalidText};
+use crate::{as_text::as_text, human_duration::HumanDuration, rules::InvalidText};
 
 /// Limits on connections, and on flows of datagrams, which count as such.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -21,8 +21,7 @@ pub struct Limits {
 }
 
 /// So many in a period, such as `100/s` or `20/10s`. As many may come at once, and then again as time goes by.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(try_from = "String", into = "String")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Rate {
     /// How many.
     pub count: NonZeroU32,
@@ -59,19 +58,7 @@ impl Rate {
     }
 }
 
-impl TryFrom<String> for Rate {
-    type Error = InvalidText;
-
-    fn try_from(text: String) -> Result<Self, InvalidText> {
-        text.parse()
-    }
-}
-
-impl From<Rate> for String {
-    fn from(rate: Rate) -> Self {
-        rate.to_string()
-    }
-}
+as_text!(Rate);
 
 impl fmt::Display for Rate {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -86,6 +73,7 @@ impl fmt::Display for Rate {
 #[cfg(test)]
 mod tests {
     use super::Rate;
+    use crate::as_text::expect_same_json;
 
     #[test]
     fn rates_are_read_and_written() {
@@ -107,5 +95,6 @@ mod tests {
             let error = text.parse::<Rate>().unwrap_err().to_string();
             assert!(error.contains("is not a rate") && error.contains(why), "{text}: {error}");
         }
+        expect_same_json::<Rate>(&["100/s", "20/10s", "5/m"]);
     }
 }
