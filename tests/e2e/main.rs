@@ -8,55 +8,36 @@
     reason = "says what is missing, which seed repeats the run, and how long something took"
 )]
 
-mod announce;
-mod apply;
-mod backends;
 mod cases;
-mod changed;
-mod connections;
-mod control;
-mod crash;
-mod crowd;
-mod differential;
-mod doctor;
-mod events;
-mod explain;
-mod fleet;
-mod flows;
-mod forward;
-mod fuzzed;
-mod interrupted;
-mod kubernetes;
-mod library;
-mod limits;
-mod lists;
-mod load;
-mod malformed;
-mod metrics;
-mod nodes;
-mod queues;
-mod register;
-mod reload;
-mod restarts;
-mod rights;
-mod rules;
-mod selftests;
-mod starts;
-mod state;
-mod steer;
-mod top;
-mod udp;
-mod upstreams;
-mod wire;
 
 use std::{env, process::ExitCode};
 
 use anyport_tests::{prerequisites, random};
-use libtest_mimic::Arguments;
+use libtest_mimic::{Arguments, Trial};
 use nix::unistd::getppid;
 
 /// Tests at a time. They wait for daemons to start more than they compute.
 const THREADS: usize = 4;
+
+/// The one list of the modules with tests: declares them, and collects their tests in this order. `cargo fmt` does not
+/// see modules that a macro declares, so `cargo xtask test` has rustfmt look at them by name.
+macro_rules! suites {
+    ($($name:ident)*) => {
+        $(mod $name;)*
+
+        fn all_trials() -> Vec<Trial> {
+            let mut trials = Vec::new();
+            $(trials.extend($name::trials());)*
+            trials
+        }
+    };
+}
+
+suites! {
+    steer udp forward flows upstreams connections queues limits lists rules apply differential selftests wire fuzzed
+    control events explain state malformed metrics top register library crash changed reload nodes announce restarts
+    rights crowd interrupted starts load backends doctor fleet kubernetes
+}
 
 fn main() -> ExitCode {
     if let Some(name) = starts::name_to_hold() {
@@ -85,47 +66,7 @@ fn main() -> ExitCode {
         }
     }
     prerequisites::end_with(parent);
-    let mut trials = Vec::new();
-    trials.extend(steer::trials());
-    trials.extend(udp::trials());
-    trials.extend(forward::trials());
-    trials.extend(flows::trials());
-    trials.extend(upstreams::trials());
-    trials.extend(connections::trials());
-    trials.extend(queues::trials());
-    trials.extend(limits::trials());
-    trials.extend(lists::trials());
-    trials.extend(rules::trials());
-    trials.extend(apply::trials());
-    trials.extend(differential::trials());
-    trials.extend(selftests::trials());
-    trials.extend(wire::trials());
-    trials.extend(fuzzed::trials());
-    trials.extend(control::trials());
-    trials.extend(events::trials());
-    trials.extend(explain::trials());
-    trials.extend(state::trials());
-    trials.extend(malformed::trials());
-    trials.extend(metrics::trials());
-    trials.extend(top::trials());
-    trials.extend(register::trials());
-    trials.extend(library::trials());
-    trials.extend(crash::trials());
-    trials.extend(changed::trials());
-    trials.extend(reload::trials());
-    trials.extend(nodes::trials());
-    trials.extend(announce::trials());
-    trials.extend(restarts::trials());
-    trials.extend(rights::trials());
-    trials.extend(crowd::trials());
-    trials.extend(interrupted::trials());
-    trials.extend(starts::trials());
-    trials.extend(load::trials());
-    trials.extend(backends::trials());
-    trials.extend(doctor::trials());
-    trials.extend(fleet::trials());
-    trials.extend(kubernetes::trials());
-    let trials: Vec<_> = trials.into_iter().map(|trial| trial.with_ignored_flag(ignored)).collect();
+    let trials: Vec<_> = all_trials().into_iter().map(|trial| trial.with_ignored_flag(ignored)).collect();
     match cases::chosen(trials) {
         Ok(trials) => libtest_mimic::run(&arguments, trials).exit_code(),
         Err(error) => {

@@ -473,7 +473,7 @@ fn documents() {
         count(&is_histogram),
         count(&|it| it.starts_with("anyport_upstream_")),
     );
-    assert!(read("operations.md").contains(&sentence), "docs/operations.md has to say: {sentence}");
+    assert!(read("metrics.md").contains(&sentence), "docs/metrics.md has to say: {sentence}");
     let labels: BTreeSet<_> = scrape.names().flat_map(|name| scrape.labels(name)).map(String::as_str).collect();
     for text in [&dashboard.to_string(), &alerts] {
         for shown in text.split("{{").skip(1).filter_map(|it| it.split_once("}}")).map(|(inside, _)| inside.trim()) {

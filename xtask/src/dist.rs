@@ -5,6 +5,7 @@ use std::{fs, path::Path};
 use anyhow::{Context as _, Result};
 
 use crate::{
+    licences,
     packages::{self, Effort},
     process::{self, exec},
     programs::{PACKAGED, Programs},
@@ -26,7 +27,8 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     if !options.without_programs {
         let programs = Programs::build(&root, PACKAGED)?;
         for program in [programs.daemon(), programs.client()] {
-            copy(&program, &dist)?;
+            let name = program.file_name().context("copy a program without a name")?;
+            copy(&program, &dist.join(name))?;
         }
         packages::build(&root, &dist, &programs, Effort::Full)?;
     }
@@ -40,17 +42,21 @@ pub(crate) fn fill(root: &Path, dist: &Path) -> Result<()> {
         fs::remove_dir_all(dist).with_context(|| format!("empty {}", dist.display()))?;
     }
     fs::create_dir_all(dist).with_context(|| format!("make {}", dist.display()))?;
-    let packaging = ["anyport.service", "anyport.socket", "anyport.sysusers", "anyport.tmpfiles"]
-        .map(|it| format!("xtask/packaging/{it}"));
-    let documents = ["docs/anyport.toml", "docs/grafana.json", "docs/alerts.yml", "LICENSE", "README.md"];
-    for file in documents.into_iter().chain(packaging.iter().map(String::as_str)) {
-        copy(&root.join(file), dist)?;
+    for file in ["anyport.service", "anyport.socket", "anyport.sysusers", "anyport.tmpfiles"] {
+        copy(&root.join("xtask/packaging").join(file), &dist.join(file))?;
     }
+    copy(&root.join("LICENSE"), &dist.join("LICENSE"))?;
+    for (from, to) in packages::documents(root)? {
+        copy(&root.join(from), &dist.join(to))?;
+    }
+    fs::write(dist.join(licences::NOTICES), licences::notices(root)?).context("write the notices of other crates")?;
     let mut pages = process::cargo(root, "run");
     exec(pages.args(["--package", "anyport-userspace", "--example", "pages", "--"]).arg(dist))
 }
 
+/// Copies a file, into a directory that is made if need be.
 fn copy(from: &Path, to: &Path) -> Result<()> {
-    let name = from.file_name().context("copy something without a name")?;
-    fs::copy(from, to.join(name)).with_context(|| format!("copy {}", from.display())).map(drop)
+    let attempt = || format!("copy {} to {}", from.display(), to.display());
+    fs::create_dir_all(to.parent().unwrap_or(to)).with_context(attempt)?;
+    fs::copy(from, to).with_context(attempt).map(drop)
 }

@@ -12,7 +12,9 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 
 use crate::{
+    documents,
     host::{self, DPKG_DEB, RPMBUILD},
+    licences,
     process::{exec, stdout},
     programs::Programs,
 };
@@ -24,17 +26,15 @@ const DEBIAN_DEPENDS: &str = "libc6, libgcc-s1, systemd, iproute2";
 const SCRIPTS: [&str; 3] = ["postinst", "prerm", "postrm"];
 
 /// Where a file of `dist` or of the workspace goes.
-const FILES: [(&str, &str); 9] = [
+const FILES: [(&str, &str); 5] = [
     ("xtask/packaging/anyport.service", "usr/lib/systemd/system/anyport.service"),
     ("xtask/packaging/anyport.socket", "usr/lib/systemd/system/anyport.socket"),
     ("xtask/packaging/anyport.sysusers", "usr/lib/sysusers.d/anyport.conf"),
     ("xtask/packaging/anyport.tmpfiles", "usr/lib/tmpfiles.d/anyport.conf"),
-    ("docs/anyport.toml", "usr/share/doc/anyport/anyport.toml"),
-    ("docs/grafana.json", "usr/share/doc/anyport/grafana.json"),
-    ("docs/alerts.yml", "usr/share/doc/anyport/alerts.yml"),
-    ("README.md", "usr/share/doc/anyport/README.md"),
     ("LICENSE", "usr/share/doc/anyport/copyright"),
 ];
+/// Where documents go, laid out as in the repository, so that links between them lead to the same places.
+const DOCUMENTS: &str = "usr/share/doc/anyport";
 const COMPLETIONS: [(&str, &str, &str); 3] = [
     ("", ".bash", "usr/share/bash-completion/completions"),
     ("_", "", "usr/share/zsh/vendor-completions"),
@@ -66,8 +66,10 @@ pub(crate) fn build(root: &Path, dist: &Path, programs: &Programs, effort: Effor
 }
 
 /// Has `dpkg-deb` and `rpm` say what is in the packages of `dist`.
-pub(crate) fn check(dist: &Path) -> Result<()> {
+pub(crate) fn check(root: &Path, dist: &Path) -> Result<()> {
     let mut expected: Vec<String> = FILES.map(|(_, to)| to.to_owned()).to_vec();
+    expected.extend(documents(root)?.into_iter().map(|(_, to)| format!("{DOCUMENTS}/{to}")));
+    expected.push(format!("{DOCUMENTS}/{}", licences::NOTICES));
     expected.extend(PROGRAMS.map(|program| format!("usr/bin/{program}")));
     expected.extend(["usr/share/man/man8/anyportctl-add-prefix.8.gz", "etc/anyport"].map(ToOwned::to_owned));
     for (extension, list) in [("deb", ["dpkg-deb", "--contents"]), ("rpm", ["rpm", "-qlp"])] {
@@ -80,6 +82,14 @@ pub(crate) fn check(dist: &Path) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Each document of the packages: its path in the repository and its path below [`DOCUMENTS`].
+pub(crate) fn documents(root: &Path) -> Result<Vec<(PathBuf, String)>> {
+    let mut files = Vec::new();
+    documents::collect(root, Path::new("docs"), &mut files)?;
+    files.extend(documents::TOP.map(PathBuf::from));
+    Ok(files.into_iter().map(|path| (path.clone(), path.display().to_string())).collect())
 }
 
 fn lay_out(root: &Path, dist: &Path, programs: &Programs, tree: &Path) -> Result<()> {
@@ -102,13 +112,16 @@ fn lay_out(root: &Path, dist: &Path, programs: &Programs, tree: &Path) -> Result
     for (from, to) in FILES {
         put(&root.join(from), to, 0o644)?;
     }
-    for (directory, to) in [(root.join("docs"), "usr/share/doc/anyport"), (dist.join("man8"), "usr/share/man/man8")] {
-        for entry in fs::read_dir(&directory).with_context(|| format!("list {}", directory.display()))? {
-            let path = entry?.path();
-            let name = path.file_name().unwrap_or_default().to_string_lossy();
-            if path.extension().is_some_and(|it| it == "md" || it == "8") {
-                put(&path, &format!("{to}/{name}"), 0o644)?;
-            }
+    for (from, to) in documents(root)? {
+        put(&root.join(from), &format!("{DOCUMENTS}/{to}"), 0o644)?;
+    }
+    put(&dist.join(licences::NOTICES), &format!("{DOCUMENTS}/{}", licences::NOTICES), 0o644)?;
+    let pages = dist.join("man8");
+    for entry in fs::read_dir(&pages).with_context(|| format!("list {}", pages.display()))? {
+        let path = entry?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        if path.extension().is_some_and(|it| it == "8") {
+            put(&path, &format!("usr/share/man/man8/{name}"), 0o644)?;
         }
     }
     fs::create_dir_all(tree.join("etc/anyport")).context("make etc/anyport")?;

@@ -1,15 +1,15 @@
 //! `cargo xtask test`: formatting, lints, tests of every kind and the object, counted in one closing line.
 
 use std::{
-    env,
+    env, fs,
     path::Path,
     process::{Command, ExitCode},
 };
 
-use anyhow::{Result, bail};
+use anyhow::{Context as _, Result, bail};
 
 use crate::{
-    aarch64, build_ebpf, dist, host, kernel, layers, module_docs,
+    aarch64, build_ebpf, dist, documents, host, kernel, layers, licences, module_docs,
     packages::{self, Effort},
     process::{self, exec},
     programs::Programs,
@@ -58,7 +58,10 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
 /// All that needs no test to run.
 fn checks(session: &mut Session, root: &Path) {
     session.check("layers of the daemon's modules", || layers::check(root));
+    documents::checks(session, root);
+    session.check("licences and sources of crates", || licences::check(root));
     session.check("formatting", || exec(Command::new("cargo").current_dir(root).args(["fmt", "--all", "--check"])));
+    session.check("formatting of the end-to-end tests", || formatting_of_end_to_end_tests(root));
     session.check("lints", || exec(host_crates(root, "clippy").args(["--all-targets", "--", "--deny", "warnings"])));
     for features in ["", "tokio", "daemon"] {
         session.check(&format!("lints of the library with the features `{features}` alone"), || {
@@ -101,6 +104,20 @@ fn checks(session: &mut Session, root: &Path) {
     }
 }
 
+/// A macro declares their modules, which `cargo fmt` does not see.
+fn formatting_of_end_to_end_tests(root: &Path) -> Result<()> {
+    let directory = root.join("tests/e2e");
+    let mut rustfmt = Command::new("rustfmt");
+    rustfmt.current_dir(root).args(["--check", "--edition", "2024"]);
+    for entry in fs::read_dir(&directory).with_context(|| format!("list {}", directory.display()))? {
+        let path = entry?.path();
+        if path.extension().is_some_and(|extension| extension == "rs") {
+            rustfmt.arg(path);
+        }
+    }
+    exec(&mut rustfmt).context("run `rustfmt --edition 2024 tests/e2e/*.rs`")
+}
+
 /// The unit, and packages out of what the tests use.
 fn packaging(session: &mut Session, root: &Path) {
     let programs = Programs::built(root, "debug");
@@ -109,7 +126,7 @@ fn packaging(session: &mut Session, root: &Path) {
     session.check("packages", || {
         dist::fill(root, &dist)?;
         packages::build(root, &dist, &programs, Effort::Least)?;
-        packages::check(&dist)
+        packages::check(root, &dist)
     });
 }
 

@@ -63,7 +63,7 @@ daemon! {{
         sample: r#""/var/lib/anyport""#,
     }
 
-    /// Whom to become when started by root: a user, or UID:GID
+    /// User to become when started by root: a name, or UID:GID
     user: User as Option<User> {
         value: "USER",
         default: None,
@@ -176,7 +176,7 @@ daemon! {{
         empty: "nowhere",
         changes_by: Restart,
         sample: r#""127.0.0.1:9464""#,
-        see: "[Watching](operations.md#watching)",
+        see: "[Watching](metrics.md#watching)",
     }
 
     /// Whether to put back what others remove from the kernel, and not only to say so

@@ -73,7 +73,7 @@ pub(super) static FAMILIES: &[Family] = &[
     gauge(
         "anyport_fleet_info",
         &["ring", "node", "set"],
-        "1 for the set of the fleet that is in force",
+        "1 for the set of the fleet that is active",
         Values::Some(|it| {
             let fleet = it.observed.status.fleet.iter();
             let labels = |it: &FleetView| vec![it.ring.clone(), it.node.clone(), it.set.clone().unwrap_or_default()];
@@ -83,7 +83,7 @@ pub(super) static FAMILIES: &[Family] = &[
     gauge(
         "anyport_fleet_sequence",
         &[],
-        "Sequence of the ring's pointer that is in force",
+        "Sequence of the ring's active pointer",
         Values::One(|it| Some(Number::Whole(fleet(it)?.sequence))),
     ),
     gauge(
@@ -140,7 +140,7 @@ pub(super) static FAMILIES: &[Family] = &[
     gauge(
         "anyport_drains",
         &["state"],
-        "How much was drained by commands: it is being withdrawn (`withdrawing`), others learn of it (`waiting`), newcomers are refused (`refusing`)",
+        "How much was drained by commands: announcements are being withdrawn (`withdrawing`), the withdrawal is converging (`waiting`), new connections are refused (`refusing`)",
         Values::Some(|it| {
             let states = [
                 (DrainState::Withdrawing, "withdrawing"),
@@ -208,7 +208,7 @@ pub(super) static FAMILIES: &[Family] = &[
     counter(
         "anyport_unmatched_packets_total",
         &[],
-        "Packets that the back end has seen and no rule had an opinion about",
+        "Packets that the back end has seen and no rule matched",
         Values::One(|it| Some(Number::Whole(it.sample.observed.status.totals.unmatched))),
     ),
     counter(
@@ -226,7 +226,7 @@ pub(super) static FAMILIES: &[Family] = &[
     gauge(
         "anyport_sample_age_seconds",
         &[],
-        "How old the numbers of this scrape are; those of the process are read anew",
+        "How old the numbers of this scrape are; those of the process are read for each scrape",
         Values::One(|it| Some(Number::Real(it.sample.age().as_secs_f64()))),
     ),
     gauge(
@@ -372,7 +372,7 @@ pub(super) static FAMILIES: &[Family] = &[
     ),
     histogram(
         "anyport_service_accept_wait_seconds",
-        "From the end of the handshake to accepting, to the kernel's jiffy. By samples, each of which counts for all connections since the one before: at most 200 a second for each listening socket, every connection where fewer come",
+        "From the end of the handshake to accepting, to the kernel's jiffy. By samples, each of which counts for all connections since the previous one: at most 200 a second for each listening socket, every connection where fewer come",
         Values::Times(|it| &it.waits),
     ),
     histogram(

@@ -202,7 +202,7 @@ mod tests {
             format!("| `{}` | {} | {} | {} |\n", metric.name, metric.kind.as_str(), labels.join(", "), metric.help)
         });
         let table: String = rows.collect();
-        let document = include_str!("../../../docs/operations.md");
-        assert!(document.contains(&table), "docs/operations.md has to have this table:\n{table}");
+        let document = include_str!("../../../docs/metrics.md");
+        assert!(document.contains(&table), "docs/metrics.md has to have this table:\n{table}");
     }
 }

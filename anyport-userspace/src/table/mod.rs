@@ -299,4 +299,6 @@ fn sort(prefixes: &mut [(Prefix, &PrefixRules)]) {
 }
 
 #[cfg(test)]
+mod documented;
+#[cfg(test)]
 mod tests;
