@@ -10,7 +10,12 @@ use std::{
 
 use tracing::{info, warn};
 
-use super::{Engine, Running, change::Keep, commands::conflict_problem, register::expect_fallbacks};
+use super::{
+    Engine,
+    commands::conflict_problem,
+    kept::Keep,
+    services::{Running, expect_fallbacks},
+};
 use crate::{
     api::{Applied, Apply, Changed, Kind, Problem},
     rules::{
@@ -71,13 +76,13 @@ impl Engine {
         }
         self.progress.begin("reading the rules", 1);
         let intent = self.intent(&text, Origin::Applied, options)?;
-        self.expect_room_for(&intent.change)?;
+        self.expect_room_for(&intent.change, self.config().max_rules)?;
         if !options.force {
             self.expect_safe(&intent.change).await?;
         }
         let Intent { change, opened, closed, has_services, mut answer, .. } = intent;
         if options.dry_run || (change.is_empty() && opened.is_empty() && closed.is_empty()) {
-            answer.generation = self.generation;
+            answer.generation = self.kernel.generation();
             return Ok(answer);
         }
         let services = self.replace_services(opened, &closed, Origin::Applied).await?;
@@ -90,8 +95,8 @@ impl Engine {
             self.repair().await;
             return Err(problem);
         }
-        answer.generation = self.generation;
-        answer.notes.extend(self.notes_on_routes());
+        answer.generation = self.kernel.generation();
+        answer.notes.extend(self.kernel.notes_on_routes());
         match (back, options.confirm) {
             (Some((back, lines)), Some(seconds)) => {
                 let until = Instant::now() + Duration::from_secs(seconds);
@@ -131,7 +136,8 @@ impl Engine {
         match self.change(back.clone(), Keep::OnDisk).await {
             Ok(()) => info!("the rules before are in force again"),
             Err(problem) => {
-                self.broken = Some(format!("go back to the rules before, which is tried again: {}", problem.error));
+                let why = format!("go back to the rules before, which is tried again: {}", problem.error);
+                self.kernel.note_broken(why);
                 let until = Instant::now();
                 self.unconfirmed = Some(Unconfirmed { until, back, services: Replaced::default(), lines: None });
             }
@@ -161,7 +167,7 @@ impl Engine {
     pub(super) fn intent(&mut self, text: &str, origin: Origin, options: &Apply) -> Result<Intent, Problem> {
         let invalid = |why: String| Problem::new(Kind::Invalid, why);
         let RuleFile { services, mut rules } =
-            RuleFile::parse(text, |terms| self.shared(terms)).map_err(|error| invalid(error.to_string()))?;
+            RuleFile::parse(text, |terms| self.desired.shared(terms)).map_err(|error| invalid(error.to_string()))?;
         let mut answer = Applied { dry_run: options.dry_run, ..Applied::default() };
         let has_services = services.is_some();
         let (opened, closed) = match services {
@@ -175,7 +181,7 @@ impl Engine {
         }
         self.expect_services(&rules, &opened, &closed)?;
         let goes = |name: &ServiceName| closed.contains(name) || opened.iter().any(|it| it.name == *name);
-        expect_fallbacks(&self.configs().filter(|it| !goes(&it.name)).chain(&opened).collect::<Vec<_>>())?;
+        expect_fallbacks(&self.services.configs().filter(|it| !goes(&it.name)).chain(&opened).collect::<Vec<_>>())?;
         let change = self.difference(&rules, origin, options.prune, &mut answer)?;
         self.expect_unused(&closed, &change)?;
         let is_plain = !has_services && rules.chunk_by(|a, b| a.0.0 == b.0.0).all(has_no_double);
@@ -192,15 +198,15 @@ impl Engine {
         let names: Vec<_> = services.iter().map(|it| it.name.clone()).collect();
         let mut opened = Vec::new();
         for service in services {
-            self.expect_enforceable(&service)?;
+            self.services.expect_enforceable(&service)?;
             match self.services.get(&service.name) {
-                Some(running) if *running.service.config() == service => continue,
+                Some(running) if *running.config() == service => continue,
                 // The one that is there when nobody has made one of its name.
-                Some(running) if running.origin == origin || running.is_preset() => {
+                Some(running) if running.origin() == origin || running.is_preset() => {
                     answer.services.push(format!("~ {}", service.name));
                 }
                 Some(running) => {
-                    let whose = match running.origin {
+                    let whose = match running.origin() {
                         Origin::Config => "in the configuration",
                         Origin::Fleet => "in the fleet's set",
                         Origin::Applied => "applied from a file",
@@ -216,7 +222,7 @@ impl Engine {
             }
             opened.push(service);
         }
-        let is_gone = |(name, running): &(&ServiceName, &Running)| running.origin == origin && !names.contains(name);
+        let is_gone = |(name, running): &(&ServiceName, &Running)| running.origin() == origin && !names.contains(name);
         let mut closed: Vec<_> = self.services.iter().filter(is_gone).map(|(name, _)| name.clone()).collect();
         let preset = ServiceConfig::default_service();
         if closed.contains(&preset.name) {
@@ -237,17 +243,16 @@ impl Engine {
         closed: &[ServiceName],
     ) -> Result<(), Problem> {
         let is_there = |name: &ServiceName| {
-            opened.iter().any(|it| it.name == *name) || self.services.contains_key(name) && !closed.contains(name)
+            opened.iter().any(|it| it.name == *name) || self.services.get(name).is_some() && !closed.contains(name)
         };
         let mut last: Option<&ServiceName> = None;
         for ((_, terms), line) in rules {
             if last != Some(&terms.service) && !is_there(&terms.service) {
-                let names: Vec<&str> = self.services.keys().map(ServiceName::as_str).collect();
                 return Err(Problem::new(
                     Kind::NotFound,
                     format!("{}there is no service {}", at_line(*line), terms.service),
                 )
-                .hint(format!("the services are: {}; add-service makes a new one", names.join(", "))));
+                .hint(self.services.hint_at_names()));
             }
             last = Some(&terms.service);
         }
@@ -260,7 +265,8 @@ impl Engine {
             return Ok(());
         }
         let goes = |prefix: &Prefix| change.removed.binary_search_by_key(prefix, |(it, _)| *it).is_ok();
-        let stay = self.rules.prefixes().filter(|(prefix, _)| !goes(prefix)).map(|(prefix, rules)| (*prefix, rules));
+        let stay =
+            self.desired.rules().prefixes().filter(|(prefix, _)| !goes(prefix)).map(|(prefix, rules)| (*prefix, rules));
         let come = change.added.iter().map(|(prefix, rules)| (*prefix, rules));
         let mut all = stay.chain(come).flat_map(|(prefix, rules)| rules.numbered(prefix));
         match all.find(|rule| closed.contains(&rule.terms.service)) {
@@ -286,7 +292,7 @@ impl Engine {
         answer: &mut Applied,
     ) -> Result<Change, Problem> {
         let mut change = Change::default();
-        let mut here = self.rules.prefixes().peekable();
+        let mut here = self.desired.rules().prefixes().peekable();
         let mut there = rules.chunk_by(|a, b| a.0.0 == b.0.0).peekable();
         loop {
             let next = match (here.peek(), there.peek()) {
@@ -313,7 +319,7 @@ impl Engine {
         let mut replaced = Replaced::default();
         for config in opened {
             let name = config.name.clone();
-            let before = self.services.remove(&name);
+            let before = self.services.take(&name);
             replaced.before.extend(before.map(|before| (name.clone(), before)));
             let origin = if config == ServiceConfig::default_service() { Origin::Config } else { origin };
             if let Err(error) = self.open_service(config, origin) {
@@ -323,7 +329,7 @@ impl Engine {
             replaced.opened.push(name);
         }
         for name in closed {
-            replaced.before.extend(self.services.remove_entry(name));
+            replaced.before.extend(self.services.take(name).map(|it| (name.clone(), it)));
         }
         Ok(replaced)
     }
@@ -332,9 +338,9 @@ impl Engine {
     fn swap_in(&mut self, Replaced { before, opened }: Replaced) -> Replaced {
         let mut out = Replaced::default();
         for name in opened {
-            out.before.extend(self.services.remove_entry(&name));
+            out.before.extend(self.services.take(&name).map(|it| (name, it)));
         }
-        self.services.extend(before);
+        self.services.put_back(before);
         out
     }
 

@@ -110,7 +110,7 @@ impl Dropping {
 
     /// Whether something may be seen that was not: other services or rules, another drop, or the end of a row of them.
     fn is_news(&self, generation: u64, dropped: u64) -> bool {
-        let has_row = self.services.values().any(|it| it.errors + it.lost > 0);
+        let has_row = self.services.iter().map(|(_, it)| it).any(|it| it.errors + it.lost > 0);
         generation != self.generation || dropped != self.dropped || has_row
     }
 }
@@ -129,13 +129,13 @@ impl Engine {
     }
 
     fn see_drops(&mut self) -> anyhow::Result<()> {
-        let Some(dropped) = self.steering.dropped()? else { return Ok(()) };
-        if self.dropping.is_news(self.generation, dropped) {
+        let Some(dropped) = self.kernel.dropped()? else { return Ok(()) };
+        if self.dropping.is_news(self.kernel.generation(), dropped) {
             let mut needs: BTreeMap<&ServiceName, Needs> = BTreeMap::new();
             let sums = self.sums(|it| {
                 let terms = &it.rule.terms;
                 let needs = needs.entry(&terms.service).or_default();
-                needs.is_drained |= self.drains.include(&it.rule.prefix, terms);
+                needs.is_drained |= self.desired.drains().include(&it.rule.prefix, terms);
                 for transport in terms.protocol.transports() {
                     let place =
                         usize::from(*transport == Transport::Udp) + if it.rule.prefix.is_ipv4() { 0 } else { 2 };
@@ -154,13 +154,13 @@ impl Engine {
                     (name, watched)
                 })
                 .collect();
-            (self.dropping.dropped, self.dropping.generation) = (dropped, self.generation);
+            (self.dropping.dropped, self.dropping.generation) = (dropped, self.kernel.generation());
         }
         Ok(())
     }
 
     fn seen(&self, name: &ServiceName, needs: &Needs, sums: &Sums<'_>) -> Seen {
-        let groups = self.services.get(name).map(|running| self.groups_of(running)).unwrap_or_default();
+        let groups = self.services.get(name).map(|running| self.services.groups_of(running)).unwrap_or_default();
         let has_all = groups.iter().zip(needs.places).all(|(group, is_needed)| group.is_some() || !is_needed);
         let (_, Counters { steered, no_socket, assign_error, .. }) = sums.of(name);
         Seen { steered, no_socket, assign_error, is_served: has_all && !needs.is_drained }

@@ -7,7 +7,7 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use super::{Engine, apply::Intent, change::Keep};
+use super::{Engine, apply::Intent, kept::Keep};
 use crate::{
     api::{Applied, Apply, FleetView, Kind, Problem, RefusedView},
     rules::{Change, Origin, Prefix, Terms, lines},
@@ -60,7 +60,8 @@ impl Engine {
             None => self.intent(&text, Origin::Fleet, &Apply::default())?,
         };
         // No failure that may pass: who has fewer rules or a higher limit is asked again.
-        self.expect_room_for(&intent.change).map_err(|problem| Problem { kind: Kind::Unsafe, ..problem })?;
+        self.expect_room_for(&intent.change, self.config().max_rules)
+            .map_err(|problem| Problem { kind: Kind::Unsafe, ..problem })?;
         self.expect_few_removed(&intent.change)?;
         self.expect_safe(&intent.change).await?;
         let Intent { change, opened, closed, is_plain, mut answer, .. } = intent;
@@ -75,18 +76,18 @@ impl Engine {
             }
             self.close_replaced(services).await;
         }
-        self.is_fleet_plain = is_plain;
-        answer.generation = self.generation;
+        self.kept.note_fleet_plain(is_plain);
+        answer.generation = self.kernel.generation();
         Ok(answer)
     }
 
     /// What has to be done where the set in force has each rule once and nothing else, and so has the one that these edits make of
     /// it. Nothing where that is not so, or where they make no sense: then the whole set has to be read.
     fn intent_of_edits(&mut self, LineEdits { removed, added }: &LineEdits) -> Option<Intent> {
-        if !self.is_fleet_plain {
+        if !self.kept.is_fleet_plain() {
             return None;
         }
-        let [gone, come] = [removed, added].map(|text| lines::parse(text, |terms| self.shared(terms)));
+        let [gone, come] = [removed, added].map(|text| lines::parse(text, |terms| self.desired.shared(terms)));
         let (gone, come) = (gone.ok()?, come.ok()?);
         self.expect_services(&come, &[], &[]).ok()?;
         let mut edited: BTreeMap<Prefix, [Vec<&Arc<Terms>>; 2]> = BTreeMap::new();
@@ -97,7 +98,7 @@ impl Engine {
         }
         let mut intent = Intent { is_plain: true, ..Intent::default() };
         for (prefix, [gone, come]) in edited {
-            let before = self.rules.of_prefix(&prefix);
+            let before = self.desired.rules().of_prefix(&prefix);
             let of_fleet = before.into_iter().flatten().filter(|it| it.origins.contains(Origin::Fleet));
             let mut rules: Vec<&Arc<Terms>> = of_fleet.map(|held| &held.terms).collect();
             for terms in gone {
@@ -126,7 +127,7 @@ impl Engine {
 
     /// Where this node stands in its fleet.
     pub fn fleet_state(&self) -> &FleetState {
-        &self.fleet_state
+        self.kept.fleet()
     }
 
     /// What is told of the fleet, if this node belongs to one.
@@ -137,26 +138,26 @@ impl Engine {
     /// How this daemon is.
     pub fn condition(&self) -> Condition {
         let mut hasher = DefaultHasher::new();
-        (self.generation, self.max_rules, self.config.max_removal(), self.unconfirmed.is_some()).hash(&mut hasher);
+        let config = self.config();
+        (self.kernel.generation(), config.max_rules, config.max_removal(), self.unconfirmed.is_some())
+            .hash(&mut hasher);
         Condition {
             back_end: self.back_end(),
-            generation: self.generation,
+            generation: self.kernel.generation(),
             degraded: self.degraded_itself(),
             basis: hasher.finish(),
         }
     }
 
-    pub(super) fn save_fleet(&mut self, state: FleetState, text: Option<&str>) -> anyhow::Result<()> {
+    fn save_fleet(&mut self, state: FleetState, text: Option<&str>) -> anyhow::Result<()> {
         self.progress.begin("writing the rules down", 5);
-        self.store.save_fleet(&state, text)?;
-        self.fleet_state = state;
-        Ok(())
+        self.kept.save_fleet(state, text)
     }
 
     /// Refuses a set that takes more of the fleet's rules away than `max-removal` allows.
     fn expect_few_removed(&self, change: &Change) -> Result<(), Problem> {
-        let Some(percent) = self.config.max_removal() else { return Ok(()) };
-        let before = self.rules.iter().filter(|it| it.origins.contains(Origin::Fleet)).count();
+        let Some(percent) = self.config().max_removal() else { return Ok(()) };
+        let before = self.desired.rules().iter().filter(|it| it.origins.contains(Origin::Fleet)).count();
         let mut gone = 0;
         for (prefix, rules) in &change.removed {
             let at = change.added.binary_search_by_key(prefix, |(it, _)| *it);

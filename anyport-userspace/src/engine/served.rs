@@ -8,9 +8,14 @@ use std::{
 
 use anyport_common::flow::Transport;
 
-use super::{Engine, Running, drain::Drains, register::KINDS};
+use super::{
+    Engine,
+    desired::Drains,
+    services::{KINDS, Running},
+};
 use crate::{
     announce::{Announce, Announcer, Judged, Judgement, Needs, Verdict},
+    api::AnnounceView,
     rules::{Prefix, PrefixRules, Protocol, ServiceName},
     service::{HandlerKind, Queue, UpstreamState},
     text::list_of,
@@ -24,6 +29,8 @@ const MAX_PREFIXES: usize = 65_536;
 /// What is needed to judge what is served.
 #[derive(Debug, Default)]
 pub(super) struct Served {
+    /// Has the router announce what is served, where it is to.
+    announcer: Option<Announcer>,
     /// Whom the prefixes that may be announced need, as long as nothing has changed.
     needs: Option<(u64, Needed)>,
     /// Whether there are more prefixes than are announced.
@@ -31,7 +38,7 @@ pub(super) struct Served {
     /// Of the daemon's own listening sockets.
     own: Queues,
     /// Of those that were registered.
-    pub(super) registered: Queues,
+    registered: Queues,
 }
 
 /// Whom each prefix needs.
@@ -48,7 +55,7 @@ struct Need {
 
 /// Queues of listening sockets, by cookie.
 #[derive(Debug, Default)]
-pub(super) struct Queues(HashMap<u64, Watched>);
+struct Queues(HashMap<u64, Watched>);
 
 #[derive(Debug)]
 struct Watched {
@@ -59,7 +66,7 @@ struct Watched {
 
 impl Queues {
     /// Takes a look at all of them into account.
-    pub(super) fn look(&mut self, queues: impl Iterator<Item = Queue>, now: Instant) {
+    fn look(&mut self, queues: impl Iterator<Item = Queue>, now: Instant) {
         let mut former = std::mem::take(&mut self.0);
         let watch = |queue: Queue| {
             let moved = match former.remove(&queue.cookie) {
@@ -93,42 +100,78 @@ impl Queue {
     }
 }
 
+impl Served {
+    /// Forgets what the prefixes need, since that has changed.
+    pub(super) fn forget_needs(&mut self) {
+        self.needs = None;
+    }
+
+    /// Takes a look at the registered sockets into account.
+    pub(super) fn look_at_registered(&mut self, queues: Vec<Queue>, now: Instant) {
+        self.registered.look(queues.into_iter(), now);
+    }
+
+    /// Whether the router announces by the judgement of this number. Nothing has to be withdrawn where nothing is announced.
+    pub(super) fn has_withdrawn(&self, number: u64) -> bool {
+        self.announcer.as_ref().is_none_or(|announcer| announcer.has_done(number))
+    }
+
+    /// Why the router does not announce what it should.
+    pub(super) fn complaint(&self) -> Option<String> {
+        self.announcer.as_ref().and_then(Announcer::complaint)
+    }
+
+    /// What `status` shows of announcing, if something is announced.
+    pub(super) fn view(&self, announce: &Announce) -> Option<AnnounceView> {
+        Some(self.announcer.as_ref()?.view(announce))
+    }
+
+    /// What `status` says does not work of announcing.
+    pub(super) fn degraded(&self) -> impl Iterator<Item = String> {
+        let cut = || format!("there are more than {MAX_PREFIXES} prefixes to announce, the rest is not announced");
+        self.complaint().map(|it| format!("announcing: {it}")).into_iter().chain(self.is_cut.then(cut))
+    }
+
+    /// Leaves what is announced to another process.
+    pub(super) async fn leave(&mut self) {
+        if let Some(announcer) = self.announcer.take() {
+            announcer.leave().await;
+        }
+    }
+}
+
 impl Engine {
     /// Goes on with what is announced, if something is to be.
     pub(super) fn start_announcing(&mut self) {
-        if let Some(announce) = &self.config.announce {
-            self.announcer = Some(Announcer::start(announce, &self.commons.control, Arc::clone(&self.owner_exits)));
+        if let Some(announce) = &self.settings.config().announce {
+            let (control, ends) = (&self.services.context().control, Arc::clone(self.services.owner_exits()));
+            self.served.announcer = Some(Announcer::start(announce, control, ends));
             self.judge();
         }
     }
 
     /// Withdraws everything that is announced, before nobody is there to serve it.
     pub async fn withdraw(&self) {
-        if let Some(announcer) = &self.announcer {
+        if let Some(announcer) = &self.served.announcer {
             announcer.withdraw().await;
         }
     }
 
-    /// Forgets what the prefixes need, since that has changed.
-    pub(super) fn forget_needs(&mut self) {
-        self.served.needs = None;
-    }
-
     /// Has announced what is served now. Returns the number of this judgement, if somebody announces.
     pub(super) fn judge(&mut self) -> Option<u64> {
-        let announce = self.config.announce.clone()?;
-        self.announcer.as_ref()?;
-        if self.served.needs.as_ref().is_none_or(|(generation, _)| *generation != self.generation) {
+        let announce = self.config().announce.clone()?;
+        self.served.announcer.as_ref()?;
+        if self.served.needs.as_ref().is_none_or(|(generation, _)| *generation != self.kernel.generation()) {
             let mut needs = self.needs(&announce);
             self.served.is_cut = needs.len() > MAX_PREFIXES;
             needs.truncate(MAX_PREFIXES);
-            self.served.needs = Some((self.generation, needs));
+            self.served.needs = Some((self.kernel.generation(), needs));
         }
         let now = Instant::now();
         let (_, needs) = self.served.needs.as_ref()?;
         let names: BTreeSet<_> = needs.iter().flat_map(|(_, needs)| needs).map(|need| &need.service).collect();
         let services = names.into_iter().filter_map(|name| self.services.get(name));
-        let queues: Vec<Queue> = services.flat_map(|running| running.service.queues()).collect();
+        let queues: Vec<Queue> = services.flat_map(|running| running.service().queues()).collect();
         self.served.own.look(queues.into_iter(), now);
         let (_, needs) = self.served.needs.as_ref()?;
         let mut known = HashMap::new();
@@ -137,14 +180,7 @@ impl Engine {
             Judged { prefix: *prefix, verdict }
         });
         let judgement = Judgement { number: 0, prefixes: prefixes.collect(), hold_down: announce.hold_down.0 };
-        Some(self.announcer.as_ref()?.judge(judgement))
-    }
-
-    /// What `status` says of announcing.
-    pub(super) fn announcing_degraded(&self) -> impl Iterator<Item = String> {
-        let complaint = self.announcer.as_ref().and_then(Announcer::complaint);
-        let cut = || format!("there are more than {MAX_PREFIXES} prefixes to announce, the rest is not announced");
-        complaint.map(|it| format!("announcing: {it}")).into_iter().chain(self.served.is_cut.then(cut))
+        Some(self.served.announcer.as_ref()?.judge(judgement))
     }
 
     /// The prefixes that may be announced, and what each of them needs.
@@ -152,15 +188,15 @@ impl Engine {
         let Announce { prefixes, rules_within, .. } = announce;
         let mut all: HashMap<Prefix, BTreeSet<Need>> = HashMap::new();
         for prefix in prefixes {
-            let overlapping = self.rules.around(*prefix).filter(|(outer, _)| outer != prefix);
+            let overlapping = self.desired.rules().around(*prefix).filter(|(outer, _)| outer != prefix);
             let needs = all.entry(*prefix).or_default();
             overlapping
-                .chain(self.rules.within(*prefix))
-                .for_each(|(at, rules)| add_needs(at, rules, &self.drains, needs));
+                .chain(self.desired.rules().within(*prefix))
+                .for_each(|(at, rules)| add_needs(at, rules, self.desired.drains(), needs));
         }
-        for (prefix, rules) in rules_within.iter().flat_map(|within| self.rules.within(*within)) {
+        for (prefix, rules) in rules_within.iter().flat_map(|within| self.desired.rules().within(*within)) {
             if let Entry::Vacant(place) = all.entry(prefix) {
-                add_needs(prefix, rules, &self.drains, place.insert(BTreeSet::new()));
+                add_needs(prefix, rules, self.desired.drains(), place.insert(BTreeSet::new()));
             }
         }
         let mut needs: Vec<_> = all.into_iter().collect();
@@ -183,7 +219,7 @@ impl Engine {
         if is_drained {
             return Verdict::Drained;
         }
-        if let Some(why) = self.unsteered(prefix) {
+        if let Some(why) = self.kernel.unsteered(prefix) {
             return Verdict::Unserved(why);
         }
         let verdicts = needs.iter().filter(|need| !need.is_drained).map(|Need { service, place, .. }| {
@@ -192,27 +228,16 @@ impl Engine {
         combined(verdicts, policy)
     }
 
-    /// Why the kernel may not steer what is steered of a prefix.
-    fn unsteered(&self, prefix: &Prefix) -> Option<String> {
-        let lost = || self.mends.lost_steering().map(|what| format!("{what} is gone"));
-        let is_missing = |block: &&Prefix| block.is_within(prefix) || prefix.is_within(block);
-        let missing = || {
-            let block = self.routes_look.missing().iter().find(is_missing)?;
-            Some(format!("the local route to {block} is gone"))
-        };
-        self.broken.clone().or_else(lost).or_else(missing)
-    }
-
     /// Whether somebody serves what arrives at this place of a service.
     fn verdict_of(&self, name: &ServiceName, place: usize, now: Instant) -> Verdict {
         let Some(running) = self.services.get(name) else {
             return Verdict::Unserved(format!("there is no service {name}"));
         };
-        let config = running.service.config();
+        let config = running.config();
         if config.handler != HandlerKind::Registered {
             return serves(running, place, &self.served.own, now);
         }
-        if let Some(socket) = self.registered.get(name).and_then(|it| it.live[place].as_ref()) {
+        if let Some(socket) = self.services.registrations(name).and_then(|it| it.live(place)) {
             let stuck = self.served.registered.stuck(socket.cookie, now);
             return stuck.map_or(Verdict::Served, |why| Verdict::Unserved(format!("service {name}: {why}")));
         }
@@ -235,7 +260,7 @@ fn add_needs(prefix: Prefix, rules: &PrefixRules, drains: &Drains, needs: &mut B
 
 /// Of a service with sockets of its own.
 fn serves(running: &Running, place: usize, queues: &Queues, now: Instant) -> Verdict {
-    let (service, name) = (&running.service, &running.service.config().name);
+    let (service, name) = (running.service(), &running.config().name);
     if service.groups()[place].is_none() {
         return Verdict::Unserved(no_socket(name, place));
     }

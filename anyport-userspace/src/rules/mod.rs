@@ -11,6 +11,8 @@ pub mod file;
 pub mod lines;
 mod name;
 #[cfg(feature = "daemon")]
+mod overlay;
+#[cfg(feature = "daemon")]
 mod ports;
 #[cfg(feature = "daemon")]
 mod prefix;
@@ -27,6 +29,7 @@ mod why;
 #[cfg(feature = "daemon")]
 pub use self::{
     decide::{Decision, decide},
+    overlay::{Overlay, RuleView},
     ports::PortSet,
     prefix::{Prefix, from_address, to_address},
     rule::{Origin, Origins, Rule, RuleText, Terms},
