@@ -110,7 +110,7 @@ impl Dropping {
 
     /// Whether something may be seen that was not: other services or rules, another drop, or the end of a row of them.
     fn is_news(&self, generation: u64, dropped: u64) -> bool {
-        let has_row = self.services.iter().map(|(_, it)| it).any(|it| it.errors + it.lost > 0);
+        let has_row = self.services.values().any(|it| it.errors + it.lost > 0);
         generation != self.generation || dropped != self.dropped || has_row
     }
 }

@@ -7,7 +7,7 @@ use tracing::{error, info};
 use super::{
     Engine,
     kept::Keep,
-    services::{KINDS, Registrations, boot_id, make_group_transparent},
+    services::{KINDS, Registrations, Running, boot_id, make_group_transparent},
 };
 use crate::{
     api::{Changed, Kind, Peer, Problem},
@@ -23,7 +23,7 @@ impl Engine {
     /// # Errors
     /// See [`Kind`].
     pub fn expect_registrant(&self, service: &ServiceName, peer: &Peer) -> Result<(), Problem> {
-        let config = self.services.get(service).map(|running| running.config());
+        let config = self.services.get(service).map(Running::config);
         let is_owner = |config: &ServiceConfig| {
             let is_meant = config.owners.iter().any(|owner| owner.is_meant(peer.uid.as_raw(), &peer.groups));
             config.handler == HandlerKind::Registered && is_meant

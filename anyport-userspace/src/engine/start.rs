@@ -70,7 +70,8 @@ impl Engine {
         remove_leftovers(chosen.steering.back_end(), &options).context("remove what an earlier daemon left")?;
         let kernel =
             Kernel::new(Parts { chosen, routes, connected: host::connected_addresses, published, events }).await?;
-        let mut engine = Self::begin(config, (store, kernel), initial, workers, keeper, begin.is_successor).await?;
+        let begun = Self::begin(config, (store, kernel), initial, workers, keeper, begin.is_successor);
+        let mut engine = Box::pin(begun).await?;
         engine.start_announcing();
         Ok(engine)
     }
@@ -89,7 +90,7 @@ impl Engine {
         let chosen = Chosen { steering, outcomes: Vec::new() };
         let (routes, published, events) = (Routes::held_by(routes)?, Arc::default(), Arc::default());
         let kernel = Kernel::new(Parts { chosen, routes, connected, published, events }).await?;
-        Self::begin(config, (store, kernel), initial, workers, Link::default(), false).await
+        Box::pin(Self::begin(config, (store, kernel), initial, workers, Link::default(), false)).await
     }
 
     /// Brings up an engine out of its parts.

@@ -7,7 +7,7 @@ use std::{
 
 /// Gives out numbers, one by one or several in a row, low ones first.
 ///
-/// IdAllocator that were given back rest for a while: programs and people may still hold them for a moment.
+/// Numbers that were given back rest for a while: programs and people may still hold them for a moment.
 #[derive(Debug)]
 pub(in crate::engine) struct IdAllocator {
     /// Runs of free numbers: where each begins and ends.

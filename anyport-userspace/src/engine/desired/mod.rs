@@ -184,7 +184,9 @@ impl Desired {
 
     /// These numbers are no rule's any more.
     pub(super) fn give_back(&mut self, ranges: &[Range<u32>]) {
-        ranges.iter().for_each(|range| self.rule_ids.give_back(range.clone()));
+        for range in ranges {
+            self.rule_ids.give_back(range.clone());
+        }
     }
 
     /// The rules through an overlay to which what is drained has been added.

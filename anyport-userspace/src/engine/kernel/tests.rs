@@ -14,12 +14,11 @@ impl Fixture {
         let Self { desired, kernel, services, .. } = self;
         let transition = desired.begin(change).unwrap();
         let done = kernel.activate(desired, services, &transition, &Progress::default()).await;
-        match done {
-            Ok(()) => desired.finish(transition.steps()),
-            Err(_) => {
-                desired.roll_back(transition);
-                kernel.roll_back(desired);
-            }
+        if done.is_ok() {
+            desired.finish(transition.steps());
+        } else {
+            desired.roll_back(transition);
+            kernel.roll_back(desired);
         }
         done
     }
