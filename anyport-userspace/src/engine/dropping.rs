@@ -144,12 +144,12 @@ impl Engine {
             })?;
             let seen: Vec<_> =
                 needs.into_iter().map(|(name, needs)| (name.clone(), self.seen(name, &needs, &sums))).collect();
-            let mut former = std::mem::take(&mut self.dropping.services);
+            let mut previous = std::mem::take(&mut self.dropping.services);
             self.dropping.services = seen
                 .into_iter()
                 .map(|(name, now)| {
                     // Of one that is new only what comes from now on is looked at.
-                    let mut watched = former.remove(&name).unwrap_or(Watched { seen: now, ..Watched::default() });
+                    let mut watched = previous.remove(&name).unwrap_or(Watched { seen: now, ..Watched::default() });
                     watched.look(now);
                     (name, watched)
                 })

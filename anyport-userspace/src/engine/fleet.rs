@@ -42,7 +42,7 @@ pub struct LineEdits {
 
 impl Engine {
     /// Makes rules and services of the fleet equal to a set, and keeps it with the state. What was configured, applied and added
-    /// on this node stays, and must not contradict it. Where it is known by which lines it differs from the set in force, only those
+    /// on this node stays, and must not contradict it. Where it is known by which lines it differs from the active set, only those
     /// are read, if that is enough.
     ///
     /// # Errors
@@ -81,7 +81,7 @@ impl Engine {
         Ok(answer)
     }
 
-    /// What has to be done where the set in force has each rule once and nothing else, and so has the one that these edits make of
+    /// What has to be done where the active set has each rule once and nothing else, and so has the one that these edits make of
     /// it. Nothing where that is not so, or where they make no sense: then the whole set has to be read.
     fn intent_of_edits(&mut self, LineEdits { removed, added }: &LineEdits) -> Option<Intent> {
         if !self.kept.is_fleet_plain() {
@@ -89,7 +89,7 @@ impl Engine {
         }
         let [gone, come] = [removed, added].map(|text| lines::parse(text, |terms| self.desired.shared(terms)));
         let (gone, come) = (gone.ok()?, come.ok()?);
-        self.expect_services(&come, &[], &[]).ok()?;
+        self.services.expect_for(&come, &[], &[]).ok()?;
         let mut edited: BTreeMap<Prefix, [Vec<&Arc<Terms>>; 2]> = BTreeMap::new();
         for (side, rules) in [&gone, &come].into_iter().enumerate() {
             for ((prefix, terms), _) in rules {
@@ -117,7 +117,7 @@ impl Engine {
         Some(intent)
     }
 
-    /// Keeps how far the pointer was seen to go; the set in force stays.
+    /// Keeps how far the pointer was seen to go; the active set stays.
     ///
     /// # Errors
     /// It could not be written.

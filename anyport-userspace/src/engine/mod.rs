@@ -1,13 +1,17 @@
 //! Desired state, and the one way by which it gets into the kernel.
 //!
-//! Order on the way up: sockets, rules, routes; so nothing reaches the host before somebody is there to take it. On
+//! [`Engine`] orders four types, whose fields are their own: [`Desired`] has the rules and their numbers, [`Services`] the services at work,
+//! [`Kernel`] what the kernel holds of both, and [`Kept`] what is on the disk. `change.rs` takes all of them from one rule set to the next.
+//!
+//! Order on the way up: sockets, rules, routes; so nothing reaches the host before a socket is there to take it. On
 //! the way down it is the reverse. Every step makes the kernel equal to what is desired and can be repeated, so a
-//! failure is undone by applying the former state again.
+//! failure is undone by applying the previous state again.
 
 mod apply;
 mod change;
 mod commands;
 mod desired;
+mod difference;
 mod drain;
 mod dropping;
 mod events;
@@ -51,8 +55,7 @@ use crate::{routes::Watch, service::DescriptorPool, steering::BackEnd};
 /// See [`crate::host::connected_addresses`].
 pub type Connected = fn() -> anyhow::Result<HashSet<IpAddr>>;
 
-/// The daemon's state and its hold on the kernel, in order: what is desired, the services that it names, what the kernel holds of both, and
-/// what of it is kept.
+/// The daemon's state and its hold on the kernel.
 #[derive(Debug)]
 pub struct Engine {
     desired: Desired,

@@ -4,7 +4,12 @@ use std::time::SystemTime;
 
 use tracing::{error, info, warn};
 
-use super::{Engine, kept::Keep, services::expect_fallbacks};
+use super::{
+    Engine,
+    difference::{difference, expect_unused},
+    kept::Keep,
+    services::expect_fallbacks,
+};
 use crate::{
     api::{Applied, Kind, Problem, Reload, Reloaded},
     config::{Config, LogLevel},
@@ -59,7 +64,7 @@ impl Engine {
         Ok(reloaded)
     }
 
-    /// As [`Self::reload`], for somebody who sees only the log and the status.
+    /// As [`Self::reload`], for a user who sees only the log and the status.
     pub async fn reload_on_signal(&mut self) {
         match self.reload(&Reload::default()).await {
             Ok(Reloaded { added, removed, services, settings, takes_restart, .. }) => {
@@ -88,14 +93,14 @@ impl Engine {
 
     async fn reload_from(&mut self, config: &Config, options: &Reload) -> Result<Reloaded, Problem> {
         let mut answer = Applied { dry_run: options.dry_run, ..Applied::default() };
-        let (opened, closed) = self.service_steps(self.configured(config), Origin::Config, &mut answer)?;
+        let (opened, closed) = self.services.steps(self.configured(config), Origin::Config, &mut answer)?;
         let rules: Vec<(LineRule, u32)> =
             config.rules.iter().map(|rule| ((rule.prefix, self.desired.shared(Terms::clone(rule.terms))), 0)).collect();
-        self.expect_services(&rules, &opened, &closed)?;
+        self.services.expect_for(&rules, &opened, &closed)?;
         let goes = |name: &ServiceName| closed.contains(name) || opened.iter().any(|it| it.name == *name);
         expect_fallbacks(&self.services.configs().filter(|it| !goes(&it.name)).chain(&opened).collect::<Vec<_>>())?;
-        let change = self.difference(&rules, Origin::Config, false, &mut answer)?;
-        self.expect_unused(&closed, &change)?;
+        let change = difference(self.desired.rules(), &rules, Origin::Config, false, &mut answer)?;
+        expect_unused(self.desired.rules(), &closed, &change)?;
         self.expect_room_for(&change, config.max_rules)?;
         if !options.force {
             self.expect_safe(&change).await?;

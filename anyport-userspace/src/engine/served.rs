@@ -21,7 +21,7 @@ use crate::{
     text::list_of,
 };
 
-/// A queue in which somebody has waited at each look for so long, and which nobody has left, does not move.
+/// A queue that was not empty at each look for so long, and from which nothing was accepted, does not move.
 const STUCK: Duration = Duration::from_secs(3);
 /// More prefixes of rules than this are not announced.
 const MAX_PREFIXES: usize = 65_536;
@@ -31,7 +31,7 @@ const MAX_PREFIXES: usize = 65_536;
 pub(super) struct Served {
     /// Has the router announce what is served, where it is to.
     announcer: Option<Announcer>,
-    /// Whom the prefixes that may be announced need, as long as nothing has changed.
+    /// What the prefixes that may be announced need, as long as nothing has changed.
     needs: Option<(u64, Needed)>,
     /// Whether there are more prefixes than are announced.
     is_cut: bool,
@@ -41,7 +41,7 @@ pub(super) struct Served {
     registered: Queues,
 }
 
-/// Whom each prefix needs.
+/// What each prefix needs.
 type Needed = Vec<(Prefix, BTreeSet<Need>)>;
 
 /// A place of a service at which packets of a prefix arrive.
@@ -60,16 +60,16 @@ struct Queues(HashMap<u64, Watched>);
 #[derive(Debug)]
 struct Watched {
     queue: Queue,
-    /// When it was empty, or somebody had left it.
+    /// When it was empty, or something had been accepted from it.
     moved: Instant,
 }
 
 impl Queues {
     /// Takes a look at all of them into account.
     fn look(&mut self, queues: impl Iterator<Item = Queue>, now: Instant) {
-        let mut former = std::mem::take(&mut self.0);
+        let mut previous = std::mem::take(&mut self.0);
         let watch = |queue: Queue| {
-            let moved = match former.remove(&queue.cookie) {
+            let moved = match previous.remove(&queue.cookie) {
                 Some(before) if !queue.has_moved_since(&before.queue) => before.moved,
                 _ => now,
             };
@@ -157,7 +157,7 @@ impl Engine {
         }
     }
 
-    /// Has announced what is served now. Returns the number of this judgement, if somebody announces.
+    /// Has announced what is served now. Returns the number of this judgement, if something is announced at all.
     pub(super) fn judge(&mut self) -> Option<u64> {
         let announce = self.config().announce.clone()?;
         self.served.announcer.as_ref()?;
@@ -228,7 +228,7 @@ impl Engine {
         combined(verdicts, policy)
     }
 
-    /// Whether somebody serves what arrives at this place of a service.
+    /// Whether what arrives at this place of a service is served.
     fn verdict_of(&self, name: &ServiceName, place: usize, now: Instant) -> Verdict {
         let Some(running) = self.services.get(name) else {
             return Verdict::Unserved(format!("there is no service {name}"));

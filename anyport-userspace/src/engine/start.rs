@@ -50,7 +50,7 @@ impl Engine {
     /// What an earlier daemon left is replaced or removed.
     ///
     /// # Errors
-    /// What does not work. Nothing is left behind, except by a successor: what was steered before still is, and newcomers wait.
+    /// What does not work. Nothing is left behind, except by a successor: what was steered before still is, and new connections wait.
     pub async fn start(config: &Config, workers: WorkerHandles, keeper: Link, begin: &Begin) -> anyhow::Result<Self> {
         let (store, state) = Store::open(&config.state_dir)?;
         let initial = initial(config, state)?;

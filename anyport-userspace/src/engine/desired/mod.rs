@@ -150,23 +150,23 @@ impl Desired {
         self.patch(&change.inverse());
     }
 
-    /// What is read differently while clients of these prefixes are refused, whose rules are given up. Returns the numbers too that
+    /// What is read differently while new connections to these prefixes are refused, which are withdrawn. Returns the numbers too that
     /// were taken for that, which are to be given back.
     ///
     /// # Errors
     /// There are not enough numbers.
     pub(super) fn refusing(
         &mut self,
-        given_up: &[&(Prefix, PrefixRules)],
+        withdrawn: &[&(Prefix, PrefixRules)],
     ) -> anyhow::Result<(Overlay, Vec<Range<u32>>)> {
         let mut refusing = Overlay::default();
         let mut known: HashMap<*const Terms, Arc<Terms>> = HashMap::new();
         let mut fresh = Vec::new();
-        for (prefix, before) in given_up {
+        for (prefix, before) in withdrawn {
             let here = self.rules.of_prefix(prefix);
             let is_alone = here.is_none();
             let mut rules = here.cloned().unwrap_or_default();
-            // The rules that are given up need their numbers no more, except to be refused under them.
+            // The rules that are withdrawn need their numbers no more, except to be refused under them.
             rules.first_number = before.first_number;
             for held in before {
                 let terms = known

@@ -182,7 +182,7 @@ impl Kernel {
             services: &services,
         };
         if let Some(table) = &mut self.table {
-            // Whom services take is not known to this table, which only tells what is steered at all.
+            // Which clients services allow is not known to this table, which only tells what is steered at all.
             let receiver = |slot| Receiver { slot, sources: SourceLists::EVERYBODY };
             let receivers: HashMap<_, _> = services.iter().map(|it| (&it.name, receiver(it.slot))).collect();
             let find = |name: &_| receivers.get(name).copied().with_context(|| format!("there is no service {name}"));

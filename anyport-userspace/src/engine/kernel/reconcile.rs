@@ -1,4 +1,4 @@
-//! What others take out of the kernel is noticed and put back.
+//! Drift: what others take out of the kernel is noticed and put back.
 
 use std::{
     collections::BTreeMap,
@@ -18,7 +18,7 @@ use crate::{
     steering::{Kind, Loss},
 };
 
-/// So often in a row things are put back at once. Whoever takes them away once more manages them too, and is not fought.
+/// So often in a row things are put back at once. What takes them away once more manages them too, and is not fought.
 const PATIENCE: u32 = 5;
 /// What belongs to one row: how long after it was put back something may be lost again.
 const ROW: Duration = Duration::from_mins(2);
@@ -386,7 +386,7 @@ mod tests {
         drift.note(&lost(), false);
         assert!(!drift.is_due());
         assert!(drift.degraded(true)[0].contains("after a pause"), "{:?}", drift.degraded(true));
-        // Somebody else has put it back meanwhile.
+        // Others have put it back meanwhile.
         drift.note(&[], false);
         assert_eq!(times(&drift), u64::from(PATIENCE));
     }
@@ -398,7 +398,7 @@ mod tests {
         drift.failed("no room");
         assert!(!drift.is_due() && times(&drift) == 0);
         assert!(drift.degraded(true)[0].contains("could not be put back, which is tried again: no room"));
-        // By another try, or by all being made anew.
+        // By another try, or by a full rebuild.
         drift.note(&[], false);
         assert!(drift.degraded(true).is_empty() && times(&drift) == 1);
     }

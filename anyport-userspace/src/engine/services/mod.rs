@@ -1,6 +1,7 @@
 //! Services at work: those that are open, the sockets that other processes registered for them, and what all of them share.
 
 mod registered;
+mod wanted;
 
 use std::{
     collections::BTreeMap,
@@ -151,7 +152,7 @@ impl Services {
         services.map(|it| it.config().clone()).collect()
     }
 
-    /// Whom a service takes.
+    /// Which clients a service allows.
     pub(super) fn sources_of(&self, name: &ServiceName) -> &SourceLists {
         self.get(name).map_or(SourceLists::EVERYBODY, |it| &*it.config().sources)
     }

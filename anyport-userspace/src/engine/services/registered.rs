@@ -201,7 +201,7 @@ impl Services {
     }
 
     /// The socket that was kept, by whichever way leads to it: through the keeper, which has fetched it while it was root; out of
-    /// whoever holds it; or without a descriptor, where the kernel has it still.
+    /// a process that holds it; or without a descriptor, where the kernel has it still.
     fn find(&self, kept: &KeptSocket, kernel: &Kernel) -> Result<Registered, String> {
         let KeptSocket { cookie, local, pid, .. } = *kept;
         let through_keeper = || {
@@ -284,7 +284,7 @@ pub(in crate::engine) fn boot_id() -> String {
     fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim_end().to_owned()
 }
 
-/// Lets TPROXY find a socket and the others of its group, whoever holds them: it passes over those that are not
+/// Lets TPROXY find a socket and the others of its group, whatever process holds them: it passes over those that are not
 /// transparent (`nf_tproxy_sk_is_transparent`). The option is the socket's, not the descriptor's.
 pub(in crate::engine) fn make_group_transparent(candidate: &Candidate) -> anyhow::Result<()> {
     let attempt = || format!("set IP_TRANSPARENT, which TPROXY needs, on {candidate}");
