@@ -82,22 +82,25 @@ impl Engine {
         let services = self.replace_services(opened, &closed, Origin::Applied).await?;
         // What was read from lines says what the rules say now, line for line.
         let lines = (!has_services).then_some(text);
-        let back = options.confirm.map(|_| (change.clone().inverse(), lines.clone()));
-        let keep = if back.is_some() { Keep::InMemory } else { Keep::AppliedOnDisk(lines) };
-        if let Err(problem) = self.change(change, keep).await {
-            self.put_back(services).await;
-            self.repair().await;
-            return Err(problem);
-        }
+        let (keep, lines) =
+            if options.confirm.is_some() { (Keep::InMemory, lines) } else { (Keep::AppliedOnDisk(lines), None) };
+        let done = match self.change(change, keep).await {
+            Ok(done) => done,
+            Err(problem) => {
+                self.put_back(services).await;
+                self.repair().await;
+                return Err(problem);
+            }
+        };
         answer.generation = self.kernel.generation();
         answer.notes.extend(self.kernel.notes_on_routes());
-        match (back, options.confirm) {
-            (Some((back, lines)), Some(seconds)) => {
+        match options.confirm {
+            Some(seconds) => {
                 let until = Instant::now() + Duration::from_secs(seconds);
-                self.unconfirmed = Some(Unconfirmed { until, back, services, lines });
+                self.unconfirmed = Some(Unconfirmed { until, back: done.inverse(), services, lines });
                 answer.confirm_within = Some(seconds);
             }
-            _ => self.close_replaced(services).await,
+            None => self.close_replaced(services).await,
         }
         Ok(answer)
     }
@@ -128,7 +131,7 @@ impl Engine {
         // First the services that the rules before steer to.
         let opened = self.swap_in(services);
         match self.change(back.clone(), Keep::OnDisk).await {
-            Ok(()) => info!("the rules before are in force again"),
+            Ok(_) => info!("the rules before are in force again"),
             Err(problem) => {
                 let why = format!("go back to the rules before, which is tried again: {}", problem.error);
                 self.kernel.note_broken(why);

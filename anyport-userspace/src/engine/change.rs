@@ -5,14 +5,11 @@ use crate::{api::Problem, rules::Change};
 
 impl Engine {
     /// Makes the kernel and the state file equal to the rules after a change and the services at hand, or leaves both
-    /// as they are.
-    pub(super) async fn change(&mut self, change: Change, keep: Keep) -> Result<(), Problem> {
+    /// as they are. Returns the change as it was carried out, with the numbers that the rules have got.
+    pub(super) async fn change(&mut self, change: Change, keep: Keep) -> Result<Change, Problem> {
         let transition = self.desired.begin(change)?;
         match self.carry_out(&transition, keep).await {
-            Ok(()) => {
-                self.desired.finish(transition.steps());
-                Ok(())
-            }
+            Ok(()) => Ok(self.desired.finish(transition)),
             Err(error) => {
                 self.desired.roll_back(transition);
                 self.kernel.roll_back(&self.desired);

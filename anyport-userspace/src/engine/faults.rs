@@ -149,6 +149,10 @@ impl Scene {
         });
         let sockets: BTreeMap<u32, u64> = places.collect();
         let routes: BTreeSet<Prefix> = engine.kernel.blocks().collect();
+        let numbers: BTreeSet<u32> = rules.values().flatten().map(|(number, _)| *number).collect();
+        if numbers.len() != engine.desired.rules().len() {
+            return Some(format!("two rules have the same number: {rules:?}"));
+        }
         if rules != world.rules {
             return Some(format!("rules: {rules:?} in the engine, {:?} in the world", world.rules));
         }

@@ -137,7 +137,7 @@ impl Engine {
     ) -> Result<(), Problem> {
         self.services.register(service.clone(), after);
         // While something waits to be confirmed the rules are not to be written down, so sockets have a file of their own.
-        let mut done = if is_same { Ok(()) } else { self.change(Change::default(), Keep::InMemory).await };
+        let mut done = if is_same { Ok(()) } else { self.change(Change::default(), Keep::InMemory).await.map(drop) };
         let is_in_force = done.is_ok();
         if is_in_force {
             done = self.keep_registered().map_err(Into::into);

@@ -139,9 +139,10 @@ impl Desired {
         Ok(Transition { change, steps })
     }
 
-    /// What has begun is in the kernel.
-    pub(super) fn finish(&mut self, steps: &Steps) {
+    /// What has begun is in the kernel. Returns the change with the numbers that the rules have got.
+    pub(super) fn finish(&mut self, Transition { change, steps }: Transition) -> Change {
         self.give_back(&steps.freed);
+        change
     }
 
     /// What has begun is not to be: the rules are those before.

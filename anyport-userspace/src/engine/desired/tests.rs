@@ -14,7 +14,7 @@ fn desired(rules: &[Rule]) -> Desired {
     let mut desired = Desired::new(Drains::default());
     let change = adding(&desired, rules);
     let transition = desired.begin(change).unwrap();
-    desired.finish(transition.steps());
+    desired.finish(transition);
     desired
 }
 
@@ -47,7 +47,7 @@ fn rules_that_stay_keep_their_numbers_and_others_move() {
     let change = adding(&desired, &[rule("192.0.2.0/24", "80", Origin::Applied)]);
     let transition = desired.begin(change).unwrap();
     assert!(transition.steps().prefixes.is_empty() && transition.steps().fresh.iter().all(Range::is_empty));
-    desired.finish(transition.steps());
+    desired.finish(transition);
     assert_eq!(numbers(&desired), [0, 1]);
     // Another rule does: both of the prefix get new numbers, and what was counted moves along.
     let change = adding(&desired, &[rule("192.0.2.0/24", "443", Origin::Added)]);

@@ -62,6 +62,29 @@ fn a_command_changes_the_rules_once_forward_and_once_back() {
         let service = ServiceConfig::new("one".parse().unwrap(), HandlerKind::Discard);
         assert_eq!(scene.patches(async |it| it.add_service(service).await).await, (true, 0));
 
+        // What is not confirmed goes back once, and gives back the numbers of its own rules only.
+        let numbers = |scene: &Scene| open(&scene.world).rules.values().flatten().map(|it| it.0).collect::<Vec<_>>();
+        let before = numbers(&scene);
+        let options = Apply { confirm: Some(60), ..apply(false) };
+        let text = "192.0.2.8/30 tcp 80\n192.0.2.16/30 tcp 80\n";
+        assert_eq!(scene.patches(async |it| it.apply(text.into(), &options).await).await, (true, 1));
+        let applied = numbers(&scene);
+        scene.time_passes();
+        let back = async |it: &mut super::Engine| {
+            it.refresh().await;
+            Ok::<_, Problem>(())
+        };
+        assert_eq!(scene.patches(back).await, (true, 1));
+        assert_eq!(numbers(&scene), before);
+        for _ in 0..40 {
+            let text = "192.0.2.8/30 tcp 80\n192.0.2.20/30 tcp 80\n";
+            assert_eq!(scene.patches(async |it| it.apply(text.into(), &apply(false)).await).await, (true, 1));
+            let text = "192.0.2.8/30 tcp 80\n";
+            assert_eq!(scene.patches(async |it| it.apply(text.into(), &apply(false)).await).await, (true, 1));
+            scene.expect_equal("numbers go round");
+        }
+        assert!(applied.len() > before.len());
+
         open(&scene.world).fails = Some(1);
         assert_eq!(scene.patches(async |it| it.add_prefixes(added("192.0.2.4/30")).await).await, (false, 2));
         assert_eq!(scene.patches(async |it| it.remove_prefixes(removed("192.0.2.32/30")).await).await, (false, 2));

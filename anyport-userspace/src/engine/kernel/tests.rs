@@ -15,7 +15,7 @@ impl Fixture {
         let transition = desired.begin(change).unwrap();
         let done = kernel.activate(desired, services, &transition, &Progress::default()).await;
         if done.is_ok() {
-            desired.finish(transition.steps());
+            desired.finish(transition);
         } else {
             desired.roll_back(transition);
             kernel.roll_back(desired);
