@@ -75,6 +75,14 @@ pub struct Engine {
     progress: Arc<Progress>,
 }
 
+/// By what it is judged whether clients are served.
+#[derive(Clone, Copy, Debug)]
+struct Facts<'a> {
+    desired: &'a Desired,
+    services: &'a Services,
+    kernel: &'a Kernel,
+}
+
 impl Engine {
     /// How far a long command is, for those who can't wait for it.
     pub fn progress(&self) -> Arc<Progress> {
@@ -113,7 +121,7 @@ impl Engine {
             error!("look again at interfaces and sockets: {error:#}");
         }
         self.kernel.reconcile(&self.desired, &self.services, self.settings.config().mend).await;
-        self.look_for_drops();
+        self.dropping.look(Facts { desired: &self.desired, services: &self.services, kernel: &self.kernel });
         self.judge();
         self.go_on_draining().await;
         if let Err(error) = self.kernel.end_draining(self.desired.rules()).await {
@@ -135,6 +143,25 @@ impl Engine {
     /// Notes that routes of ours may be gone.
     pub fn suspect_routes(&mut self) {
         self.kernel.suspect_routes();
+    }
+
+    /// Withdraws everything that is announced, before nothing is there to serve it.
+    pub async fn withdraw(&self) {
+        self.served.withdraw().await;
+    }
+
+    /// Goes on with what is announced, if something is to be.
+    fn start_announcing(&mut self) {
+        if let Some(announce) = &self.settings.config().announce {
+            self.served.start(announce, &self.services);
+            self.judge();
+        }
+    }
+
+    /// Has announced what is served now. Returns the number of this judgement, if something is announced at all.
+    fn judge(&mut self) -> Option<u64> {
+        let Self { desired, services, kernel, served, settings, .. } = self;
+        served.judge(settings.config().announce.as_ref()?, Facts { desired, services, kernel })
     }
 
     fn keep_counters(&mut self) -> anyhow::Result<()> {

@@ -9,9 +9,9 @@ use std::{
 use anyport_common::flow::Transport;
 
 use super::{
-    Engine,
-    desired::Drains,
-    services::{KINDS, Running},
+    Facts,
+    desired::{Desired, Drains},
+    services::{KINDS, Running, Services},
 };
 use crate::{
     announce::{Announce, Announcer, Judged, Judgement, Needs, Verdict},
@@ -138,65 +138,58 @@ impl Served {
             announcer.leave().await;
         }
     }
-}
 
-impl Engine {
-    /// Goes on with what is announced, if something is to be.
-    pub(super) fn start_announcing(&mut self) {
-        if let Some(announce) = &self.settings.config().announce {
-            let (control, ends) = (&self.services.context().control, Arc::clone(self.services.owner_exits()));
-            self.served.announcer = Some(Announcer::start(announce, control, ends));
-            self.judge();
-        }
+    /// Goes on with what is announced by an earlier daemon.
+    pub(super) fn start(&mut self, announce: &Announce, services: &Services) {
+        let (control, ends) = (&services.context().control, Arc::clone(services.owner_exits()));
+        self.announcer = Some(Announcer::start(announce, control, ends));
     }
 
-    /// Withdraws everything that is announced, before nobody is there to serve it.
-    pub async fn withdraw(&self) {
-        if let Some(announcer) = &self.served.announcer {
+    /// Withdraws everything that is announced.
+    pub(super) async fn withdraw(&self) {
+        if let Some(announcer) = &self.announcer {
             announcer.withdraw().await;
         }
     }
 
     /// Has announced what is served now. Returns the number of this judgement, if something is announced at all.
-    pub(super) fn judge(&mut self) -> Option<u64> {
-        let announce = self.config().announce.clone()?;
-        self.served.announcer.as_ref()?;
-        if self.served.needs.as_ref().is_none_or(|(generation, _)| *generation != self.kernel.generation()) {
-            let mut needs = self.needs(&announce);
-            self.served.is_cut = needs.len() > MAX_PREFIXES;
+    pub(super) fn judge(&mut self, announce: &Announce, facts: Facts<'_>) -> Option<u64> {
+        self.announcer.as_ref()?;
+        let generation = facts.kernel.generation();
+        if self.needs.as_ref().is_none_or(|(of, _)| *of != generation) {
+            let mut needs = Self::needs(announce, facts.desired);
+            self.is_cut = needs.len() > MAX_PREFIXES;
             needs.truncate(MAX_PREFIXES);
-            self.served.needs = Some((self.kernel.generation(), needs));
+            self.needs = Some((generation, needs));
         }
         let now = Instant::now();
-        let (_, needs) = self.served.needs.as_ref()?;
+        let (_, needs) = self.needs.as_ref()?;
         let names: BTreeSet<_> = needs.iter().flat_map(|(_, needs)| needs).map(|need| &need.service).collect();
-        let services = names.into_iter().filter_map(|name| self.services.get(name));
-        let queues: Vec<Queue> = services.flat_map(|running| running.service().queues()).collect();
-        self.served.own.look(queues.into_iter(), now);
-        let (_, needs) = self.served.needs.as_ref()?;
+        let services = names.into_iter().filter_map(|name| facts.services.get(name));
+        self.own.look(services.flat_map(|running| running.service().queues()), now);
         let mut known = HashMap::new();
         let prefixes = needs.iter().map(|(prefix, needs)| {
-            let verdict = self.verdict(prefix, needs, announce.needs, &mut known, now);
+            let verdict = self.verdict(prefix, needs, announce.needs, facts, &mut known, now);
             Judged { prefix: *prefix, verdict }
         });
         let judgement = Judgement { number: 0, prefixes: prefixes.collect(), hold_down: announce.hold_down.0 };
-        Some(self.served.announcer.as_ref()?.judge(judgement))
+        Some(self.announcer.as_ref()?.judge(judgement))
     }
 
     /// The prefixes that may be announced, and what each of them needs.
-    fn needs(&self, announce: &Announce) -> Needed {
+    fn needs(announce: &Announce, desired: &Desired) -> Needed {
         let Announce { prefixes, rules_within, .. } = announce;
         let mut all: HashMap<Prefix, BTreeSet<Need>> = HashMap::new();
         for prefix in prefixes {
-            let overlapping = self.desired.rules().around(*prefix).filter(|(outer, _)| outer != prefix);
+            let overlapping = desired.rules().around(*prefix).filter(|(outer, _)| outer != prefix);
             let needs = all.entry(*prefix).or_default();
             overlapping
-                .chain(self.desired.rules().within(*prefix))
-                .for_each(|(at, rules)| add_needs(at, rules, self.desired.drains(), needs));
+                .chain(desired.rules().within(*prefix))
+                .for_each(|(at, rules)| add_needs(at, rules, desired.drains(), needs));
         }
-        for (prefix, rules) in rules_within.iter().flat_map(|within| self.desired.rules().within(*within)) {
+        for (prefix, rules) in rules_within.iter().flat_map(|within| desired.rules().within(*within)) {
             if let Entry::Vacant(place) = all.entry(prefix) {
-                add_needs(prefix, rules, self.desired.drains(), place.insert(BTreeSet::new()));
+                add_needs(prefix, rules, desired.drains(), place.insert(BTreeSet::new()));
             }
         }
         let mut needs: Vec<_> = all.into_iter().collect();
@@ -205,10 +198,11 @@ impl Engine {
     }
 
     fn verdict<'a>(
-        &'a self,
+        &self,
         prefix: &Prefix,
         needs: &'a BTreeSet<Need>,
         policy: Needs,
+        facts: Facts<'_>,
         known: &mut HashMap<(&'a ServiceName, usize), Verdict>,
         now: Instant,
     ) -> Verdict {
@@ -219,30 +213,33 @@ impl Engine {
         if is_drained {
             return Verdict::Drained;
         }
-        if let Some(why) = self.kernel.unsteered(prefix) {
+        if let Some(why) = facts.kernel.unsteered(prefix) {
             return Verdict::Unserved(why);
         }
         let verdicts = needs.iter().filter(|need| !need.is_drained).map(|Need { service, place, .. }| {
-            known.entry((service, *place)).or_insert_with(|| self.verdict_of(service, *place, now)).clone()
+            known
+                .entry((service, *place))
+                .or_insert_with(|| self.verdict_of(service, *place, facts.services, now))
+                .clone()
         });
         combined(verdicts, policy)
     }
 
     /// Whether what arrives at this place of a service is served.
-    fn verdict_of(&self, name: &ServiceName, place: usize, now: Instant) -> Verdict {
-        let Some(running) = self.services.get(name) else {
+    fn verdict_of(&self, name: &ServiceName, place: usize, services: &Services, now: Instant) -> Verdict {
+        let Some(running) = services.get(name) else {
             return Verdict::Unserved(format!("there is no service {name}"));
         };
         let config = running.config();
         if config.handler != HandlerKind::Registered {
-            return serves(running, place, &self.served.own, now);
+            return serves(running, place, &self.own, now);
         }
-        if let Some(socket) = self.services.registrations(name).and_then(|it| it.live(place)) {
-            let stuck = self.served.registered.stuck(socket.cookie, now);
+        if let Some(socket) = services.registrations(name).and_then(|it| it.live(place)) {
+            let stuck = self.registered.stuck(socket.cookie, now);
             return stuck.map_or(Verdict::Served, |why| Verdict::Unserved(format!("service {name}: {why}")));
         }
-        match config.fallback.as_ref().and_then(|fallback| self.services.get(fallback)) {
-            Some(fallback) => serves(fallback, place, &self.served.own, now),
+        match config.fallback.as_ref().and_then(|fallback| services.get(fallback)) {
+            Some(fallback) => serves(fallback, place, &self.own, now),
             None => Verdict::Unserved(no_socket(name, place)),
         }
     }

@@ -5,7 +5,7 @@ use std::{collections::HashMap, sync::Arc};
 use anyhow::Context as _;
 use anyport_common::{flow::Transport, maps::Counters};
 
-use super::Engine;
+use super::{Engine, desired::Desired, kernel::Kernel};
 use crate::{
     api::{BackEndView, ListPrefixes, PrefixView, Problem, ServiceView, StatusView, Totals},
     rules::{Decision, Numbered, Prefix, PrefixRules, ServiceName, Terms, decide},
@@ -178,20 +178,9 @@ impl Engine {
         }
     }
 
-    /// Reads the counters of all rules, and shows them to `see` in order of precedence.
-    pub(super) fn sums<'a>(&'a self, mut see: impl FnMut(Counted<'a>)) -> Result<Sums<'a>, Problem> {
-        let counters = self.kernel.counters()?;
-        let mut sums: HashMap<&ServiceName, (usize, Counters)> = HashMap::new();
-        for (prefix, rules) in self.desired.rules().prefixes() {
-            for rule in rules.numbered(*prefix) {
-                let (rules, sum) = sums.entry(&rule.terms.service).or_default();
-                let counted = Counted { rule, counters: counters(rule.number) };
-                *rules += 1;
-                add(sum, &counted.counters);
-                see(counted);
-            }
-        }
-        Ok(Sums(sums))
+    /// What the rules have counted, see [`Sums::read`].
+    pub(super) fn sums<'a>(&'a self, see: impl FnMut(Counted<'a>)) -> Result<Sums<'a>, Problem> {
+        Ok(Sums::read(&self.desired, &self.kernel, see)?)
     }
 }
 
@@ -207,7 +196,28 @@ pub struct Counted<'a> {
 /// For each service that rules steer to, how many do and what they counted.
 pub(super) struct Sums<'a>(HashMap<&'a ServiceName, (usize, Counters)>);
 
-impl Sums<'_> {
+impl<'a> Sums<'a> {
+    /// Reads the counters of all rules, and shows them to `see` in order of precedence.
+    pub(super) fn read(
+        desired: &'a Desired,
+        kernel: &'a Kernel,
+        mut see: impl FnMut(Counted<'a>),
+    ) -> anyhow::Result<Self> {
+        let counters = kernel.counters()?;
+        let mut sums: HashMap<&ServiceName, (usize, Counters)> = HashMap::new();
+        for (prefix, rules) in desired.rules().prefixes() {
+            for rule in rules.numbered(*prefix) {
+                let (rules, sum) = sums.entry(&rule.terms.service).or_default();
+                let counted = Counted { rule, counters: counters(rule.number) };
+                *rules += 1;
+                add(sum, &counted.counters);
+                see(counted);
+            }
+        }
+        Ok(Self(sums))
+    }
+
+    /// How many rules steer to a service, and what they counted.
     pub(super) fn of(&self, service: &ServiceName) -> (usize, Counters) {
         self.0.get(service).copied().unwrap_or_default()
     }
