@@ -1,10 +1,10 @@
 //! What `anyportctl` asks for.
 
-use super::{Engine, kept::Keep, services::expect_fallbacks};
+use super::{Engine, difference::conflict_problem, kept::Keep, services::expect_fallbacks};
 use crate::{
     api::{AddPrefixes, Changed, Kind, Problem, RemovePrefixes},
     host,
-    rules::{Change, Conflict, Draft, Origin, Prefix, Rule, ServiceName, Terms},
+    rules::{Change, Draft, Origin, Prefix, Rule, ServiceName, Terms},
     service::ServiceConfig,
 };
 
@@ -212,8 +212,4 @@ fn expect_not_of_fleet(removed: &[Rule]) -> Result<(), Problem> {
 fn of_fleet(what: &str) -> Problem {
     Problem::new(Kind::Conflict, format!("{what} is in the fleet's set, which this node has whole or not at all"))
         .hint("publish a set without it; for this node alone, add a rule for a longer prefix or fewer ports")
-}
-
-pub(super) fn conflict_problem(conflict: &Conflict) -> Problem {
-    Problem::new(Kind::Conflict, conflict.to_string()).hint("remove the rule that is there first, or change the ports")
 }

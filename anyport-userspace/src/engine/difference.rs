@@ -2,7 +2,6 @@
 
 use std::{cmp::Ordering, collections::HashSet, sync::Arc};
 
-use super::commands::conflict_problem;
 use crate::{
     api::{Applied, Kind, Problem},
     rules::{
@@ -102,6 +101,11 @@ fn after(
         Problem { kind, error, hint }
     })?;
     Ok(after)
+}
+
+/// What is said of two rules that contradict each other.
+pub(super) fn conflict_problem(conflict: &Conflict) -> Problem {
+    Problem::new(Kind::Conflict, conflict.to_string()).hint("remove the rule that is there first, or change the ports")
 }
 
 /// Where a rule stands, to begin a message with. Line 0 is nowhere.

@@ -54,7 +54,13 @@ impl Fixture {
         };
         let kernel = Kernel::new(parts).await.unwrap();
         let workers = Workers::start(NonZeroUsize::MIN).unwrap();
-        let services = Services::new(&config(""), &kernel, workers.handles(), Link::default()).unwrap();
+        let services = Services::new(
+            &config(""),
+            (kernel.back_end(), kernel.published(), kernel.events()),
+            workers.handles(),
+            Link::default(),
+        )
+        .unwrap();
         Self { world, desired: Desired::new(Drains::default()), kernel, services, _workers: workers }
     }
 }

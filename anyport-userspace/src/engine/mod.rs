@@ -32,7 +32,7 @@ mod services;
 mod start;
 mod views;
 
-use std::{collections::HashSet, net::IpAddr, sync::Arc};
+use std::sync::Arc;
 
 use tokio::sync::Notify;
 use tracing::error;
@@ -44,6 +44,7 @@ use self::{
 pub use self::{
     events::Clock,
     fleet::{Condition, FleetBoard, LineEdits},
+    kernel::Connected,
     observed::{Observed, ObservedService},
     progress::Progress,
     services::fetch_registered,
@@ -51,9 +52,6 @@ pub use self::{
     views::Counted,
 };
 use crate::{routes::Watch, service::DescriptorPool, steering::BackEnd};
-
-/// See [`crate::host::connected_addresses`].
-pub type Connected = fn() -> anyhow::Result<HashSet<IpAddr>>;
 
 /// The daemon's state and its hold on the kernel.
 #[derive(Debug)]

@@ -104,7 +104,7 @@ impl Engine {
     ) -> anyhow::Result<Self> {
         let mut engine = Self {
             desired: Desired::new(Drains::restored(store.drains()?)),
-            services: Services::new(config, &kernel, workers, keeper)?,
+            services: Services::new(config, (kernel.back_end(), kernel.published(), kernel.events()), workers, keeper)?,
             kernel,
             settings: Settings::new(config),
             unconfirmed: None,
@@ -138,7 +138,8 @@ impl Engine {
         for (config, origin) in services {
             self.open_service(config, origin)?;
         }
-        self.services.restore_registered(self.kept.registered(&boot_id()), &self.kernel);
+        let registered = self.kept.registered(&boot_id());
+        self.services.restore_registered(registered, |cookie| self.kernel.can_adopt(cookie));
         let added = rules.prefixes().map(|(prefix, rules)| (*prefix, rules.clone())).collect();
         let transition = self.desired.begin(Change { removed: Vec::new(), added })?;
         self.kernel.begin(&self.desired, &self.services, transition.steps()).await?;

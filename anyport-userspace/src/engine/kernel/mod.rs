@@ -20,7 +20,6 @@ use tracing::error;
 
 use self::reconcile::{BackOff, Drift, RoutesLook};
 use super::{
-    Connected,
     desired::{Desired, Steps},
     services::Services,
 };
@@ -35,6 +34,9 @@ use crate::{
     },
     table::{OwnSegments, Published, Receiver, Table},
 };
+
+/// See [`crate::host::connected_addresses`].
+pub type Connected = fn() -> anyhow::Result<HashSet<IpAddr>>;
 
 /// What the kernel holds, and what holds it.
 #[derive(Debug)]

@@ -22,12 +22,12 @@ use tokio::{runtime::Handle, sync::Notify};
 
 pub use self::registered::fetch_registered;
 pub(super) use self::registered::{KINDS, Registrations, boot_id, make_group_transparent};
-use super::{desired::DRAINED_SLOT, kernel::Kernel};
+use super::desired::DRAINED_SLOT;
 use crate::{
     api::{Kind, Problem},
     config::Config,
     datagram::Ends,
-    events::Teller,
+    events::{Board, Teller},
     keeper::Link,
     rules::{Origin, ServiceName, SourceLists, to_address},
     service::{
@@ -48,6 +48,8 @@ pub(super) struct Services {
     owner_exits: Arc<Notify>,
     /// What all services share.
     context: Commons,
+    /// What steers to them.
+    back_end: BackEnd,
     /// By slot: whether its service is one of the handler `forward`.
     forwarding: Arc<[AtomicBool]>,
 }
@@ -97,15 +99,19 @@ impl Services {
     ///
     /// # Errors
     /// This process may have no descriptors for clients.
-    pub(super) fn new(config: &Config, kernel: &Kernel, workers: WorkerHandles, keeper: Link) -> anyhow::Result<Self> {
-        let (published, events) = (kernel.published(), kernel.events());
+    pub(super) fn new(
+        config: &Config,
+        (back_end, published, events): (BackEnd, &Arc<Published>, &Arc<Board>),
+        workers: WorkerHandles,
+        keeper: Link,
+    ) -> anyhow::Result<Self> {
         let descriptors = DescriptorPool::of_process()?;
         let forwarding: Arc<[AtomicBool]> = (0..MAX_SERVICES).map(|_| AtomicBool::new(false)).collect();
         let context = Commons {
             workers,
             control: Handle::current(),
             capacity: Capacity::new(config.limits, descriptors.clone()),
-            sees_to_sources: kernel.back_end() == BackEnd::Tproxy,
+            sees_to_sources: back_end == BackEnd::Tproxy,
             descriptors,
             loop_guard: loop_guard(published),
             forward_guard: forward_guard(published, &forwarding),
@@ -117,6 +123,7 @@ impl Services {
             registered: BTreeMap::new(),
             owner_exits: Arc::default(),
             context,
+            back_end,
             forwarding,
         })
     }

@@ -16,7 +16,6 @@ use tracing::{error, warn};
 
 use super::{Running, Services};
 use crate::{
-    engine::kernel::Kernel,
     host,
     register::{Candidate, Process, Registered, holders},
     rights,
@@ -183,13 +182,14 @@ impl Services {
     }
 
     /// Takes up what was registered with an earlier daemon and is still open.
-    pub(in crate::engine) fn restore_registered(&mut self, kept: Vec<KeptSocket>, kernel: &Kernel) {
+    /// `can_adopt` tells of a cookie whether that can be steered to without a descriptor.
+    pub(in crate::engine) fn restore_registered(&mut self, kept: Vec<KeptSocket>, can_adopt: impl Fn(u64) -> bool) {
         for kept in kept {
             let takes = |running: &Running| running.config().handler == HandlerKind::Registered;
             if !self.get(&kept.service).is_some_and(takes) {
                 continue;
             }
-            let socket = self.find(&kept, kernel).map(Arc::new);
+            let socket = self.find(&kept, &can_adopt).map(Arc::new);
             let registrations = self.registered.entry(kept.service.clone()).or_default();
             for place in kept.places.iter().copied().filter(|place| *place < KINDS.len()) {
                 match &socket {
@@ -202,7 +202,7 @@ impl Services {
 
     /// The socket that was kept, by whichever way leads to it: through the keeper, which has fetched it while it was root; out of
     /// a process that holds it; or without a descriptor, where the kernel has it still.
-    fn find(&self, kept: &KeptSocket, kernel: &Kernel) -> Result<Registered, String> {
+    fn find(&self, kept: &KeptSocket, can_adopt: impl Fn(u64) -> bool) -> Result<Registered, String> {
         let KeptSocket { cookie, local, pid, .. } = *kept;
         let through_keeper = || {
             let name = kept_name(cookie);
@@ -213,7 +213,7 @@ impl Services {
         };
         if let Some((candidate, pid)) = through_keeper().or_else(|| fetch(kept)) {
             let candidate = candidate.in_our_namespace().map_err(|unfit| unfit.to_string())?;
-            if kernel.back_end() == BackEnd::Tproxy
+            if self.back_end == BackEnd::Tproxy
                 && let Err(problem) = make_group_transparent(&candidate)
             {
                 error!("service {}: {problem}", kept.service);
@@ -224,7 +224,7 @@ impl Services {
         let Some(listener) = open.iter().find(|it| it.inode == kept.inode) else {
             return Err(format!("its owner closed {local} meanwhile"));
         };
-        if !kernel.can_adopt(cookie) {
+        if !can_adopt(cookie) {
             return Err(format!(
                 "anyportd has been stopped meanwhile, and may not fetch {local} from its owner, pid {pid}, by itself: \
                  register it again"
