@@ -1,10 +1,10 @@
 //! What `anyportctl` asks for.
 
-use super::{Engine, change::Keep, register::expect_fallbacks};
+use super::{Engine, difference::conflict_problem, kept::Keep, services::expect_fallbacks};
 use crate::{
     api::{AddPrefixes, Changed, Kind, Problem, RemovePrefixes},
-    host::{self, Host},
-    rules::{Change, Conflict, Draft, Origin, Prefix, Rule, ServiceName, Terms},
+    host,
+    rules::{Change, Draft, Origin, Prefix, Rule, ServiceName, Terms},
     service::ServiceConfig,
 };
 
@@ -19,9 +19,9 @@ impl Engine {
             return Err(Problem::new(Kind::Invalid, "add prefixes: there are none in the request"));
         }
         self.expect_confirmed()?;
-        self.expect_service(&service)?;
-        let terms = self.shared(Terms { protocol, ports, except, source, service, route });
-        let mut draft = Draft::of(&self.rules);
+        self.services.expect(&service)?;
+        let terms = self.desired.shared(Terms { protocol, ports, except, source, service, route });
+        let mut draft = Draft::of(self.desired.rules());
         let mut added = 0;
         for prefix in prefixes {
             terms.validate(&prefix).map_err(|error| Problem::new(Kind::Invalid, error.to_string()))?;
@@ -31,14 +31,14 @@ impl Engine {
             }
         }
         let change = draft.finish();
-        self.expect_room_for(&change)?;
+        self.expect_room_for(&change, self.config().max_rules)?;
         if !force {
             self.expect_safe(&change).await?;
         }
         if !change.is_empty() {
             self.change(change, Keep::OnDisk).await?;
         }
-        Ok(self.changed(added, self.notes_on_routes()))
+        Ok(self.changed(added, self.kernel.notes_on_routes()))
     }
 
     /// Removes the rules that the request selects.
@@ -50,12 +50,12 @@ impl Engine {
             return Err(Problem::new(Kind::Invalid, "remove prefixes: there are none in the request"));
         }
         self.expect_confirmed()?;
-        let mut draft = Draft::of(&self.rules);
+        let mut draft = Draft::of(self.desired.rules());
         let mut removed: Vec<Rule> = Vec::new();
         for prefix in &request.prefixes {
             let gone = draft.prefix(*prefix).remove(|held| request.selects(&held.terms));
             if gone.is_empty() && !removed.iter().any(|rule| rule.prefix == *prefix) {
-                let of_prefix = self.rules.of_prefix(prefix);
+                let of_prefix = self.desired.rules().of_prefix(prefix);
                 let rules: Vec<String> =
                     of_prefix.iter().flat_map(|it| it.iter()).map(|it| it.terms.to_string()).collect();
                 let hint = if rules.is_empty() {
@@ -86,7 +86,7 @@ impl Engine {
     pub async fn add_service(&mut self, config: ServiceConfig) -> Result<Changed, Problem> {
         config.validate().map_err(|error| Problem::new(Kind::Invalid, error.to_string()))?;
         if let Some(running) = self.services.get(&config.name) {
-            return if *running.service.config() == config {
+            return if *running.config() == config {
                 Ok(self.changed(0, Vec::new()))
             } else {
                 Err(Problem::new(Kind::Conflict, format!("there is a service {} with other settings", config.name))
@@ -94,12 +94,12 @@ impl Engine {
             };
         }
         self.expect_confirmed()?;
-        self.expect_enforceable(&config)?;
-        expect_fallbacks(&self.configs().chain([&config]).collect::<Vec<_>>())?;
+        self.services.expect_enforceable(&config)?;
+        expect_fallbacks(&self.services.configs().chain([&config]).collect::<Vec<_>>())?;
         let name = config.name.clone();
         self.open_service(config, Origin::Added)?;
         if let Err(problem) = self.change(Change::default(), Keep::OnDisk).await {
-            if let Some(running) = self.services.remove(&name) {
+            if let Some(running) = self.services.take(&name) {
                 self.close_service(running).await;
             }
             self.repair().await;
@@ -113,9 +113,9 @@ impl Engine {
     /// # Errors
     /// See [`Kind`]; that a rule steers to it is one.
     pub async fn remove_service(&mut self, name: ServiceName) -> Result<Changed, Problem> {
-        self.expect_service(&name)?;
+        self.services.expect(&name)?;
         self.expect_confirmed()?;
-        let users = || self.rules.iter().filter(|rule| rule.terms.service == name);
+        let users = || self.desired.rules().iter().filter(|rule| rule.terms.service == name);
         if let Some(first) = users().next() {
             let (first, count) = (first.to_rule(), users().count());
             return Err(Problem::new(
@@ -124,14 +124,14 @@ impl Engine {
             )
             .hint("remove those prefixes first, or steer them to another service"));
         }
-        expect_fallbacks(&self.configs().filter(|it| it.name != name).collect::<Vec<_>>())?;
-        if self.services.get(&name).is_some_and(|running| running.origin == Origin::Fleet) {
+        expect_fallbacks(&self.services.configs().filter(|it| it.name != name).collect::<Vec<_>>())?;
+        if self.services.get(&name).is_some_and(|running| running.origin() == Origin::Fleet) {
             return Err(of_fleet(&format!("the service {name}")));
         }
-        let Some(removed) = self.services.remove(&name) else {
+        let Some(removed) = self.services.take(&name) else {
             return Err(Problem::new(Kind::Failed, format!("the service {name} went away")));
         };
-        let notes = match removed.origin {
+        let notes = match removed.origin() {
             Origin::Config => vec![format!("{name} comes back with the next start, as configured")],
             Origin::Applied => {
                 vec![format!("{name} was applied from a file and comes back when that is applied again")]
@@ -139,7 +139,7 @@ impl Engine {
             Origin::Fleet | Origin::Added => Vec::new(),
         };
         if let Err(problem) = self.change(Change::default(), Keep::OnDisk).await {
-            self.services.insert(name, removed);
+            self.services.put_back([(name, removed)]);
             self.repair().await;
             return Err(problem);
         }
@@ -148,31 +148,15 @@ impl Engine {
     }
 
     pub(super) fn changed(&self, changed: usize, notes: Vec<String>) -> Changed {
-        Changed { generation: self.generation, changed, notes }
+        Changed { generation: self.kernel.generation(), changed, notes }
     }
 
-    /// What the last change left as it was found.
-    pub(super) fn notes_on_routes(&self) -> Vec<String> {
-        let foreign = self.foreign_routes.iter();
-        foreign.map(|it| format!("{it} has a local route already, which is left as it was found")).collect()
-    }
-
-    pub(super) fn expect_service(&self, name: &ServiceName) -> Result<(), Problem> {
-        if self.services.contains_key(name) {
-            return Ok(());
-        }
-        let names: Vec<&str> = self.services.keys().map(ServiceName::as_str).collect();
-        Err(Problem::new(Kind::NotFound, format!("there is no service {name}"))
-            .hint(format!("the services are: {}; add-service makes a new one", names.join(", "))))
-    }
-
-    pub(super) fn expect_room_for(&self, change: &Change) -> Result<(), Problem> {
+    pub(super) fn expect_room_for(&self, change: &Change, limit: usize) -> Result<(), Problem> {
         let count = |rules: &[(Prefix, _)]| {
             rules.iter().map(|(_, it): &(_, crate::rules::PrefixRules)| it.len()).sum::<usize>()
         };
-        let rules = self.rules.len() + count(&change.added) - count(&change.removed);
-        let limit = self.max_rules;
-        if rules <= limit || rules <= self.rules.len() {
+        let rules = self.desired.rules().len() + count(&change.added) - count(&change.removed);
+        if rules <= limit || rules <= self.desired.rules().len() {
             return Ok(());
         }
         Err(Problem::new(Kind::Failed, format!("there would be {rules} rules; the limit is {limit}"))
@@ -181,8 +165,7 @@ impl Engine {
 
     /// Refuses what would cut the host off, or take from it what it serves itself.
     pub(super) async fn expect_safe(&self, change: &Change) -> Result<(), Problem> {
-        let mut host =
-            Host { addresses: host::addresses()?, gateways: self.routes.gateways().await?, listeners: Vec::new() };
+        let mut host = self.kernel.host().await?;
         let own = host.addresses.iter().map(|(address, _)| *address);
         let concerned = concerned(change, own.chain(host.gateways.iter().copied()));
         // Reading who listens is the expensive part, and only matters where an address of the host is concerned.
@@ -229,8 +212,4 @@ fn expect_not_of_fleet(removed: &[Rule]) -> Result<(), Problem> {
 fn of_fleet(what: &str) -> Problem {
     Problem::new(Kind::Conflict, format!("{what} is in the fleet's set, which this node has whole or not at all"))
         .hint("publish a set without it; for this node alone, add a rule for a longer prefix or fewer ports")
-}
-
-pub(super) fn conflict_problem(conflict: &Conflict) -> Problem {
-    Problem::new(Kind::Conflict, conflict.to_string()).hint("remove the rule that is there first, or change the ports")
 }

@@ -11,7 +11,7 @@ use std::{
 use anyport_common::{flow::Transport, maps::Counters};
 use tracing::error;
 
-use super::{Engine, views::Sums};
+use super::{Facts, services::Services, views::Sums};
 use crate::{back_end::BackEnd, rules::ServiceName};
 
 /// How often it is looked whether packets were dropped.
@@ -113,64 +113,58 @@ impl Dropping {
         let has_row = self.services.values().any(|it| it.errors + it.lost > 0);
         generation != self.generation || dropped != self.dropped || has_row
     }
-}
-
-impl Engine {
     /// Looks whether what is steered is dropped, where the back end counts that.
-    pub(super) fn look_for_drops(&mut self) {
-        if !self.dropping.is_due() {
+    pub(super) fn look(&mut self, facts: Facts<'_>) {
+        if !self.is_due() {
             return;
         }
         let at = Instant::now();
-        if let Err(error) = self.see_drops() {
+        if let Err(error) = self.see(facts) {
             error!("look whether packets are dropped: {error:#}");
         }
-        (self.dropping.at, self.dropping.took) = (Some(Instant::now()), at.elapsed());
+        (self.at, self.took) = (Some(Instant::now()), at.elapsed());
     }
 
-    fn see_drops(&mut self) -> anyhow::Result<()> {
-        let Some(dropped) = self.steering.dropped()? else { return Ok(()) };
-        if self.dropping.is_news(self.generation, dropped) {
-            let mut needs: BTreeMap<&ServiceName, Needs> = BTreeMap::new();
-            let sums = self.sums(|it| {
-                let terms = &it.rule.terms;
-                let needs = needs.entry(&terms.service).or_default();
-                needs.is_drained |= self.drains.include(&it.rule.prefix, terms);
-                for transport in terms.protocol.transports() {
-                    let place =
-                        usize::from(*transport == Transport::Udp) + if it.rule.prefix.is_ipv4() { 0 } else { 2 };
-                    needs.places[place] = true;
-                }
-            })?;
-            let seen: Vec<_> =
-                needs.into_iter().map(|(name, needs)| (name.clone(), self.seen(name, &needs, &sums))).collect();
-            let mut former = std::mem::take(&mut self.dropping.services);
-            self.dropping.services = seen
-                .into_iter()
-                .map(|(name, now)| {
-                    // Of one that is new only what comes from now on is looked at.
-                    let mut watched = former.remove(&name).unwrap_or(Watched { seen: now, ..Watched::default() });
-                    watched.look(now);
-                    (name, watched)
-                })
-                .collect();
-            (self.dropping.dropped, self.dropping.generation) = (dropped, self.generation);
+    fn see(&mut self, facts: Facts<'_>) -> anyhow::Result<()> {
+        let Facts { desired, services, kernel } = facts;
+        let Some(dropped) = kernel.dropped()? else { return Ok(()) };
+        if !self.is_news(kernel.generation(), dropped) {
+            return Ok(());
         }
+        let mut needs: BTreeMap<&ServiceName, Needs> = BTreeMap::new();
+        let sums = Sums::read(desired, kernel, |it| {
+            let terms = &it.rule.terms;
+            let needs = needs.entry(&terms.service).or_default();
+            needs.is_drained |= desired.drains().include(&it.rule.prefix, terms);
+            for transport in terms.protocol.transports() {
+                let place = usize::from(*transport == Transport::Udp) + if it.rule.prefix.is_ipv4() { 0 } else { 2 };
+                needs.places[place] = true;
+            }
+        })?;
+        let mut previous = std::mem::take(&mut self.services);
+        for (name, needs) in needs {
+            let now = seen(services, name, &needs, &sums);
+            // Of one that is new only what comes from now on is looked at.
+            let mut watched = previous.remove(name).unwrap_or(Watched { seen: now, ..Watched::default() });
+            watched.look(now);
+            self.services.insert(name.clone(), watched);
+        }
+        (self.dropped, self.generation) = (dropped, kernel.generation());
         Ok(())
     }
+}
 
-    fn seen(&self, name: &ServiceName, needs: &Needs, sums: &Sums<'_>) -> Seen {
-        let groups = self.services.get(name).map(|running| self.groups_of(running)).unwrap_or_default();
-        let has_all = groups.iter().zip(needs.places).all(|(group, is_needed)| group.is_some() || !is_needed);
-        let (_, Counters { steered, no_socket, assign_error, .. }) = sums.of(name);
-        Seen { steered, no_socket, assign_error, is_served: has_all && !needs.is_drained }
-    }
+fn seen(services: &Services, name: &ServiceName, needs: &Needs, sums: &Sums<'_>) -> Seen {
+    let groups = services.get(name).map(|running| services.groups_of(running)).unwrap_or_default();
+    let has_all = groups.iter().zip(needs.places).all(|(group, is_needed)| group.is_some() || !is_needed);
+    let (_, Counters { steered, no_socket, assign_error, .. }) = sums.of(name);
+    Seen { steered, no_socket, assign_error, is_served: has_all && !needs.is_drained }
 }
 
 /// What the rules of a service steer to it.
 #[derive(Debug, Default)]
 struct Needs {
-    /// In the order of [`super::register::KINDS`].
+    /// In the order of [`super::services::KINDS`].
     places: [bool; 4],
     /// Whether one of them is drained, so that its packets are dropped as they should be.
     is_drained: bool,

@@ -30,9 +30,9 @@ impl Engine {
             let running = self.services.get(service);
             let running =
                 running.ok_or_else(|| Problem::new(Kind::NotFound, format!("there is no service {service}")))?;
-            filter.service = running.slot.into();
+            filter.service = running.slot().into();
         }
-        self.events.listen(filter, request.service.clone()).map_err(|error| {
+        self.kernel.events().listen(filter, request.service.clone()).map_err(|error| {
             let problem = Problem::new(Kind::Failed, format!("listen to events: {error:#}"));
             if error.is::<NoRoom>() {
                 problem.hint("end one of those that run: pgrep -f 'anyportctl events'")
@@ -44,11 +44,11 @@ impl Engine {
 
     /// What is to be said before all events.
     pub fn note_on_events(&self) -> Option<Told> {
-        (!self.events.is_connected()).then(|| Told::Note {
+        (!self.kernel.events().is_connected()).then(|| Told::Note {
             note: format!(
                 "with {} events come from the services of this daemon: what it can't hand to one, and what goes to registered sockets, \
                  is not told",
-                self.steering.back_end()
+                self.kernel.back_end()
             ),
         })
     }
@@ -56,9 +56,10 @@ impl Engine {
     /// An event with what the daemon knows of it, unless it is not one of the service that was asked for.
     pub fn describe(&self, event: &Event, request: &Listen, clock: &Clock) -> Option<EventView> {
         let flow = flow(event)?;
-        let rule = rules::considered(&self.rules, &flow).find(|it| it.number == event.rule);
+        let rule = rules::considered(self.desired.rules(), &flow).find(|it| it.number == event.rule);
         let prefix = rule.as_ref().map(|it| it.prefix);
-        let by_slot = || self.services.iter().find(|(_, it)| u32::from(it.slot) == event.service).map(|(name, _)| name);
+        let by_slot =
+            || self.services.iter().find(|(_, it)| u32::from(it.slot()) == event.service).map(|(name, _)| name);
         let service = rule.as_ref().map(|Numbered { terms, .. }| &terms.service).or_else(by_slot).cloned();
         if request.service.is_some() && request.service != service {
             return None;

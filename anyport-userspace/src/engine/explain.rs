@@ -34,7 +34,8 @@ impl Engine {
         let flow = Flow { source: to_address(from.ip()), address: to_address(to.ip()), transport, port: to.port() };
 
         let (decided, rule) = self.decided(&flow)?;
-        let sources = rule.as_ref().map_or(SourceLists::EVERYBODY, |rule| self.sources_of(&rule.terms.service));
+        let sources =
+            rule.as_ref().map_or(SourceLists::EVERYBODY, |rule| self.services.sources_of(&rule.terms.service));
         let (verdict, reason) = match decided.fate {
             // Such as with tproxy, where the service sees to it.
             Fate::Steer if !sources.takes(from.ip()) => (Verdict::Drop, Reason::Denied),
@@ -48,7 +49,7 @@ impl Engine {
         let mut considered: Vec<Considered> = Vec::new();
         let mut left_out = 0;
         let mut is_about_some = false;
-        for it in rules::considered(&self.rules, &flow) {
+        for it in rules::considered(self.desired.rules(), &flow) {
             is_about_some |= it.terms.source.is_some();
             if considered.len() == EXPLAINED {
                 left_out += 1;
@@ -63,7 +64,7 @@ impl Engine {
         if from_assumed && !sources.is_empty() {
             notes.push("the service takes certain clients only: --from says which client to ask for".into());
         }
-        if let Some(rule) = rule.as_ref().filter(|rule| self.drains.include(&rule.prefix, rule.terms)) {
+        if let Some(rule) = rule.as_ref().filter(|rule| self.desired.drains().include(&rule.prefix, rule.terms)) {
             notes.push(format!("the rule of {} is drained: anyportctl undrain ends that", rule.prefix));
         }
         let service = rule.filter(|_| verdict != Verdict::Host).map(|rule| rule.terms.service.clone());
@@ -96,14 +97,10 @@ impl Engine {
             route,
             shadowed,
             listeners,
-            backend: self.steering.back_end(),
-            generation: decided.generation.unwrap_or(self.generation),
+            backend: self.kernel.back_end(),
+            generation: decided.generation.unwrap_or(self.kernel.generation()),
             notes,
         })
-    }
-
-    fn sources_of(&self, service: &ServiceName) -> &SourceLists {
-        self.services.get(service).map_or(SourceLists::EVERYBODY, |it| &*it.service.config().sources)
     }
 
     /// What the kernel decides, with the rule that it names.
@@ -111,9 +108,9 @@ impl Engine {
         let mut unknown = 0;
         // An answer may come from a generation that is on its way out.
         for _ in 0..2 {
-            let decided = self.steering.decide(flow)?;
+            let decided = self.kernel.decide(flow)?;
             let Some(number) = decided.rule else { return Ok((decided, None)) };
-            if let Some(rule) = rules::considered(&self.rules, flow).find(|it| it.number == number) {
+            if let Some(rule) = rules::considered(self.desired.rules(), flow).find(|it| it.number == number) {
                 return Ok((decided, Some(rule)));
             }
             unknown = number;
@@ -123,11 +120,12 @@ impl Engine {
 
     /// What to say where the kernel decides otherwise than the rules demand.
     fn doubt(&self, decided: &Decided, transport: Transport, source: IpAddr, to: SocketAddr) -> Option<String> {
-        let (demanded, number) = match decide(&self.rules, to.ip(), transport, to.port(), source) {
+        let (demanded, number) = match decide(self.desired.rules(), to.ip(), transport, to.port(), source) {
             Decision::Unmatched => (&[Fate::Unmatched][..], None),
             Decision::Host(rule) => (&[Fate::Host][..], Some(rule.number)),
             Decision::Steer(rule)
-                if !self.commons.sees_to_sources && !self.sources_of(&rule.terms.service).takes(source) =>
+                if !self.services.context().sees_to_sources
+                    && !self.services.sources_of(&rule.terms.service).takes(source) =>
             {
                 (&[Fate::Deny][..], Some(rule.number))
             }
@@ -144,8 +142,8 @@ impl Engine {
     fn socket(&self, service: &ServiceName, decided: &Decided, protocol: Protocol, is_ipv4: bool) -> SocketView {
         let family = if is_ipv4 { Family::Ipv4 } else { Family::Ipv6 };
         let running = self.services.get(service);
-        let fallback = running.and_then(|it| self.services.get(it.service.config().fallback.as_ref()?));
-        let sockets: Vec<_> = running.into_iter().chain(fallback).flat_map(|it| self.sockets_of(it)).collect();
+        let fallback = running.and_then(|it| self.services.get(it.config().fallback.as_ref()?));
+        let sockets: Vec<_> = running.into_iter().chain(fallback).flat_map(|it| self.services.sockets_of(it)).collect();
         let of_kind = || sockets.iter().filter(|it| it.family == family && it.protocol == protocol);
         let found = match (decided.cookie, decided.bound) {
             (Some(cookie), _) => of_kind().find(|it| it.cookie == cookie),
@@ -165,8 +163,8 @@ impl Engine {
     }
 
     async fn route(&self, address: IpAddr, rule: Option<&Numbered<'_>>) -> anyhow::Result<RouteView> {
-        let route = self.routes.to(address).await?;
-        let is_ours = self.coverage.covers(&Prefix::host(address));
+        let route = self.kernel.route_to(address).await?;
+        let is_ours = self.kernel.covers(&Prefix::host(address));
         let text = match route {
             Some(Route { block, is_local: true, protocol: ROUTE_PROTOCOL }) => {
                 format!("{block} is local by anyport's own route")

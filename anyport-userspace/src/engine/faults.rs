@@ -4,14 +4,14 @@
 //! Back end, routes and disk are simulated, and fail at random: before they have done something, half-way, or after it.
 //! Others take things away, and the daemon is restarted or killed at random.
 
-mod simulated;
+mod patches;
+pub(super) mod simulated;
 
 use std::{
     cell::Cell,
     collections::{BTreeMap, BTreeSet, HashSet},
     env,
     fmt::Write as _,
-    io::Write as _,
     net::IpAddr,
     num::NonZeroUsize,
     process::Command,
@@ -21,18 +21,18 @@ use std::{
 };
 
 use anyport_common::maps::SOCKETS_PER_SERVICE;
-use clap::Parser as _;
 use nix::sched::{CloneFlags, unshare};
 use tokio::runtime;
 
 use self::simulated::{Numbered, Random, Shared, Simulated, SimulatedRoutes, World, open};
 use super::{
     Engine, Simulation,
-    start::{Desired, desired},
+    fixtures::config,
+    start::{Initial, initial},
 };
 use crate::{
     api::{AddPrefixes, Apply, Problem, RemovePrefixes},
-    config::{Config, Options},
+    config::Config,
     fleet::delta::Delta,
     rule_file::RuleFile,
     rules::{Origin, Prefix, Terms},
@@ -67,26 +67,17 @@ struct Scene {
     is_robbed: bool,
     /// The set of the fleet that this daemon has taken last.
     set_in_force: Option<String>,
+    /// How often the rules had been changed when the command began.
+    patches: u64,
     done: u32,
     failed: u32,
 }
 
 impl Scene {
     async fn new(seed: u64) -> Self {
-        let world = World {
-            random: Random(seed ^ 0x5eed),
-            fails: None,
-            rules: BTreeMap::new(),
-            sockets: BTreeMap::new(),
-            is_attached: false,
-            routes: BTreeSet::new(),
-        };
-        let options = Options::parse_from(["anyportd", "--workers", "1"]);
-        let mut file = tempfile::NamedTempFile::new().unwrap();
-        write!(file, "[fleet]\netcd = [\"http://127.0.0.1:1\"]\nring = \"main\"\nnode = \"n\"\n").unwrap();
-        let config = Config::new(options.settings, Some(file.path())).unwrap();
+        let config = config("[fleet]\netcd = [\"http://127.0.0.1:1\"]\nring = \"main\"\nnode = \"n\"\n");
         let mut scene = Self {
-            world: Arc::new(Mutex::new(world)),
+            world: Arc::new(Mutex::new(World::new(seed))),
             disk: Disk::default(),
             config,
             workers: Workers::start(NonZeroUsize::MIN).unwrap(),
@@ -94,6 +85,7 @@ impl Scene {
             random: Random(seed),
             is_robbed: false,
             set_in_force: None,
+            patches: 0,
             done: 0,
             failed: 0,
         };
@@ -148,16 +140,20 @@ impl Scene {
         let engine = self.engine.as_ref().unwrap();
         let world = open(&self.world);
         let mut rules: BTreeMap<Prefix, Vec<Numbered>> = BTreeMap::new();
-        for rule in engine.rules.iter() {
+        for rule in engine.desired.rules().iter() {
             rules.entry(rule.prefix).or_default().push((rule.number, Terms::clone(rule.terms)));
         }
-        let places = engine.services.values().flat_map(|running| {
-            let first = u32::from(running.slot) * SOCKETS_PER_SERVICE;
-            let groups = engine.groups_of(running).into_iter();
+        let places = engine.services.iter().flat_map(|(_, running)| {
+            let first = u32::from(running.slot()) * SOCKETS_PER_SERVICE;
+            let groups = engine.services.groups_of(running).into_iter();
             (first..).zip(groups).filter_map(|(place, group)| Some((place, group?.cookie)))
         });
         let sockets: BTreeMap<u32, u64> = places.collect();
-        let routes: BTreeSet<Prefix> = engine.coverage.blocks().collect();
+        let routes: BTreeSet<Prefix> = engine.kernel.blocks().collect();
+        let numbers: BTreeSet<u32> = rules.values().flatten().map(|(number, _)| *number).collect();
+        if numbers.len() != engine.desired.rules().len() {
+            return Some(format!("two rules have the same number: {rules:?}"));
+        }
         if rules != world.rules {
             return Some(format!("rules: {rules:?} in the engine, {:?} in the world", world.rules));
         }
@@ -179,9 +175,9 @@ impl Scene {
     /// The rules and services as texts.
     fn desired(&self) -> BTreeSet<String> {
         let engine = self.engine.as_ref().unwrap();
-        let rules = engine.rules.iter().map(|rule| rule.to_rule().to_string());
+        let rules = engine.desired.rules().iter().map(|rule| rule.to_rule().to_string());
         rules
-            .chain(engine.services.values().map(|it| format!("{:?} {}", it.service.config(), it.origin.as_str())))
+            .chain(engine.services.iter().map(|(_, it)| format!("{:?} {}", it.config(), it.origin().as_str())))
             .chain([format!("{:?}", engine.fleet_state())])
             .collect()
     }
@@ -189,7 +185,7 @@ impl Scene {
     /// What a daemon would start with.
     fn kept(&self) -> BTreeSet<String> {
         let (_, state) = Store::of(Box::new(self.disk.clone())).unwrap();
-        let Desired { services, rules, fleet_state } = desired(&self.config, state).unwrap();
+        let Initial { services, rules, fleet_state } = initial(&self.config, state).unwrap();
         let rules = rules.iter().map(|rule| rule.to_rule().to_string()).collect::<Vec<_>>();
         rules
             .into_iter()
@@ -202,9 +198,11 @@ impl Scene {
     fn judge<T>(&mut self, what: &str, before: &BTreeSet<String>, said: &Result<T, Problem>) {
         let is_confirmed = self.engine().unconfirmed.is_none();
         let degraded = self.engine().degraded();
+        let patches = self.engine().desired.patches() - self.patches;
         match said {
             Ok(_) => {
                 self.done += 1;
+                assert!(patches <= 1, "{what} changed the rules {patches} times");
                 if !self.is_robbed && degraded.is_empty() {
                     self.expect_equal(&format!("{what} says done"));
                 }
@@ -216,6 +214,7 @@ impl Scene {
             }
             Err(problem) => {
                 self.failed += 1;
+                assert!(matches!(patches, 0 | 2), "{what} failed and changed the rules {patches} times");
                 assert_eq!(self.desired(), *before, "{what} says failed: {problem}");
                 if !self.is_robbed && degraded.is_empty() {
                     self.expect_equal(&format!("{what} says failed ({problem}) and nothing is degraded"));
@@ -241,6 +240,7 @@ impl Scene {
 
     async fn command(&mut self) {
         let before = self.desired();
+        self.patches = self.engine().desired.patches();
         let kind = self.random.below(12);
         match kind {
             0..=2 => {
@@ -261,7 +261,7 @@ impl Scene {
                 self.judge("add-prefix", &before, &said);
             }
             3..=4 => {
-                let all: Vec<_> = self.engine().rules.prefixes().map(|(prefix, _)| *prefix).collect();
+                let all: Vec<_> = self.engine().desired.rules().prefixes().map(|(prefix, _)| *prefix).collect();
                 let Some(prefix) = self.random.one_of(&all) else { return };
                 let request = RemovePrefixes {
                     prefixes: vec![prefix],
@@ -320,7 +320,7 @@ impl Scene {
         let wanted = RuleFile::parse(text, Arc::new).unwrap().rules;
         let wanted: HashSet<(Prefix, Terms)> =
             wanted.into_iter().map(|((it, terms), _)| (it, (*terms).clone())).collect();
-        let of_fleet = self.engine().rules.iter().filter(|it| it.origins.contains(Origin::Fleet));
+        let of_fleet = self.engine().desired.rules().iter().filter(|it| it.origins.contains(Origin::Fleet));
         let found: Vec<_> = of_fleet.map(|it| (it.prefix, Terms::clone(it.terms))).collect();
         assert_eq!(found.len(), wanted.len());
         assert!(found.iter().all(|it| wanted.contains(it)), "{found:?}\n{text}");
@@ -351,7 +351,7 @@ impl Scene {
     /// All pauses are over, and so is the time for a confirmation.
     fn time_passes(&mut self) {
         let engine = self.engine();
-        engine.hurry();
+        engine.kernel.hurry();
         if let Some(unconfirmed) = &mut engine.unconfirmed {
             unconfirmed.until = Instant::now();
         }
@@ -359,7 +359,7 @@ impl Scene {
 
     /// What is not said to be degraded after a look is well.
     async fn refresh(&mut self) {
-        self.engine().look_at_once();
+        self.engine().kernel.look_at_once();
         self.engine().refresh().await;
         if self.engine().degraded().is_empty() {
             self.expect_equal("after a look, and nothing is degraded");
@@ -416,12 +416,16 @@ impl Scene {
 }
 
 /// Runs in a network namespace of its own, since the services' sockets are real.
-fn run(seed: u64, steps: u64) {
+fn in_namespace(work: impl Future<Output = ()>) {
     unshare(CloneFlags::CLONE_NEWNET).expect("a network namespace; run this test as root");
     let up = Command::new("ip").args(["link", "set", "lo", "up"]).status().unwrap();
     assert!(up.success());
     let runtime = runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    runtime.block_on(async {
+    runtime.block_on(work);
+}
+
+fn run(seed: u64, steps: u64) {
+    in_namespace(async {
         let mut scene = Box::pin(Scene::new(seed)).await;
         for _ in 0..steps {
             scene.step().await;

@@ -6,7 +6,7 @@ use std::{
     sync::Arc,
 };
 
-use super::{Engine, apply::Intent, change::Keep};
+use super::{Engine, apply::Intent, kept::Keep};
 use crate::{
     api::{Applied, Apply, Kind, Problem},
     fleet::{Condition, FleetBoard, LineEdits},
@@ -16,7 +16,7 @@ use crate::{
 
 impl Engine {
     /// Makes rules and services of the fleet equal to a set, and keeps it with the state. What was configured, applied and added
-    /// on this node stays, and must not contradict it. Where it is known by which lines it differs from the set in force, only those
+    /// on this node stays, and must not contradict it. Where it is known by which lines it differs from the active set, only those
     /// are read, if that is enough.
     ///
     /// # Errors
@@ -34,7 +34,8 @@ impl Engine {
             None => self.intent(&text, Origin::Fleet, &Apply::default())?,
         };
         // No failure that may pass: who has fewer rules or a higher limit is asked again.
-        self.expect_room_for(&intent.change).map_err(|problem| Problem { kind: Kind::Unsafe, ..problem })?;
+        self.expect_room_for(&intent.change, self.config().max_rules)
+            .map_err(|problem| Problem { kind: Kind::Unsafe, ..problem })?;
         self.expect_few_removed(&intent.change)?;
         self.expect_safe(&intent.change).await?;
         let Intent { change, opened, closed, is_plain, mut answer, .. } = intent;
@@ -49,20 +50,20 @@ impl Engine {
             }
             self.close_replaced(services).await;
         }
-        self.is_fleet_plain = is_plain;
-        answer.generation = self.generation;
+        self.kept.note_fleet_plain(is_plain);
+        answer.generation = self.kernel.generation();
         Ok(answer)
     }
 
-    /// What has to be done where the set in force has each rule once and nothing else, and so has the one that these edits make of
+    /// What has to be done where the active set has each rule once and nothing else, and so has the one that these edits make of
     /// it. Nothing where that is not so, or where they make no sense: then the whole set has to be read.
     fn intent_of_edits(&mut self, LineEdits { removed, added }: &LineEdits) -> Option<Intent> {
-        if !self.is_fleet_plain {
+        if !self.kept.is_fleet_plain() {
             return None;
         }
-        let [gone, come] = [removed, added].map(|text| lines::parse(text, |terms| self.shared(terms)));
+        let [gone, come] = [removed, added].map(|text| lines::parse(text, |terms| self.desired.shared(terms)));
         let (gone, come) = (gone.ok()?, come.ok()?);
-        self.expect_services(&come, &[], &[]).ok()?;
+        self.services.expect_for(&come, &[], &[]).ok()?;
         let mut edited: BTreeMap<Prefix, [Vec<&Arc<Terms>>; 2]> = BTreeMap::new();
         for (side, rules) in [&gone, &come].into_iter().enumerate() {
             for ((prefix, terms), _) in rules {
@@ -71,7 +72,7 @@ impl Engine {
         }
         let mut intent = Intent { is_plain: true, ..Intent::default() };
         for (prefix, [gone, come]) in edited {
-            let before = self.rules.of_prefix(&prefix);
+            let before = self.desired.rules().of_prefix(&prefix);
             let of_fleet = before.into_iter().flatten().filter(|it| it.origins.contains(Origin::Fleet));
             let mut rules: Vec<&Arc<Terms>> = of_fleet.map(|held| &held.terms).collect();
             for terms in gone {
@@ -90,7 +91,7 @@ impl Engine {
         Some(intent)
     }
 
-    /// Keeps how far the pointer was seen to go; the set in force stays.
+    /// Keeps how far the pointer was seen to go; the active set stays.
     ///
     /// # Errors
     /// It could not be written.
@@ -100,7 +101,7 @@ impl Engine {
 
     /// Where this node stands in its fleet.
     pub fn fleet_state(&self) -> &FleetState {
-        &self.fleet_state
+        self.kept.fleet()
     }
 
     /// What is told of the fleet, if this node belongs to one.
@@ -111,26 +112,26 @@ impl Engine {
     /// How this daemon is.
     pub fn condition(&self) -> Condition {
         let mut hasher = DefaultHasher::new();
-        (self.generation, self.max_rules, self.config.max_removal(), self.unconfirmed.is_some()).hash(&mut hasher);
+        let config = self.config();
+        (self.kernel.generation(), config.max_rules, config.max_removal(), self.unconfirmed.is_some())
+            .hash(&mut hasher);
         Condition {
             back_end: self.back_end(),
-            generation: self.generation,
+            generation: self.kernel.generation(),
             degraded: self.degraded_itself(),
             basis: hasher.finish(),
         }
     }
 
-    pub(super) fn save_fleet(&mut self, state: FleetState, text: Option<&str>) -> anyhow::Result<()> {
+    fn save_fleet(&mut self, state: FleetState, text: Option<&str>) -> anyhow::Result<()> {
         self.progress.begin("writing the rules down", 5);
-        self.store.save_fleet(&state, text)?;
-        self.fleet_state = state;
-        Ok(())
+        self.kept.save_fleet(state, text)
     }
 
     /// Refuses a set that takes more of the fleet's rules away than `max-removal` allows.
     fn expect_few_removed(&self, change: &Change) -> Result<(), Problem> {
-        let Some(percent) = self.config.max_removal() else { return Ok(()) };
-        let before = self.rules.iter().filter(|it| it.origins.contains(Origin::Fleet)).count();
+        let Some(percent) = self.config().max_removal() else { return Ok(()) };
+        let before = self.desired.rules().iter().filter(|it| it.origins.contains(Origin::Fleet)).count();
         let mut gone = 0;
         for (prefix, rules) in &change.removed {
             let at = change.added.binary_search_by_key(prefix, |(it, _)| *it);

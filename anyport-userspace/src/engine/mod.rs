@@ -1,74 +1,56 @@
 //! Desired state, and the one way by which it gets into the kernel.
 //!
-//! Order on the way up: sockets, rules, routes; so nothing reaches the host before somebody is there to take it. On
+//! [`Engine`] orders four types, whose fields are their own: [`Desired`] has the rules and their numbers, [`Services`] the services at work,
+//! [`Kernel`] what the kernel holds of both, and [`Kept`] what is on the disk. `change.rs` takes all of them from one rule set to the next.
+//!
+//! Order on the way up: sockets, rules, routes; so nothing reaches the host before a socket is there to take it. On
 //! the way down it is the reverse. Every step makes the kernel equal to what is desired and can be repeated, so a
-//! failure is undone by applying the former state again.
+//! failure is undone by applying the previous state again.
 
 mod apply;
 mod change;
 mod commands;
+mod desired;
+mod difference;
 mod drain;
 mod dropping;
 mod events;
 mod explain;
 #[cfg(test)]
 mod faults;
+#[cfg(test)]
+mod fixtures;
 mod fleet;
-mod mend;
-mod numbers;
+mod kept;
+mod kernel;
 mod observed;
 mod progress;
 mod register;
 mod reload;
 mod served;
+mod services;
 mod start;
 mod views;
 
-use std::{
-    collections::{BTreeMap, BTreeSet, HashSet},
-    net::IpAddr,
-    sync::{Arc, atomic::AtomicBool},
-    time::{Duration, Instant},
-};
+use std::sync::Arc;
 
 use tokio::sync::Notify;
 use tracing::error;
 
 use self::{
-    apply::Unconfirmed,
-    drain::Drains,
-    dropping::Dropping,
-    mend::{BackOff, Mends, RoutesLook},
-    numbers::Numbers,
-    register::Registrations,
-    served::Served,
+    apply::Unconfirmed, desired::Desired, dropping::Dropping, kept::Kept, kernel::Kernel, reload::Settings,
+    served::Served, services::Services,
 };
 pub use self::{
     events::Clock,
+    kernel::Connected,
     observed::{Observed, ObservedService},
     progress::Progress,
-    register::fetch_registered,
+    services::fetch_registered,
     start::Simulation,
     views::Counted,
 };
-use crate::{
-    announce::Announcer,
-    config::Config,
-    events::Board,
-    fleet::FleetBoard,
-    routes::{Coverage, Edits, Routes, Watch},
-    rules::{Origin, Prefix, RuleSet, ServiceName, Terms},
-    service::{Commons, DescriptorPool, Service, ServiceConfig},
-    steering::{BackEnd, Steering, choose::Outcome},
-    store::{FleetState, Store},
-    table::{Published, Table},
-};
-
-/// How often the counters are kept, for the case that this daemon is killed.
-const COUNTERS_INTERVAL: Duration = Duration::from_mins(1);
-
-/// See [`crate::host::connected_addresses`].
-pub type Connected = fn() -> anyhow::Result<HashSet<IpAddr>>;
+use crate::{fleet::FleetBoard, routes::Watch, service::DescriptorPool, steering::BackEnd};
 
 /// The engine, until the daemon stops.
 pub type Shared = Arc<tokio::sync::Mutex<Option<Engine>>>;
@@ -76,93 +58,29 @@ pub type Shared = Arc<tokio::sync::Mutex<Option<Engine>>>;
 /// The daemon's state and its hold on the kernel.
 #[derive(Debug)]
 pub struct Engine {
-    /// What the kernel holds.
-    rules: RuleSet,
-    services: BTreeMap<ServiceName, Running>,
-    /// By service: they outlive a service that is replaced by one of the same name.
-    registered: BTreeMap<ServiceName, Registrations>,
-    /// Notified when a process has ended that registered a socket.
-    owner_exits: Arc<Notify>,
-    /// The lookup table as the handlers see it, for telling loops.
-    published: Arc<Published>,
-    /// That table, where the back end has none.
-    own_table: Option<Table>,
-    generation: u64,
-    rule_numbers: Numbers,
-    service_slots: Numbers,
-    /// That of rules that are drained, which never has a socket.
-    drained_slot: u16,
-    max_rules: usize,
-    /// The prefixes with rules that were added by hand.
-    added: BTreeSet<Prefix>,
-    /// What rules say, each once.
-    terms: HashSet<Arc<Terms>>,
-    steering: Box<dyn Steering>,
-    outcomes: Vec<Outcome>,
-    routes: Routes,
-    /// Tells the addresses of this host that have connections.
-    connected: Connected,
-    /// What our routes make local.
-    coverage: Coverage,
-    /// Blocks whose local route was there before us.
-    foreign_routes: Vec<Prefix>,
-    /// Addresses that keep their route for connections that outlive their rule.
-    draining: HashSet<Prefix>,
-    /// Why the kernel may not hold the rules that it should.
-    broken: Option<String>,
-    /// When that is to be tried again.
-    repairs: BackOff,
-    /// What others have removed, and what became of it.
-    mends: Mends,
-    /// What is dropped that should be served.
-    dropping: Dropping,
-    routes_look: RoutesLook,
-    /// Why it could not be seen what the kernel has.
-    unseen: Option<String>,
+    desired: Desired,
+    services: Services,
+    kernel: Kernel,
+    kept: Kept,
+    settings: Settings,
     /// What was applied and waits to be confirmed.
     unconfirmed: Option<Unconfirmed>,
-    /// What is drained.
-    drains: Drains,
-    /// Has the router announce what is served, where it is to.
-    announcer: Option<Announcer>,
-    /// By which that is judged.
+    /// What is served, for the router that announces it.
     served: Served,
-    /// How far a long command is.
-    progress: Arc<Progress>,
-    /// When the counters were kept last; nothing while they do not go on from those of an earlier daemon yet.
-    counters_kept: Option<Instant>,
-    /// Who listens to events.
-    events: Arc<Board>,
-    /// The settings, without services and rules.
-    config: Config,
-    /// Why the configuration was not taken when it was read again last.
-    not_reloaded: Option<String>,
-    store: Store,
-    /// Where this node stands in its fleet, as it is kept.
-    fleet_state: FleetState,
-    /// Whether the set in force has each of its rules once, and nothing else.
-    is_fleet_plain: bool,
+    /// What is dropped that should be served.
+    dropping: Dropping,
     /// What is told of the fleet, if this node belongs to one.
     fleet: Option<Arc<FleetBoard>>,
-    commons: Commons,
-    /// By slot: whether its service is one of the handler `forward`.
-    forwarding: Arc<[AtomicBool]>,
+    /// How far a long command is.
+    progress: Arc<Progress>,
 }
 
-/// A service at work.
-#[derive(Debug)]
-struct Running {
-    service: Service,
-    origin: Origin,
-    /// By which the kernel knows it.
-    slot: u16,
-}
-
-impl Running {
-    /// Whether this is the service that is there when nobody has made one of its name.
-    fn is_preset(&self) -> bool {
-        self.origin == Origin::Config && *self.service.config() == ServiceConfig::default_service()
-    }
+/// By what it is judged whether clients are served.
+#[derive(Clone, Copy, Debug)]
+struct Facts<'a> {
+    desired: &'a Desired,
+    services: &'a Services,
+    kernel: &'a Kernel,
 }
 
 impl Engine {
@@ -173,12 +91,12 @@ impl Engine {
 
     /// Which back end is in use.
     pub fn back_end(&self) -> BackEnd {
-        self.steering.back_end()
+        self.kernel.back_end()
     }
 
     /// Notified when a process has ended that registered a socket: time to [`Self::refresh`].
     pub fn owner_exits(&self) -> Arc<Notify> {
-        Arc::clone(&self.owner_exits)
+        Arc::clone(self.services.owner_exits())
     }
 
     /// Tells of what others do to interfaces and to our routes. Must be called within a tokio runtime.
@@ -186,77 +104,68 @@ impl Engine {
     /// # Errors
     /// The kernel's.
     pub fn watch(&self) -> anyhow::Result<Watch> {
-        self.routes.watch()
+        self.kernel.watch()
     }
 
     /// Looks again at what may have changed outside: interfaces, what others have removed of ours, and connections whose address
     /// can be given up. Tries again what could not be undone.
     pub async fn refresh(&mut self) {
         self.roll_back_if_due().await;
-        if self.broken.is_some() && self.repairs.is_over() {
+        if self.kernel.is_repair_due() {
             self.repair().await;
         }
         if let Err(error) = self.look_after_registered().await {
             error!("look after the sockets that were registered: {error:#}");
         }
-        match self.steering.refresh() {
-            Ok(news) => self.note_put_right(news),
-            Err(error) => error!("look again at interfaces and sockets: {error:#}"),
+        if let Err(error) = self.kernel.refresh() {
+            error!("look again at interfaces and sockets: {error:#}");
         }
-        self.mend().await;
-        self.look_for_drops();
+        self.kernel.reconcile(&self.desired, &self.services, self.settings.config().mend).await;
+        self.dropping.look(Facts { desired: &self.desired, services: &self.services, kernel: &self.kernel });
         self.judge();
         self.go_on_draining().await;
-        if let Err(error) = self.end_draining().await {
+        if let Err(error) = self.kernel.end_draining(self.desired.rules()).await {
             error!("remove the routes of connections that have ended: {error:#}");
             // All routes are compared then.
-            self.broken =
-                Some(format!("routes of connections that have ended may be there, which is mended: {error:#}"));
+            let why = format!("routes of connections that have ended may be there, which is mended: {error:#}");
+            self.kernel.note_broken(why);
         }
-        if let Some(table) = &mut self.own_table
-            && let Err(error) = table.trim()
-        {
+        if let Err(error) = self.kernel.trim() {
             error!("give memory of the lookup table back: {error:#}");
         }
-        if self.counters_kept.is_some_and(|at| at.elapsed() >= COUNTERS_INTERVAL) {
-            if let Err(error) = self.keep_counters() {
-                error!("keep the counters: {error:#}");
-            }
-            self.counters_kept = Some(Instant::now());
+        if self.kept.are_counters_due()
+            && let Err(error) = self.keep_counters()
+        {
+            error!("keep the counters: {error:#}");
         }
     }
 
-    /// What the services were made of.
-    fn configs(&self) -> impl Iterator<Item = &ServiceConfig> {
-        self.services.values().map(|running| running.service.config())
+    /// Notes that routes of ours may be gone.
+    pub fn suspect_routes(&mut self) {
+        self.kernel.suspect_routes();
     }
 
-    /// These terms, as all rules that say the same share them.
-    fn shared(&mut self, terms: Terms) -> Arc<Terms> {
-        const MANY: usize = 4096;
-        if let Some(known) = self.terms.get(&terms) {
-            return Arc::clone(known);
-        }
-        if self.terms.len() >= MANY.max(self.rules.len()) {
-            self.terms.retain(|it| Arc::strong_count(it) > 1);
-        }
-        let terms = Arc::new(terms);
-        self.terms.insert(Arc::clone(&terms));
-        terms
+    /// Withdraws everything that is announced, before nothing is there to serve it.
+    pub async fn withdraw(&self) {
+        self.served.withdraw().await;
     }
 
-    async fn end_draining(&mut self) -> anyhow::Result<()> {
-        if self.draining.is_empty() {
-            return Ok(());
+    /// Goes on with what is announced, if something is to be.
+    fn start_announcing(&mut self) {
+        if let Some(announce) = &self.settings.config().announce {
+            self.served.start(announce, &self.services);
+            self.judge();
         }
-        let connected = (self.connected)()?;
-        let ended: Vec<Prefix> = self.draining.extract_if(|prefix| !connected.contains(&prefix.address())).collect();
-        let mut edits = Edits::default();
-        for prefix in &ended {
-            let around = self.rules.around(*prefix).filter(|(_, rules)| rules.is_routed()).map(|(prefix, _)| prefix);
-            self.coverage.remove(prefix, around, &mut edits);
-        }
-        self.routes.apply(&edits.difference()).await.map(drop)
+    }
+
+    /// Has announced what is served now. Returns the number of this judgement, if something is announced at all.
+    fn judge(&mut self) -> Option<u64> {
+        let Self { desired, services, kernel, served, settings, .. } = self;
+        served.judge(settings.config().announce.as_ref()?, Facts { desired, services, kernel })
+    }
+
+    fn keep_counters(&mut self) -> anyhow::Result<()> {
+        self.kept.save_counters(&self.desired, &self.kernel)
     }
 
     /// Leaves steering in the kernel and the sockets with the keeper, for another process to go on with. Connections go on in this
@@ -265,28 +174,21 @@ impl Engine {
     /// # Errors
     /// The counters could not be kept.
     pub async fn leave(mut self) -> anyhow::Result<DescriptorPool> {
-        if let Some(announcer) = self.announcer.take() {
-            announcer.leave().await;
-        }
-        let counters = if self.counters_kept.is_some() { self.keep_counters() } else { Ok(()) };
-        for running in self.services.into_values() {
-            running.service.leave().await;
-        }
-        self.steering.leave();
-        counters.map(|()| self.commons.descriptors)
+        self.served.leave().await;
+        let counters = self.keep_counters();
+        let descriptors = self.services.leave().await;
+        self.kernel.leave();
+        counters.map(|()| descriptors)
     }
 
     /// Takes everything out of the kernel. The state file stays.
     ///
     /// # Errors
     /// What could not be removed; the rest is.
-    pub async fn stop(self) -> anyhow::Result<()> {
-        let counters = if self.counters_kept.is_some() { self.keep_counters() } else { Ok(()) };
-        let routes = self.routes.set(&Coverage::default()).await.map(drop);
-        let steering = self.steering.detach();
-        for running in self.services.into_values() {
-            running.service.stop().await;
-        }
-        routes.and(steering).and(counters)
+    pub async fn stop(mut self) -> anyhow::Result<()> {
+        let counters = self.keep_counters();
+        let kernel = self.kernel.detach().await;
+        self.services.stop().await;
+        kernel.and(counters)
     }
 }

@@ -57,13 +57,13 @@ impl Engine {
     pub fn observe<'a>(&'a self, see: impl FnMut(Counted<'a>)) -> Result<Observed, Problem> {
         let sums = self.sums(see)?;
         let views = self.services_with(&sums);
-        let services = views.into_iter().zip(self.services.values()).map(|(view, running)| {
+        let services = views.into_iter().zip(self.services.iter().map(|(_, it)| it)).map(|(view, running)| {
             let (_, counters) = sums.of(&view.name);
             let denied = view.stats.denied.saturating_sub(counters.denied);
-            ObservedService { counters, denied, times: running.service.times(), view }
+            ObservedService { counters, denied, times: running.service().times(), view }
         });
         let services: Vec<_> = services.collect();
-        let descriptors = &self.commons.descriptors;
+        let descriptors = &self.services.context().descriptors;
         Ok(Observed {
             status: self.status_with(&sums)?,
             descriptors: descriptors.size(),
@@ -75,16 +75,16 @@ impl Engine {
 
     /// Steering is not as it should be, or nobody is served of all who are steered.
     fn unready(&self, services: &[ObservedService]) -> Option<String> {
-        if let Some(why) = &self.broken {
+        if let Some(why) = self.kernel.broken() {
             return Some(why.clone());
         }
-        if self.drains.include_all() {
+        if self.desired.drains().include_all() {
             return Some("this node is drained".to_owned());
         }
-        if let Some(what) = self.mends.lost_steering() {
+        if let Some(what) = self.kernel.lost_steering() {
             return Some(format!("{what} is gone"));
         }
-        let back_end = self.steering.back_end();
+        let back_end = self.kernel.back_end();
         let why = |it: &ObservedService| it.useless().or_else(|| self.dropping.fault_of(&it.view.name, back_end));
         let useless: Option<Vec<String>> = services.iter().filter(|it| it.view.rules > 0).map(why).collect();
         useless.filter(|it| !it.is_empty()).map(|it| it.join("; "))

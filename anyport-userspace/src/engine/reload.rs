@@ -1,10 +1,15 @@
 //! The configuration is read again, with the same care with which a file is applied.
 
-use std::{mem, time::SystemTime};
+use std::time::SystemTime;
 
 use tracing::{error, info, warn};
 
-use super::{Engine, change::Keep, register::expect_fallbacks};
+use super::{
+    Engine,
+    difference::{difference, expect_unused},
+    kept::Keep,
+    services::expect_fallbacks,
+};
 use crate::{
     api::{Applied, Kind, Problem, Reload, Reloaded},
     config::{Config, LogLevel},
@@ -12,6 +17,32 @@ use crate::{
     rules::{Origin, ServiceName, Terms, lines::LineRule},
     service::ServiceConfig,
 };
+
+/// The settings of the configuration.
+#[derive(Debug)]
+pub(super) struct Settings {
+    /// Without services and rules.
+    config: Config,
+    /// Why the configuration was not taken when it was read again last.
+    not_reloaded: Option<String>,
+}
+
+impl Settings {
+    /// Those of this configuration.
+    pub(super) fn new(config: &Config) -> Self {
+        Self { config: config.without_tables(), not_reloaded: None }
+    }
+
+    /// The settings that are active.
+    pub(super) fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// Why the configuration was not taken when it was read again last.
+    pub(super) fn not_reloaded(&self) -> Option<&String> {
+        self.not_reloaded.as_ref()
+    }
+}
 
 impl Engine {
     /// Makes services, rules and what else can change while the daemon runs equal to the configuration file as it is now.
@@ -22,21 +53,18 @@ impl Engine {
         if !options.dry_run {
             self.expect_confirmed()?;
         }
-        let config = self.config.read_again().map_err(|error| Problem::new(Kind::Invalid, format!("{error:#}")))?;
-        let max_rules = mem::replace(&mut self.max_rules, config.max_rules);
-        let reloaded = self.reload_from(&config, options).await;
-        if reloaded.is_err() || options.dry_run {
-            self.max_rules = max_rules;
-        } else {
-            self.not_reloaded = None;
+        let config = self.config().read_again().map_err(|error| Problem::new(Kind::Invalid, format!("{error:#}")))?;
+        let reloaded = self.reload_from(&config, options).await?;
+        if !options.dry_run {
+            self.settings.not_reloaded = None;
             logging::set_level(config.log_level);
-            self.config.take_live(&config);
-            self.forget_needs();
+            self.settings.config.take_live(&config);
+            self.served.forget_needs();
         }
-        reloaded
+        Ok(reloaded)
     }
 
-    /// As [`Self::reload`], for somebody who sees only the log and the status.
+    /// As [`Self::reload`], for a user who sees only the log and the status.
     pub async fn reload_on_signal(&mut self) {
         match self.reload(&Reload::default()).await {
             Ok(Reloaded { added, removed, services, settings, takes_restart, .. }) => {
@@ -52,32 +80,33 @@ impl Engine {
             Err(Problem { error, .. }) => {
                 error!("the configuration was not taken, and nothing has changed: {error}");
                 let at = humantime::format_rfc3339_seconds(SystemTime::now());
-                self.not_reloaded = Some(format!("the configuration was read again at {at} and not taken: {error}"));
+                self.settings.not_reloaded =
+                    Some(format!("the configuration was read again at {at} and not taken: {error}"));
             }
         }
     }
 
-    /// The settings that are in force.
+    /// The settings that are active.
     pub fn config(&self) -> &Config {
-        &self.config
+        self.settings.config()
     }
 
     async fn reload_from(&mut self, config: &Config, options: &Reload) -> Result<Reloaded, Problem> {
         let mut answer = Applied { dry_run: options.dry_run, ..Applied::default() };
-        let (opened, closed) = self.service_steps(self.configured(config), Origin::Config, &mut answer)?;
+        let (opened, closed) = self.services.steps(self.configured(config), Origin::Config, &mut answer)?;
         let rules: Vec<(LineRule, u32)> =
-            config.rules.iter().map(|rule| ((rule.prefix, self.shared(Terms::clone(rule.terms))), 0)).collect();
-        self.expect_services(&rules, &opened, &closed)?;
+            config.rules.iter().map(|rule| ((rule.prefix, self.desired.shared(Terms::clone(rule.terms))), 0)).collect();
+        self.services.expect_for(&rules, &opened, &closed)?;
         let goes = |name: &ServiceName| closed.contains(name) || opened.iter().any(|it| it.name == *name);
-        expect_fallbacks(&self.configs().filter(|it| !goes(&it.name)).chain(&opened).collect::<Vec<_>>())?;
-        let change = self.difference(&rules, Origin::Config, false, &mut answer)?;
-        self.expect_unused(&closed, &change)?;
-        self.expect_room_for(&change)?;
+        expect_fallbacks(&self.services.configs().filter(|it| !goes(&it.name)).chain(&opened).collect::<Vec<_>>())?;
+        let change = difference(self.desired.rules(), &rules, Origin::Config, false, &mut answer)?;
+        expect_unused(self.desired.rules(), &closed, &change)?;
+        self.expect_room_for(&change, config.max_rules)?;
         if !options.force {
             self.expect_safe(&change).await?;
         }
-        let (settings, takes_restart) = config.differences(&self.config);
-        if crosses_debug(config.log_level, self.config.log_level) {
+        let (settings, takes_restart) = config.differences(self.config());
+        if crosses_debug(config.log_level, self.config().log_level) {
             answer.notes.push("from the next start on the BPF programs log as much".into());
         }
         let is_same = change.is_empty() && opened.is_empty() && closed.is_empty();
@@ -91,10 +120,10 @@ impl Engine {
                 return Err(problem);
             }
             self.close_replaced(replaced).await;
-            answer.notes.extend(self.notes_on_routes());
+            answer.notes.extend(self.kernel.notes_on_routes());
         }
         let Applied { dry_run, added, removed, unchanged, services, difference, notes, .. } = answer;
-        let generation = self.generation;
+        let generation = self.kernel.generation();
         Ok(Reloaded {
             dry_run,
             generation,
@@ -113,7 +142,7 @@ impl Engine {
     fn configured(&self, config: &Config) -> Vec<ServiceConfig> {
         let mut services = config.services.clone();
         let default = ServiceConfig::default_service();
-        let is_others = |name| self.services.get(name).is_some_and(|running| running.origin != Origin::Config);
+        let is_others = |name| self.services.get(name).is_some_and(|running| running.origin() != Origin::Config);
         if !services.iter().any(|it| it.name == default.name) && !is_others(&default.name) {
             services.push(default);
         }
@@ -124,18 +153,15 @@ impl Engine {
     fn adopt(&mut self, config: &Config) -> Vec<(ServiceName, Origin)> {
         let mut adopted = Vec::new();
         for ServiceConfig { name, .. } in &config.services {
-            if let Some(running) = self.services.get_mut(name) {
-                adopted.push((name.clone(), mem::replace(&mut running.origin, Origin::Config)));
-            }
+            let before = self.services.change_origin(name, Origin::Config);
+            adopted.extend(before.map(|origin| (name.clone(), origin)));
         }
         adopted
     }
 
     fn give_back(&mut self, adopted: Vec<(ServiceName, Origin)>) {
         for (name, origin) in adopted {
-            if let Some(running) = self.services.get_mut(&name) {
-                running.origin = origin;
-            }
+            self.services.change_origin(&name, origin);
         }
     }
 }

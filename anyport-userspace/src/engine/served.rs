@@ -8,15 +8,20 @@ use std::{
 
 use anyport_common::flow::Transport;
 
-use super::{Engine, Running, drain::Drains, register::KINDS};
+use super::{
+    Facts,
+    desired::{Desired, Drains},
+    services::{KINDS, Running, Services},
+};
 use crate::{
     announce::{Announce, Announcer, Judged, Judgement, Needs, Verdict},
+    api::AnnounceView,
     rules::{Prefix, PrefixRules, Protocol, ServiceName},
     service::{HandlerKind, Queue, UpstreamState},
     text::list_of,
 };
 
-/// A queue in which somebody has waited at each look for so long, and which nobody has left, does not move.
+/// A queue that was not empty at each look for so long, and from which nothing was accepted, does not move.
 const STUCK: Duration = Duration::from_secs(3);
 /// More prefixes of rules than this are not announced.
 const MAX_PREFIXES: usize = 65_536;
@@ -24,17 +29,19 @@ const MAX_PREFIXES: usize = 65_536;
 /// What is needed to judge what is served.
 #[derive(Debug, Default)]
 pub(super) struct Served {
-    /// Whom the prefixes that may be announced need, as long as nothing has changed.
+    /// Has the router announce what is served, where it is to.
+    announcer: Option<Announcer>,
+    /// What the prefixes that may be announced need, as long as nothing has changed.
     needs: Option<(u64, Needed)>,
     /// Whether there are more prefixes than are announced.
     is_cut: bool,
     /// Of the daemon's own listening sockets.
     own: Queues,
     /// Of those that were registered.
-    pub(super) registered: Queues,
+    registered: Queues,
 }
 
-/// Whom each prefix needs.
+/// What each prefix needs.
 type Needed = Vec<(Prefix, BTreeSet<Need>)>;
 
 /// A place of a service at which packets of a prefix arrive.
@@ -48,21 +55,21 @@ struct Need {
 
 /// Queues of listening sockets, by cookie.
 #[derive(Debug, Default)]
-pub(super) struct Queues(HashMap<u64, Watched>);
+struct Queues(HashMap<u64, Watched>);
 
 #[derive(Debug)]
 struct Watched {
     queue: Queue,
-    /// When it was empty, or somebody had left it.
+    /// When it was empty, or something had been accepted from it.
     moved: Instant,
 }
 
 impl Queues {
     /// Takes a look at all of them into account.
-    pub(super) fn look(&mut self, queues: impl Iterator<Item = Queue>, now: Instant) {
-        let mut former = std::mem::take(&mut self.0);
+    fn look(&mut self, queues: impl Iterator<Item = Queue>, now: Instant) {
+        let mut previous = std::mem::take(&mut self.0);
         let watch = |queue: Queue| {
-            let moved = match former.remove(&queue.cookie) {
+            let moved = match previous.remove(&queue.cookie) {
                 Some(before) if !queue.has_moved_since(&before.queue) => before.moved,
                 _ => now,
             };
@@ -93,74 +100,96 @@ impl Queue {
     }
 }
 
-impl Engine {
-    /// Goes on with what is announced, if something is to be.
-    pub(super) fn start_announcing(&mut self) {
-        if let Some(announce) = &self.config.announce {
-            self.announcer = Some(Announcer::start(announce, &self.commons.control, Arc::clone(&self.owner_exits)));
-            self.judge();
+impl Served {
+    /// Forgets what the prefixes need, since that has changed.
+    pub(super) fn forget_needs(&mut self) {
+        self.needs = None;
+    }
+
+    /// Takes a look at the registered sockets into account.
+    pub(super) fn look_at_registered(&mut self, queues: Vec<Queue>, now: Instant) {
+        self.registered.look(queues.into_iter(), now);
+    }
+
+    /// Whether the router announces by the judgement of this number. Nothing has to be withdrawn where nothing is announced.
+    pub(super) fn has_withdrawn(&self, number: u64) -> bool {
+        self.announcer.as_ref().is_none_or(|announcer| announcer.has_done(number))
+    }
+
+    /// Why the router does not announce what it should.
+    pub(super) fn complaint(&self) -> Option<String> {
+        self.announcer.as_ref().and_then(Announcer::complaint)
+    }
+
+    /// What `status` shows of announcing, if something is announced.
+    pub(super) fn view(&self, announce: &Announce) -> Option<AnnounceView> {
+        Some(self.announcer.as_ref()?.view(announce))
+    }
+
+    /// What `status` says does not work of announcing.
+    pub(super) fn degraded(&self) -> impl Iterator<Item = String> {
+        let cut = || format!("there are more than {MAX_PREFIXES} prefixes to announce, the rest is not announced");
+        self.complaint().map(|it| format!("announcing: {it}")).into_iter().chain(self.is_cut.then(cut))
+    }
+
+    /// Leaves what is announced to another process.
+    pub(super) async fn leave(&mut self) {
+        if let Some(announcer) = self.announcer.take() {
+            announcer.leave().await;
         }
     }
 
-    /// Withdraws everything that is announced, before nobody is there to serve it.
-    pub async fn withdraw(&self) {
+    /// Goes on with what is announced by an earlier daemon.
+    pub(super) fn start(&mut self, announce: &Announce, services: &Services) {
+        let (control, ends) = (&services.context().control, Arc::clone(services.owner_exits()));
+        self.announcer = Some(Announcer::start(announce, control, ends));
+    }
+
+    /// Withdraws everything that is announced.
+    pub(super) async fn withdraw(&self) {
         if let Some(announcer) = &self.announcer {
             announcer.withdraw().await;
         }
     }
 
-    /// Forgets what the prefixes need, since that has changed.
-    pub(super) fn forget_needs(&mut self) {
-        self.served.needs = None;
-    }
-
-    /// Has announced what is served now. Returns the number of this judgement, if somebody announces.
-    pub(super) fn judge(&mut self) -> Option<u64> {
-        let announce = self.config.announce.clone()?;
+    /// Has announced what is served now. Returns the number of this judgement, if something is announced at all.
+    pub(super) fn judge(&mut self, announce: &Announce, facts: Facts<'_>) -> Option<u64> {
         self.announcer.as_ref()?;
-        if self.served.needs.as_ref().is_none_or(|(generation, _)| *generation != self.generation) {
-            let mut needs = self.needs(&announce);
-            self.served.is_cut = needs.len() > MAX_PREFIXES;
+        let generation = facts.kernel.generation();
+        if self.needs.as_ref().is_none_or(|(of, _)| *of != generation) {
+            let mut needs = Self::needs(announce, facts.desired);
+            self.is_cut = needs.len() > MAX_PREFIXES;
             needs.truncate(MAX_PREFIXES);
-            self.served.needs = Some((self.generation, needs));
+            self.needs = Some((generation, needs));
         }
         let now = Instant::now();
-        let (_, needs) = self.served.needs.as_ref()?;
+        let (_, needs) = self.needs.as_ref()?;
         let names: BTreeSet<_> = needs.iter().flat_map(|(_, needs)| needs).map(|need| &need.service).collect();
-        let services = names.into_iter().filter_map(|name| self.services.get(name));
-        let queues: Vec<Queue> = services.flat_map(|running| running.service.queues()).collect();
-        self.served.own.look(queues.into_iter(), now);
-        let (_, needs) = self.served.needs.as_ref()?;
+        let services = names.into_iter().filter_map(|name| facts.services.get(name));
+        self.own.look(services.flat_map(|running| running.service().queues()), now);
         let mut known = HashMap::new();
         let prefixes = needs.iter().map(|(prefix, needs)| {
-            let verdict = self.verdict(prefix, needs, announce.needs, &mut known, now);
+            let verdict = self.verdict(prefix, needs, announce.needs, facts, &mut known, now);
             Judged { prefix: *prefix, verdict }
         });
         let judgement = Judgement { number: 0, prefixes: prefixes.collect(), hold_down: announce.hold_down.0 };
         Some(self.announcer.as_ref()?.judge(judgement))
     }
 
-    /// What `status` says of announcing.
-    pub(super) fn announcing_degraded(&self) -> impl Iterator<Item = String> {
-        let complaint = self.announcer.as_ref().and_then(Announcer::complaint);
-        let cut = || format!("there are more than {MAX_PREFIXES} prefixes to announce, the rest is not announced");
-        complaint.map(|it| format!("announcing: {it}")).into_iter().chain(self.served.is_cut.then(cut))
-    }
-
     /// The prefixes that may be announced, and what each of them needs.
-    fn needs(&self, announce: &Announce) -> Needed {
+    fn needs(announce: &Announce, desired: &Desired) -> Needed {
         let Announce { prefixes, rules_within, .. } = announce;
         let mut all: HashMap<Prefix, BTreeSet<Need>> = HashMap::new();
         for prefix in prefixes {
-            let overlapping = self.rules.around(*prefix).filter(|(outer, _)| outer != prefix);
+            let overlapping = desired.rules().around(*prefix).filter(|(outer, _)| outer != prefix);
             let needs = all.entry(*prefix).or_default();
             overlapping
-                .chain(self.rules.within(*prefix))
-                .for_each(|(at, rules)| add_needs(at, rules, &self.drains, needs));
+                .chain(desired.rules().within(*prefix))
+                .for_each(|(at, rules)| add_needs(at, rules, desired.drains(), needs));
         }
-        for (prefix, rules) in rules_within.iter().flat_map(|within| self.rules.within(*within)) {
+        for (prefix, rules) in rules_within.iter().flat_map(|within| desired.rules().within(*within)) {
             if let Entry::Vacant(place) = all.entry(prefix) {
-                add_needs(prefix, rules, &self.drains, place.insert(BTreeSet::new()));
+                add_needs(prefix, rules, desired.drains(), place.insert(BTreeSet::new()));
             }
         }
         let mut needs: Vec<_> = all.into_iter().collect();
@@ -169,10 +198,11 @@ impl Engine {
     }
 
     fn verdict<'a>(
-        &'a self,
+        &self,
         prefix: &Prefix,
         needs: &'a BTreeSet<Need>,
         policy: Needs,
+        facts: Facts<'_>,
         known: &mut HashMap<(&'a ServiceName, usize), Verdict>,
         now: Instant,
     ) -> Verdict {
@@ -183,41 +213,33 @@ impl Engine {
         if is_drained {
             return Verdict::Drained;
         }
-        if let Some(why) = self.unsteered(prefix) {
+        if let Some(why) = facts.kernel.unsteered(prefix) {
             return Verdict::Unserved(why);
         }
         let verdicts = needs.iter().filter(|need| !need.is_drained).map(|Need { service, place, .. }| {
-            known.entry((service, *place)).or_insert_with(|| self.verdict_of(service, *place, now)).clone()
+            known
+                .entry((service, *place))
+                .or_insert_with(|| self.verdict_of(service, *place, facts.services, now))
+                .clone()
         });
         combined(verdicts, policy)
     }
 
-    /// Why the kernel may not steer what is steered of a prefix.
-    fn unsteered(&self, prefix: &Prefix) -> Option<String> {
-        let lost = || self.mends.lost_steering().map(|what| format!("{what} is gone"));
-        let is_missing = |block: &&Prefix| block.is_within(prefix) || prefix.is_within(block);
-        let missing = || {
-            let block = self.routes_look.missing().iter().find(is_missing)?;
-            Some(format!("the local route to {block} is gone"))
-        };
-        self.broken.clone().or_else(lost).or_else(missing)
-    }
-
-    /// Whether somebody serves what arrives at this place of a service.
-    fn verdict_of(&self, name: &ServiceName, place: usize, now: Instant) -> Verdict {
-        let Some(running) = self.services.get(name) else {
+    /// Whether what arrives at this place of a service is served.
+    fn verdict_of(&self, name: &ServiceName, place: usize, services: &Services, now: Instant) -> Verdict {
+        let Some(running) = services.get(name) else {
             return Verdict::Unserved(format!("there is no service {name}"));
         };
-        let config = running.service.config();
+        let config = running.config();
         if config.handler != HandlerKind::Registered {
-            return serves(running, place, &self.served.own, now);
+            return serves(running, place, &self.own, now);
         }
-        if let Some(socket) = self.registered.get(name).and_then(|it| it.live[place].as_ref()) {
-            let stuck = self.served.registered.stuck(socket.cookie, now);
+        if let Some(socket) = services.registrations(name).and_then(|it| it.live(place)) {
+            let stuck = self.registered.stuck(socket.cookie, now);
             return stuck.map_or(Verdict::Served, |why| Verdict::Unserved(format!("service {name}: {why}")));
         }
-        match config.fallback.as_ref().and_then(|fallback| self.services.get(fallback)) {
-            Some(fallback) => serves(fallback, place, &self.served.own, now),
+        match config.fallback.as_ref().and_then(|fallback| services.get(fallback)) {
+            Some(fallback) => serves(fallback, place, &self.own, now),
             None => Verdict::Unserved(no_socket(name, place)),
         }
     }
@@ -235,7 +257,7 @@ fn add_needs(prefix: Prefix, rules: &PrefixRules, drains: &Drains, needs: &mut B
 
 /// Of a service with sockets of its own.
 fn serves(running: &Running, place: usize, queues: &Queues, now: Instant) -> Verdict {
-    let (service, name) = (&running.service, &running.service.config().name);
+    let (service, name) = (running.service(), &running.config().name);
     if service.groups()[place].is_none() {
         return Verdict::Unserved(no_socket(name, place));
     }

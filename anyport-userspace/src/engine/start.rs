@@ -1,66 +1,39 @@
 //! The daemon's start: from configuration and state directory to what the kernel holds.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashSet},
-    sync::{
-        Arc, Mutex,
-        atomic::{AtomicBool, Ordering::Relaxed},
-    },
+    collections::HashSet,
+    sync::{Arc, Mutex},
 };
 
 use anyhow::{Context as _, bail};
-use anyport_common::{
-    flow::{Flow, Transport},
-    maps::{MAX_RULES, MAX_SERVICES},
-    table::Verdict,
-};
-use tokio::runtime::Handle;
 use tracing::error;
 
 use super::{
-    Connected, Engine, Running,
-    drain::Drains,
+    Connected, Engine,
+    desired::{Desired, Drains},
     dropping::Dropping,
-    mend::{BackOff, Mends, RoutesLook},
-    numbers::Numbers,
-    register::expect_fallbacks,
+    kept::Kept,
+    kernel::{Kernel, Parts},
+    reload::Settings,
     served::Served,
+    services::{Running, Services, boot_id, expect_fallbacks},
 };
 use crate::{
-    api::{Kind, Problem},
     config::Config,
-    events::{Board, Teller},
+    events::Board,
     fleet::FleetBoard,
     host,
     keeper::{Begin, Link},
     routes::{Holder, Routes},
-    rules::{Change, Origin, RuleSet, to_address},
-    service::{
-        Capacity, Commons, DescriptorPool, ForwardGuard, HandlerKind, LoopGuard, Service, ServiceConfig, WorkerHandles,
-    },
+    rules::{Change, Origin, RuleSet},
+    service::{ServiceConfig, WorkerHandles},
     steering::{
-        BackEnd, Steering, bpf,
+        Steering, bpf,
         choose::{Chosen, Remembered, choose, remove_leftovers},
     },
     store::{FleetState, KeptFleet, State, Store},
-    table::{OwnSegments, Published, Table},
+    table::Published,
 };
-
-/// How many numbers of rules and slots of services rest before they are given out again.
-const RESTING: usize = 32;
-
-/// What an engine works on.
-#[derive(Debug)]
-struct Parts {
-    store: Store,
-    routes: Routes,
-    connected: Connected,
-    /// The back end's table, for those who read it here.
-    published: Arc<Published>,
-    /// Who listens to events.
-    events: Arc<Board>,
-    chosen: Chosen,
-}
 
 /// What stands in for this machine's kernel in tests and simulations.
 #[derive(Debug)]
@@ -78,10 +51,10 @@ impl Engine {
     /// What an earlier daemon left is replaced or removed.
     ///
     /// # Errors
-    /// What does not work. Nothing is left behind, except by a successor: what was steered before still is, and newcomers wait.
+    /// What does not work. Nothing is left behind, except by a successor: what was steered before still is, and new connections wait.
     pub async fn start(config: &Config, workers: WorkerHandles, keeper: Link, begin: &Begin) -> anyhow::Result<Self> {
         let (store, state) = Store::open(&config.state_dir)?;
-        let desired = desired(config, state)?;
+        let initial = initial(config, state)?;
         let routes = Routes::open()?;
         let published: Arc<Published> = Arc::default();
         let events: Arc<Board> = Arc::default();
@@ -96,8 +69,10 @@ impl Engine {
         let chosen = choose(wanted, &options, begin.remembered.as_ref())?;
         keeper.remember(Remembered::new(wanted, &options, &chosen.outcomes));
         remove_leftovers(chosen.steering.back_end(), &options).context("remove what an earlier daemon left")?;
-        let parts = Parts { store, routes, connected: host::connected_addresses, published, events, chosen };
-        let mut engine = Self::begin(config, parts, desired, workers, keeper, begin.is_successor).await?;
+        let kernel =
+            Kernel::new(Parts { chosen, routes, connected: host::connected_addresses, published, events }).await?;
+        let begun = Self::begin(config, (store, kernel), initial, workers, keeper, begin.is_successor);
+        let mut engine = Box::pin(begun).await?;
         engine.start_announcing();
         Ok(engine)
     }
@@ -112,83 +87,33 @@ impl Engine {
         Simulation { steering, routes, connected }: Simulation,
         workers: WorkerHandles,
     ) -> anyhow::Result<Self> {
-        let desired = desired(config, state)?;
+        let initial = initial(config, state)?;
         let chosen = Chosen { steering, outcomes: Vec::new() };
         let (routes, published, events) = (Routes::held_by(routes)?, Arc::default(), Arc::default());
-        let parts = Parts { store, routes, connected, published, events, chosen };
-        Self::begin(config, parts, desired, workers, Link::default(), false).await
+        let kernel = Kernel::new(Parts { chosen, routes, connected, published, events }).await?;
+        Box::pin(Self::begin(config, (store, kernel), initial, workers, Link::default(), false)).await
     }
 
     /// Brings up an engine out of its parts.
     async fn begin(
         config: &Config,
-        parts: Parts,
-        Desired { services, rules, fleet_state }: Desired,
+        (store, kernel): (Store, Kernel),
+        Initial { services, rules, fleet_state }: Initial,
         workers: WorkerHandles,
         keeper: Link,
         is_successor: bool,
     ) -> anyhow::Result<Self> {
-        let Parts { store, routes, connected, published, events, chosen } = parts;
-        let descriptors = DescriptorPool::of_process()?;
-        let forwarding: Arc<[AtomicBool]> = (0..MAX_SERVICES).map(|_| AtomicBool::new(false)).collect();
-        let commons = Commons {
-            workers,
-            control: Handle::current(),
-            capacity: Capacity::new(config.limits(), descriptors.clone()),
-            sees_to_sources: chosen.steering.back_end() == BackEnd::Tproxy,
-            descriptors,
-            loop_guard: loop_guard(&published),
-            forward_guard: forward_guard(&published, &forwarding),
-            teller: (!events.is_connected()).then(|| Teller::new(Arc::clone(&events), Arc::clone(&published))),
-            keeper,
-        };
-        let own_segments = || OwnSegments { readers: Arc::clone(&published) };
-        let has_no_table = chosen.steering.back_end() == BackEnd::Tproxy;
         let mut engine = Self {
-            rules: RuleSet::default(),
-            services: BTreeMap::new(),
-            registered: BTreeMap::new(),
-            owner_exits: Arc::default(),
-            own_table: has_no_table.then(|| Table::new(Box::new(own_segments()))),
-            published,
-            generation: 0,
-            rule_numbers: Numbers::new(0..MAX_RULES, RESTING),
-            // Slot 0 refuses, and so does the last one.
-            service_slots: Numbers::new(1..MAX_SERVICES - 1, RESTING),
-            drained_slot: (MAX_SERVICES - 1).try_into()?,
-            max_rules: config.max_rules,
-            added: BTreeSet::new(),
-            terms: HashSet::new(),
-            steering: chosen.steering,
-            outcomes: chosen.outcomes,
-            // What a daemon left that was killed is local too, and stays so where it still has to be.
-            coverage: routes.ours().await?.into_iter().collect(),
-            routes,
-            connected,
-            foreign_routes: Vec::new(),
-            draining: HashSet::new(),
-            broken: None,
-            repairs: BackOff::default(),
-            mends: Mends::default(),
-            dropping: Dropping::default(),
-            routes_look: RoutesLook::default(),
-            unseen: None,
+            desired: Desired::new(Drains::restored(store.drains()?)),
+            services: Services::new(config, (kernel.back_end(), kernel.published(), kernel.events()), workers, keeper)?,
+            kernel,
+            settings: Settings::new(config),
             unconfirmed: None,
-            drains: Drains::restored(store.drains()?),
-            announcer: None,
             served: Served::default(),
-            progress: Arc::default(),
-            counters_kept: None,
-            events,
-            config: config.without_tables(),
-            not_reloaded: None,
-            store,
+            dropping: Dropping::default(),
             fleet: config.fleet_view().map(|view| Arc::new(FleetBoard::new(view, &fleet_state))),
-            fleet_state,
-            // Until a set is read that says so.
-            is_fleet_plain: false,
-            commons,
-            forwarding,
+            progress: Arc::default(),
+            kept: Kept::new(store, fleet_state),
         };
         match engine.bring_up(services, rules).await {
             Ok(()) => Ok(engine),
@@ -207,85 +132,41 @@ impl Engine {
     /// # Errors
     /// They do not.
     pub fn check(config: &Config) -> anyhow::Result<()> {
-        desired(config, Store::look(&config.state_dir)?).map(drop)
+        initial(config, Store::look(&config.state_dir)?).map(drop)
     }
 
     async fn bring_up(&mut self, services: Vec<(ServiceConfig, Origin)>, rules: RuleSet) -> anyhow::Result<()> {
         for (config, origin) in services {
             self.open_service(config, origin)?;
         }
-        self.restore_registered();
+        let registered = self.kept.registered(&boot_id());
+        self.services.restore_registered(registered, |cookie| self.kernel.can_adopt(cookie));
         let added = rules.prefixes().map(|(prefix, rules)| (*prefix, rules.clone())).collect();
-        self.start_with(Change { removed: Vec::new(), added }).await?;
-        self.let_go_of_registered();
-        self.commons.keeper.forget_rest();
-        self.restore_counters()
+        let transition = self.desired.begin(Change { removed: Vec::new(), added })?;
+        self.kernel.begin(&self.desired, &self.services, transition.steps()).await?;
+        self.services.let_go_of_registered();
+        self.services.context().keeper.forget_rest();
+        self.kept.restore_counters(&self.desired, &mut self.kernel)
     }
 
     /// Opens the sockets of a service. They receive nothing before the next plan.
     pub(super) fn open_service(&mut self, config: ServiceConfig, origin: Origin) -> anyhow::Result<()> {
-        let name = config.name.clone();
-        self.expect_enforceable(&config)?;
-        let service = Service::start(config, &self.commons)?;
-        let slot = self.service_slots.take(1).context("there are too many services")?.start;
-        let is_forwarding = service.config().handler == HandlerKind::Forward;
-        self.forwarding[usize::try_from(slot)?].store(is_forwarding, Relaxed);
-        self.services.insert(name, Running { service, origin, slot: slot.try_into()? });
-        Ok(())
-    }
-
-    /// Where the back end leaves it to services to refuse sources, registered sockets would take all of them.
-    pub(super) fn expect_enforceable(&self, config: &ServiceConfig) -> Result<(), Problem> {
-        let ServiceConfig { name, handler, sources, .. } = config;
-        if *handler != HandlerKind::Registered || sources.is_empty() || !self.commons.sees_to_sources {
-            return Ok(());
-        }
-        Err(Problem::new(
-            Kind::Invalid,
-            format!("service {name}: with tproxy nobody would keep sources from registered sockets"),
-        )
-        .hint("leave source-allow and source-deny out, or steer by sk-lookup or tc"))
+        let Self { services, desired, .. } = self;
+        services.open(config, origin, || desired.take_slot())
     }
 
     /// Closes the sockets of a service that is not steered to any more.
     pub(super) async fn close_service(&mut self, running: Running) {
-        let slot = u32::from(running.slot);
-        self.service_slots.give_back(slot..slot + 1);
-        let name = running.service.config().name.clone();
-        running.service.stop().await;
+        self.desired.give_back_slot(running.slot());
+        let name = running.config().name.clone();
+        running.stop().await;
         self.forget_registered(&name);
     }
 }
 
-/// Tells sources that are steered themselves, to which an answer would come back.
-fn loop_guard(published: &Arc<Published>) -> LoopGuard {
-    let published = Arc::clone(published);
-    Arc::new(move |asker, dialled| {
-        let flow = Flow {
-            source: to_address(dialled.ip()),
-            address: to_address(asker.ip()),
-            transport: Transport::Udp,
-            port: asker.port(),
-        };
-        matches!(published.read(|reader| reader.lookup(&flow)), Verdict::Steer { .. })
-    })
-}
-
-/// Tells what comes back to a service that forwards when this host sends it.
-fn forward_guard(published: &Arc<Published>, forwarding: &Arc<[AtomicBool]>) -> ForwardGuard {
-    let (published, forwarding) = (Arc::clone(published), Arc::clone(forwarding));
-    Arc::new(move |transport, from, to| {
-        let flow = Flow { source: to_address(from), address: to_address(to.ip()), transport, port: to.port() };
-        match published.read(|reader| reader.lookup(&flow)) {
-            Verdict::Steer { service, .. } => forwarding[usize::from(service)].load(Relaxed),
-            _ => false,
-        }
-    })
-}
-
 /// What configuration and state directory say together.
 #[derive(Debug)]
-pub(super) struct Desired {
+pub(super) struct Initial {
     pub(super) services: Vec<(ServiceConfig, Origin)>,
     pub(super) rules: RuleSet,
     /// Where this node stands in its fleet.
@@ -293,7 +174,7 @@ pub(super) struct Desired {
 }
 
 /// Puts together what was configured, given by the fleet, applied and added. They must not contradict each other.
-pub(super) fn desired(config: &Config, state: State) -> anyhow::Result<Desired> {
+pub(super) fn initial(config: &Config, state: State) -> anyhow::Result<Initial> {
     const ADVICE: &str = "change the configuration, or what was added by hand: state.json in the state directory; what the fleet gave is in fleet.json";
     let fleet = kept_of_fleet(config, state.fleet);
     let mut services: Vec<_> = config.services.iter().map(|it| (it.clone(), Origin::Config)).collect();
@@ -324,7 +205,7 @@ pub(super) fn desired(config: &Config, state: State) -> anyhow::Result<Desired> 
         }
     }
     rules.extend(fleet.rules.into_iter().chain(state.applied_rules).chain(state.rules)).context(ADVICE)?;
-    Ok(Desired { services, rules, fleet_state: fleet.state })
+    Ok(Initial { services, rules, fleet_state: fleet.state })
 }
 
 /// How something of this origin came to be there.

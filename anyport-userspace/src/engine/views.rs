@@ -5,7 +5,7 @@ use std::{collections::HashMap, sync::Arc};
 use anyhow::Context as _;
 use anyport_common::{flow::Transport, maps::Counters};
 
-use super::Engine;
+use super::{Engine, desired::Desired, kernel::Kernel};
 use crate::{
     api::{BackEndView, ListPrefixes, PrefixView, Problem, ServiceView, StatusView, Totals},
     rules::{Decision, Numbered, Prefix, PrefixRules, ServiceName, Terms, decide},
@@ -18,15 +18,15 @@ impl Engine {
     /// # Errors
     /// The counters can't be read.
     pub fn prefixes(&self, query: &ListPrefixes) -> Result<String, Problem> {
-        let counters = self.steering.counters()?;
+        let counters = self.kernel.counters()?;
         let ListPrefixes { within, service, port, after, limit } = query;
         let is_listed = |rule: &Numbered<'_>| {
             service.as_ref().is_none_or(|it| rule.terms.service == *it)
                 && port.is_none_or(|it| rule.terms.ports.contains(it.get()) || rule.terms.except.contains(it.get()))
         };
         let prefixes: Box<dyn Iterator<Item = (Prefix, &PrefixRules)>> = match within {
-            Some(within) => Box::new(self.rules.within(*within)),
-            None => Box::new(self.rules.prefixes().map(|(prefix, rules)| (*prefix, rules))),
+            Some(within) => Box::new(self.desired.rules().within(*within)),
+            None => Box::new(self.desired.rules().prefixes().map(|(prefix, rules)| (*prefix, rules))),
         };
         let rules = prefixes
             .filter(|(prefix, _)| after.is_none_or(|after| *prefix > after))
@@ -53,7 +53,7 @@ impl Engine {
                 dropped: no_socket + assign_error + denied,
                 no_socket,
                 denied,
-                drained: self.drains.include(&rule.prefix, rule.terms),
+                drained: self.desired.drains().include(&rule.prefix, rule.terms),
             };
             if json.len() > 1 {
                 json.push(b',');
@@ -73,8 +73,8 @@ impl Engine {
     }
 
     pub(super) fn services_with(&self, sums: &Sums<'_>) -> Vec<ServiceView> {
-        let views = self.services.values().map(|running| {
-            let (config, stats) = (running.service.config().clone(), running.service.stats());
+        let views = self.services.iter().map(|(_, it)| it).map(|running| {
+            let (config, stats) = (running.config().clone(), running.service().stats());
             let (rules, counters) = sums.of(&config.name);
             ServiceView {
                 rules,
@@ -89,9 +89,9 @@ impl Engine {
                 limits: config.limits,
                 source_allow: config.sources.allow().to_vec(),
                 source_deny: config.sources.deny().to_vec(),
-                origin: running.origin,
-                sockets: self.sockets_of(running),
-                upstreams: running.service.upstreams(),
+                origin: running.origin(),
+                sockets: self.services.sockets_of(running),
+                upstreams: running.service().upstreams(),
                 stats: ServiceStats { denied: stats.denied + counters.denied, ..stats },
             }
         });
@@ -107,40 +107,39 @@ impl Engine {
     }
 
     pub(super) fn status_with(&self, Sums(sums): &Sums<'_>) -> Result<StatusView, Problem> {
-        let stats: Vec<_> = self.services.values().map(|running| running.service.stats()).collect();
-        let mut draining: Vec<_> = self.draining.iter().copied().collect();
-        draining.sort_by_key(|prefix| (!prefix.is_ipv4(), prefix.bounds()));
+        let stats: Vec<_> = self.services.iter().map(|(_, it)| it).map(|running| running.service().stats()).collect();
         Ok(StatusView {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             pid: std::process::id(),
-            backend: self.steering.back_end(),
+            backend: self.kernel.back_end(),
             backends: self
-                .outcomes
+                .kernel
+                .outcomes()
                 .iter()
                 .map(|it| BackEndView { name: it.back_end, usable: it.usable, reason: it.reason.clone() })
                 .collect(),
-            generation: self.generation,
-            workers: self.commons.workers.count().get(),
-            rules: self.rules.len(),
-            max_rules: self.max_rules,
-            bytes: self.steering.bytes(),
-            services: self.services.len(),
-            interfaces: self.steering.interfaces(),
-            draining,
+            generation: self.kernel.generation(),
+            workers: self.services.context().workers.count().get(),
+            rules: self.desired.rules().len(),
+            max_rules: self.config().max_rules,
+            bytes: self.kernel.bytes(),
+            services: self.services.iter().len(),
+            interfaces: self.kernel.interfaces(),
+            draining: self.kernel.draining(),
             totals: Totals {
                 steered: sums.values().map(|(_, it)| it.steered).sum(),
                 dropped: sums.values().map(|(_, it)| it.no_socket + it.assign_error + it.denied).sum(),
                 denied: stats.iter().map(|it| it.denied).chain(sums.values().map(|(_, it)| it.denied)).sum(),
-                unmatched: self.steering.unmatched()?,
+                unmatched: self.kernel.unmatched()?,
                 active: stats.iter().map(|it| it.active).sum(),
                 refused: stats.iter().map(ServiceStats::refused).sum(),
                 listen_drops: stats.iter().map(|it| it.listen_drops).sum(),
                 receive_drops: stats.iter().map(|it| it.receive_drops).sum(),
             },
             unconfirmed: self.unconfirmed_for(),
-            mended: self.mends.views(),
+            mended: self.kernel.repairs(),
             fleet: self.fleet.as_ref().map(|board| board.view()),
-            announce: self.announcer.as_ref().zip(self.config.announce.as_ref()).map(|(it, config)| it.view(config)),
+            announce: self.config().announce.as_ref().and_then(|config| self.served.view(config)),
             drained: self.drain_views(),
             degraded: self.degraded(),
         })
@@ -153,19 +152,23 @@ impl Engine {
 
     /// Without what is wrong with the fleet.
     pub(super) fn degraded_itself(&self) -> Vec<String> {
-        let services = self.services.values().flat_map(|running| running.service.degraded());
-        let mends = self.mends.degraded(self.config.mend);
-        let own = self.broken.iter().chain(&self.unseen).chain(&self.not_reloaded).cloned().chain(mends);
-        let dropping = self.dropping.faults(self.steering.back_end());
-        let all = own.chain(self.steering.degraded()).chain(services).chain(self.lost_sockets()).chain(dropping);
-        all.chain(self.shadowed_metrics()).chain(self.announcing_degraded()).collect()
+        let services = self.services.iter().map(|(_, it)| it).flat_map(|running| running.service().degraded());
+        let drift = self.kernel.drift(self.config().mend);
+        let own = self.kernel.uncertain().chain(self.settings.not_reloaded()).cloned().chain(drift);
+        let dropping = self.dropping.faults(self.kernel.back_end());
+        let all = own
+            .chain(self.kernel.degraded_steering())
+            .chain(services)
+            .chain(self.services.lost_sockets(self.desired.rules()))
+            .chain(dropping);
+        all.chain(self.shadowed_metrics()).chain(self.served.degraded()).collect()
     }
 
     /// Whether a rule takes what is meant for the address of the metrics.
     fn shadowed_metrics(&self) -> Option<String> {
-        let metrics = self.config.metrics?;
+        let metrics = self.config().metrics?;
         let (address, port) = (metrics.ip(), metrics.port());
-        match decide(&self.rules, address, Transport::Tcp, port, address) {
+        match decide(self.desired.rules(), address, Transport::Tcp, port, address) {
             Decision::Steer(rule) => Some(format!(
                 "the metrics at {metrics} are out of reach: the rule {} takes what is meant for them; keep the port \
                  with --except {port}",
@@ -175,20 +178,9 @@ impl Engine {
         }
     }
 
-    /// Reads the counters of all rules, and shows them to `see` in order of precedence.
-    pub(super) fn sums<'a>(&'a self, mut see: impl FnMut(Counted<'a>)) -> Result<Sums<'a>, Problem> {
-        let counters = self.steering.counters()?;
-        let mut sums: HashMap<&ServiceName, (usize, Counters)> = HashMap::new();
-        for (prefix, rules) in self.rules.prefixes() {
-            for rule in rules.numbered(*prefix) {
-                let (rules, sum) = sums.entry(&rule.terms.service).or_default();
-                let counted = Counted { rule, counters: counters(rule.number) };
-                *rules += 1;
-                add(sum, &counted.counters);
-                see(counted);
-            }
-        }
-        Ok(Sums(sums))
+    /// What the rules have counted, see [`Sums::read`].
+    pub(super) fn sums<'a>(&'a self, see: impl FnMut(Counted<'a>)) -> Result<Sums<'a>, Problem> {
+        Ok(Sums::read(&self.desired, &self.kernel, see)?)
     }
 }
 
@@ -204,7 +196,28 @@ pub struct Counted<'a> {
 /// For each service that rules steer to, how many do and what they counted.
 pub(super) struct Sums<'a>(HashMap<&'a ServiceName, (usize, Counters)>);
 
-impl Sums<'_> {
+impl<'a> Sums<'a> {
+    /// Reads the counters of all rules, and shows them to `see` in order of precedence.
+    pub(super) fn read(
+        desired: &'a Desired,
+        kernel: &'a Kernel,
+        mut see: impl FnMut(Counted<'a>),
+    ) -> anyhow::Result<Self> {
+        let counters = kernel.counters()?;
+        let mut sums: HashMap<&ServiceName, (usize, Counters)> = HashMap::new();
+        for (prefix, rules) in desired.rules().prefixes() {
+            for rule in rules.numbered(*prefix) {
+                let (rules, sum) = sums.entry(&rule.terms.service).or_default();
+                let counted = Counted { rule, counters: counters(rule.number) };
+                *rules += 1;
+                add(sum, &counted.counters);
+                see(counted);
+            }
+        }
+        Ok(Self(sums))
+    }
+
+    /// How many rules steer to a service, and what they counted.
     pub(super) fn of(&self, service: &ServiceName) -> (usize, Counters) {
         self.0.get(service).copied().unwrap_or_default()
     }

@@ -6,6 +6,8 @@ mod decide;
 pub mod lines;
 mod name;
 #[cfg(feature = "daemon")]
+mod overlay;
+#[cfg(feature = "daemon")]
 mod ports;
 #[cfg(feature = "daemon")]
 mod prefix;
@@ -31,6 +33,7 @@ pub(crate) use self::text::with_terms;
 #[cfg(feature = "daemon")]
 pub use self::{
     decide::{Decision, decide},
+    overlay::{Overlay, RuleView},
     ports::PortSet,
     prefix::{Prefix, from_address, to_address},
     rule::{Origin, Origins, Rule, Terms},

@@ -14,7 +14,7 @@ use super::{Origin, Origins, Prefix, Rule, Terms};
 /// Rules in order of precedence, without contradictions.
 #[derive(Clone, Debug, Default)]
 pub struct RuleSet {
-    prefixes: BTreeMap<Prefix, PrefixRules>,
+    pub(super) prefixes: BTreeMap<Prefix, PrefixRules>,
     /// How many prefixes there are of each length of a family, in their order. Nobody looks for others.
     lengths: BTreeMap<(bool, Reverse<u8>), usize>,
     rules: usize,
@@ -280,7 +280,7 @@ impl RuleSet {
     }
 
     /// The lengths of all prefixes of a family, the longest first.
-    fn lengths_of(&self, like: Prefix) -> impl Iterator<Item = u8> {
+    pub(super) fn lengths_of(&self, like: Prefix) -> impl Iterator<Item = u8> {
         let family = !like.is_ipv4();
         self.lengths.range((family, Reverse(u8::MAX))..=(family, Reverse(0))).map(|((_, len), _)| len.0)
     }
@@ -354,7 +354,7 @@ impl RuleSet {
 }
 
 /// The place of a prefix's length in the order of prefixes.
-fn length(prefix: &Prefix) -> (bool, Reverse<u8>) {
+pub(super) fn length(prefix: &Prefix) -> (bool, Reverse<u8>) {
     (!prefix.is_ipv4(), Reverse(prefix.len()))
 }
 

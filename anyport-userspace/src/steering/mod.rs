@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 pub use crate::back_end::BackEnd;
 use crate::{
     register::Registered,
-    rules::{Prefix, RuleSet, ServiceName, SourceLists},
+    rules::{Prefix, RuleView, ServiceName, SourceLists},
     table::{Reader, Receiver},
 };
 
@@ -85,8 +85,8 @@ impl ServiceSockets {
 pub struct Plan<'a> {
     /// The number of this rule set.
     pub generation: u64,
-    /// The rules, numbered.
-    pub rules: &'a RuleSet,
+    /// The rules, numbered, as they are to be read.
+    pub rules: RuleView<'a>,
     /// The prefixes whose rules are not those of the plan that was applied last; nothing if that is not known, and
     /// everything has to be looked at.
     pub changed: Option<&'a [Prefix]>,

@@ -41,7 +41,7 @@ fn compiled() -> Table {
     let everybody = SourceLists::default();
     let mut table = Table::new(Box::new(OwnSegments::default()));
     let slot = |name: &str| if name == "web" { 1 } else { 2 };
-    table.make(&rules, &|name| Ok(Receiver { slot: slot(name.as_str()), sources: &everybody })).unwrap();
+    table.make(rules.view(), &|name| Ok(Receiver { slot: slot(name.as_str()), sources: &everybody })).unwrap();
     table.commit();
     table
 }

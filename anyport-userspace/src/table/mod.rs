@@ -30,7 +30,7 @@ pub use self::{
     policy::{Receiver, Receivers},
     readers::Published,
 };
-use crate::rules::{Prefix, PrefixRules, RuleSet};
+use crate::rules::{Prefix, PrefixRules, RuleView};
 
 /// Compiled rules. What is made by [`Self::make`] or [`Self::change`] lasts once it is committed.
 #[derive(Debug)]
@@ -92,7 +92,7 @@ impl Table {
     ///
     /// # Errors
     /// There is not enough memory, or a rule names an unknown service.
-    pub fn make(&mut self, rules: &RuleSet, services: &Receivers<'_>) -> anyhow::Result<()> {
+    pub fn make(&mut self, rules: RuleView<'_>, services: &Receivers<'_>) -> anyhow::Result<()> {
         self.arena.begin_anew();
         self.policies.begin_anew();
         let mut sorted: [Vec<(Prefix, &PrefixRules)>; 2] = [Vec::new(), Vec::new()];
@@ -115,7 +115,7 @@ impl Table {
     ///
     /// # Errors
     /// There is not enough memory, or a rule names an unknown service.
-    pub fn change(&mut self, rules: &RuleSet, prefixes: &[Prefix], services: &Receivers<'_>) -> anyhow::Result<()> {
+    pub fn change(&mut self, rules: RuleView<'_>, prefixes: &[Prefix], services: &Receivers<'_>) -> anyhow::Result<()> {
         // Rules for many prefixes are compiled faster together. And what was changed as many times over may have lost
         // its good shape.
         const FEW: usize = 4096;
@@ -200,7 +200,7 @@ impl Table {
     }
 
     /// Compiles what is inside of a prefix, and puts it in the place of what was there.
-    fn renew(&mut self, rules: &RuleSet, prefix: Prefix, services: &Receivers<'_>) -> Result<(), Trouble> {
+    fn renew(&mut self, rules: RuleView<'_>, prefix: Prefix, services: &Receivers<'_>) -> Result<(), Trouble> {
         let mut around = Vec::new();
         let mut outside: Vec<_> = rules.around(prefix).filter(|(it, _)| *it != prefix).collect();
         outside.reverse();

@@ -129,7 +129,7 @@ proptest! {
     ) {
         let (set, _) = numbered(&set);
         let mut table = Table::new(Box::new(OwnSegments::default()));
-        table.make(&set, &find(&lists)).unwrap();
+        table.make(set.view(), &find(&lists)).unwrap();
         table.commit();
         let reader = table.reader();
         let swapped = BigEndian::of(&reader);
@@ -148,7 +148,7 @@ proptest! {
     fn decides_as_the_reference(set in rules(30), lists in lists(), flows in prop::collection::vec(flow(), 100)) {
         let (set, _) = numbered(&set);
         let mut table = Table::new(Box::new(OwnSegments::default()));
-        table.make(&set, &find(&lists)).unwrap();
+        table.make(set.view(), &find(&lists)).unwrap();
         table.commit();
         check(&table, &set, &lists, &flows)?;
     }
@@ -163,7 +163,7 @@ proptest! {
     ) {
         let (mut set, mut next) = numbered(&set);
         let mut table = Table::new(Box::new(OwnSegments::default()));
-        table.make(&set, &find(&lists)).unwrap();
+        table.make(set.view(), &find(&lists)).unwrap();
         table.commit();
         for (rules, is_kept) in steps {
             let mut draft = Draft::of(&set);
@@ -179,7 +179,7 @@ proptest! {
             number(&mut change, &mut next);
             let prefixes = change.prefixes();
             set.apply(&change);
-            table.change(&set, &prefixes, &find(&lists)).unwrap();
+            table.change(set.view(), &prefixes, &find(&lists)).unwrap();
             check(&table, &set, &lists, &flows)?;
             if is_kept {
                 table.commit();
@@ -236,7 +236,7 @@ fn large_sets_decide_as_a_map() {
             }
             let (mut set, mut next) = numbered(&set);
             let mut table = Table::new(Box::new(OwnSegments::default()));
-            table.make(&set, &service).unwrap();
+            table.make(set.view(), &service).unwrap();
             table.commit();
             for prefix in &prefixes[3_000..] {
                 let mut draft = Draft::of(&set);
@@ -244,7 +244,7 @@ fn large_sets_decide_as_a_map() {
                 let mut change = draft.finish();
                 number(&mut change, &mut next);
                 set.apply(&change);
-                table.change(&set, &change.prefixes(), &service).unwrap();
+                table.change(set.view(), &change.prefixes(), &service).unwrap();
                 table.commit();
             }
             let reader = table.reader();

@@ -51,22 +51,34 @@ pub(super) enum Fault {
     After,
 }
 
-pub(super) type Numbered = (u32, Terms);
+pub(in crate::engine) type Numbered = (u32, Terms);
 
 /// What the kernel holds.
 #[derive(Debug)]
-pub(super) struct World {
+pub(in crate::engine) struct World {
     pub(super) random: Random,
     /// One of so many steps fails; nothing does otherwise.
-    pub(super) fails: Option<usize>,
-    pub(super) rules: BTreeMap<Prefix, Vec<Numbered>>,
+    pub(in crate::engine) fails: Option<usize>,
+    pub(in crate::engine) rules: BTreeMap<Prefix, Vec<Numbered>>,
     /// By place, the cookie.
     pub(super) sockets: BTreeMap<u32, u64>,
     pub(super) is_attached: bool,
-    pub(super) routes: BTreeSet<Prefix>,
+    pub(in crate::engine) routes: BTreeSet<Prefix>,
 }
 
 impl World {
+    /// An empty kernel in which nothing fails; what will is the same for each seed.
+    pub(in crate::engine) fn new(seed: u64) -> Self {
+        Self {
+            random: Random(seed ^ 0x5eed),
+            fails: None,
+            rules: BTreeMap::new(),
+            sockets: BTreeMap::new(),
+            is_attached: false,
+            routes: BTreeSet::new(),
+        }
+    }
+
     fn fault(&mut self) -> Option<Fault> {
         let many = self.fails?;
         if !self.random.one_in(many) {
@@ -97,22 +109,22 @@ impl World {
     }
 }
 
-pub(super) type Shared = Arc<Mutex<World>>;
+pub(in crate::engine) type Shared = Arc<Mutex<World>>;
 
-pub(super) fn open(world: &Shared) -> MutexGuard<'_, World> {
+pub(in crate::engine) fn open(world: &Shared) -> MutexGuard<'_, World> {
     world.lock().unwrap()
 }
 
 /// Changes what has changed, and takes for granted that the rest is as it left it.
 #[derive(Debug)]
-pub(super) struct Simulated {
+pub(in crate::engine) struct Simulated {
     world: Shared,
     rules: Option<BTreeMap<Prefix, Vec<Numbered>>>,
     sockets: BTreeMap<u32, u64>,
 }
 
 impl Simulated {
-    pub(super) fn new(world: &Shared) -> Self {
+    pub(in crate::engine) fn new(world: &Shared) -> Self {
         Self { world: Arc::clone(world), rules: None, sockets: BTreeMap::new() }
     }
 
@@ -241,7 +253,7 @@ impl Steering for Simulated {
 }
 
 #[derive(Debug)]
-pub(super) struct SimulatedRoutes(pub(super) Shared);
+pub(in crate::engine) struct SimulatedRoutes(pub(in crate::engine) Shared);
 
 impl SimulatedRoutes {
     fn change(

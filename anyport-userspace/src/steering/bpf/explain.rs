@@ -102,7 +102,7 @@ mod tests {
                 let group = GroupSocket { cookie: 0, bound, holder: Holder::Us(held) };
                 let plan = Plan {
                     generation: 1,
-                    rules: &rules,
+                    rules: rules.view(),
                     changed: None,
                     fresh: std::slice::from_ref(&(0..1)),
                     freed: &[],

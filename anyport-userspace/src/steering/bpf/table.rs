@@ -15,7 +15,7 @@ use aya::maps::Map;
 
 use super::types_of;
 use crate::{
-    rules::{RuleSet, ServiceName, SourceLists},
+    rules::{RuleView, ServiceName, SourceLists},
     steering::{Plan, ServiceSockets},
     sys::{self, MappedWords, wait_for_running_programs},
     table::{Published, Reader, Segment, Segments, Table},
@@ -92,7 +92,7 @@ impl BpfTable {
         Ok(())
     }
 
-    fn make(&mut self, rules: &RuleSet, plan: &Plan<'_>, are_slots_kept: bool) -> anyhow::Result<()> {
+    fn make(&mut self, rules: RuleView<'_>, plan: &Plan<'_>, are_slots_kept: bool) -> anyhow::Result<()> {
         let receivers: HashMap<_, _> = plan.services.iter().map(|it| (&it.name, it.receiver())).collect();
         let find = |name: &_| receivers.get(name).copied().with_context(|| format!("the plan has no service {name}"));
         match plan.changed {

@@ -20,7 +20,7 @@ use super::{
 };
 use crate::{
     host,
-    rules::{Prefix, RuleSet},
+    rules::{Prefix, RuleSet, RuleView},
     steering::{Kind, Loss, Plan},
     sys,
 };
@@ -143,11 +143,11 @@ impl Chains {
     /// Steers past the UDP sockets of others that have come since.
     pub(super) fn refresh(&mut self, rules: &RuleSet) -> anyhow::Result<()> {
         self.sets.sweep();
-        let waiting = waiting_sockets(rules, self.family)?;
+        let waiting = waiting_sockets(rules.view(), self.family)?;
         if waiting == self.state.waiting || !self.is_state_certain {
             return Ok(());
         }
-        self.replace_lines(&lines::lines(&self.state.groups, rules), &waiting)?;
+        self.replace_lines(&lines::lines(&self.state.groups, rules.view()), &waiting)?;
         self.state.waiting = waiting;
         Ok(())
     }
@@ -292,7 +292,7 @@ impl Chains {
         let mut counted = Counted::default();
         for (set, prefix, packets) in sets::counts(&keys.keys().copied().collect::<Vec<_>>())? {
             if let Some(key) = keys.get(set.as_str())
-                && let Some(number) = number(rules, prefix, key)
+                && let Some(number) = number(rules.view(), prefix, key)
             {
                 counted.add(number, key.effect, packets);
             }
@@ -344,7 +344,7 @@ pub(super) fn remove(table: &Table, saved: &str, family: Family) -> anyhow::Resu
 }
 
 /// The unconnected UDP sockets of others that stand at an address that is steered.
-fn waiting_sockets(rules: &RuleSet, family: Family) -> anyhow::Result<Vec<SocketAddr>> {
+fn waiting_sockets(rules: RuleView<'_>, family: Family) -> anyhow::Result<Vec<SocketAddr>> {
     if rules.within(family.everything()).next().is_none() {
         return Ok(Vec::new());
     }

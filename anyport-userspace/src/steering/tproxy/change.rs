@@ -17,7 +17,7 @@ use super::{
     groups::{self, Effect, Group, Groups, Key, Prefixes, Sockets},
     lines::{self, Family, Line},
 };
-use crate::rules::{Prefix, RuleSet};
+use crate::rules::{Prefix, RuleSet, RuleView};
 
 /// An element of a set.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -69,7 +69,7 @@ pub(super) struct Target<'a> {
     pub(super) family: Family,
     /// Up to how many prefixes of a group have lines of their own, see [`groups::FEW`].
     pub(super) few: usize,
-    pub(super) rules: &'a RuleSet,
+    pub(super) rules: RuleView<'a>,
     pub(super) sockets: Sockets<'a>,
     pub(super) waiting: Vec<SocketAddr>,
 }
@@ -122,7 +122,7 @@ pub(super) fn from_state(
         }
     }
     let Some(elements) = Elements::split(&start.groups, &end, coming, going) else { return Ok(None) };
-    let before = lines::lines(&start.groups, former);
+    let before = lines::lines(&start.groups, former.view());
     let after = lines::lines(&end, target.rules);
     let is_of_lines = before != after || start.waiting != target.waiting;
     let has_other_socket = |(key, group): (&Key, &Group)| end.get(key).is_some_and(|it| it.verdicts != group.verdicts);
@@ -281,7 +281,7 @@ fn are_apart(prefixes: impl Iterator<Item = Prefix>) -> bool {
 
 /// The lines of two states at once, for the moment in which one passes into the other. The former ones count for
 /// nobody any more.
-fn both(start: &Groups, former: &RuleSet, end: &Groups, rules: &RuleSet) -> Vec<Line> {
+fn both(start: &Groups, former: &RuleSet, end: &Groups, rules: RuleView<'_>) -> Vec<Line> {
     let keys: BTreeSet<_> = start.keys().chain(end.keys()).collect();
     let mut lines = Vec::new();
     for key in keys {
@@ -290,7 +290,7 @@ fn both(start: &Groups, former: &RuleSet, end: &Groups, rules: &RuleSet) -> Vec<
         };
         let mut new = of_group(end, rules);
         let known: HashSet<_> = new.iter().map(Line::without_number).collect();
-        let old = of_group(start, former).into_iter().map(|line| line.without_number());
+        let old = of_group(start, former.view()).into_iter().map(|line| line.without_number());
         new.extend(old.filter(|line| !known.contains(line)));
         lines.extend(new);
     }

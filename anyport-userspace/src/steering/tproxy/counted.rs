@@ -66,7 +66,7 @@ mod tests {
         counted.add(7, Effect::Drop, 7);
         counted.renumber(&Plan {
             generation: 1,
-            rules: &RuleSet::default(),
+            rules: RuleSet::default().view(),
             changed: None,
             fresh: &[3..5, 20..30],
             freed: &[8..9, 30..40],

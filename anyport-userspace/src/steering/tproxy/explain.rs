@@ -49,7 +49,7 @@ impl Tproxy {
     fn rule(&self, chains: &Chains, line: &LiveLine, address: IpAddr) -> Option<u32> {
         let Some(set) = &line.set else { return line.rule };
         let key = chains.key_of(set)?;
-        number(&self.rules, Prefix::host(address).truncated(key.len), key)
+        number(self.rules.view(), Prefix::host(address).truncated(key.len), key)
     }
 }
 

@@ -11,7 +11,7 @@ use anyport_common::flow::{Flow, Transport};
 
 use super::lines::{Family, Verdict};
 use crate::{
-    rules::{Prefix, PrefixRules, RuleSet, ServiceName, Terms, to_address},
+    rules::{Prefix, PrefixRules, RuleView, ServiceName, Terms, to_address},
     steering::ServiceSockets,
 };
 
@@ -149,7 +149,7 @@ impl<'a> Sockets<'a> {
 
 /// All rules of a family in groups, each with its prefixes in order.
 pub(super) fn sort(
-    rules: &RuleSet,
+    rules: RuleView<'_>,
     family: Family,
     sockets: &Sockets<'_>,
 ) -> anyhow::Result<BTreeMap<Key, (Verdicts, Vec<Prefix>)>> {
@@ -181,7 +181,7 @@ pub(super) fn sort(
 }
 
 /// The number of the rule that put a prefix into a group.
-pub(super) fn number(rules: &RuleSet, prefix: Prefix, key: &Key) -> Option<u32> {
+pub(super) fn number(rules: RuleView<'_>, prefix: Prefix, key: &Key) -> Option<u32> {
     let of_prefix: &PrefixRules = rules.of_prefix(&prefix)?;
     of_prefix.numbered(prefix).find(|rule| key.is_of(rule.terms)).map(|rule| rule.number)
 }

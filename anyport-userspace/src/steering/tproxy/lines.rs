@@ -9,7 +9,7 @@ use anyport_common::flow::Transport;
 
 use super::groups::{Groups, Key, Prefixes, Verdicts, number};
 use crate::{
-    rules::{PortSet, Prefix, RuleSet},
+    rules::{PortSet, Prefix, RuleView},
     steering::GroupSocket,
 };
 
@@ -144,12 +144,12 @@ impl fmt::Display for Line {
 }
 
 /// The lines for groups of these rules.
-pub(super) fn lines(groups: &Groups, rules: &RuleSet) -> Vec<Line> {
+pub(super) fn lines(groups: &Groups, rules: RuleView<'_>) -> Vec<Line> {
     groups.iter().flat_map(|(key, group)| of_group(key, &group.verdicts, &group.prefixes, rules)).collect()
 }
 
 /// The lines of one group. No packet matches two of them, so that none asks a set twice, which might change between.
-pub(super) fn of_group(key: &Key, verdicts: &Verdicts, prefixes: &Prefixes, rules: &RuleSet) -> Vec<Line> {
+pub(super) fn of_group(key: &Key, verdicts: &Verdicts, prefixes: &Prefixes, rules: RuleView<'_>) -> Vec<Line> {
     let destinations: Vec<_> = match prefixes {
         Prefixes::Set { name, .. } => vec![Destination::Set(name.clone())],
         Prefixes::Few(few) => {

@@ -27,7 +27,7 @@ use self::{
     table::Table,
 };
 use super::{BackEnd, Decided, Fate, Loss, Plan, Steering};
-use crate::rules::{Change, Prefix, RuleSet};
+use crate::rules::{Change, Prefix, RuleSet, RuleView};
 
 /// Up to here a change is always carried out as such; a larger one only if it leaves more as it is than it changes.
 const SMALL: usize = 1024;
@@ -78,13 +78,13 @@ impl Steering for Tproxy {
     }
 
     fn apply(&mut self, plan: &Plan<'_>) -> anyhow::Result<()> {
-        let limit = SMALL.max(plan.rules.prefixes().len() / 2);
+        let limit = SMALL.max(plan.rules.prefix_count() / 2);
         let changed = plan.changed.filter(|changed| self.is_in_force && changed.len() <= limit);
         self.is_in_force = false;
         self.put_in_force(plan, changed)?;
         match changed {
             Some(changed) => self.rules.apply(&difference(&self.rules, plan.rules, changed)),
-            None => self.rules.clone_from(plan.rules),
+            None => self.rules = plan.rules.to_set(),
         }
         self.is_in_force = true;
         Ok(())
@@ -176,12 +176,12 @@ pub fn try_out() -> anyhow::Result<()> {
 }
 
 /// From the rules of one plan to those of the next, which differ in these prefixes.
-fn difference(before: &RuleSet, after: &RuleSet, changed: &[Prefix]) -> Change {
-    let of = |rules: &RuleSet| {
+fn difference(before: &RuleSet, after: RuleView<'_>, changed: &[Prefix]) -> Change {
+    let of = |rules: RuleView<'_>| {
         let some = changed.iter().filter_map(|prefix| Some((*prefix, rules.of_prefix(prefix)?.clone())));
         some.collect()
     };
-    Change { removed: of(before), added: of(after) }
+    Change { removed: of(before.view()), added: of(after) }
 }
 
 /// Removes the chains and sets of an earlier daemon, for those who steer by another back end. Quick and silent where

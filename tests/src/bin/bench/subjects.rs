@@ -277,7 +277,7 @@ fn anyport(rules: &Rules, sockets: &Sockets) -> Result<(ProgramFd, Bpf)> {
     let numbers = 1..u32::try_from(prefixes.len())? + 1;
     bpf.apply(&Plan {
         generation: 1,
-        rules: &set,
+        rules: set.view(),
         changed: None,
         fresh: slice::from_ref(&numbers),
         freed: &[],

@@ -64,7 +64,7 @@ impl Steered {
         self.generation += 1;
         let plan = Plan {
             generation: self.generation,
-            rules: &rules,
+            rules: rules.view(),
             changed: None,
             fresh,
             freed: &[],

@@ -114,7 +114,7 @@ fn agrees(back_end: BackEnd) {
                 let mut bpf = bpf.borrow_mut();
                 let plan = Plan {
                     generation,
-                    rules: &rules,
+                    rules: rules.view(),
                     changed: None,
                     fresh: &[numbers],
                     freed: &[],
@@ -185,7 +185,7 @@ fn lists_change_with_the_plan() {
                 [ServiceSockets { slot: 1, name: "a".parse().unwrap(), groups: [const { None }; 4], sources }];
             let plan = Plan {
                 generation,
-                rules: &rules,
+                rules: rules.view(),
                 changed: (generation > 1).then_some(&[]),
                 fresh: if generation > 1 { &[] } else { std::slice::from_ref(&numbers) },
                 freed: &[],

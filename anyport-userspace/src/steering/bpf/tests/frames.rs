@@ -49,7 +49,7 @@ fn steering() -> (Ebpf, BpfTable) {
     let numbers = 0..2;
     let plan = Plan {
         generation: 1,
-        rules: &rules,
+        rules: rules.view(),
         changed: None,
         fresh: std::slice::from_ref(&numbers),
         freed: &[],

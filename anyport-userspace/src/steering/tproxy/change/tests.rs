@@ -118,7 +118,7 @@ fn check_change(
             let name = group.prefixes.set();
             assert!(name.is_none_or(|name| model.sets[name].len() == group.prefixes.len()), "{group:?}: {model:?}");
         }
-        assert_eq!(model.lines, super::lines::lines(&way.end.groups, after));
+        assert_eq!(model.lines, super::lines::lines(&way.end.groups, after.view()));
     }
     short
 }

@@ -68,7 +68,7 @@ fn lines_look_like_this() {
 #[test]
 fn guards_look_like_this() {
     let (model, state) = Model::of(&rules(), &services(), Family::V4, 1);
-    assert_eq!(lines(&state.groups, &rules()), model.lines);
+    assert_eq!(lines(&state.groups, rules().view()), model.lines);
     let waiting: [SocketAddr; 1] = ["192.0.2.9:53".parse().unwrap()];
     assert_eq!(
         guards(&model.lines, &waiting, "RULES"),

@@ -99,7 +99,7 @@ pub(in crate::steering::tproxy) fn target<'a>(
     family: Family,
     few: usize,
 ) -> Target<'a> {
-    Target { family, few, rules, sockets: Sockets::of(services, family), waiting: Vec::new() }
+    Target { family, few, rules: rules.view(), sockets: Sockets::of(services, family), waiting: Vec::new() }
 }
 
 /// What the kernel would be like.
@@ -183,7 +183,7 @@ impl Model {
             Destination::Prefix(_, number) => number.unwrap(),
             Destination::Set(set) => {
                 let (key, _) = state.sets().find(|(_, name)| *name == set).unwrap();
-                groups::number(rules, Prefix::host(packet.1).truncated(key.len), key).unwrap()
+                groups::number(rules.view(), Prefix::host(packet.1).truncated(key.len), key).unwrap()
             }
         };
         Some((number, line.verdict))

@@ -141,7 +141,7 @@ fn plan(service: &Service, rules: &[(&str, Protocol, &str)]) -> Rules {
 impl Rules {
     fn all(&self) -> Plan<'_> {
         let Self { rules, services } = self;
-        Plan { generation: 1, rules, changed: None, fresh: &[], freed: &[], moved: &[], services }
+        Plan { generation: 1, rules: rules.view(), changed: None, fresh: &[], freed: &[], moved: &[], services }
     }
 
     fn changed<'a>(&'a self, changed: &'a [Prefix]) -> Plan<'a> {

@@ -1,4 +1,4 @@
-//! Allocates the small numbers by which rules and services stand in the kernel's maps.
+//! Numbers of rules and slots of services, as the kernel knows them.
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -9,7 +9,7 @@ use std::{
 ///
 /// Numbers that were given back rest for a while: programs and people may still hold them for a moment.
 #[derive(Debug)]
-pub(super) struct Numbers {
+pub(in crate::engine) struct IdAllocator {
     /// Runs of free numbers: where each begins and ends.
     free: BTreeMap<u32, u32>,
     resting: VecDeque<Range<u32>>,
@@ -17,14 +17,14 @@ pub(super) struct Numbers {
     rest: usize,
 }
 
-impl Numbers {
-    /// Gives out these numbers. Ranges that were given back rest until so many others have been.
-    pub(super) fn new(range: Range<u32>, rest: usize) -> Self {
+impl IdAllocator {
+    /// Gives out these ids. Ranges that were given back rest until so many others have been.
+    pub(in crate::engine) fn new(range: Range<u32>, rest: usize) -> Self {
         Self { free: BTreeMap::from([(range.start, range.end)]), resting: VecDeque::new(), rest }
     }
 
     /// Takes as many numbers in a row. Nothing is returned only where there is no such row.
-    pub(super) fn take(&mut self, count: u32) -> Option<Range<u32>> {
+    pub(in crate::engine) fn take(&mut self, count: u32) -> Option<Range<u32>> {
         if let Some(taken) = self.take_free(count) {
             return Some(taken);
         }
@@ -48,7 +48,7 @@ impl Numbers {
     }
 
     /// Takes numbers back.
-    pub(super) fn give_back(&mut self, numbers: Range<u32>) {
+    pub(in crate::engine) fn give_back(&mut self, numbers: Range<u32>) {
         if numbers.is_empty() {
             return;
         }
@@ -76,22 +76,22 @@ impl Numbers {
 
 #[cfg(test)]
 mod tests {
-    use super::Numbers;
+    use super::IdAllocator;
 
     #[test]
-    fn numbers_rest_before_they_come_back() {
-        let mut numbers = Numbers::new(1..9, 2);
-        assert_eq!([1, 2, 1].map(|count| numbers.take(count)), [Some(1..2), Some(2..4), Some(4..5)]);
-        numbers.give_back(1..2);
-        numbers.give_back(2..4);
-        assert_eq!(numbers.take(1), Some(5..6));
-        numbers.give_back(4..5);
-        assert_eq!(numbers.take(1), Some(1..2));
+    fn ids_rest_before_they_come_back() {
+        let mut ids = IdAllocator::new(1..9, 2);
+        assert_eq!([1, 2, 1].map(|count| ids.take(count)), [Some(1..2), Some(2..4), Some(4..5)]);
+        ids.give_back(1..2);
+        ids.give_back(2..4);
+        assert_eq!(ids.take(1), Some(5..6));
+        ids.give_back(4..5);
+        assert_eq!(ids.take(1), Some(1..2));
         // Rather than none at all, one that rests.
-        assert_eq!((numbers.take(3), numbers.take(1), numbers.take(3)), (Some(6..9), Some(2..3), None));
+        assert_eq!((ids.take(3), ids.take(1), ids.take(3)), (Some(6..9), Some(2..3), None));
         for range in [1..2, 2..3, 5..6, 6..9] {
-            numbers.give_back(range);
+            ids.give_back(range);
         }
-        assert_eq!((numbers.take(8), numbers.take(1)), (Some(1..9), None));
+        assert_eq!((ids.take(8), ids.take(1)), (Some(1..9), None));
     }
 }

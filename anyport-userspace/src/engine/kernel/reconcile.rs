@@ -1,4 +1,4 @@
-//! What others take out of the kernel is noticed and put back.
+//! Drift: what others take out of the kernel is noticed and put back.
 
 use std::{
     collections::BTreeMap,
@@ -7,14 +7,18 @@ use std::{
 
 use tracing::{error, info, warn};
 
-use super::{Engine, change::Steps};
+use super::Kernel;
 use crate::{
     api::MendedView,
+    engine::{
+        desired::{Desired, Steps},
+        services::Services,
+    },
     rules::Prefix,
     steering::{Kind, Loss},
 };
 
-/// So often in a row things are put back at once. Whoever takes them away once more manages them too, and is not fought.
+/// So often in a row things are put back at once. What takes them away once more manages them too, and is not fought.
 const PATIENCE: u32 = 5;
 /// What belongs to one row: how long after it was put back something may be lost again.
 const ROW: Duration = Duration::from_mins(2);
@@ -48,11 +52,11 @@ impl BackOff {
 
 /// What was lost and put back, by kind.
 #[derive(Debug, Default)]
-pub(super) struct Mends(BTreeMap<Kind, Mend>);
+pub(super) struct Drift(BTreeMap<Kind, Repairs>);
 
 /// Things of one kind.
 #[derive(Debug)]
-struct Mend {
+struct Repairs {
     /// How often they were put back.
     times: u64,
     /// What was put back last, and when.
@@ -68,7 +72,7 @@ struct Mend {
     failure: Option<String>,
 }
 
-impl Mend {
+impl Repairs {
     fn new() -> Self {
         let now = SystemTime::now();
         Self {
@@ -88,7 +92,7 @@ impl Mend {
         self.last.is_some_and(|last| last.elapsed() < ROW)
     }
 
-    fn mended(&mut self, what: String) {
+    fn put_back(&mut self, what: String) {
         if !self.is_in_a_row() {
             (self.row, self.since, self.pause) = (0, SystemTime::now(), BackOff::default());
         }
@@ -102,19 +106,19 @@ impl Mend {
     }
 }
 
-impl Mends {
-    fn of(&mut self, kind: Kind) -> &mut Mend {
-        self.0.entry(kind).or_insert_with(Mend::new)
+impl Drift {
+    fn of(&mut self, kind: Kind) -> &mut Repairs {
+        self.0.entry(kind).or_insert_with(Repairs::new)
     }
 
     /// Notes what is lost now. What was lost before and is not any more has been put back, by us if we have `tried`.
     fn note(&mut self, lost: &[Loss], tried: bool) {
-        for (kind, mend) in &mut self.0 {
+        for (kind, repairs) in &mut self.0 {
             let is_lost = lost.iter().any(|loss| loss.kind == *kind);
-            if let Some(what) = mend.lost.take_if(|_| !is_lost) {
-                if tried || mend.failure.is_some() {
+            if let Some(what) = repairs.lost.take_if(|_| !is_lost) {
+                if tried || repairs.failure.is_some() {
                     warn!("somebody removed {what}: it is put back");
-                    mend.mended(what);
+                    repairs.put_back(what);
                 } else {
                     info!("somebody has put back {what}");
                 }
@@ -131,56 +135,54 @@ impl Mends {
 
     /// Whether something that is lost is to be put back now.
     fn is_due(&self) -> bool {
-        self.0
-            .values()
-            .any(|mend| mend.lost.is_some() && (mend.pause.is_over() || !mend.is_in_a_row() && mend.failure.is_none()))
+        self.0.values().any(|repairs| {
+            repairs.lost.is_some() && (repairs.pause.is_over() || !repairs.is_in_a_row() && repairs.failure.is_none())
+        })
     }
 
     fn failed(&mut self, why: &str) {
-        for mend in self.0.values_mut() {
-            let Some(what) = &mend.lost else { continue };
-            let pause = mend.pause.fail();
+        for repairs in self.0.values_mut() {
+            let Some(what) = &repairs.lost else { continue };
+            let pause = repairs.pause.fail();
             error!("{what} is gone and could not be put back, which is tried again in {} s: {why}", pause.as_secs());
-            mend.failure = Some(why.to_owned());
+            repairs.failure = Some(why.to_owned());
         }
     }
 
-    /// What was put right, by kind.
-    pub(super) fn views(&self) -> Vec<MendedView> {
-        let mended = self.0.iter().filter(|(_, mend)| mend.times > 0);
-        let views = mended.map(|(kind, mend)| MendedView {
+    fn views(&self) -> Vec<MendedView> {
+        let repaired = self.0.iter().filter(|(_, repairs)| repairs.times > 0);
+        let views = repaired.map(|(kind, repairs)| MendedView {
             kind: *kind,
-            times: mend.times,
-            last: mend.what.clone(),
-            at: humantime::format_rfc3339_seconds(mend.at).to_string(),
+            times: repairs.times,
+            last: repairs.what.clone(),
+            at: humantime::format_rfc3339_seconds(repairs.at).to_string(),
         });
         views.collect()
     }
 
-    /// What is gone at the moment without which nothing is steered. Routes are another matter, see [`RoutesLook::missing`].
-    pub(super) fn lost_steering(&self) -> Option<&str> {
+    fn lost_steering(&self) -> Option<&str> {
         let is_needed = |kind: &Kind| !matches!(kind, Kind::Pin | Kind::Route | Kind::Interface);
-        self.0.iter().filter(|(kind, _)| is_needed(kind)).find_map(|(_, mend)| mend.lost.as_deref())
+        self.0.iter().filter(|(kind, _)| is_needed(kind)).find_map(|(_, repairs)| repairs.lost.as_deref())
     }
 
     /// What is gone at the moment, and what others remove again and again.
-    pub(super) fn degraded(&self, is_mending: bool) -> Vec<String> {
+    pub(super) fn degraded(&self, is_reconciled: bool) -> Vec<String> {
         let mut lines = Vec::new();
         // Interfaces come and go, and nothing is wrong with that.
-        for (_, mend) in self.0.iter().filter(|(kind, _)| **kind != Kind::Interface) {
-            let since = humantime::format_rfc3339_seconds(mend.since);
-            let row = format!("removed by others and put back {} times since {since}", mend.row);
-            match (&mend.lost, &mend.failure) {
-                (Some(what), _) if !is_mending => lines.push(format!("{what} is gone, and is not put back (mend)")),
+        for (_, repairs) in self.0.iter().filter(|(kind, _)| **kind != Kind::Interface) {
+            let since = humantime::format_rfc3339_seconds(repairs.since);
+            let row = format!("removed by others and put back {} times since {since}", repairs.row);
+            match (&repairs.lost, &repairs.failure) {
+                (Some(what), _) if !is_reconciled => lines.push(format!("{what} is gone, and is not put back (mend)")),
                 (Some(what), Some(why)) => {
                     lines.push(format!("{what} is gone and could not be put back, which is tried again: {why}"));
                 }
-                (Some(what), None) if mend.row >= PATIENCE => {
+                (Some(what), None) if repairs.row >= PATIENCE => {
                     lines.push(format!("{what} is gone: {row}, and will be again after a pause"));
                 }
                 (Some(what), None) => lines.push(format!("{what} is gone, and is about to be put back")),
-                (None, _) if mend.row >= PATIENCE && mend.is_in_a_row() => {
-                    lines.push(format!("{} was {row}", mend.what));
+                (None, _) if repairs.row >= PATIENCE && repairs.is_in_a_row() => {
+                    lines.push(format!("{} was {row}", repairs.what));
                 }
                 (None, _) => {}
             }
@@ -218,67 +220,92 @@ impl Default for RoutesLook {
 }
 
 impl RoutesLook {
-    /// The blocks that had no local route when that was looked at last.
-    pub(super) fn missing(&self) -> &[Prefix] {
-        &self.missing
-    }
-
     fn is_due(&self) -> bool {
         let is_wanted = self.is_suspicious || !self.missing.is_empty() || self.at.elapsed() >= ROUTES_INTERVAL;
         is_wanted && self.at.elapsed() >= self.took * ROUTES_SHARE
     }
 }
 
-impl Engine {
+impl Kernel {
     /// Has all pauses be over, and all rows.
     #[cfg(test)]
-    pub(super) fn hurry(&mut self) {
-        self.repairs.until = None;
-        self.mends.0.values_mut().for_each(|mend| (mend.pause.until, mend.last) = (None, None));
+    pub(in crate::engine) fn hurry(&mut self) {
+        self.retry.until = None;
+        self.drift.0.values_mut().for_each(|repairs| (repairs.pause.until, repairs.last) = (None, None));
     }
 
     /// Has the next look be one at the routes, too, if there is reason for it.
     #[cfg(test)]
-    pub(super) fn look_at_once(&mut self) {
+    pub(in crate::engine) fn look_at_once(&mut self) {
         self.routes_look.took = Duration::ZERO;
     }
 
     /// Notes that routes of ours may be gone.
-    pub fn suspect_routes(&mut self) {
+    pub(in crate::engine) fn suspect_routes(&mut self) {
         self.routes_look.is_suspicious = true;
     }
 
-    /// Notes what the back end has put right by itself.
-    pub(super) fn note_put_right(&mut self, news: Vec<Loss>) {
-        for Loss { kind, what } in news {
+    /// Has the back end look again at interfaces and sockets, and notes what it has put right by itself.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub(in crate::engine) fn refresh(&mut self) -> anyhow::Result<()> {
+        for Loss { kind, what } in self.steering.refresh()? {
             if kind == Kind::Interface {
                 info!("{what}");
             } else {
                 warn!("somebody removed {what}: it is put back");
             }
-            self.mends.of(kind).mended(what);
+            self.drift.of(kind).put_back(what);
         }
+        Ok(())
     }
 
-    /// Puts back what others have removed.
-    pub(super) async fn mend(&mut self) {
+    /// What is lost and what others remove again and again; `is_reconciled` tells whether it is put back.
+    pub(in crate::engine) fn drift(&self, is_reconciled: bool) -> Vec<String> {
+        self.drift.degraded(is_reconciled)
+    }
+
+    /// What was put right, by kind.
+    pub(in crate::engine) fn repairs(&self) -> Vec<MendedView> {
+        self.drift.views()
+    }
+
+    /// What is gone at the moment without which nothing is steered. Routes are another matter, see [`Self::unsteered`].
+    pub(in crate::engine) fn lost_steering(&self) -> Option<&str> {
+        self.drift.lost_steering()
+    }
+
+    /// Why the kernel may not steer what is steered of a prefix.
+    pub(in crate::engine) fn unsteered(&self, prefix: &Prefix) -> Option<String> {
+        let lost = || self.drift.lost_steering().map(|what| format!("{what} is gone"));
+        let is_missing = |block: &&Prefix| block.is_within(prefix) || prefix.is_within(block);
+        let missing = || {
+            let block = self.routes_look.missing.iter().find(is_missing)?;
+            Some(format!("the local route to {block} is gone"))
+        };
+        self.broken.clone().or_else(lost).or_else(missing)
+    }
+
+    /// Puts back what others have removed, if that `is_wanted`.
+    pub(in crate::engine) async fn reconcile(&mut self, desired: &Desired, services: &Services, is_wanted: bool) {
         // Making everything equal to the rules is under way already.
         if self.broken.is_some() {
             return;
         }
         let Some(lost) = self.lost().await else { return };
-        self.mends.note(&lost, false);
-        if !self.config.mend || !self.mends.is_due() {
+        self.drift.note(&lost, false);
+        if !is_wanted || !self.drift.is_due() {
             return;
         }
-        let put_back = self.restore(&lost).await;
+        let restored = self.restore(&lost, desired, services).await;
         let left = self.lost().await;
         if let Some(left) = &left {
-            self.mends.note(left, true);
+            self.drift.note(left, true);
         }
-        match put_back {
-            Err(error) => self.mends.failed(&format!("{error:#}")),
-            Ok(()) if left.is_none_or(|left| !left.is_empty()) => self.mends.failed("it is gone again at once"),
+        match restored {
+            Err(error) => self.drift.failed(&format!("{error:#}")),
+            Ok(()) if left.is_none_or(|left| !left.is_empty()) => self.drift.failed("it is gone again at once"),
             Ok(()) => {}
         }
     }
@@ -313,10 +340,10 @@ impl Engine {
         Ok(self.routes_look.missing.iter().map(lost).collect())
     }
 
-    async fn restore(&mut self, lost: &[Loss]) -> anyhow::Result<()> {
+    async fn restore(&mut self, lost: &[Loss], desired: &Desired, services: &Services) -> anyhow::Result<()> {
         if lost.iter().any(|loss| loss.kind != Kind::Route) {
             self.steering.forget_lost()?;
-            if let Err(error) = self.steer(Some(&[]), &Steps::default()) {
+            if let Err(error) = self.steer(desired, services, Some(&[]), &Steps::default()) {
                 // Which of it the kernel holds is not known.
                 self.broken = Some(format!("the kernel may not hold these rules, which is tried again: {error:#}"));
                 return Err(error);
@@ -332,48 +359,48 @@ impl Engine {
 
 #[cfg(test)]
 mod tests {
-    use super::{Kind, Loss, Mends, PATIENCE, in_words};
+    use super::{Drift, Kind, Loss, PATIENCE, in_words};
 
     fn lost() -> [Loss; 1] {
         [Loss::new(Kind::Chain, "the chain")]
     }
 
-    fn times(mends: &Mends) -> u64 {
-        mends.views().iter().map(|view| view.times).sum()
+    fn times(drift: &Drift) -> u64 {
+        drift.views().iter().map(|view| view.times).sum()
     }
 
     #[test]
     fn what_goes_again_and_again_comes_back_after_pauses() {
-        let mut mends = Mends::default();
+        let mut drift = Drift::default();
         for time in 1..=PATIENCE {
-            mends.note(&lost(), false);
-            assert!(mends.is_due(), "time {time}");
-            mends.note(&[], true);
-            assert_eq!(times(&mends), u64::from(time));
+            drift.note(&lost(), false);
+            assert!(drift.is_due(), "time {time}");
+            drift.note(&[], true);
+            assert_eq!(times(&drift), u64::from(time));
         }
         assert!(
-            mends.degraded(true)[0].contains("removed by others and put back 5 times since"),
+            drift.degraded(true)[0].contains("removed by others and put back 5 times since"),
             "{:?}",
-            mends.degraded(true)
+            drift.degraded(true)
         );
-        mends.note(&lost(), false);
-        assert!(!mends.is_due());
-        assert!(mends.degraded(true)[0].contains("after a pause"), "{:?}", mends.degraded(true));
-        // Somebody else has put it back meanwhile.
-        mends.note(&[], false);
-        assert_eq!(times(&mends), u64::from(PATIENCE));
+        drift.note(&lost(), false);
+        assert!(!drift.is_due());
+        assert!(drift.degraded(true)[0].contains("after a pause"), "{:?}", drift.degraded(true));
+        // Others have put it back meanwhile.
+        drift.note(&[], false);
+        assert_eq!(times(&drift), u64::from(PATIENCE));
     }
 
     #[test]
     fn what_fails_is_said_and_tried_again() {
-        let mut mends = Mends::default();
-        mends.note(&lost(), false);
-        mends.failed("no room");
-        assert!(!mends.is_due() && times(&mends) == 0);
-        assert!(mends.degraded(true)[0].contains("could not be put back, which is tried again: no room"));
-        // By another try, or by all being made anew.
-        mends.note(&[], false);
-        assert!(mends.degraded(true).is_empty() && times(&mends) == 1);
+        let mut drift = Drift::default();
+        drift.note(&lost(), false);
+        drift.failed("no room");
+        assert!(!drift.is_due() && times(&drift) == 0);
+        assert!(drift.degraded(true)[0].contains("could not be put back, which is tried again: no room"));
+        // By another try, or by a full rebuild.
+        drift.note(&[], false);
+        assert!(drift.degraded(true).is_empty() && times(&drift) == 1);
     }
 
     #[test]

@@ -1,0 +1,226 @@
+//! What is kept for a daemon that comes later: rules and services of this node, the set of the fleet, counters, drains and registered
+//! sockets.
+
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use anyport_common::maps::Counters;
+
+use super::{
+    desired::{Desired, Drains},
+    kernel::Kernel,
+    services::Services,
+};
+use crate::{
+    register::KeptSocket,
+    rules::{Change, Origin, Prefix, PrefixRules},
+    store::{FleetState, State, Store},
+};
+
+/// How often the counters are kept, for the case that this daemon is killed.
+const COUNTERS_INTERVAL: Duration = Duration::from_mins(1);
+
+/// Whether a change is there after a restart.
+#[derive(Debug)]
+pub(super) enum Keep {
+    OnDisk,
+    /// So that what is kept of the applied rules are these lines, if there are any.
+    AppliedOnDisk(Option<String>),
+    /// The set of the fleet, with what it belongs to.
+    SetOnDisk {
+        state: FleetState,
+        text: Arc<str>,
+    },
+    /// Not yet: it may be taken back.
+    InMemory,
+}
+
+/// The state directory, and what is known of it.
+#[derive(Debug)]
+pub(super) struct Kept {
+    store: Store,
+    /// When the counters were kept last; nothing while they do not go on from those of an earlier daemon yet.
+    counters_at: Option<Instant>,
+    /// Where this node stands in its fleet.
+    fleet: FleetState,
+    /// Whether the active set has each of its rules once, and nothing else.
+    is_fleet_plain: bool,
+}
+
+impl Kept {
+    /// Goes on with a state directory that has been read.
+    pub(super) fn new(store: Store, fleet: FleetState) -> Self {
+        // Until a set is read that says so, it is not plain.
+        Self { store, counters_at: None, fleet, is_fleet_plain: false }
+    }
+
+    /// Keeps what has to be there after a restart of rules and services as they are after this change.
+    pub(super) fn keep(
+        &mut self,
+        keep: Keep,
+        desired: &Desired,
+        services: &Services,
+        change: &Change,
+    ) -> anyhow::Result<()> {
+        match keep {
+            Keep::InMemory => Ok(()),
+            Keep::OnDisk => self.save(desired, services, change, None),
+            Keep::AppliedOnDisk(lines) => self.save(desired, services, change, lines),
+            Keep::SetOnDisk { state, text } => self.save_fleet(state, Some(&text)),
+        }
+    }
+
+    /// The rules that were applied are written again only if they changed; `lines` may say the same as they do.
+    pub(super) fn save(
+        &mut self,
+        desired: &Desired,
+        services: &Services,
+        change: &Change,
+        lines: Option<String>,
+    ) -> anyhow::Result<()> {
+        let is_applied =
+            |(_, rules): &(Prefix, PrefixRules)| rules.iter().any(|it| it.origins.contains(Origin::Applied));
+        let is_written = change.removed.iter().chain(&change.added).any(is_applied);
+        let applied = is_written.then(|| lines.unwrap_or_else(|| desired.applied_lines()));
+        let state = State {
+            services: services.configs_of(Origin::Added),
+            rules: desired.added_by_hand(),
+            applied_services: services.configs_of(Origin::Applied),
+            ..State::default()
+        };
+        self.store.save(&state, applied.as_deref())
+    }
+
+    /// Keeps where this node stands in its fleet, and the set if that is another one.
+    pub(super) fn save_fleet(&mut self, state: FleetState, text: Option<&str>) -> anyhow::Result<()> {
+        self.store.save_fleet(&state, text)?;
+        self.fleet = state;
+        Ok(())
+    }
+
+    /// Where this node stands in its fleet.
+    pub(super) fn fleet(&self) -> &FleetState {
+        &self.fleet
+    }
+
+    /// Whether the active set has each of its rules once, and nothing else.
+    pub(super) fn is_fleet_plain(&self) -> bool {
+        self.is_fleet_plain
+    }
+
+    /// Notes whether that is so.
+    pub(super) fn note_fleet_plain(&mut self, is_plain: bool) {
+        self.is_fleet_plain = is_plain;
+    }
+
+    /// Keeps what is drained.
+    pub(super) fn save_drains(&self, drains: &Drains) -> anyhow::Result<()> {
+        self.store.save_drains(&drains.kept())
+    }
+
+    /// Whether the counters have not been kept for long.
+    pub(super) fn are_counters_due(&self) -> bool {
+        self.counters_at.is_some_and(|at| at.elapsed() >= COUNTERS_INTERVAL)
+    }
+
+    /// Keeps what was counted, unless what an earlier daemon counted is not part of it yet.
+    pub(super) fn save_counters(&mut self, desired: &Desired, kernel: &Kernel) -> anyhow::Result<()> {
+        if self.counters_at.is_none() {
+            return Ok(());
+        }
+        self.counters_at = Some(Instant::now());
+        let counters = kernel.counters()?;
+        let counted = desired.rules().iter().map(|rule| (rule.prefix, Arc::clone(rule.terms), counters(rule.number)));
+        self.store.save_counters(counted.filter(|(_, _, it)| *it != Counters::default()))
+    }
+
+    /// Has the kernel go on with what an earlier daemon counted for rules that are still there.
+    pub(super) fn restore_counters(&mut self, desired: &Desired, kernel: &mut Kernel) -> anyhow::Result<()> {
+        let mut counted = Vec::new();
+        for (prefix, rules) in self.store.counters() {
+            let Some(of_prefix) = desired.rules().of_prefix(&prefix) else { continue };
+            for rule in of_prefix.numbered(prefix) {
+                let before = rules.iter().filter(|(terms, _)| terms == rule.terms);
+                counted.extend(before.map(|(_, counters)| (rule.number, *counters)));
+            }
+        }
+        kernel.restore_counters(&counted)?;
+        self.counters_at = Some(Instant::now());
+        Ok(())
+    }
+
+    /// The sockets that were registered with an earlier daemon since this boot.
+    pub(super) fn registered(&self, boot: &str) -> Vec<KeptSocket> {
+        self.store.registered(boot)
+    }
+
+    /// Keeps the sockets that are registered.
+    pub(super) fn save_registered(&self, boot: &str, sockets: Vec<KeptSocket>) -> anyhow::Result<()> {
+        self.store.save_registered(boot, sockets)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{Keep, Kept};
+    use crate::{
+        engine::fixtures::{Fixture, adding, rule},
+        rules::{Change, Origin},
+        store::{FleetState, State, Store, tests::simulated::Simulated as Disk},
+    };
+
+    fn open(disk: &Disk) -> (Kept, State) {
+        let (store, state) = Store::of(Box::new(disk.clone())).unwrap();
+        (Kept::new(store, FleetState::default()), state)
+    }
+
+    #[tokio::test]
+    async fn what_was_added_and_applied_is_kept_and_configuration_is_not() {
+        let (disk, mut it) = (Disk::default(), Fixture::new().await);
+        let (mut kept, _) = open(&disk);
+        let rules = [
+            rule("192.0.2.1", "80", Origin::Added),
+            rule("192.0.2.2", "80", Origin::Applied),
+            rule("192.0.2.3", "80", Origin::Config),
+        ];
+        let change = adding(&it.desired, &rules);
+        let transition = it.desired.begin(change).unwrap();
+        kept.keep(Keep::InMemory, &it.desired, &it.services, transition.change()).unwrap();
+        assert!(open(&disk).1.rules.is_empty());
+        kept.keep(Keep::OnDisk, &it.desired, &it.services, transition.change()).unwrap();
+        let (_, state) = open(&disk);
+        let prefixes = |rules: Vec<crate::rules::Rule>| rules.iter().map(|it| it.prefix).collect::<Vec<_>>();
+        assert_eq!(
+            (prefixes(state.rules), prefixes(state.applied_rules)),
+            (vec![rules[0].prefix], vec![rules[1].prefix])
+        );
+    }
+
+    #[tokio::test]
+    async fn the_set_of_the_fleet_is_kept_with_where_the_node_stands() {
+        let (disk, it) = (Disk::default(), Fixture::new().await);
+        let (mut kept, _) = open(&disk);
+        let state = FleetState { ring: "main".into(), sequence: 7, ..FleetState::default() };
+        let keep = Keep::SetOnDisk { state: state.clone(), text: "192.0.2.4/30 tcp 80\n".into() };
+        kept.keep(keep, &it.desired, &it.services, &Change::default()).unwrap();
+        assert_eq!(*kept.fleet(), state);
+        let fleet = open(&disk).1.fleet.unwrap();
+        assert_eq!((fleet.state, fleet.rules.len()), (state.clone(), 1));
+        // A disk that does not write leaves what is known as it was.
+        disk.fail_after(Some(0));
+        assert!(kept.save_fleet(FleetState { sequence: 8, ..state.clone() }, None).is_err());
+        assert_eq!(*kept.fleet(), state);
+    }
+
+    #[tokio::test]
+    async fn counters_are_kept_only_once_earlier_ones_are_part_of_them() {
+        let (disk, mut it) = (Disk::default(), Fixture::new().await);
+        let (mut kept, _) = open(&disk);
+        kept.save_counters(&it.desired, &it.kernel).unwrap();
+        assert!(kept.counters_at.is_none());
+        kept.restore_counters(&it.desired, &mut it.kernel).unwrap();
+        assert!(kept.counters_at.is_some() && !kept.are_counters_due());
+    }
+}

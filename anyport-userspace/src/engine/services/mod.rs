@@ -1,0 +1,329 @@
+//! Services at work: those that are open, the sockets that other processes registered for them, and what all of them share.
+
+mod registered;
+mod wanted;
+
+use std::{
+    collections::BTreeMap,
+    mem,
+    os::fd::OwnedFd,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
+};
+
+use anyport_common::{
+    flow::{Flow, Transport},
+    maps::MAX_SERVICES,
+    table::Verdict,
+};
+use tokio::{runtime::Handle, sync::Notify};
+
+pub use self::registered::fetch_registered;
+pub(super) use self::registered::{KINDS, Registrations, boot_id, make_group_transparent};
+use super::desired::DRAINED_SLOT;
+use crate::{
+    api::{Kind, Problem},
+    config::Config,
+    datagram::Ends,
+    events::{Board, Teller},
+    keeper::Link,
+    rules::{Origin, ServiceName, SourceLists, to_address},
+    service::{
+        AnswerGuard, Capacity, Commons, DescriptorPool, ForwardGuard, HandlerKind, LoopGuard, Service, ServiceConfig,
+        WorkerHandles,
+    },
+    steering::{BackEnd, ServiceSockets},
+    table::Published,
+};
+
+/// The services, by name.
+#[derive(Debug)]
+pub(super) struct Services {
+    running: BTreeMap<ServiceName, Running>,
+    /// By service: they outlive a service that is replaced by one of the same name.
+    registered: BTreeMap<ServiceName, Registrations>,
+    /// Notified when a process has ended that registered a socket.
+    owner_exits: Arc<Notify>,
+    /// What all services share.
+    context: Commons,
+    /// What steers to them.
+    back_end: BackEnd,
+    /// By slot: whether its service is one of the handler `forward`.
+    forwarding: Arc<[AtomicBool]>,
+}
+
+/// A service at work.
+#[derive(Debug)]
+pub(super) struct Running {
+    service: Service,
+    origin: Origin,
+    slot: u16,
+}
+
+impl Running {
+    /// What it does.
+    pub(super) fn service(&self) -> &Service {
+        &self.service
+    }
+
+    /// What it was made of.
+    pub(super) fn config(&self) -> &ServiceConfig {
+        self.service.config()
+    }
+
+    /// Where it came from.
+    pub(super) fn origin(&self) -> Origin {
+        self.origin
+    }
+
+    /// By which the kernel knows it.
+    pub(super) fn slot(&self) -> u16 {
+        self.slot
+    }
+
+    /// Whether this is the service that is there when nobody has made one of its name.
+    pub(super) fn is_preset(&self) -> bool {
+        self.origin == Origin::Config && *self.config() == ServiceConfig::default_service()
+    }
+
+    /// Closes its sockets. Its connections go on until they end.
+    pub(super) async fn stop(self) {
+        self.service.stop().await;
+    }
+}
+
+impl Services {
+    /// No services yet.
+    ///
+    /// # Errors
+    /// This process may have no descriptors for clients.
+    pub(super) fn new(
+        config: &Config,
+        (back_end, published, events): (BackEnd, &Arc<Published>, &Arc<Board>),
+        workers: WorkerHandles,
+        keeper: Link,
+    ) -> anyhow::Result<Self> {
+        let descriptors = DescriptorPool::of_process()?;
+        let forwarding: Arc<[AtomicBool]> = (0..MAX_SERVICES).map(|_| AtomicBool::new(false)).collect();
+        let context = Commons {
+            workers,
+            control: Handle::current(),
+            capacity: Capacity::new(config.limits(), descriptors.clone()),
+            sees_to_sources: back_end == BackEnd::Tproxy,
+            descriptors,
+            loop_guard: loop_guard(published),
+            forward_guard: forward_guard(published, &forwarding),
+            teller: (!events.is_connected()).then(|| Teller::new(Arc::clone(events), Arc::clone(published))),
+            keeper,
+        };
+        Ok(Self {
+            running: BTreeMap::new(),
+            registered: BTreeMap::new(),
+            owner_exits: Arc::default(),
+            context,
+            back_end,
+            forwarding,
+        })
+    }
+
+    /// What all services share.
+    pub(super) fn context(&self) -> &Commons {
+        &self.context
+    }
+
+    /// Notified when a process has ended that registered a socket.
+    pub(super) fn owner_exits(&self) -> &Arc<Notify> {
+        &self.owner_exits
+    }
+
+    /// The service of this name.
+    pub(super) fn get(&self, name: &ServiceName) -> Option<&Running> {
+        self.running.get(name)
+    }
+
+    /// All of them, by name.
+    pub(super) fn iter(&self) -> impl ExactSizeIterator<Item = (&ServiceName, &Running)> {
+        self.running.iter()
+    }
+
+    /// What they were made of.
+    pub(super) fn configs(&self) -> impl Iterator<Item = &ServiceConfig> {
+        self.running.values().map(Running::config)
+    }
+
+    /// What those of an origin were made of.
+    pub(super) fn configs_of(&self, origin: Origin) -> Vec<ServiceConfig> {
+        let services = self.running.values().filter(|it| it.origin == origin);
+        services.map(|it| it.config().clone()).collect()
+    }
+
+    /// Which clients a service allows.
+    pub(super) fn sources_of(&self, name: &ServiceName) -> &SourceLists {
+        self.get(name).map_or(SourceLists::EVERYBODY, |it| &*it.config().sources)
+    }
+
+    /// Refuses a service that is not there.
+    pub(super) fn expect(&self, name: &ServiceName) -> Result<(), Problem> {
+        if self.running.contains_key(name) {
+            return Ok(());
+        }
+        Err(Problem::new(Kind::NotFound, format!("there is no service {name}")).hint(self.hint_at_names()))
+    }
+
+    /// The services that there are.
+    pub(super) fn hint_at_names(&self) -> String {
+        let names: Vec<&str> = self.running.keys().map(ServiceName::as_str).collect();
+        format!("the services are: {}; add-service makes a new one", names.join(", "))
+    }
+
+    /// Where the back end leaves it to services to refuse sources, registered sockets would take all of them.
+    pub(super) fn expect_enforceable(&self, config: &ServiceConfig) -> Result<(), Problem> {
+        let ServiceConfig { name, handler, sources, .. } = config;
+        if *handler != HandlerKind::Registered || sources.is_empty() || !self.context.sees_to_sources {
+            return Ok(());
+        }
+        Err(Problem::new(
+            Kind::Invalid,
+            format!("service {name}: with tproxy nobody would keep sources from registered sockets"),
+        )
+        .hint("leave source-allow and source-deny out, or steer by sk-lookup or tc"))
+    }
+
+    /// Opens the sockets of a service. They receive nothing before the next plan. The slot is taken once they are open.
+    pub(super) fn open(
+        &mut self,
+        config: ServiceConfig,
+        origin: Origin,
+        slot: impl FnOnce() -> anyhow::Result<u16>,
+    ) -> anyhow::Result<()> {
+        let name = config.name.clone();
+        self.expect_enforceable(&config)?;
+        let service = Service::start(config, &self.context)?;
+        let slot = slot()?;
+        let is_forwarding = service.config().handler == HandlerKind::Forward;
+        self.forwarding[usize::from(slot)].store(is_forwarding, Relaxed);
+        self.running.insert(name, Running { service, origin, slot });
+        Ok(())
+    }
+
+    /// Takes a service out, which goes on until it is stopped.
+    pub(super) fn take(&mut self, name: &ServiceName) -> Option<Running> {
+        self.running.remove(name)
+    }
+
+    /// Puts services back that were taken out.
+    pub(super) fn put_back(&mut self, services: impl IntoIterator<Item = (ServiceName, Running)>) {
+        self.running.extend(services);
+    }
+
+    /// Has a service come from there from now on. Returns where it came from before.
+    pub(super) fn change_origin(&mut self, name: &ServiceName, origin: Origin) -> Option<Origin> {
+        Some(mem::replace(&mut self.running.get_mut(name)?.origin, origin))
+    }
+
+    /// What rules may name, as a plan has it.
+    pub(super) fn sockets(&self) -> Vec<ServiceSockets> {
+        let drained = ServiceSockets { slot: DRAINED_SLOT, name: ServiceName::drained(), ..ServiceSockets::refusing() };
+        let mut services = vec![ServiceSockets::refusing(), drained];
+        for (name, running) in &self.running {
+            let (groups, sources) = (self.groups_of(running), Arc::clone(&running.config().sources));
+            services.push(ServiceSockets { slot: running.slot, name: name.clone(), groups, sources });
+        }
+        services
+    }
+
+    /// Sends what comes over this connection from what is steered to a service, until the service is closed.
+    pub(super) fn answer_for(
+        &mut self,
+        name: &ServiceName,
+        connection: OwnedFd,
+        published: &Arc<Published>,
+    ) -> anyhow::Result<()> {
+        let Some(running) = self.running.get_mut(name) else { return Ok(()) };
+        let is_ours = steered_to(published, running.slot);
+        running.service.answer_for(connection, is_ours, &self.context)
+    }
+
+    /// Has the sockets go that answer from addresses, since those may be steered no more.
+    pub(super) fn forget_replies(&self) {
+        self.running.values().for_each(|running| running.service.forget_replies());
+    }
+
+    /// Leaves the sockets with the keeper. Connections go on in this process; they are over when what is returned is whole again.
+    pub(super) async fn leave(self) -> DescriptorPool {
+        for running in self.running.into_values() {
+            running.service.leave().await;
+        }
+        self.context.descriptors
+    }
+
+    /// Closes all of them.
+    pub(super) async fn stop(self) {
+        for running in self.running.into_values() {
+            running.stop().await;
+        }
+    }
+}
+
+/// Tells sources that are steered themselves, to which an answer would come back.
+fn loop_guard(published: &Arc<Published>) -> LoopGuard {
+    let published = Arc::clone(published);
+    Arc::new(move |asker, dialled| {
+        let flow = Flow {
+            source: to_address(dialled.ip()),
+            address: to_address(asker.ip()),
+            transport: Transport::Udp,
+            port: asker.port(),
+        };
+        matches!(published.read(|reader| reader.lookup(&flow)), Verdict::Steer { .. })
+    })
+}
+
+/// Tells what comes back to a service that forwards when this host sends it.
+fn forward_guard(published: &Arc<Published>, forwarding: &Arc<[AtomicBool]>) -> ForwardGuard {
+    let (published, forwarding) = (Arc::clone(published), Arc::clone(forwarding));
+    Arc::new(move |transport, from, to| {
+        let flow = Flow { source: to_address(from), address: to_address(to.ip()), transport, port: to.port() };
+        match published.read(|reader| reader.lookup(&flow)) {
+            Verdict::Steer { service, .. } => forwarding[usize::from(service)].load(Relaxed),
+            _ => false,
+        }
+    })
+}
+
+/// Tells which answers are of what is steered to a service.
+fn steered_to(published: &Arc<Published>, slot: u16) -> AnswerGuard {
+    let published = Arc::clone(published);
+    Arc::new(move |Ends { client, dialled }| {
+        let flow = Flow {
+            source: to_address(client.ip()),
+            address: to_address(dialled.ip()),
+            transport: Transport::Udp,
+            port: dialled.port(),
+        };
+        matches!(published.read(|reader| reader.lookup(&flow)), Verdict::Steer { service, .. } if service == slot)
+    })
+}
+
+/// Each fallback must be a service that has sockets of its own.
+///
+/// # Errors
+/// Names the first one that is not.
+pub(super) fn expect_fallbacks(services: &[&ServiceConfig]) -> Result<(), Problem> {
+    for ServiceConfig { name, fallback, .. } in services {
+        let Some(fallback) = fallback else { continue };
+        let problem = match services.iter().find(|it| it.name == *fallback) {
+            Some(it) if it.handler != HandlerKind::Registered => continue,
+            Some(_) => "has the handler registered itself",
+            None => "is not there",
+        };
+        return Err(Problem::new(Kind::Conflict, format!("{fallback}, the fallback of the service {name}, {problem}"))
+            .hint("a fallback is a service with sockets of its own, such as default"));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests;
