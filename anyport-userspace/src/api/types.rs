@@ -424,3 +424,34 @@ pub struct BackEndView {
     /// Why.
     pub reason: String,
 }
+
+#[cfg(test)]
+mod tests {
+    use super::AddPrefixes;
+
+    #[test]
+    fn json_of_added_prefixes() {
+        let rest = "\"protocol\":\"both\",\"ports\":\"80,443\",\"except\":\"443\",\"source\":\"198.51.100.0/24\",\
+                    \"service\":\"trap\",\"route\":false";
+        let request = format!("{{\"prefixes\":[\"192.0.2.0/24\",\"203.0.113.7/32\"],{rest},\"force\":true}}");
+        let read: AddPrefixes = serde_json::from_str(&request).unwrap();
+        assert_eq!(serde_json::to_string(&read).unwrap(), request);
+
+        let defaults =
+            "\"protocol\":\"tcp\",\"ports\":\"1-65535\",\"except\":\"\",\"service\":\"default\",\"route\":true";
+        let read: AddPrefixes = serde_json::from_str("{\"prefixes\":[]}").unwrap();
+        assert_eq!(serde_json::to_string(&read).unwrap(), format!("{{\"prefixes\":[],{defaults},\"force\":false}}"));
+
+        for (json, wanted) in [
+            (
+                "{\"prefixes\":[],\"port\":\"1\"}",
+                "unknown field `port`, expected one of `prefixes`, `protocol`, `ports`, `except`, `source`, `service`, \
+                 `route`, `force` at line 1 column 21",
+            ),
+            ("{}", "missing field `prefixes` at line 1 column 2"),
+            ("{\"prefixes\":7}", "invalid type: integer `7`, expected a sequence at line 1 column 13"),
+        ] {
+            assert_eq!(serde_json::from_str::<AddPrefixes>(json).unwrap_err().to_string(), wanted);
+        }
+    }
+}
