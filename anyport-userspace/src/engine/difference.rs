@@ -187,7 +187,7 @@ impl Applied {
 mod tests {
     use super::{Applied, LineRule, Problem, difference, expect_unused, has_no_double};
     use crate::{
-        engine::fixtures::rule,
+        engine::tests::fixtures::rule,
         rules::{Change, Origin, RuleSet},
     };
 

@@ -166,7 +166,7 @@ impl Kept {
 mod tests {
     use super::{Keep, Kept};
     use crate::{
-        engine::fixtures::{Fixture, adding, rule},
+        engine::tests::fixtures::{Fixture, adding, rule},
         rules::{Change, Origin},
         store::{FleetState, State, Store, tests::simulated::Simulated as Disk},
     };

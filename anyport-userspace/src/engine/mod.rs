@@ -16,10 +16,6 @@ mod drain;
 mod dropping;
 mod events;
 mod explain;
-#[cfg(test)]
-mod faults;
-#[cfg(test)]
-mod fixtures;
 mod fleet;
 mod kept;
 mod kernel;
@@ -30,6 +26,8 @@ mod reload;
 mod served;
 mod services;
 mod start;
+#[cfg(test)]
+mod tests;
 mod views;
 
 use std::sync::Arc;

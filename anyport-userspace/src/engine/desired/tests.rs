@@ -6,7 +6,7 @@ use std::{
 
 use super::{Desired, Drains, Scope};
 use crate::{
-    engine::fixtures::{adding, removing, rule},
+    engine::tests::fixtures::{adding, removing, rule},
     rules::{Draft, Origin, Overlay, Prefix, PrefixRules, Rule, ServiceName},
 };
 

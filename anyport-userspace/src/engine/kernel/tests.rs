@@ -3,8 +3,8 @@ use std::collections::BTreeSet;
 use crate::{
     engine::{
         Progress,
-        faults::simulated::open,
-        fixtures::{Fixture, adding, removing, rule},
+        tests::fixtures::{Fixture, adding, removing, rule},
+        tests::simulated::open,
     },
     rules::{Change, Origin, Prefix},
 };

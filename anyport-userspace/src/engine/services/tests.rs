@@ -1,7 +1,7 @@
 use crate::{
     engine::{
         desired::DRAINED_SLOT,
-        fixtures::{Fixture, adding, rule},
+        tests::fixtures::{Fixture, adding, rule},
     },
     rules::{Origin, ServiceName},
     service::{HandlerKind, ServiceConfig},

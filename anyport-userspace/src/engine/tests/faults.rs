@@ -5,7 +5,7 @@
 //! Others take things away, and the daemon is restarted or killed at random.
 
 mod patches;
-pub(super) mod simulated;
+pub(in crate::engine) mod simulated;
 
 use std::{
     cell::Cell,
@@ -25,14 +25,14 @@ use nix::sched::{CloneFlags, unshare};
 use tokio::runtime;
 
 use self::simulated::{Numbered, Random, Shared, Simulated, SimulatedRoutes, World, open};
-use super::{
-    Engine, Simulation,
-    fixtures::config,
-    start::{Initial, initial},
-};
+use super::fixtures::config;
 use crate::{
     api::{AddPrefixes, Apply, Problem, RemovePrefixes},
     config::Config,
+    engine::{
+        Engine, Simulation,
+        start::{Initial, initial},
+    },
     fleet::delta::Delta,
     rule_file::RuleFile,
     rules::{Origin, Prefix, Terms},

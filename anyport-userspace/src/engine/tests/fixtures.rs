@@ -10,14 +10,14 @@ use std::{
 
 use clap::Parser as _;
 
-use super::{
-    desired::{Desired, Drains},
-    faults::simulated::{Shared, Simulated, SimulatedRoutes, World},
-    kernel::{Kernel, Parts},
-    services::Services,
-};
+use super::simulated::{Shared, Simulated, SimulatedRoutes, World};
 use crate::{
     config::{Config, Options},
+    engine::{
+        desired::{Desired, Drains},
+        kernel::{Kernel, Parts},
+        services::Services,
+    },
     keeper::Link,
     routes::Routes,
     rules::{Change, Draft, Origin, Rule, RuleText},
@@ -26,11 +26,11 @@ use crate::{
 };
 
 /// What an engine is made of, but for what it keeps.
-pub(super) struct Fixture {
-    pub(super) world: Shared,
-    pub(super) desired: Desired,
-    pub(super) kernel: Kernel,
-    pub(super) services: Services,
+pub(in crate::engine) struct Fixture {
+    pub(in crate::engine) world: Shared,
+    pub(in crate::engine) desired: Desired,
+    pub(in crate::engine) kernel: Kernel,
+    pub(in crate::engine) services: Services,
     _workers: Workers,
 }
 
@@ -42,7 +42,7 @@ fn connected() -> anyhow::Result<HashSet<IpAddr>> {
 
 impl Fixture {
     /// Without rules and services.
-    pub(super) async fn new() -> Self {
+    pub(in crate::engine) async fn new() -> Self {
         let world: Shared = Arc::new(Mutex::new(World::new(1)));
         let steering = Box::new(Simulated::new(&world));
         let parts = Parts {
@@ -66,7 +66,7 @@ impl Fixture {
 }
 
 /// A configuration of one worker, out of this text.
-pub(super) fn config(text: &str) -> Config {
+pub(in crate::engine) fn config(text: &str) -> Config {
     let mut file = tempfile::NamedTempFile::new().unwrap();
     file.write_all(text.as_bytes()).unwrap();
     let options = Options::parse_from(["anyportd", "--workers", "1"]);
@@ -74,13 +74,13 @@ pub(super) fn config(text: &str) -> Config {
 }
 
 /// A rule for TCP that steers to the service `default`.
-pub(super) fn rule(prefix: &str, ports: &str, origin: Origin) -> Rule {
+pub(in crate::engine) fn rule(prefix: &str, ports: &str, origin: Origin) -> Rule {
     let text = format!("prefix = \"{prefix}\"\nprotocol = \"tcp\"\nports = \"{ports}\"");
     toml::from_str::<RuleText>(&text).unwrap().into_rule(origin)
 }
 
 /// A change that adds rules.
-pub(super) fn adding(desired: &Desired, rules: &[Rule]) -> Change {
+pub(in crate::engine) fn adding(desired: &Desired, rules: &[Rule]) -> Change {
     let mut draft = Draft::of(desired.rules());
     for rule in rules {
         draft.prefix(rule.prefix).insert(rule).unwrap();
@@ -89,7 +89,7 @@ pub(super) fn adding(desired: &Desired, rules: &[Rule]) -> Change {
 }
 
 /// A change that removes all rules of a prefix.
-pub(super) fn removing(desired: &Desired, prefix: &str) -> Change {
+pub(in crate::engine) fn removing(desired: &Desired, prefix: &str) -> Change {
     let mut draft = Draft::of(desired.rules());
     draft.prefix(prefix.parse().unwrap()).remove(|_| true);
     draft.finish()
