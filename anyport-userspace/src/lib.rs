@@ -47,7 +47,7 @@ pub mod observe;
 #[cfg(feature = "daemon")]
 pub mod paths;
 #[cfg(feature = "daemon")]
-pub mod rights;
+pub mod privileges;
 #[cfg(feature = "daemon")]
 pub mod routes;
 #[cfg(feature = "daemon")]

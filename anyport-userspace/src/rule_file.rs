@@ -7,7 +7,7 @@ use toml::Spanned;
 
 use crate::{
     rules::{
-        InvalidText, Origin, Rule, RuleText, Terms,
+        InvalidText, Origin, Rule, RuleSpec, RuleText,
         lines::{self, LineRule},
     },
     service::ServiceConfig,
@@ -36,7 +36,7 @@ impl RuleFile {
     ///
     /// # Errors
     /// Something in it is wrong: says where and what.
-    pub fn parse(text: &str, mut share: impl FnMut(Terms) -> Arc<Terms>) -> Result<Self, InvalidText> {
+    pub fn parse(text: &str, mut share: impl FnMut(RuleSpec) -> Arc<RuleSpec>) -> Result<Self, InvalidText> {
         let first = text.lines().map(str::trim).find(|line| !line.is_empty() && !line.starts_with('#'));
         if !first.is_some_and(|line| line.starts_with('[')) {
             return Ok(Self { services: None, rules: lines::parse(text, share)? });

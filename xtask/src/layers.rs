@@ -37,7 +37,7 @@ const LAYERS: &[Layers] = &[
             "datagram",
             "host",
             "human_duration",
-            "rights",
+            "privileges",
             "table",
             "events",
             "register",
@@ -176,7 +176,7 @@ fn upward(file: &Path, text: &str) -> Result<Vec<String>> {
     Ok(wrong)
 }
 
-/// Where a file stands: `service/tcp/talk.rs` is `service::tcp::talk`.
+/// Where a file stands: `service/tcp/builtin.rs` is `service::tcp::builtin`.
 fn module_of(file: &Path) -> Vec<String> {
     let mut module: Vec<String> = file.with_extension("").iter().map(|it| it.to_string_lossy().into_owned()).collect();
     if module.last().is_some_and(|it| it == "mod") {

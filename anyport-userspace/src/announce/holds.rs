@@ -13,7 +13,7 @@ const MOST_DOUBLINGS: u32 = 5;
 
 /// Whether a prefix is served.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Verdict {
+pub enum Serving {
     /// It is.
     Served,
     /// It can't be known yet, so what was so before stays so.
@@ -30,7 +30,7 @@ pub struct Judged {
     /// Which one.
     pub prefix: Prefix,
     /// Whether it is.
-    pub verdict: Verdict,
+    pub verdict: Serving,
 }
 
 /// All prefixes that may be announced.
@@ -81,20 +81,20 @@ impl Hold {
         self.why = why;
     }
 
-    fn judge(&mut self, verdict: &Verdict, hold_down: Duration, now: Instant) {
+    fn judge(&mut self, verdict: &Serving, hold_down: Duration, now: Instant) {
         let is_announced = self.state == AnnounceState::Announced;
         match verdict {
-            Verdict::Unknown => {}
-            Verdict::Drained => self.turn(AnnounceState::Drained, None, now),
-            Verdict::Unserved(why) => {
+            Serving::Unknown => {}
+            Serving::Drained => self.turn(AnnounceState::Drained, None, now),
+            Serving::Unserved(why) => {
                 if is_announced {
                     let is_long = now.duration_since(self.since) >= hold_down * 2_u32.pow(MOST_DOUBLINGS);
                     self.withdrawals = if is_long { 1 } else { self.withdrawals.saturating_add(1) };
                 }
                 self.turn(AnnounceState::Unserved, Some(why.clone()), now);
             }
-            Verdict::Served if is_announced => {}
-            Verdict::Served => {
+            Serving::Served if is_announced => {}
+            Serving::Served => {
                 let why = self.why.take();
                 self.turn(AnnounceState::Held, why, now);
                 if self.due(hold_down) <= now {
@@ -144,7 +144,7 @@ impl Holds {
 mod tests {
     use std::time::{Duration, Instant};
 
-    use super::{Holds, Judged, Judgement, Verdict};
+    use super::{Holds, Judged, Judgement, Serving};
     use crate::api::AnnounceState;
 
     const HOLD_DOWN: Duration = Duration::from_secs(10);
@@ -162,7 +162,7 @@ mod tests {
             Self { holds: Holds::of(announced.into_iter(), begin), begin }
         }
 
-        fn judge(&mut self, second: u64, verdict: Verdict) -> (AnnounceState, Option<u64>) {
+        fn judge(&mut self, second: u64, verdict: Serving) -> (AnnounceState, Option<u64>) {
             let prefixes = vec![Judged { prefix: "192.0.2.0/24".parse().unwrap(), verdict }];
             let judgement = Judgement { number: second, prefixes, hold_down: HOLD_DOWN };
             let again = self.holds.judge(&judgement, self.begin + Duration::from_secs(second));
@@ -171,11 +171,11 @@ mod tests {
         }
 
         fn served(&mut self, second: u64) -> (AnnounceState, Option<u64>) {
-            self.judge(second, Verdict::Served)
+            self.judge(second, Serving::Served)
         }
 
         fn fails(&mut self, second: u64) {
-            assert_eq!(self.judge(second, Verdict::Unserved("x".into())), (AnnounceState::Unserved, None));
+            assert_eq!(self.judge(second, Serving::Unserved("x".into())), (AnnounceState::Unserved, None));
         }
     }
 
@@ -213,14 +213,14 @@ mod tests {
     #[test]
     fn what_was_announced_stays_so_until_something_is_known() {
         let mut story = Story::new(true);
-        assert_eq!(story.judge(0, Verdict::Unknown), (AnnounceState::Announced, None));
+        assert_eq!(story.judge(0, Serving::Unknown), (AnnounceState::Announced, None));
         assert_eq!(story.served(1), (AnnounceState::Announced, None));
-        assert_eq!(story.judge(2, Verdict::Drained), (AnnounceState::Drained, None));
+        assert_eq!(story.judge(2, Serving::Drained), (AnnounceState::Drained, None));
         assert_eq!(story.served(3), (AnnounceState::Held, Some(13)), "a drain is no failure");
         let nothing = Judgement { number: 4, prefixes: Vec::new(), hold_down: HOLD_DOWN };
         assert_eq!(story.holds.judge(&nothing, story.begin), None);
         assert_eq!(story.holds.iter().count(), 0);
         let mut unknown = Story::new(false);
-        assert_eq!(unknown.judge(0, Verdict::Unknown), (AnnounceState::Unserved, None));
+        assert_eq!(unknown.judge(0, Serving::Unknown), (AnnounceState::Unserved, None));
     }
 }

@@ -11,6 +11,6 @@ mod holds;
 
 pub use self::{
     announcer::{Announcer, has_ended_well, withdraw_all},
-    holds::{Judged, Judgement, Verdict},
+    holds::{Judged, Judgement, Serving},
 };
 pub use crate::config::{Announce, Format, Needs};

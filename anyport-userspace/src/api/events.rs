@@ -114,7 +114,7 @@ pub enum Outcome {
 /// A line of `GET /v1/events`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(untagged)]
-pub enum Told {
+pub enum EventLine {
     /// What was listened for.
     Event(EventView),
     /// So many events are lost, since they came faster than they were taken.

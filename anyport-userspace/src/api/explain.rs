@@ -8,7 +8,7 @@ use super::{Kind, Problem};
 use crate::{
     as_text::as_text,
     back_end::BackEnd,
-    rules::{InvalidText, Numbered, Origin, PortSet, Prefix, Protocol, ServiceName, Terms},
+    rules::{InvalidText, Origin, PortSet, Prefix, Protocol, RuleRef, RuleSpec, ServiceName},
     service::Family,
 };
 
@@ -171,9 +171,9 @@ pub struct RuleView {
     pub origin: Origin,
 }
 
-impl From<&Numbered<'_>> for RuleView {
-    fn from(rule: &Numbered<'_>) -> Self {
-        let Terms { protocol, ports, except, source, service, route } = Terms::clone(rule.terms);
+impl From<&RuleRef<'_>> for RuleView {
+    fn from(rule: &RuleRef<'_>) -> Self {
+        let RuleSpec { protocol, ports, except, source, service, route } = RuleSpec::clone(rule.terms);
         Self { prefix: rule.prefix, protocol, ports, except, source, service, route, origin: rule.origins.first() }
     }
 }
@@ -181,7 +181,7 @@ impl From<&Numbered<'_>> for RuleView {
 impl fmt::Display for RuleView {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { prefix, protocol, ports, except, source, service, route, origin: _ } = self.clone();
-        write!(f, "{prefix} {}", Terms { protocol, ports, except, source, service, route })
+        write!(f, "{prefix} {}", RuleSpec { protocol, ports, except, source, service, route })
     }
 }
 

@@ -19,15 +19,15 @@ mod types;
 pub use self::{
     announce::{AnnounceState, AnnounceView, AnnouncedPrefix, DrainRequest, DrainState, DrainView, Undrain},
     client::Client,
-    events::{EventView, Listen, Outcome, Told, Wanted},
+    events::{EventLine, EventView, Listen, Outcome, Wanted},
     explain::{
         Considered, Endpoint, Explain, Explanation, ListenerView, Reason, RouteView, RuleView, SocketView, Verdict,
     },
     live::{LivePrefix, LiveService, LiveUpstream, LiveView, PrefixCounts, ServiceCounts},
     peer::{Peer, Readers},
     types::{
-        AddPrefixes, Applied, Apply, BackEndView, FleetView, ListPrefixes, MendedView, PrefixView, ProgressView,
-        RefusedView, Reload, Reloaded, RemovePrefixes, ServiceView, StatusView, TakeOver, Taken, Totals, parse,
+        AddPrefixes, Applied, Apply, BackEndView, FleetView, ListPrefixes, PrefixView, ProgressView, RefusedView,
+        Reload, Reloaded, RemovePrefixes, RepairView, ServiceView, StatusView, TakeOver, Taken, Totals, parse,
     },
 };
 #[cfg(feature = "daemon")]

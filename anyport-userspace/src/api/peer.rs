@@ -7,7 +7,7 @@ use nix::{
     unistd::{Group, Uid},
 };
 
-use crate::{as_text::as_text, rights::GROUP, sys::peer_groups};
+use crate::{as_text::as_text, privileges::GROUP, sys::peer_groups};
 
 /// Who is at the other end, as the kernel says.
 #[derive(Clone, Debug)]

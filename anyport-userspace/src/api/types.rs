@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use super::{AnnounceView, DrainView, Kind, Problem};
 use crate::{
-    rules::{Origin, PortSet, Prefix, Protocol, ServiceName, Terms, with_terms},
+    rules::{Origin, PortSet, Prefix, Protocol, RuleSpec, ServiceName, with_terms},
     service::{HandlerKind, Limits, Registrant, ServiceStats, SocketInfo, UpstreamView},
     steering::{self, BackEnd},
 };
@@ -38,7 +38,7 @@ with_terms! {
     pub struct AddPrefixes {
         /// All of them are added, or none.
         pub prefixes: Vec<Prefix>,
-        ..Terms,
+        ..RuleSpec,
         /// Whether to go on although listening sockets are shadowed or the host may be cut off.
         #[serde(default)]
         pub force: bool,
@@ -70,7 +70,7 @@ pub struct RemovePrefixes {
 
 impl RemovePrefixes {
     /// Whether a rule of one of the prefixes is meant.
-    pub fn selects(&self, terms: &Terms) -> bool {
+    pub fn selects(&self, terms: &RuleSpec) -> bool {
         self.protocol.is_none_or(|it| it == terms.protocol)
             && self.ports.as_ref().is_none_or(|it| *it == terms.ports)
             && self.except.as_ref().is_none_or(|it| *it == terms.except)
@@ -307,7 +307,7 @@ pub struct StatusView {
     pub unconfirmed: Option<u64>,
     /// What others changed outside and was put right, by kind.
     #[serde(default)]
-    pub mended: Vec<MendedView>,
+    pub mended: Vec<RepairView>,
     /// Where this node stands in its fleet, if it belongs to one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fleet: Option<FleetView>,
@@ -367,7 +367,7 @@ pub struct RefusedView {
 
 /// Things of one kind that others changed and that were put right.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct MendedView {
+pub struct RepairView {
     /// Which kind.
     pub kind: steering::Kind,
     /// How often, since the process began to serve.

@@ -9,7 +9,7 @@ use anyport::{
     config::{Config, Options},
     control, daemon, engine,
     keeper::{self, Link},
-    logging, rights,
+    logging, privileges,
     steering::bpf::make_pin_directory,
 };
 use clap::Parser as _;
@@ -58,10 +58,12 @@ fn main() -> ExitCode {
 }
 
 fn keep(config: Config) -> anyhow::Result<ExitCode> {
-    rights::raise_memory_limit();
+    privileges::raise_memory_limit();
     // Root may take them out of their owners.
     let fetched = engine::fetch_registered(&config.state_dir);
-    if let Some(why) = rights::become_user(config.user.as_ref(), config.paths(), config.steering, make_pin_directory)? {
+    if let Some(why) =
+        privileges::become_user(config.user.as_ref(), config.paths(), config.steering, make_pin_directory)?
+    {
         eprintln!("anyportd: running as root with all of its rights: {why}");
     }
     let given_up = move || {

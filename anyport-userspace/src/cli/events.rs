@@ -8,7 +8,7 @@ use std::{
 
 use super::{Output, Reader, path};
 use crate::{
-    api::{Client, EventView, Listen, Outcome, Problem, Told, Wanted},
+    api::{Client, EventLine, EventView, Listen, Outcome, Problem, Wanted},
     rules::{Prefix, Protocol, ServiceName},
 };
 
@@ -47,16 +47,16 @@ impl Events {
         let request = Listen { prefix, source, protocol, port, service, outcome, sample };
         request.validate()?;
         let mut left = count.map(NonZeroU64::get);
-        let hear = |told: Told| {
+        let hear = |told: EventLine| {
             let reader = match &told {
-                Told::Missed { .. } | Told::Note { .. } if !out.json => {
+                EventLine::Missed { .. } | EventLine::Note { .. } if !out.json => {
                     // Beside the events, where nobody who counts lines counts it.
                     writeln!(io::stderr(), "{}", text(&told)).ok();
                     Reader::There
                 }
                 _ => out.print_one(&told, text)?,
             };
-            if let (Some(left), Told::Event(_)) = (&mut left, told) {
+            if let (Some(left), EventLine::Event(_)) = (&mut left, told) {
                 *left -= 1;
             }
             let is_enough = left == Some(0) || reader == Reader::Gone;
@@ -66,11 +66,11 @@ impl Events {
     }
 }
 
-fn text(told: &Told) -> String {
+fn text(told: &EventLine) -> String {
     match told {
-        Told::Event(event) => sentence(event),
-        Told::Missed { missed } => format!("{missed} events were missed: they came too fast"),
-        Told::Note { note } => format!("note: {note}"),
+        EventLine::Event(event) => sentence(event),
+        EventLine::Missed { missed } => format!("{missed} events were missed: they came too fast"),
+        EventLine::Note { note } => format!("note: {note}"),
     }
 }
 

@@ -7,7 +7,7 @@ use serde_json::value::RawValue;
 use super::{Output, path, show::table};
 use crate::{
     api::{AddPrefixes, Changed, Client, Kind, ListPrefixes, PrefixView, Problem, RemovePrefixes},
-    rules::{PortSet, Prefix, Protocol, ServiceName, Terms},
+    rules::{PortSet, Prefix, Protocol, RuleSpec, ServiceName},
     text::list_of,
 };
 
@@ -48,7 +48,7 @@ impl Add {
     pub(super) async fn run(self, client: &Client, out: &mut Output<'_>) -> Result<(), Problem> {
         let Self { prefixes, protocol, ports, except, source, service, no_route, force } = self;
         let done = format!("steering {} to {service}", list_of(&prefixes));
-        let terms = Terms { protocol, ports, except, source, service, route: !no_route };
+        let terms = RuleSpec { protocol, ports, except, source, service, route: !no_route };
         let request = AddPrefixes::of(prefixes, terms, force);
         let answer: Changed = client.post("/v1/prefixes", &request).await?;
         out.print_change(&answer, done)

@@ -6,7 +6,7 @@ use super::{Output, drain::subject};
 use crate::{
     api::AnnounceState,
     api::{
-        AnnounceView, AnnouncedPrefix, BackEndView, Client, DrainState, DrainView, FleetView, MendedView, Problem,
+        AnnounceView, AnnouncedPrefix, BackEndView, Client, DrainState, DrainView, FleetView, Problem, RepairView,
         StatusView,
     },
     text::list_of,
@@ -50,7 +50,7 @@ fn text(view: &StatusView) -> String {
     if !view.draining.is_empty() {
         lines.push(format!("draining    {}", list_of(&view.draining)));
     }
-    for MendedView { kind, times, last, at } in &view.mended {
+    for RepairView { kind, times, last, at } in &view.mended {
         lines.push(format!("mended      {kind}: {times} times, last at {at}: {last}"));
     }
     lines.extend(view.announce.iter().flat_map(announced));

@@ -23,7 +23,7 @@ use std::{
     time::Duration,
 };
 
-use crate::{api::Readers, human_duration::HumanDuration, rights::User, rules::Prefix};
+use crate::{api::Readers, human_duration::HumanDuration, privileges::User, rules::Prefix};
 
 /// How a setting that has changed in the file gets to a daemon that runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

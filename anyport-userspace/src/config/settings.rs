@@ -19,7 +19,7 @@ use crate::{
     back_end::Choice,
     human_duration::HumanDuration,
     paths::{DEFAULT_SOCKET, DEFAULT_STATE_DIR},
-    rights::User,
+    privileges::User,
     service::Limits,
 };
 

@@ -11,9 +11,9 @@ use axum::{
 use tokio::time::timeout;
 
 use crate::{
-    api::{Listen, Problem, Told},
+    api::{EventLine, Listen, Problem},
     engine::{Clock, Shared},
-    events::Listener,
+    events::Subscriber,
 };
 
 /// Events that are sent at once.
@@ -41,7 +41,7 @@ pub(super) async fn stream(engine: Shared, request: Listen) -> Result<Response, 
 
 struct Telling {
     engine: Shared,
-    listener: Listener,
+    listener: Subscriber,
     request: Listen,
     first: Option<String>,
 }
@@ -59,11 +59,11 @@ impl Telling {
                 events.extend(std::iter::from_fn(|| self.listener.try_next()).take(BATCH - 1));
             }
             let missed = Some(self.listener.missed()).filter(|it| *it > 0);
-            let mut lines: String = missed.map(|missed| line(&Told::Missed { missed })).into_iter().collect();
+            let mut lines: String = missed.map(|missed| line(&EventLine::Missed { missed })).into_iter().collect();
             let engine = self.engine.lock().await;
             let (engine, clock) = (engine.as_ref()?, Clock::now());
             let views = events.iter().filter_map(|event| engine.describe(event, &self.request, &clock));
-            lines.extend(views.map(|view| line(&Told::Event(view))));
+            lines.extend(views.map(|view| line(&EventLine::Event(view))));
             if !lines.is_empty() {
                 return Some(lines);
             }
@@ -71,7 +71,7 @@ impl Telling {
     }
 }
 
-fn line(told: &Told) -> String {
+fn line(told: &EventLine) -> String {
     // These types are all text and numbers.
     serde_json::to_string(told).unwrap_or_default() + "\n"
 }

@@ -3,9 +3,9 @@
 mod clients;
 mod events;
 mod handover;
+mod read_limiter;
 pub mod registrar;
 mod server;
-mod turns;
 
 pub use self::{
     handover::{Handover, take_over},

@@ -47,13 +47,13 @@ use tracing::{info, warn};
 use super::{
     Handover,
     clients::{Client, Clients},
-    turns::Turns,
+    read_limiter::ReadLimiter,
 };
 use crate::{
     api::{self, Kind, MAX_BODY, MAX_FILE, Peer, Problem, Readers, TakeOver, Taken, parse, too_large},
     engine::{Engine, Progress, Shared},
     observe::Observer,
-    rights::GROUP,
+    privileges::GROUP,
     rules::{InvalidText, ServiceName},
 };
 
@@ -129,7 +129,7 @@ pub async fn serve(
     readers: Option<Readers>,
     stop: watch::Receiver<bool>,
 ) -> anyhow::Result<()> {
-    let access = Access { readers, turns: Turns::new() };
+    let access = Access { readers, read_limiter: ReadLimiter::new() };
     let how_far = engine.lock().await.as_ref().map(Engine::progress).unwrap_or_default();
     let api = Router::new()
         .route("/v1/status", get(status))
@@ -179,11 +179,11 @@ pub async fn serve(
 #[derive(Clone, Debug)]
 struct Access {
     readers: Option<Readers>,
-    turns: Turns,
+    read_limiter: ReadLimiter,
 }
 
 async fn permit(
-    State(Access { readers, turns }): State<Access>,
+    State(Access { readers, read_limiter }): State<Access>,
     ConnectInfo(peer): ConnectInfo<Peer>,
     Extension(client): Extension<Client>,
     request: Request,
@@ -196,7 +196,7 @@ async fn permit(
     // Who dials what is nobody's business, and few can listen at a time.
     let is_open = request.method() == Method::GET && request.uri().path() != EVENTS;
     if is_open && readers.is_some_and(|readers| readers.include(&peer)) {
-        return turns.take(next.run(request)).await;
+        return read_limiter.take(next.run(request)).await;
     }
     info!("refused user {} at the control socket", peer.uid);
     Problem::new(Kind::NotPermitted, format!("user {} may not control anyportd", peer.uid))

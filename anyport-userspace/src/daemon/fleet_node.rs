@@ -28,7 +28,7 @@ use crate::{
         source::{Error, Source},
         watch::EtcdSource,
     },
-    rights,
+    privileges,
     store::FleetState,
 };
 
@@ -54,7 +54,7 @@ impl Node {
         let agent = agent(fleet, Daemon { control: Handle::current(), engine }, board, state);
         let (stop, mut stopped) = watch::channel(());
         let work = move || {
-            if let Err(error) = rights::for_others() {
+            if let Err(error) = privileges::for_others() {
                 return error!("stay out of the fleet: give the capabilities up: {error}");
             }
             // Made here: where it is dropped, tokio takes no blocking, as there is in async code.

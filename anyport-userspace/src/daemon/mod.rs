@@ -27,7 +27,7 @@ use crate::{
     keeper::{self, Begin, Command, Commands, Link},
     lock::Lock,
     observe::{self, Observer, Servers},
-    register, rights,
+    privileges, register,
     routes::News,
     service::{DescriptorPool, WorkerHandles, Workers},
 };
@@ -51,8 +51,8 @@ const NAME: &CStr = c"anyportd";
 /// What kept the daemon from starting, or what could not be removed at its end.
 pub fn run(config: &Config, keeper: &Link) -> anyhow::Result<()> {
     prctl::set_name(NAME).context("name the process")?;
-    rights::for_start(config.steering).context("put the capabilities out of force")?;
-    if let Some(lack) = rights::confine(config.paths(), config.steering)? {
+    privileges::for_start(config.steering).context("put the capabilities out of force")?;
+    if let Some(lack) = privileges::confine(config.paths(), config.steering)? {
         warn!("{lack}");
     }
     Engine::check(config)?;
@@ -70,7 +70,7 @@ pub fn run(config: &Config, keeper: &Link) -> anyhow::Result<()> {
         .worker_threads(2)
         .thread_name("anyport-control")
         // Such a thread may start while the one that starts it has them in force.
-        .on_thread_start(|| rights::for_control().unwrap_or_else(|error| error!("{error}")))
+        .on_thread_start(|| privileges::for_control().unwrap_or_else(|error| error!("{error}")))
         .enable_all()
         .build()
         .context("start the control threads")?;
@@ -87,7 +87,7 @@ enum End {
 }
 
 /// What tells the daemon to end.
-struct Ends {
+struct ShutdownSignals {
     terminate: Signal,
     interrupt: Signal,
     commands: Commands,
@@ -95,7 +95,7 @@ struct Ends {
     is_restarted: bool,
 }
 
-impl Ends {
+impl ShutdownSignals {
     fn new(keeper: &Link, is_restarted: bool) -> anyhow::Result<Self> {
         Ok(Self {
             terminate: signal(SignalKind::terminate()).context("wait for SIGTERM")?,
@@ -140,7 +140,7 @@ async fn control_loop(
     keeper: &Link,
     begin: &Begin,
 ) -> anyhow::Result<()> {
-    let mut ends = Ends::new(keeper, begin.is_restarted)?;
+    let mut ends = ShutdownSignals::new(keeper, begin.is_restarted)?;
     let engine: Shared = Arc::default();
     let servers = Servers { started: begin.started, crashed: begin.crashed };
     let observer = Arc::new(Observer::new(Arc::clone(&engine), servers));
@@ -165,8 +165,8 @@ async fn control_loop(
         }
     }
     if let Some(engine) = engine.lock().await.as_ref() {
-        rights::for_control().context("give up what only a start needs")?;
-        rights::narrow(engine.back_end())?;
+        privileges::for_control().context("give up what only a start needs")?;
+        privileges::narrow(engine.back_end())?;
     }
     let (stop, stopped) = watch::channel(false);
     let handover = Handover::new(keeper.clone());
@@ -218,7 +218,7 @@ async fn control_loop(
 }
 
 /// Waits for the end of the connections that this process has.
-async fn drain(connections: &DescriptorPool, limit: Duration, ends: &mut Ends) {
+async fn drain(connections: &DescriptorPool, limit: Duration, ends: &mut ShutdownSignals) {
     let over = async {
         while !connections.is_whole() {
             sleep(DRAIN_INTERVAL).await;

@@ -23,7 +23,7 @@ use super::{
 };
 use crate::{
     api::{Client, Kind, PrefixView, Problem, StatusView},
-    rights,
+    privileges,
     routes::{Route, Routes},
     rules::Prefix,
     steering::{BackEnd, bpf, tproxy},
@@ -204,10 +204,10 @@ fn tcx(interfaces: &[String]) -> anyhow::Result<BTreeMap<String, Vec<String>>> {
 
 /// Tries the back ends as a daemon does at its start, up to the first that works. Nothing stays behind.
 fn back_ends() -> anyhow::Result<Vec<Tried>> {
-    rights::raise_memory_limit();
+    privileges::raise_memory_limit();
     let mut tried = Vec::new();
     for back_end in BackEnd::ALL {
-        rights::expect_for(back_end).map_err(|_| anyhow!("trying {back_end} (needs root)"))?;
+        privileges::expect_for(back_end).map_err(|_| anyhow!("trying {back_end} (needs root)"))?;
         let tried_out = match back_end {
             BackEnd::SkLookup | BackEnd::Tc => bpf::try_out(back_end),
             BackEnd::Tproxy => tproxy::try_out(),

@@ -4,7 +4,7 @@ use super::{Engine, difference::conflict_problem, kept::Keep, services::expect_f
 use crate::{
     api::{AddPrefixes, Changed, Kind, Problem, RemovePrefixes},
     host,
-    rules::{Change, Draft, Origin, Prefix, Rule, ServiceName, Terms},
+    rules::{Change, Draft, Origin, Prefix, Rule, RuleSpec, ServiceName},
     service::ServiceConfig,
 };
 
@@ -20,7 +20,7 @@ impl Engine {
         }
         self.expect_confirmed()?;
         self.services.expect(&service)?;
-        let terms = self.desired.shared(Terms { protocol, ports, except, source, service, route });
+        let terms = self.desired.shared(RuleSpec { protocol, ports, except, source, service, route });
         let mut draft = Draft::of(self.desired.rules());
         let mut added = 0;
         for prefix in prefixes {

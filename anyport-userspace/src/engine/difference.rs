@@ -5,7 +5,7 @@ use std::{cmp::Ordering, collections::HashSet, sync::Arc};
 use crate::{
     api::{Applied, Kind, Problem},
     rules::{
-        Change, Conflict, Held, Origin, Prefix, PrefixRules, Rule, RuleSet, ServiceName, Terms,
+        Change, Conflict, Origin, Prefix, PrefixRules, Rule, RuleEntry, RuleSet, RuleSpec, ServiceName,
         lines::{Line, LineRule},
     },
 };
@@ -89,7 +89,7 @@ fn after(
     if prune {
         after.remove_origin(Origin::Added);
     }
-    let held = new.iter().map(|((_, terms), _)| Held { terms: Arc::clone(terms), origins: origin.into() });
+    let held = new.iter().map(|((_, terms), _)| RuleEntry { terms: Arc::clone(terms), origins: origin.into() });
     after.extend(prefix, held).map_err(|conflict| {
         let line_of = |rule: &Rule| new.iter().find(|((_, terms), _)| *terms == rule.terms).map(|(_, line)| line);
         let line = match &conflict {
@@ -142,8 +142,8 @@ impl Applied {
 
     /// Notes what becomes of a prefix's rules.
     fn tell(&mut self, prefix: Prefix, before: Option<&PrefixRules>, after: &PrefixRules, origin: Origin) {
-        let was: HashSet<&Terms> = before.into_iter().flatten().map(|held| &*held.terms).collect();
-        let is: HashSet<&Terms> = before.into_iter().flat_map(|_| after).map(|held| &*held.terms).collect();
+        let was: HashSet<&RuleSpec> = before.into_iter().flatten().map(|held| &*held.terms).collect();
+        let is: HashSet<&RuleSpec> = before.into_iter().flat_map(|_| after).map(|held| &*held.terms).collect();
         for held in before.into_iter().flatten() {
             if !is.contains(&*held.terms) {
                 self.removed += 1;

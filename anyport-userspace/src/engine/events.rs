@@ -14,9 +14,9 @@ use nix::time::{ClockId, clock_gettime};
 
 use super::Engine;
 use crate::{
-    api::{EventView, Kind, Listen, Outcome, Problem, Told, Wanted},
-    events::{Listener, NoRoom},
-    rules::{self, Numbered, Prefix, Protocol, from_address},
+    api::{EventLine, EventView, Kind, Listen, Outcome, Problem, Wanted},
+    events::{Subscriber, TooManySubscribers},
+    rules::{self, Prefix, Protocol, RuleRef, from_address},
 };
 
 impl Engine {
@@ -24,7 +24,7 @@ impl Engine {
     ///
     /// # Errors
     /// There is no such service, too many others listen, or the kernel refuses.
-    pub fn listen(&self, request: &Listen) -> Result<Listener, Problem> {
+    pub fn listen(&self, request: &Listen) -> Result<Subscriber, Problem> {
         let mut filter = request.filter();
         if let Some(service) = &request.service {
             let running = self.services.get(service);
@@ -34,7 +34,7 @@ impl Engine {
         }
         self.kernel.events().listen(filter, request.service.clone()).map_err(|error| {
             let problem = Problem::new(Kind::Failed, format!("listen to events: {error:#}"));
-            if error.is::<NoRoom>() {
+            if error.is::<TooManySubscribers>() {
                 problem.hint("end one of those that run: pgrep -f 'anyportctl events'")
             } else {
                 problem
@@ -43,8 +43,8 @@ impl Engine {
     }
 
     /// What is to be said before all events.
-    pub fn note_on_events(&self) -> Option<Told> {
-        (!self.kernel.events().is_connected()).then(|| Told::Note {
+    pub fn note_on_events(&self) -> Option<EventLine> {
+        (!self.kernel.events().is_connected()).then(|| EventLine::Note {
             note: format!(
                 "with {} events come from the services of this daemon: what it can't hand to one, and what goes to registered sockets, \
                  is not told",
@@ -60,7 +60,7 @@ impl Engine {
         let prefix = rule.as_ref().map(|it| it.prefix);
         let by_slot =
             || self.services.iter().find(|(_, it)| u32::from(it.slot()) == event.service).map(|(name, _)| name);
-        let service = rule.as_ref().map(|Numbered { terms, .. }| &terms.service).or_else(by_slot).cloned();
+        let service = rule.as_ref().map(|RuleRef { terms, .. }| &terms.service).or_else(by_slot).cloned();
         if request.service.is_some() && request.service != service {
             return None;
         }

@@ -10,7 +10,7 @@ use crate::{
     api::{Considered, Endpoint, Explain, Explanation, ListenerView, Problem, Reason, RouteView, SocketView, Verdict},
     host::{self, Owner},
     routes::{ROUTE_PROTOCOL, Route},
-    rules::{self, Decision, Numbered, Prefix, Protocol, ServiceName, SourceLists, decide, to_address},
+    rules::{self, Decision, Prefix, Protocol, RuleRef, ServiceName, SourceLists, decide, to_address},
     service::Family,
     steering::{Decided, Fate},
 };
@@ -104,7 +104,7 @@ impl Engine {
     }
 
     /// What the kernel decides, with the rule that it names.
-    fn decided(&self, flow: &Flow) -> anyhow::Result<(Decided, Option<Numbered<'_>>)> {
+    fn decided(&self, flow: &Flow) -> anyhow::Result<(Decided, Option<RuleRef<'_>>)> {
         let mut unknown = 0;
         // An answer may come from a generation that is on its way out.
         for _ in 0..2 {
@@ -162,7 +162,7 @@ impl Engine {
         }
     }
 
-    async fn route(&self, address: IpAddr, rule: Option<&Numbered<'_>>) -> anyhow::Result<RouteView> {
+    async fn route(&self, address: IpAddr, rule: Option<&RuleRef<'_>>) -> anyhow::Result<RouteView> {
         let route = self.kernel.route_to(address).await?;
         let is_ours = self.kernel.covers(&Prefix::host(address));
         let text = match route {

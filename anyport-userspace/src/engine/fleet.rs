@@ -10,7 +10,7 @@ use super::{Engine, apply::Intent, kept::Keep};
 use crate::{
     api::{Applied, Apply, Kind, Problem},
     fleet::{Condition, FleetBoard, LineEdits},
-    rules::{Change, Origin, Prefix, Terms, lines},
+    rules::{Change, Origin, Prefix, RuleSpec, lines},
     store::FleetState,
 };
 
@@ -64,7 +64,7 @@ impl Engine {
         let [gone, come] = [removed, added].map(|text| lines::parse(text, |terms| self.desired.shared(terms)));
         let (gone, come) = (gone.ok()?, come.ok()?);
         self.services.expect_for(&come, &[], &[]).ok()?;
-        let mut edited: BTreeMap<Prefix, [Vec<&Arc<Terms>>; 2]> = BTreeMap::new();
+        let mut edited: BTreeMap<Prefix, [Vec<&Arc<RuleSpec>>; 2]> = BTreeMap::new();
         for (side, rules) in [&gone, &come].into_iter().enumerate() {
             for ((prefix, terms), _) in rules {
                 edited.entry(*prefix).or_default()[side].push(terms);
@@ -74,7 +74,7 @@ impl Engine {
         for (prefix, [gone, come]) in edited {
             let before = self.desired.rules().of_prefix(&prefix);
             let of_fleet = before.into_iter().flatten().filter(|it| it.origins.contains(Origin::Fleet));
-            let mut rules: Vec<&Arc<Terms>> = of_fleet.map(|held| &held.terms).collect();
+            let mut rules: Vec<&Arc<RuleSpec>> = of_fleet.map(|held| &held.terms).collect();
             for terms in gone {
                 rules.swap_remove(rules.iter().position(|it| *it == terms)?);
             }

@@ -14,7 +14,7 @@ use crate::{
     api::{Applied, Kind, Problem, Reload, Reloaded},
     config::{Config, LogLevel},
     logging,
-    rules::{Origin, ServiceName, Terms, lines::LineRule},
+    rules::{Origin, RuleSpec, ServiceName, lines::LineRule},
     service::ServiceConfig,
 };
 
@@ -94,8 +94,11 @@ impl Engine {
     async fn reload_from(&mut self, config: &Config, options: &Reload) -> Result<Reloaded, Problem> {
         let mut answer = Applied { dry_run: options.dry_run, ..Applied::default() };
         let (opened, closed) = self.services.steps(self.configured(config), Origin::Config, &mut answer)?;
-        let rules: Vec<(LineRule, u32)> =
-            config.rules.iter().map(|rule| ((rule.prefix, self.desired.shared(Terms::clone(rule.terms))), 0)).collect();
+        let rules: Vec<(LineRule, u32)> = config
+            .rules
+            .iter()
+            .map(|rule| ((rule.prefix, self.desired.shared(RuleSpec::clone(rule.terms))), 0))
+            .collect();
         self.services.expect_for(&rules, &opened, &closed)?;
         let goes = |name: &ServiceName| closed.contains(name) || opened.iter().any(|it| it.name == *name);
         expect_fallbacks(&self.services.configs().filter(|it| !goes(&it.name)).chain(&opened).collect::<Vec<_>>())?;

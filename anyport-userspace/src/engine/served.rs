@@ -14,7 +14,7 @@ use super::{
     services::{KINDS, Running, Services},
 };
 use crate::{
-    announce::{Announce, Announcer, Judged, Judgement, Needs, Verdict},
+    announce::{Announce, Announcer, Judged, Judgement, Needs, Serving},
     api::AnnounceView,
     rules::{Prefix, PrefixRules, Protocol, ServiceName},
     service::{HandlerKind, Queue, UpstreamState},
@@ -203,18 +203,18 @@ impl Served {
         needs: &'a BTreeSet<Need>,
         policy: Needs,
         facts: Facts<'_>,
-        known: &mut HashMap<(&'a ServiceName, usize), Verdict>,
+        known: &mut HashMap<(&'a ServiceName, usize), Serving>,
         now: Instant,
-    ) -> Verdict {
+    ) -> Serving {
         let is_drained = match policy {
             Needs::All => needs.iter().any(|need| need.is_drained),
             Needs::Any => !needs.is_empty() && needs.iter().all(|need| need.is_drained),
         };
         if is_drained {
-            return Verdict::Drained;
+            return Serving::Drained;
         }
         if let Some(why) = facts.kernel.unsteered(prefix) {
-            return Verdict::Unserved(why);
+            return Serving::Unserved(why);
         }
         let verdicts = needs.iter().filter(|need| !need.is_drained).map(|Need { service, place, .. }| {
             known
@@ -226,9 +226,9 @@ impl Served {
     }
 
     /// Whether what arrives at this place of a service is served.
-    fn verdict_of(&self, name: &ServiceName, place: usize, services: &Services, now: Instant) -> Verdict {
+    fn verdict_of(&self, name: &ServiceName, place: usize, services: &Services, now: Instant) -> Serving {
         let Some(running) = services.get(name) else {
-            return Verdict::Unserved(format!("there is no service {name}"));
+            return Serving::Unserved(format!("there is no service {name}"));
         };
         let config = running.config();
         if config.handler != HandlerKind::Registered {
@@ -236,11 +236,11 @@ impl Served {
         }
         if let Some(socket) = services.registrations(name).and_then(|it| it.live(place)) {
             let stuck = self.registered.stuck(socket.cookie, now);
-            return stuck.map_or(Verdict::Served, |why| Verdict::Unserved(format!("service {name}: {why}")));
+            return stuck.map_or(Serving::Served, |why| Serving::Unserved(format!("service {name}: {why}")));
         }
         match config.fallback.as_ref().and_then(|fallback| services.get(fallback)) {
             Some(fallback) => serves(fallback, place, &self.own, now),
-            None => Verdict::Unserved(no_socket(name, place)),
+            None => Serving::Unserved(no_socket(name, place)),
         }
     }
 }
@@ -256,25 +256,25 @@ fn add_needs(prefix: Prefix, rules: &PrefixRules, drains: &Drains, needs: &mut B
 }
 
 /// Of a service with sockets of its own.
-fn serves(running: &Running, place: usize, queues: &Queues, now: Instant) -> Verdict {
+fn serves(running: &Running, place: usize, queues: &Queues, now: Instant) -> Serving {
     let (service, name) = (running.service(), &running.config().name);
     if service.groups()[place].is_none() {
-        return Verdict::Unserved(no_socket(name, place));
+        return Serving::Unserved(no_socket(name, place));
     }
     let (family, transport) = KINDS[place];
     let of_place = service.sockets().iter().filter(|it| it.family == family && it.protocol == transport.into());
     if let Some(why) = of_place.filter(|_| transport == Transport::Tcp).find_map(|it| queues.stuck(it.cookie, now)) {
-        return Verdict::Unserved(format!("service {name}: {why}"));
+        return Serving::Unserved(format!("service {name}: {why}"));
     }
     if service.config().handler == HandlerKind::Forward {
         if !service.knows_upstreams() {
-            return Verdict::Unknown;
+            return Serving::Unknown;
         }
         if service.upstreams().iter().all(|it| it.state != UpstreamState::Up) {
-            return Verdict::Unserved(format!("service {name} has no upstream that is up"));
+            return Serving::Unserved(format!("service {name} has no upstream that is up"));
         }
     }
-    Verdict::Served
+    Serving::Served
 }
 
 fn no_socket(name: &ServiceName, place: usize) -> String {
@@ -283,23 +283,23 @@ fn no_socket(name: &ServiceName, place: usize) -> String {
 }
 
 /// Out of the verdicts about all that a prefix needs.
-fn combined(verdicts: impl Iterator<Item = Verdict>, policy: Needs) -> Verdict {
+fn combined(verdicts: impl Iterator<Item = Serving>, policy: Needs) -> Serving {
     let (mut served, mut is_unknown, mut reasons) = (0, false, Vec::new());
     for verdict in verdicts {
         match verdict {
-            Verdict::Served => served += 1,
-            Verdict::Unserved(why) if !reasons.contains(&why) => reasons.push(why),
-            Verdict::Unserved(_) => {}
-            Verdict::Unknown | Verdict::Drained => is_unknown = true,
+            Serving::Served => served += 1,
+            Serving::Unserved(why) if !reasons.contains(&why) => reasons.push(why),
+            Serving::Unserved(_) => {}
+            Serving::Unknown | Serving::Drained => is_unknown = true,
         }
     }
     match policy {
-        Needs::Any if served > 0 => Verdict::Served,
-        Needs::All if !reasons.is_empty() => Verdict::Unserved(list_of(&reasons)),
-        _ if is_unknown => Verdict::Unknown,
-        _ if !reasons.is_empty() => Verdict::Unserved(list_of(&reasons)),
-        _ if served > 0 => Verdict::Served,
-        _ => Verdict::Unserved("no rule steers any of it".to_owned()),
+        Needs::Any if served > 0 => Serving::Served,
+        Needs::All if !reasons.is_empty() => Serving::Unserved(list_of(&reasons)),
+        _ if is_unknown => Serving::Unknown,
+        _ if !reasons.is_empty() => Serving::Unserved(list_of(&reasons)),
+        _ if served > 0 => Serving::Served,
+        _ => Serving::Unserved("no rule steers any of it".to_owned()),
     }
 }
 
@@ -307,15 +307,15 @@ fn combined(verdicts: impl Iterator<Item = Verdict>, policy: Needs) -> Verdict {
 mod tests {
     use std::time::{Duration, Instant};
 
-    use super::{Needs, Queue, Queues, Verdict, combined};
+    use super::{Needs, Queue, Queues, Serving, combined};
 
-    fn unserved(why: &str) -> Verdict {
-        Verdict::Unserved(why.to_owned())
+    fn unserved(why: &str) -> Serving {
+        Serving::Unserved(why.to_owned())
     }
 
     #[test]
     fn all_rules_have_to_be_served_or_any() {
-        use Verdict::{Served, Unknown};
+        use Serving::{Served, Unknown};
         let none = unserved("no rule steers any of it");
         for (verdicts, all, any) in [
             (vec![], none.clone(), none),

@@ -20,7 +20,7 @@ use super::{
 };
 use crate::{
     config::Config,
-    events::Board,
+    events::EventBus,
     fleet::FleetBoard,
     host,
     keeper::{Begin, Link},
@@ -57,7 +57,7 @@ impl Engine {
         let initial = initial(config, state)?;
         let routes = Routes::open()?;
         let published: Arc<Published> = Arc::default();
-        let events: Arc<Board> = Arc::default();
+        let events: Arc<EventBus> = Arc::default();
         let options = bpf::Options {
             bpffs: config.bpffs.clone(),
             interfaces: config.interface.clone(),

@@ -8,7 +8,7 @@ use anyport_common::{flow::Transport, maps::Counters};
 use super::{Engine, desired::Desired, kernel::Kernel};
 use crate::{
     api::{BackEndView, ListPrefixes, PrefixView, Problem, ServiceView, StatusView, Totals},
-    rules::{Decision, Numbered, Prefix, PrefixRules, ServiceName, Terms, decide},
+    rules::{Decision, Prefix, PrefixRules, RuleRef, RuleSpec, ServiceName, decide},
     service::ServiceStats,
 };
 
@@ -20,7 +20,7 @@ impl Engine {
     pub fn prefixes(&self, query: &ListPrefixes) -> Result<String, Problem> {
         let counters = self.kernel.counters()?;
         let ListPrefixes { within, service, port, after, limit } = query;
-        let is_listed = |rule: &Numbered<'_>| {
+        let is_listed = |rule: &RuleRef<'_>| {
             service.as_ref().is_none_or(|it| rule.terms.service == *it)
                 && port.is_none_or(|it| rule.terms.ports.contains(it.get()) || rule.terms.except.contains(it.get()))
         };
@@ -32,10 +32,10 @@ impl Engine {
             .filter(|(prefix, _)| after.is_none_or(|after| *prefix > after))
             .flat_map(|(prefix, rules)| rules.numbered(prefix));
         // Many rules say the same, which becomes text once.
-        let mut texts: HashMap<*const Terms, [String; 2]> = HashMap::new();
+        let mut texts: HashMap<*const RuleSpec, [String; 2]> = HashMap::new();
         let mut json = Vec::from(b"[");
         for rule in rules.filter(is_listed).take(limit.unwrap_or(usize::MAX)) {
-            let Terms { protocol, ports, except, source, service, route } = &**rule.terms;
+            let RuleSpec { protocol, ports, except, source, service, route } = &**rule.terms;
             let [ports, except] =
                 texts.entry(Arc::as_ptr(rule.terms)).or_insert_with(|| [ports.to_string(), except.to_string()]);
             let Counters { steered, no_socket, assign_error, denied } = counters(rule.number);
@@ -188,7 +188,7 @@ impl Engine {
 #[derive(Clone, Copy, Debug)]
 pub struct Counted<'a> {
     /// The rule.
-    pub rule: Numbered<'a>,
+    pub rule: RuleRef<'a>,
     /// What became of its packets.
     pub counters: Counters,
 }

@@ -1,9 +1,9 @@
-//! Events: what is told of connections and flows to those who listen.
+//! Events: what begins or is refused, published to subscribers.
 
-mod board;
-mod teller;
+mod bus;
+mod publisher;
 
 pub use self::{
-    board::{Board, Ears, Listener, NoRoom},
-    teller::Teller,
+    bus::{EventBus, KernelPublisher, Subscriber, TooManySubscribers},
+    publisher::EventPublisher,
 };

@@ -38,10 +38,10 @@ pub struct LineEdits {
 
 /// What the agent tells of the fleet, for those who ask for the status.
 #[derive(Debug)]
-pub struct FleetBoard(Mutex<Told>);
+pub struct FleetBoard(Mutex<Standing>);
 
 #[derive(Debug)]
-struct Told {
+struct Standing {
     view: FleetView,
     heard: Option<Instant>,
     /// When it became silent, for people and for this process.
@@ -51,12 +51,12 @@ struct Told {
 impl FleetBoard {
     /// Before etcd was asked for the first time.
     pub fn new(view: FleetView, state: &FleetState) -> Self {
-        let board = Self(Mutex::new(Told { view, heard: None, silent: (SystemTime::now(), Instant::now()) }));
+        let board = Self(Mutex::new(Standing { view, heard: None, silent: (SystemTime::now(), Instant::now()) }));
         board.stands(state);
         board
     }
 
-    fn told(&self) -> MutexGuard<'_, Told> {
+    fn told(&self) -> MutexGuard<'_, Standing> {
         // Whoever panicked has told all or nothing: each change is an assignment.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -9,7 +9,7 @@ use crate::{
     api::{Kind, Problem},
     rule_file::RuleFile,
     rules::{
-        Conflict, Origin, Prefix, PrefixRules, Rule, RuleSet, ServiceName, Terms,
+        Conflict, Origin, Prefix, PrefixRules, Rule, RuleSet, RuleSpec, ServiceName,
         lines::{Line, LineRule},
     },
     service::ServiceConfig,
@@ -105,7 +105,7 @@ impl Difference {
     }
 
     fn tell(&mut self, prefix: &Prefix, before: Option<&PrefixRules>, after: Option<&PrefixRules>) {
-        let terms = |rules: Option<&PrefixRules>| -> Vec<Arc<Terms>> {
+        let terms = |rules: Option<&PrefixRules>| -> Vec<Arc<RuleSpec>> {
             rules.into_iter().flatten().map(|held| Arc::clone(&held.terms)).collect()
         };
         let (was, is) = (terms(before), terms(after));

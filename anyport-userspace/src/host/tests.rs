@@ -11,11 +11,11 @@ use anyport_common::flow::Transport;
 use super::{
     Host, Listener, Owner, addresses, describe, listeners, objections, owners, process_name, reached, shadowed,
 };
-use crate::rules::{Origin, PortSet, Rule, Terms};
+use crate::rules::{Origin, PortSet, Rule, RuleSpec};
 
 fn rule(prefix: &str, ports: &str, except: &str) -> Rule {
     let ports = if ports == "all" { PortSet::all() } else { ports.parse().unwrap() };
-    let terms = Terms { ports, except: except.parse().unwrap(), ..Terms::default() };
+    let terms = RuleSpec { ports, except: except.parse().unwrap(), ..RuleSpec::default() };
     Rule { prefix: prefix.parse().unwrap(), terms: Arc::new(terms), origins: Origin::Added.into() }
 }
 
@@ -60,7 +60,7 @@ fn the_kernel_prefers_exact_addresses_to_wildcards() {
 #[test]
 fn harmless_rules_pass() {
     let without_route =
-        Rule { terms: Arc::new(Terms { route: false, ..Terms::default() }), ..rule("192.0.2.240/28", "all", "") };
+        Rule { terms: Arc::new(RuleSpec { route: false, ..RuleSpec::default() }), ..rule("192.0.2.240/28", "all", "") };
     for rule in [
         rule("203.0.113.0/24", "all", ""),
         rule("192.0.2.128/26", "all", ""),

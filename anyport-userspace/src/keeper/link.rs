@@ -18,7 +18,7 @@ use tracing::{debug, warn};
 
 use super::{AT_STDIN, Order, Report, VARIABLE};
 use crate::{
-    rights,
+    privileges,
     scm_rights::{Message, put, receive},
     steering::choose::Remembered,
 };
@@ -125,7 +125,7 @@ impl Link {
         let Some(shared) = self.0.clone() else { return Ok(Commands(None)) };
         let (sender, receiver) = unbounded_channel();
         let listen = move || {
-            if let Err(error) = rights::for_others() {
+            if let Err(error) = privileges::for_others() {
                 warn!("give up the capabilities of a thread: {error}");
             }
             shared.listen(&sender);

@@ -10,7 +10,7 @@ use anyport_common::{flow::Transport, maps::SOCKETS_PER_SERVICE};
 use nix::sys::stat::fstat;
 use socket2::{Domain, Protocol as Number, SockRef, Type};
 
-use crate::{rights, rules::Family, rules::Protocol, sys};
+use crate::{privileges, rules::Family, rules::Protocol, sys};
 
 /// A descriptor of a socket that can be steered to.
 #[derive(Debug)]
@@ -86,7 +86,7 @@ impl Candidate {
     pub fn in_our_namespace(self) -> Result<Self, Unfit> {
         let attempt = "ask for its network namespace";
         let its = {
-            let _raised = rights::raise(rights::NET_ADMIN);
+            let _raised = privileges::raise(privileges::NET_ADMIN);
             sys::network_namespace(&self.descriptor)
         };
         let its = match its {

@@ -15,7 +15,7 @@ use super::wire::{
     Attributes, Change, LONGEST_REQUEST, Lookup, Message, RouteHeader, destination, interface, messages, put_change,
     put_lookup, put_query,
 };
-use crate::{rights, rules::Prefix};
+use crate::{privileges, rules::Prefix};
 
 /// Requests that are sent at once, if the socket's buffers allow it. The kernel holds its lock on all network
 /// configuration for each in turn, so that others get theirs between them.
@@ -49,7 +49,7 @@ pub(super) struct Found {
 impl Netlink {
     pub(super) fn open() -> anyhow::Result<Self> {
         // The kernel looks at who opened a socket, and at who sends over it.
-        let _raised = rights::raise(rights::NET_ADMIN);
+        let _raised = privileges::raise(privileges::NET_ADMIN);
         let mut socket = Socket::new(NETLINK_ROUTE)?;
         let port = socket.bind_auto()?.port_number();
         // What makes the kernel filter lists by table and type: a router may hold a million routes.
@@ -158,7 +158,7 @@ impl Netlink {
     }
 
     fn send(&self) -> Result<(), Errno> {
-        let _raised = rights::raise(rights::NET_ADMIN);
+        let _raised = privileges::raise(privileges::NET_ADMIN);
         loop {
             match send(self.socket.as_raw_fd(), &self.requests, MsgFlags::empty()) {
                 Err(Errno::EINTR) => {}

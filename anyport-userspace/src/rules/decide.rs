@@ -4,7 +4,7 @@ use std::net::IpAddr;
 
 use anyport_common::flow::Transport;
 
-use super::{Prefix, RuleSet, rule::Target, set::Numbered};
+use super::{Prefix, RuleSet, rule::Target, set::RuleRef};
 
 /// What a rule set says of a packet.
 #[derive(Clone, Copy, Debug)]
@@ -12,9 +12,9 @@ pub enum Decision<'a> {
     /// No rule has an opinion: the packet is the host's.
     Unmatched,
     /// This rule leaves it to the host.
-    Host(Numbered<'a>),
+    Host(RuleRef<'a>),
     /// This rule steers it to its service.
-    Steer(Numbered<'a>),
+    Steer(RuleRef<'a>),
 }
 
 /// The reference decision, which every back end must agree with: the first rule in order of precedence that has

@@ -3,13 +3,13 @@
 
 use std::{collections::HashMap, fmt, panic::resume_unwind, sync::Arc, thread};
 
-use super::{InvalidText, PortSet, Prefix, Protocol, Terms};
+use super::{InvalidText, PortSet, Prefix, Protocol, RuleSpec};
 
 /// How many mistakes are told at once.
 const TOLD: usize = 10;
 
 /// A rule as a line says it.
-pub type LineRule = (Prefix, Arc<Terms>);
+pub type LineRule = (Prefix, Arc<RuleSpec>);
 
 /// Lines that are worth a thread of their own.
 const PORTION: usize = 1 << 20;
@@ -19,7 +19,10 @@ const PORTION: usize = 1 << 20;
 ///
 /// # Errors
 /// Lines that make no sense: says where and why, of the first few.
-pub fn parse(text: &str, mut share: impl FnMut(Terms) -> Arc<Terms>) -> Result<Vec<(LineRule, u32)>, InvalidText> {
+pub fn parse(
+    text: &str,
+    mut share: impl FnMut(RuleSpec) -> Arc<RuleSpec>,
+) -> Result<Vec<(LineRule, u32)>, InvalidText> {
     let read: Vec<Portion<'_>> = match portions(text)[..] {
         [all] => vec![Portion::read(all)],
         ref portions => thread::scope(|scope| {
@@ -30,9 +33,9 @@ pub fn parse(text: &str, mut share: impl FnMut(Terms) -> Arc<Terms>) -> Result<V
     let mut rules = Vec::with_capacity(read.iter().map(|it| it.rules.len()).sum());
     let mut mistakes = Vec::new();
     let mut before = 0;
-    let mut shared: HashMap<&str, Arc<Terms>> = HashMap::new();
+    let mut shared: HashMap<&str, Arc<RuleSpec>> = HashMap::new();
     for Portion { rules: read, terms, mistakes: wrong, lines } in read {
-        let terms: Vec<Arc<Terms>> = terms
+        let terms: Vec<Arc<RuleSpec>> = terms
             .into_iter()
             .map(|(tail, terms)| Arc::clone(shared.entry(tail).or_insert_with(|| share(terms))))
             .collect();
@@ -79,7 +82,7 @@ struct Portion<'a> {
     /// Prefixes, each with the place of its terms and the number of its line in the portion.
     rules: Vec<(Prefix, u32, u32)>,
     /// As they are written, each once.
-    terms: Vec<(&'a str, Terms)>,
+    terms: Vec<(&'a str, RuleSpec)>,
     mistakes: Vec<(u32, String)>,
     lines: u32,
 }
@@ -132,8 +135,8 @@ impl<'a> Portion<'a> {
 }
 
 /// What follows the prefix.
-fn terms(text: &str) -> Result<Terms, InvalidText> {
-    let mut terms = Terms::default();
+fn terms(text: &str) -> Result<RuleSpec, InvalidText> {
+    let mut terms = RuleSpec::default();
     let (mut has_protocol, mut has_ports) = (false, false);
     for word in text.split_ascii_whitespace() {
         match word.split_once('=') {
@@ -170,11 +173,11 @@ fn unknown(word: &str) -> InvalidText {
 
 /// Writes a rule as a line.
 #[derive(Debug)]
-pub struct Line<'a>(pub &'a Prefix, pub &'a Terms);
+pub struct Line<'a>(pub &'a Prefix, pub &'a RuleSpec);
 
 impl fmt::Display for Line<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self(prefix, Terms { protocol, ports, except, source, service, route }) = self;
+        let Self(prefix, RuleSpec { protocol, ports, except, source, service, route }) = self;
         write!(f, "{prefix} {protocol} {ports}")?;
         if !except.is_empty() {
             write!(f, " except={except}")?;

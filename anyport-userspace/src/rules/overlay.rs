@@ -11,7 +11,7 @@ use std::{
 
 use super::{
     Prefix, PrefixRules, RuleSet,
-    set::{Change, Numbered, length},
+    set::{Change, RuleRef, length},
 };
 
 /// Prefixes with the rules that they are read with, in place of those of the set below.
@@ -82,7 +82,7 @@ impl RuleSet {
 
 impl<'a> RuleView<'a> {
     /// The rules in order of precedence.
-    pub fn iter(self) -> impl Iterator<Item = Numbered<'a>> {
+    pub fn iter(self) -> impl Iterator<Item = RuleRef<'a>> {
         self.prefixes().flat_map(|(prefix, rules)| rules.numbered(*prefix))
     }
 

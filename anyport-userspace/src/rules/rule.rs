@@ -91,7 +91,7 @@ impl From<Origin> for Origins {
 
 /// What a rule says of a prefix. Many rules say the same, so they share it.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct Terms {
+pub struct RuleSpec {
     /// The transports.
     pub protocol: Protocol,
     /// The destination ports that are steered.
@@ -106,7 +106,7 @@ pub struct Terms {
     pub route: bool,
 }
 
-impl Default for Terms {
+impl Default for RuleSpec {
     fn default() -> Self {
         Self {
             protocol: Protocol::default(),
@@ -126,7 +126,7 @@ pub(super) enum Target<'a> {
     Service(&'a ServiceName),
 }
 
-impl Terms {
+impl RuleSpec {
     /// Whether anyport makes prefixes local where nothing is said of it.
     pub(crate) fn default_route() -> bool {
         true
@@ -185,7 +185,7 @@ impl Terms {
     }
 }
 
-impl fmt::Display for Terms {
+impl fmt::Display for RuleSpec {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} ports {}", self.protocol, self.ports)?;
         if !self.except.is_empty() {
@@ -204,7 +204,7 @@ pub struct Rule {
     /// The destination addresses.
     pub prefix: Prefix,
     /// What becomes of them.
-    pub terms: Arc<Terms>,
+    pub terms: Arc<RuleSpec>,
     /// Who wants it so.
     pub origins: Origins,
 }
@@ -216,7 +216,7 @@ impl Rule {
     }
 
     /// Sorts rules so that of those with an opinion on a packet the first one decides: longer prefixes first, and
-    /// within a prefix as [`Terms::precedence`] says.
+    /// within a prefix as [`RuleSpec::precedence`] says.
     pub fn precedence(&self) -> impl Ord + use<'_> {
         (self.prefix, self.terms.precedence())
     }

@@ -9,7 +9,7 @@ use std::{
 
 use smallvec::SmallVec;
 
-use super::{Origin, Origins, Prefix, Rule, Terms};
+use super::{Origin, Origins, Prefix, Rule, RuleSpec};
 
 /// Rules in order of precedence, without contradictions.
 #[derive(Clone, Debug, Default)]
@@ -27,32 +27,32 @@ pub struct RuleSet {
 pub struct PrefixRules {
     /// The number of the first one, once they are numbered.
     pub first_number: u32,
-    rules: SmallVec<[Held; 1]>,
+    rules: SmallVec<[RuleEntry; 1]>,
 }
 
 /// A rule without its prefix.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Held {
+pub struct RuleEntry {
     /// What it says.
-    pub terms: Arc<Terms>,
+    pub terms: Arc<RuleSpec>,
     /// Who wants it so.
     pub origins: Origins,
 }
 
 /// A rule and its number.
 #[derive(Clone, Copy, Debug)]
-pub struct Numbered<'a> {
+pub struct RuleRef<'a> {
     /// The prefix.
     pub prefix: Prefix,
     /// What the rule says.
-    pub terms: &'a Arc<Terms>,
+    pub terms: &'a Arc<RuleSpec>,
     /// Who wants it so.
     pub origins: Origins,
     /// Its number.
     pub number: u32,
 }
 
-impl Numbered<'_> {
+impl RuleRef<'_> {
     /// The rule by itself.
     pub fn to_rule(self) -> Rule {
         Rule { prefix: self.prefix, terms: Arc::clone(self.terms), origins: self.origins }
@@ -82,7 +82,7 @@ pub enum Conflict {
 
 impl PrefixRules {
     /// The rules.
-    pub fn iter(&self) -> std::slice::Iter<'_, Held> {
+    pub fn iter(&self) -> std::slice::Iter<'_, RuleEntry> {
         self.rules.iter()
     }
 
@@ -107,9 +107,9 @@ impl PrefixRules {
     }
 
     /// The rules with their numbers.
-    pub fn numbered(&self, prefix: Prefix) -> impl Iterator<Item = Numbered<'_>> {
+    pub fn numbered(&self, prefix: Prefix) -> impl Iterator<Item = RuleRef<'_>> {
         let numbers = self.first_number..;
-        numbers.zip(&self.rules).map(move |(number, Held { terms, origins })| Numbered {
+        numbers.zip(&self.rules).map(move |(number, RuleEntry { terms, origins })| RuleRef {
             prefix,
             terms,
             origins: *origins,
@@ -141,7 +141,7 @@ impl PrefixRules {
                 return Err(Conflict::Targets { new: Box::new(rule.clone()), old: Box::new(old), port });
             }
         }
-        self.rules.insert(at, Held { terms: Arc::clone(terms), origins: *origins });
+        self.rules.insert(at, RuleEntry { terms: Arc::clone(terms), origins: *origins });
         Ok(true)
     }
 
@@ -149,12 +149,13 @@ impl PrefixRules {
     ///
     /// # Errors
     /// A rule contradicts another one, and what is here is of no use any more.
-    pub fn extend(&mut self, prefix: Prefix, rules: impl Iterator<Item = Held>) -> Result<(), Conflict> {
+    pub fn extend(&mut self, prefix: Prefix, rules: impl Iterator<Item = RuleEntry>) -> Result<(), Conflict> {
         self.rules.extend(rules);
         // Stable, so that what was here stays where the same comes again.
         self.rules.sort_by(|a, b| a.terms.precedence().cmp(&b.terms.precedence()));
-        let to_rule = |held: &Held| Box::new(Rule { prefix, terms: Arc::clone(&held.terms), origins: held.origins });
-        let mut merged: SmallVec<[Held; 1]> = SmallVec::with_capacity(self.rules.len());
+        let to_rule =
+            |held: &RuleEntry| Box::new(Rule { prefix, terms: Arc::clone(&held.terms), origins: held.origins });
+        let mut merged: SmallVec<[RuleEntry; 1]> = SmallVec::with_capacity(self.rules.len());
         for held in mem::take(&mut self.rules) {
             match merged.last_mut() {
                 Some(last) if last.terms.precedence() == held.terms.precedence() => {
@@ -174,7 +175,7 @@ impl PrefixRules {
     }
 
     /// Two rules that contradict each other, and the port, found by going through the ports once.
-    fn contradictory(&self) -> Option<(&Held, &Held, u16)> {
+    fn contradictory(&self) -> Option<(&RuleEntry, &RuleEntry, u16)> {
         if self.rules.len() < 2 {
             return None;
         }
@@ -208,13 +209,13 @@ impl PrefixRules {
     }
 
     /// Adds a rule where it belongs, whatever it contradicts.
-    pub(crate) fn insert_unchecked(&mut self, terms: &Arc<Terms>, origins: Origins) {
+    pub(crate) fn insert_unchecked(&mut self, terms: &Arc<RuleSpec>, origins: Origins) {
         let at = self.rules.partition_point(|old| old.terms.precedence() < terms.precedence());
-        self.rules.insert(at, Held { terms: Arc::clone(terms), origins });
+        self.rules.insert(at, RuleEntry { terms: Arc::clone(terms), origins });
     }
 
     /// Takes out the rules for which `select` holds and returns them.
-    pub fn remove(&mut self, mut select: impl FnMut(&Held) -> bool) -> Vec<Held> {
+    pub fn remove(&mut self, mut select: impl FnMut(&RuleEntry) -> bool) -> Vec<RuleEntry> {
         let (gone, kept): (Vec<_>, Vec<_>) = mem::take(&mut self.rules).into_iter().partition(|it| select(it));
         self.rules = kept.into();
         gone
@@ -230,8 +231,8 @@ impl PrefixRules {
 }
 
 impl<'a> IntoIterator for &'a PrefixRules {
-    type Item = &'a Held;
-    type IntoIter = std::slice::Iter<'a, Held>;
+    type Item = &'a RuleEntry;
+    type IntoIter = std::slice::Iter<'a, RuleEntry>;
 
     fn into_iter(self) -> Self::IntoIter {
         self.iter()
@@ -240,7 +241,7 @@ impl<'a> IntoIterator for &'a PrefixRules {
 
 impl RuleSet {
     /// The rules in order of precedence.
-    pub fn iter(&self) -> impl Iterator<Item = Numbered<'_>> {
+    pub fn iter(&self) -> impl Iterator<Item = RuleRef<'_>> {
         self.prefixes.iter().flat_map(|(prefix, rules)| rules.numbered(*prefix))
     }
 
@@ -311,9 +312,9 @@ impl RuleSet {
     /// # Errors
     /// A rule contradicts another one, and the set is of no use any more.
     pub fn extend(&mut self, rules: impl Iterator<Item = Rule>) -> Result<(), Conflict> {
-        let mut by_prefix: BTreeMap<Prefix, Vec<Held>> = BTreeMap::new();
+        let mut by_prefix: BTreeMap<Prefix, Vec<RuleEntry>> = BTreeMap::new();
         for Rule { prefix, terms, origins } in rules {
-            by_prefix.entry(prefix).or_default().push(Held { terms, origins });
+            by_prefix.entry(prefix).or_default().push(RuleEntry { terms, origins });
         }
         for (prefix, held) in by_prefix {
             let of_prefix = self.entry(prefix);
@@ -430,7 +431,7 @@ impl<'a> Draft<'a> {
 }
 
 /// The lowest port on which two rules of one prefix disagree although neither is more specific.
-fn contradiction(new: &Terms, old: &Terms) -> Option<u16> {
+fn contradiction(new: &RuleSpec, old: &RuleSpec) -> Option<u16> {
     if !new.protocol.overlaps(old.protocol) || new.source != old.source {
         return None;
     }

@@ -2,9 +2,9 @@
 
 use std::sync::Arc;
 
-use super::{Origin, Prefix, Rule, Terms};
+use super::{Origin, Prefix, Rule, RuleSpec};
 
-/// Makes a struct of what rules are about, their terms as they stand in files and requests (where it says `..Terms`), and what else it
+/// Makes a struct of what rules are about, their terms as they stand in files and requests (where it says `..RuleSpec`), and what else it
 /// has.
 macro_rules! with_terms {
     (
@@ -12,7 +12,7 @@ macro_rules! with_terms {
         pub struct $name:ident {
             $(#[$subject_meta:meta])*
             pub $subject:ident: $subject_type:ty,
-            ..Terms,
+            ..RuleSpec,
             $(
                 $(#[$more_meta:meta])*
                 pub $more:ident: $more_type:ty,
@@ -41,7 +41,7 @@ macro_rules! with_terms {
             #[serde(default = "crate::rules::ServiceName::default_service")]
             pub service: $crate::rules::ServiceName,
             /// Whether anyport makes the prefix local.
-            #[serde(default = "crate::rules::Terms::default_route")]
+            #[serde(default = "crate::rules::RuleSpec::default_route")]
             pub route: bool,
             $(
                 $(#[$more_meta])*
@@ -51,15 +51,15 @@ macro_rules! with_terms {
 
         impl $name {
             /// Puts the terms in.
-            pub fn of($subject: $subject_type, terms: $crate::rules::Terms $(, $more: $more_type)*) -> Self {
-                let $crate::rules::Terms { protocol, ports, except, source, service, route } = terms;
+            pub fn of($subject: $subject_type, terms: $crate::rules::RuleSpec $(, $more: $more_type)*) -> Self {
+                let $crate::rules::RuleSpec { protocol, ports, except, source, service, route } = terms;
                 Self { $subject, protocol, ports, except, source, service, route $(, $more)* }
             }
 
             /// Takes the terms out.
-            pub fn into_terms(self) -> ($subject_type, $crate::rules::Terms) {
+            pub fn into_terms(self) -> ($subject_type, $crate::rules::RuleSpec) {
                 let Self { $subject, protocol, ports, except, source, service, route, .. } = self;
-                ($subject, $crate::rules::Terms { protocol, ports, except, source, service, route })
+                ($subject, $crate::rules::RuleSpec { protocol, ports, except, source, service, route })
             }
         }
     };
@@ -71,7 +71,7 @@ with_terms! {
     pub struct RuleText {
         /// The destination addresses.
         pub prefix: Prefix,
-        ..Terms,
+        ..RuleSpec,
     }
 }
 
@@ -85,7 +85,7 @@ impl RuleText {
 
 impl From<&Rule> for RuleText {
     fn from(rule: &Rule) -> Self {
-        Self::of(rule.prefix, Terms::clone(&rule.terms))
+        Self::of(rule.prefix, RuleSpec::clone(&rule.terms))
     }
 }
 

@@ -2,18 +2,18 @@
 
 use anyport_common::flow::Flow;
 
-use super::{Numbered, Prefix, Protocol, RuleSet, Terms, from_address, rule::Target};
+use super::{Prefix, Protocol, RuleRef, RuleSet, RuleSpec, from_address, rule::Target};
 
 /// The rules whose prefixes contain the flow's destination, in order of precedence.
-pub fn considered<'a>(rules: &'a RuleSet, flow: &Flow) -> impl Iterator<Item = Numbered<'a>> + use<'a> {
+pub fn considered<'a>(rules: &'a RuleSet, flow: &Flow) -> impl Iterator<Item = RuleRef<'a>> + use<'a> {
     let host = Prefix::host(from_address(flow.address));
     rules.around(host).flat_map(|(prefix, rules)| rules.numbered(prefix))
 }
 
 /// Why one of these rules decides about the flow's first packet, or why it does not.
-pub fn why(rule: &Numbered<'_>, flow: &Flow, deciding: Option<&Numbered<'_>>) -> String {
+pub fn why(rule: &RuleRef<'_>, flow: &Flow, deciding: Option<&RuleRef<'_>>) -> String {
     let (port, client) = (flow.port, from_address(flow.source));
-    let Terms { protocol, ports, except, source, .. } = &**rule.terms;
+    let RuleSpec { protocol, ports, except, source, .. } = &**rule.terms;
     if !protocol.transports().contains(&flow.transport) {
         return format!("says nothing about {}", Protocol::from(flow.transport));
     }
@@ -38,7 +38,7 @@ pub fn why(rule: &Numbered<'_>, flow: &Flow, deciding: Option<&Numbered<'_>>) ->
 }
 
 /// Why a rule with an opinion comes after the one that decides.
-fn why_behind(rule: &Numbered<'_>, deciding: &Numbered<'_>, port: u16) -> String {
+fn why_behind(rule: &RuleRef<'_>, deciding: &RuleRef<'_>, port: u16) -> String {
     if deciding.prefix != rule.prefix {
         return format!("a longer prefix with an opinion on port {port} comes first: {}", deciding.prefix);
     }

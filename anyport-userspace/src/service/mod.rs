@@ -49,18 +49,18 @@ use self::{
     answers::{Answering, MAX_ANSWERING},
     forward::{Forwarder, UdpForwarder},
     histogram::{Histogram, Times},
-    limits::{Gate, Room},
+    limits::{Gate, LimitScope},
     log::ConnectionLog,
     reply::UdpWorker,
     sockets::Group,
     stats::TcpCounts,
-    tcp::{Acceptor, Site},
+    tcp::{Acceptor, ListenerContext},
     udp::Receiver,
 };
 pub use crate::rules::Family;
 use crate::{
     datagram::{self, Ends},
-    events::Teller,
+    events::EventPublisher,
     keeper::Link,
     steering::GroupSocket,
     sys,
@@ -90,7 +90,7 @@ pub struct Queue {
 
 /// What all services of a daemon have in common.
 #[derive(Clone)]
-pub struct Commons {
+pub struct SharedContext {
     /// Who serve: each has one socket of each group.
     pub workers: WorkerHandles,
     /// Does what is not about single connections or datagrams.
@@ -106,14 +106,14 @@ pub struct Commons {
     /// Tells which upstreams are steered to `forward`.
     pub forward_guard: ForwardGuard,
     /// Tells of what arrives, where the back end does not.
-    pub teller: Option<Teller>,
+    pub publisher: Option<EventPublisher>,
     /// Keeps the services' sockets for a process that comes later.
     pub keeper: Link,
 }
 
-impl fmt::Debug for Commons {
+impl fmt::Debug for SharedContext {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Commons").field("workers", &self.workers).finish_non_exhaustive()
+        f.debug_struct("SharedContext").field("workers", &self.workers).finish_non_exhaustive()
     }
 }
 
@@ -123,7 +123,7 @@ pub struct Service {
     config: Arc<ServiceConfig>,
     groups: [Option<GroupSocket>; SOCKETS_PER_SERVICE as usize],
     sockets: Vec<SocketInfo>,
-    tcp: Vec<Arc<Site>>,
+    tcp: Vec<Arc<ListenerContext>>,
     udp: Vec<Arc<UdpWorker>>,
     forwarder: Option<Arc<Forwarder>>,
     listeners: Vec<Arc<Socket>>,
@@ -137,7 +137,7 @@ pub struct Service {
 
 impl Service {
     /// Opens the service's sockets and serves what arrives there.
-    pub fn start(config: ServiceConfig, commons: &Commons) -> anyhow::Result<Self> {
+    pub fn start(config: ServiceConfig, commons: &SharedContext) -> anyhow::Result<Self> {
         config.validate()?;
         let name = config.name.clone();
         Start::new(config, commons).finish().with_context(|| format!("start the service {name}"))
@@ -196,7 +196,7 @@ impl Service {
 
     /// The queues of connections that wait to be accepted, of all listening sockets of which the kernel tells.
     pub fn queues(&self) -> Vec<Queue> {
-        let queue = |(listener, site): (&Arc<Socket>, &Arc<Site>)| {
+        let queue = |(listener, site): (&Arc<Socket>, &Arc<ListenerContext>)| {
             let cookie = listener.cookie().ok()?;
             let waiting = sys::waiting(listener.as_fd()).ok()?;
             Some(Queue { cookie, waiting, accepted: Some(site.counts.accepted.get()) })
@@ -213,7 +213,7 @@ impl Service {
     ///
     /// # Errors
     /// There are too many such connections, or the kernel does not let us watch this one.
-    pub fn answer_for(&mut self, owner: OwnedFd, is_ours: AnswerGuard, commons: &Commons) -> anyhow::Result<()> {
+    pub fn answer_for(&mut self, owner: OwnedFd, is_ours: AnswerGuard, commons: &SharedContext) -> anyhow::Result<()> {
         while self.answering.try_join_next().is_some() {}
         let Some(worker) = self.udp.first() else { bail!("the service {} answers by itself", self.config.name) };
         if self.answering.len() >= MAX_ANSWERING {
@@ -258,12 +258,12 @@ impl Service {
 /// A service that is about to start.
 struct Start<'a> {
     config: Arc<ServiceConfig>,
-    commons: &'a Commons,
+    commons: &'a SharedContext,
     /// For connections.
     gate: Arc<Gate>,
     /// For flows of datagrams.
     flow_gate: Arc<Gate>,
-    tcp: Vec<Arc<Site>>,
+    tcp: Vec<Arc<ListenerContext>>,
     udp: Vec<Arc<UdpWorker>>,
     forwarder: Option<Arc<Forwarder>>,
     listeners: Vec<Arc<Socket>>,
@@ -273,7 +273,7 @@ struct Start<'a> {
 }
 
 impl<'a> Start<'a> {
-    fn new(config: ServiceConfig, commons: &'a Commons) -> Self {
+    fn new(config: ServiceConfig, commons: &'a SharedContext) -> Self {
         let forward = config.forward.as_deref();
         let forwarder = forward.map(|forward| {
             Arc::new(Forwarder::new(config.name.to_string(), forward.clone(), Arc::clone(&commons.forward_guard)))
@@ -341,13 +341,13 @@ impl<'a> Start<'a> {
         if let Some(forward) = &self.config.forward {
             socket_options::set_up_listener(&socket, &forward.tcp).context("set up a listening socket")?;
         }
-        let site = Arc::new(Site {
+        let site = Arc::new(ListenerContext {
             config: Arc::clone(&self.config),
             counts: TcpCounts::default(),
             gate: Arc::clone(&self.gate),
             descriptors: self.commons.descriptors.clone(),
             forwarder: self.forwarder.clone(),
-            teller: self.commons.teller.clone(),
+            publisher: self.commons.publisher.clone(),
             log: ConnectionLog::of(&self.config),
         });
         let listener = Arc::new(socket);
@@ -373,7 +373,7 @@ impl<'a> Start<'a> {
             worker: Arc::clone(&shared),
             gate: Arc::clone(&self.flow_gate),
             loop_guard: Arc::clone(&self.commons.loop_guard),
-            teller: self.commons.teller.clone(),
+            publisher: self.commons.publisher.clone(),
             forwarder: self.forwarder.clone().map(start),
         };
         self.udp.push(shared);
@@ -383,18 +383,18 @@ impl<'a> Start<'a> {
 }
 
 /// What connections and what flows of a service have to pass. A forwarded connection has two sockets, and so has a flow.
-fn gates(config: &ServiceConfig, commons: &Commons) -> [Gate; 2] {
+fn gates(config: &ServiceConfig, commons: &SharedContext) -> [Gate; 2] {
     let capacity = &commons.capacity;
     let sources = (commons.sees_to_sources && !config.sources.is_empty()).then(|| Arc::clone(&config.sources));
     let forward = config.forward.as_deref();
-    let rooms: Vec<_> = Room::of_service(config.limits).into_iter().collect();
-    let of_flows = forward.map(|forward| Room::of_flows(forward.udp.max_flows, config.limits));
-    let flow_rooms = rooms.iter().cloned().chain(of_flows).collect();
+    let scopes: Vec<_> = LimitScope::of_service(config.limits).into_iter().collect();
+    let of_flows = forward.map(|forward| LimitScope::of_flows(forward.udp.max_flows, config.limits));
+    let flow_rooms = scopes.iter().cloned().chain(of_flows).collect();
     let proxies = forward.map(|forward| forward.accept_proxy.clone()).unwrap_or_default();
     let descriptors = if forward.is_some() { 2 } else { 1 };
     [
-        Gate { rooms, capacity: capacity.clone(), descriptors, proxies, sources: sources.clone() },
-        Gate { rooms: flow_rooms, capacity: capacity.clone(), descriptors, proxies: Vec::new(), sources },
+        Gate { scopes, capacity: capacity.clone(), descriptors, proxies, sources: sources.clone() },
+        Gate { scopes: flow_rooms, capacity: capacity.clone(), descriptors, proxies: Vec::new(), sources },
     ]
 }
 

@@ -13,7 +13,7 @@ use nix::sys::socket::{setsockopt, sockopt};
 use serde::{Deserialize, Serialize};
 use socket2::{Domain, Protocol, Socket, TcpKeepalive, Type};
 
-use crate::{datagram, human_duration::HumanDuration, rights, rules::Family, sys};
+use crate::{datagram, human_duration::HumanDuration, privileges, rules::Family, sys};
 
 /// Room for datagrams that wait for a worker, in bytes as the kernel counts them (a small datagram is about 800):
 /// one socket stands in for millions, and the usual 208 KiB are gone after 270 datagrams.
@@ -61,7 +61,7 @@ pub(super) fn listening(family: Family, transport: Transport) -> io::Result<Sock
         Transport::Udp => Type::DGRAM,
     };
     let socket = Socket::new(domain, kind.nonblocking(), None)?;
-    let _raised = rights::raise(rights::NET_ADMIN);
+    let _raised = privileges::raise(privileges::NET_ADMIN);
     set_transparent(&socket, family)?;
     if family == Family::Ipv6 {
         socket.set_only_v6(true)?;

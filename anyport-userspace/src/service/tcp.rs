@@ -1,6 +1,6 @@
 //! Accepting connections, and serving them.
 
-mod talk;
+mod builtin;
 
 use std::{
     cell::RefCell,
@@ -23,7 +23,7 @@ use tokio::{
     time::{sleep, sleep_until},
 };
 
-use self::talk::Talk;
+use self::builtin::BuiltinHandler;
 use super::{
     ServiceConfig,
     datagram::Ends,
@@ -35,7 +35,7 @@ use super::{
     log::{ConnectionLog, Entry},
     stats::TcpCounts,
 };
-use crate::{events::Teller, sys};
+use crate::{events::EventPublisher, sys};
 
 const FIRST_PAUSE: Duration = Duration::from_millis(10);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
@@ -46,21 +46,21 @@ const LONG: Duration = Duration::from_hours(1);
 
 /// What a worker has for the connections of one listening socket.
 #[derive(Debug)]
-pub(super) struct Site {
+pub(super) struct ListenerContext {
     pub(super) config: Arc<ServiceConfig>,
     pub(super) counts: TcpCounts,
     pub(super) gate: Arc<Gate>,
     pub(super) descriptors: DescriptorPool,
     /// For `forward`.
     pub(super) forwarder: Option<Arc<Forwarder>>,
-    pub(super) teller: Option<Teller>,
+    pub(super) publisher: Option<EventPublisher>,
     pub(super) log: ConnectionLog,
 }
 
 /// A connection that is open until this is dropped.
 #[derive(Debug)]
 struct Open {
-    site: Arc<Site>,
+    site: Arc<ListenerContext>,
     /// When it was accepted.
     began: Instant,
     /// Whether it is to be written down.
@@ -80,13 +80,13 @@ impl Drop for Open {
 #[derive(Debug)]
 pub(super) struct Acceptor {
     pub(super) listener: AsyncFd<Arc<Socket>>,
-    pub(super) site: Arc<Site>,
+    pub(super) site: Arc<ListenerContext>,
     sampler: Sampler,
 }
 
 impl Acceptor {
     /// Watches a listening socket. To be called where the worker's runtime is the current one.
-    pub(super) fn new(listener: Arc<Socket>, site: Arc<Site>) -> io::Result<Self> {
+    pub(super) fn new(listener: Arc<Socket>, site: Arc<ListenerContext>) -> io::Result<Self> {
         Ok(Self { listener: sys::watch_readable(listener)?, site, sampler: Sampler::new() })
     }
 
@@ -131,14 +131,14 @@ impl Acceptor {
 }
 
 /// Serves a connection that was accepted, if it may come in.
-fn start(site: &Arc<Site>, sampler: &mut Sampler, socket: Socket, client: SocketAddr) {
+fn start(site: &Arc<ListenerContext>, sampler: &mut Sampler, socket: Socket, client: SocketAddr) {
     let TcpCounts { accepted, served, refused, times, .. } = &site.counts;
     accepted.raise();
     let admitted = site.gate.admit(client.ip());
-    if let Some(teller) = site.teller.as_ref().filter(|it| it.is_heard())
+    if let Some(publisher) = site.publisher.as_ref().filter(|it| it.is_heard())
         && let Some(dialled) = dialled(&socket)
     {
-        teller.tell(Transport::Tcp, Ends { client, dialled }, matches!(admitted, Err(Refused::Denied)));
+        publisher.tell(Transport::Tcp, Ends { client, dialled }, matches!(admitted, Err(Refused::Denied)));
     }
     let pass = match admitted {
         Ok(pass) => pass,
@@ -175,7 +175,7 @@ fn accept(listener: &Socket) -> io::Result<(Socket, SocketAddr)> {
 /// sockets are closed, so that comes last.
 #[derive(Debug)]
 enum Connection {
-    Talk(Box<(Talk, Ends, Open)>),
+    BuiltinHandler(Box<(BuiltinHandler, Ends, Open)>),
     Forwarded(Box<(Client, Open)>),
 }
 
@@ -184,25 +184,25 @@ impl Connection {
         if open.site.forwarder.is_some() {
             return Self::Forwarded(Box::new((Client::new(socket, ends), open)));
         }
-        let talk = Talk::new(&open.site.config, socket, ends);
-        Self::Talk(Box::new((talk, ends, open)))
+        let builtin = BuiltinHandler::new(&open.site.config, socket, ends);
+        Self::BuiltinHandler(Box::new((builtin, ends, open)))
     }
 }
 
 impl Machine for Connection {
     fn advance(&mut self, cx: &mut Context<'_>, event: Event) -> Next {
         match self {
-            Self::Talk(it) => {
-                let (talk, ends, open) = &mut **it;
-                let Site { config, counts, .. } = &*open.site;
-                talk.advance(config.handler, cx, event, &counts.traffic).unwrap_or_else(|end| {
-                    talk_ended(open, *ends, talk, &end);
+            Self::BuiltinHandler(it) => {
+                let (builtin, ends, open) = &mut **it;
+                let ListenerContext { config, counts, .. } = &*open.site;
+                builtin.advance(config.handler, cx, event, &counts.traffic).unwrap_or_else(|end| {
+                    talk_ended(open, *ends, builtin, &end);
                     Next::Close
                 })
             }
             Self::Forwarded(it) => {
                 let (client, open) = &mut **it;
-                let Site { forwarder, descriptors, counts, .. } = &*open.site;
+                let ListenerContext { forwarder, descriptors, counts, .. } = &*open.site;
                 let Some(forwarder) = forwarder else { return Next::Close };
                 client.advance(forwarder, (descriptors, &counts.traffic), cx, event).unwrap_or_else(|served| {
                     forwarding_ended(open, &served);
@@ -213,8 +213,8 @@ impl Machine for Connection {
     }
 }
 
-fn talk_ended(open: &Open, ends: Ends, talk: &Talk, end: &io::Result<()>) {
-    let Site { config, log, .. } = &*open.site;
+fn talk_ended(open: &Open, ends: Ends, builtin: &BuiltinHandler, end: &io::Result<()>) {
+    let ListenerContext { config, log, .. } = &*open.site;
     if let Err(error) = end {
         tracing::debug!("service {}: {} to {}: {error}", config.name, ends.client, ends.dialled);
     }
@@ -224,14 +224,14 @@ fn talk_ended(open: &Open, ends: Ends, talk: &Talk, end: &io::Result<()>) {
             Err(error) if error.kind() == io::ErrorKind::TimedOut => &"closed as idle",
             Err(error) => error,
         };
-        let (from_client, to_client) = talk.bytes();
+        let (from_client, to_client) = builtin.bytes();
         let began = open.began;
         log.write(&Entry { began, transport: Transport::Tcp, ends, upstream: None, from_client, to_client, reason });
     }
 }
 
 fn forwarding_ended(open: &Open, Served { ends, upstream, end }: &Served) {
-    let Site { config, counts, log, .. } = &*open.site;
+    let ListenerContext { config, counts, log, .. } = &*open.site;
     match end {
         Err(Refusal::Header(_)) => counts.bad_headers.raise(),
         Err(Refusal::Upstream(_)) => counts.unforwarded.raise(),
@@ -378,7 +378,7 @@ mod tests {
         time::{Duration, Instant},
     };
 
-    use super::{Client, Ends, Open, Talk, pause_after};
+    use super::{BuiltinHandler, Client, Ends, Open, pause_after};
     use crate::sys;
 
     #[test]
@@ -422,7 +422,7 @@ mod tests {
 
     #[test]
     fn a_connection_takes_little_memory() {
-        let sizes = (size_of::<(Client, Open)>(), size_of::<(Talk, Ends, Open)>());
+        let sizes = (size_of::<(Client, Open)>(), size_of::<(BuiltinHandler, Ends, Open)>());
         assert!(sizes.0 <= 512 && sizes.1 <= 256, "{sizes:?} bytes for each connection");
     }
 }

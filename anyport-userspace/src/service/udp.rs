@@ -14,7 +14,7 @@ use super::{
     limits::{Gate, Refused},
     reply::UdpWorker,
 };
-use crate::events::Teller;
+use crate::events::EventPublisher;
 
 /// Datagrams taken before other tasks have their turn.
 const BATCH: usize = 64;
@@ -31,7 +31,7 @@ pub(super) struct Receiver {
     pub(super) worker: Arc<UdpWorker>,
     pub(super) gate: Arc<Gate>,
     pub(super) loop_guard: LoopGuard,
-    pub(super) teller: Option<Teller>,
+    pub(super) publisher: Option<EventPublisher>,
     /// For `forward`.
     pub(super) forwarder: Option<UdpForwarder>,
 }
@@ -71,8 +71,8 @@ impl Receiver {
             return counts.unanswerable.raise();
         };
         let is_taken = self.gate.takes(ends.client.ip());
-        if let Some(teller) = self.teller.as_ref().filter(|it| it.is_heard()) {
-            teller.tell(Transport::Udp, ends, !is_taken);
+        if let Some(publisher) = self.publisher.as_ref().filter(|it| it.is_heard()) {
+            publisher.tell(Transport::Udp, ends, !is_taken);
         }
         if !is_taken {
             return counts.refused.raise(Refused::Denied);

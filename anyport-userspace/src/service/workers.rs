@@ -17,7 +17,7 @@ use tokio::{
 };
 
 use super::tcp::Connections;
-use crate::rights;
+use crate::privileges;
 
 /// A timer that is due before all others has the runtime wake itself, by two system calls. That of each connection would be,
 /// were there not always this one before it.
@@ -50,7 +50,7 @@ impl Workers {
             let connections = Connections::new()?;
             let stopped = stopped.clone();
             let serve = move || {
-                if let Err(error) = rights::for_data() {
+                if let Err(error) = privileges::for_data() {
                     tracing::error!("limit the capabilities of a thread that serves connections: {error}");
                 }
                 runtime.block_on(work(connections, stopped));

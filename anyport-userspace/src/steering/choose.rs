@@ -10,7 +10,7 @@ use super::{
     privileged::Privileged,
     tproxy::{self, Tproxy},
 };
-use crate::rights;
+use crate::privileges;
 
 /// The back end in use and what is to be said of each.
 #[derive(Debug)]
@@ -128,8 +128,8 @@ fn reason_to_use(wanted: Option<BackEnd>) -> String {
 }
 
 fn open(back_end: BackEnd, options: &bpf::Options) -> anyhow::Result<Box<dyn Steering>> {
-    rights::expect_for(back_end)?;
-    let _raised = rights::raise_for(back_end);
+    privileges::expect_for(back_end)?;
+    let _raised = privileges::raise_for(back_end);
     Ok(match back_end {
         BackEnd::SkLookup | BackEnd::Tc => Box::new(Bpf::open(back_end, options)?),
         BackEnd::Tproxy => Box::new(Tproxy::open()?),
@@ -144,7 +144,7 @@ fn open(back_end: BackEnd, options: &bpf::Options) -> anyhow::Result<Box<dyn Ste
 pub fn remove_leftovers(in_use: BackEnd, options: &bpf::Options) -> anyhow::Result<()> {
     match in_use {
         BackEnd::SkLookup | BackEnd::Tc => {
-            let _raised = rights::raise_for(BackEnd::Tproxy);
+            let _raised = privileges::raise_for(BackEnd::Tproxy);
             tproxy::remove_leftovers()
         }
         BackEnd::Tproxy => Bpf::remove_leftovers(&options.bpffs),

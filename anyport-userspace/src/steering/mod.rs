@@ -169,14 +169,14 @@ impl fmt::Display for Kind {
 
 /// Something of ours that is not in the kernel any more, or not as it was.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Loss {
+pub struct Drift {
     /// Of which kind it is.
     pub kind: Kind,
     /// Its name, to stand before "is gone".
     pub what: String,
 }
 
-impl Loss {
+impl Drift {
     /// What stands before "is gone".
     pub fn new(kind: Kind, what: impl Into<String>) -> Self {
         Self { kind, what: what.into() }
@@ -195,7 +195,7 @@ pub trait Steering: Send + Sync + fmt::Debug {
     fn apply(&mut self, plan: &Plan<'_>) -> anyhow::Result<()>;
 
     /// Looks again at what may have changed outside, such as new interfaces. Returns what it has put right.
-    fn refresh(&mut self) -> anyhow::Result<Vec<Loss>> {
+    fn refresh(&mut self) -> anyhow::Result<Vec<Drift>> {
         Ok(Vec::new())
     }
 
@@ -203,7 +203,7 @@ pub trait Steering: Send + Sync + fmt::Debug {
     ///
     /// # Errors
     /// The kernel can't be asked.
-    fn lost(&mut self) -> anyhow::Result<Vec<Loss>>;
+    fn lost(&mut self) -> anyhow::Result<Vec<Drift>>;
 
     /// Takes for granted no more what is lost, so that the next plan puts it back, even one that changes nothing.
     ///
@@ -234,13 +234,13 @@ pub trait Steering: Send + Sync + fmt::Debug {
     }
 
     /// Whether it can steer to a socket that an earlier daemon steered to, without a descriptor of it.
-    fn goes_on_with(&self, cookie: u64) -> bool;
+    fn can_adopt(&self, cookie: u64) -> bool;
 
     /// Packets about which no rule had an opinion.
     fn unmatched(&self) -> anyhow::Result<u64>;
 
     /// Adds to the counters of rules, by number, what was counted before this back end was at work.
-    fn count_on(&mut self, counted: &[(u32, Counters)]) -> anyhow::Result<()>;
+    fn restore_counters(&mut self, counted: &[(u32, Counters)]) -> anyhow::Result<()>;
 
     /// What the kernel decides about the first packet of a flow, asked of what it holds at this moment.
     ///

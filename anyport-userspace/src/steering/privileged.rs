@@ -2,9 +2,9 @@
 
 use anyport_common::{flow::Flow, maps::Counters};
 
-use super::{BackEnd, Decided, Loss, Plan, Steering};
+use super::{BackEnd, Decided, Drift, Plan, Steering};
 use crate::{
-    rights::{Raised, raise_for},
+    privileges::{Raised, raise_for},
     table::Reader,
 };
 
@@ -28,12 +28,12 @@ impl Steering for Privileged {
         self.0.apply(plan)
     }
 
-    fn refresh(&mut self) -> anyhow::Result<Vec<Loss>> {
+    fn refresh(&mut self) -> anyhow::Result<Vec<Drift>> {
         let _raised = self.raise();
         self.0.refresh()
     }
 
-    fn lost(&mut self) -> anyhow::Result<Vec<Loss>> {
+    fn lost(&mut self) -> anyhow::Result<Vec<Drift>> {
         let _raised = self.raise();
         self.0.lost()
     }
@@ -62,9 +62,9 @@ impl Steering for Privileged {
         self.0.dropped()
     }
 
-    fn goes_on_with(&self, cookie: u64) -> bool {
+    fn can_adopt(&self, cookie: u64) -> bool {
         let _raised = self.raise();
-        self.0.goes_on_with(cookie)
+        self.0.can_adopt(cookie)
     }
 
     fn unmatched(&self) -> anyhow::Result<u64> {
@@ -72,9 +72,9 @@ impl Steering for Privileged {
         self.0.unmatched()
     }
 
-    fn count_on(&mut self, counted: &[(u32, Counters)]) -> anyhow::Result<()> {
+    fn restore_counters(&mut self, counted: &[(u32, Counters)]) -> anyhow::Result<()> {
         let _raised = self.raise();
-        self.0.count_on(counted)
+        self.0.restore_counters(counted)
     }
 
     fn decide(&self, flow: &Flow) -> anyhow::Result<Decided> {

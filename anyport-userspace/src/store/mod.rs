@@ -16,7 +16,7 @@ use tracing::warn;
 use crate::{
     register::KeptSocket,
     rules::{
-        Origin, Prefix, Rule, RuleText, ServiceName, Terms,
+        Origin, Prefix, Rule, RuleSpec, RuleText, ServiceName,
         lines::{self, Line},
     },
     service::ServiceConfig,
@@ -313,7 +313,10 @@ impl Store {
     ///
     /// # Errors
     /// What could not be written.
-    pub fn save_counters(&self, counted: impl Iterator<Item = (Prefix, Arc<Terms>, Counters)>) -> anyhow::Result<()> {
+    pub fn save_counters(
+        &self,
+        counted: impl Iterator<Item = (Prefix, Arc<RuleSpec>, Counters)>,
+    ) -> anyhow::Result<()> {
         let mut text = String::new();
         for (prefix, terms, Counters { steered, no_socket, assign_error, denied }) in counted {
             let _ = writeln!(text, "{steered} {no_socket} {assign_error} {denied} {}", Line(&prefix, &terms));
@@ -323,7 +326,7 @@ impl Store {
 
     /// What was counted when that was kept last, by prefix. Counters are no reason not to start, so what can't be read is
     /// passed over.
-    pub fn counters(&self) -> HashMap<Prefix, Vec<(Arc<Terms>, Counters)>> {
+    pub fn counters(&self) -> HashMap<Prefix, Vec<(Arc<RuleSpec>, Counters)>> {
         let text = self.files.read(COUNTERS).unwrap_or_default();
         let text = String::from_utf8_lossy(&text);
         let mut counted: HashMap<Prefix, Vec<_>> = HashMap::new();

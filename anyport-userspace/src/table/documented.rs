@@ -8,7 +8,7 @@ use anyport_common::{
 };
 
 use super::{OwnSegments, Reader, Receiver, Table};
-use crate::rules::{Change, Origin, Prefix, RuleSet, RuleText, SourceLists, Terms};
+use crate::rules::{Change, Origin, Prefix, RuleSet, RuleSpec, RuleText, SourceLists};
 
 /// The rules of the example, in order of address. Services `web` and `shop` have the slots 1 and 2.
 const RULES: [(&str, &str, &str); 5] = [
@@ -23,7 +23,7 @@ const DOCUMENT: &str = include_str!("../../../docs/lookup-table.md");
 fn compiled() -> Table {
     let mut rules = RuleSet::default();
     // Rules that say the same share it, as in the engine.
-    let mut shared: HashMap<(&str, &str), Arc<Terms>> = HashMap::new();
+    let mut shared: HashMap<(&str, &str), Arc<RuleSpec>> = HashMap::new();
     for (prefix, ports, service) in RULES {
         let json = format!("{{\"prefix\": \"{prefix}\", \"ports\": \"{ports}\", \"service\": \"{service}\"}}");
         let mut rule = serde_json::from_str::<RuleText>(&json).unwrap().into_rule(Origin::Added);

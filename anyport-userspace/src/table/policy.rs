@@ -17,7 +17,7 @@ use super::{
     arena::{Arena, Block},
     tree::{Halves, Piece, build, build_addresses, by_first_half},
 };
-use crate::rules::{PortSet, Prefix, PrefixRules, ServiceName, SourceLists, Terms};
+use crate::rules::{PortSet, Prefix, PrefixRules, RuleSpec, ServiceName, SourceLists};
 
 /// A service as the rules that steer to it see it.
 #[derive(Clone, Copy, Debug)]
@@ -68,7 +68,7 @@ struct Policy {
     blocks: Vec<Block>,
     speaks_of: Arc<PortsOfTransports>,
     #[expect(dead_code, reason = "keeps the places in memory from being another's")]
-    terms: SmallVec<[Arc<Terms>; 1]>,
+    terms: SmallVec<[Arc<RuleSpec>; 1]>,
 }
 
 /// A prefix on the way from the outside to the inside.
@@ -88,7 +88,7 @@ type PortsOfTransports = [PortSet; 2];
 /// A rule and its number, which counts from the prefix's first one if it is one of the prefix's own.
 #[derive(Clone, Copy)]
 struct Opinion<'a> {
-    terms: &'a Terms,
+    terms: &'a RuleSpec,
     number: u32,
     is_relative: bool,
 }
@@ -150,7 +150,7 @@ impl Policies {
         self.next_id = self.next_id.wrapping_add(1);
         self.words += words(&blocks);
         let terms = rules.iter().map(|it| Arc::clone(&it.terms)).collect();
-        let own: Vec<&Terms> = rules.iter().map(|it| &*it.terms).collect();
+        let own: Vec<&RuleSpec> = rules.iter().map(|it| &*it.terms).collect();
         let mut speaks_of: PortsOfTransports = Transport::ALL.map(|transport| opinion(&own, transport));
         if let Some(outer) = around.last() {
             for (own, outer) in speaks_of.iter_mut().zip(&*outer.speaks_of) {
@@ -206,7 +206,7 @@ impl Policies {
 }
 
 /// The ports of a transport that any of these terms speak of.
-fn opinion(terms: &[&Terms], transport: Transport) -> PortSet {
+fn opinion(terms: &[&RuleSpec], transport: Transport) -> PortSet {
     let about = terms.iter().filter(|it| it.protocol.transports().contains(&transport));
     about.fold(PortSet::default(), |all, it| all.union(&it.opinion()))
 }

@@ -75,7 +75,7 @@ type Watched = BTreeMap<Name, Health>;
 
 /// How a ring does.
 #[derive(Debug, PartialEq, Eq)]
-enum Verdict {
+enum RingHealth {
     /// So many nodes have the set in force, and nothing is wrong.
     Well { applied: usize },
     /// Why it should not have the set.
@@ -210,15 +210,15 @@ impl Trial<'_> {
     async fn not_applied(&self) -> Result<Option<Vec<Name>>, Stop> {
         let ring = self.etcd.ring(self.name).await?;
         match judge(&self.watched, &ring, self.sequence) {
-            Verdict::Well { applied } if applied == self.watched.len() => Ok(None),
-            Verdict::Well { .. } => {
+            RingHealth::Well { applied } if applied == self.watched.len() => Ok(None),
+            RingHealth::Well { .. } => {
                 let pointer = ring.pointer.as_ref().map(|it| &it.value);
                 let left = ring.nodes.iter().filter(|it| self.watched.contains_key(&it.name));
                 let left = left.filter(|it| NodeState::of(pointer, it.report.as_ref()) != NodeState::Current);
                 Ok(Some(left.map(|it| it.name.clone()).collect()))
             }
-            Verdict::Worse(why) => Err(Stop::Worse(why)),
-            Verdict::Overtaken => Err(Stop::Failed(
+            RingHealth::Worse(why) => Err(Stop::Worse(why)),
+            RingHealth::Overtaken => Err(Stop::Failed(
                 Problem::new(Kind::Conflict, format!("somebody else has changed the ring {} meanwhile", self.name))
                     .hint(format!("see anyportctl fleet history --ring {}", self.name)),
             )),
@@ -285,10 +285,10 @@ fn watched(ring: &Ring) -> Watched {
 }
 
 /// How a ring does, compared with how its nodes were.
-fn judge(watched: &Watched, ring: &Ring, sequence: u64) -> Verdict {
+fn judge(watched: &Watched, ring: &Ring, sequence: u64) -> RingHealth {
     let pointer = ring.pointer.as_ref().map(|it| &it.value);
     if pointer.is_none_or(|it| it.sequence != sequence) {
-        return Verdict::Overtaken;
+        return RingHealth::Overtaken;
     }
     // Also those that came later. A node that refuses is degraded for that, and this says why.
     let mut refusals = ring.nodes.iter().filter_map(|Node { name, report, .. }| {
@@ -296,25 +296,25 @@ fn judge(watched: &Watched, ring: &Ring, sequence: u64) -> Verdict {
         Some(format!("the node {name} refuses it: {}", refused.error))
     });
     if let Some(refusal) = refusals.next() {
-        return Verdict::Worse(refusal);
+        return RingHealth::Worse(refusal);
     }
     let mut applied = 0;
     for (name, health) in watched {
         let report = ring.nodes.iter().find(|it| it.name == *name).and_then(|it| it.report.as_ref());
         let Some(report) = report else {
-            return Verdict::Worse(format!("the node {name} does not report any more"));
+            return RingHealth::Worse(format!("the node {name} does not report any more"));
         };
         if *health == Health::Good && report.health == Health::Degraded {
-            return Verdict::Worse(format!("the node {name} is degraded: {}", report.degraded.join("; ")));
+            return RingHealth::Worse(format!("the node {name} is degraded: {}", report.degraded.join("; ")));
         }
         applied += usize::from(NodeState::of(pointer, Some(report)) == NodeState::Current);
     }
-    Verdict::Well { applied }
+    RingHealth::Well { applied }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::{Verdict, judge, watched};
+    use super::{RingHealth, judge, watched};
     use crate::fleet::{
         etcd::{Node, Ring},
         layout::{Hash, Health, Name, Pointer, Refused, Report, Seen, Time},
@@ -361,8 +361,8 @@ mod tests {
     fn a_ring_is_compared_with_how_it_was() {
         let before = watched(&ring(1, vec![Some(report("n0", 1)), Some(report("n1", 1))]));
         let verdict = |first: Option<Report>| judge(&before, &ring(2, vec![first, Some(report("n1", 2))]), 2);
-        assert_eq!(verdict(Some(report("n0", 1))), Verdict::Well { applied: 1 });
-        assert_eq!(verdict(Some(report("n0", 2))), Verdict::Well { applied: 2 });
+        assert_eq!(verdict(Some(report("n0", 1))), RingHealth::Well { applied: 1 });
+        assert_eq!(verdict(Some(report("n0", 2))), RingHealth::Well { applied: 2 });
         let degraded = Report { health: Health::Degraded, degraded: vec!["why".into()], ..report("n0", 2) };
         let refused = Some(Refused { sequence: 2, set: Hash::of("2"), error: "why not".into() });
         for (worse, wanted) in [
@@ -371,16 +371,16 @@ mod tests {
             (Some(Report { refused: refused.clone(), ..report("n0", 1) }), "refuses it: why not"),
             (Some(Report { refused: refused.clone(), ..degraded.clone() }), "refuses it: why not"),
         ] {
-            let Verdict::Worse(why) = verdict(worse) else { panic!("{wanted}") };
+            let RingHealth::Worse(why) = verdict(worse) else { panic!("{wanted}") };
             assert!(why.contains(wanted), "{why}");
         }
-        assert_eq!(judge(&before, &ring(3, Vec::new()), 2), Verdict::Overtaken);
+        assert_eq!(judge(&before, &ring(3, Vec::new()), 2), RingHealth::Overtaken);
         // What was so before the change is no reason.
         let unwell = watched(&ring(1, vec![Some(degraded.clone()), None]));
-        assert_eq!(judge(&unwell, &ring(2, vec![Some(degraded), None]), 2), Verdict::Well { applied: 1 });
+        assert_eq!(judge(&unwell, &ring(2, vec![Some(degraded), None]), 2), RingHealth::Well { applied: 1 });
         // A node that came later.
         let other = Report { refused, ..report("n2", 1) };
         let now = ring(2, vec![Some(report("n0", 2)), Some(report("n1", 2)), Some(other)]);
-        assert!(matches!(judge(&before, &now, 2), Verdict::Worse(_)));
+        assert!(matches!(judge(&before, &now, 2), RingHealth::Worse(_)));
     }
 }

@@ -9,7 +9,7 @@ use std::{
 
 use crate::{
     api::{DrainState, DrainView},
-    rules::{Prefix, PrefixRules, RuleView, ServiceName, Terms},
+    rules::{Prefix, PrefixRules, RuleSpec, RuleView, ServiceName},
     store::KeptDrain,
 };
 
@@ -51,7 +51,7 @@ impl Scope {
         if scopes.is_empty() { vec![Self::Node] } else { scopes }
     }
 
-    fn includes(&self, prefix: &Prefix, terms: &Terms) -> bool {
+    fn includes(&self, prefix: &Prefix, terms: &RuleSpec) -> bool {
         match self {
             Self::Node => true,
             Self::Service(name) => terms.service == *name,
@@ -105,7 +105,7 @@ impl Drains {
     }
 
     /// Whether a rule is drained.
-    pub(in crate::engine) fn include(&self, prefix: &Prefix, terms: &Terms) -> bool {
+    pub(in crate::engine) fn include(&self, prefix: &Prefix, terms: &RuleSpec) -> bool {
         self.0.keys().any(|scope| scope.includes(prefix, terms))
     }
 
@@ -115,7 +115,7 @@ impl Drains {
     }
 
     /// Adds one to the count of each drain that a rule belongs to. There are as many counts as drains.
-    pub(in crate::engine) fn count(&self, prefix: &Prefix, terms: &Terms, counts: &mut [u64]) {
+    pub(in crate::engine) fn count(&self, prefix: &Prefix, terms: &RuleSpec, counts: &mut [u64]) {
         for (scope, count) in self.0.keys().zip(counts) {
             *count += u64::from(scope.includes(prefix, terms));
         }
@@ -211,7 +211,7 @@ impl Drains {
         if scopes.is_empty() {
             return refusals;
         }
-        let mut known: HashMap<*const Terms, Arc<Terms>> = HashMap::new();
+        let mut known: HashMap<*const RuleSpec, Arc<RuleSpec>> = HashMap::new();
         for (prefix, rules) in rules.prefixes() {
             let mut refusing = PrefixRules::default();
             refusing.first_number = rules.first_number;
@@ -222,7 +222,7 @@ impl Drains {
                     continue;
                 }
                 is_drained = true;
-                let refused = || Arc::new(Terms { service: ServiceName::drained(), ..Terms::clone(&held.terms) });
+                let refused = || Arc::new(RuleSpec { service: ServiceName::drained(), ..RuleSpec::clone(&held.terms) });
                 let terms = known.entry(Arc::as_ptr(&held.terms)).or_insert_with(refused);
                 refusing.insert_unchecked(terms, held.origins);
             }

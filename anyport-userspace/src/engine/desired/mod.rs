@@ -19,7 +19,7 @@ use anyport_common::maps::{MAX_RULES, MAX_SERVICES};
 pub(super) use self::drains::{Drains, Scope};
 use self::ids::IdAllocator;
 use crate::rules::{
-    Change, Numbered, Origin, Overlay, Prefix, PrefixRules, Rule, RuleSet, RuleView, ServiceName, Terms, lines::Line,
+    Change, Origin, Overlay, Prefix, PrefixRules, Rule, RuleRef, RuleSet, RuleSpec, RuleView, ServiceName, lines::Line,
 };
 
 /// How many numbers of rules and slots of services rest before they are given out again.
@@ -34,7 +34,7 @@ pub(super) struct Desired {
     /// Those of the last change that has begun.
     rules: RuleSet,
     /// What rules say, each once.
-    specs: HashSet<Arc<Terms>>,
+    specs: HashSet<Arc<RuleSpec>>,
     /// The prefixes with rules that were added by hand.
     added: BTreeSet<Prefix>,
     rule_ids: IdAllocator,
@@ -104,7 +104,7 @@ impl Desired {
     }
 
     /// These terms, as all rules that say the same share them.
-    pub(super) fn shared(&mut self, terms: Terms) -> Arc<Terms> {
+    pub(super) fn shared(&mut self, terms: RuleSpec) -> Arc<RuleSpec> {
         const MANY: usize = 4096;
         if let Some(known) = self.specs.get(&terms) {
             return Arc::clone(known);
@@ -161,7 +161,7 @@ impl Desired {
         withdrawn: &[&(Prefix, PrefixRules)],
     ) -> anyhow::Result<(Overlay, Vec<Range<u32>>)> {
         let mut refusing = Overlay::default();
-        let mut known: HashMap<*const Terms, Arc<Terms>> = HashMap::new();
+        let mut known: HashMap<*const RuleSpec, Arc<RuleSpec>> = HashMap::new();
         let mut fresh = Vec::new();
         for (prefix, before) in withdrawn {
             let here = self.rules.of_prefix(prefix);
@@ -170,9 +170,9 @@ impl Desired {
             // The rules that are withdrawn need their numbers no more, except to be refused under them.
             rules.first_number = before.first_number;
             for held in before {
-                let terms = known
-                    .entry(Arc::as_ptr(&held.terms))
-                    .or_insert_with(|| Arc::new(Terms { service: ServiceName::nobody(), ..Terms::clone(&held.terms) }));
+                let terms = known.entry(Arc::as_ptr(&held.terms)).or_insert_with(|| {
+                    Arc::new(RuleSpec { service: ServiceName::nobody(), ..RuleSpec::clone(&held.terms) })
+                });
                 rules.insert_unchecked(terms, held.origins);
             }
             if !is_alone {
@@ -201,7 +201,7 @@ impl Desired {
     pub(super) fn added_by_hand(&self) -> Vec<Rule> {
         let of_prefix = |prefix| self.rules.of_prefix(prefix).into_iter().flat_map(|it| it.numbered(*prefix));
         let rules = self.added.iter().flat_map(of_prefix).filter(|it| it.origins.contains(Origin::Added));
-        rules.map(Numbered::to_rule).collect()
+        rules.map(RuleRef::to_rule).collect()
     }
 
     /// The rules that were applied, as lines.
@@ -261,7 +261,7 @@ impl Desired {
         self.give_numbers(&mut fresh, &mut steps.fresh)?;
         for (at, before) in moving {
             let (now, after) = (fresh[at].first_number.., fresh[at].iter());
-            let places: HashMap<&Terms, u32> =
+            let places: HashMap<&RuleSpec, u32> =
                 before.iter().map(|held| &*held.terms).zip(before.first_number..).collect();
             for (number, held) in now.zip(after) {
                 steps.moved.extend(places.get(&*held.terms).map(|before| (*before, number)));

@@ -18,13 +18,13 @@ use anyhow::Context as _;
 use anyport_common::{flow::Flow, maps::Counters};
 use tracing::error;
 
-use self::reconcile::{BackOff, Drift, RoutesLook};
+use self::reconcile::{BackOff, RepairsByKind, RoutesLook};
 use super::{
     desired::{Desired, Steps},
     services::Services,
 };
 use crate::{
-    events::Board,
+    events::EventBus,
     host::{self, Host},
     routes::{Coverage, Route, Routes, Watch},
     rules::{Overlay, Prefix, SourceLists},
@@ -48,7 +48,7 @@ pub(super) struct Kernel {
     /// That table, where the back end has none.
     table: Option<Table>,
     /// Follows the slots of services.
-    events: Arc<Board>,
+    events: Arc<EventBus>,
     generation: u64,
     routes: Routes,
     /// Tells the addresses of this host that have connections.
@@ -64,7 +64,7 @@ pub(super) struct Kernel {
     /// When that is to be tried again.
     retry: BackOff,
     /// What others have removed, and what became of it.
-    drift: Drift,
+    drift: RepairsByKind,
     routes_look: RoutesLook,
     /// Why it could not be seen what the kernel has.
     unseen: Option<String>,
@@ -79,7 +79,7 @@ pub(super) struct Parts {
     /// The back end's table, for those who read it here.
     pub(super) published: Arc<Published>,
     /// Who listens to events.
-    pub(super) events: Arc<Board>,
+    pub(super) events: Arc<EventBus>,
 }
 
 impl Kernel {
@@ -103,7 +103,7 @@ impl Kernel {
             draining: HashSet::new(),
             broken: None,
             retry: BackOff::default(),
-            drift: Drift::default(),
+            drift: RepairsByKind::default(),
             routes_look: RoutesLook::default(),
             unseen: None,
         })
@@ -229,7 +229,7 @@ impl Kernel {
     }
 
     /// Who listens to events.
-    pub(super) fn events(&self) -> &Arc<Board> {
+    pub(super) fn events(&self) -> &Arc<EventBus> {
         &self.events
     }
 
@@ -240,7 +240,7 @@ impl Kernel {
 
     /// Adds what was counted before, by the numbers of rules.
     pub(super) fn restore_counters(&mut self, counted: &[(u32, Counters)]) -> anyhow::Result<()> {
-        self.steering.count_on(counted)
+        self.steering.restore_counters(counted)
     }
 
     /// How many packets were dropped for a fault, where that is counted.
@@ -265,7 +265,7 @@ impl Kernel {
 
     /// Whether a socket that an earlier daemon steered to can be steered to without a descriptor of it.
     pub(super) fn can_adopt(&self, cookie: u64) -> bool {
-        self.steering.goes_on_with(cookie)
+        self.steering.can_adopt(cookie)
     }
 
     /// What the kernel decides about the first packet of a flow.

@@ -9,13 +9,13 @@ use tracing::{error, info, warn};
 
 use super::Kernel;
 use crate::{
-    api::MendedView,
+    api::RepairView,
     engine::{
         desired::{Desired, Steps},
         services::Services,
     },
     rules::Prefix,
-    steering::{Kind, Loss},
+    steering::{Drift, Kind},
 };
 
 /// So often in a row things are put back at once. What takes them away once more manages them too, and is not fought.
@@ -52,7 +52,7 @@ impl BackOff {
 
 /// What was lost and put back, by kind.
 #[derive(Debug, Default)]
-pub(super) struct Drift(BTreeMap<Kind, Repairs>);
+pub(super) struct RepairsByKind(BTreeMap<Kind, Repairs>);
 
 /// Things of one kind.
 #[derive(Debug)]
@@ -106,13 +106,13 @@ impl Repairs {
     }
 }
 
-impl Drift {
+impl RepairsByKind {
     fn of(&mut self, kind: Kind) -> &mut Repairs {
         self.0.entry(kind).or_insert_with(Repairs::new)
     }
 
     /// Notes what is lost now. What was lost before and is not any more has been put back, by us if we have `tried`.
-    fn note(&mut self, lost: &[Loss], tried: bool) {
+    fn note(&mut self, lost: &[Drift], tried: bool) {
         for (kind, repairs) in &mut self.0 {
             let is_lost = lost.iter().any(|loss| loss.kind == *kind);
             if let Some(what) = repairs.lost.take_if(|_| !is_lost) {
@@ -149,9 +149,9 @@ impl Drift {
         }
     }
 
-    fn views(&self) -> Vec<MendedView> {
+    fn views(&self) -> Vec<RepairView> {
         let repaired = self.0.iter().filter(|(_, repairs)| repairs.times > 0);
-        let views = repaired.map(|(kind, repairs)| MendedView {
+        let views = repaired.map(|(kind, repairs)| RepairView {
             kind: *kind,
             times: repairs.times,
             last: repairs.what.clone(),
@@ -250,7 +250,7 @@ impl Kernel {
     /// # Errors
     /// The kernel's.
     pub(in crate::engine) fn refresh(&mut self) -> anyhow::Result<()> {
-        for Loss { kind, what } in self.steering.refresh()? {
+        for Drift { kind, what } in self.steering.refresh()? {
             if kind == Kind::Interface {
                 info!("{what}");
             } else {
@@ -267,7 +267,7 @@ impl Kernel {
     }
 
     /// What was put right, by kind.
-    pub(in crate::engine) fn repairs(&self) -> Vec<MendedView> {
+    pub(in crate::engine) fn repairs(&self) -> Vec<RepairView> {
         self.drift.views()
     }
 
@@ -311,7 +311,7 @@ impl Kernel {
     }
 
     /// What is not in the kernel any more. Nothing if that can't be found out.
-    async fn lost(&mut self) -> Option<Vec<Loss>> {
+    async fn lost(&mut self) -> Option<Vec<Drift>> {
         let lost = match self.steering.lost() {
             Ok(lost) => self.lost_routes().await.map(|routes| [lost, routes].concat()),
             Err(error) => Err(error),
@@ -330,17 +330,17 @@ impl Kernel {
         }
     }
 
-    async fn lost_routes(&mut self) -> anyhow::Result<Vec<Loss>> {
+    async fn lost_routes(&mut self) -> anyhow::Result<Vec<Drift>> {
         if self.routes_look.is_due() {
             let at = Instant::now();
             let missing = self.routes.missing(&self.coverage).await?;
             self.routes_look = RoutesLook { is_suspicious: false, at, took: at.elapsed(), missing };
         }
-        let lost = |block| Loss::new(Kind::Route, format!("the local route to {block}"));
+        let lost = |block| Drift::new(Kind::Route, format!("the local route to {block}"));
         Ok(self.routes_look.missing.iter().map(lost).collect())
     }
 
-    async fn restore(&mut self, lost: &[Loss], desired: &Desired, services: &Services) -> anyhow::Result<()> {
+    async fn restore(&mut self, lost: &[Drift], desired: &Desired, services: &Services) -> anyhow::Result<()> {
         if lost.iter().any(|loss| loss.kind != Kind::Route) {
             self.steering.forget_lost()?;
             if let Err(error) = self.steer(desired, services, Some(&[]), &Steps::default()) {
@@ -359,19 +359,19 @@ impl Kernel {
 
 #[cfg(test)]
 mod tests {
-    use super::{Drift, Kind, Loss, PATIENCE, in_words};
+    use super::{Drift, Kind, PATIENCE, RepairsByKind, in_words};
 
-    fn lost() -> [Loss; 1] {
-        [Loss::new(Kind::Chain, "the chain")]
+    fn lost() -> [Drift; 1] {
+        [Drift::new(Kind::Chain, "the chain")]
     }
 
-    fn times(drift: &Drift) -> u64 {
+    fn times(drift: &RepairsByKind) -> u64 {
         drift.views().iter().map(|view| view.times).sum()
     }
 
     #[test]
     fn what_goes_again_and_again_comes_back_after_pauses() {
-        let mut drift = Drift::default();
+        let mut drift = RepairsByKind::default();
         for time in 1..=PATIENCE {
             drift.note(&lost(), false);
             assert!(drift.is_due(), "time {time}");
@@ -393,7 +393,7 @@ mod tests {
 
     #[test]
     fn what_fails_is_said_and_tried_again() {
-        let mut drift = Drift::default();
+        let mut drift = RepairsByKind::default();
         drift.note(&lost(), false);
         drift.failed("no room");
         assert!(!drift.is_due() && times(&drift) == 0);

@@ -27,12 +27,12 @@ use crate::{
     api::{Kind, Problem},
     config::Config,
     datagram::Ends,
-    events::{Board, Teller},
+    events::{EventBus, EventPublisher},
     keeper::Link,
     rules::{Origin, ServiceName, SourceLists, to_address},
     service::{
-        AnswerGuard, Capacity, Commons, DescriptorPool, ForwardGuard, HandlerKind, LoopGuard, Service, ServiceConfig,
-        WorkerHandles,
+        AnswerGuard, Capacity, DescriptorPool, ForwardGuard, HandlerKind, LoopGuard, Service, ServiceConfig,
+        SharedContext, WorkerHandles,
     },
     steering::{BackEnd, ServiceSockets},
     table::Published,
@@ -47,7 +47,7 @@ pub(super) struct Services {
     /// Notified when a process has ended that registered a socket.
     owner_exits: Arc<Notify>,
     /// What all services share.
-    context: Commons,
+    context: SharedContext,
     /// What steers to them.
     back_end: BackEnd,
     /// By slot: whether its service is one of the handler `forward`.
@@ -101,13 +101,13 @@ impl Services {
     /// This process may have no descriptors for clients.
     pub(super) fn new(
         config: &Config,
-        (back_end, published, events): (BackEnd, &Arc<Published>, &Arc<Board>),
+        (back_end, published, events): (BackEnd, &Arc<Published>, &Arc<EventBus>),
         workers: WorkerHandles,
         keeper: Link,
     ) -> anyhow::Result<Self> {
         let descriptors = DescriptorPool::of_process()?;
         let forwarding: Arc<[AtomicBool]> = (0..MAX_SERVICES).map(|_| AtomicBool::new(false)).collect();
-        let context = Commons {
+        let context = SharedContext {
             workers,
             control: Handle::current(),
             capacity: Capacity::new(config.limits(), descriptors.clone()),
@@ -115,7 +115,7 @@ impl Services {
             descriptors,
             loop_guard: loop_guard(published),
             forward_guard: forward_guard(published, &forwarding),
-            teller: (!events.is_connected()).then(|| Teller::new(Arc::clone(events), Arc::clone(published))),
+            publisher: (!events.is_connected()).then(|| EventPublisher::new(Arc::clone(events), Arc::clone(published))),
             keeper,
         };
         Ok(Self {
@@ -129,7 +129,7 @@ impl Services {
     }
 
     /// What all services share.
-    pub(super) fn context(&self) -> &Commons {
+    pub(super) fn context(&self) -> &SharedContext {
         &self.context
     }
 

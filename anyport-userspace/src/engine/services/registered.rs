@@ -16,9 +16,8 @@ use tracing::{error, warn};
 
 use super::{Running, Services};
 use crate::{
-    host,
+    host, privileges,
     register::{Candidate, KeptSocket, Process, Registered, holders},
-    rights,
     rules::{Protocol, RuleSet, ServiceName},
     service::{Family, HandlerKind, Queue, SocketInfo},
     steering::{BackEnd, GroupSocket, Holder},
@@ -303,7 +302,7 @@ pub(in crate::engine) fn make_group_transparent(candidate: &Candidate) -> anyhow
 }
 
 fn set_transparent(candidate: &Candidate) -> std::io::Result<()> {
-    let _raised = rights::raise(rights::NET_ADMIN);
+    let _raised = privileges::raise(privileges::NET_ADMIN);
     let socket = SockRef::from(&candidate.descriptor);
     if socket.domain()? == Domain::IPV6 {
         socket.set_ip_transparent_v6(true)

@@ -35,7 +35,7 @@ use crate::{
     },
     fleet::delta::Delta,
     rule_file::RuleFile,
-    rules::{Origin, Prefix, Terms},
+    rules::{Origin, Prefix, RuleSpec},
     service::{HandlerKind, ServiceConfig, Workers},
     store::{FleetState, Store, tests::simulated::Simulated as Disk},
 };
@@ -141,7 +141,7 @@ impl Scene {
         let world = open(&self.world);
         let mut rules: BTreeMap<Prefix, Vec<Numbered>> = BTreeMap::new();
         for rule in engine.desired.rules().iter() {
-            rules.entry(rule.prefix).or_default().push((rule.number, Terms::clone(rule.terms)));
+            rules.entry(rule.prefix).or_default().push((rule.number, RuleSpec::clone(rule.terms)));
         }
         let places = engine.services.iter().flat_map(|(_, running)| {
             let first = u32::from(running.slot()) * SOCKETS_PER_SERVICE;
@@ -318,10 +318,10 @@ impl Scene {
     /// The rules of the fleet are those of this set.
     fn expect_set(&mut self, text: &str) {
         let wanted = RuleFile::parse(text, Arc::new).unwrap().rules;
-        let wanted: HashSet<(Prefix, Terms)> =
+        let wanted: HashSet<(Prefix, RuleSpec)> =
             wanted.into_iter().map(|((it, terms), _)| (it, (*terms).clone())).collect();
         let of_fleet = self.engine().desired.rules().iter().filter(|it| it.origins.contains(Origin::Fleet));
-        let found: Vec<_> = of_fleet.map(|it| (it.prefix, Terms::clone(it.terms))).collect();
+        let found: Vec<_> = of_fleet.map(|it| (it.prefix, RuleSpec::clone(it.terms))).collect();
         assert_eq!(found.len(), wanted.len());
         assert!(found.iter().all(|it| wanted.contains(it)), "{found:?}\n{text}");
     }

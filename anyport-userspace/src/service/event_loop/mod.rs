@@ -22,7 +22,7 @@ pub(super) use self::stream::{Side, Stream, reset};
 use self::{
     slab::{Key, Slab},
     stream::Watcher,
-    timers::{Due, Timers},
+    timers::{Expiry, Timers},
 };
 
 /// What is taken from the kernel at once.
@@ -38,9 +38,9 @@ pub(in crate::service) enum Event {
     /// The kernel tells this about one of its sockets.
     Ready(Side, EpollFlags),
     /// It has asked for another turn.
-    Turn,
+    Rescheduled,
     /// The time has come that it has asked for.
-    Due,
+    TimerExpired,
 }
 
 /// What a connection wants next.
@@ -49,7 +49,7 @@ pub(in crate::service) enum Next {
     /// To wait.
     Wait,
     /// To go on when others had their turn.
-    Turn,
+    Reschedule,
     /// To be closed.
     Close,
 }
@@ -67,11 +67,11 @@ pub(in crate::service) struct Context<'a> {
     /// For what is read and written at once.
     pub(in crate::service) buffer: &'a mut [u8],
     timers: &'a mut Timers,
-    due: &'a mut Option<Due>,
+    due: &'a mut Option<Expiry>,
 }
 
 impl Context<'_> {
-    /// Asks for [`Event::Due`] at this time, or a little later, and no other.
+    /// Asks for [`Event::TimerExpired`] at this time, or a little later, and no other.
     pub(in crate::service) fn wake_at(&mut self, at: Instant) {
         self.timers.set(self.watcher.key, self.due, at);
     }
@@ -91,7 +91,7 @@ pub(in crate::service) struct EventLoop<M> {
 #[derive(Debug)]
 struct Entry<M> {
     machine: M,
-    due: Option<Due>,
+    due: Option<Expiry>,
     wants_turn: bool,
 }
 
@@ -135,7 +135,7 @@ impl<M: Machine> EventLoop<M> {
         for key in turns {
             if let Some(entry) = self.connections.get_mut(key) {
                 entry.wants_turn = false;
-                self.advance(key, Event::Turn);
+                self.advance(key, Event::Rescheduled);
             }
         }
         if self.timers.next().is_some() {
@@ -143,7 +143,7 @@ impl<M: Machine> EventLoop<M> {
             while let Some(key) = self.timers.take_due(now) {
                 if let Some(entry) = self.connections.get_mut(key) {
                     entry.due = None;
-                    self.advance(key, Event::Due);
+                    self.advance(key, Event::TimerExpired);
                 }
             }
         }
@@ -167,8 +167,8 @@ impl<M: Machine> EventLoop<M> {
         let mut cx = Context { watcher: Watcher { epoll, key }, buffer, timers, due };
         match machine.advance(&mut cx, event) {
             Next::Wait => {}
-            Next::Turn if *wants_turn => {}
-            Next::Turn => {
+            Next::Reschedule if *wants_turn => {}
+            Next::Reschedule => {
                 *wants_turn = true;
                 turns.push(key);
             }
@@ -222,8 +222,8 @@ mod tests {
                     return Next::Wait;
                 }
                 Event::Ready(..) => "ready",
-                Event::Turn => "turn",
-                Event::Due => "due",
+                Event::Rescheduled => "turn",
+                Event::TimerExpired => "due",
             };
             self.told.send(format!("{} {what}", self.name)).unwrap();
             self.answer
@@ -265,7 +265,7 @@ mod tests {
     fn a_turn_is_given_once_however_often_it_is_asked_for() {
         let (told, tales) = channel();
         let mut events = EventLoop::new().unwrap();
-        let (greedy, mut peer, _duplicate) = probe("greedy", Next::Turn, &told);
+        let (greedy, mut peer, _duplicate) = probe("greedy", Next::Reschedule, &told);
         events.start(greedy);
         for _ in 0..3 {
             peer.write_all(b"x").unwrap();

@@ -14,12 +14,12 @@ const GRAIN: u64 = 16;
 #[derive(Debug)]
 pub(super) struct Timers {
     start: Instant,
-    due: BTreeSet<(Due, Key)>,
+    due: BTreeSet<(Expiry, Key)>,
 }
 
 /// A deadline, in multiples of [`GRAIN`] since the worker began.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) struct Due(u64);
+pub(super) struct Expiry(u64);
 
 impl Timers {
     pub(super) fn new() -> Self {
@@ -27,9 +27,9 @@ impl Timers {
     }
 
     /// Makes a connection due at that time, at the earliest, instead of when it `was`.
-    pub(super) fn set(&mut self, key: Key, was: &mut Option<Due>, at: Instant) {
+    pub(super) fn set(&mut self, key: Key, was: &mut Option<Expiry>, at: Instant) {
         let millis = at.saturating_duration_since(self.start).as_millis();
-        let due = Due(u64::try_from(millis).unwrap_or(u64::MAX).div_ceil(GRAIN));
+        let due = Expiry(u64::try_from(millis).unwrap_or(u64::MAX).div_ceil(GRAIN));
         if *was != Some(due) {
             self.clear(key, was.take());
             self.due.insert((due, key));
@@ -38,7 +38,7 @@ impl Timers {
     }
 
     /// Forgets a connection.
-    pub(super) fn clear(&mut self, key: Key, was: Option<Due>) {
+    pub(super) fn clear(&mut self, key: Key, was: Option<Expiry>) {
         if let Some(due) = was {
             self.due.remove(&(due, key));
         }
@@ -46,7 +46,7 @@ impl Timers {
 
     /// When the first one is due. None if that is never, or beyond what the clock can tell.
     pub(super) fn next(&self) -> Option<Instant> {
-        let (Due(count), _) = self.due.first()?;
+        let (Expiry(count), _) = self.due.first()?;
         self.start.checked_add(Duration::from_millis(count.saturating_mul(GRAIN)))
     }
 

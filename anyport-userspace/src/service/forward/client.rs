@@ -15,7 +15,7 @@ use socket2::Socket;
 use super::{
     Connected, Forwarder, Refusal, Served, connect,
     header::{self, LONGEST_READ, LONGEST_WRITTEN, Parsed},
-    relay::{End, First, Limits, Outcome, Relay},
+    relay::{End, InitialData, Limits, Outcome, Relay},
     upstream::Upstream,
 };
 use crate::service::{
@@ -52,7 +52,7 @@ enum Phase {
 /// A client that has no upstream yet.
 #[derive(Debug)]
 struct Dialling {
-    first: First,
+    first: InitialData,
     /// Those that were tried in vain, and behind them the one that is being tried.
     tried: SmallVec<[Arc<Upstream>; 2]>,
     /// Why the last one did not do.
@@ -100,7 +100,7 @@ impl Client {
             (Event::Start, _) => return self.start(forwarder, cx),
             (Event::Ready(Side::Client, flags), _) => self.stream.note(flags),
             (Event::Ready(Side::Upstream, flags), Some(upstream)) => upstream.note(flags),
-            (Event::Ready(..) | Event::Turn | Event::Due, _) => {}
+            (Event::Ready(..) | Event::Rescheduled | Event::TimerExpired, _) => {}
         }
         match &mut self.phase {
             Phase::Header(_) => self.read_header(forwarder, cx, event),
@@ -117,7 +117,7 @@ impl Client {
             cx.wake_at(Instant::now() + HEADER_TIMEOUT);
             self.read_header(forwarder, cx, Event::Start)
         } else {
-            self.dial(forwarder, cx, First::default())
+            self.dial(forwarder, cx, InitialData::default())
         }?;
         // What was there was read by now.
         self.stream.watch(cx.watcher).map_err(broken)?;
@@ -128,7 +128,7 @@ impl Client {
     fn read_header(&mut self, forwarder: &Forwarder, cx: &mut Context<'_>, event: Event) -> Result<Next, Ended> {
         let Phase::Header(heard) = &mut self.phase else { return Ok(Next::Close) };
         let refused = |error| (None, Err(Refusal::Header(error)));
-        if matches!(event, Event::Due) {
+        if matches!(event, Event::TimerExpired) {
             return Err(refused(io::ErrorKind::TimedOut.into()));
         }
         loop {
@@ -142,7 +142,7 @@ impl Client {
                 Ok(Parsed::Header { ends, length }) => {
                     self.ends = ends.unwrap_or(self.ends);
                     let bytes = heard.split_off(length);
-                    return self.dial(forwarder, cx, First { bytes, ..First::default() });
+                    return self.dial(forwarder, cx, InitialData { bytes, ..InitialData::default() });
                 }
                 Err(malformed) => return Err(refused(io::Error::new(io::ErrorKind::InvalidData, malformed))),
             }
@@ -150,7 +150,7 @@ impl Client {
     }
 
     /// Connects to an upstream.
-    fn dial(&mut self, forwarder: &Forwarder, cx: &mut Context<'_>, first: First) -> Result<Next, Ended> {
+    fn dial(&mut self, forwarder: &Forwarder, cx: &mut Context<'_>, first: InitialData) -> Result<Next, Ended> {
         let mut dialling = Dialling { first, tried: SmallVec::new(), last: io::Error::other("none is up") };
         dialling.hear(&mut self.stream, cx).map_err(broken)?;
         self.phase = Phase::Dialling(dialling);
@@ -200,11 +200,11 @@ impl Client {
                     None => return Ok(Next::Wait),
                 }
             }
-            Event::Due => io::Error::new(
+            Event::TimerExpired => io::Error::new(
                 io::ErrorKind::TimedOut,
                 format!("no answer within connect-timeout = {}", forwarder.config.connect_timeout),
             ),
-            Event::Ready(Side::Client, _) | Event::Start | Event::Turn => {
+            Event::Ready(Side::Client, _) | Event::Start | Event::Rescheduled => {
                 if dialling.first.bytes.is_empty() {
                     dialling.hear(&mut self.stream, cx).map_err(broken)?;
                     if !dialling.first.bytes.is_empty() {
@@ -242,7 +242,7 @@ impl Client {
         let relay = Relay::new(first, limits);
         cx.wake_at(relay.next_look());
         self.phase = Phase::Connected(Connected::to(upstream), relay);
-        self.relay((pool, traffic), cx, Event::Turn)
+        self.relay((pool, traffic), cx, Event::Rescheduled)
     }
 
     /// Moves what can be moved.
@@ -256,7 +256,7 @@ impl Client {
             return Ok(Next::Close);
         };
         let traffic = [&connected.0.traffic, traffic];
-        let next = if matches!(event, Event::Due) {
+        let next = if matches!(event, Event::TimerExpired) {
             relay.look(traffic).map(|()| {
                 cx.wake_at(relay.next_look());
                 Next::Wait
@@ -271,7 +271,7 @@ impl Client {
 impl Dialling {
     /// Reads what the client has said by now, so that it leaves with the first packet that can carry it.
     fn hear(&mut self, client: &mut Stream, cx: &mut Context<'_>) -> io::Result<()> {
-        let First { bytes, has_ended, .. } = &mut self.first;
+        let InitialData { bytes, has_ended, .. } = &mut self.first;
         while !*has_ended && bytes.len() < EARLY {
             let Some(length) = client.read(&mut cx.buffer[..EARLY - bytes.len()])? else { break };
             bytes.extend_from_slice(&cx.buffer[..length]);

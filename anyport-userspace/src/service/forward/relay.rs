@@ -75,7 +75,7 @@ impl fmt::Display for End {
 
 /// What an upstream gets before anything that its client says from now on.
 #[derive(Debug, Default)]
-pub(super) struct First {
+pub(super) struct InitialData {
     pub(super) bytes: Vec<u8>,
     /// How many of them are ours.
     pub(super) header: usize,
@@ -86,16 +86,21 @@ pub(super) struct First {
 /// The two directions of a connection.
 #[derive(Debug)]
 pub(super) struct Relay {
-    up: Way,
-    down: Way,
+    up: Direction,
+    down: Direction,
     /// Bytes in either direction that the counts of the upstream and of the service have.
     counted: (u64, u64),
-    quiet: Quiet,
+    quiet: IdleTimer,
 }
 
 impl Relay {
-    pub(super) fn new(first: First, limits: Limits) -> Self {
-        Self { up: Way::new(first), down: Way::new(First::default()), counted: (0, 0), quiet: Quiet::new(limits) }
+    pub(super) fn new(first: InitialData, limits: Limits) -> Self {
+        Self {
+            up: Direction::new(first),
+            down: Direction::new(InitialData::default()),
+            counted: (0, 0),
+            quiet: IdleTimer::new(limits),
+        }
     }
 
     /// Moves data in both directions until nothing goes any more; how it has ended if both have ended or something broke.
@@ -133,7 +138,7 @@ impl Relay {
         match (next, other) {
             _ if up.has_ended() && down.has_ended() => Err(End::Closed),
             (Next::Wait, Next::Wait) => Ok(Next::Wait),
-            _ => Ok(Next::Turn),
+            _ => Ok(Next::Reschedule),
         }
     }
 
@@ -170,14 +175,14 @@ impl Relay {
 
 /// Tells when nothing has happened for too long, looking twice in that time.
 #[derive(Debug)]
-struct Quiet {
+struct IdleTimer {
     limits: Limits,
     next: Instant,
     moved: u64,
     looks: u32,
 }
 
-impl Quiet {
+impl IdleTimer {
     fn new(limits: Limits) -> Self {
         let mut quiet = Self { limits, next: Instant::now(), moved: 0, looks: 0 };
         quiet.schedule();
@@ -213,7 +218,7 @@ enum Fault {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stage {
     /// `kept` is to be sent together with what the source says, if that is there already.
-    First,
+    InitialData,
     Open,
     /// The source has said all.
     Flushing,
@@ -222,7 +227,7 @@ enum Stage {
 
 /// One direction.
 #[derive(Debug)]
-struct Way {
+struct Direction {
     /// What the sink has not taken yet, from `sent` on.
     kept: Vec<u8>,
     sent: usize,
@@ -234,12 +239,12 @@ struct Way {
     run: usize,
 }
 
-impl Way {
-    fn new(First { bytes, header, has_ended }: First) -> Self {
+impl Direction {
+    fn new(InitialData { bytes, header, has_ended }: InitialData) -> Self {
         let stage = match bytes.is_empty() {
             _ if has_ended => Stage::Flushing,
             true => Stage::Open,
-            false => Stage::First,
+            false => Stage::InitialData,
         };
         let moved = (bytes.len() - header) as u64;
         Self { kept: bytes, sent: 0, pipe: None, stage, moved, run: 0 }
@@ -260,9 +265,9 @@ impl Way {
         pool: &DescriptorPool,
     ) -> Result<Next, Fault> {
         let before = self.moved;
-        let mut next = Next::Turn;
+        let mut next = Next::Reschedule;
         for _ in 0..READS {
-            if self.stage != Stage::First && !self.flush(cx, to).map_err(Fault::Sink)? {
+            if self.stage != Stage::InitialData && !self.flush(cx, to).map_err(Fault::Sink)? {
                 next = Next::Wait;
                 break;
             }
@@ -346,7 +351,7 @@ impl Way {
                 break;
             }
         }
-        if self.stage == Stage::First {
+        if self.stage == Stage::InitialData {
             self.stage = Stage::Open;
         } else if length == first && self.stage == Stage::Open {
             return Ok(false);
@@ -381,7 +386,7 @@ mod tests {
         time::{sleep, timeout},
     };
 
-    use super::{Context, DescriptorPool, End, First, Limits, Next, Outcome, Relay, Stream, Traffic};
+    use super::{Context, DescriptorPool, End, InitialData, Limits, Next, Outcome, Relay, Stream, Traffic};
     use crate::service::event_loop::{Event, EventLoop, Machine, Side, reset};
 
     const LONG: Limits = Limits { idle: Duration::from_mins(1), end: None };
@@ -408,7 +413,7 @@ mod tests {
         fn advance(&mut self, cx: &mut Context<'_>, event: Event) -> Next {
             let Self { client, upstream, relay, pool, traffic, outcome } = self;
             let next = match event {
-                Event::Due => relay.look([traffic, &Traffic::default()]).map(|()| Next::Wait),
+                Event::TimerExpired => relay.look([traffic, &Traffic::default()]).map(|()| Next::Wait),
                 Event::Ready(side, flags) => {
                     let stream = if side == Side::Client { &mut *client } else { &mut *upstream };
                     stream.note(flags);
@@ -419,9 +424,9 @@ mod tests {
                     upstream.watch(cx.watcher).unwrap();
                     relay.advance(cx, client, upstream, pool, [traffic, &Traffic::default()])
                 }
-                Event::Turn => relay.advance(cx, client, upstream, pool, [traffic, &Traffic::default()]),
+                Event::Rescheduled => relay.advance(cx, client, upstream, pool, [traffic, &Traffic::default()]),
             };
-            if matches!(event, Event::Start | Event::Due) {
+            if matches!(event, Event::Start | Event::TimerExpired) {
                 cx.wake_at(relay.next_look());
             }
             next.unwrap_or_else(|end| {
@@ -452,7 +457,7 @@ mod tests {
 
     async fn line(first: &'static [u8], limits: Limits, pool: DescriptorPool) -> Line {
         let ((client, inner_client), (upstream, inner_upstream)) = (pair().await, pair().await);
-        let first = First { bytes: first.to_vec(), header: first.len(), has_ended: false };
+        let first = InitialData { bytes: first.to_vec(), header: first.len(), has_ended: false };
         let (sender, receiver) = oneshot::channel();
         let middle = Middle {
             client: stream(inner_client, Stream::accepted),

@@ -80,7 +80,7 @@ impl Refusals {
 
 /// Connections and flows that are counted together. No lock is shared by sources, but for those that a hash throws together.
 #[derive(Debug)]
-pub(super) struct Room {
+pub(super) struct LimitScope {
     /// How many may still come, if that is limited.
     free: Option<AtomicUsize>,
     per_source: Option<NonZeroU32>,
@@ -90,7 +90,7 @@ pub(super) struct Room {
     when_full: Refused,
 }
 
-impl Room {
+impl LimitScope {
     fn new(limits: Limits, when_full: Refused) -> Self {
         Self {
             free: limits.max_connections.map(|most| AtomicUsize::new(most.get() as usize)),
@@ -112,8 +112,8 @@ impl Room {
         let most = most.get() as usize;
         let share = u32::try_from(most * SHARE / (SHARE + 1)).ok().and_then(NonZeroU32::new).unwrap_or(NonZeroU32::MIN);
         let max_connections_per_source = limits.max_connections_per_source.or(Some(share));
-        let room = Self::new(Limits { max_connections_per_source, ..Limits::default() }, Refused::Service);
-        Arc::new(Self { is_share: limits.max_connections_per_source.is_none(), ..room })
+        let scope = Self::new(Limits { max_connections_per_source, ..Limits::default() }, Refused::Service);
+        Arc::new(Self { is_share: limits.max_connections_per_source.is_none(), ..scope })
     }
 
     /// Lets one in, with what `take` finds for it; `spare` is for how many that is there. Without a source it is counted in
@@ -175,30 +175,30 @@ pub struct Capacity(Arc<Shared>);
 
 #[derive(Debug)]
 struct Shared {
-    room: Room,
+    scope: LimitScope,
     descriptors: DescriptorPool,
 }
 
 impl Capacity {
     /// For what these limits and these descriptors allow.
     pub fn new(limits: Limits, descriptors: DescriptorPool) -> Self {
-        Self(Arc::new(Shared { room: Room::new(limits, Refused::Total), descriptors }))
+        Self(Arc::new(Shared { scope: LimitScope::new(limits, Refused::Total), descriptors }))
     }
 
     fn enter(&self, source: Option<Source>, descriptors: u32) -> Result<Descriptors, Refused> {
-        let Shared { room, descriptors: pool } = &*self.0;
-        room.enter(source, pool.free() / descriptors as usize, || pool.try_take(descriptors))
+        let Shared { scope, descriptors: pool } = &*self.0;
+        scope.enter(source, pool.free() / descriptors as usize, || pool.try_take(descriptors))
     }
 
     fn leave(&self, source: Option<Source>) {
-        self.0.room.leave(source);
+        self.0.scope.leave(source);
     }
 }
 
 /// What connections, or flows, of a service have to pass; one for all of its workers.
 #[derive(Debug)]
 pub(super) struct Gate {
-    pub(super) rooms: Vec<Arc<Room>>,
+    pub(super) scopes: Vec<Arc<LimitScope>>,
     pub(super) capacity: Capacity,
     /// Descriptors that each takes.
     pub(super) descriptors: u32,
@@ -224,8 +224,8 @@ impl Gate {
         let source = (!is_proxy).then(|| Source::of(client));
         // What was entered already is left again when this is dropped.
         let mut pass = Pass { gate: Arc::clone(self), source, entered: 0, descriptors: None };
-        for room in &self.rooms {
-            room.enter(source, usize::MAX, || Some(()))?;
+        for scope in &self.scopes {
+            scope.enter(source, usize::MAX, || Some(()))?;
             pass.entered += 1;
         }
         pass.descriptors = Some(self.capacity.enter(source, self.descriptors)?);
@@ -245,8 +245,8 @@ pub(super) struct Pass {
 
 impl Drop for Pass {
     fn drop(&mut self) {
-        for room in &self.gate.rooms[..self.entered] {
-            room.leave(self.source);
+        for scope in &self.gate.scopes[..self.entered] {
+            scope.leave(self.source);
         }
         if self.descriptors.take().is_some() {
             self.gate.capacity.leave(self.source);

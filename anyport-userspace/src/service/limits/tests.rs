@@ -2,7 +2,7 @@
 
 use std::{net::IpAddr, num::NonZeroU32, sync::Arc, thread};
 
-use super::{Capacity, DescriptorPool, Gate, Limits, Pass, Refused, Room};
+use super::{Capacity, DescriptorPool, Gate, LimitScope, Limits, Pass, Refused};
 
 const GREEDY: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(198, 51, 100, 1));
 
@@ -21,8 +21,8 @@ fn limits(max_connections: u32, per_source: u32, rate: Option<&str>) -> Limits {
 fn gate(of_service: Limits, of_daemon: Limits, descriptors: usize) -> Arc<Gate> {
     let capacity = Capacity::new(of_daemon, DescriptorPool::new(descriptors));
     let proxies = vec!["203.0.113.0/24".parse().unwrap()];
-    let rooms = Room::of_service(of_service).into_iter().collect();
-    Arc::new(Gate { rooms, capacity, descriptors: 2, proxies, sources: None })
+    let scopes = LimitScope::of_service(of_service).into_iter().collect();
+    Arc::new(Gate { scopes, capacity, descriptors: 2, proxies, sources: None })
 }
 
 /// Passes for as many as are let in, and why the next one is not.
@@ -97,8 +97,8 @@ fn proxies_speak_for_many() {
 fn flows_of_one_source_do_not_drive_out_all_others() {
     let flows = |most: u32, limits| {
         let capacity = Capacity::new(Limits::default(), DescriptorPool::new(1000));
-        let rooms = vec![Room::of_flows(NonZeroU32::new(most).unwrap(), limits)];
-        Arc::new(Gate { rooms, capacity, descriptors: 2, proxies: Vec::new(), sources: None })
+        let scopes = vec![LimitScope::of_flows(NonZeroU32::new(most).unwrap(), limits)];
+        Arc::new(Gate { scopes, capacity, descriptors: 2, proxies: Vec::new(), sources: None })
     };
     // What somebody has set is no share: its oldest flow does not go for a new one.
     for (gate, expected) in [

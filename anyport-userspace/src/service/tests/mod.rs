@@ -16,7 +16,7 @@ use std::{
 
 use tokio::runtime::Runtime;
 
-use super::{Capacity, Commons, DescriptorPool, HandlerKind, Limits, Service, ServiceConfig, Workers};
+use super::{Capacity, DescriptorPool, HandlerKind, Limits, Service, ServiceConfig, SharedContext, Workers};
 use crate::keeper::Link;
 
 const TIMEOUT: Duration = Duration::from_secs(5);
@@ -47,7 +47,7 @@ impl Scene {
 
     fn of(config: ServiceConfig, descriptors: DescriptorPool, loop_guard: fn(SocketAddr, SocketAddr) -> bool) -> Self {
         let workers = Workers::start(NonZeroUsize::new(3).unwrap()).unwrap();
-        let commons = Commons {
+        let commons = SharedContext {
             workers: workers.handles(),
             control: workers.handles().first().clone(),
             capacity: Capacity::new(Limits::default(), descriptors.clone()),
@@ -55,7 +55,7 @@ impl Scene {
             descriptors,
             loop_guard: Arc::new(loop_guard),
             forward_guard: Arc::new(|_, _, _| false),
-            teller: None,
+            publisher: None,
             keeper: Link::default(),
         };
         let service = Service::start(config, &commons).unwrap();

@@ -16,7 +16,7 @@ use tokio::io::unix::AsyncFd;
 use tracing::error;
 
 use crate::{
-    events::{Board, Ears},
+    events::{EventBus, KernelPublisher},
     sys::{self, MappedWords},
 };
 
@@ -33,7 +33,7 @@ pub(super) struct BpfEars {
     subscribers: usize,
     /// Until the first subscriber comes.
     ring: Mutex<Option<RingBuf<MapData>>>,
-    board: Weak<Board>,
+    board: Weak<EventBus>,
 }
 
 impl fmt::Debug for BpfEars {
@@ -49,7 +49,7 @@ impl BpfEars {
         ring: Map,
         control: MappedWords,
         subscribers: usize,
-        board: &Arc<Board>,
+        board: &Arc<EventBus>,
     ) -> anyhow::Result<Self> {
         let Map::RingBuf(ring) = ring else { bail!("the map of events is no ring buffer") };
         let filters = MappedWords::new(filters, SUBSCRIBERS * FILTER_WORDS).context("map the filters into memory")?;
@@ -65,7 +65,7 @@ impl BpfEars {
     }
 }
 
-impl Ears for BpfEars {
+impl KernelPublisher for BpfEars {
     fn set(&self, number: usize, filter: Option<&Filter>) -> anyhow::Result<()> {
         let Some(filter) = filter else {
             self.control.words()[self.subscribers].fetch_and(!(1 << number), SeqCst);
@@ -91,7 +91,7 @@ impl Ears for BpfEars {
 }
 
 /// Hands events on as they come, for as long as there is a board for them.
-async fn deliver(mut ring: AsyncFd<RingBuf<MapData>>, board: Weak<Board>) {
+async fn deliver(mut ring: AsyncFd<RingBuf<MapData>>, board: Weak<EventBus>) {
     loop {
         let mut ready = match ring.readable_mut().await {
             Ok(ready) => ready,

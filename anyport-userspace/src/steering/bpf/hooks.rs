@@ -13,7 +13,7 @@ use super::{
     pins::{PinDirectory, remove_pin},
 };
 use crate::{
-    steering::{BackEnd, Kind, Loss},
+    steering::{BackEnd, Drift, Kind},
     sys,
 };
 
@@ -23,9 +23,9 @@ pub(super) trait Hook: Send + Sync + fmt::Debug {
     /// Keeps the program attached when this process ends. What can't be pinned stays attached as it was.
     fn pin(&mut self, pins: &PinDirectory) -> anyhow::Result<()>;
     /// Attaches where the program should be and never was. Returns what it did about interfaces that came and went.
-    fn refresh(&mut self) -> anyhow::Result<Vec<Loss>>;
+    fn refresh(&mut self) -> anyhow::Result<Vec<Drift>>;
     /// Where the program was attached or pinned, and is not any more.
-    fn lost(&self, pins: &PinDirectory) -> anyhow::Result<Vec<Loss>>;
+    fn lost(&self, pins: &PinDirectory) -> anyhow::Result<Vec<Drift>>;
     /// Forgets that the program was attached where it is not any more, so that [`Self::refresh`] attaches it again.
     fn forget_lost(&mut self) -> anyhow::Result<()>;
     /// Where the program is.
@@ -82,10 +82,10 @@ impl MaybePinned {
     }
 
     /// Why the pin of this name is missing, if it is.
-    pub(super) fn lost_pin(&self, pins: &PinDirectory, name: &str) -> Option<Loss> {
+    pub(super) fn lost_pin(&self, pins: &PinDirectory, name: &str) -> Option<Drift> {
         let path = pins.link(name);
         let is_lost = matches!(self, Self::Yes(_)) && !path.exists();
-        is_lost.then(|| Loss::new(Kind::Pin, format!("the pin {}", path.display())))
+        is_lost.then(|| Drift::new(Kind::Pin, format!("the pin {}", path.display())))
     }
 }
 
@@ -134,7 +134,7 @@ impl Hook for SkLookupHook {
         Ok(())
     }
 
-    fn refresh(&mut self) -> anyhow::Result<Vec<Loss>> {
+    fn refresh(&mut self) -> anyhow::Result<Vec<Drift>> {
         if self.link.is_none() {
             let program: &mut SkLookup = program(&mut self.ebpf, SK_LOOKUP_PROGRAM)?;
             let netns = File::open("/proc/thread-self/ns/net").context("open the network namespace")?;
@@ -148,7 +148,7 @@ impl Hook for SkLookupHook {
         Ok(Vec::new())
     }
 
-    fn lost(&self, pins: &PinDirectory) -> anyhow::Result<Vec<Loss>> {
+    fn lost(&self, pins: &PinDirectory) -> anyhow::Result<Vec<Drift>> {
         let Some(link) = &self.link else { return Ok(vec![detached()]) };
         if !link.is_attached()? {
             return Ok(vec![detached()]);
@@ -178,8 +178,8 @@ impl Hook for SkLookupHook {
     fn leave(self: Box<Self>) {}
 }
 
-fn detached() -> Loss {
-    Loss::new(Kind::Link, "the link of the sk_lookup program to the network namespace")
+fn detached() -> Drift {
+    Drift::new(Kind::Link, "the link of the sk_lookup program to the network namespace")
 }
 
 /// A program that only is to be looked at.

@@ -16,7 +16,7 @@ use bytemuck::{NoUninit, Zeroable};
 
 use super::pins::{NEW, remove_pin};
 use crate::{
-    rules::{Numbered, Prefix, Protocol, Terms},
+    rules::{Prefix, Protocol, RuleRef, RuleSpec},
     steering::Plan,
     sys::{self, MappedWords},
 };
@@ -27,7 +27,7 @@ pub(super) struct Listing {
     rules: Growing,
     ports: Growing,
     /// Where the ranges of terms stand, with the terms themselves, which are known by their place in memory.
-    ranges: HashMap<usize, (Arc<Terms>, u32)>,
+    ranges: HashMap<usize, (Arc<RuleSpec>, u32)>,
     next_range: u32,
 }
 
@@ -58,7 +58,7 @@ impl Listing {
     /// Makes the maps say what the plan says.
     pub(super) fn apply(&mut self, plan: &Plan<'_>) -> anyhow::Result<()> {
         let slots: HashMap<_, _> = plan.services.iter().map(|it| (&it.name, it.slot)).collect();
-        let slot_of = |terms: &Terms| slots.get(&terms.service).copied().unwrap_or_default();
+        let slot_of = |terms: &RuleSpec| slots.get(&terms.service).copied().unwrap_or_default();
         let last = plan.fresh.iter().map(|it| it.end).max().unwrap_or_default();
         let is_new = self.rules.replace_if_less(last)?;
         if is_new || plan.changed.is_none() {
@@ -86,8 +86,8 @@ impl Listing {
         Ok(())
     }
 
-    fn write(&mut self, rule: Numbered<'_>, slot: u16) -> anyhow::Result<()> {
-        let Terms { protocol, ports, except, source, .. } = &**rule.terms;
+    fn write(&mut self, rule: RuleRef<'_>, slot: u16) -> anyhow::Result<()> {
+        let RuleSpec { protocol, ports, except, source, .. } = &**rule.terms;
         let count = ports.ranges().len() + except.ranges().len();
         let (first_port, last_port) = match (ports.ranges().first(), ports.ranges().last()) {
             (Some((first, _)), Some((_, last))) => (*first, *last),
@@ -116,7 +116,7 @@ impl Listing {
     }
 
     /// Where the ranges of these terms stand.
-    fn ranges_of(&mut self, terms: &Arc<Terms>) -> anyhow::Result<u32> {
+    fn ranges_of(&mut self, terms: &Arc<RuleSpec>) -> anyhow::Result<u32> {
         let place = Arc::as_ptr(terms) as usize;
         if let Some((_, at)) = self.ranges.get(&place) {
             return Ok(*at);

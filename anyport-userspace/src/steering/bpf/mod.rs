@@ -48,9 +48,9 @@ use self::{
     table::{BpfTable, SUBSCRIBERS_WORD, map_control},
     tc::TcHook,
 };
-use super::{BackEnd, Decided, Holder, Kind, Loss, Plan, Steering};
+use super::{BackEnd, Decided, Drift, Holder, Kind, Plan, Steering};
 use crate::{
-    events::Board,
+    events::EventBus,
     sys,
     table::{Published, Reader},
 };
@@ -69,7 +69,7 @@ pub struct Options {
     /// Who of this process reads the lookup table.
     pub readers: Arc<Published>,
     /// Who listens to events.
-    pub events: Arc<Board>,
+    pub events: Arc<EventBus>,
 }
 
 /// A BPF back end at work.
@@ -86,7 +86,7 @@ pub struct Bpf {
     /// What was put into the map of sockets.
     held: HashMap<u32, Held>,
     pins: PinDirectory,
-    events: Arc<Board>,
+    events: Arc<EventBus>,
     /// Handles for pinning the maps, each with its name.
     maps: Vec<(&'static str, MapData)>,
     /// Whether that was done.
@@ -205,29 +205,29 @@ impl Steering for Bpf {
         self.listing.apply(plan)
     }
 
-    fn refresh(&mut self) -> anyhow::Result<Vec<Loss>> {
+    fn refresh(&mut self) -> anyhow::Result<Vec<Drift>> {
         let mut news = self.hook.refresh()?;
         if !news.is_empty() {
             self.hook.pin(&self.pins)?;
         }
         let sockets = self.put_back_sockets()?;
         if sockets > 0 {
-            news.push(Loss::new(Kind::Socket, format!("{sockets} sockets in the map sockets")));
+            news.push(Drift::new(Kind::Socket, format!("{sockets} sockets in the map sockets")));
         }
         self.table.trim()?;
         Ok(news)
     }
 
-    fn lost(&mut self) -> anyhow::Result<Vec<Loss>> {
+    fn lost(&mut self) -> anyhow::Result<Vec<Drift>> {
         if !self.is_pinned {
             return Ok(Vec::new());
         }
         let mut lost = self.hook.lost(&self.pins)?;
         let names = self.maps.iter().map(|(name, _)| *name).chain(PINNED_AGAIN);
         let gone = names.map(|name| self.pins.map(name)).filter(|path| !path.exists());
-        lost.extend(gone.map(|path| Loss::new(Kind::Pin, format!("the pin {}", path.display()))));
+        lost.extend(gone.map(|path| Drift::new(Kind::Pin, format!("the pin {}", path.display()))));
         if !self.pins.is_in_place() {
-            lost.push(Loss::new(Kind::Pin, "the directory of the pins"));
+            lost.push(Drift::new(Kind::Pin, "the directory of the pins"));
         }
         Ok(lost)
     }
@@ -253,7 +253,7 @@ impl Steering for Bpf {
         Ok(Some(self.counts.dropped()))
     }
 
-    fn goes_on_with(&self, cookie: u64) -> bool {
+    fn can_adopt(&self, cookie: u64) -> bool {
         self.former.as_ref().is_some_and(|former| former.place_of(cookie).is_some())
     }
 
@@ -262,7 +262,7 @@ impl Steering for Bpf {
         Ok(by_cpu.iter().map(|[unmatched, _]| unmatched).sum())
     }
 
-    fn count_on(&mut self, counted: &[(u32, Counters)]) -> anyhow::Result<()> {
+    fn restore_counters(&mut self, counted: &[(u32, Counters)]) -> anyhow::Result<()> {
         for (number, counters) in counted {
             self.counts.add(*number, *counters);
         }

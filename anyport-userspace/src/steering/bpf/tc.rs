@@ -22,7 +22,7 @@ use super::{
     load::{load_program, needs},
     pins::PinDirectory,
 };
-use crate::steering::{BackEnd, Kind, Loss};
+use crate::steering::{BackEnd, Drift, Kind};
 
 // Of `linux/if_arp.h`, which libc has in part.
 const ARPHRD_RAWIP: u16 = 519;
@@ -141,7 +141,7 @@ impl Hook for TcHook {
     }
 
     /// Attaches to the interfaces that came and forgets those that went.
-    fn refresh(&mut self) -> anyhow::Result<Vec<Loss>> {
+    fn refresh(&mut self) -> anyhow::Result<Vec<Drift>> {
         let wanted: BTreeMap<u32, Interface> = interfaces()?
             .into_iter()
             .filter(|it| self.selected.is_empty() || self.selected.contains(&it.name))
@@ -150,7 +150,7 @@ impl Hook for TcHook {
         let is_gone = |index: &u32, attached: &mut Attached| wanted.get(index) != Some(&attached.interface);
         let mut news = Vec::new();
         for (_, gone) in self.attached.extract_if(.., is_gone) {
-            news.push(Loss::new(Kind::Interface, format!("the interface {} went or is down", gone.interface.name)));
+            news.push(Drift::new(Kind::Interface, format!("the interface {} went or is down", gone.interface.name)));
         }
         let known = mem::take(&mut self.failures);
         for (index, interface) in wanted {
@@ -159,7 +159,7 @@ impl Hook for TcHook {
             }
             match self.attach_to(&interface) {
                 Ok(link) => {
-                    news.push(Loss::new(
+                    news.push(Drift::new(
                         Kind::Interface,
                         format!("the interface {} came and is watched", interface.name),
                     ));
@@ -177,11 +177,11 @@ impl Hook for TcHook {
         Ok(news)
     }
 
-    fn lost(&self, pins: &PinDirectory) -> anyhow::Result<Vec<Loss>> {
+    fn lost(&self, pins: &PinDirectory) -> anyhow::Result<Vec<Drift>> {
         let detached = self.detached()?;
         let lost = self.attached.iter().filter_map(|(index, Attached { interface, link })| {
             if detached.contains(index) {
-                return Some(Loss::new(Kind::Link, format!("the link of the tc program to {}", interface.name)));
+                return Some(Drift::new(Kind::Link, format!("the link of the tc program to {}", interface.name)));
             }
             link.lost_pin(pins, &pin_name(*index))
         });

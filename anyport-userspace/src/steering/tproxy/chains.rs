@@ -21,7 +21,7 @@ use super::{
 use crate::{
     host,
     rules::{Prefix, RuleSet, RuleView},
-    steering::{Kind, Loss, Plan},
+    steering::{Drift, Kind, Plan},
     sys,
 };
 
@@ -55,7 +55,7 @@ struct Look {
     /// What the table showed at the first look.
     shown: Option<Shown>,
     /// What was lost at the last one.
-    lost: Vec<Loss>,
+    lost: Vec<Drift>,
     /// When `nf_tables` had which generation.
     generation: Option<u32>,
     at: Option<Instant>,
@@ -153,7 +153,7 @@ impl Chains {
     }
 
     /// What of our chains and sets others have changed.
-    pub(super) fn lost(&mut self) -> anyhow::Result<Vec<Loss>> {
+    pub(super) fn lost(&mut self) -> anyhow::Result<Vec<Drift>> {
         if !self.is_state_certain || self.state.groups.is_empty() {
             return Ok(Vec::new());
         }
@@ -163,7 +163,7 @@ impl Chains {
             let there = nftables::set_len(name).with_context(|| format!("look at the set {name}"))?;
             if there.map(|there| there as usize) != Some(*len) {
                 let there = there.map_or_else(|| "none".to_owned(), |there| there.to_string());
-                lost.push(Loss::new(
+                lost.push(Drift::new(
                     Kind::Set,
                     format!("what was in the set {name} ({there} of {len} prefixes are there)"),
                 ));
@@ -179,7 +179,7 @@ impl Chains {
     }
 
     /// Shows the table only if anything may have changed: `nf_tables` numbers its changes; the legacy tables do not.
-    fn lost_lines(&mut self) -> anyhow::Result<Vec<Loss>> {
+    fn lost_lines(&mut self) -> anyhow::Result<Vec<Drift>> {
         let generation = if self.table.is_legacy {
             None
         } else {
@@ -202,8 +202,9 @@ impl Chains {
             self.look.shown = None;
         }
         let family = self.family;
-        let lost =
-            changed.into_iter().map(|what| Loss::new(Kind::Chain, format!("{what} of {family:?} in the table mangle")));
+        let lost = changed
+            .into_iter()
+            .map(|what| Drift::new(Kind::Chain, format!("{what} of {family:?} in the table mangle")));
         self.look.lost = lost.collect();
         self.look.generation = generation;
         self.look.at = Some(Instant::now());
@@ -317,7 +318,7 @@ impl Chains {
     }
 
     /// Adds what was counted before we were at work.
-    pub(super) fn count_on(&mut self, rule: u32, counters: &Counters) {
+    pub(super) fn restore_counters(&mut self, rule: u32, counters: &Counters) {
         self.counted.add_counters(rule, counters);
     }
 

@@ -9,7 +9,7 @@ use super::{
     Tproxy,
     chains::Chains,
     groups::number,
-    lines::{self, COMMENT, Verdict},
+    lines::{self, COMMENT, LineTarget},
     sets,
     table::{self, UNMATCHED},
 };
@@ -19,7 +19,7 @@ use crate::rules::{Prefix, from_address};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Live {
     /// What becomes of it; nothing if no line speaks of it.
-    pub(super) verdict: Option<Verdict>,
+    pub(super) verdict: Option<LineTarget>,
     /// The number of the rule by which that is so.
     pub(super) rule: Option<u32>,
 }
@@ -62,7 +62,7 @@ struct LiveLine {
     transport: Option<Transport>,
     ports: Option<Vec<(u16, u16)>>,
     rule: Option<u32>,
-    verdict: Verdict,
+    verdict: LineTarget,
 }
 
 impl LiveLine {
@@ -102,9 +102,9 @@ impl LiveLine {
             }
         }
         let verdict = match (target, to_ip.zip(to_port)) {
-            (Some("TPROXY"), Some((ip, port))) => Verdict::Tproxy(SocketAddr::new(ip, port)),
-            (Some("DROP"), _) => Verdict::Drop,
-            (Some("RETURN"), _) => Verdict::Return,
+            (Some("TPROXY"), Some((ip, port))) => LineTarget::Tproxy(SocketAddr::new(ip, port)),
+            (Some("DROP"), _) => LineTarget::Drop,
+            (Some("RETURN"), _) => LineTarget::Return,
             _ => bail!("it has no target of ours"),
         };
         Ok(Self { source, destination, set, transport, ports, rule, verdict })
@@ -136,7 +136,7 @@ fn read_ports(text: &str) -> anyhow::Result<Vec<(u16, u16)>> {
 
 #[cfg(test)]
 mod tests {
-    use super::{LiveLine, Transport, Verdict};
+    use super::{LineTarget, LiveLine, Transport};
 
     #[test]
     fn lines_are_read_as_iptables_shows_them() {
@@ -151,7 +151,7 @@ mod tests {
             transport: Some(Transport::Udp),
             ports: Some(vec![(7, 7), (9, 10)]),
             rule: Some(7),
-            verdict: Verdict::Tproxy("127.0.0.1:99".parse().unwrap()),
+            verdict: LineTarget::Tproxy("127.0.0.1:99".parse().unwrap()),
         };
         assert_eq!(line.unwrap(), expected);
         let line =
@@ -163,7 +163,7 @@ mod tests {
             transport: Some(Transport::Tcp),
             ports: Some(vec![(22, 22)]),
             rule: None,
-            verdict: Verdict::Return,
+            verdict: LineTarget::Return,
         };
         assert_eq!(line.unwrap(), expected);
     }

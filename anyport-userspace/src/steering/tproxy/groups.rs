@@ -9,9 +9,9 @@ use std::{
 
 use anyport_common::flow::{Flow, Transport};
 
-use super::lines::{Family, Verdict};
+use super::lines::{Family, LineTarget};
 use crate::{
-    rules::{Prefix, PrefixRules, RuleView, ServiceName, Terms, to_address},
+    rules::{Prefix, PrefixRules, RuleSpec, RuleView, ServiceName, to_address},
     steering::ServiceSockets,
 };
 
@@ -22,7 +22,7 @@ pub(super) const FEW: usize = 8;
 #[derive(Clone, Debug)]
 pub(super) struct Key {
     pub(super) len: u8,
-    pub(super) terms: Arc<Terms>,
+    pub(super) terms: Arc<RuleSpec>,
     pub(super) effect: Effect,
 }
 
@@ -68,16 +68,16 @@ impl Prefixes {
 }
 
 pub(super) type Groups = BTreeMap<Key, Group>;
-pub(super) type Verdicts = Vec<(Transport, Verdict)>;
+pub(super) type Verdicts = Vec<(Transport, LineTarget)>;
 
 impl Key {
     /// Whether a rule of such a prefix belongs to the group. Rules that differ only in their route do so alike.
-    pub(super) fn is_of(&self, terms: &Arc<Terms>) -> bool {
+    pub(super) fn is_of(&self, terms: &Arc<RuleSpec>) -> bool {
         is_same(&self.terms, terms)
     }
 }
 
-fn is_same(a: &Arc<Terms>, b: &Arc<Terms>) -> bool {
+fn is_same(a: &Arc<RuleSpec>, b: &Arc<RuleSpec>) -> bool {
     Arc::ptr_eq(a, b) || a.precedence() == b.precedence()
 }
 
@@ -111,31 +111,31 @@ impl Eq for Key {}
 
 /// What becomes of what is steered to each service, in one family.
 #[derive(Debug)]
-pub(super) struct Sockets<'a>(HashMap<&'a ServiceName, [Verdict; 2]>);
+pub(super) struct Sockets<'a>(HashMap<&'a ServiceName, [LineTarget; 2]>);
 
 impl<'a> Sockets<'a> {
     pub(super) fn of(services: &'a [ServiceSockets], family: Family) -> Self {
         let verdict = |service: &ServiceSockets, transport| {
             let address = to_address(family.loopback());
             let offset = Flow { source: address, address, transport, port: 0 }.socket_offset();
-            Verdict::of(service.groups[offset as usize].as_ref(), family)
+            LineTarget::of(service.groups[offset as usize].as_ref(), family)
         };
         let verdicts = |service| Transport::ALL.map(|transport| verdict(service, transport));
         Self(services.iter().map(|service| (&service.name, verdicts(service))).collect())
     }
 
     /// What becomes of the packets of a rule, of each transport by which it has this effect.
-    pub(super) fn verdicts(&self, terms: &Terms, effect: Effect) -> anyhow::Result<Verdicts> {
+    pub(super) fn verdicts(&self, terms: &RuleSpec, effect: Effect) -> anyhow::Result<Verdicts> {
         let Some(by_transport) = self.0.get(&terms.service) else {
             anyhow::bail!("the plan has no service {}", terms.service);
         };
         let verdicts = Transport::ALL.into_iter().zip(*by_transport);
         let of_terms = verdicts.filter(|(transport, _)| terms.protocol.transports().contains(transport));
-        Ok(of_terms.filter(|(_, verdict)| (*verdict == Verdict::Drop) == (effect == Effect::Drop)).collect())
+        Ok(of_terms.filter(|(_, verdict)| (*verdict == LineTarget::Drop) == (effect == Effect::Drop)).collect())
     }
 
     /// The groups to which a rule belongs.
-    pub(super) fn keys(&self, len: u8, terms: &Arc<Terms>) -> anyhow::Result<Vec<(Key, Verdicts)>> {
+    pub(super) fn keys(&self, len: u8, terms: &Arc<RuleSpec>) -> anyhow::Result<Vec<(Key, Verdicts)>> {
         let mut keys = Vec::with_capacity(1);
         for effect in [Effect::Steer, Effect::Drop] {
             let verdicts = self.verdicts(terms, effect)?;
@@ -156,7 +156,7 @@ pub(super) fn sort(
     let mut groups: Vec<(Key, Verdicts, Vec<Prefix>)> = Vec::new();
     let mut positions: BTreeMap<Key, usize> = BTreeMap::new();
     // Most rules say what the one before them said.
-    let mut last: Option<(u8, Arc<Terms>, Vec<usize>)> = None;
+    let mut last: Option<(u8, Arc<RuleSpec>, Vec<usize>)> = None;
     for (prefix, of_prefix) in rules.within(family.everything()) {
         for held in of_prefix {
             let is_as_before =

@@ -42,7 +42,7 @@ impl Family {
 
 /// What a line does with the packets that it matches.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) enum Verdict {
+pub(super) enum LineTarget {
     /// Leaves them to the host.
     Return,
     /// Gives them to the socket that is bound there.
@@ -51,7 +51,7 @@ pub(super) enum Verdict {
     Drop,
 }
 
-impl Verdict {
+impl LineTarget {
     /// What becomes of what is steered to this socket.
     pub(super) fn of(socket: Option<&GroupSocket>, family: Family) -> Self {
         match socket {
@@ -81,7 +81,7 @@ pub(super) struct Line {
     pub(super) source: Option<Prefix>,
     pub(super) transport: Transport,
     pub(super) ports: Vec<(u16, u16)>,
-    pub(super) verdict: Verdict,
+    pub(super) verdict: LineTarget,
 }
 
 impl Line {
@@ -130,15 +130,15 @@ impl fmt::Display for Line {
             Destination::Prefix(_, None) => {}
             Destination::Set(set) => {
                 write!(f, " -m set --match-set {set} dst")?;
-                if *verdict == Verdict::Return {
+                if *verdict == LineTarget::Return {
                     f.write_str(" ! --update-counters")?;
                 }
             }
         }
         match verdict {
-            Verdict::Return => f.write_str(" -j RETURN"),
-            Verdict::Drop => f.write_str(" -j DROP"),
-            Verdict::Tproxy(to) => write!(f, " -j TPROXY --on-ip {} --on-port {}", to.ip(), to.port()),
+            LineTarget::Return => f.write_str(" -j RETURN"),
+            LineTarget::Drop => f.write_str(" -j DROP"),
+            LineTarget::Tproxy(to) => write!(f, " -j TPROXY --on-ip {} --on-port {}", to.ip(), to.port()),
         }
     }
 }
@@ -162,7 +162,7 @@ pub(super) fn of_group(key: &Key, verdicts: &Verdicts, prefixes: &Prefixes, rule
     let mut lines = Vec::new();
     for destination in destinations {
         for (transport, verdict) in verdicts {
-            let excepted = excepted.iter().map(|ports| (ports, Verdict::Return));
+            let excepted = excepted.iter().map(|ports| (ports, LineTarget::Return));
             let steered = steered.iter().map(|ports| (ports, *verdict));
             lines.extend(excepted.chain(steered).map(|(ports, verdict)| Line {
                 destination: destination.clone(),

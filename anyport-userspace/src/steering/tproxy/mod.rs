@@ -23,10 +23,10 @@ use self::{
     chains::Chains,
     counted::Counted,
     explain::Live,
-    lines::{Family, Verdict},
+    lines::{Family, LineTarget},
     table::Table,
 };
-use super::{BackEnd, Decided, Fate, Loss, Plan, Steering};
+use super::{BackEnd, Decided, Drift, Fate, Plan, Steering};
 use crate::rules::{Change, Prefix, RuleSet, RuleView};
 
 /// Up to here a change is always carried out as such; a larger one only if it leaves more as it is than it changes.
@@ -90,7 +90,7 @@ impl Steering for Tproxy {
         Ok(())
     }
 
-    fn refresh(&mut self) -> anyhow::Result<Vec<Loss>> {
+    fn refresh(&mut self) -> anyhow::Result<Vec<Drift>> {
         if self.is_in_force {
             for chains in std::iter::once(&mut self.v4).chain(&mut self.v6) {
                 chains.refresh(&self.rules)?;
@@ -99,7 +99,7 @@ impl Steering for Tproxy {
         Ok(Vec::new())
     }
 
-    fn lost(&mut self) -> anyhow::Result<Vec<Loss>> {
+    fn lost(&mut self) -> anyhow::Result<Vec<Drift>> {
         let mut lost = Vec::new();
         if self.is_in_force {
             for chains in std::iter::once(&mut self.v4).chain(&mut self.v6) {
@@ -125,7 +125,7 @@ impl Steering for Tproxy {
         Ok(Box::new(move |number| counted.rules.get(&number).copied().unwrap_or_default()))
     }
 
-    fn goes_on_with(&self, _cookie: u64) -> bool {
+    fn can_adopt(&self, _cookie: u64) -> bool {
         // Sockets are looked for by their addresses, and stay transparent.
         true
     }
@@ -134,9 +134,9 @@ impl Steering for Tproxy {
         self.chains().map(|chains| Ok(chains.counted_by_lines()?.unmatched)).sum()
     }
 
-    fn count_on(&mut self, counted: &[(u32, Counters)]) -> anyhow::Result<()> {
+    fn restore_counters(&mut self, counted: &[(u32, Counters)]) -> anyhow::Result<()> {
         for (number, counters) in counted {
-            self.v4.count_on(*number, counters);
+            self.v4.restore_counters(*number, counters);
         }
         Ok(())
     }
@@ -144,9 +144,9 @@ impl Steering for Tproxy {
     fn decide(&self, flow: &Flow) -> anyhow::Result<Decided> {
         let Live { verdict, rule } = self.decide_live(flow)?;
         let (fate, bound) = match verdict {
-            Some(Verdict::Tproxy(bound)) => (Fate::Steer, Some(bound)),
-            Some(Verdict::Return) => (Fate::Host, None),
-            Some(Verdict::Drop) => (Fate::Drop, None),
+            Some(LineTarget::Tproxy(bound)) => (Fate::Steer, Some(bound)),
+            Some(LineTarget::Return) => (Fate::Host, None),
+            Some(LineTarget::Drop) => (Fate::Drop, None),
             None => (Fate::Unmatched, None),
         };
         Ok(Decided { fate, rule, cookie: None, bound, generation: None })

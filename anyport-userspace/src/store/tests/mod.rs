@@ -8,7 +8,7 @@ use anyport_common::maps::Counters;
 
 use self::simulated::Simulated;
 use super::{FleetState, KeptFleet, KeptSocket, Line, State, Store};
-use crate::rules::{Origin, RuleText, Terms};
+use crate::rules::{Origin, RuleSpec, RuleText};
 
 #[test]
 fn keeps_what_was_saved() {
@@ -52,7 +52,7 @@ fn counters_are_kept() {
     let (store, _) = Store::open(directory.path()).unwrap();
     let prefix = "192.0.2.0/24".parse().unwrap();
     let counters = Counters { steered: 7, no_socket: 8, assign_error: 9, denied: 10 };
-    let terms = Terms { except: "22".parse().unwrap(), ..Terms::default() };
+    let terms = RuleSpec { except: "22".parse().unwrap(), ..RuleSpec::default() };
     store.save_counters([(prefix, Arc::new(terms.clone()), counters)].into_iter()).unwrap();
     assert_eq!(store.counters()[&prefix], [(Arc::new(terms), counters)]);
     store.save_counters(std::iter::empty()).unwrap();

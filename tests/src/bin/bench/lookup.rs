@@ -11,7 +11,7 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 use anyport::{
-    rules::{Prefix, Protocol, Terms},
+    rules::{Prefix, Protocol, RuleSpec},
     sys::bpf::run_sk_lookup,
 };
 use anyport_common::flow::Transport;
@@ -191,9 +191,9 @@ fn plot(rows: &[Row], path: &Path) -> Result<()> {
 }
 
 fn measure(space: Space, has_ports: bool, prefixes: &[Prefix], rounds: usize, random: &mut Random) -> Result<Row> {
-    let mut terms = Terms { protocol: Protocol::Both, route: false, ..Terms::default() };
+    let mut terms = RuleSpec { protocol: Protocol::Both, route: false, ..RuleSpec::default() };
     if has_ports {
-        terms = Terms { protocol: Protocol::Tcp, ports: PORTS.parse()?, except: EXCEPT.parse()?, ..terms };
+        terms = RuleSpec { protocol: Protocol::Tcp, ports: PORTS.parse()?, except: EXCEPT.parse()?, ..terms };
     }
     let rules = Rules { space, prefixes: prefixes.to_vec(), terms: Arc::new(terms) };
     let is_too_large = rules.trie_ports().len() * prefixes.len() > TRIE_ENTRIES;

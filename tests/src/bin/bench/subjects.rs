@@ -11,7 +11,7 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 use anyport::{
-    rules::{Change, Origin, Prefix, PrefixRules, Rule, RuleSet, ServiceName, Terms},
+    rules::{Change, Origin, Prefix, PrefixRules, Rule, RuleSet, RuleSpec, ServiceName},
     steering::{
         BackEnd, GroupSocket, Holder, Plan, ServiceSockets, Steering,
         bpf::{Bpf, Options},
@@ -42,13 +42,13 @@ const BEFORE_ADDRESS: u32 = 8 + 16;
 pub(crate) struct Rules {
     pub(crate) space: Space,
     pub(crate) prefixes: Vec<Prefix>,
-    pub(crate) terms: Arc<Terms>,
+    pub(crate) terms: Arc<RuleSpec>,
 }
 
 impl Rules {
     /// The ports by which a trie has to know each prefix: 0 stands for all of them.
     pub(crate) fn trie_ports(&self) -> Vec<u16> {
-        let Terms { ports, except, .. } = &*self.terms;
+        let RuleSpec { ports, except, .. } = &*self.terms;
         if ports.count() >= 65_535 {
             return vec![0];
         }

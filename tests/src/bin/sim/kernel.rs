@@ -11,7 +11,7 @@ use anyport::{
     engine::Simulation,
     routes::{Holder, Local},
     rules::Prefix,
-    steering::{BackEnd, Decided, Loss, Plan, Steering},
+    steering::{BackEnd, Decided, Drift, Plan, Steering},
 };
 use anyport_common::{flow::Flow, maps::Counters};
 
@@ -38,7 +38,7 @@ impl Steering for Idle {
         Ok(())
     }
 
-    fn lost(&mut self) -> Result<Vec<Loss>> {
+    fn lost(&mut self) -> Result<Vec<Drift>> {
         Ok(Vec::new())
     }
 
@@ -50,7 +50,7 @@ impl Steering for Idle {
         Ok(Box::new(|_| Counters::default()))
     }
 
-    fn goes_on_with(&self, _cookie: u64) -> bool {
+    fn can_adopt(&self, _cookie: u64) -> bool {
         false
     }
 
@@ -58,7 +58,7 @@ impl Steering for Idle {
         Ok(0)
     }
 
-    fn count_on(&mut self, _counted: &[(u32, Counters)]) -> Result<()> {
+    fn restore_counters(&mut self, _counted: &[(u32, Counters)]) -> Result<()> {
         Ok(())
     }
 

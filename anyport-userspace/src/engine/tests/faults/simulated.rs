@@ -13,8 +13,8 @@ use anyport_common::{
 
 use crate::{
     routes::{Holder, Local},
-    rules::{Prefix, Terms},
-    steering::{BackEnd, Decided, Kind, Loss, Plan, Steering},
+    rules::{Prefix, RuleSpec},
+    steering::{BackEnd, Decided, Drift, Kind, Plan, Steering},
 };
 
 /// As good as it has to be, and the same for each seed (`SplitMix64`).
@@ -51,7 +51,7 @@ pub(super) enum Fault {
     After,
 }
 
-pub(in crate::engine) type Numbered = (u32, Terms);
+pub(in crate::engine) type Numbered = (u32, RuleSpec);
 
 /// What the kernel holds.
 #[derive(Debug)]
@@ -139,7 +139,7 @@ impl Simulated {
 
 fn numbered(plan: &Plan<'_>, prefix: &Prefix) -> Vec<Numbered> {
     let rules = plan.rules.of_prefix(prefix).into_iter().flat_map(|rules| rules.numbered(*prefix));
-    rules.map(|rule| (rule.number, Terms::clone(rule.terms))).collect()
+    rules.map(|rule| (rule.number, RuleSpec::clone(rule.terms))).collect()
 }
 
 fn cookies(services: &[crate::steering::ServiceSockets]) -> BTreeMap<u32, u64> {
@@ -196,7 +196,7 @@ impl Steering for Simulated {
         Ok(())
     }
 
-    fn lost(&mut self) -> anyhow::Result<Vec<Loss>> {
+    fn lost(&mut self) -> anyhow::Result<Vec<Drift>> {
         let Some(rules) = &self.rules else { return Ok(Vec::new()) };
         let (is_same, has_sockets, is_attached) = self.fallibly(|| {
             let world = open(&self.world);
@@ -206,7 +206,7 @@ impl Steering for Simulated {
         Ok(all
             .into_iter()
             .filter(|(is_there, _)| !is_there)
-            .map(|(_, kind)| Loss::new(kind, kind.to_string()))
+            .map(|(_, kind)| Drift::new(kind, kind.to_string()))
             .collect())
     }
 
@@ -224,7 +224,7 @@ impl Steering for Simulated {
         self.fallibly(|| Box::new(|_| Counters::default()) as _)
     }
 
-    fn goes_on_with(&self, _cookie: u64) -> bool {
+    fn can_adopt(&self, _cookie: u64) -> bool {
         false
     }
 
@@ -232,7 +232,7 @@ impl Steering for Simulated {
         Ok(0)
     }
 
-    fn count_on(&mut self, _counted: &[(u32, Counters)]) -> anyhow::Result<()> {
+    fn restore_counters(&mut self, _counted: &[(u32, Counters)]) -> anyhow::Result<()> {
         self.fallibly(|| ())
     }
 

@@ -10,7 +10,7 @@ use crate::{
     steering::{
         ServiceSockets,
         tproxy::{
-            lines::{Family, Verdict},
+            lines::{Family, LineTarget},
             tests::fixtures::{
                 FAMILIES, Model, Packet, expected, numbered, packets, rule, rule_set, service, services, some_change,
                 target,
@@ -45,7 +45,7 @@ fn way(
 
 /// Everything that a packet may meet which is on its way while the kernel goes through these states. It keeps to the
 /// lines that it began with and sees each set as it is when it comes there.
-fn possible_verdicts(states: &[Model], packet: Packet) -> HashSet<Option<Verdict>> {
+fn possible_verdicts(states: &[Model], packet: Packet) -> HashSet<Option<LineTarget>> {
     let mut verdicts = HashSet::new();
     for (start, first) in states.iter().enumerate() {
         if start > 0 && states[start - 1].lines == first.lines {
@@ -73,8 +73,8 @@ fn walk(
     mut model: Model,
     way: &Way,
     family: Family,
-    before: &dyn Fn(Packet) -> Option<Verdict>,
-    after: &dyn Fn(Packet) -> Option<Verdict>,
+    before: &dyn Fn(Packet) -> Option<LineTarget>,
+    after: &dyn Fn(Packet) -> Option<LineTarget>,
 ) -> Model {
     let mut states = vec![model.clone()];
     let check = |states: &[Model]| {

@@ -17,7 +17,7 @@ use crate::{
         tproxy::{
             change::{self, State, Step, Target, Way},
             groups::{self, Sockets},
-            lines::{Destination, Family, Line, Verdict},
+            lines::{Destination, Family, Line, LineTarget},
         },
     },
 };
@@ -177,7 +177,7 @@ impl Model {
         state: &State,
         rules: &RuleSet,
         packet: Packet,
-    ) -> Option<(u32, Verdict)> {
+    ) -> Option<(u32, LineTarget)> {
         let line = self.lines.iter().find(|line| self.matches(line, packet))?;
         let number = match &line.destination {
             Destination::Prefix(_, number) => number.unwrap(),
@@ -195,16 +195,16 @@ pub(in crate::steering::tproxy) fn expected(
     rules: &RuleSet,
     services: &[ServiceSockets],
     packet: Packet,
-) -> Option<(u32, Verdict)> {
+) -> Option<(u32, LineTarget)> {
     let (source, address, transport, port) = packet;
     match decide(rules, address, transport, port, source) {
         Decision::Unmatched => None,
-        Decision::Host(rule) => Some((rule.number, Verdict::Return)),
+        Decision::Host(rule) => Some((rule.number, LineTarget::Return)),
         Decision::Steer(rule) => {
             let service = services.iter().find(|it| it.name == rule.terms.service).unwrap();
             let offset = usize::from(!address.is_ipv4()) * 2 + usize::from(transport == Transport::Udp);
             let family = if address.is_ipv4() { Family::V4 } else { Family::V6 };
-            Some((rule.number, Verdict::of(service.groups[offset].as_ref(), family)))
+            Some((rule.number, LineTarget::of(service.groups[offset].as_ref(), family)))
         }
     }
 }

@@ -26,7 +26,7 @@ use anyport_common::{
 };
 
 use self::fixtures::{rule, rule_set};
-use super::{Tproxy, lines::Verdict, remove_leftovers};
+use super::{Tproxy, lines::LineTarget, remove_leftovers};
 use crate::{
     rules::{Prefix, Protocol, RuleSet, ServiceName, to_address},
     steering::{GroupSocket, Holder, Plan, ServiceSockets, Steering},
@@ -326,7 +326,7 @@ fn spares_connections_and_wins_over_waiting_sockets() {
     exchange("without rules");
 }
 
-fn explain(tproxy: &Tproxy, transport: Transport, to: &str) -> (Option<Verdict>, Option<u32>) {
+fn explain(tproxy: &Tproxy, transport: Transport, to: &str) -> (Option<LineTarget>, Option<u32>) {
     let to: SocketAddr = to.parse().unwrap();
     let source: IpAddr = if to.is_ipv4() { "198.51.100.2" } else { "2001:db8:1::2" }.parse().unwrap();
     let flow = Flow { source: to_address(source), address: to_address(to.ip()), transport, port: to.port() };
@@ -386,11 +386,11 @@ fn many_prefixes_go_through_sets() {
         assert!(tproxy.unmatched().unwrap() >= 2, "192.0.2.20:80 and its like");
 
         let tcp = |address| explain(&tproxy, Transport::Tcp, address);
-        let to = |offset: usize| Some(Verdict::Tproxy(service.sockets.groups[offset].as_ref().unwrap().bound));
+        let to = |offset: usize| Some(LineTarget::Tproxy(service.sockets.groups[offset].as_ref().unwrap().bound));
         let (v4, v6) = (to(0), to(2));
         assert_eq!(tcp("192.0.2.3:22"), (v4, Some(at_3)));
         assert_eq!(tcp("192.0.2.3:80"), (v4, Some(at_3 + 1)));
-        assert_eq!(tcp("192.0.2.19:22"), (Some(Verdict::Return), Some(at_19)));
+        assert_eq!(tcp("192.0.2.19:22"), (Some(LineTarget::Return), Some(at_19)));
         assert_eq!(tcp("192.0.2.20:7"), (v4, Some(around)));
         assert_eq!(tcp("192.0.2.20:8"), (None, None));
         assert_eq!(tcp("[2001:db8::13]:80"), (v6, Some(six)));
@@ -399,7 +399,7 @@ fn many_prefixes_go_through_sets() {
         // What is made anew counts on, as do numbers that move, and nothing else does.
         tproxy.apply(&rules.all()).unwrap();
         assert_eq!(steered(&tproxy), [1, 1, 0, 2, 1, 1]);
-        tproxy.count_on(&[(at_19, Counters { steered: 5, ..Counters::default() })]).unwrap();
+        tproxy.restore_counters(&[(at_19, Counters { steered: 5, ..Counters::default() })]).unwrap();
         let (fresh, moved) = ([at_3..at_3 + 1, 1000..2000], [(at_19, around), (around, at_19)]);
         tproxy.apply(&Plan { fresh: &fresh, moved: &moved, ..rules.all() }).unwrap();
         assert_eq!(steered(&tproxy), [0, 1, 0, 1, 7, 1]);

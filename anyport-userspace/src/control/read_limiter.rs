@@ -14,9 +14,9 @@ const REST: u32 = 3;
 
 /// Turns of all readers together.
 #[derive(Clone, Debug)]
-pub(super) struct Turns(Arc<Semaphore>);
+pub(super) struct ReadLimiter(Arc<Semaphore>);
 
-impl Turns {
+impl ReadLimiter {
     pub(super) fn new() -> Self {
         Self(Arc::new(Semaphore::new(AT_ONCE)))
     }
@@ -53,24 +53,24 @@ mod tests {
     use futures_util::future::join_all;
     use tokio::time::{sleep, timeout};
 
-    use super::{AT_ONCE, REST, Turns};
+    use super::{AT_ONCE, REST, ReadLimiter};
 
     #[tokio::test]
     async fn answers_have_a_part_of_the_time() {
         const ROUNDS: u32 = 4;
-        let (turns, each) = (Turns::new(), Duration::from_millis(10));
+        let (read_limiter, each) = (ReadLimiter::new(), Duration::from_millis(10));
         let began = Instant::now();
         let rounds = (0..ROUNDS).flat_map(|_| 0..AT_ONCE);
-        join_all(rounds.map(|_| turns.take(async { sleep(each).await }))).await;
+        join_all(rounds.map(|_| read_limiter.take(async { sleep(each).await }))).await;
         assert!(began.elapsed() >= each * ((ROUNDS - 1) * (1 + REST) + 1), "{:?}", began.elapsed());
     }
 
     #[tokio::test]
     async fn who_goes_away_in_the_middle_rests_too() {
-        let (turns, each) = (Turns::new(), Duration::from_millis(20));
+        let (read_limiter, each) = (ReadLimiter::new(), Duration::from_millis(20));
         let began = Instant::now();
-        join_all((0..AT_ONCE).map(|_| timeout(each, turns.take(sleep(Duration::from_hours(1)))))).await;
-        turns.take(async {}).await;
+        join_all((0..AT_ONCE).map(|_| timeout(each, read_limiter.take(sleep(Duration::from_hours(1)))))).await;
+        read_limiter.take(async {}).await;
         assert!(began.elapsed() >= each * (1 + REST), "{:?}", began.elapsed());
     }
 }

@@ -37,7 +37,7 @@ const UNCOUNTED: u64 = 1 << 20;
 
 /// A conversation with one client.
 #[derive(Debug)]
-pub(super) struct Talk {
+pub(super) struct BuiltinHandler {
     stream: Stream,
     /// What the client has not taken yet.
     kept: Box<[u8]>,
@@ -58,7 +58,7 @@ pub(super) struct Talk {
 /// What a conversation wants next, or how it has ended.
 type Step = Result<Next, io::Result<()>>;
 
-impl Talk {
+impl BuiltinHandler {
     pub(super) fn new(config: &ServiceConfig, socket: Socket, ends: Ends) -> Self {
         let kept = match config.handler {
             HandlerKind::Hello => Line::hello(ends.client, ends.dialled, Transport::Tcp).as_bytes().into(),
@@ -98,8 +98,8 @@ impl Talk {
     fn try_advance(&mut self, kind: HandlerKind, cx: &mut Context<'_>, event: Event) -> Step {
         match event {
             Event::Ready(_, flags) => self.stream.note(flags),
-            Event::Due => self.look(kind, cx)?,
-            Event::Start | Event::Turn => {}
+            Event::TimerExpired => self.look(kind, cx)?,
+            Event::Start | Event::Rescheduled => {}
         }
         let next = self.speak(kind, cx)?;
         if matches!(event, Event::Start) {
@@ -128,7 +128,7 @@ impl Talk {
                 return Err(Ok(()));
             }
         }
-        Ok(Next::Turn)
+        Ok(Next::Reschedule)
     }
 
     /// Whether the client has taken all that there is for it.
@@ -202,17 +202,17 @@ mod tests {
 
     use nix::sys::epoll::EpollTimeout;
 
-    use super::{Context, Ends, Event, HandlerKind, Next, ServiceConfig, Talk, Traffic};
+    use super::{BuiltinHandler, Context, Ends, Event, HandlerKind, Next, ServiceConfig, Traffic};
     use crate::service::event_loop::{EventLoop, Machine};
 
     const INTERVAL: Duration = Duration::from_millis(200);
 
-    struct Speaker(Talk, Sender<io::Result<()>>);
+    struct Speaker(BuiltinHandler, Sender<io::Result<()>>);
 
     impl Machine for Speaker {
         fn advance(&mut self, cx: &mut Context<'_>, event: Event) -> Next {
-            let Self(talk, ended) = self;
-            talk.advance(HandlerKind::Echo, cx, event, &Traffic::default()).unwrap_or_else(|end| {
+            let Self(builtin, ended) = self;
+            builtin.advance(HandlerKind::Echo, cx, event, &Traffic::default()).unwrap_or_else(|end| {
                 ended.send(end).unwrap();
                 Next::Close
             })
@@ -227,11 +227,11 @@ mod tests {
         accepted.set_nonblocking(true).unwrap();
         let ends = Ends { client: client.local_addr().unwrap(), dialled: client.peer_addr().unwrap() };
         let config = ServiceConfig::new("test".parse().unwrap(), HandlerKind::Echo);
-        let talk = Talk { interval: INTERVAL, ..Talk::new(&config, accepted.into(), ends) };
+        let builtin = BuiltinHandler { interval: INTERVAL, ..BuiltinHandler::new(&config, accepted.into(), ends) };
         let (sender, ended) = channel();
         thread::spawn(move || {
             let mut events = EventLoop::new().unwrap();
-            events.start(Speaker(talk, sender));
+            events.start(Speaker(builtin, sender));
             while !events.is_empty() {
                 events.turn(EpollTimeout::from(5_u8)).unwrap();
             }

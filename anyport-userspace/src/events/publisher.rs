@@ -9,19 +9,19 @@ use anyport_common::{
 };
 use nix::time::{ClockId, clock_gettime};
 
-use super::Board;
+use super::EventBus;
 use crate::{datagram::Ends, rules::to_address, table::Published};
 
 /// Tells what arrives at a service.
 #[derive(Clone, Debug)]
-pub struct Teller {
-    board: Arc<Board>,
+pub struct EventPublisher {
+    board: Arc<EventBus>,
     rules: Arc<Published>,
 }
 
-impl Teller {
+impl EventPublisher {
     /// One that asks these rules which of them was the reason.
-    pub fn new(board: Arc<Board>, rules: Arc<Published>) -> Self {
+    pub fn new(board: Arc<EventBus>, rules: Arc<Published>) -> Self {
         Self { board, rules }
     }
 

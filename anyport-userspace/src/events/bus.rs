@@ -20,7 +20,7 @@ const WAITING: usize = 4096;
 const NO_SLOT: u32 = u32::MAX;
 
 /// What tells events in the kernel.
-pub trait Ears: fmt::Debug + Send + Sync {
+pub trait KernelPublisher: fmt::Debug + Send + Sync {
     /// Has it tell what this filter wants to the listener with this number, or nothing any more.
     ///
     /// # Errors
@@ -33,7 +33,7 @@ pub trait Ears: fmt::Debug + Send + Sync {
 
 /// Who listens: at most [`SUBSCRIBERS`] at a time.
 #[derive(Debug)]
-pub struct Board {
+pub struct EventBus {
     inner: Mutex<Inner>,
     /// Which places are taken, a bit each.
     taken: AtomicU32,
@@ -45,7 +45,7 @@ pub struct Board {
 struct Inner {
     places: [Option<Place>; SUBSCRIBERS],
     /// Without, events are made by this process.
-    ears: Option<Arc<dyn Ears>>,
+    kernel: Option<Arc<dyn KernelPublisher>>,
 }
 
 #[derive(Debug)]
@@ -59,33 +59,33 @@ struct Place {
 /// All places are taken.
 #[derive(Debug, thiserror::Error)]
 #[error("{SUBSCRIBERS} others listen already, which is the limit")]
-pub struct NoRoom;
+pub struct TooManySubscribers;
 
 /// Hears events until it is dropped.
 #[derive(Debug)]
-pub struct Listener {
-    board: Arc<Board>,
+pub struct Subscriber {
+    board: Arc<EventBus>,
     number: usize,
     events: mpsc::Receiver<Event>,
     /// How many of the missed ones were told.
     told: u64,
 }
 
-impl Default for Board {
+impl Default for EventBus {
     fn default() -> Self {
         let recent = (0..RECENT).map(|_| AtomicU64::new(0)).collect();
         Self { inner: Mutex::default(), taken: AtomicU32::new(0), recent }
     }
 }
 
-impl Board {
+impl EventBus {
     fn lock(&self) -> MutexGuard<'_, Inner> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Has events come from the kernel from now on, or no more.
-    pub fn connect(&self, ears: Option<Arc<dyn Ears>>) {
-        let before = std::mem::replace(&mut self.lock().ears, ears);
+    pub fn connect(&self, kernel: Option<Arc<dyn KernelPublisher>>) {
+        let before = std::mem::replace(&mut self.lock().kernel, kernel);
         // Programs may stay when this process ends, and should not go on to tell.
         if let Some(before) = before {
             for number in 0..SUBSCRIBERS {
@@ -96,24 +96,24 @@ impl Board {
 
     /// Whether events come from the kernel, rather than from the services.
     pub fn is_connected(&self) -> bool {
-        self.lock().ears.is_some()
+        self.lock().kernel.is_some()
     }
 
     /// Adds a listener; if `service` is there, the filter's slot is kept equal to that of this service.
     ///
     /// # Errors
-    /// [`NoRoom`], or the kernel's.
-    pub fn listen(self: &Arc<Self>, filter: Filter, service: Option<ServiceName>) -> anyhow::Result<Listener> {
+    /// [`TooManySubscribers`], or the kernel's.
+    pub fn listen(self: &Arc<Self>, filter: Filter, service: Option<ServiceName>) -> anyhow::Result<Subscriber> {
         let mut inner = self.lock();
-        let Inner { places, ears } = &mut *inner;
-        let number = places.iter().position(Option::is_none).ok_or(NoRoom)?;
-        if let Some(ears) = ears {
-            ears.set(number, Some(&filter))?;
+        let Inner { places, kernel } = &mut *inner;
+        let number = places.iter().position(Option::is_none).ok_or(TooManySubscribers)?;
+        if let Some(kernel) = kernel {
+            kernel.set(number, Some(&filter))?;
         }
         let (sender, events) = mpsc::channel(WAITING);
         places[number] = Some(Place { filter, service, sender, missed: 0 });
         self.taken.fetch_or(1 << number, Relaxed);
-        Ok(Listener { board: Arc::clone(self), number, events, told: 0 })
+        Ok(Subscriber { board: Arc::clone(self), number, events, told: 0 })
     }
 
     /// Says which slots services have now.
@@ -121,13 +121,13 @@ impl Board {
         if !self.is_heard() {
             return;
         }
-        let Inner { places, ears } = &mut *self.lock();
+        let Inner { places, kernel } = &mut *self.lock();
         for (number, place) in places.iter_mut().enumerate() {
             let Some(Place { filter, service: Some(service), .. }) = place else { continue };
             let slot = slot_of(service).map_or(NO_SLOT, u32::from);
             if filter.service != slot {
                 filter.service = slot;
-                if let Some(Err(error)) = ears.as_ref().map(|ears| ears.set(number, Some(filter))) {
+                if let Some(Err(error)) = kernel.as_ref().map(|kernel| kernel.set(number, Some(filter))) {
                     warn!("have the kernel tell events of service {service}: {error:#}");
                 }
             }
@@ -175,25 +175,25 @@ impl Board {
     }
 
     fn close(&self, number: usize) {
-        let Inner { places, ears } = &mut *self.lock();
+        let Inner { places, kernel } = &mut *self.lock();
         places[number] = None;
         self.taken.fetch_and(!(1 << number), Relaxed);
-        if let Some(Err(error)) = ears.as_ref().map(|ears| ears.set(number, None)) {
+        if let Some(Err(error)) = kernel.as_ref().map(|kernel| kernel.set(number, None)) {
             warn!("have the kernel tell no more events: {error:#}");
         }
     }
 
     fn missed(&self, number: usize) -> u64 {
-        let Inner { places, ears } = &*self.lock();
+        let Inner { places, kernel } = &*self.lock();
         let here = places[number].as_ref().map_or(0, |place| place.missed);
-        here + ears.as_ref().map_or(0, |ears| ears.missed(number))
+        here + kernel.as_ref().map_or(0, |kernel| kernel.missed(number))
     }
 }
 
 /// The protocol whose packets are not told one by one.
 const UDP: u8 = anyport_common::flow::Transport::Udp.number();
 
-impl Listener {
+impl Subscriber {
     /// The next event.
     pub async fn next(&mut self) -> Option<Event> {
         self.events.recv().await
@@ -213,7 +213,7 @@ impl Listener {
     }
 }
 
-impl Drop for Listener {
+impl Drop for Subscriber {
     fn drop(&mut self) {
         self.board.close(self.number);
     }
@@ -229,7 +229,7 @@ mod tests {
     };
     use bytemuck::Zeroable as _;
 
-    use super::{Board, NO_SLOT, WAITING};
+    use super::{EventBus, NO_SLOT, WAITING};
 
     fn event(transport: Transport, source_port: u16) -> Event {
         let flow = Flow { source: Address::v4(1), address: Address::v4(2), transport, port: 80 };
@@ -240,13 +240,13 @@ mod tests {
         Filter { outcomes: STEERED | DENIED, ..Filter::zeroed() }
     }
 
-    fn ports(listener: &mut super::Listener) -> Vec<u16> {
+    fn ports(listener: &mut super::Subscriber) -> Vec<u16> {
         std::iter::from_fn(|| listener.try_next()).map(|it| it.source_port).collect()
     }
 
     #[test]
     fn each_hears_what_it_wants() {
-        let board = Arc::new(Board::default());
+        let board = Arc::new(EventBus::default());
         assert!(!board.is_heard());
         let mut everybody = board.listen(all(), None).unwrap();
         let mut udp = board.listen(Filter { protocol: 17, ..all() }, None).unwrap();
@@ -269,7 +269,7 @@ mod tests {
 
     #[test]
     fn what_a_busy_one_misses_is_counted() {
-        let board = Arc::new(Board::default());
+        let board = Arc::new(EventBus::default());
         let mut busy = board.listen(all(), None).unwrap();
         for _ in 0..WAITING + 7 {
             board.tell(event(Transport::Tcp, 1), 0);
@@ -280,7 +280,7 @@ mod tests {
 
     #[test]
     fn there_is_room_for_some() {
-        let board = Arc::new(Board::default());
+        let board = Arc::new(EventBus::default());
         let mut all: Vec<_> = (0..SUBSCRIBERS).map(|_| board.listen(all(), None).unwrap()).collect();
         board.listen(self::all(), None).unwrap_err();
         all.swap_remove(3);
@@ -289,7 +289,7 @@ mod tests {
 
     #[test]
     fn a_service_is_followed_to_its_slot() {
-        let board = Arc::new(Board::default());
+        let board = Arc::new(EventBus::default());
         let name = "web".parse().unwrap();
         let mut listener = board.listen(Filter { service: 3, ..all() }, Some(name)).unwrap();
         for (slot, heard) in [(Some(3), 1), (Some(4), 0), (None, 0), (Some(3), 1)] {
