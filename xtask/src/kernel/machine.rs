@@ -40,11 +40,17 @@ pub(crate) struct Run {
     pub(crate) time: Duration,
 }
 
-/// Boots and waits for the end, which the guest makes.
-pub(crate) fn boot(linux: &Linux, disks: &Disks<'_>, accelerator: Accelerator, limit: Duration) -> Result<Run> {
+/// Boots and waits for the end, which the guest makes. What it says is shown behind its name.
+pub(crate) fn boot(
+    name: &str,
+    linux: &Linux,
+    disks: &Disks<'_>,
+    accelerator: Accelerator,
+    limit: Duration,
+) -> Result<Run> {
     let begin = Instant::now();
     let mut machine = with_disks(linux, disks, accelerator).spawn().context("start qemu-system-x86_64")?;
-    let result = listen(&mut machine, begin + limit);
+    let result = listen(name, &mut machine, begin + limit);
     // Also where it can't be listened to: no machine stays behind.
     drop(machine.kill());
     let status = machine.wait().context("wait for QEMU's end")?;
@@ -123,7 +129,7 @@ fn with_disks(linux: &Linux, disks: &Disks<'_>, accelerator: Accelerator) -> Com
 }
 
 /// Shows what the machine says until it ends; true if it has not by then.
-fn listen(machine: &mut Child, end: Instant) -> Result<(Vec<String>, bool)> {
+fn listen(name: &str, machine: &mut Child, end: Instant) -> Result<(Vec<String>, bool)> {
     let console = machine.stdout.take().context("no console")?;
     let (sender, receiver) = mpsc::channel();
     thread::spawn(move || {
@@ -138,7 +144,7 @@ fn listen(machine: &mut Child, end: Instant) -> Result<(Vec<String>, bool)> {
     loop {
         match receiver.recv_timeout(end.saturating_duration_since(Instant::now())) {
             Ok(line) => {
-                println!("{line}");
+                println!("{name} | {line}");
                 lines.push(line);
             }
             Err(RecvTimeoutError::Timeout) => return Ok((lines, true)),

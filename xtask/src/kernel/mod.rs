@@ -12,8 +12,12 @@ mod record;
 mod versions;
 
 use std::{
+    collections::BTreeMap,
     fs,
+    num::NonZeroUsize,
     path::{Path, PathBuf},
+    sync::{Mutex, PoisonError},
+    thread,
     time::Duration,
 };
 
@@ -31,7 +35,7 @@ use outcome::Outcome;
 /// Room for the cases that go in and the results that come out.
 const EXCHANGE: u64 = 32 << 20;
 /// How long a machine may take where it is emulated, for a brief pass and for a whole one.
-const LIMITS: [Duration; 2] = [Duration::from_mins(10), Duration::from_mins(45)];
+const LIMITS: [Duration; 2] = [Duration::from_mins(15), Duration::from_hours(1)];
 
 /// Which kernels, and how much.
 #[derive(clap::Args)]
@@ -60,7 +64,7 @@ pub(crate) fn run(session: &mut Session, root: &Path, options: &KernelOptions) -
         session.check(&format!("Linux {name}: download"), || {
             let package = versions::find(&store.join("apt"), &name)?;
             let linux = Linux::of(&store, &package)?;
-            kernels.push((name.clone(), package.release, linux));
+            kernels.push(Kernel { name: name.clone(), release: package.release, linux });
             Ok(())
         });
     }
@@ -70,13 +74,10 @@ pub(crate) fn run(session: &mut Session, root: &Path, options: &KernelOptions) -
         Ok(())
     });
     let Some(lab) = lab else { return Ok(()) };
-    let mut accelerator = None;
     let mut seen = Vec::new();
-    for (name, release, linux) in kernels {
-        let what = format!("Linux {name}: {release} with {}", cases::back_ends(&release).join(", "));
+    for (name, what, outcome) in lab.test_all(kernels, options.brief) {
         println!("\n=== {what}");
-        let accelerator = *accelerator.get_or_insert_with(|| Accelerator::usable(&linux));
-        match lab.test(&release, &linux, accelerator, options.brief) {
+        match outcome {
             Ok(outcome) => {
                 session.count(&what, &outcome.tally, outcome.check());
                 seen.push((name, outcome));
@@ -97,6 +98,14 @@ pub(crate) fn run(session: &mut Session, root: &Path, options: &KernelOptions) -
     Ok(())
 }
 
+/// A kernel to test.
+struct Kernel {
+    /// As it was asked for.
+    name: String,
+    release: String,
+    linux: Linux,
+}
+
 /// What all machines share.
 struct Lab {
     store: PathBuf,
@@ -112,14 +121,35 @@ impl Lab {
         Ok(Self { root: image::root(store)?, programs, store: store.to_owned() })
     }
 
-    fn test(&self, release: &str, linux: &Linux, accelerator: Accelerator, brief: bool) -> Result<Outcome> {
+    /// As many machines at a time as there are processors, since each of them keeps about one busy. In the order of the kernels.
+    fn test_all(&self, kernels: Vec<Kernel>, brief: bool) -> Vec<(String, String, Result<Outcome>)> {
+        let Some(first) = kernels.first() else { return Vec::new() };
+        let accelerator = Accelerator::usable(&first.linux);
+        let at_once = thread::available_parallelism().map_or(1, NonZeroUsize::get);
+        let (waiting, done) = (Mutex::new(kernels.into_iter().enumerate()), Mutex::new(BTreeMap::new()));
+        let next = || waiting.lock().unwrap_or_else(PoisonError::into_inner).next();
+        thread::scope(|scope| {
+            for _ in 0..at_once {
+                scope.spawn(|| {
+                    while let Some((at, Kernel { name, release, linux })) = next() {
+                        let what = format!("Linux {name}: {release} with {}", cases::back_ends(&release).join(", "));
+                        let outcome = self.test(&name, &release, &linux, accelerator, brief);
+                        done.lock().unwrap_or_else(PoisonError::into_inner).insert(at, (name, what, outcome));
+                    }
+                });
+            }
+        });
+        done.into_inner().unwrap_or_else(PoisonError::into_inner).into_values().collect()
+    }
+
+    fn test(&self, name: &str, release: &str, linux: &Linux, accelerator: Accelerator, brief: bool) -> Result<Outcome> {
         let cases = cases::list(release, brief);
-        let exchange = self.store.join("exchange");
+        let exchange = self.store.join(format!("exchange-{release}"));
         fs::write(&exchange, &cases).with_context(|| format!("write {}", exchange.display()))?;
         fs::File::options().write(true).open(&exchange)?.set_len(EXCHANGE)?;
         let disks = Disks { root: &self.root, programs: &self.programs, exchange: &exchange };
-        let run = machine::boot(linux, &disks, accelerator, LIMITS[usize::from(!brief)])?;
-        println!("The machine ran for {} s.", run.time.as_secs());
+        let run = machine::boot(name, linux, &disks, accelerator, LIMITS[usize::from(!brief)])?;
+        println!("{name}: the machine ran for {} s.", run.time.as_secs());
         let outcome = Outcome::read(&run, &exchange, &self.store.join("results").join(release))?;
         fs::remove_file(&exchange)?;
         Ok(outcome)
