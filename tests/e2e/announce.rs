@@ -300,7 +300,7 @@ fn drain() {
     client.enter(|| expect_tcp_refused(to));
     talk();
     assert_eq!(state(&site.daemon, "192.0.2.0/24"), "drained: ");
-    assert!(site.daemon.ok("status").contains("drained     the node: newcomers are refused"));
+    assert!(site.daemon.ok("status").contains("drained     the node: new connections are refused"));
     let outcome = site.daemon.take_over(&program("anyportd").expect("the program"));
     assert!(outcome.status == 0, "{outcome}");
     client.enter(|| expect_tcp_refused(to));

@@ -129,7 +129,7 @@ fn removals(backend: &'static str) {
         wait_for_traffic(&lab, &line);
     }
     let log = lab.daemon.log();
-    assert!(log.contains("somebody removed the local route to 192.0.2.0/24: it is put back"), "{log}");
+    assert!(log.contains("another program removed the local route to 192.0.2.0/24: it is put back"), "{log}");
 }
 
 /// Without `lo` there can be no local routes.

@@ -185,7 +185,7 @@ fn routes(backend: &'static str) {
     contains(&daemon.ok("explain 203.0.113.7:80"), &["such packets go on by the route to 203.0.113.0/24"]);
     // Takes the route along, which can't be put back meanwhile.
     daemon.namespace().ip("link set lo down");
-    contains(&daemon.ok("explain [2001:db8::7]:80"), &["somebody removed anyport's own"]);
+    contains(&daemon.ok("explain [2001:db8::7]:80"), &["another program removed anyport's own"]);
 }
 
 fn uncounted(backend: &'static str) {

@@ -11,7 +11,7 @@ use std::{
 use super::Format;
 use crate::rules::Prefix;
 
-const HEAD: &str = "# What this node serves at the moment. anyportd writes this file anew whenever that changes.\n";
+const HEAD: &str = "# What this node serves at the moment. anyportd writes this file again whenever that changes.\n";
 /// What follows a prefix in BIRD's static routes. Nothing is sent there: local routes come before those of routers.
 const BLACKHOLE: &str = " blackhole;";
 

@@ -93,7 +93,7 @@ pub struct DrainView {
     pub prefix: Option<Prefix>,
     /// How far it is.
     pub state: DrainState,
-    /// Seconds until newcomers are refused, while it waits.
+    /// Seconds until new connections are refused, while it waits.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub left: Option<u64>,
     /// Why the router has not been told.

@@ -202,7 +202,7 @@ pub struct PrefixView<'a> {
     pub no_socket: u64,
     /// Of these, those whose source the service does not take.
     pub denied: u64,
-    /// Whether it is drained: newcomers are refused, or will be.
+    /// Whether it is drained: new connections are refused, or will be.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub drained: bool,
 }

@@ -16,7 +16,7 @@ const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Takes this node out of service, or a part of it, without touching a connection that is established.
 ///
-/// What is announced of it is withdrawn. Then the routers of others have their time (--wait). Then newcomers are refused, as where a
+/// What is announced of it is withdrawn. Then the routers of others have their time (--wait). Then new connections are refused, as where a
 /// service has no live socket. It stays so, also after a restart, until anyportctl undrain. The command returns when newcomers are
 /// refused, and says how many connections are left; if it is interrupted, the drain goes on.
 #[derive(Debug, clap::Args)]
@@ -53,7 +53,7 @@ impl Drain {
                 && begun.elapsed() > PATIENCE
             {
                 return Err(Problem::new(Kind::Failed, format!("the router has not withdrawn it yet: {why}"))
-                    .hint("the drain goes on when it has; --wait 0s refuses newcomers all the same"));
+                    .hint("the drain goes on when it has; --wait 0s refuses new connections all the same"));
             }
             tokio::time::sleep(INTERVAL).await;
             views = client.get("/v1/drain").await?;

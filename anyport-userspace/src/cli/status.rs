@@ -51,7 +51,7 @@ fn text(view: &StatusView) -> String {
         lines.push(format!("draining    {}", list_of(&view.draining)));
     }
     for RepairView { kind, times, last, at } in &view.mended {
-        lines.push(format!("mended      {kind}: {times} times, last at {at}: {last}"));
+        lines.push(format!("repaired    {kind}: {times} times, last at {at}: {last}"));
     }
     lines.extend(view.announce.iter().flat_map(announced));
     lines.extend(view.drained.iter().map(|it| format!("drained     {}: {}", subject(it), how_far(it))));
@@ -112,8 +112,8 @@ fn announced(AnnounceView { file, reload, prefixes, .. }: &AnnounceView) -> Vec<
 fn how_far(view: &DrainView) -> String {
     match view.state {
         DrainState::Withdrawing => "the router has yet to withdraw it".to_owned(),
-        DrainState::Waiting => format!("newcomers are refused in {} s", view.left.unwrap_or_default()),
-        DrainState::Refusing => "newcomers are refused; anyportctl undrain ends that".to_owned(),
+        DrainState::Waiting => format!("new connections are refused in {} s", view.left.unwrap_or_default()),
+        DrainState::Refusing => "new connections are refused; anyportctl undrain ends that".to_owned(),
     }
 }
 

@@ -60,7 +60,7 @@ pub fn run(config: &Config, keeper: &Link) -> anyhow::Result<()> {
     let begin = keeper.wait_for_begin()?;
     if let Some(crash) = &begin.crash {
         warn!(
-            "the process that served before failed ({crash}); connections that it had are lost, newcomers have waited"
+            "the process that served before failed ({crash}); connections that it had are lost, new connections have waited"
         );
     }
     let lock = Lock::take()?;

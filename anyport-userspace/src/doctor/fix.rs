@@ -188,7 +188,7 @@ async fn put_back(made: &Made) -> anyhow::Result<String> {
                     Ok(format!("sysctl -w {name}={before}"))
                 }
                 Some(now) if now == *before => Ok(format!("{name} is {before} again already")),
-                Some(now) => Ok(format!("{name} is left as it is, {now}: somebody else has set it since")),
+                Some(now) => Ok(format!("{name} is left as it is, {now}: another program has set it since")),
                 None => Ok(format!("{name} is gone")),
             }
         }

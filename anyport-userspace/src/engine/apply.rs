@@ -113,7 +113,7 @@ impl Engine {
     pub async fn confirm(&mut self) -> Result<Changed, Problem> {
         let Some(mut unconfirmed) = self.unconfirmed.take() else {
             return Err(Problem::new(Kind::NotFound, "nothing waits to be confirmed")
-                .hint("if the time was over, the rules before are in force again; apply the file once more"));
+                .hint("if the time was over, the previous rules are active again; apply the file once more"));
         };
         if let Err(error) = self.save(&unconfirmed.back, unconfirmed.lines.take()) {
             self.unconfirmed = Some(unconfirmed);
@@ -132,7 +132,7 @@ impl Engine {
         // First the services that the rules before steer to.
         let opened = self.swap_in(services);
         match self.change(back.clone(), Keep::OnDisk).await {
-            Ok(_) => info!("the rules before are in force again"),
+            Ok(_) => info!("the previous rules are active again"),
             Err(problem) => {
                 let why = format!("go back to the rules before, which is tried again: {}", problem.error);
                 self.kernel.note_broken(why);

@@ -109,9 +109,9 @@ impl Engine {
         }
         let kept = self.kept.save_drains(self.desired.drains());
         match kept.and_then(|()| self.steer()) {
-            Ok(()) => begun.iter().for_each(|scope| info!("drained {scope}: newcomers are refused from now on")),
+            Ok(()) => begun.iter().for_each(|scope| info!("drained {scope}: new connections are refused from now on")),
             Err(error) => {
-                error!("refuse newcomers of what is drained, which is tried again: {error:#}");
+                error!("refuse new connections to what is drained, which is tried again: {error:#}");
                 self.desired.drains_mut().postpone(&begun, now + PAUSE);
                 self.repair().await;
             }

@@ -133,7 +133,7 @@ impl Engine {
         };
         let is_right = demanded.contains(&decided.fate) && (decided.rule == number || decided.rule.is_none());
         (!is_right).then(|| {
-            "the kernel decides otherwise than the rules demand; this is an error of anyport or somebody else's change"
+            "the kernel decides otherwise than the rules demand; this is an error of anyport or a change by another program"
                 .to_owned()
         })
     }
@@ -178,7 +178,8 @@ impl Engine {
                     None => "no local route, nor any other".to_owned(),
                 };
                 let advice = if is_ours {
-                    "somebody removed anyport's own, which the next change of a rule of the prefix puts back".to_owned()
+                    "another program removed anyport's own, which the next change of a rule of the prefix puts back"
+                        .to_owned()
                 } else if let Some(rule) = rule {
                     let (v6, prefix) = (if address.is_ipv4() { "" } else { "-6 " }, rule.prefix);
                     let source = loopback(address.is_ipv4());

@@ -125,7 +125,7 @@ impl Engine {
         if let Err(error) = self.kernel.end_draining(self.desired.rules()).await {
             error!("remove the routes of connections that have ended: {error:#}");
             // All routes are compared then.
-            let why = format!("routes of connections that have ended may be there, which is mended: {error:#}");
+            let why = format!("routes of connections that have ended may be there, which is repaired: {error:#}");
             self.kernel.note_broken(why);
         }
         if let Err(error) = self.kernel.trim() {

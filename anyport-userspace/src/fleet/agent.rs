@@ -141,7 +141,7 @@ impl<S: Source, T: Target> Agent<S, T> {
         loop {
             let Err(error) = self.follow().await;
             if self.board.view().error.is_none() {
-                warn!("etcd is not there, and what is in force stays: {error:#}");
+                warn!("etcd is not there, and the active set stays: {error:#}");
             }
             self.board.lost(format!("{error:#}"));
             sleep(some_of(self.pause)).await;
@@ -219,7 +219,7 @@ impl<S: Source, T: Target> Agent<S, T> {
         match sighting {
             Ok(None) => {
                 if self.state.seen > 0 {
-                    warn!("etcd has no pointer of the ring {}, and what is in force stays", self.identity.ring);
+                    warn!("etcd has no pointer of the ring {}, and the active set stays", self.identity.ring);
                 }
                 self.forgive();
             }
@@ -258,7 +258,7 @@ impl<S: Source, T: Target> Agent<S, T> {
         match self.attempt(&pointer, text).await {
             Ok(()) => {
                 info!(
-                    "the set {} is in force: ring {}, sequence {}",
+                    "the set {} is active: ring {}, sequence {}",
                     pointer.set.short(),
                     pointer.ring,
                     pointer.sequence

@@ -108,20 +108,20 @@ impl FleetBoard {
         let mut degraded = Vec::new();
         if let Some(RefusedView { sequence: wanted, error, .. }) = refused {
             let wanted = wanted.map_or_else(String::new, |it| format!(" with the sequence {it}"));
-            let stays = if *sequence > 0 { format!("{sequence} stays in force") } else { "nothing changes".to_owned() };
+            let stays = if *sequence > 0 { format!("{sequence} stays active") } else { "nothing changes".to_owned() };
             degraded.push(format!("the pointer of the ring {ring}{wanted} is not followed, and {stays}: {error}"));
         }
         if told.view.missing && *seen > 0 {
             degraded.push(format!(
-                "etcd has no pointer of the ring {ring}, of which {seen} was seen: it was wiped, or the ring removed; what is in \
-                 force stays"
+                "etcd has no pointer of the ring {ring}, of which {seen} was seen: it was wiped, or the ring removed; the \
+                 active set stays"
             ));
         }
         let (since, at) = told.silent;
         if !told.view.connected && at.elapsed() >= SILENCE {
             let since = humantime::format_rfc3339_seconds(since);
             let why = error.as_deref().unwrap_or("nothing has come back yet");
-            degraded.push(format!("etcd has not answered since {since}, and what is in force stays: {why}"));
+            degraded.push(format!("etcd has not answered since {since}, and the active set stays: {why}"));
         }
         degraded
     }

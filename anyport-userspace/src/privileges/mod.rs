@@ -73,7 +73,7 @@ pub fn raise_memory_limit() {
 
 /// Capabilities in force on this thread until this is dropped.
 #[derive(Debug)]
-#[must_use = "they are in force for as long as this lives"]
+#[must_use = "they are effective for as long as this lives"]
 pub struct Raised {
     /// What was in force before, if that is to be so again.
     before: Option<CapabilitySets>,

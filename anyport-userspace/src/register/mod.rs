@@ -1,7 +1,7 @@
 //! Sockets that other processes hand over: what is asked for, how a descriptor gets here and what it must be.
 //!
 //! We keep no descriptor of them. The kernel's map holds a socket without keeping it open, so when its owner ends or
-//! closes it the map forgets it at once, and newcomers are refused rather than left in a queue that nobody serves.
+//! closes it the map forgets it at once, and new connections are refused rather than left in a queue that nobody serves.
 
 mod client;
 #[cfg(feature = "daemon")]

@@ -117,7 +117,7 @@ pub struct KeptDrain {
     pub prefix: Option<Prefix>,
     /// Seconds from the withdrawal to the first newcomer that is refused.
     pub wait: u64,
-    /// Whether newcomers are refused by now.
+    /// Whether new connections are refused by now.
     pub is_refusing: bool,
 }
 

@@ -119,7 +119,7 @@ fn undo_leaves() {
     let undone = Report::with(&lab.daemon, &["--undo"]);
     undone.expect("local-routes", "broken", "192.0.2.0/24");
     assert_eq!(host.run("sysctl", ["-n", "net.core.somaxconn"]).trim(), "8192");
-    assert!(undone.0["changed"].to_string().contains("somebody else has set it"), "{:#}", undone.0);
+    assert!(undone.0["changed"].to_string().contains("another program has set it"), "{:#}", undone.0);
     Report::with(&lab.daemon, &["--fix"]);
     expect_steered(&lab, V4);
 }

@@ -102,7 +102,7 @@ fn sequences() {
     put_report(&etcd, &ahead);
     contains(&driver.ok("status"), &["1 ahead", "n1 has seen sequence 40: etcd has lost something"]);
     let published = driver.json(&format!("publish {one} --ring canary"));
-    assert_eq!(published["sequence"], 41, "the same set has to be published anew: {published}");
+    assert_eq!(published["sequence"], 41, "the same set has to be published again: {published}");
     contains(&published["notes"].to_string(), &["etcd has lost something"]);
     // A pointer that is gone.
     etcd.ctl("del /anyport/rings/canary");

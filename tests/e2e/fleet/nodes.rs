@@ -249,6 +249,6 @@ fn overtaken() {
     fleet.driver.ok(&format!("publish {} --ring canary", fleet.set("203.0.113.0/24")));
     let outcome = running.join().expect("an outcome");
     assert_eq!(outcome.status, 1, "{outcome}");
-    contains(&outcome.stderr, &["somebody else has changed the ring canary", "not touched: main"]);
+    contains(&outcome.stderr, &["another client has changed the ring canary", "not touched: main"]);
     assert_eq!((fleet.driver.sequence("canary"), fleet.driver.sequence("main")), (3, 1));
 }

@@ -49,7 +49,7 @@ fn five() {
     }
     let good = driver.file("good", "192.0.2.0/25\n");
     let out = driver.ok(&format!("rollout {good} --rings canary,main --gate 500ms --within 20s"));
-    contains(&out, &["ring canary: all of 2 nodes", "ring main: all of 3 nodes have it in force", "ring main: passed"]);
+    contains(&out, &["ring canary: all of 2 nodes", "ring main: all of 3 nodes have it active", "ring main: passed"]);
     for host in hosts {
         steers(host, "192.0.2.3");
     }

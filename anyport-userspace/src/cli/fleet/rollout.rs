@@ -25,7 +25,7 @@ const INTERVAL: Duration = Duration::from_millis(500);
 
 /// Gives several rings a set, one after the other, for as long as their nodes stay well.
 ///
-/// Each ring gets the set once the one before it has proven it: all of its nodes that report have it in force within the time that
+/// Each ring gets the set once the one before it has proven it: all of its nodes that report have it active within the time that
 /// --within gives, and then for the time that --gate gives none of them refuses it, gets degraded or goes. Otherwise the ring gets back
 /// what it had, and the rings behind it are not touched. If this command is ended meanwhile, the ring keeps what it has.
 #[derive(Debug, clap::Args)]
@@ -219,7 +219,7 @@ impl Trial<'_> {
             }
             RingHealth::Worse(why) => Err(Stop::Worse(why)),
             RingHealth::Overtaken => Err(Stop::Failed(
-                Problem::new(Kind::Conflict, format!("somebody else has changed the ring {} meanwhile", self.name))
+                Problem::new(Kind::Conflict, format!("another client has changed the ring {} meanwhile", self.name))
                     .hint(format!("see anyportctl fleet history --ring {}", self.name)),
             )),
         }
@@ -270,7 +270,7 @@ impl Trial<'_> {
         out.print_one(&progress, |progress| {
             let Progress { ring, sequence, nodes, .. } = progress;
             match progress.step {
-                Step::Applied => format!("ring {ring}: all of {nodes} nodes have it in force"),
+                Step::Applied => format!("ring {ring}: all of {nodes} nodes have it active"),
                 Step::Passed => format!("ring {ring}: passed the gate"),
                 Step::RolledBack => format!("ring {ring}: rolled back, as sequence {sequence}"),
             }

@@ -83,7 +83,7 @@ fn describe(stopped: &Stopped, victims: &Victims) -> Finding {
             "A destination that is translated is no steered one any more. Docker does so to the ports that it \
                             publishes, at every local address."
         }
-        How::Taken => "A TPROXY rule of somebody else's gives the packet another socket.",
+        How::Taken => "A TPROXY rule of another program gives the packet another socket.",
     };
     // A rule about one port may well be meant so, and all others are steered.
     let severity = if victims.all { Severity::Broken } else { Severity::Warning };

@@ -286,7 +286,7 @@ impl Desired {
             let Some(range) = self.rule_ids.take(count(rules)) else {
                 fresh.drain(..).for_each(|range| self.rule_ids.give_back(range));
                 anyhow::bail!(
-                    "the rules in force and those that replace them are more than can be numbered; \
+                    "the active rules and those that replace them are more than can be numbered; \
                      replace them in portions"
                 );
             };

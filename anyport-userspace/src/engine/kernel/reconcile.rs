@@ -117,10 +117,10 @@ impl RepairsByKind {
             let is_lost = lost.iter().any(|loss| loss.kind == *kind);
             if let Some(what) = repairs.lost.take_if(|_| !is_lost) {
                 if tried || repairs.failure.is_some() {
-                    warn!("somebody removed {what}: it is put back");
+                    warn!("another program removed {what}: it is put back");
                     repairs.put_back(what);
                 } else {
-                    info!("somebody has put back {what}");
+                    info!("another program has put back {what}");
                 }
             }
         }
@@ -254,7 +254,7 @@ impl Kernel {
             if kind == Kind::Interface {
                 info!("{what}");
             } else {
-                warn!("somebody removed {what}: it is put back");
+                warn!("another program removed {what}: it is put back");
             }
             self.drift.of(kind).put_back(what);
         }

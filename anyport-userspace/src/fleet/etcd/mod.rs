@@ -200,7 +200,7 @@ impl Etcd {
     /// etcd does not answer; there is no such set; or what is there does not have that hash.
     pub async fn set(&self, hash: &Hash) -> Result<String, Problem> {
         let spoilt = |why: &dyn std::fmt::Display| {
-            Problem::new(Kind::Failed, format!("{why}")).hint("publishing the same file again stores the set anew")
+            Problem::new(Kind::Failed, format!("{why}")).hint("publishing the same file again stores the set again")
         };
         let first = self.keys.set(hash);
         // Right behind the slash that chunks have after it.
@@ -517,7 +517,7 @@ pub(super) fn read_pointer(entry: &KeyValue) -> Result<Seen<Pointer>, Problem> {
     let value = read_record(entry).map_err(|why| {
         let key = String::from_utf8_lossy(&entry.key);
         Problem::new(Kind::Failed, why)
-            .hint(format!("nodes go on with what they have; `etcdctl del {key}` lets the ring be published anew"))
+            .hint(format!("nodes go on with what they have; `etcdctl del {key}` lets the ring be published again"))
     })?;
     Ok(Seen { value, revision: entry.mod_revision })
 }
