@@ -1,4 +1,4 @@
-//! The one way from one rule set to the next: forward once, into the kernel, onto the disk; and back once where that fails.
+//! The only path from one rule set to the next: forward once, into the kernel and onto the disk, and back once where that fails.
 
 use super::{Engine, desired::Transition, kept::Keep};
 use crate::{api::Problem, rules::Change};

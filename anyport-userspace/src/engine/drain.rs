@@ -83,7 +83,7 @@ impl Engine {
     /// What is drained, and how many connections each of it has still.
     ///
     /// # Errors
-    /// The kernel does not tell its connections.
+    /// The kernel does not list its connections.
     pub fn drains(&self) -> Result<Vec<DrainView>, Problem> {
         let drains = self.desired.drains();
         let mut counts: Vec<u64> = vec![0; drains.len()];

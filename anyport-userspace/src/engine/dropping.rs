@@ -1,4 +1,4 @@
-//! Services to which packets are steered, and all of them dropped for a fault: what the programs count tells.
+//! Services to which packets are steered, and all of them dropped for a fault: the programs' counters show it.
 //!
 //! A drop is a fault where the kernel would not assign a socket, or where the program found none though the service has one for all
 //! that its rules steer. Others are meant: of a service without sockets, of sources that it does not take, of what is drained.

@@ -106,7 +106,7 @@ impl Engine {
     /// What the kernel decides, with the rule that it names.
     fn decided(&self, flow: &Flow) -> anyhow::Result<(Decided, Option<RuleRef<'_>>)> {
         let mut unknown = 0;
-        // An answer may come from a generation that is on its way out.
+        // An answer may come from a generation that is being replaced.
         for _ in 0..2 {
             let decided = self.kernel.decide(flow)?;
             let Some(number) = decided.rule else { return Ok((decided, None)) };

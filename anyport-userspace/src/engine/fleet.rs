@@ -104,7 +104,7 @@ impl Engine {
         self.kept.fleet()
     }
 
-    /// What is told of the fleet, if this node belongs to one.
+    /// What the status says of the fleet, if this node belongs to one.
     pub fn fleet_board(&self) -> Option<Arc<FleetBoard>> {
         self.fleet.clone()
     }

@@ -50,7 +50,7 @@ pub(super) struct Kept {
 }
 
 impl Kept {
-    /// Goes on with a state directory that has been read.
+    /// Continues from a state directory that has been read.
     pub(super) fn new(store: Store, fleet: FleetState) -> Self {
         // Until a set is read that says so, it is not plain.
         Self { store, counters_at: None, fleet, is_fleet_plain: false }

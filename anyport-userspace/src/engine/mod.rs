@@ -1,11 +1,11 @@
-//! Desired state, and the one way by which it gets into the kernel.
+//! Desired state, and the only path by which it gets into the kernel.
 //!
 //! [`Engine`] orders four types, whose fields are their own: [`Desired`] has the rules and their numbers, [`Services`] the services at work,
 //! [`Kernel`] what the kernel holds of both, and [`Kept`] what is on the disk. `change.rs` takes all of them from one rule set to the next.
 //!
-//! Order on the way up: sockets, rules, routes; so nothing reaches the host before a socket is there to take it. On
-//! the way down it is the reverse. Every step makes the kernel equal to what is desired and can be repeated, so a
-//! failure is undone by applying the previous state again.
+//! Order at the start: sockets, rules, routes; so nothing reaches the host before a socket is there to take it. At the end
+//! it is the reverse. Every step makes the kernel equal to what is desired and can be repeated, so a failure is undone by
+//! applying the previous state again.
 
 mod apply;
 mod change;
@@ -67,7 +67,7 @@ pub struct Engine {
     served: Served,
     /// What is dropped that should be served.
     dropping: Dropping,
-    /// What is told of the fleet, if this node belongs to one.
+    /// What the status says of the fleet, if this node belongs to one.
     fleet: Option<Arc<FleetBoard>>,
     /// How far a long command is.
     progress: Arc<Progress>,
@@ -97,7 +97,7 @@ impl Engine {
         Arc::clone(self.services.owner_exits())
     }
 
-    /// Tells of what others do to interfaces and to our routes. Must be called within a tokio runtime.
+    /// Reports what others do to interfaces and to our routes. Must be called within a tokio runtime.
     ///
     /// # Errors
     /// The kernel's.
@@ -105,8 +105,8 @@ impl Engine {
         self.kernel.watch()
     }
 
-    /// Looks again at what may have changed outside: interfaces, what others have removed of ours, and connections whose address
-    /// can be given up. Tries again what could not be undone.
+    /// Checks again what may have changed outside: interfaces, what others have removed of ours, and addresses that keep
+    /// their route only for connections. Tries again what could not be undone.
     pub async fn refresh(&mut self) {
         self.roll_back_if_due().await;
         if self.kernel.is_repair_due() {
@@ -148,7 +148,7 @@ impl Engine {
         self.served.withdraw().await;
     }
 
-    /// Goes on with what is announced, if something is to be.
+    /// Continues with what is announced, if something is to be.
     fn start_announcing(&mut self) {
         if let Some(announce) = &self.settings.config().announce {
             self.served.start(announce, &self.services);

@@ -26,11 +26,11 @@ pub struct Observed {
 /// A service as it was at a moment.
 #[derive(Clone, Debug)]
 pub struct ObservedService {
-    /// What `services` tells of it.
+    /// What `services` shows of it.
     pub view: ServiceView,
     /// What became of the packets of its rules.
     pub counters: Counters,
-    /// How many connections and datagrams the service itself refused to sources that it does not take.
+    /// How many connections and datagrams the service itself refused to sources that its ACL does not allow.
     pub denied: u64,
     /// How long its connections waited and lasted.
     pub times: ConnectionTimes,

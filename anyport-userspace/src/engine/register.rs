@@ -28,7 +28,7 @@ impl Engine {
             let is_meant = config.owners.iter().any(|owner| owner.is_meant(peer.uid.as_raw(), &peer.groups));
             config.handler == HandlerKind::Registered && is_meant
         };
-        // Strangers are not told which services there are.
+        // Strangers do not learn which services there are.
         if !peer.is_in_control() && !config.is_some_and(is_owner) {
             let uid = peer.uid;
             return Err(Problem::new(
@@ -90,7 +90,7 @@ impl Engine {
         Ok(self.changed(changed, Vec::new()))
     }
 
-    /// Gives up sockets that were registered for a service; they stay open, and so do their connections.
+    /// Unregisters sockets of a service; they stay open, and so do their connections.
     ///
     /// # Errors
     /// See [`Kind`]; that there is none is one. Nothing has changed.

@@ -21,7 +21,7 @@ use crate::{
     text::list_of,
 };
 
-/// A queue that was not empty at each look for so long, and from which nothing was accepted, does not move.
+/// A queue that was not empty at each check for so long, and from which nothing was accepted, does not move.
 const STUCK: Duration = Duration::from_secs(3);
 /// More prefixes of rules than this are not announced.
 const MAX_PREFIXES: usize = 65_536;
@@ -65,7 +65,7 @@ struct Watched {
 }
 
 impl Queues {
-    /// Takes a look at all of them into account.
+    /// Takes a check of all of them into account.
     fn look(&mut self, queues: impl Iterator<Item = Queue>, now: Instant) {
         let mut previous = std::mem::take(&mut self.0);
         let watch = |queue: Queue| {
@@ -106,7 +106,7 @@ impl Served {
         self.needs = None;
     }
 
-    /// Takes a look at the registered sockets into account.
+    /// Takes a check of the registered sockets into account.
     pub(super) fn look_at_registered(&mut self, queues: Vec<Queue>, now: Instant) {
         self.registered.look(queues.into_iter(), now);
     }
@@ -139,7 +139,7 @@ impl Served {
         }
     }
 
-    /// Goes on with what is announced by an earlier daemon.
+    /// Continues with what an earlier daemon announced.
     pub(super) fn start(&mut self, announce: &Announce, services: &Services) {
         let (control, ends) = (&services.context().control, Arc::clone(services.owner_exits()));
         self.announcer = Some(Announcer::start(announce, control, ends));

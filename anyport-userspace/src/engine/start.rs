@@ -42,7 +42,7 @@ pub struct Simulation {
     pub steering: Box<dyn Steering>,
     /// What holds local routes.
     pub routes: Arc<Mutex<dyn Holder>>,
-    /// Tells the addresses of this host that have connections.
+    /// Lists the addresses of this host that have connections.
     pub connected: Connected,
 }
 

@@ -1,4 +1,4 @@
-//! What the engine tells of itself.
+//! What the engine shows of itself.
 
 use std::{collections::HashMap, sync::Arc};
 

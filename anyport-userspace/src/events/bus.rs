@@ -14,24 +14,24 @@ use tracing::warn;
 
 use crate::rules::ServiceName;
 
-/// Events that wait for a listener who is busy. There is room for as many in the kernel.
+/// Events that wait for a subscriber who is busy. The kernel holds as many.
 const WAITING: usize = 4096;
 /// The slot of a service that is not there.
 const NO_SLOT: u32 = u32::MAX;
 
-/// What tells events in the kernel.
+/// What publishes events in the kernel.
 pub trait KernelPublisher: fmt::Debug + Send + Sync {
-    /// Has it tell what this filter wants to the listener with this number, or nothing any more.
+    /// Has the kernel publish what this filter matches to the subscriber with this number, or nothing any more.
     ///
     /// # Errors
     /// What the kernel refused.
     fn set(&self, number: usize, filter: Option<&Filter>) -> anyhow::Result<()>;
 
-    /// Events for this listener for which the kernel had no room since its filter was set first.
+    /// Events for this subscriber that the kernel could not hold since its filter was set first.
     fn missed(&self, number: usize) -> u64;
 }
 
-/// Who listens: at most [`SUBSCRIBERS`] at a time.
+/// The subscribers: at most [`SUBSCRIBERS`] at a time.
 #[derive(Debug)]
 pub struct EventBus {
     inner: Mutex<Inner>,
@@ -61,13 +61,13 @@ struct Place {
 #[error("{SUBSCRIBERS} others listen already, which is the limit")]
 pub struct TooManySubscribers;
 
-/// Hears events until it is dropped.
+/// Receives events until it is dropped.
 #[derive(Debug)]
 pub struct Subscriber {
     board: Arc<EventBus>,
     number: usize,
     events: mpsc::Receiver<Event>,
-    /// How many of the missed ones were told.
+    /// How many of the missed ones [`Subscriber::missed`] has returned already.
     told: u64,
 }
 
@@ -86,7 +86,7 @@ impl EventBus {
     /// Has events come from the kernel from now on, or no more.
     pub fn connect(&self, kernel: Option<Arc<dyn KernelPublisher>>) {
         let before = std::mem::replace(&mut self.lock().kernel, kernel);
-        // Programs may stay when this process ends, and should not go on to tell.
+        // Programs may stay when this process ends, and should not go on publishing.
         if let Some(before) = before {
             for number in 0..SUBSCRIBERS {
                 before.set(number, None).ok();
@@ -99,7 +99,7 @@ impl EventBus {
         self.lock().kernel.is_some()
     }
 
-    /// Adds a listener; if `service` is there, the filter's slot is kept equal to that of this service.
+    /// Adds a subscriber; if `service` is there, the filter's slot is kept equal to that of this service.
     ///
     /// # Errors
     /// [`TooManySubscribers`], or the kernel's.
@@ -134,7 +134,7 @@ impl EventBus {
         }
     }
 
-    /// Whether anybody listens.
+    /// Whether there is a subscriber.
     pub fn is_heard(&self) -> bool {
         self.taken.load(Relaxed) != 0
     }
@@ -144,7 +144,7 @@ impl EventBus {
         for (number, place) in self.lock().places.iter_mut().enumerate() {
             if event.subscribers >> number & 1 != 0
                 && let Some(Place { filter, sender, missed, .. }) = place
-                // It may have been told to somebody who had the place before.
+                // It may have been published to the previous subscriber with this number.
                 && filter.wants(event)
                 && sender.try_send(*event).is_err()
             {
@@ -153,7 +153,7 @@ impl EventBus {
         }
     }
 
-    /// Tells an event that this process makes, as the programs do.
+    /// Publishes an event that this process makes, as the programs do.
     pub fn tell(&self, mut event: Event, random: u32) {
         {
             let inner = self.lock();
@@ -190,7 +190,7 @@ impl EventBus {
     }
 }
 
-/// The protocol whose packets are not told one by one.
+/// The protocol whose packets are not published one by one.
 const UDP: u8 = anyport_common::flow::Transport::Udp.number();
 
 impl Subscriber {
@@ -204,7 +204,7 @@ impl Subscriber {
         self.events.try_recv().ok()
     }
 
-    /// How many events are lost for want of room since this was last asked.
+    /// How many events were lost because queues were full since this was last asked.
     pub fn missed(&mut self) -> u64 {
         let missed = self.board.missed(self.number);
         let new = missed.saturating_sub(self.told);
@@ -253,13 +253,13 @@ mod tests {
         assert!(board.is_heard());
         board.tell(event(Transport::Tcp, 1), 0);
         board.tell(event(Transport::Tcp, 1), 0);
-        // Of a flow only the first datagram is told.
+        // Of a flow only the first datagram is published.
         board.tell(event(Transport::Udp, 2), 0);
         board.tell(event(Transport::Udp, 2), 0);
         board.tell(event(Transport::Udp, 3), 0);
         assert_eq!((ports(&mut everybody), ports(&mut udp)), (vec![1, 1, 2, 3], vec![2, 3]));
         drop(udp);
-        // What was told to the one before is nothing to the one who has its place.
+        // What was published to the previous subscriber does not reach the next one with its number.
         let mut denied = board.listen(Filter { outcomes: DENIED, ..all() }, None).unwrap();
         board.deliver(&Event { subscribers: 0b11, ..event(Transport::Udp, 4) });
         assert_eq!((ports(&mut everybody), ports(&mut denied)), (vec![4], vec![]));

@@ -12,7 +12,7 @@ use nix::time::{ClockId, clock_gettime};
 use super::EventBus;
 use crate::{datagram::Ends, rules::to_address, table::Published};
 
-/// Tells what arrives at a service.
+/// Publishes what arrives at a service.
 #[derive(Clone, Debug)]
 pub struct EventPublisher {
     board: Arc<EventBus>,
@@ -25,12 +25,12 @@ impl EventPublisher {
         Self { board, rules }
     }
 
-    /// Whether anybody listens.
+    /// Whether there is a subscriber.
     pub fn is_heard(&self) -> bool {
         self.board.is_heard()
     }
 
-    /// Tells of a connection, or of a datagram.
+    /// Publishes a connection, or a datagram.
     pub fn tell(&self, transport: Transport, Ends { client, dialled }: Ends, is_denied: bool) {
         let flow = Flow {
             source: to_address(client.ip()),

@@ -1,5 +1,5 @@
-//! What a node does: it follows the pointer of its ring, and goes on with what it has whenever that can't be had or must not be
-//! followed.
+//! What a node does: it follows the pointer of its ring, and keeps the set that it has whenever the next one can't be
+//! fetched or must not be followed.
 
 use std::{
     convert::Infallible,
@@ -25,12 +25,12 @@ use crate::{
     store::FleetState,
 };
 
-/// How long an answer may take before it is asked anew: a few bytes, or a set of up to 256 MiB.
+/// How long an answer may take before the request is repeated: a few bytes, or a set of up to 256 MiB.
 const ANSWER: Duration = Duration::from_secs(10);
 const WHOLE_SET: Duration = Duration::from_mins(5);
 /// Bytes of the largest set that is kept in memory, for the next one to be made out of it.
 const KEPT: usize = 32 << 20;
-/// How often it is looked whether this node has changed.
+/// How often the agent checks whether this node has changed.
 const LOOK: Duration = Duration::from_secs(2);
 /// How often the pointer is read though nothing was said to have changed: in case that a watch was lost without a word, and while
 /// it makes no sense.
@@ -45,13 +45,13 @@ const LATER: (Duration, Duration) = (Duration::from_secs(5), Duration::from_mins
 /// What an agent applies sets to: a daemon.
 #[expect(async_fn_in_trait, reason = "an agent stays on its thread, so nothing has to be Send")]
 pub trait Target {
-    /// Puts a set in force and keeps it, with where the node stands then. `edits` are from the set that was taken last.
+    /// Activates a set and keeps it, with where the node stands then. `edits` are from the set that was taken last.
     ///
     /// # Errors
     /// It is not taken, and nothing has changed.
     async fn take(&mut self, text: Arc<str>, edits: Option<LineEdits>, state: &FleetState) -> Result<(), Problem>;
 
-    /// Keeps where the node stands; the set in force stays.
+    /// Keeps where the node stands; the active set stays.
     ///
     /// # Errors
     /// It could not be written.
@@ -61,7 +61,7 @@ pub trait Target {
     async fn condition(&mut self) -> Condition;
 }
 
-/// Who a node is, and whom it trusts.
+/// Who a node is, and which keys it trusts.
 #[derive(Clone, Debug)]
 pub struct Identity {
     /// The ring whose pointer it follows.
@@ -80,7 +80,7 @@ pub struct Agent<S, T> {
     target: T,
     board: Arc<FleetBoard>,
     state: FleetState,
-    /// The set in force, once it was fetched and if it is not too large to be kept for the next one.
+    /// The active set, once it was fetched and if it is not too large to be kept for the next one.
     text: Option<Arc<str>>,
     /// What was seen last, to be tried again.
     latest: Option<Seen<Pointer>>,
@@ -136,7 +136,7 @@ impl<S: Source, T: Target> Agent<S, T> {
         Self { identity, source, target, board, state, text, latest, refusal, since, reported, condition, pause }
     }
 
-    /// Goes on until it is given up. Whatever the source does, the target keeps what it has.
+    /// Runs until it is dropped. Whatever the source does, the target keeps what it has.
     pub async fn run(mut self) -> Infallible {
         loop {
             let Err(error) = self.follow().await;
@@ -149,7 +149,7 @@ impl<S: Source, T: Target> Agent<S, T> {
         }
     }
 
-    /// From a fresh look at the pointer until the source is lost.
+    /// From reading the pointer afresh until the source is lost.
     async fn follow(&mut self) -> anyhow::Result<Infallible> {
         // Whatever had been reported there may be gone.
         self.reported = None;
@@ -184,7 +184,7 @@ impl<S: Source, T: Target> Agent<S, T> {
         let again = self.refusal.as_ref().and_then(|it| Some(it.again?.0));
         let end = [Some(next_look), again, Some(Instant::now() + NEWS)].into_iter().flatten().min()?;
         let Self { source, target, condition, .. } = self;
-        // A call that was given up begins anew, so it must not be given up at every look.
+        // A call that was dropped starts over, so it must not be dropped at every check.
         let mut changed = pin!(source.changed());
         loop {
             tokio::select! {
@@ -282,7 +282,7 @@ impl<S: Source, T: Target> Agent<S, T> {
         pointer.ring == self.identity.ring && *sequence == pointer.sequence && *set == Some(pointer.set.to_string())
     }
 
-    /// Puts in force what a pointer leads to.
+    /// Activates what a pointer leads to.
     async fn attempt(&mut self, pointer: &Pointer, text: Option<Arc<str>>) -> Result<(), Failure> {
         self.expect_trusted(pointer).map_err(|error| Failure::refused(format!("{error:#}")))?;
         self.expect_next(pointer).map_err(|error| Failure::refused(format!("{error:#}")))?;
@@ -315,7 +315,7 @@ impl<S: Source, T: Target> Agent<S, T> {
         }
     }
 
-    /// Makes a set out of the one in force, if it is known how. That is no reason for anything to fail: there is the whole set.
+    /// Derives a set from the active one, if the delta is known. That is no reason for anything to fail: there is the whole set.
     async fn derive(&mut self, pointer: &Pointer) -> Result<Option<(Arc<str>, LineEdits)>, Failure> {
         let Pointer { set, from, .. } = pointer;
         let Some((before, from)) = self.text.as_ref().zip(from.as_ref()) else { return Ok(None) };

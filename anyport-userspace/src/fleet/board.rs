@@ -30,13 +30,13 @@ pub struct Condition {
 /// Lines by which two sets differ, each with its end.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct LineEdits {
-    /// Those that the former one has, once for each time that they go.
+    /// Those that the first set has, once for each time that they go.
     pub removed: String,
-    /// Those that the latter one has, once for each time that they come.
+    /// Those that the second set has, once for each time that they come.
     pub added: String,
 }
 
-/// What the agent tells of the fleet, for those who ask for the status.
+/// What the agent publishes of the fleet, for those who ask for the status.
 #[derive(Debug)]
 pub struct FleetBoard(Mutex<Standing>);
 
@@ -57,11 +57,11 @@ impl FleetBoard {
     }
 
     fn told(&self) -> MutexGuard<'_, Standing> {
-        // Whoever panicked has told all or nothing: each change is an assignment.
+        // A thread that panicked has changed all or nothing: each change is an assignment.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// This is in force and was seen.
+    /// This is active and was seen.
     pub fn stands(&self, state: &FleetState) {
         let FleetState { sequence, set, since, seen, .. } = state.clone();
         let view = &mut self.told().view;

@@ -1,8 +1,8 @@
 //! What makes one set out of another, line by line: nodes that have the one fetch little for the other, and have little to read.
 //!
-//! It is a text with a line for each step through the lines of the former set: `=N` has N of them stay, `-N` leaves N of them
-//! out, `+LINE` puts a line in, and `\LINE` one that has no end, as only the last one can be. Those behind the last step stay.
-//! Nobody has to trust it: what comes out has the hash that the pointer says, or is thrown away.
+//! It is a text with a line for each step through the lines of the first set: `=N` has N of them stay, `-N` leaves N of
+//! them out, `+LINE` puts a line in, and `\LINE` one that has no end, as only the last one can be. Those behind the last
+//! step stay. Nodes need not trust it: what comes out has the hash that the pointer says, or is thrown away.
 
 use std::fmt::Write as _;
 

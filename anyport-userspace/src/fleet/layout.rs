@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use super::signing::Signature;
 use crate::{as_text::as_text, rules::InvalidText};
 
-/// Under which all keys are, unless told otherwise.
+/// The prefix of all keys, if the configuration names no other one.
 pub const DEFAULT_PREFIX: &str = "/anyport/";
 /// Records of the history that each ring keeps.
 pub const HISTORY: u64 = 100;
@@ -40,7 +40,7 @@ impl Hash {
         &self.0
     }
 
-    /// Enough of it for people to tell sets apart.
+    /// Enough of it for people to distinguish sets.
     pub fn short(&self) -> String {
         hex(&self.0[..6])
     }
@@ -104,7 +104,7 @@ impl FromStr for Name {
 
 as_text!(Name);
 
-/// A time by the clock of whoever wrote it, by RFC 3339, to the second: so that what is read is what was written.
+/// A time by its writer's clock, by RFC 3339, to the second: so that what is read is what was written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Time(SystemTime);
 
@@ -200,12 +200,12 @@ pub struct Report {
     pub node: Name,
     /// Its ring.
     pub ring: Name,
-    /// The pointer's sequence that it has in force; 0 before the first.
+    /// The sequence of the active pointer; 0 before the first.
     pub sequence: u64,
     /// The highest sequence that it has seen, which it keeps on its disk: none below is followed any more.
     #[serde(default)]
     pub seen: u64,
-    /// The set that it has in force.
+    /// The active set.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub set: Option<Hash>,
     /// etcd's revision of the last pointer that it has seen.
@@ -224,7 +224,7 @@ pub struct Report {
     /// The last pointer that it did not follow, unless it has followed a later one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub refused: Option<Refused>,
-    /// Since when the set is in force.
+    /// Since when the set is active.
     pub since: Time,
     /// When this was written.
     pub reported: Time,
@@ -275,7 +275,7 @@ pub struct Member {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum NodeState {
-    /// It has the set in force.
+    /// The set is active on it.
     Current,
     /// Not yet.
     Behind,

@@ -10,7 +10,7 @@ use flate2::{read::GzDecoder, write::GzEncoder};
 use super::layout::{Compression, Hash, Manifest};
 use crate::rules::InvalidText;
 
-/// Bytes of a chunk: below the 1.5 MiB that etcd takes in a request, with room for what is around it.
+/// Bytes of a chunk: below the 1.5 MiB that etcd takes in a request, which leaves space for what is around it.
 pub const CHUNK: usize = 1 << 20;
 /// Bytes of the largest text: what `apply` takes, too.
 pub const LARGEST: usize = 256 << 20;
@@ -117,7 +117,7 @@ pub(super) fn deflate(text: &str) -> Result<Vec<u8>, InvalidText> {
     compressed.map_err(|error| InvalidText(format!("compress the set: {error}")))
 }
 
-/// Makes so many bytes at most and one that tells that there are more, whatever it is given.
+/// Makes so many bytes at most and one that shows that there are more, whatever it is given.
 pub(super) fn inflate(stored: &[u8], most: usize) -> io::Result<Vec<u8>> {
     let mut text = Vec::new();
     let limit = u64::try_from(most).unwrap_or(u64::MAX).saturating_add(1);

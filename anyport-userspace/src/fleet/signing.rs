@@ -1,4 +1,4 @@
-//! Signatures of pointers, so that etcd and whoever may write there need not be trusted.
+//! Signatures of pointers, so that etcd and its writers need not be trusted.
 //!
 //! Ed25519 over ring, sequence and hash of the set. So neither a set nor an old pointer can be given to another ring, or
 //! again later. Keys are PEM as `openssl genpkey -algorithm ed25519` and `openssl pkey -pubout` write them.
@@ -58,7 +58,7 @@ impl SigningKey {
             ))
         };
         let der = PrivatePkcs8KeyDer::from_pem_slice(pem).map_err(|error| wrong(&error))?;
-        // openssl leaves the public key out, which would only be a second way to say the same.
+        // openssl leaves the public key out, which would only repeat what the private key says.
         let pair = Ed25519KeyPair::from_pkcs8_maybe_unchecked(der.secret_pkcs8_der());
         pair.map(Self).map_err(|error| wrong(&error))
     }

@@ -27,14 +27,14 @@ impl StdError for Error {}
 
 /// What a node follows: the pointer of one ring, the sets that it leads to, and a place to report to.
 ///
-/// Whoever asks sets the limits of time: each call may be given up.
+/// The caller sets the limits of time: it may drop each call before it ends.
 #[expect(async_fn_in_trait, reason = "an agent stays on its thread, so nothing has to be Send")]
 pub trait Source {
     /// The ring's pointer as it is now; nothing if there is none.
     async fn pointer(&mut self) -> Result<Option<Seen<Pointer>>, Error>;
 
-    /// Waits until the pointer is another one than [`Self::pointer`] or this has told last, without missing the latest one;
-    /// nothing if it is gone. Pointers between may be left out.
+    /// Waits until the pointer is another one than [`Self::pointer`] or this has returned last, without missing the latest
+    /// one; nothing if it is gone. Pointers between may be left out.
     async fn changed(&mut self) -> Result<Option<Seen<Pointer>>, Error>;
 
     /// The text of a set.

@@ -46,8 +46,8 @@ pub struct EtcdSource {
     watch: Option<Streaming<WatchResponse>>,
     /// etcd's revision up to which the pointer is known.
     known: i64,
-    /// What was told last. Revisions alone do not tell pointers apart: etcd that was restored from a backup gives the same ones
-    /// again.
+    /// What was returned last. Revisions alone do not distinguish pointers: etcd that was restored from a backup gives the
+    /// same ones again.
     told: Option<Seen<Pointer>>,
     has_told: bool,
     reporter: Reporter,
@@ -72,12 +72,11 @@ impl EtcdSource {
         Ok(pointer)
     }
 
-    /// Waits until the pointer differs from what was told last. Where the watch was lost, or what it would begin with has been
-    /// compacted, the pointer is read anew: so nothing is missed, also if etcd was restored from a backup and counts from
-    /// less.
+    /// Waits until the pointer differs from what was returned last. Where the watch was lost, or what it would begin with has been
+    /// compacted, the pointer is read again: so nothing is missed, also if etcd was restored from a backup and counts from less.
     ///
     /// # Errors
-    /// etcd does not answer, or what is there is no pointer. The next call begins anew.
+    /// etcd does not answer, or what is there is no pointer. The next call starts over.
     pub async fn changed(&mut self) -> Result<Option<Seen<Pointer>>, Problem> {
         loop {
             let Some(stream) = &mut self.watch else {
@@ -247,8 +246,8 @@ async fn write(etcd: &Etcd, report: &Report, lease: i64) -> Result<(), Error> {
     etcd.client.txn(txn).await.map(drop)
 }
 
-/// Asks again, since another member may know what the one that was asked does not: one that has no leader says so at once and is
-/// asked most often for that. Gives up soon, so that all is begun anew.
+/// Asks again, since another member may know what the one that was asked does not: one that has no leader says so at once
+/// and is asked most often for that. Fails soon, so that the caller starts over.
 async fn soon<T, F: Future<Output = Result<T, Error>>>(request: impl Fn() -> F) -> Result<T, Error> {
     const AGAIN: Duration = Duration::from_millis(100);
     within(async {

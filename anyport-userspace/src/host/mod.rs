@@ -35,7 +35,7 @@ pub struct Listener {
 pub struct Connection {
     /// The transport.
     pub transport: Transport,
-    /// This end, which is what was dialled.
+    /// This end, which is the original destination.
     pub local: SocketAddr,
     /// The other end.
     pub remote: SocketAddr,
@@ -116,7 +116,7 @@ fn describe(rule: &Rule, host: &Host, shadowed: &[Listener], owners: &HashMap<u6
 fn shadowed(rule: &Rule, host: &Host) -> Vec<Listener> {
     let is_host_inside = host.addresses.iter().any(|(address, _)| rule.prefix.contains(*address));
     let is_reached = |listener: &Listener| match listener.local.ip() {
-        // A wildcard socket of IPv6 serves IPv4 too unless it was told not to.
+        // A wildcard socket of IPv6 serves IPv4 too unless it is IPv6-only.
         IpAddr::V6(Ipv6Addr::UNSPECIFIED) => is_host_inside && !(listener.is_ipv6_only && rule.prefix.is_ipv4()),
         IpAddr::V4(Ipv4Addr::UNSPECIFIED) => is_host_inside && rule.prefix.is_ipv4(),
         local => rule.prefix.contains(local),

@@ -1,8 +1,9 @@
-//! The sockets of the thread's network namespace, as the kernel tells them over `NETLINK_SOCK_DIAG`.
+//! The sockets of the thread's network namespace, as the kernel lists them over `NETLINK_SOCK_DIAG`.
 //!
-//! `/proc/net/tcp` and `udp` tell them as well, but go on by the number of the entry when they are read in pieces (`udp_get_idx`, net/ipv4/udp.c),
-//! so that sockets that others close meanwhile hide some that are open. A dump goes on by the slot of the hash table and the number in that
-//! slot (`udp_dump`, `net/ipv4/udp_diag.c`; `inet_diag_dump_icsk`, `net/ipv4/inet_diag.c`; since 3.3), and takes a slot under its lock.
+//! `/proc/net/tcp` and `udp` list them as well, but go on by the number of the entry when they are read in pieces
+//! (`udp_get_idx`, net/ipv4/udp.c), so that sockets that others close meanwhile hide some that are open. A dump goes on by
+//! the slot of the hash table and the number in that slot (`udp_dump`, `net/ipv4/udp_diag.c`; `inet_diag_dump_icsk`,
+//! `net/ipv4/inet_diag.c`; since 3.3), and takes a slot under its lock.
 
 use std::{collections::HashSet, net::IpAddr, net::SocketAddr, os::fd::AsRawFd as _};
 
@@ -28,7 +29,7 @@ const LONGEST_DATAGRAM: usize = 1 << 16;
 /// The listening TCP sockets and the unconnected UDP sockets of the thread's network namespace.
 ///
 /// # Errors
-/// The kernel does not tell them.
+/// The kernel does not list them.
 pub fn listeners() -> anyhow::Result<Vec<Listener>> {
     let mut listeners = listeners_of(Transport::Tcp)?;
     listeners.extend(listeners_of(Transport::Udp)?);
@@ -50,7 +51,7 @@ pub fn listeners_of(transport: Transport) -> anyhow::Result<Vec<Listener>> {
         listeners.push(Listener {
             transport,
             local: SocketAddr::new(local(socket), socket.header.socket_id.source_port),
-            // Told of IPv6 sockets in these states.
+            // The kernel reports this of IPv6 sockets in these states.
             is_ipv6_only: socket.nlas.contains(&Nla::SkV6Only(true)),
             inode: socket.header.inode.into(),
             // Of UDP sockets these are bytes.

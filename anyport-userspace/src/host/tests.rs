@@ -161,7 +161,7 @@ fn names_of_processes_are_safe_to_print() {
     let program = directory.path().join("a\n\x1b[2Jé");
     std::os::unix::fs::symlink("/bin/sleep", &program).unwrap();
     let mut process = std::process::Command::new(&program).arg("60").spawn().unwrap();
-    // Whoever starts a program goes on before the kernel has given it its name (fs/exec.c: first the memory, then the name).
+    // The parent of a new program goes on before the kernel has given that its name (fs/exec.c: first the memory, then the name).
     let mut names = (0..5_000).map(|_| {
         std::thread::sleep(std::time::Duration::from_millis(1));
         process_name(process.id()).unwrap()

@@ -28,9 +28,9 @@ pub struct Edits {
 /// The blocks by which two coverages differ, in order: IPv4 first, then by address.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Difference {
-    /// Blocks of the former coverage only.
+    /// Blocks of the first coverage only.
     pub removed: Vec<Prefix>,
-    /// Blocks of the latter coverage only.
+    /// Blocks of the second coverage only.
     pub added: Vec<Prefix>,
 }
 

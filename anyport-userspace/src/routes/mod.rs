@@ -46,7 +46,7 @@ pub struct Route {
     pub protocol: u8,
 }
 
-/// What the kernel's routing tables say of addresses of this host, whoever made the routes.
+/// What the kernel's routing tables say of addresses of this host, whichever program made the routes.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct LocalTable {
     /// The addresses that the table `local` makes local.
@@ -98,7 +98,7 @@ impl Routes {
         Ok(Self { netlink: Arc::new(Mutex::new(open()?)), holder })
     }
 
-    /// Tells of what others do to routes of ours, and of interfaces. Must be called within a tokio runtime.
+    /// Reports what others do to routes of ours, and to interfaces. Must be called within a tokio runtime.
     ///
     /// # Errors
     /// The kernel's.
@@ -181,7 +181,7 @@ impl Routes {
         .await
     }
 
-    /// The table `local`, and what else speaks of local addresses.
+    /// The table `local`, and what else concerns local addresses.
     pub async fn local_table(&self) -> anyhow::Result<LocalTable> {
         self.with(local_table).await
     }
@@ -306,7 +306,7 @@ fn list(
 /// the address is not its own. If not, the name of that interface.
 ///
 /// # Errors
-/// There is no way to the peer, or the kernel does not tell.
+/// There is no route to the peer, or the kernel does not answer.
 pub async fn way_back(peer: IpAddr, address: IpAddr) -> anyhow::Result<Option<String>> {
     let routes = Routes::open()?;
     let look = move |netlink: &mut Netlink| {

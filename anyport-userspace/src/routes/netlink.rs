@@ -17,8 +17,8 @@ use super::wire::{
 };
 use crate::{privileges, rules::Prefix};
 
-/// Requests that are sent at once, if the socket's buffers allow it. The kernel holds its lock on all network
-/// configuration for each in turn, so that others get theirs between them.
+/// Requests that are sent at once, if the socket's buffers allow it. The kernel takes its lock on all network configuration
+/// for each request and releases it after that, so that others get theirs between them.
 const BATCH: usize = 1_000;
 
 /// What a refusal takes of the receive buffer at most, with all that the kernel counts in.
@@ -30,7 +30,7 @@ const LONGEST_DATAGRAM: usize = 1 << 16;
 /// A blocking socket: a request is carried out while it is being sent, by the thread that sends it.
 pub(super) struct Netlink {
     socket: Socket,
-    /// By which the kernel tells what is done through this socket.
+    /// By this number the kernel marks what is done through this socket.
     pub(super) port: u32,
     sequence: u32,
     batch: usize,

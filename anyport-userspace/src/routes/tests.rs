@@ -95,7 +95,7 @@ fn adds_and_removes_only_ours() {
         }
         assert!(ip("route get 192.0.2.77").contains("src 127.0.0.1"));
         assert!(ip("route get 2001:db8::77").contains("src ::1"));
-        // A route of somebody else to the same destination outlives ours.
+        // Another program's route to the same destination outlives ours.
         ip("-6 route add local 2001:db8::/64 dev lo metric 2000 table local");
         routes.set(&wanted).await.unwrap();
         assert_eq!(routes.ours().await.unwrap(), ours);
@@ -136,10 +136,10 @@ fn small_changes_mind_what_is_there() {
             coverage.add(&prefix, &mut edits);
         }
         let there_and_back = edits.difference();
-        // Two of these are one block, of which somebody else has but a half.
+        // Two of these are one block, of which another program has but a half.
         assert_eq!(routes.apply(&there_and_back).await.unwrap(), prefixes::<Vec<_>>(&["198.51.100.0/24"]));
         assert_eq!(routes.ours().await.unwrap(), prefixes::<Vec<_>>(&["192.0.2.0/24", "2001:db8::/63"]));
-        // That somebody was faster is no harm.
+        // It is no harm that another program was faster.
         ip("route del local 192.0.2.0/24 dev lo proto 165 table local");
         routes.apply(&there_and_back.reversed()).await.unwrap();
         assert_eq!(all_routes(), before);
@@ -215,7 +215,7 @@ fn ipv6_that_is_off_is_named() {
         ip("link set lo up");
         fs::write("/proc/sys/net/ipv6/conf/lo/disable_ipv6", "1").unwrap();
         let routes = Routes::open().unwrap();
-        // The one that is refused is told from the others of its batch.
+        // The refused one is identified among the others of its batch.
         let prefixes: Vec<Prefix> = prefixes(&["192.0.2.0/24", "2001:db8::/64", "198.51.100.0/24"]);
         let error = routes.add(&prefixes).await.unwrap_err().to_string();
         assert!(error.contains("2001:db8::/64") && error.contains("disable_ipv6"), "{error}");
@@ -275,7 +275,7 @@ fn tells_of_what_others_do() {
         expect(Some(of_interfaces), "a new interface").await;
         ip("address add 192.0.2.1/24 dev port0");
         expect(None, "an address elsewhere").await;
-        // Takes the routes along whose source it is, and the kernel does not tell of those.
+        // Takes the routes along whose source it is, and the kernel does not report those.
         ip("address del 127.0.0.1/8 dev lo");
         expect(Some(of_routes), "an address of lo").await;
         ip("link set lo down");

@@ -1,4 +1,4 @@
-//! What others do to interfaces, to `lo`, and to our routes, told by the kernel as it happens.
+//! What others do to interfaces, to `lo`, and to our routes, as the kernel reports it.
 
 use std::{future::pending, io::ErrorKind, os::fd::AsRawFd as _};
 
@@ -11,10 +11,10 @@ use tokio::io::unix::AsyncFd;
 use super::{LOOPBACK_INDEX, ROUTE_PROTOCOL, wire};
 use crate::sys;
 
-/// Of `linux/rtnetlink.h`: the groups in which the kernel tells of interfaces, addresses and routes.
+/// Of `linux/rtnetlink.h`: the groups in which the kernel reports interfaces, addresses and routes.
 const GROUPS: [u32; 5] = [1, 5, 7, 9, 11];
 
-/// What has happened since the last look.
+/// What has happened since the last check.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct News {
     /// An interface appeared, changed or went.
@@ -23,7 +23,7 @@ pub struct News {
     pub of_routes: bool,
 }
 
-/// A socket on which the kernel tells.
+/// A socket on which the kernel reports changes.
 ///
 /// It lets only that through which matters: interfaces, addresses of `lo`, and routes of ours that others delete. So a
 /// change of our own, or a router with a million routes, costs next to nothing here.

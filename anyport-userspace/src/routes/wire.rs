@@ -186,7 +186,7 @@ pub(super) fn messages(datagram: &[u8]) -> impl Iterator<Item = (u32, Message<'_
     })
 }
 
-/// Notes what the messages of a datagram tell that got through [`super::watch`]'s filter.
+/// Notes what the messages of a datagram report that got through [`super::watch`]'s filter.
 pub(super) fn news(datagram: &[u8], news: &mut News) {
     let mut rest = datagram;
     while let Some((header, mut content)) = split::<Header>(&mut rest, |header| header.length as usize) {

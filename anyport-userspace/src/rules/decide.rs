@@ -9,7 +9,7 @@ use super::{Prefix, RuleSet, rule::Target, set::RuleRef};
 /// What a rule set says of a packet.
 #[derive(Clone, Copy, Debug)]
 pub enum Decision<'a> {
-    /// No rule has an opinion: the packet is the host's.
+    /// No rule matches: the packet is the host's.
     Unmatched,
     /// This rule leaves it to the host.
     Host(RuleRef<'a>),
@@ -17,8 +17,7 @@ pub enum Decision<'a> {
     Steer(RuleRef<'a>),
 }
 
-/// The reference decision, which every back end must agree with: the first rule in order of precedence that has
-/// an opinion on the packet.
+/// The reference decision, which every back end must agree with: the first rule in order of precedence that matches the packet.
 pub fn decide(rules: &RuleSet, address: IpAddr, transport: Transport, port: u16, source: IpAddr) -> Decision<'_> {
     rules
         .around(Prefix::host(address))

@@ -5,7 +5,7 @@ use std::{collections::HashMap, fmt, panic::resume_unwind, sync::Arc, thread};
 
 use super::{InvalidText, PortSet, Prefix, Protocol, RuleSpec};
 
-/// How many mistakes are told at once.
+/// How many mistakes are reported at once.
 const TOLD: usize = 10;
 
 /// A rule as a line says it.
@@ -14,8 +14,8 @@ pub type LineRule = (Prefix, Arc<RuleSpec>);
 /// Lines that are worth a thread of their own.
 const PORTION: usize = 1 << 20;
 
-/// Reads rules, each with the number of its line, from 1 on; in order of precedence, or nearly so. `share` gives terms that rules which say the same have in
-/// common.
+/// Reads rules, each with the number of its line, from 1 on; in order of precedence, or nearly so. `share` returns one
+/// shared rule spec for rules whose specs are equal.
 ///
 /// # Errors
 /// Lines that make no sense: says where and why, of the first few.
@@ -49,7 +49,7 @@ pub fn parse(
     Ok(rules)
 }
 
-/// Refuses a file with mistakes, and tells the first few.
+/// Refuses a file with mistakes, and reports the first few.
 pub(crate) fn expect_none(mut mistakes: Vec<String>) -> Result<(), InvalidText> {
     if mistakes.is_empty() {
         return Ok(());
@@ -79,7 +79,7 @@ fn portions(text: &str) -> Vec<&str> {
 /// What some lines say.
 #[derive(Default)]
 struct Portion<'a> {
-    /// Prefixes, each with the place of its terms and the number of its line in the portion.
+    /// Prefixes, each with the place of its rule spec and the number of its line in the portion.
     rules: Vec<(Prefix, u32, u32)>,
     /// As they are written, each once.
     terms: Vec<(&'a str, RuleSpec)>,
@@ -99,7 +99,7 @@ impl<'a> Portion<'a> {
                 continue;
             }
             let (prefix, tail) = rule.split_once(|it: char| it.is_ascii_whitespace()).unwrap_or((rule, ""));
-            // Most lines end as the one before.
+            // Most lines end as the previous one.
             let place =
                 if last.1 != u32::MAX && last.0 == tail { Ok(last.1) } else { portion.place_of(tail, &mut known) };
             let read = place.and_then(|place| {

@@ -28,7 +28,7 @@ impl Overlay {
         self.prefixes.is_empty()
     }
 
-    /// The rules of this prefix are read as these, which are numbered.
+    /// The rules of this prefix are read as these, which have numbers.
     pub fn put(&mut self, prefix: Prefix, rules: PrefixRules) {
         self.lengths.insert(length(&prefix));
         self.prefixes.insert(prefix, rules);

@@ -5,7 +5,7 @@ use std::{fmt, str::FromStr};
 use super::InvalidText;
 use crate::as_text::as_text;
 
-/// A set of ports from 1 to 65535, held as sorted ranges that neither overlap nor touch.
+/// A set of ports from 1 to 65535, stored as sorted ranges that neither overlap nor touch.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct PortSet(Vec<(u16, u16)>);
 

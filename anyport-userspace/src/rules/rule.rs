@@ -119,7 +119,7 @@ impl Default for RuleSpec {
     }
 }
 
-/// What a rule does with a port that it has an opinion on.
+/// What a rule does with a port that it matches.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Target<'a> {
     Host,
@@ -132,7 +132,7 @@ impl RuleSpec {
         true
     }
 
-    /// The ports that the rule has an opinion on: those it steers and those it leaves to the host.
+    /// The ports that the rule matches: those it steers and those it leaves to the host.
     pub fn opinion(&self) -> PortSet {
         self.ports.union(&self.except)
     }
@@ -155,7 +155,7 @@ impl RuleSpec {
         }
     }
 
-    /// Whether the rule speaks of clients at this address.
+    /// Whether the rule matches clients at this address.
     pub fn is_about(&self, source: IpAddr) -> bool {
         self.source.is_none_or(|it| it.contains(source))
     }
@@ -170,9 +170,8 @@ impl RuleSpec {
         }
     }
 
-    /// Sorts the rules of a prefix so that of those with an opinion on a packet the first one decides: those with
-    /// fewer ports first, and among them those with a longer source. What follows only makes the order total, so that
-    /// it never depends on who came first.
+    /// Sorts the rules of a prefix so that the first one that matches a packet decides: those with fewer ports first, and among
+    /// them those with a longer source. What follows only makes the order total, so that it never depends on which one came first.
     pub fn precedence(&self) -> impl Ord + use<'_> {
         // Where nothing is excepted, which is the rule, no set has to be made to count it.
         let ports = if self.except.is_empty() { self.ports.count() } else { self.opinion().count() };
@@ -210,13 +209,13 @@ pub struct Rule {
 }
 
 impl Rule {
-    /// Whether the two say the same of the same packets, whoever wants it so.
+    /// Whether the two say the same of the same packets, whatever their origins are.
     pub fn says_the_same_as(&self, other: &Self) -> bool {
         self.prefix == other.prefix && self.terms == other.terms
     }
 
-    /// Sorts rules so that of those with an opinion on a packet the first one decides: longer prefixes first, and
-    /// within a prefix as [`RuleSpec::precedence`] says.
+    /// Sorts rules so that the first one that matches a packet decides: longer prefixes first,
+    /// and within a prefix as [`RuleSpec::precedence`] says.
     pub fn precedence(&self) -> impl Ord + use<'_> {
         (self.prefix, self.terms.precedence())
     }

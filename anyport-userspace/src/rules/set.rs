@@ -22,10 +22,10 @@ pub struct RuleSet {
 
 /// The rules of one prefix, in order of precedence; at least one.
 ///
-/// They are numbered in this order, one after the other, and stand under these numbers in the kernel.
+/// They have numbers in this order, one after the other, and stand under these numbers in the kernel.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct PrefixRules {
-    /// The number of the first one, once they are numbered.
+    /// The number of the first one, once they have numbers.
     pub first_number: u32,
     rules: SmallVec<[RuleEntry; 1]>,
 }
@@ -101,7 +101,7 @@ impl PrefixRules {
         self.rules.iter().any(|it| it.terms.route)
     }
 
-    /// Whether these say the same in the same order, whoever wants it so.
+    /// Whether these say the same in the same order, whatever their origins are.
     pub fn say_the_same_as(&self, other: &Self) -> bool {
         self.len() == other.len() && self.iter().zip(other.iter()).all(|(a, b)| a.terms == b.terms)
     }
@@ -179,7 +179,7 @@ impl PrefixRules {
         if self.rules.len() < 2 {
             return None;
         }
-        // Where the rules begin to have an opinion, and where they end.
+        // Where the ports that the rules match begin, and where they end.
         let mut edges: Vec<(u32, bool, usize)> = Vec::new();
         let counts: Vec<u32> = self.rules.iter().map(|held| held.terms.opinion().count()).collect();
         for (place, held) in self.rules.iter().enumerate() {
@@ -374,7 +374,7 @@ impl Change {
         self.removed.is_empty() && self.added.is_empty()
     }
 
-    /// The way back.
+    /// The change back.
     #[must_use]
     pub fn inverse(self) -> Self {
         Self { removed: self.added, added: self.removed }

@@ -4,14 +4,14 @@ use std::{collections::HashSet, net::IpAddr};
 
 use super::{InvalidText, Prefix};
 
-/// Whom a service takes: prefixes of sources that it allows, and those that it denies.
+/// Which clients a service allows: its ACL, the prefixes of sources that it allows and those that it denies.
 ///
-/// The longest prefix that a source is in decides. A source in none of them is taken unless some are allowed.
+/// The longest prefix that a source is in decides. A source in none of them is allowed unless the ACL allows some.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct SourceLists {
     allow: Vec<Prefix>,
     deny: Vec<Prefix>,
-    /// For IPv4 and IPv6: where ranges of addresses begin, as numbers, and whether they are taken.
+    /// For IPv4 and IPv6: where ranges of addresses begin, as numbers, and whether they are allowed.
     ranges: [Vec<(u128, bool)>; 2],
 }
 

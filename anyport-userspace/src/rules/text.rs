@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use super::{Origin, Prefix, Rule, RuleSpec};
 
-/// Makes a struct of what rules are about, their terms as they stand in files and requests (where it says `..RuleSpec`), and what else it
-/// has.
+/// Makes a struct of what rules are about, the fields of their rule spec as they stand in files and requests (where it says
+/// `..RuleSpec`), and what else it has.
 macro_rules! with_terms {
     (
         $(#[$meta:meta])*
@@ -50,13 +50,13 @@ macro_rules! with_terms {
         }
 
         impl $name {
-            /// Puts the terms in.
+            /// Puts the rule spec in.
             pub fn of($subject: $subject_type, terms: $crate::rules::RuleSpec $(, $more: $more_type)*) -> Self {
                 let $crate::rules::RuleSpec { protocol, ports, except, source, service, route } = terms;
                 Self { $subject, protocol, ports, except, source, service, route $(, $more)* }
             }
 
-            /// Takes the terms out.
+            /// Takes the rule spec out.
             pub fn into_terms(self) -> ($subject_type, $crate::rules::RuleSpec) {
                 let Self { $subject, protocol, ports, except, source, service, route, .. } = self;
                 ($subject, $crate::rules::RuleSpec { protocol, ports, except, source, service, route })

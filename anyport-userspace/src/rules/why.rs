@@ -29,7 +29,7 @@ pub fn why(rule: &RuleRef<'_>, flow: &Flow, deciding: Option<&RuleRef<'_>>) -> S
             Target::Host => format!("decides: port {port} is among its exceptions {except}, so it is the host's"),
             Target::Service(service) => format!("decides: port {port} goes to {service}"),
         },
-        // The rules of a prefix are numbered in order of precedence.
+        // The numbers of a prefix's rules follow their order of precedence.
         Some(deciding) if (deciding.prefix, deciding.number) < (rule.prefix, rule.number) => {
             why_behind(rule, deciding, port)
         }
@@ -37,7 +37,7 @@ pub fn why(rule: &RuleRef<'_>, flow: &Flow, deciding: Option<&RuleRef<'_>>) -> S
     }
 }
 
-/// Why a rule with an opinion comes after the one that decides.
+/// Why a rule that matches comes after the one that decides.
 fn why_behind(rule: &RuleRef<'_>, deciding: &RuleRef<'_>, port: u16) -> String {
     if deciding.prefix != rule.prefix {
         return format!("a longer prefix with an opinion on port {port} comes first: {}", deciding.prefix);
@@ -72,7 +72,7 @@ mod tests {
         let mut change = Change::default();
         for (prefix, rules) in rules.prefixes() {
             let mut rules = rules.clone();
-            // Prefixes are numbered in any order.
+            // Prefixes have numbers in any order.
             rules.first_number = 100 * u32::from(32 - prefix.len());
             change.added.push((*prefix, rules));
         }
@@ -147,7 +147,7 @@ mod tests {
         );
     }
 
-    /// The kernel is asked, and not this model: what it does is told even where it should not.
+    /// The kernel is asked, and not this model: what it does is shown even where it is wrong.
     #[test]
     fn a_kernel_that_decides_otherwise_is_not_hidden() {
         let rules = numbered("192.0.2.0/24\n192.0.2.0/25\n");

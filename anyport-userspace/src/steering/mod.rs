@@ -64,7 +64,7 @@ pub struct ServiceSockets {
     /// One socket a group, in the order of [`anyport_common::flow::Flow::socket_offset`]: TCP and UDP over IPv4,
     /// then TCP and UDP over IPv6. None where the host has no such family.
     pub groups: [Option<GroupSocket>; SOCKETS_PER_SERVICE as usize],
-    /// Whom it takes. A service that takes others has another slot.
+    /// Which clients it allows. A service that allows others has another slot.
     pub sources: Arc<SourceLists>,
 }
 
@@ -85,7 +85,7 @@ impl ServiceSockets {
 pub struct Plan<'a> {
     /// The number of this rule set.
     pub generation: u64,
-    /// The rules, numbered, as they are to be read.
+    /// The rules, with their numbers, as they are to be read.
     pub rules: RuleView<'a>,
     /// The prefixes whose rules are not those of the plan that was applied last; nothing if that is not known, and
     /// everything has to be looked at.
@@ -122,7 +122,7 @@ pub enum Fate {
     /// It is refused, since the service does not take its source. A back end that leaves this to the service says that it
     /// goes there.
     Deny,
-    /// No rule has an opinion.
+    /// No rule matches.
     Unmatched,
 }
 
@@ -133,11 +133,11 @@ pub struct Decided {
     pub fate: Fate,
     /// The number of the rule by which that is so.
     pub rule: Option<u32>,
-    /// The cookie of the socket that was found, where the kernel tells it; another one of the same group may get it.
+    /// The cookie of the socket that was found, where the kernel reports it; another one of the same group may get it.
     pub cookie: Option<u64>,
-    /// Where the socket is bound that will be looked for, where the kernel tells that.
+    /// Where the socket is bound that will be looked for, where the kernel reports that.
     pub bound: Option<SocketAddr>,
-    /// The generation that decided, where the kernel tells it.
+    /// The generation that decided, where the kernel reports it.
     pub generation: Option<u64>,
 }
 
@@ -191,10 +191,10 @@ pub trait Steering: Send + Sync + fmt::Debug {
     /// Makes the kernel steer by this plan, whatever it did before. Idempotent.
     ///
     /// # Errors
-    /// What was attempted and what the kernel said; the caller applies the former plan again.
+    /// What was attempted and what the kernel said; the caller applies the previous plan again.
     fn apply(&mut self, plan: &Plan<'_>) -> anyhow::Result<()>;
 
-    /// Looks again at what may have changed outside, such as new interfaces. Returns what it has put right.
+    /// Checks again what may have changed outside, such as new interfaces. Returns what it has put right.
     fn refresh(&mut self) -> anyhow::Result<Vec<Drift>> {
         Ok(Vec::new())
     }
@@ -236,7 +236,7 @@ pub trait Steering: Send + Sync + fmt::Debug {
     /// Whether it can steer to a socket that an earlier daemon steered to, without a descriptor of it.
     fn can_adopt(&self, cookie: u64) -> bool;
 
-    /// Packets about which no rule had an opinion.
+    /// Packets that no rule matched.
     fn unmatched(&self) -> anyhow::Result<u64>;
 
     /// Adds to the counters of rules, by number, what was counted before this back end was at work.

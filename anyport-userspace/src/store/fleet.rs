@@ -1,4 +1,4 @@
-//! What the fleet gave: the set in force, and how far the ring's pointer has been seen to go.
+//! What the fleet gave: the active set, and how far the ring's pointer has been seen to go.
 
 use std::io;
 
@@ -13,7 +13,7 @@ use crate::{
 };
 
 const FILE: &str = "fleet.json";
-/// The one before.
+/// The previous file.
 const FORMER: &str = "fleet.json.former";
 
 /// Where a node stands in its fleet.
@@ -21,9 +21,9 @@ const FORMER: &str = "fleet.json.former";
 pub struct FleetState {
     /// The ring whose pointer was followed.
     pub ring: String,
-    /// The pointer's sequence that is in force; 0 before the first.
+    /// The sequence of the active pointer; 0 before the first.
     pub sequence: u64,
-    /// The set that is in force, by its hash.
+    /// The active set, by its hash.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub set: Option<String>,
     /// Since when it is, by RFC 3339.
@@ -41,7 +41,7 @@ pub struct FleetState {
 pub struct KeptFleet {
     /// Where this node stands.
     pub state: FleetState,
-    /// The services of the set that is in force.
+    /// The services of the active set.
     pub services: Vec<ServiceConfig>,
     /// Its rules.
     pub rules: Vec<Rule>,

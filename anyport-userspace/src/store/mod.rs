@@ -1,7 +1,7 @@
 //! What `anyportctl` added and applied and what the fleet gave, kept in the state directory.
 //!
-//! A file is written aside, put on the disk, and then takes its name; so after a loss of power there is the former state or
-//! the new one. Checksums tell files that somebody or a disk has spoilt. The state before the last one is kept beside it.
+//! A file is written aside, put on the disk, and then takes its name; so after a loss of power there is the previous state or the
+//! new one. Checksums reveal files that a person or a disk has spoilt. The state before the last one is kept beside it.
 
 mod files;
 mod fleet;
@@ -115,7 +115,7 @@ pub struct KeptDrain {
     /// Inside of which prefix.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub prefix: Option<Prefix>,
-    /// Seconds from the withdrawal to the first newcomer that is refused.
+    /// Seconds from the withdrawal to the first new connection that is refused.
     pub wait: u64,
     /// Whether new connections are refused by now.
     pub is_refusing: bool,
@@ -141,7 +141,7 @@ struct StateFile {
     applied: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     applied_checksum: Option<String>,
-    /// Of the whole file with zeros in this place. There is none in files of versions without, and where somebody who has
+    /// Of the whole file with zeros in this place. There is none in files of versions without, and where a person who has
     /// repaired the file took it out.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     checksum: Option<String>,
@@ -287,8 +287,8 @@ impl Store {
         Ok(Named { name, checksum: Some(crc32fast::hash(text.as_bytes())) })
     }
 
-    /// Replaces a state file by one that has [`NO_CHECKSUM`] yet, and keeps the one before under another name. Not to be able to
-    /// keep it is no reason to change nothing.
+    /// Replaces a state file by one that has [`NO_CHECKSUM`] yet, and keeps the previous one under another name. Not to be
+    /// able to keep it is no reason to change nothing.
     fn replace_keeping(&self, name: &str, former: &str, file: &impl Serialize) -> anyhow::Result<()> {
         let mut text = serde_json::to_vec_pretty(file).context("write the state")?;
         text.push(b'\n');
@@ -368,7 +368,7 @@ impl Store {
     /// What is drained.
     ///
     /// # Errors
-    /// That can't be read: newcomers would be served that are to be refused.
+    /// That can't be read: new connections would be served that are to be refused.
     pub fn drains(&self) -> anyhow::Result<Vec<KeptDrain>> {
         let path = self.files.path(DRAINS);
         let text = match self.files.read(DRAINS) {
@@ -385,7 +385,7 @@ impl Store {
         let aside = format!("{name}.new");
         let written = self.files.write(&aside, text).and_then(|()| self.files.rename(&aside, name));
         if written.is_err() {
-            // What there is of it takes room on a disk that may be full.
+            // What there is of it takes space on a disk that may be full.
             self.files.remove(&aside).ok();
         }
         written.with_context(|| format!("write the state file {}", self.files.path(name).display()))?;
@@ -396,7 +396,7 @@ impl Store {
         Ok(())
     }
 
-    /// Removes files of the two series that neither the state nor the one before names.
+    /// Removes files of the two series that neither the state nor the previous one names.
     fn remove_unused(&self) {
         let is_unused = |name: &String| {
             [(APPLIED, &self.applied), (SET, &self.set)].iter().any(|(series, Beside { now, former })| {

@@ -122,13 +122,13 @@ pub(super) struct Arena {
     free: [Vec<u32>; ORDERS],
     /// Taken since the last commit.
     taken: Vec<Block>,
-    /// Those of them that were not given up again, by offset, with their order. While everything is made anew nothing is.
+    /// Those of them that were not freed again, by offset, with their order. Empty during a full rebuild.
     fresh: HashMap<u32, u32>,
-    /// Given up since the last commit, and still in force.
+    /// Freed since the last commit, and still active.
     given_up: Vec<Block>,
-    /// Given up by earlier changes; somebody may still read them.
+    /// Freed by earlier changes; readers may still use them.
     waiting: Vec<Block>,
-    /// While everything is made anew: the free blocks between the old ones.
+    /// During a full rebuild: the free blocks between the old ones.
     aside: Option<Aside>,
     /// Words that are neither free nor waiting.
     used: u64,
@@ -306,7 +306,7 @@ impl Arena {
         self.taken.clear();
         self.fresh.clear();
         if let Some(Aside { segments, .. }) = self.aside.take() {
-            // Whatever waited or was given up lies in these.
+            // Whatever waited or was freed lies in these.
             self.given_up.clear();
             self.waiting =
                 segments.into_iter().map(|number| Block { offset: number << SEGMENT_BITS, order: WHOLE }).collect();
@@ -395,7 +395,7 @@ impl Arena {
 mod tests {
     use super::{Arena, Block, OwnSegments};
 
-    /// Whatever was given up comes back, but never what is in use.
+    /// Whatever was freed comes back, but never what is in use.
     #[test]
     fn blocks_come_back_after_the_commit() {
         let mut arena = Arena::new(Box::new(OwnSegments::default()));
@@ -426,7 +426,7 @@ mod tests {
         assert_eq!(arena.bytes(), (0, 1 << 19));
     }
 
-    /// Generations that are made anew take turns in the same segments.
+    /// Full rebuilds alternate between the same segments.
     #[test]
     fn whole_generations_come_back() {
         let mut arena = Arena::new(Box::new(OwnSegments::default()));
@@ -439,7 +439,7 @@ mod tests {
         assert!(arena.bytes().1 <= 3 << 19, "{} bytes", arena.bytes().1);
     }
 
-    /// What is taken and given up by one change is free at once, and its words are another's.
+    /// What one change takes and frees is free at once, and its words are another's.
     #[test]
     fn a_change_uses_its_room_again() {
         let mut arena = Arena::new(Box::new(OwnSegments::default()));

@@ -110,7 +110,7 @@ fn nodes(reader: &Reader, slot: Slot, words: &mut Vec<(u32, String)>) {
     }
 }
 
-/// The eight words of a line.
+/// The eight words of a cache line.
 fn lines(at: u32, line: &Line, words: &mut Vec<(u32, String)>) {
     let slots: Vec<_> = line.slots().collect();
     let keys = |places: std::ops::Range<usize>| {
@@ -153,7 +153,7 @@ fn words_of_the_documented_example_are_those_of_the_compiler() {
     assert!(DOCUMENT.contains(&shown), "docs/lookup-table.md has to show:\n{shown}");
 }
 
-/// The way that the page goes.
+/// The lookups that the page shows.
 #[test]
 fn documented_lookups_find_the_documented_rules() {
     let reader = compiled().reader();

@@ -8,7 +8,7 @@ use super::{
     tree::{Built, Piece, Shape, block_of, build, children, few, is_node, is_value, sorted},
 };
 
-/// Subtrees of up to this many pieces are made anew as a whole when something in them changes, which keeps them flat.
+/// Subtrees of up to this many pieces are rebuilt as a whole when something in them changes, which keeps them flat.
 const REMADE: usize = 512;
 
 /// The keys from `first` to `last`, and what they shall have from now on.
@@ -23,7 +23,7 @@ pub(super) struct Region<'a> {
 /// Why a part could not be replaced.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum Trouble {
-    /// By many changes the tree has become deeper than lookups go: it has to be made anew.
+    /// By many changes the tree has become deeper than lookups go: it needs a full rebuild.
     #[error("the tree has become too deep")]
     TooDeep,
     /// There is no more memory.
@@ -31,7 +31,7 @@ pub(super) enum Trouble {
     Memory(#[from] anyhow::Error),
 }
 
-/// A tree in which parts are replaced. Nodes are never written to: those on the way to what changes are copied.
+/// A tree in which parts are replaced. Nodes are never written to: those between the root and what changes are copied.
 #[derive(Debug)]
 pub(super) struct Editor<'a> {
     pub(super) arena: &'a mut Arena,
@@ -135,7 +135,7 @@ impl Editor<'_> {
         Ok(shape.slot(offset, turn))
     }
 
-    /// What a line shall have from now on.
+    /// What a cache line holds from now on.
     fn replace_in_line(
         &mut self,
         line: Slot,
@@ -251,7 +251,7 @@ impl Editor<'_> {
         parts
     }
 
-    /// The parts of lines: the lines or, where there is only one, its slots.
+    /// The parts of a cache-line node: its cache lines or, where there is only one, its slots.
     fn parts_of_lines(&self, slot: Slot, (first, last): (u64, u64)) -> Vec<Piece> {
         let shape = Lines::in_slot(slot);
         let base = shape.base(first);
@@ -268,7 +268,7 @@ impl Editor<'_> {
         parts
     }
 
-    /// Collects the values of a subtree. Gives up where there are too many.
+    /// Collects the values of a subtree. Stops where there are too many.
     fn collect(&self, slot: Slot, (first, last): (u64, u64), values: &mut Vec<Piece>) -> bool {
         if is_value(slot) {
             if values.last().is_none_or(|before| before.slot != slot) {
@@ -280,7 +280,7 @@ impl Editor<'_> {
         with_ends(&parts, last).all(|(part, end)| self.collect(part.slot, (part.first, end), values))
     }
 
-    /// Gives up all nodes of a subtree, those of second halves too.
+    /// Frees all nodes of a subtree, those of second halves too.
     pub(super) fn discard(&mut self, slot: Slot) {
         if self.moved == Some(slot) {
             return;
@@ -288,14 +288,14 @@ impl Editor<'_> {
         self.discard_below(slot.without_turn(), &Self::discard);
     }
 
-    /// Gives up the nodes of a subtree, but not its values.
+    /// Frees the nodes of a subtree, but not its values.
     fn discard_nodes(&mut self, slot: Slot) {
         if !is_value(slot) {
             self.discard_below(slot, &Self::discard_nodes);
         }
     }
 
-    /// Gives up all nodes below a node, but neither the node itself nor values.
+    /// Frees all nodes below a node, but neither the node itself nor values.
     fn discard_nodes_below(&mut self, slot: Slot) {
         for child in children(self.arena, slot).unwrap_or_default() {
             self.discard_nodes(child);

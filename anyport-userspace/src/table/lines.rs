@@ -1,4 +1,4 @@
-//! Lines: nodes of one cache line for each part of an aligned block of keys.
+//! Cache-line nodes: one cache line for each part of an aligned block of keys.
 
 use anyport_common::table::{LINE_KEY_BITS, LINE_SLOTS, LINE_WORDS, Line, MAX_LINES_WIDTH, Slot, Turn};
 use smallvec::SmallVec;
@@ -8,7 +8,7 @@ use super::{
     tree::{Built, Parts, Piece, build},
 };
 
-/// How lines divide an aligned block of keys.
+/// How the cache lines of a node divide an aligned block of keys.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Lines {
     pub(super) skip: u32,
@@ -16,7 +16,7 @@ pub(super) struct Lines {
 }
 
 impl Lines {
-    /// Lines of which only few have so many pieces that they go on elsewhere.
+    /// Cache lines of which only few have so many pieces that they go on elsewhere.
     pub(super) fn of(pieces: &[Piece], last: u64) -> Option<Self> {
         let skip = (pieces[0].first ^ last).leading_zeros();
         let width = Self::width(pieces.len()).min(63 - skip);
@@ -29,12 +29,12 @@ impl Lines {
         (elsewhere <= pieces.len() / 3).then_some(shape)
     }
 
-    /// For how many pieces there should be how many lines: half of each is filled on average, or a bit more.
+    /// How many cache lines there should be for how many pieces: half of each is filled on average, or a bit more.
     pub(super) fn width(pieces: usize) -> u32 {
         (pieces * 2 / 9).next_power_of_two().trailing_zeros()
     }
 
-    /// The lines in a slot.
+    /// The cache-line node in a slot.
     pub(super) fn in_slot(slot: Slot) -> Self {
         Self { skip: slot.skip(), width: slot.width() }
     }
@@ -48,7 +48,7 @@ impl Lines {
         self.width + LINE_WORDS.trailing_zeros()
     }
 
-    /// The bits of the key that come before those that tell the slots of a line apart.
+    /// The bits of the key that come before those that select the slot within a cache line.
     pub(super) fn before(self) -> u32 {
         self.skip + self.width
     }
@@ -58,31 +58,31 @@ impl Lines {
         key & !(u64::MAX >> self.skip)
     }
 
-    /// The first and the last key of a line.
+    /// The first and the last key of a cache line.
     pub(super) fn bounds(self, base: u64, number: u64) -> (u64, u64) {
         let span = u64::MAX >> self.before();
-        // One line alone may take all keys.
+        // One cache line alone may take all keys.
         let first = base + number.wrapping_mul(span.wrapping_add(1));
         (first, first + span)
     }
 
-    /// The line of a key.
+    /// The cache line of a key.
     pub(super) fn number_of(self, key: u64) -> u64 {
         key << self.skip >> 1 >> (63 - self.width)
     }
 
-    /// One of the lines as a node by itself.
+    /// One of the cache lines as a node by itself.
     pub(super) fn one(self, slot: Slot, number: u64) -> Slot {
         let offset = slot.offset() + u32::try_from(number).unwrap_or_default() * LINE_WORDS;
         Self { skip: self.before(), width: 0 }.slot(offset, Turn::Same)
     }
 
-    /// Whether these pieces fit into a line, beside what comes before them.
+    /// Whether these pieces fit into a cache line, beside what comes before them.
     fn fits(self, pieces: &[Piece]) -> bool {
         pieces.len() < LINE_SLOTS as usize && pieces.iter().all(|it| it.first << self.before() << LINE_KEY_BITS == 0)
     }
 
-    /// The pieces as a line, if they fit.
+    /// The pieces as a cache line, if they fit.
     pub(super) fn line(self, pieces: &[Piece]) -> Option<Line> {
         if !self.fits(pieces.get(1..)?) {
             return None;
@@ -93,7 +93,7 @@ impl Lines {
         Line::of(&slots, &keys)
     }
 
-    /// The pieces as a line, which leads elsewhere if they don't fit, and the depth of what is there.
+    /// The pieces as a cache line, which leads elsewhere if they don't fit, and the depth of what is there.
     pub(super) fn line_or_node(self, arena: &mut Arena, pieces: &[Piece], last: u64) -> anyhow::Result<(Line, u32)> {
         if let Some(line) = self.line(pieces) {
             return Ok((line, 0));
@@ -121,7 +121,7 @@ pub(super) fn lines(arena: &mut Arena, pieces: &[Piece], last: u64, shape: Lines
     Ok(Built { slot: shape.slot(block.offset, turn), depth: depth + 1 })
 }
 
-/// Reads a line.
+/// Reads a cache line.
 pub(super) fn line_at(arena: &Arena, offset: u32) -> Line {
     let mut line = Line([0; LINE_WORDS as usize]);
     for (to, from) in line.0.iter_mut().zip(offset..) {

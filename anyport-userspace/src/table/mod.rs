@@ -1,8 +1,8 @@
 //! The lookup table: rules compiled into what [`anyport_common::table`] looks up, generation after generation.
 //!
-//! The programs in the kernel and the daemon itself read the same table by the same code. A small change copies the
-//! nodes on the way to what changes and shares the rest with the generation before; a large one makes everything anew
-//! beside it. Neither touches what is in force, so that it stays when something fails.
+//! The programs in the kernel and the daemon itself read the same table by the same code. A small change copies the nodes
+//! between the root and what changes and shares the rest with the previous generation; a large one is a full rebuild beside
+//! it. Neither touches what is active, so that it stays when something fails.
 
 mod arena;
 mod editor;
@@ -39,7 +39,7 @@ pub struct Table {
     policies: Policies,
     roots: Roots,
     next: Roots,
-    /// How many prefixes were changed one by one since everything was made anew.
+    /// How many prefixes were changed one by one since the last full rebuild.
     changes: usize,
 }
 
@@ -88,7 +88,7 @@ impl Table {
         }
     }
 
-    /// Makes a generation of these rules, all of it anew.
+    /// Makes a generation of these rules by a full rebuild.
     ///
     /// # Errors
     /// There is not enough memory, or a rule names an unknown service.
@@ -111,7 +111,7 @@ impl Table {
         Ok(())
     }
 
-    /// Makes a generation of these rules, which differ from those in force in these prefixes only.
+    /// Makes a generation of these rules, which differ from the active ones in these prefixes only.
     ///
     /// # Errors
     /// There is not enough memory, or a rule names an unknown service.
@@ -152,7 +152,7 @@ impl Table {
         self.arena.connect()
     }
 
-    /// What was made is in force.
+    /// What was made is active.
     pub fn commit(&mut self) {
         self.roots = self.next;
         self.arena.commit();

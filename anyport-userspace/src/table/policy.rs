@@ -24,7 +24,7 @@ use crate::rules::{PortSet, Prefix, PrefixRules, RuleSpec, ServiceName, SourceLi
 pub struct Receiver<'a> {
     /// Its slot. Another incarnation of the service, which may take others, has another one.
     pub slot: u16,
-    /// Whom it takes.
+    /// Which clients it allows.
     pub sources: &'a SourceLists,
 }
 
@@ -38,14 +38,14 @@ pub(super) struct Policies {
     next_id: u32,
     /// What was added since the last commit.
     created: Vec<Key>,
-    /// While everything is made anew: what was known.
+    /// During a full rebuild: what was known.
     aside: Option<HashMap<Key, Policy>>,
-    /// Words of all policies, and how many of them were in use when that was last looked at.
+    /// Words of all policies, and how many of them were in use at the last check.
     words: u64,
     words_in_use: u64,
 }
 
-/// Terms are compared by their place in memory, which a policy holds.
+/// Rule specs are compared by their place in memory, which a policy holds.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct Key {
     /// The clients of the two versions are different ones.
@@ -71,14 +71,14 @@ struct Policy {
     terms: SmallVec<[Arc<RuleSpec>; 1]>,
 }
 
-/// A prefix on the way from the outside to the inside.
+/// A prefix and its place among those around it, from the outside to the inside.
 #[derive(Clone, Debug)]
 pub(super) struct Level<'a> {
     pub(super) rules: &'a PrefixRules,
     outer: Outer,
     /// Its ports.
     pub(super) slot: Slot,
-    /// The ports that it or a level around it speaks of.
+    /// The ports that it or a level around it matches.
     speaks_of: Arc<PortsOfTransports>,
 }
 
@@ -102,7 +102,7 @@ impl Policies {
         (prefix, rules): (&Prefix, &'a PrefixRules),
         services: &Receivers<'_>,
     ) -> anyhow::Result<Level<'a>> {
-        // Where the prefix has an opinion on everything that is spoken of around it, that is never asked.
+        // Where the prefix matches everything that the levels around it match, those are never asked.
         let is_asked = around.last().is_some_and(|it| !closes(rules, &it.speaks_of));
         let around = if is_asked { around } else { &[] };
         let key = Key {
@@ -205,13 +205,13 @@ impl Policies {
     }
 }
 
-/// The ports of a transport that any of these terms speak of.
+/// The ports of a transport that any of these rule specs match.
 fn opinion(terms: &[&RuleSpec], transport: Transport) -> PortSet {
     let about = terms.iter().filter(|it| it.protocol.transports().contains(&transport));
     about.fold(PortSet::default(), |all, it| all.union(&it.opinion()))
 }
 
-/// Whether the rules have an opinion on all of these ports, whoever the client is.
+/// Whether the rules match all of these ports, whichever the client is.
 fn closes(rules: &PrefixRules, ports: &PortsOfTransports) -> bool {
     Transport::ALL.iter().zip(ports).all(|(transport, ports)| {
         let total = || rules.iter().map(|it| &*it.terms).filter(|it| it.source.is_none());
@@ -225,7 +225,7 @@ fn words(blocks: &[Block]) -> u64 {
     blocks.iter().map(|it| 1 << it.order).sum()
 }
 
-/// The tree of the ports for opinions in order of precedence.
+/// The tree of the ports for matching rules in order of precedence.
 fn ports(arena: &mut Arena, opinions: &[Opinion<'_>], is_ipv4: bool, services: &Receivers<'_>) -> anyhow::Result<Slot> {
     // What a rule says changes only where one of its ranges begins or ends.
     let mut begins: Vec<(u16, usize)> = Vec::new();
@@ -271,13 +271,13 @@ fn ports(arena: &mut Arena, opinions: &[Opinion<'_>], is_ipv4: bool, services: &
 /// The trees of clients that the ports of one policy lead to.
 struct Clients {
     is_ipv4: bool,
-    /// A slot of a service stands for whom it takes.
+    /// A slot of a service stands for the clients that it allows.
     known: HashMap<Vec<(Option<Prefix>, Slot)>, Slot>,
     depth: u32,
 }
 
 impl Clients {
-    /// What holds at a port, given the rules with an opinion on it in order of precedence.
+    /// What applies at a port, given the rules that match it in order of precedence.
     fn slot<'a>(
         &mut self,
         arena: &mut Arena,
@@ -340,7 +340,7 @@ const EVERYBODY: (Halves, Halves) = ((0, 0), (u64::MAX, u64::MAX));
 #[derive(Clone, Copy)]
 struct Answer<'a> {
     verdict: Slot,
-    /// Where it is not for all clients: for whom it is, and what it says of the others.
+    /// Where it is not for all clients: which clients it is for, and what it says of the others.
     denial: Option<(&'a SourceLists, Slot)>,
 }
 

@@ -10,7 +10,7 @@ use arc_swap::ArcSwap;
 
 use super::Reader;
 
-/// The generation in force, for any number of readers.
+/// The active generation, for any number of readers.
 #[derive(Debug, Default)]
 pub struct Published {
     current: ArcSwap<Reader>,
@@ -18,21 +18,21 @@ pub struct Published {
 }
 
 impl Published {
-    /// Shows the generation in force to `read`, which should take no longer than some look-ups do.
+    /// Shows the active generation to `read`, which should take no longer than some lookups do.
     pub fn read<T>(&self, read: impl FnOnce(&Reader) -> T) -> T {
         read(&self.current.load())
     }
 
-    /// Puts another generation in force.
+    /// Makes another generation active.
     pub fn publish(&self, reader: Reader) {
         let replaced = self.current.swap(Arc::new(reader));
         let mut former = self.former.lock().unwrap_or_else(PoisonError::into_inner);
         former.push(replaced);
-        // Whoever began to read one before has a count of its own since the swap.
+        // A reader that began before the swap has its own reference to its generation since then.
         former.retain(|it| Arc::strong_count(it) > 1);
     }
 
-    /// Waits until nobody reads a former generation.
+    /// Waits until no reader uses a previous generation.
     pub fn wait_for_readers(&self) {
         let former = std::mem::take(&mut *self.former.lock().unwrap_or_else(PoisonError::into_inner));
         while former.iter().any(|it| Arc::strong_count(it) > 1) {

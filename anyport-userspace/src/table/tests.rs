@@ -16,7 +16,7 @@ use crate::rules::{
     tests::arbitrary::{SERVICES, flow, rule, rules, source_lists},
 };
 
-/// The services in slots from 1 on, with whom they take.
+/// The services in slots from 1 on, with the clients that they allow.
 type Lists = [SourceLists; SERVICES.len()];
 
 fn lists() -> impl Strategy<Value = Lists> {
@@ -153,7 +153,7 @@ proptest! {
         check(&table, &set, &lists, &flows)?;
     }
 
-    /// Change after change, some of which are given up, on the same table.
+    /// Change after change, some of which are undone, on the same table.
     #[test]
     fn changes_decide_as_the_reference(
         set in rules(60),

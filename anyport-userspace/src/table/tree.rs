@@ -20,7 +20,7 @@ pub(super) struct Piece<K = u64> {
 /// Both halves of an address.
 pub(super) type Halves = (u64, u64);
 
-/// A tree, and how many nodes lie on its longest way.
+/// A tree, and how many nodes lie on its longest path.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Built {
     pub(super) slot: Slot,
@@ -114,7 +114,7 @@ fn divided(arena: &mut Arena, pieces: &[Piece], last: u64, turn: Turn) -> anyhow
     Shape::of(pieces, last).map(|shape| index(arena, pieces, last, shape, turn)).transpose()
 }
 
-/// A line or a sorted node of nodes of this depth, or of what else is no more than fits there.
+/// A cache-line node or a sorted node of nodes of this depth, or of what else is no more than fits there.
 pub(super) fn few(arena: &mut Arena, pieces: &[Piece], last: u64, depth: u32, turn: Turn) -> anyhow::Result<Built> {
     let one = Lines { skip: (pieces[0].first ^ last).leading_zeros(), width: 0 };
     let Some(line) = one.line(pieces) else {
@@ -158,7 +158,7 @@ impl Shape {
         const LARGE: u32 = 8;
         let bits = u64::BITS - (pieces[0].first ^ last).leading_zeros();
         let log = pieces.len().next_power_of_two().trailing_zeros();
-        // Where there are many, lines go on from here.
+        // Where there are many, cache-line nodes go on from here.
         let width = if Lines::width(pieces.len()) > MAX_LINES_WIDTH {
             (Lines::width(pieces.len()) - MAX_LINES_WIDTH).clamp(4, LARGE)
         } else {
@@ -216,7 +216,7 @@ impl<'a> Parts<'a> {
         Self { current: pieces[0].slot, rest: &pieces[1..], part: Vec::new() }
     }
 
-    /// The pieces of the part from `first` to `end`, which follows the one before.
+    /// The pieces of the part from `first` to `end`, which follows the previous part.
     pub(super) fn next(&mut self, first: u64, end: u64) -> &[Piece] {
         let here = self.rest.iter().take_while(|it| it.first <= end).count();
         let (begin_here, behind) = self.rest.split_at(here);
@@ -231,7 +231,7 @@ impl<'a> Parts<'a> {
     }
 }
 
-/// Whether this ends the way through the tree of one half of an address.
+/// Whether this ends the path through the tree of one half of an address.
 pub(super) fn is_value(slot: Slot) -> bool {
     !is_node(slot) || slot.turn() != Turn::Same
 }
@@ -266,7 +266,7 @@ pub(super) fn children(arena: &Arena, slot: Slot) -> Option<Vec<Slot>> {
     Some(slots)
 }
 
-/// Whether this is a node, and not the end of a way.
+/// Whether this is a node, and not the end of a path.
 pub(super) fn is_node(slot: Slot) -> bool {
     matches!(slot.kind(), Some(Kind::Index | Kind::Lines | Kind::Sorted))
 }

@@ -37,7 +37,7 @@ enum Phase {
     Begun,
     /// Until the router announces by the judgement of this number.
     Withdrawing(u64),
-    /// Until then others learn of it.
+    /// Until then the withdrawal is converging.
     Waiting(Instant),
     /// New connections are refused.
     Refusing,

@@ -53,7 +53,7 @@ pub(super) struct Transition {
 }
 
 impl Transition {
-    /// What changes, numbered.
+    /// What changes, with rule numbers.
     pub(super) fn change(&self) -> &Change {
         &self.change
     }
@@ -88,7 +88,7 @@ impl Desired {
         }
     }
 
-    /// The rules, numbered.
+    /// The rules, with their numbers.
     pub(super) fn rules(&self) -> &RuleSet {
         &self.rules
     }
@@ -103,7 +103,7 @@ impl Desired {
         &mut self.drains
     }
 
-    /// These terms, as all rules that say the same share them.
+    /// This rule spec, shared by all rules that have an equal one.
     pub(super) fn shared(&mut self, terms: RuleSpec) -> Arc<RuleSpec> {
         const MANY: usize = 4096;
         if let Some(known) = self.specs.get(&terms) {

@@ -43,7 +43,7 @@ pub type Connected = fn() -> anyhow::Result<HashSet<IpAddr>>;
 pub(super) struct Kernel {
     steering: Box<dyn Steering>,
     outcomes: Vec<Outcome>,
-    /// The lookup table as the handlers see it, for telling loops.
+    /// The lookup table as the handlers see it, by which they recognize loops.
     published: Arc<Published>,
     /// That table, where the back end has none.
     table: Option<Table>,
@@ -51,7 +51,7 @@ pub(super) struct Kernel {
     events: Arc<EventBus>,
     generation: u64,
     routes: Routes,
-    /// Tells the addresses of this host that have connections.
+    /// Lists the addresses of this host that have connections.
     connected: Connected,
     /// What our routes make local.
     coverage: Coverage,
@@ -184,7 +184,7 @@ impl Kernel {
             services: &services,
         };
         if let Some(table) = &mut self.table {
-            // Which clients services allow is not known to this table, which only tells what is steered at all.
+            // This table does not know which clients services allow. It only shows what is steered at all.
             let receiver = |slot| Receiver { slot, sources: SourceLists::EVERYBODY };
             let receivers: HashMap<_, _> = services.iter().map(|it| (&it.name, receiver(it.slot))).collect();
             let find = |name: &_| receivers.get(name).copied().with_context(|| format!("there is no service {name}"));
@@ -312,7 +312,7 @@ impl Kernel {
         self.broken.as_ref()
     }
 
-    /// Notes why that is so; [`Self::repair`] is due then.
+    /// Notes why that is so; [`Self::repair`] has to run then.
     pub(super) fn note_broken(&mut self, why: String) {
         self.broken = Some(why);
     }
@@ -332,7 +332,7 @@ impl Kernel {
         self.steering.degraded()
     }
 
-    /// Tells of what others do to interfaces and to our routes. Must be called within a tokio runtime.
+    /// Reports what others do to interfaces and to our routes. Must be called within a tokio runtime.
     pub(super) fn watch(&self) -> anyhow::Result<Watch> {
         self.routes.watch()
     }

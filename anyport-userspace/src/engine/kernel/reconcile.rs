@@ -234,7 +234,7 @@ impl Kernel {
         self.drift.0.values_mut().for_each(|repairs| (repairs.pause.until, repairs.last) = (None, None));
     }
 
-    /// Has the next look be one at the routes, too, if there is reason for it.
+    /// Has the next check include the routes, if there is reason for it.
     #[cfg(test)]
     pub(in crate::engine) fn look_at_once(&mut self) {
         self.routes_look.took = Duration::ZERO;
@@ -261,7 +261,7 @@ impl Kernel {
         Ok(())
     }
 
-    /// What is lost and what others remove again and again; `is_reconciled` tells whether it is put back.
+    /// What is lost and what others remove again and again; `is_reconciled` says whether it is put back.
     pub(in crate::engine) fn drift(&self, is_reconciled: bool) -> Vec<String> {
         self.drift.degraded(is_reconciled)
     }
@@ -289,7 +289,7 @@ impl Kernel {
 
     /// Puts back what others have removed, if that `is_wanted`.
     pub(in crate::engine) async fn reconcile(&mut self, desired: &Desired, services: &Services, is_wanted: bool) {
-        // Making everything equal to the rules is under way already.
+        // A repair of everything is already running.
         if self.broken.is_some() {
             return;
         }

@@ -114,8 +114,8 @@ impl Kernel {
     }
 }
 
-/// How the routes get from what is local before a change to what is local after it. On the way everything is local that
-/// is so before and after, so that no connection is without a route for a moment.
+/// How the routes get from what is local before a change to what is local after it. In between, everything is local that is
+/// so before and after, so that no connection is without a route for a moment.
 enum Routing {
     /// One prefix after the other.
     Few(Edits),
@@ -124,7 +124,7 @@ enum Routing {
 }
 
 impl Routing {
-    /// Leaves the kernel with the coverage on the way. The rules are those after the change.
+    /// Leaves the kernel with the coverage in between. The rules are those after the change.
     fn begin(kernel: &mut Kernel, rules: &RuleSet, change: &Change) -> Self {
         let is_routed = |(_, rules): &&(Prefix, PrefixRules)| rules.is_routed();
         let removed = change.removed.iter().filter(is_routed);
@@ -154,7 +154,7 @@ impl Routing {
         }
     }
 
-    /// From before the change to the way.
+    /// From before the change to the coverage in between.
     fn first(&self, coverage: &Coverage) -> Difference {
         match self {
             Self::Few(edits) => edits.difference(),
@@ -162,7 +162,7 @@ impl Routing {
         }
     }
 
-    /// From the way to after the change, which the coverage is then.
+    /// From the coverage in between to the one after the change, which the coverage is then.
     fn finish(self, coverage: &mut Coverage, change: &Change) -> Difference {
         match self {
             Self::Few(_) => {

@@ -267,7 +267,7 @@ impl Services {
     }
 }
 
-/// Tells sources that are steered themselves, to which an answer would come back.
+/// Recognizes sources that are steered themselves, to which an answer would come back.
 fn loop_guard(published: &Arc<Published>) -> LoopGuard {
     let published = Arc::clone(published);
     Arc::new(move |asker, dialled| {
@@ -281,7 +281,7 @@ fn loop_guard(published: &Arc<Published>) -> LoopGuard {
     })
 }
 
-/// Tells what comes back to a service that forwards when this host sends it.
+/// Recognizes what comes back to a service that forwards when this host sends it.
 fn forward_guard(published: &Arc<Published>, forwarding: &Arc<[AtomicBool]>) -> ForwardGuard {
     let (published, forwarding) = (Arc::clone(published), Arc::clone(forwarding));
     Arc::new(move |transport, from, to| {
@@ -293,7 +293,7 @@ fn forward_guard(published: &Arc<Published>, forwarding: &Arc<[AtomicBool]>) -> 
     })
 }
 
-/// Tells which answers are of what is steered to a service.
+/// Recognizes answers to what is steered to a service.
 fn steered_to(published: &Arc<Published>, slot: u16) -> AnswerGuard {
     let published = Arc::clone(published);
     Arc::new(move |Ends { client, dialled }| {

@@ -42,7 +42,7 @@ pub(in crate::engine) struct Registrations {
     lost: [Option<String>; KINDS_COUNT],
 }
 
-/// What a look at the registered sockets has found.
+/// What a check of the registered sockets has found.
 #[derive(Debug)]
 pub(in crate::engine) struct Look {
     pub(in crate::engine) queues: Vec<Queue>,
@@ -142,11 +142,11 @@ impl Services {
         lines
     }
 
-    /// Looks at the registered sockets: notices those that are closed, and processes that hold one no more. Nothing where there are
-    /// none.
+    /// Checks the registered sockets: notices those that are closed, and processes that hold one no more. Nothing where
+    /// there are none.
     ///
     /// # Errors
-    /// The kernel does not tell its sockets.
+    /// The kernel does not list its sockets.
     pub(in crate::engine) fn look_at_registered(&mut self) -> anyhow::Result<Option<Look>> {
         if self.registered.values().all(Registrations::is_empty) {
             return Ok(None);
@@ -181,7 +181,7 @@ impl Services {
     }
 
     /// Takes up what was registered with an earlier daemon and is still open.
-    /// `can_adopt` tells of a cookie whether that can be steered to without a descriptor.
+    /// `can_adopt` says of a cookie whether packets can be steered to its socket without a descriptor.
     pub(in crate::engine) fn restore_registered(&mut self, kept: Vec<KeptSocket>, can_adopt: impl Fn(u64) -> bool) {
         for kept in kept {
             let takes = |running: &Running| running.config().handler == HandlerKind::Registered;
@@ -199,8 +199,8 @@ impl Services {
         }
     }
 
-    /// The socket that was kept, by whichever way leads to it: through the keeper, which has fetched it while it was root; out of
-    /// a process that holds it; or without a descriptor, where the kernel has it still.
+    /// The socket that was kept, from the first source that has it: the keeper, which fetched it while it was root; a
+    /// process that holds it; or, without a descriptor, the kernel, which has it still.
     fn find(&self, kept: &KeptSocket, can_adopt: impl Fn(u64) -> bool) -> Result<Registered, String> {
         let KeptSocket { cookie, local, pid, .. } = *kept;
         let through_keeper = || {
@@ -270,7 +270,7 @@ fn kept_name(cookie: u64) -> String {
     format!(":registered/{cookie}")
 }
 
-/// The socket that was kept, and a process that holds it. Cookies tell it from any other one since the boot.
+/// The socket that was kept, and a process that holds it. Its cookie differs from those of all other sockets since the boot.
 fn fetch(kept: &KeptSocket) -> Option<(Candidate, u32)> {
     holders(kept.inode).find_map(|(pid, descriptor)| {
         let candidate = Process::open(pid).ok()?.candidate(descriptor).ok()?;
@@ -278,7 +278,7 @@ fn fetch(kept: &KeptSocket) -> Option<(Candidate, u32)> {
     })
 }
 
-/// By which cookies of this boot are told from those of another one.
+/// Distinguishes cookies of this boot from those of another one.
 pub(in crate::engine) fn boot_id() -> String {
     fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim_end().to_owned()
 }

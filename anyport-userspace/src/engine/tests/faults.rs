@@ -1,7 +1,7 @@
 //! Whatever fails, whenever it fails: what is reported as done is in the kernel, what is not done has changed nothing or is
 //! said to be degraded, and when nothing fails any more all is as it should be.
 //!
-//! Back end, routes and disk are simulated, and fail at random: before they have done something, half-way, or after it.
+//! Back end, routes and disk are simulated, and fail at random: before, during or after an operation.
 //! Others take things away, and the daemon is restarted or killed at random.
 
 mod patches;
@@ -135,7 +135,7 @@ impl Scene {
         self.engine.as_mut().unwrap()
     }
 
-    /// The differences between what the engine holds to be in force and the world.
+    /// The differences between what the engine holds to be active and the world.
     fn difference(&self) -> Option<String> {
         let engine = self.engine.as_ref().unwrap();
         let world = open(&self.world);
@@ -357,7 +357,7 @@ impl Scene {
         }
     }
 
-    /// What is not said to be degraded after a look is well.
+    /// What is not said to be degraded after a check is well.
     async fn refresh(&mut self) {
         self.engine().kernel.look_at_once();
         self.engine().refresh().await;

@@ -161,13 +161,13 @@ impl Source for Following {
     }
 }
 
-/// A daemon that takes every set but those whose first word is `bad`, and fails at `later`.
+/// A daemon that takes every set but those that start with the word `bad`, and fails at `later`.
 #[derive(Debug, Default)]
 struct Host {
-    /// What was tried and what is in force.
+    /// What was tried and what is active.
     tried: Vec<String>,
     text: Option<String>,
-    /// What was told of the last one.
+    /// The edits that came with the last one.
     edits: Option<LineEdits>,
     /// On its disk.
     state: FleetState,
@@ -379,7 +379,7 @@ async fn what_is_refused_stays_refused() {
     scene.start().await;
     assert_eq!(scene.tried(), 4);
     scene.expect_refused("contradicts", "good");
-    // A rollback to what is in force.
+    // A rollback to what is active.
     scene.etcd.publish(3, "good");
     scene.soon().await;
     assert_eq!((scene.refused(), scene.report().sequence, scene.report().health), (None, 3, Health::Good));
@@ -403,7 +403,7 @@ async fn what_may_pass_is_tried_again() {
     assert_eq!((scene.text().as_deref(), scene.refused()), (Some("later"), None));
 }
 
-/// An older backup, or somebody who writes what he should not.
+/// An older backup, or a writer who makes a mistake.
 #[tokio::test(start_paused = true)]
 async fn a_sequence_that_goes_backwards_is_refused() {
     let mut scene = Scene::new();

@@ -39,7 +39,7 @@ const LARGEST_ANSWER: usize = 64 << 20;
 pub(crate) enum Error {
     /// No member can be reached, or a connection can't be prepared.
     Transport(tonic::transport::Error),
-    /// A member refused, or the connection broke on the way.
+    /// A member refused, or the connection broke during the request.
     Status(Box<Status>),
     /// What was asked for has ended or did not come in time.
     Ended(String),
@@ -93,11 +93,11 @@ pub(crate) struct Client {
     user: Option<Arc<User>>,
 }
 
-/// A user with the token that etcd gave for the password. Tokens end: after a while, and when etcd starts anew.
+/// A user with the token that etcd gave for the password. Tokens end: after a while, and when etcd restarts.
 struct User {
     login: AuthenticateRequest,
     token: Mutex<Option<MetadataValue<Ascii>>>,
-    /// Held while a token is fetched, so that calls which find it ended at once fetch one and not one each.
+    /// Locked while a token is fetched, so that calls which find it ended at once fetch one and not one each.
     fetching: tokio::sync::Mutex<()>,
 }
 

@@ -273,7 +273,7 @@ pub(crate) struct TxnRequest {
 pub(crate) struct TxnResponse {
     #[prost(message, optional, tag = "1")]
     pub(crate) header: Option<ResponseHeader>,
-    /// Whether all conditions held.
+    /// Whether all conditions were true.
     #[prost(bool, tag = "2")]
     pub(crate) succeeded: bool,
     /// The answers to the parts that were done, in their order.
@@ -321,10 +321,10 @@ impl WatchRequest {
     }
 }
 
-/// What a watch tells.
+/// What a watch reports.
 #[derive(Clone, PartialEq, Eq, prost::Message)]
 pub(crate) struct WatchResponse {
-    /// Whether this is the last thing it tells.
+    /// Whether this is the last report.
     #[prost(bool, tag = "4")]
     pub(crate) canceled: bool,
     /// The oldest revision that is left, where the watch begins before it; else 0.

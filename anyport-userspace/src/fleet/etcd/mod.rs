@@ -1,8 +1,8 @@
-//! etcd, asked and changed in the words of a fleet.
+//! Reads and changes the records of a fleet in etcd.
 //!
 //! Every change of a ring is one transaction that compares the revision of its pointer, so that of two operators one
-//! succeeds and the other one is told. What is asked while etcd elects a leader is asked again, for as long as the caller
-//! is patient. A transaction whose answer was lost may have been carried out: the one that follows then fails by its
+//! succeeds and the other one gets an error. What is asked while etcd elects a leader is asked again, for as long as the
+//! caller is patient. A transaction whose answer was lost may have been carried out: the one that follows then fails by its
 //! comparison, and finds what it wanted to write.
 
 pub(super) mod client;
@@ -231,11 +231,11 @@ impl Etcd {
         }
     }
 
-    /// Stores a set unless it is there, and gives the revision of its manifest. `progress` is told how many of how many
-    /// chunks are done.
+    /// Stores a set unless it is there, and returns the revision of its manifest. Calls `progress` with how many of how
+    /// many chunks are done.
     ///
     /// # Errors
-    /// etcd does not answer or has no room.
+    /// etcd does not answer or has no space left.
     pub async fn store(&self, packed: &Packed, progress: &mut dyn FnMut(usize, usize)) -> Result<i64, Problem> {
         let Packed { hash, manifest, .. } = packed;
         for _ in 0..STORE_ATTEMPTS {
@@ -264,7 +264,8 @@ impl Etcd {
         ))
     }
 
-    /// Stores what makes a set out of the one that a ring has, if that is much less than the set, and tells which one the ring has.
+    /// Stores the delta from the set that a ring has to this one, if that is much less than the set, and returns the hash
+    /// of the ring's set.
     /// Nodes do without, so whatever fails here fails nothing else.
     pub async fn store_delta(&self, ring: &Ring, packed: &Packed) -> Option<Hash> {
         let from = ring.pointer.as_ref()?.value.set;
@@ -332,7 +333,7 @@ impl Etcd {
         }
         let look = RangeRequest::key(&key);
         let txn = TxnRequest { compare: compares.into(), success: changes, failure: vec![look.into()] };
-        // A request that was given up may have been carried out, or be so yet: by a member that hangs and goes on.
+        // A request without an answer may have been carried out, or be so yet: by a member that hangs and goes on.
         let answer = self.transact(&format!("change the ring {name}"), &txn).await.map_err(|problem| match problem.kind {
             Kind::NoDaemon => problem.hint(format!(
                 "the change may have been made, or may be yet; when etcd answers again, see anyportctl fleet history --ring {name} \
@@ -353,7 +354,7 @@ impl Etcd {
         })
     }
 
-    /// Removes the sets that no pointer and no history speaks of, and returns how many that were.
+    /// Removes the sets that no pointer and no history names, and returns how many that were.
     ///
     /// # Errors
     /// etcd does not answer.
@@ -370,7 +371,7 @@ impl Etcd {
         let [rings, histories, sets, deltas] = parts(answer);
         let mut used = HashSet::new();
         for entry in rings.iter().chain(&histories) {
-            // What can't be read may speak of any set.
+            // What can't be read may name any set.
             let Ok(pointer) = read_pointer(entry) else { return Ok(0) };
             used.insert(pointer.value.set);
         }
@@ -388,8 +389,8 @@ impl Etcd {
         Ok(removed)
     }
 
-    /// Removes a set, unless any ring or the set has changed since a revision, and returns whether it did. Whoever is about to point
-    /// to it compares the revision of its manifest.
+    /// Removes a set, unless any ring or the set has changed since a revision, and returns whether it did. A client that is
+    /// about to point to it compares the revision of its manifest.
     ///
     /// # Errors
     /// etcd does not answer.
@@ -460,7 +461,7 @@ async fn retry<T, F: Future<Output = Result<T, Error>>>(
 pub(super) fn is_transient(error: &Error) -> bool {
     match error {
         Error::Transport(_) => true,
-        // Connections that break while a request is under way are told as of an unknown code, which etcd never gives.
+        // A connection that breaks during a request is reported with the code Unknown, which etcd never gives.
         Error::Status(status) => {
             matches!(status.code(), Code::Unavailable | Code::DeadlineExceeded | Code::Aborted)
                 || status.source().is_some()

@@ -74,7 +74,7 @@ impl KernelPublisher for BpfEars {
         self.read_events()?;
         let words: [u64; FILTER_WORDS] = bytemuck::cast(*filter);
         let places = &self.filters.words()[number * FILTER_WORDS..][..FILTER_WORDS];
-        // While a filter is changed it may let through what neither form of it wants; the board looks again.
+        // While a filter is changed it may let through what neither form of it wants; the event bus checks again.
         let is_new = self.control.words()[self.subscribers].load(SeqCst) >> number & 1 == 0;
         for (at, (place, word)) in places.iter().zip(words).enumerate() {
             if at != MISSED || is_new {
@@ -90,7 +90,7 @@ impl KernelPublisher for BpfEars {
     }
 }
 
-/// Hands events on as they come, for as long as there is a board for them.
+/// Hands events on as they come, for as long as there is an event bus for them.
 async fn deliver(mut ring: AsyncFd<RingBuf<MapData>>, board: Weak<EventBus>) {
     loop {
         let mut ready = match ring.readable_mut().await {

@@ -51,8 +51,8 @@ pub(super) enum MaybePinned {
 }
 
 impl MaybePinned {
-    /// Pins the link where it is not pinned. One that can't be pinned for the first time is lost (aya gives it back to
-    /// nobody), so that the caller has to attach anew.
+    /// Pins the link where it is not pinned. One that can't be pinned for the first time is lost (aya does not return it),
+    /// so that the caller has to attach again.
     pub(super) fn pin(self, pins: &PinDirectory, name: &str) -> anyhow::Result<Self> {
         let path = pins.link(name);
         let attempt = || format!("pin a link as {}", path.display());
@@ -209,7 +209,7 @@ mod tests {
         Hook as _, SkLookupHook,
     };
 
-    /// The program is attached anew, and pinned when that can be done.
+    /// The program is attached again, and pinned when that can be done.
     #[test]
     fn a_link_that_can_not_be_pinned_is_made_anew() {
         with_pins(|pins, path| {

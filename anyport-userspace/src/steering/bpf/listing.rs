@@ -26,7 +26,7 @@ use crate::{
 pub(super) struct Listing {
     rules: Growing,
     ports: Growing,
-    /// Where the ranges of terms stand, with the terms themselves, which are known by their place in memory.
+    /// Where the ranges of rule specs stand, with the specs themselves, which are known by their place in memory.
     ranges: HashMap<usize, (Arc<RuleSpec>, u32)>,
     next_range: u32,
 }
@@ -39,13 +39,13 @@ impl Listing {
         Ok(Self { rules, ports, ranges: HashMap::new(), next_range: 0 })
     }
 
-    /// Where the maps are pinned whenever they are made anew.
+    /// Where the maps are pinned whenever they are replaced.
     pub(super) fn pin(&mut self, rules: PathBuf, ports: PathBuf) -> anyhow::Result<()> {
         self.rules.pin_at(rules)?;
         self.ports.pin_at(ports)
     }
 
-    /// Pins those again whose pins somebody has removed.
+    /// Pins those again whose pins another program has removed.
     pub(super) fn pin_again(&mut self) -> anyhow::Result<()> {
         for growing in [&mut self.rules, &mut self.ports] {
             if let Some(path) = growing.path.take_if(|path| !path.exists()) {
@@ -115,7 +115,7 @@ impl Listing {
         Ok(())
     }
 
-    /// Where the ranges of these terms stand.
+    /// Where the ranges of this rule spec stand.
     fn ranges_of(&mut self, terms: &Arc<RuleSpec>) -> anyhow::Result<u32> {
         let place = Arc::as_ptr(terms) as usize;
         if let Some((_, at)) = self.ranges.get(&place) {
@@ -178,7 +178,7 @@ impl Growing {
         Ok(Self { name, types, value_size, map, words, entries: FIRST, path: None })
     }
 
-    /// Puts an empty map in the place of one that has no room for this many entries. Returns whether that was so.
+    /// Replaces a map that can't hold this many entries by an empty one. Returns whether that was so.
     fn replace_if_less(&mut self, entries: u32) -> anyhow::Result<bool> {
         if entries <= self.entries {
             return Ok(false);
@@ -193,7 +193,7 @@ impl Growing {
         Ok(true)
     }
 
-    /// Makes room for this many entries beside those that are there.
+    /// Grows the map to hold this many entries beside those that are there.
     fn grow(&mut self, entries: u32) -> anyhow::Result<()> {
         let before: Vec<u64> = if entries > self.entries {
             self.words.words().iter().map(|word| word.load(Ordering::Relaxed)).collect()

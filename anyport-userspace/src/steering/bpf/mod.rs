@@ -99,7 +99,7 @@ pub struct Bpf {
 #[derive(Debug)]
 struct Held {
     cookie: u64,
-    /// Of a socket that this process has. One of somebody else is gone from the map by itself when its owner has closed it.
+    /// Of a socket that this process has. One of another process is gone from the map by itself when its owner has closed it.
     descriptor: Weak<OwnedFd>,
 }
 
@@ -110,8 +110,8 @@ impl fmt::Debug for Bpf {
 }
 
 impl Bpf {
-    /// Loads and attaches the programs. They steer nothing before the first plan, and the pins of an earlier daemon
-    /// stay in force until then.
+    /// Loads and attaches the programs. They steer nothing before the first plan, and the pins of an earlier daemon stay
+    /// active until then.
     ///
     /// # Errors
     /// What the kernel refused. Nothing is left behind.
@@ -190,7 +190,7 @@ impl Steering for Bpf {
         self.hook.back_end()
     }
 
-    /// What a generation needs is there before it is in force, and what only the former one needs goes afterwards.
+    /// What a generation needs is there before it is active, and what only the previous one needs goes afterwards.
     fn apply(&mut self, plan: &Plan<'_>) -> anyhow::Result<()> {
         self.add_sockets(plan)?;
         self.counts.begin(plan.fresh).map_err(load::with_memory_limit)?;

@@ -87,7 +87,7 @@ impl PinDirectory {
         opened.zip(there).is_some_and(|(a, b)| (a.dev(), a.ino()) == (b.dev(), b.ino()))
     }
 
-    /// Makes the directory anew where somebody has removed or replaced it.
+    /// Makes the directory again where another program has removed or replaced it.
     pub(super) fn put_back(&mut self) -> anyhow::Result<()> {
         if !self.is_in_place() {
             let anew = Self::open(&self.path)?;
@@ -137,7 +137,7 @@ impl PinDirectory {
         self.close().with_context(|| format!("unmount the BPF file system from {}", self.path.display()))
     }
 
-    /// Gives back what [`Self::open`] took, unless somebody has pins there.
+    /// Gives back what [`Self::open`] took, unless another program has pins there.
     fn close(&mut self) -> io::Result<()> {
         let is_empty = fs::read_dir(&self.path)?.flatten().all(|it| KERNELS.iter().any(|own| it.file_name() == *own));
         self.lock = None;
@@ -150,7 +150,7 @@ impl PinDirectory {
             }
         }
         if is_empty {
-            // It may be in use as something else, such as a mount point of somebody else's.
+            // It may be in use as something else, such as a mount point of another program.
             fs::remove_dir(&self.path).ok();
         }
         Ok(())
@@ -288,7 +288,7 @@ mod tests {
         });
     }
 
-    /// After a crash, too, whichever way the next daemon ends.
+    /// After a crash, too, however the next daemon ends.
     #[test]
     fn a_mount_is_known_again() {
         in_new_namespace(|| {

@@ -12,8 +12,8 @@ use aya::maps::{Map, MapData};
 use super::{fd_of, pins::PinDirectory};
 use crate::sys;
 
-/// A socket map whose values have room for cookies. The kernel holds there what was registered, too, of which nobody but its
-/// owner has a descriptor.
+/// A socket map whose values are wide enough for cookies. The kernel holds there what was registered, too, of which only
+/// its owner has a descriptor.
 #[derive(Debug)]
 pub(super) struct Sockets(OwnedFd);
 

@@ -1,4 +1,4 @@
-//! The lookup table in BPF maps, and the one word that says which generation is in force.
+//! The lookup table in BPF maps, and the one word that says which generation is active.
 
 use std::{
     collections::HashMap,
@@ -33,7 +33,7 @@ const GENERATION_WORDS: usize = size_of::<Generation>() / 8;
 
 /// The counters of so few rules stay in a processor's caches, where counting is cheaper than noting.
 const FEW_RULES: usize = 64;
-/// From so many slots on everything is compiled anew, to forget those of services that are gone.
+/// From so many slots on everything is compiled in a full rebuild, to forget those of services that are gone.
 const MANY_SLOTS: usize = 4 * MAX_SERVICES as usize;
 
 /// The table that the programs read.
@@ -44,8 +44,8 @@ pub(super) struct BpfTable {
     current: usize,
     /// Whether programs note packets before they count them.
     is_batched: bool,
-    /// The slots of all services and whom they take, also of those that are gone, since everything was compiled anew: policies
-    /// that nobody uses at the moment still have them.
+    /// The slots of all services and the clients that they allow, also of those that are gone, since the last full rebuild:
+    /// policies that are not used at the moment still have them.
     slots: HashMap<ServiceName, (u16, Arc<SourceLists>)>,
 }
 
@@ -68,9 +68,9 @@ impl BpfTable {
         })
     }
 
-    /// Puts a plan in force: made aside first, then switched to by a single store.
+    /// Activates a plan: made aside first, then switched to by a single store.
     pub(super) fn publish(&mut self, plan: &Plan<'_>) -> anyhow::Result<()> {
-        // A service under another slot, or one that takes others, changes what every rule for it says.
+        // A service under another slot, or one that allows other clients, changes what every rule for it says.
         let stays = |it: &ServiceSockets| {
             self.slots.get(&it.name).is_none_or(|(slot, sources)| *slot == it.slot && *sources == it.sources)
         };

@@ -25,7 +25,7 @@ use crate::{
     sys,
 };
 
-/// How often the legacy tables are looked at, which takes a tool.
+/// How often the legacy tables are checked, which takes a tool.
 const LEGACY_INTERVAL: Duration = Duration::from_secs(4);
 
 /// As many lines as iptables replaces in a second or so. A packet that none of them matches passes all of them.
@@ -52,7 +52,7 @@ pub(super) struct Chains {
 struct Look {
     /// How many guards and lines of rules were written.
     written: (usize, usize),
-    /// What the table showed at the first look.
+    /// What the table showed at the first check.
     shown: Option<Shown>,
     /// What was lost at the last one.
     lost: Vec<Drift>,
@@ -62,7 +62,7 @@ struct Look {
 }
 
 impl Chains {
-    /// Tries out whether TPROXY works here. What an earlier daemon left is in force until the first plan.
+    /// Tries out whether TPROXY works here. What an earlier daemon left is active until the first plan.
     pub(super) fn open(family: Family) -> anyhow::Result<Self> {
         let (tools, name) = match family {
             Family::V4 => ("iptables-restore and iptables-save", "IPv4"),
@@ -90,8 +90,8 @@ impl Chains {
         })
     }
 
-    /// Makes the kernel steer by a plan. `former` are the rules of the plan before, from which this one differs only
-    /// in the prefixes `changed`; nothing if that is not known. Counts go on for the rules that stay.
+    /// Makes the kernel steer by a plan. `former` are the rules of the previous plan, from which this one differs only in
+    /// the prefixes `changed`; nothing if that is not known. Counts go on for the rules that stay.
     pub(super) fn apply(
         &mut self,
         plan: &Plan<'_>,
@@ -172,7 +172,7 @@ impl Chains {
         Ok(lost)
     }
 
-    /// Has the next plan make everything anew if something is lost.
+    /// Has the next plan rebuild everything if something is lost.
     pub(super) fn forget_lost(&mut self) -> anyhow::Result<()> {
         self.is_state_certain &= self.lost()?.is_empty();
         Ok(())
@@ -238,7 +238,7 @@ impl Chains {
                 }
             };
             if let Err(error) = done {
-                // Those that lines name by now are not given up by the kernel.
+                // The kernel does not destroy those that lines name by now.
                 self.sets.discard(made);
                 return Err(error);
             }
@@ -247,7 +247,7 @@ impl Chains {
             self.renumber(is_anew, former, plan);
         }
         let gone: Vec<_> = if is_anew {
-            // Some may be left of ways that ended half-way.
+            // Some may be left of changes that failed half-way.
             sets::names(self.family)?
         } else {
             self.state.sets().map(|(_, set)| set.to_owned()).collect()

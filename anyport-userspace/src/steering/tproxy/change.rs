@@ -1,11 +1,11 @@
-//! The steps from one state of the kernel to another, so that every packet is judged by either the rules before or
-//! those after, whatever it meets on its way.
+//! The steps from one state of the kernel to another, so that every packet is judged by either the rules before or those
+//! after, whichever lines and sets it meets.
 //!
 //! Three things make that so:
 //! - All lines are replaced in one transaction, and an element comes or goes in one step.
 //! - What comes does so in order of precedence, and before anything goes; what goes does so in reverse. So of the
-//!   rules that a packet meets at any time, the first one with an opinion is the one that decides before or after.
-//! - Between steps that may concern the same packet, those on their way are waited for.
+//!   rules that a packet meets at any time, the first one that matches is the one that decides before or after.
+//! - Between steps that may concern the same packet, those that the kernel has begun to process are waited for.
 
 use std::{
     collections::{BTreeSet, HashSet},
@@ -35,7 +35,7 @@ pub(super) enum Step {
     Lines { lines: Vec<Line>, waiting: Vec<SocketAddr> },
     /// One element after the other.
     Elements { added: Vec<Element>, removed: Vec<Element> },
-    /// Packets that are on their way get to the end of it.
+    /// The kernel finishes the packets that it has begun to process.
     Wait,
 }
 
@@ -63,7 +63,7 @@ pub(super) struct Way {
     pub(super) is_anew: bool,
 }
 
-/// What the way leads to.
+/// The state after the steps.
 #[derive(Debug)]
 pub(super) struct Target<'a> {
     pub(super) family: Family,
@@ -74,7 +74,7 @@ pub(super) struct Target<'a> {
     pub(super) waiting: Vec<SocketAddr>,
 }
 
-/// The way that asks for nothing but the target: everything is made anew and takes the place of what was there.
+/// The steps that depend on nothing but the target: everything is rebuilt and takes the place of what was there.
 pub(super) fn from_anything(target: Target<'_>, mut new_name: impl FnMut() -> String) -> anyhow::Result<Way> {
     let Target { family, few, rules, sockets, waiting } = target;
     let mut sets = Vec::new();
@@ -99,7 +99,7 @@ fn making(sets: Vec<(String, Vec<Prefix>)>) -> Vec<Step> {
     if sets.is_empty() { Vec::new() } else { vec![Step::Make(sets)] }
 }
 
-/// The way from a known state whose rules differ from the target's in these prefixes; nothing if there is no short one.
+/// The steps from a known state whose rules differ from the target's in these prefixes; nothing if no short sequence leads there.
 pub(super) fn from_state(
     start: &State,
     former: &RuleSet,
@@ -127,7 +127,7 @@ pub(super) fn from_state(
     let is_of_lines = before != after || start.waiting != target.waiting;
     let has_other_socket = |(key, group): (&Key, &Group)| end.get(key).is_some_and(|it| it.verdicts != group.verdicts);
     if !elements.is_empty() && start.groups.iter().any(has_other_socket) {
-        // For a moment the former rules would steer to the new sockets.
+        // For a moment the rules of the previous plan would steer to the new sockets.
         return Ok(None);
     }
     let mut steps = making(sets);
@@ -157,7 +157,7 @@ struct Moves {
     end: Groups,
 }
 
-/// Nothing if the sockets have changed so that prefixes that have not are to be counted in another way.
+/// Nothing if the sockets have changed so that prefixes that have not are to be counted differently.
 fn moves(start: &Groups, former: &RuleSet, changed: &[Prefix], target: &Target<'_>) -> anyhow::Result<Option<Moves>> {
     let mut end = start.clone();
     let (mut coming, mut going) = (Vec::new(), Vec::new());
@@ -279,8 +279,8 @@ fn are_apart(prefixes: impl Iterator<Item = Prefix>) -> bool {
     bounds.is_sorted_by(|(_, last), (first, _)| last < first)
 }
 
-/// The lines of two states at once, for the moment in which one passes into the other. The former ones count for
-/// nobody any more.
+/// The lines of two states at once, for the moment in which one passes into the other. Those of the previous state count
+/// for no rule any more.
 fn both(start: &Groups, former: &RuleSet, end: &Groups, rules: RuleView<'_>) -> Vec<Line> {
     let keys: BTreeSet<_> = start.keys().chain(end.keys()).collect();
     let mut lines = Vec::new();

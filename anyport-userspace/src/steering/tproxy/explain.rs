@@ -18,7 +18,7 @@ use crate::rules::{Prefix, from_address};
 /// What the kernel does with a packet at this moment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Live {
-    /// What becomes of it; nothing if no line speaks of it.
+    /// What becomes of it; nothing if no line matches it.
     pub(super) verdict: Option<LineTarget>,
     /// The number of the rule by which that is so.
     pub(super) rule: Option<u32>,
@@ -28,7 +28,7 @@ impl Tproxy {
     /// What the lines and sets that the kernel holds now say of the first packet of a flow.
     ///
     /// # Errors
-    /// Lines or sets can't be read, or somebody put lines among ours.
+    /// Lines or sets can't be read, or another program put lines among ours.
     pub(super) fn decide_live(&self, flow: &Flow) -> anyhow::Result<Live> {
         let chains = match (flow.address.version, &self.v6) {
             (Version::V4, _) => &self.v4,

@@ -15,7 +15,7 @@ use crate::{
     steering::ServiceSockets,
 };
 
-/// Up to here each prefix has lines of its own. To look into a set costs a packet as much as some ten lines do.
+/// Up to here each prefix has lines of its own. A lookup in a set costs a packet as much as some ten lines do.
 pub(super) const FEW: usize = 8;
 
 /// What the prefixes of a group have in common. Sorted so that of groups that match a packet the first one decides.
@@ -26,8 +26,8 @@ pub(super) struct Key {
     pub(super) effect: Effect,
 }
 
-/// What becomes of the packets. The counter of a set's element can't tell one from the other, so where a rule steers
-/// one transport and drops another since its service has no socket for it, it belongs to two groups.
+/// What becomes of the packets. The counter of a set's element can't distinguish them, so where a rule steers one transport
+/// and drops another since its service has no socket for it, it belongs to two groups.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Effect {
     Steer,
@@ -155,7 +155,7 @@ pub(super) fn sort(
 ) -> anyhow::Result<BTreeMap<Key, (Verdicts, Vec<Prefix>)>> {
     let mut groups: Vec<(Key, Verdicts, Vec<Prefix>)> = Vec::new();
     let mut positions: BTreeMap<Key, usize> = BTreeMap::new();
-    // Most rules say what the one before them said.
+    // Most rules say what the previous one said.
     let mut last: Option<(u8, Arc<RuleSpec>, Vec<usize>)> = None;
     for (prefix, of_prefix) in rules.within(family.everything()) {
         for held in of_prefix {

@@ -68,7 +68,7 @@ impl LineTarget {
 /// Where a packet of a line goes to.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Destination {
-    /// Into this prefix, which a rule of this number put there; nothing for the rule of a former plan.
+    /// Into this prefix, which a rule of this number put there; nothing for the rule of a previous plan.
     Prefix(Prefix, Option<u32>),
     /// Into one of the prefixes of this set.
     Set(String),
@@ -216,9 +216,8 @@ fn split(ranges: &[(u16, u16)]) -> Vec<Vec<(u16, u16)>> {
 /// The lines that come before the rules: the packets of sockets that have found their peer are left alone, as the
 /// other back ends leave them alone. TPROXY by itself would drop those of sockets that are not transparent.
 ///
-/// The match `socket` can't tell a connected UDP socket from a waiting one. Two kinds of waiting ones are told by
-/// other means: `waiting` are the host's, over which the rules win; the transparent ones are anyport's, which only
-/// send.
+/// The match `socket` can't distinguish a connected UDP socket from a waiting one. Two kinds of waiting ones are recognized
+/// by other means: `waiting` are the host's, over which the rules win; the transparent ones are anyport's, which only send.
 pub(super) fn guards(lines: &[Line], waiting: &[SocketAddr], rules_chain: &str) -> Vec<String> {
     let has = |transport| lines.iter().any(|line| line.transport == transport);
     let mut guards = Vec::new();

@@ -45,7 +45,7 @@ pub struct Tproxy {
 }
 
 impl Tproxy {
-    /// Tries out whether TPROXY works here. What an earlier daemon left is in force until the first plan.
+    /// Tries out whether TPROXY works here. What an earlier daemon left is active until the first plan.
     ///
     /// # Errors
     /// What is missing for IPv4 and how to get it. IPv6 is asked for only when there are rules for it.

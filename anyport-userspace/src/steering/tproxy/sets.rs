@@ -26,7 +26,7 @@ pub(super) struct Sets {
     /// How many names were given out. None comes again, so that no line ever means another set.
     named: u64,
     is_tried_out: bool,
-    /// Sets that no line names any more, but which the kernel did not give up yet.
+    /// Sets that no line names any more, but which the kernel has not destroyed yet.
     discarded: Vec<String>,
 }
 
@@ -116,7 +116,7 @@ impl Sets {
         let destroyed = tool::feed(TOOL, &["restore"], |to| {
             self.discarded.iter().try_for_each(|name| writeln!(to, "destroy {name}"))
         });
-        // The tool gives up at the first one that is in use. Another one is the first next time.
+        // The tool stops at the first one that is in use. Another one is the first next time.
         if let Err(error) = destroyed {
             tracing::debug!("destroying sets that no line names any more: {error:#}");
             let there = names(self.family).unwrap_or_default();
@@ -178,7 +178,7 @@ pub(super) fn counts(sets: &[&str]) -> anyhow::Result<Vec<(String, Prefix, u64)>
     match sets {
         [] => return Ok(Vec::new()),
         [set] => drop(command.arg(set)),
-        // To have the sets of others shown too takes less than to begin anew for each of ours.
+        // Reading the sets of others too takes less than running the tool for each of ours.
         _ => {}
     }
     let mut child = command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().context("running ipset")?;

@@ -34,7 +34,7 @@ const OUR_CHAINS: [&str; 4] = [CHAIN, RULES_CHAIN, PROBE_CHAIN, PROBE_TARGET];
 const MADE_TABLE: &str = "anyport made this table";
 const MADE_HOOK: &str = "anyport made the chain PREROUTING";
 
-/// What stands behind all rules and counts the newcomers that get there.
+/// What stands behind all rules and counts the new connections that get there.
 pub(super) const UNMATCHED: &str = "anyport unmatched";
 
 /// The table mangle of one family.
@@ -118,7 +118,7 @@ impl Table {
 
     /// Takes away everything of ours, and what iptables made for it if it is empty now.
     ///
-    /// Whoever is killed half-way leaves the mark behind, by which the next one goes on.
+    /// A process that is killed half-way leaves the mark behind, by which the next one goes on.
     pub(super) fn remove(&self, saved: &str) -> anyhow::Result<()> {
         let chains: Vec<_> = our_chains(saved).collect();
         if chains.is_empty() {
@@ -145,7 +145,7 @@ impl Table {
         }
     }
 
-    /// Takes away the chain with the mark together with what the mark speaks of.
+    /// Takes away the chain with the mark together with what the mark names.
     fn remove_marked(&self, mark: &str, chain: &str) -> anyhow::Result<()> {
         let kernel = self.in_kernel();
         let has_hook = kernel.has_chain(HOOK).context("asking nf_tables for the chain PREROUTING")?;
@@ -156,7 +156,7 @@ impl Table {
         if is_done {
             return Ok(());
         }
-        // Somebody else has rules there by now, so it stays.
+        // Another program has rules there by now, so it stays.
         self.restore(&format!("*{TABLE}\n-F {chain}\n-X {chain}\nCOMMIT\n"))
     }
 
@@ -243,7 +243,7 @@ fn deletions_of_jumps(saved: &str) -> impl Iterator<Item = String> {
     })
 }
 
-/// What is of ours in the table, to tell what somebody has changed there.
+/// What is of ours in the table, to find what another program has changed there.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Shown {
     has_jump: bool,
@@ -287,7 +287,7 @@ impl Shown {
         self.has_jump && self.entry.lines == guards + 1 && self.rules.lines == rules + 2
     }
 
-    /// What somebody has changed since, in words.
+    /// What another program has changed since, in words.
     pub(super) fn changed(&self, now: &Self) -> Vec<String> {
         let is_changed = [self.has_jump != now.has_jump, self.entry != now.entry, self.rules != now.rules];
         let names = [

@@ -27,7 +27,7 @@ pub(super) fn feed(
         .stderr(Stdio::piped())
         .spawn()
         .with_context(|| format!("running {tool}"))?;
-    // A tool that gives up early says why on its standard error, which is worth more than a broken pipe.
+    // A tool that ends early says why on its standard error, which is worth more than a broken pipe.
     let written = child.stdin.take().map(|stdin| {
         let mut stdin = BufWriter::with_capacity(1 << 16, stdin);
         write(&mut stdin).and_then(|()| stdin.flush())

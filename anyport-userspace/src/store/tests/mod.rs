@@ -28,11 +28,11 @@ fn keeps_what_was_saved() {
         assert_eq!(Store::open(&path).unwrap().1, state);
         store.save(&state, None).unwrap();
         assert_eq!(Store::open(&path).unwrap().1, state);
-        // The state and the one before, which name the same rules.
+        // The state and the previous one, which name the same rules.
         assert_eq!(fs::read_dir(&path).unwrap().count(), 3);
     }
     store.save(&state, Some("")).unwrap();
-    // The one before is whole, too.
+    // The previous state is whole, too.
     let former = tempfile::tempdir().unwrap();
     for entry in fs::read_dir(&path).unwrap() {
         let name = entry.unwrap().file_name();
@@ -109,7 +109,7 @@ fn state(numbers: std::ops::Range<u8>) -> (State, String) {
     (state, lines)
 }
 
-/// Whatever a disk or somebody does to a file is noticed, or makes no difference.
+/// Whatever a disk or a person does to a file is noticed, or makes no difference.
 #[test]
 fn spoilt_files_are_told() {
     let directory = tempfile::tempdir().unwrap();
@@ -231,7 +231,7 @@ fn keeps_what_the_fleet_gave() {
         store.save_fleet(&fleet.state, None).unwrap();
         assert_eq!(read().1.fleet, Some(fleet));
     }
-    // The state, the one before, and the set that both name; nothing of the sets before.
+    // The state, the previous one, and the set that both name; nothing of the sets before.
     assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 3);
     // The rest is saved apart from it, and both are there.
     store.save(&state, None).unwrap();

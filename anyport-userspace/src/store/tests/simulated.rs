@@ -141,7 +141,7 @@ impl Files for Simulated {
     fn write(&self, name: &str, content: &[u8]) -> io::Result<()> {
         let mut shared = self.shared();
         shared.step()?;
-        // A file that is there is cut to nothing first, whoever else knows it by another name.
+        // A file that is there is cut to nothing first, also where another name refers to it too.
         let file = shared.find(name).unwrap_or_else(|_| {
             shared.files.push(Vec::new());
             let file = shared.files.len() - 1;

@@ -1,4 +1,4 @@
-//! A kernel that does what it is told, or half of it, or says so falsely.
+//! A kernel that does what it is asked to, or half of it, or says so falsely.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashSet},
@@ -87,7 +87,7 @@ impl World {
         self.random.one_of(&[Fault::Before, Fault::HalfWay, Fault::After])
     }
 
-    /// Somebody takes something away. Returns whether that was a route.
+    /// Another program takes something away. Returns whether that was a route.
     pub(super) fn lose(&mut self) -> bool {
         match self.random.below(4) {
             0 => {

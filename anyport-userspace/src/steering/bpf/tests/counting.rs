@@ -49,7 +49,7 @@ impl Steered {
         steered
     }
 
-    /// Rules that are numbered from `first` on.
+    /// Rules with numbers from `first` on.
     fn apply(&mut self, first: u32, fresh: &[Range<u32>], moved: &[(u32, u32)]) {
         let rule = |number: u32| {
             let prefix = Prefix::from_bits(true, 0xc000_0200 + u128::from(number), 32);

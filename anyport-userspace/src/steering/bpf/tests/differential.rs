@@ -30,7 +30,7 @@ use crate::{
     },
 };
 
-/// Decisions of each program, unless told otherwise.
+/// Decisions of each program, unless `ANYPORT_DECISIONS` says otherwise.
 const DECISIONS: u32 = 100_000;
 /// Flows for each set of rules.
 const FLOWS: u32 = 500;
@@ -163,7 +163,7 @@ fn tc_decides_as_the_reference() {
     agrees(BackEnd::Tc);
 }
 
-/// Whom a service takes may change while no rule does, even under the same slot.
+/// Which clients a service allows may change while no rule does, even under the same slot.
 #[test]
 fn lists_change_with_the_plan() {
     in_new_namespace(|| {

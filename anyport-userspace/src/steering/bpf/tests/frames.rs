@@ -20,13 +20,13 @@ use crate::{
 
 /// There are no sockets in the map, so what is to be steered is dropped (`TC_ACT_SHOT`).
 const STEERED: u32 = 2;
-/// `TC_ACT_UNSPEC`: left to whoever comes next.
+/// `TC_ACT_UNSPEC`: left to the next program.
 const LEFT: u32 = u32::MAX;
 
 const V4_DESTINATION: [u8; 4] = [192, 0, 2, 77];
 
-/// The program with the rules `192.0.2.0/24` and `2001:db8::/64`, UDP and TCP, except port 22. What is returned
-/// beside it keeps the generation in force.
+/// The program with the rules `192.0.2.0/24` and `2001:db8::/64`, UDP and TCP, except port 22. What is returned beside it
+/// keeps the generation active.
 fn steering() -> (Ebpf, BpfTable) {
     let mut rules = RuleSet::default();
     for prefix in ["192.0.2.0/24", "2001:db8::/64"] {

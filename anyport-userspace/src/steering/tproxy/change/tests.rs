@@ -43,13 +43,13 @@ fn way(
     .unwrap()
 }
 
-/// Everything that a packet may meet which is on its way while the kernel goes through these states. It keeps to the
+/// Every possible verdict on a packet that the kernel processes while it goes through these states. The packet keeps to the
 /// lines that it began with and sees each set as it is when it comes there.
 fn possible_verdicts(states: &[Model], packet: Packet) -> HashSet<Option<LineTarget>> {
     let mut verdicts = HashSet::new();
     for (start, first) in states.iter().enumerate() {
         if start > 0 && states[start - 1].lines == first.lines {
-            // Whoever starts later sees no more than those who started with the same lines.
+            // Packets that start later see no more than those that started with the same lines.
             continue;
         }
         let mut now = start;
@@ -68,7 +68,7 @@ fn possible_verdicts(states: &[Model], packet: Packet) -> HashSet<Option<LineTar
     verdicts
 }
 
-/// Goes the way, looking at every packet at every moment, and gives what the kernel is like in the end.
+/// Takes the steps, judging every packet at every moment, and returns what the kernel is like in the end.
 fn walk(
     mut model: Model,
     way: &Way,

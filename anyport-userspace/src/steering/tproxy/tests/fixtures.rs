@@ -69,7 +69,7 @@ pub(in crate::steering::tproxy) fn rule(
     .into_rule(Origin::Added)
 }
 
-/// A numbered set of those of the rules that contradict none before them.
+/// A set, with numbers, of those of the rules that contradict none before them.
 pub(in crate::steering::tproxy) fn rule_set(rules: &[Rule]) -> RuleSet {
     let mut set = RuleSet::default();
     for rule in rules.iter().filter(|rule| rule.terms.validate(&rule.prefix).is_ok()) {
@@ -209,7 +209,7 @@ pub(in crate::steering::tproxy) fn expected(
     }
 }
 
-/// Packets of a family that tell the rules of [`some_rules`] apart.
+/// Packets of a family for which the rules of [`some_rules`] differ.
 pub(in crate::steering::tproxy) fn packets(family: Family) -> Vec<Packet> {
     let sources = ["198.51.100.1", "198.51.100.200", "203.0.113.9", "2001:db8:1::1", "2001:db8:1:8000::", "fe80::1"];
     let addresses = [

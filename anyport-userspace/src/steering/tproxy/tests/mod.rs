@@ -88,7 +88,7 @@ fn transparent(address: &str, kind: Type) -> Socket {
     socket
 }
 
-/// The service under test: says over TCP what was dialled, and counts datagrams.
+/// The service under test: says over TCP what the original destination was, and counts datagrams.
 struct Service {
     sockets: ServiceSockets,
     udp: HashMap<bool, UdpSocket>,
@@ -126,7 +126,7 @@ fn group(bound: SocketAddr, socket: impl Into<OwnedFd>) -> GroupSocket {
     GroupSocket { cookie: 0, bound, holder: Holder::Us(Arc::new(socket.into())) }
 }
 
-/// Rules for the service under test, numbered.
+/// Rules for the service under test, with numbers.
 struct Rules {
     rules: RuleSet,
     services: Vec<ServiceSockets>,
@@ -396,7 +396,7 @@ fn many_prefixes_go_through_sets() {
         assert_eq!(tcp("[2001:db8::13]:80"), (v6, Some(six)));
         assert_eq!(explain(&tproxy, Transport::Udp, "[2001:db8::14]:80"), (None, None));
 
-        // What is made anew counts on, as do numbers that move, and nothing else does.
+        // What is rebuilt counts on, as do numbers that move, and nothing else does.
         tproxy.apply(&rules.all()).unwrap();
         assert_eq!(steered(&tproxy), [1, 1, 0, 2, 1, 1]);
         tproxy.restore_counters(&[(at_19, Counters { steered: 5, ..Counters::default() })]).unwrap();
@@ -411,7 +411,7 @@ fn many_prefixes_go_through_sets() {
         let mut tproxy = Tproxy::open().unwrap();
         tproxy.apply(&rules.all()).unwrap();
         drop(tproxy);
-        // What was left is in force until the first plan, and nothing of it afterwards.
+        // What was left is active until the first plan, and nothing of it afterwards.
         let left = kernel_state();
         let mut tproxy = Tproxy::open().unwrap();
         assert_eq!(kernel_state(), left);
@@ -431,7 +431,7 @@ fn small_changes_leave_the_lines_alone() {
         let service = Service::start();
         let mut tproxy = Tproxy::open().unwrap();
         tproxy.apply(&many(&service, 20).all()).unwrap();
-        // But for the numbers, which are given out anew for each of these plans.
+        // Apart from the numbers, which each of these plans allocates again.
         let lines = || {
             let lines = run("iptables -t mangle -S") + &run("ip6tables -t mangle -S");
             lines.lines().map(|line| line.split(" --comment").next().unwrap().to_owned()).collect::<Vec<_>>().concat()
@@ -455,7 +455,7 @@ fn small_changes_leave_the_lines_alone() {
         tproxy.apply(&many(&service, 0).changed(&prefixes)).unwrap();
         assert!(!is_steered(19) && dial("192.0.2.1:7".parse().unwrap()).is_ok());
         assert!(!lines().contains("match-set"));
-        // Somebody else's doing: what fails half-way is made good by the plan that is applied next.
+        // Another program's doing: what fails half-way is put right by the plan that is applied next.
         tproxy.apply(&many(&service, 20).changed(&prefixes)).unwrap();
         let set = run("ipset list -name").lines().find(|name| name.starts_with("anyport-4-")).unwrap().to_owned();
         run(&format!("ipset add {set} 192.0.2.20"));
