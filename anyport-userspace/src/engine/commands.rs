@@ -168,7 +168,7 @@ impl Engine {
         let mut host = self.kernel.host().await?;
         let own = host.addresses.iter().map(|(address, _)| *address);
         let concerned = concerned(change, own.chain(host.gateways.iter().copied()));
-        // Reading who listens is the expensive part, and only matters where an address of the host is concerned.
+        // Listing the listening sockets is the expensive part, and only matters where an address of the host is concerned.
         if !concerned.is_empty() {
             host.listeners = host::listeners()?;
         }

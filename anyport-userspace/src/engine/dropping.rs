@@ -1,7 +1,8 @@
 //! Services to which packets are steered, and all of them dropped for a fault: the programs' counters show it.
 //!
-//! A drop is a fault where the kernel would not assign a socket, or where the program found none though the service has one for all
-//! that its rules steer. Others are meant: of a service without sockets, of sources that it does not take, of what is drained.
+//! A drop is a fault where the kernel would not assign a socket, or where the program found none though the service has one
+//! for all that its rules steer. Others are intended: of a service without sockets, of sources that its ACL does not allow,
+//! of what is drained.
 
 use std::{
     collections::BTreeMap,
@@ -14,7 +15,7 @@ use tracing::error;
 use super::{Facts, services::Services, views::Sums};
 use crate::{back_end::BackEnd, rules::ServiceName};
 
-/// How often it is looked whether packets were dropped.
+/// How often the counters are checked for dropped packets.
 const INTERVAL: Duration = Duration::from_secs(2);
 /// How many times longer than reading the counters of all rules takes the pause until that is done again is at least.
 const SHARE: u32 = 20;
@@ -55,7 +56,7 @@ struct Seen {
 }
 
 impl Watched {
-    /// Takes another look into account.
+    /// Takes another check into account.
     fn look(&mut self, now: Seen) {
         let Seen { steered, no_socket, assign_error, is_served } = std::mem::replace(&mut self.seen, now);
         let grown = |now: u64, before: u64| now.checked_sub(before);
@@ -113,7 +114,7 @@ impl Dropping {
         let has_row = self.services.values().any(|it| it.errors + it.lost > 0);
         generation != self.generation || dropped != self.dropped || has_row
     }
-    /// Looks whether what is steered is dropped, where the back end counts that.
+    /// Checks whether what is steered is dropped, where the back end counts that.
     pub(super) fn look(&mut self, facts: Facts<'_>) {
         if !self.is_due() {
             return;
@@ -144,7 +145,7 @@ impl Dropping {
         let mut previous = std::mem::take(&mut self.services);
         for (name, needs) in needs {
             let now = seen(services, name, &needs, &sums);
-            // Of one that is new only what comes from now on is looked at.
+            // Of a new one, only what comes from now on is checked.
             let mut watched = previous.remove(name).unwrap_or(Watched { seen: now, ..Watched::default() });
             watched.look(now);
             self.services.insert(name.clone(), watched);
@@ -174,7 +175,7 @@ struct Needs {
 mod tests {
     use super::{BackEnd, MANY, Seen, Watched};
 
-    /// Looks one after the other: what came in between, and whether that is a fault.
+    /// Checks one after the other: what came in between, and whether that is a fault.
     fn expect(looks: &[([u64; 3], bool, bool)]) {
         let mut watched = Watched { seen: Seen { is_served: true, ..Seen::default() }, ..Watched::default() };
         let mut now = watched.seen;

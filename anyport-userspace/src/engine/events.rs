@@ -20,10 +20,10 @@ use crate::{
 };
 
 impl Engine {
-    /// Begins to listen.
+    /// Adds a subscriber.
     ///
     /// # Errors
-    /// There is no such service, too many others listen, or the kernel refuses.
+    /// There is no such service, there are too many subscribers, or the kernel refuses.
     pub fn listen(&self, request: &Listen) -> Result<Subscriber, Problem> {
         let mut filter = request.filter();
         if let Some(service) = &request.service {

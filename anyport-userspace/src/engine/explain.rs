@@ -138,7 +138,7 @@ impl Engine {
         })
     }
 
-    /// The socket that the kernel found, and who serves it.
+    /// The socket that the kernel found, and the process that serves it.
     fn socket(&self, service: &ServiceName, decided: &Decided, protocol: Protocol, is_ipv4: bool) -> SocketView {
         let family = if is_ipv4 { Family::Ipv4 } else { Family::Ipv6 };
         let running = self.services.get(service);
@@ -202,7 +202,7 @@ impl Engine {
     }
 }
 
-/// Whether a socket that is bound to `local` is found at `at`: TPROXY looks for one at a wildcard address by loopback's.
+/// Whether a socket that is bound to `local` is found at `at`: TPROXY finds one at a wildcard address by loopback's.
 fn is_found_at(local: SocketAddr, at: SocketAddr) -> bool {
     local == at || (local.ip().is_unspecified() && at.ip().is_loopback() && local.port() == at.port())
 }

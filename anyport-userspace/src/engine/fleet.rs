@@ -33,7 +33,7 @@ impl Engine {
             Some(intent) => intent,
             None => self.intent(&text, Origin::Fleet, &Apply::default())?,
         };
-        // No failure that may pass: who has fewer rules or a higher limit is asked again.
+        // No failure that may pass by itself: the set is tried again when the node has fewer rules or a higher limit.
         self.expect_room_for(&intent.change, self.config().max_rules)
             .map_err(|problem| Problem { kind: Kind::Unsafe, ..problem })?;
         self.expect_few_removed(&intent.change)?;

@@ -82,7 +82,7 @@ struct Facts<'a> {
 }
 
 impl Engine {
-    /// How far a long command is, for those who can't wait for it.
+    /// How far a long command is, for clients that can't wait for it.
     pub fn progress(&self) -> Arc<Progress> {
         Arc::clone(&self.progress)
     }

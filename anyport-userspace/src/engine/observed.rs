@@ -8,7 +8,7 @@ use crate::{
     service::{ConnectionTimes, HandlerKind, UpstreamState},
 };
 
-/// What the engine knows at a moment, for those who watch it.
+/// What the engine knows at a moment, for monitoring.
 #[derive(Clone, Debug)]
 pub struct Observed {
     /// The state of the whole.
@@ -37,7 +37,7 @@ pub struct ObservedService {
 }
 
 impl ObservedService {
-    /// Why it serves nobody, if it does not.
+    /// Why it serves no client, if it does not.
     fn useless(&self) -> Option<String> {
         let ServiceView { name, handler, fallback, sockets, upstreams, .. } = &self.view;
         if sockets.is_empty() && fallback.is_none() {
@@ -73,7 +73,7 @@ impl Engine {
         })
     }
 
-    /// Steering is not as it should be, or nobody is served of all who are steered.
+    /// Steering is not as it should be, or no client is served of all that are steered.
     fn unready(&self, services: &[ObservedService]) -> Option<String> {
         if let Some(why) = self.kernel.broken() {
             return Some(why.clone());

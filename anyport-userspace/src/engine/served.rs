@@ -1,4 +1,4 @@
-//! What is served, for those who announce it.
+//! What is served, as the announcements need it.
 
 use std::{
     collections::{BTreeSet, HashMap, hash_map::Entry},
@@ -90,7 +90,7 @@ impl Queues {
 }
 
 impl Queue {
-    /// Where nobody counts, it is seen to move when it is shorter than before.
+    /// Where accepted connections are not counted, it has moved when it is shorter than before.
     fn has_moved_since(&self, before: &Self) -> bool {
         self.waiting == 0
             || match (self.accepted, before.accepted) {
@@ -348,7 +348,7 @@ mod tests {
             (8, 1, Some(2), false),
             (9, 1, Some(2), true),
             (10, 1, Some(3), false),
-            // Nobody counts.
+            // Accepted connections are not counted.
             (11, 4, None, false),
             (13, 3, None, false),
             (15, 3, None, false),

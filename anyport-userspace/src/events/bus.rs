@@ -1,4 +1,4 @@
-//! Who listens, and to what.
+//! The event bus: subscribers and their filters.
 
 use std::{
     fmt,

@@ -317,7 +317,7 @@ impl NodeState {
 }
 
 impl Report {
-    /// The highest sequence that the node has heard of.
+    /// The highest sequence that the node has seen.
     pub fn seen(&self) -> u64 {
         self.refused.as_ref().map_or(0, |it| it.sequence).max(self.sequence).max(self.seen)
     }

@@ -15,7 +15,7 @@ use anyport_common::flow::Transport;
 pub use self::sockets::{connected_addresses, for_each_connection, listeners, listeners_of};
 use crate::rules::Rule;
 
-/// A socket that waits for strangers: a listening TCP socket or an unconnected UDP socket.
+/// A socket that waits for any client: a listening TCP socket or an unconnected UDP socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Listener {
     /// The transport.
@@ -48,7 +48,7 @@ pub struct Host {
     pub addresses: Vec<(IpAddr, String)>,
     /// The gateways of its routes, see [`crate::routes::Routes::gateways`].
     pub gateways: Vec<IpAddr>,
-    /// The sockets that wait for strangers.
+    /// The sockets that wait for any client.
     pub listeners: Vec<Listener>,
 }
 
@@ -181,7 +181,7 @@ pub fn addresses() -> anyhow::Result<Vec<(IpAddr, String)>> {
     Ok(addresses.collect())
 }
 
-/// Who holds these sockets, as far as `/proc` lets us see.
+/// The processes that hold these sockets, as far as `/proc` lets us see.
 pub(crate) fn owners(inodes: &HashSet<u64>) -> HashMap<u64, Owner> {
     let mut owners = HashMap::new();
     if inodes.is_empty() {

@@ -42,7 +42,7 @@ pub struct Route {
     pub block: Prefix,
     /// Whether it ends at this host.
     pub is_local: bool,
-    /// Who made it, see `/etc/iproute2/rt_protos`.
+    /// The program that made it, see `/etc/iproute2/rt_protos`.
     pub protocol: u8,
 }
 
@@ -78,7 +78,7 @@ pub trait Holder: Send + fmt::Debug {
 
 /// The routes of one network namespace, seen through a netlink socket.
 ///
-/// A change that has begun goes on to its end, even if nobody waits for it any more; what comes next waits.
+/// A change that has begun goes on to its end, even if its caller waits for it no more; what comes next waits.
 #[derive(Debug)]
 pub struct Routes {
     netlink: Arc<Mutex<Netlink>>,

@@ -48,7 +48,7 @@ pub(super) struct Found {
 
 impl Netlink {
     pub(super) fn open() -> anyhow::Result<Self> {
-        // The kernel looks at who opened a socket, and at who sends over it.
+        // The kernel checks who opened a socket, and who sends over it.
         let _raised = privileges::raise(privileges::NET_ADMIN);
         let mut socket = Socket::new(NETLINK_ROUTE)?;
         let port = socket.bind_auto()?.port_number();

@@ -107,7 +107,7 @@ pub fn to_address(address: IpAddr) -> Address {
     }
 }
 
-/// An address of the lookup table as everybody else writes it.
+/// An address of the lookup table in the usual notation.
 pub fn from_address(address: Address) -> IpAddr {
     let bits = u128::from(address.high) << 64 | u128::from(address.low);
     match address.version {

@@ -100,7 +100,7 @@ pub struct RuleSpec {
     pub except: PortSet,
     /// The clients that the rule is about; all of them if there is none.
     pub source: Option<Prefix>,
-    /// Who receives what is steered.
+    /// Which service receives what is steered.
     pub service: ServiceName,
     /// Whether anyport makes the prefix local.
     pub route: bool,
@@ -204,7 +204,7 @@ pub struct Rule {
     pub prefix: Prefix,
     /// What becomes of them.
     pub terms: Arc<RuleSpec>,
-    /// Who wants it so.
+    /// Where the rule comes from.
     pub origins: Origins,
 }
 

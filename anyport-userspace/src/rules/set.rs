@@ -35,7 +35,7 @@ pub struct PrefixRules {
 pub struct RuleEntry {
     /// What it says.
     pub terms: Arc<RuleSpec>,
-    /// Who wants it so.
+    /// Where the rule comes from.
     pub origins: Origins,
 }
 
@@ -46,7 +46,7 @@ pub struct RuleRef<'a> {
     pub prefix: Prefix,
     /// What the rule says.
     pub terms: &'a Arc<RuleSpec>,
-    /// Who wants it so.
+    /// Where the rule comes from.
     pub origins: Origins,
     /// Its number.
     pub number: u32,

@@ -27,7 +27,7 @@ pub struct GroupSocket {
     pub cookie: u64,
     /// Where the socket is bound, which is where TPROXY looks for it.
     pub bound: SocketAddr,
-    /// Who keeps it open.
+    /// What keeps it open.
     pub holder: Holder,
 }
 
@@ -35,7 +35,7 @@ impl GroupSocket {
     /// A descriptor of the socket.
     ///
     /// # Errors
-    /// Nobody holds the socket any more, or it can't be fetched from who does.
+    /// No process holds the socket any more, or it can't be fetched from the one that does.
     pub fn descriptor(&self) -> anyhow::Result<Arc<OwnedFd>> {
         match &self.holder {
             Holder::Us(descriptor) => Ok(Arc::clone(descriptor)),
@@ -44,7 +44,7 @@ impl GroupSocket {
     }
 }
 
-/// Who keeps a socket open.
+/// What keeps a socket open.
 #[derive(Clone, Debug)]
 pub enum Holder {
     /// This process, for as long as someone may steer to the socket.

@@ -26,7 +26,7 @@ const WHOLE: u32 = SEGMENT_BITS;
 /// Whole segments that are kept at hand though nothing is in them.
 const SPARE_SEGMENTS: usize = 1;
 
-/// Where segments come from, and who reads them.
+/// Where segments come from, and their readers.
 pub trait Segments: Send + Sync + fmt::Debug {
     /// Makes the segment of this number, all zeros.
     ///
@@ -42,7 +42,7 @@ pub trait Segments: Send + Sync + fmt::Debug {
         Ok(())
     }
 
-    /// Gives segments back that nobody reads any more, though others stay.
+    /// Releases segments that have no readers any more, though others stay.
     ///
     /// # Errors
     /// The kernel's.
@@ -72,10 +72,10 @@ impl Segment {
     }
 }
 
-/// Segments in the memory of this process, for those who have no BPF programs.
+/// Segments in the memory of this process, for back ends without BPF programs.
 #[derive(Debug, Default)]
 pub struct OwnSegments {
-    /// Who reads them.
+    /// Their readers.
     pub readers: Arc<Published>,
 }
 
@@ -333,7 +333,7 @@ impl Arena {
         }
     }
 
-    /// Frees what waits, once nobody reads it.
+    /// Frees what waits, once it has no readers.
     fn reclaim(&mut self) {
         if self.waiting.is_empty() {
             return;
@@ -349,7 +349,7 @@ impl Arena {
         self.source.connect()
     }
 
-    /// Gives memory back that is no longer used.
+    /// Releases memory that is no longer used.
     pub(super) fn trim(&mut self) -> anyhow::Result<()> {
         let is_much = |arena: &Self| {
             let (used, all) = arena.bytes();

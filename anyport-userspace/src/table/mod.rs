@@ -176,7 +176,7 @@ impl Table {
         self.policies.abort();
     }
 
-    /// Gives memory back that is no longer used.
+    /// Releases memory that is no longer used.
     ///
     /// # Errors
     /// The kernel's.

@@ -76,9 +76,9 @@ pub(super) struct Parts {
     pub(super) chosen: Chosen,
     pub(super) routes: Routes,
     pub(super) connected: Connected,
-    /// The back end's table, for those who read it here.
+    /// The back end's table, for readers in this process.
     pub(super) published: Arc<Published>,
-    /// Who listens to events.
+    /// The event bus and its subscribers.
     pub(super) events: Arc<EventBus>,
 }
 
@@ -223,12 +223,12 @@ impl Kernel {
         &self.outcomes
     }
 
-    /// The lookup table, for those who read it here.
+    /// The lookup table, for readers in this process.
     pub(super) fn published(&self) -> &Arc<Published> {
         &self.published
     }
 
-    /// Who listens to events.
+    /// The event bus and its subscribers.
     pub(super) fn events(&self) -> &Arc<EventBus> {
         &self.events
     }
@@ -337,7 +337,7 @@ impl Kernel {
         self.routes.watch()
     }
 
-    /// Gives memory of the lookup table back.
+    /// Releases memory of the lookup table that is no longer used.
     pub(super) fn trim(&mut self) -> anyhow::Result<()> {
         self.table.as_mut().map_or(Ok(()), Table::trim)
     }

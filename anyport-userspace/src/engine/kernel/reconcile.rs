@@ -245,7 +245,7 @@ impl Kernel {
         self.routes_look.is_suspicious = true;
     }
 
-    /// Has the back end look again at interfaces and sockets, and notes what it has put right by itself.
+    /// Has the back end check interfaces and sockets again, and notes what it has put right by itself.
     ///
     /// # Errors
     /// The kernel's.

@@ -110,7 +110,7 @@ impl SkLookupHook {
     }
 }
 
-/// Has the verifier look at the program of sk-lookup.
+/// Has the verifier check the program of sk-lookup.
 pub(super) fn load_sk_lookup(ebpf: &mut Ebpf) -> anyhow::Result<()> {
     let program: &mut SkLookup = program(ebpf, SK_LOOKUP_PROGRAM)?;
     load_program(BackEnd::SkLookup, SK_LOOKUP_PROGRAM, || program.load())

@@ -66,9 +66,9 @@ pub struct Options {
     pub interfaces: Vec<String>,
     /// Whether the programs log what they decide.
     pub debug: bool,
-    /// Who of this process reads the lookup table.
+    /// The readers of the lookup table in this process.
     pub readers: Arc<Published>,
-    /// Who listens to events.
+    /// The event bus and its subscribers.
     pub events: Arc<EventBus>,
 }
 

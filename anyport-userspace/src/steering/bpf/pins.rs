@@ -107,7 +107,7 @@ impl PinDirectory {
         self.path.join(format!("{LINK}{name}"))
     }
 
-    /// Removes every pin of ours. A link that nobody else holds is detached by that.
+    /// Removes every pin of ours. A link that no other process holds is detached by that.
     pub(super) fn clear(&self) -> anyhow::Result<()> {
         self.remove_if(|name| {
             let map = name.trim_end_matches(NEW);

@@ -234,7 +234,7 @@ fn has_tcx(asked: Result<(), ProgramError>) -> anyhow::Result<()> {
     }
 }
 
-/// Has the verifier look at the programs of tc.
+/// Has the verifier check the programs of tc.
 pub(super) fn load_all(ebpf: &mut Ebpf) -> anyhow::Result<()> {
     for name in [ETHERNET_PROGRAM, IP_PROGRAM] {
         let program: &mut SchedClassifier = program(ebpf, name)?;

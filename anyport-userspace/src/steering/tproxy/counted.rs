@@ -7,7 +7,7 @@ use anyport_common::maps::Counters;
 use super::groups::Effect;
 use crate::steering::Plan;
 
-/// Counters by the number of the rule, and those who met none.
+/// Counters by the number of the rule, and those of packets that met none.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Counted {
     pub(super) rules: HashMap<u32, Counters>,
