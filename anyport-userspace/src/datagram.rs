@@ -60,7 +60,7 @@ pub(crate) fn receive(socket: &impl AsRawFd, buffer: &mut [u8], control: &mut [u
         None => address.as_sockaddr_in6().map(|v6| SocketAddr::from(*v6)),
     });
     let mut dialled = None;
-    // Our own address in the eyes of the kernel: not the dialled one if that belongs to many.
+    // Our own address, as the kernel chooses it: not the original destination if that belongs to many hosts.
     let mut own = None;
     for control in message.cmsgs()? {
         match control {

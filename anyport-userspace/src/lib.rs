@@ -1,8 +1,8 @@
 //! anyport: one Linux socket that answers for every address and every port of whole prefixes.
 //!
 //! This crate is the daemon, its client, and what a program needs that wants to *be* a service: a [`Listener`] or a
-//! [`UdpSocket`] that receives what is steered to a service of the handler `registered`, and tells which address and
-//! port was dialled. Such a program needs no privilege; the service's `owners` have to name its user or group. It takes
+//! [`UdpSocket`] that receives what is steered to a service of the handler `registered`, and names the original
+//! destination. Such a program needs no privilege; the service's `owners` have to name its user or group. It takes
 //! the crate without the daemon, which leaves few dependencies:
 //!
 //! ```toml

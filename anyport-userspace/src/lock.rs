@@ -49,7 +49,7 @@ pub struct Lock {
 enum Held {
     /// Seen from all mount namespaces, so the first choice.
     Name(UnixListener),
-    /// Where somebody else has the name, as any local user may.
+    /// Where another process has the name, as any local user may.
     File(#[expect(dead_code, reason = "locked for as long as it is open")] Flock<File>),
 }
 
@@ -148,7 +148,7 @@ fn already_running(pid: &str) -> anyhow::Error {
     )
 }
 
-/// Who holds the lock, as the kernel says. A daemon answers at once; whoever does not is none.
+/// Who holds the lock, as the kernel says. A daemon answers at once; a process that does not is none.
 fn holder_of_lock() -> Option<UnixCredentials> {
     let socket = Socket::new(Domain::UNIX, Type::STREAM.nonblocking(), None).ok()?;
     socket.connect(&SockAddr::unix(format!("\0{NAME}")).ok()?).ok()?;

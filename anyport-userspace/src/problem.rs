@@ -9,7 +9,7 @@ pub enum Kind {
     Invalid,
     /// The caller may not do this. Status 403, exit status 4.
     NotPermitted,
-    /// What the request speaks of is not there. Status 404, exit status 1.
+    /// What the request names is not there. Status 404, exit status 1.
     NotFound,
     /// The request contradicts what is there. Status 409, exit status 1.
     Conflict,
@@ -19,7 +19,7 @@ pub enum Kind {
     Unsafe,
     /// It was tried and did not work. Status 500, exit status 1.
     Failed,
-    /// The daemon stops, and nothing was tried. Status 503, which the client answers by asking whoever comes next.
+    /// The daemon stops, and nothing was tried. Status 503, after which the client asks the next server.
     Stopping,
     /// No daemon answers. Exit status 3; never sent.
     NoDaemon,

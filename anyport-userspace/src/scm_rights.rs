@@ -1,4 +1,4 @@
-//! One message each way: JSON, and descriptors with the request.
+//! One message in each direction: JSON, and descriptors with the request.
 
 use std::{
     io::{IoSlice, IoSliceMut},

@@ -176,7 +176,7 @@ fn with_services() {
     let changed = files.apply(&daemon, &text("second"), "");
     assert_eq!(changed["services"], serde_json::json!(["~ edge"]));
     assert_eq!(who(&daemon, "tcp", "192.0.2.7", 80), "second");
-    // Back again, and the former settings with it.
+    // Back again, and with it the previous settings.
     files.apply(&daemon, &text("third"), "--confirm 1s");
     assert_eq!(who(&daemon, "tcp", "192.0.2.7", 80), "third");
     wait_for("the service before", Duration::from_secs(6), || match who(&daemon, "tcp", "192.0.2.7", 80).as_str() {

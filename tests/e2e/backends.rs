@@ -143,7 +143,7 @@ fn remembered() {
     namespace.enter(|| expect_tcp_hello(at("192.0.2.3", 3)));
 }
 
-/// The kernel lets a namespace have 64 `sk_lookup` programs; here somebody has attached them all.
+/// The kernel lets a namespace have 64 `sk_lookup` programs; here another program has attached them all.
 fn sk_lookup_full() {
     let namespace = Netns::new();
     let _foreign = fill_sk_lookup(&namespace);
@@ -195,7 +195,7 @@ fn mounts_bpffs() {
     let path = directory.path().join("bpf");
     let mounted =
         || fs::read_to_string("/proc/thread-self/mounts").expect("mounts").contains(&path.display().to_string());
-    // To mount takes root. Who has become somebody else can't unmount it any more, and the next start finds it.
+    // To mount takes root. A daemon that has changed its user can't unmount it any more, and the next start finds it.
     for (user, is_left) in [("anyport", true), ("root", false)] {
         let mut daemon = Setup::new(&Netns::new(), "sk-lookup").bpffs(&path).args(["--user", user]).start();
         daemon.ok("add-prefix 192.0.2.0/24");

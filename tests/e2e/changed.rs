@@ -1,4 +1,4 @@
-//! What others remove from the kernel is put back: noticed, mended, logged and counted.
+//! What others remove from the kernel is put back: noticed, repaired, logged and counted.
 
 use std::{fmt::Write as _, path::Path, time::Duration};
 
@@ -125,7 +125,7 @@ fn removals(backend: &'static str) {
         let before = mended(&lab.daemon.json("status"), kind);
         lab.topology.host.run("sh", ["-c", &line]);
         wait_until_mended(&lab, kind, before, &line);
-        // What was mended may have been the rest of what the line before did.
+        // What was repaired may have been the rest of what the previous line did.
         wait_for_traffic(&lab, &line);
     }
     let log = lab.daemon.log();

@@ -114,7 +114,7 @@ fn halves() {
     let mut clients: Vec<UnixStream> = (0..200)
         .map(|_| {
             let mut client = connect(&daemon);
-            // To make room its connection may have been closed at once.
+            // Its connection may have been closed at once for another one.
             drop(client.write_all(&whole[..=random.below(whole.len() - 1)]));
             client
         })
@@ -198,7 +198,7 @@ fn readers() {
         Outcome::of(command.arg("--socket").arg(daemon.socket()))
     };
     let looks = ["status", "prefixes", "services", "explain 192.0.2.7:80"];
-    // And who dials what is nobody's business.
+    // And readers may not see which client connects where.
     let changes =
         ["add-prefix 203.0.113.0/24", "remove-prefix 192.0.2.0/24", "remove-service default", "confirm", "events"];
     for (option, groups, may_look) in

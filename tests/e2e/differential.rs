@@ -25,7 +25,7 @@ struct Rule {
     length: u32,
     ports: (u16, u16),
     except: Option<u16>,
-    /// The clients that the rule is about, of whom there is one for IPv6.
+    /// The clients that the rule matches; IPv6 has only one.
     source: Option<&'static str>,
     service: &'static str,
 }
@@ -61,7 +61,7 @@ impl Rule {
         format!("{base}/{length} --ports {first}-{last}{except}{source} --service {service}")
     }
 
-    /// What the rule says about a client and a port: who gets it, if it has an opinion.
+    /// What the rule says about a client and a port: which service it gets, if the rule matches.
     fn opinion(&self, from: IpAddr, port: u16) -> Option<&'static str> {
         if let Some(source) = self.source {
             let (base, length) = source.split_once('/')?;
@@ -90,7 +90,7 @@ fn mask(address: IpAddr, length: u32) -> IpAddr {
     }
 }
 
-/// The contract in the words of this test alone: the longest prefix with an opinion on the port.
+/// The contract in the words of this test alone: the longest prefix with a rule that matches the client and the port.
 fn decide(rules: &[Rule], from: IpAddr, to: IpAddr, port: u16) -> &'static str {
     let about = rules.iter().filter(|rule| rule.base.is_ipv4() == to.is_ipv4() && mask(to, rule.length) == rule.base);
     let opinions = about.filter_map(|rule| Some((rule.length, rule.opinion(from, port)?)));
@@ -110,7 +110,7 @@ fn who_from(daemon: &Daemon, from: IpAddr, to: SocketAddr) -> String {
 fn differential(backend: &'static str) {
     let daemon = services(backend);
     let mut random = Random::new("differential");
-    // Whoever is not steered finds a local route, so that the answer is a refusal.
+    // What is not steered finds a local route, so that the answer is a refusal.
     daemon.namespace().ip("route add local 192.0.2.0/24 dev lo");
     daemon.namespace().ip("-6 route add local 2001:db8:9::/64 dev lo");
     let mut rules: Vec<Rule> = Vec::new();

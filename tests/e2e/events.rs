@@ -1,4 +1,4 @@
-//! What is told of connections and flows as they begin.
+//! Which events of connections and flows are published as they begin.
 
 use std::{
     io::{BufRead as _, BufReader, Write as _},
@@ -38,11 +38,11 @@ pub(crate) fn trials() -> Vec<Trial> {
     trials
 }
 
-/// Somebody who listens.
+/// A subscriber to events.
 struct Ear(BufReader<UnixStream>);
 
 impl Ear {
-    /// Listens to what this query asks for. It has begun when this returns.
+    /// Subscribes to what this query asks for. The subscription has begun when this returns.
     fn new(daemon: &Daemon, query: &str) -> Self {
         Self::open(daemon, query).unwrap_or_else(|answer| panic!("{query}: {answer}"))
     }
@@ -68,7 +68,7 @@ impl Ear {
         line
     }
 
-    /// The next thing that is told, notes aside. Pieces end where lines do, so what else there is are lengths.
+    /// The next event that is published, notes aside. Pieces end where lines do, so what else there is are lengths.
     fn next(&mut self) -> Value {
         loop {
             let line = self.line();
@@ -111,7 +111,7 @@ fn begun(backend: &'static str) {
             lab.topology.client.enter(|| expect_tcp_hello(to));
             assert_eq!(ear.told(), expected("tcp"));
         }
-        // A flow is told once, however many datagrams it has.
+        // One event is published for a flow, however many datagrams it has.
         for _ in 0..2 {
             lab.topology.client.enter(|| {
                 let socket = UdpSocket::bind(any(to.ip())).expect("a socket");
@@ -140,7 +140,7 @@ fn filtered(backend: &'static str) {
         ("outcome=dropped", ""),
     ]
     .map(|(query, expected)| (Ear::new(&lab.daemon, query), query, expected));
-    // The limit of listeners.
+    // The limit of subscribers.
     let last = Ear::new(&lab.daemon, "sample=1000000000");
     let refused = lab.daemon.refused("events", 1);
     assert!(refused.contains("8 others listen"), "{refused}");
@@ -158,7 +158,7 @@ fn filtered(backend: &'static str) {
             let text = |name: &str| event[name].as_str().unwrap_or_default().to_owned();
             assert_eq!(format!("{} {}", text("protocol"), text("to")), *expected, "{query}");
         }
-        // And nothing else: the next thing is about the end of the listener's stream.
+        // And nothing else: the next thing is about the end of the subscriber's stream.
         ear.0.get_ref().set_read_timeout(Some(Duration::from_millis(300))).expect("a time limit");
         let mut rest = String::new();
         while ear.0.read_line(&mut rest).is_ok_and(|read| read > 0) {}
@@ -200,7 +200,7 @@ fn dropped(backend: &str) {
     }
 }
 
-/// Somebody who listens and is slow: each event is either told or counted as missed.
+/// A slow subscriber: each event is either published to it or counted as missed.
 fn missed(backend: &str) {
     const FLOWS: u64 = 40_000;
     let lab = Lab::new(backend);

@@ -65,7 +65,7 @@ fn serve(lab: &Lab, upstreams: &[&str], settings: &str) {
     }
 }
 
-/// Upstreams that keep the dialled port.
+/// Upstreams that keep the port of the original destination.
 fn same_port() -> [String; 2] {
     [format!("{}:*", SERVER[0]), format!("[{}]:*", SERVER[1])]
 }
@@ -279,7 +279,7 @@ fn refused() {
     assert!(degraded.contains(SECOND[0]) && degraded.contains("refused"), "{degraded}");
 }
 
-/// Before each datagram, as nobody knows which one comes first.
+/// Before each datagram, as any of them may come first.
 fn header() {
     let upstreams = same_port();
     let lab = lab("sk-lookup", &[&upstreams[0], &upstreams[1]], "--proxy-protocol v2");
@@ -404,7 +404,7 @@ fn dns() {
     server.wait().expect("its end");
 }
 
-/// A megabyte each way by a real implementation, which joins datagrams and moves its connections' ends as it likes.
+/// A megabyte in each direction by a real implementation, which joins datagrams and moves its connections' ends as it likes.
 fn quic(backend: &'static str) {
     const LENGTH: usize = 1 << 20;
     let upstreams = same_port();

@@ -22,10 +22,10 @@ use socket2::SockRef;
 
 use crate::cases::{Family, Lab, at, on_each_back_end, trial};
 
-/// Steered prefixes, an address in each, and what is dialled there.
+/// Steered prefixes, an address in each, and the original destinations there.
 const PREFIX: [&str; 2] = ["192.0.2.0/24", "2001:db8:0:a::/64"];
 const ONE: [&str; 2] = ["192.0.2.77", "2001:db8:0:a::77"];
-/// Bytes of a large transfer, each way.
+/// Bytes of a large transfer, in each direction.
 const LARGE: u64 = 1 << 30;
 /// Connections that are open and silent at the same time. A forwarded one takes two descriptors of the daemon, which keeps
 /// a quarter of its 20,000 for other things, and two of this process.
@@ -166,7 +166,7 @@ fn in_front() {
                 shown(family.of(["127.0.0.1", "::1"]), 9_000)
             );
             let _front = Server::haproxy(&lab.topology.client, &front);
-            // Whoever dials the proxy in front is who the upstream sees.
+            // The upstream sees the client that dials the proxy in front.
             let dialled = at(family.of(["127.0.0.1", "::1"]), 9_000);
             let (own, text) = answer(&lab, dialled, "GET / HTTP/1.0\r\n\r\n");
             let expected = format!("saw {} {} {} 9000", own.ip(), own.port(), dialled.ip());

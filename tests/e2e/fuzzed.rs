@@ -161,7 +161,7 @@ fn is_steered(to: SocketAddr) -> bool {
     is_within && to.port() != LEFT
 }
 
-/// A socket of the host at all of its addresses, which says what was dialled.
+/// A socket of the host at all of its addresses, which answers with the original destination.
 fn witness(family: Family, port: u16) -> UdpSocket {
     let socket =
         socket2::Socket::new(family.of([socket2::Domain::IPV4, socket2::Domain::IPV6]), socket2::Type::DGRAM, None);

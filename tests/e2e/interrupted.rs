@@ -164,7 +164,7 @@ fn chain(daemon: &Daemon) -> BTreeSet<String> {
     all.lines().filter_map(prefix).collect()
 }
 
-/// SIGTERM ends the daemon in time and without a trace while somebody has a request open.
+/// SIGTERM ends the daemon in time and without a trace while a client has a request open.
 fn half_requests(backend: &'static str) {
     let namespace = Netns::new();
     let mut daemon = Daemon::start(&namespace, backend);

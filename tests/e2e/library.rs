@@ -176,7 +176,7 @@ fn restarts(backend: &'static str) {
     assert!(answer(&greeter).contains(&format!("process {}", owner.pid())));
 }
 
-/// An owner can't send from what is not steered to its service, nor have steered addresses talk to each other.
+/// An owner can't send from what is not steered to its service, nor have steered addresses answer each other.
 fn judged(backend: &'static str) {
     let lab = Lab::new(backend);
     lab.daemon.ok("add-service greeter --handler registered");

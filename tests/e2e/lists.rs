@@ -40,7 +40,7 @@ pub(crate) fn trials() -> Vec<Trial> {
     trials
 }
 
-/// Whether somebody at this address of a host is served over TCP; if not, it is told at once.
+/// Whether a client at this address of a host is served over TCP; if not, it is told at once.
 fn takes_tcp(host: &Netns, from: &str, to: SocketAddr) -> bool {
     let served = host.enter(|| tcp_from(at(from, 0), to)).and_then(|mut stream| {
         stream.write_all(b"?")?;
@@ -57,7 +57,7 @@ fn takes_udp(host: &Netns, from: &str, to: SocketAddr) -> bool {
     socket.connect(to).is_ok_and(|()| udp_over(&socket, QUESTION, Duration::from_millis(400)).is_ok())
 }
 
-/// Whom of the client and the server's first and second address a service takes.
+/// Which of the client and the server's first and second address a service allows.
 fn taken(lab: &Lab, to: &str, family: Family) -> [bool; 3] {
     let (client, server) = (&lab.topology.client, &lab.topology.server);
     let hosts = [(client, CLIENT), (server, SERVER), (server, SECOND)];

@@ -407,7 +407,7 @@ fn succeeded(backend: &'static str) {
     lab.topology.client.enter(|| expect_tcp_hello(at("192.0.2.7", 80)));
     let steered = "anyport_prefix_steered_packets_total{prefix=\"192.0.2.0/24\",protocol=\"tcp\",service=\"default\"}";
     wait_for_values(&lab, &[(steered, 1.0)]);
-    // Somebody watches while it changes hands, and a connection stays with the former process.
+    // A client watches during the takeover, and a connection stays with the previous process.
     let idle = lab.topology.host.enter(|| TcpStream::connect(address()).expect("a connection"));
     let before = lab.daemon.pid();
     let outcome = lab.daemon.take_over(&program("anyportd").expect("a daemon"));

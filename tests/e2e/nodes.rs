@@ -110,7 +110,7 @@ impl Fleet {
         self.etcd.record(&format!("/anyport/nodes/main/n{node}"))
     }
 
-    /// Waits until a node has the pointer in force and says so.
+    /// Waits until the pointer is active at a node and the node reports that.
     fn wait_until_current(&self, node: usize, daemon: &Daemon) {
         let pointer = self.pointer();
         wait_for("current node", LIMIT, || {
@@ -196,7 +196,7 @@ fn follow(back_end: &'static str) {
     fleet.wait_until_current(0, &daemon);
     assert_eq!(daemon.json("status")["degraded"].to_string(), "[]");
 
-    // The thread that talks to etcd may do nothing else; another process goes on where this one was.
+    // The thread that communicates with etcd may do nothing else; another process goes on where this one was.
     let tasks = fs::read_dir(format!("/proc/{}/task", daemon.pid())).expect("threads").flatten();
     let states: Vec<String> = tasks.filter_map(|it| fs::read_to_string(it.path().join("status")).ok()).collect();
     let agent = states.iter().find(|it| it.contains("Name:\tanyport-fleet")).expect("a thread");

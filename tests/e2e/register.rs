@@ -246,7 +246,7 @@ impl Drop for EndOfLoad<'_> {
     }
 }
 
-/// The new process registers before the old one ends, which serves whom it has.
+/// The new process registers before the old one ends, which serves the connections that it has.
 fn restarts(backend: &'static str) {
     let lab = lab(backend, "");
     let _log = LogOnPanic(&lab.daemon);
@@ -334,7 +334,7 @@ fn daemon_restarts(backend: &'static str) {
     let owner = Owner::greeter(&lab.topology.host, "steady", "::", 0);
     lab.daemon.ok(&format!("register web --pid {} --fd {}", owner.pid(), owner.descriptor()));
     let before = sockets(&lab.daemon, "web");
-    // Whoever follows is no root, who might fetch the sockets out of their owner again.
+    // The next servers are not root: root might fetch the sockets out of their owner again.
     let server = lab.daemon.pid();
     kill(server, Signal::SIGKILL).expect("SIGKILL to the process that serves");
     lab.daemon.wait_for_successor(server);
@@ -447,7 +447,7 @@ fn permissions() {
     assert!(outcome.status == 4 && outcome.stderr.contains("may not"), "{outcome}");
     let outcome = as_stranger(&format!("register user --pid {} --fd {}", foreign.pid(), foreign.descriptor()));
     assert!(outcome.status == 4 && outcome.stderr.contains("another user's"), "nobody is a deputy: {outcome}");
-    // Who has the socket all the same may not say that it is somebody else's.
+    // A process that has the socket all the same may not say that it is another process's.
     let liar = passer(&format!("user:{}", foreign.pid()));
     assert!(liar.line.contains("\"status\":403") && liar.line.contains("another user's"), "{}", liar.line);
     let outcome = as_stranger("unregister closed");

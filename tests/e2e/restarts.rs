@@ -169,7 +169,7 @@ fn established(backend: &'static str) {
     lab.daemon.stop();
 }
 
-/// What read its configuration, but could not serve when it was its turn.
+/// A server that read its configuration, but could not serve when it was to begin.
 fn failed_upgrade(backend: &'static str) {
     let directory = scratch();
     let place = copy(directory.path(), "anyportd");
@@ -195,7 +195,7 @@ fn failed_upgrade(backend: &'static str) {
     lab.daemon.stop();
 }
 
-/// What says at once that it can't start never gets its turn.
+/// A server that says at once that it can't start is never told to begin.
 fn refused_upgrade() {
     let directory = scratch();
     let config = directory.path().join("anyport.toml");
@@ -245,7 +245,7 @@ fn workers() {
     let next = copy(directory.path(), "next");
     let sockets = || lab.daemon.json("services")[0]["sockets"].as_array().expect("an array").len();
     let tally = dial_while(&lab, |served| {
-        // Sockets that there are stay: somebody may wait there.
+        // Existing sockets stay: connections may wait there.
         for (count, expected) in [(3, 12), (2, 12)] {
             wait_for_more(served);
             write(count);
@@ -371,7 +371,7 @@ fn systemd() {
         wait_for_more(served);
     });
     assert!(tally.failures.is_empty(), "{} of {}:{}\n{}", tally.failures.len(), tally.served, tally.sample(), log());
-    // The keeper itself is killed: newcomers wait until it is started again.
+    // The keeper itself is killed: new connections wait until it is started again.
     let tally = dial_from(&topology, |served| {
         wait_for_more(served);
         manager.ok(&["systemctl", "kill", "--kill-who=main", "--signal=KILL", "anyport"]);

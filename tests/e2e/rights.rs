@@ -1,4 +1,4 @@
-//! With which rights the daemon runs: whose, which, when, and what it says without one of them.
+//! With which privileges the daemon runs: as which user, with which capabilities, when, and what it says without one of them.
 
 use std::{
     collections::BTreeMap,
@@ -25,7 +25,7 @@ use crate::cases::{Lab, at, on_each_back_end, trial};
 /// By their numbers in include/uapi/linux/capability.h.
 const CAPABILITIES: [(&str, u64); 5] =
     [("net_bind_service", 10), ("net_admin", 12), ("net_raw", 13), ("perfmon", 38), ("bpf", 39)];
-/// What threads that serve connections have in force.
+/// The effective capabilities of threads that serve connections.
 const DATA: u64 = 1 << 10 | 1 << 13;
 const ADDRESSES: [&str; 2] = ["192.0.2.3", "2001:db8:0:a::3"];
 const PREFIXES: &str = "192.0.2.0/24 2001:db8:0:a::/64";
@@ -258,7 +258,7 @@ fn other_users() {
     let daemon = Setup::new(&namespace, "sk-lookup").args(["--user", &format!("{USER}:{GROUP}")]).start();
     assert_eq!(uid(&daemon), Some(USER.to_string()));
     drop(daemon);
-    // The socket is the group's, whoever the daemon is.
+    // The socket is the group's, whichever user the daemon is.
     let directory = scratch();
     chown(directory.path(), Some(65_531), Some(65_531)).expect("a directory of the user's own");
     let socket = directory.path().join("own.sock");
@@ -269,7 +269,7 @@ fn other_users() {
         if matches!(owners, Ok((65_531, GROUP))) { Ok(()) } else { Err(format!("{owners:?} {}", daemon.log())) }
     });
     drop(daemon);
-    // Directories of somebody else's stay that.
+    // Directories of another user stay that user's.
     let outcome = Setup::new(&namespace, "sk-lookup").args(["--user", "65531:65531"]).run_to_end();
     assert!(outcome.status == 1 && outcome.stderr.contains("open the control socket"), "{outcome}");
 }

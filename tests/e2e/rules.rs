@@ -1,4 +1,4 @@
-//! Which rule decides: the longest prefix with an opinion, then fewer ports, whatever the order of insertion.
+//! Which rule decides: the longest prefix with a rule that matches, then fewer ports, whatever the order of insertion.
 //!
 //! Services differ by their banner or handler, so that a dial says who answered.
 
@@ -102,7 +102,7 @@ const TABLES: &[Table] = &[
             ("tcp", "192.0.2.100", 8010, "no"),
             ("tcp", "192.0.2.100", 8011, "two"),
             ("tcp", "192.0.2.1", 22, "three"),
-            // The /26 has no opinion on 8000, so that the /25 is asked.
+            // No rule of the /26 matches 8000, so that the /25 is asked.
             ("tcp", "192.0.2.1", 8000, "no"),
             ("tcp", "192.0.2.1", 80, "two"),
         ],

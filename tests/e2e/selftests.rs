@@ -228,7 +228,7 @@ fn waiting(lab: &Lab, kind: &str) -> Vec<usize> {
     queues.filter(|&queue| queue > 0).collect()
 }
 
-/// Each connection and each datagram is decided about exactly once, whoever of the group gets it.
+/// Each connection and each datagram is decided about exactly once, whichever socket of the group gets it.
 fn once(backend: &'static str) {
     const QUESTIONS: u64 = 20;
     let lab = Lab::with(backend, |setup| setup.args(["--workers", "4"]));

@@ -50,7 +50,7 @@ pub(crate) fn trials() -> Vec<Trial> {
     trials
 }
 
-/// Right or wrong, nothing is touched, and nobody's rights are needed.
+/// Right or wrong, nothing is touched, and no privileges are needed.
 fn check() {
     let directory = scratch();
     public_copy(&program("anyportd").unwrap_or_else(|missing| panic!("{missing}")), &directory.path().join("anyportd"));
@@ -192,7 +192,7 @@ fn service_gone() {
     daemon.namespace().enter(|| expect_tcp_hello(at("203.0.113.3", 3)));
 }
 
-/// Names of abstract sockets belong to whoever is first. So none of them may decide whether the daemon starts.
+/// Names of abstract sockets belong to the process that is first. So none of them may decide whether the daemon starts.
 fn name_taken(backend: &'static str) {
     let namespace = Netns::new();
     // Wherever the tests were built, this copy can be run by everyone.

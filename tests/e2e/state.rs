@@ -148,7 +148,7 @@ fn no_room(mounting: &str, spoiling: &str, reason: &str) {
     assert_eq!(daemon.rules().len(), 2);
 }
 
-/// A file that was cut, changed or is of somebody else stops the start; the message says how to go on, and that works.
+/// A file that was cut, changed or written by another program stops the start; the message says how to go on, and that works.
 fn spoilt_state() {
     let mut daemon = start();
     daemon.ok("add-prefix 192.0.2.0/24");

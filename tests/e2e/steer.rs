@@ -21,7 +21,7 @@ const HELLO: [&str; 2] = ["192.0.2.0/25", "2001:db8:0:a::/64"];
 const ECHO: [&str; 2] = ["192.0.2.128/25", "2001:db8:0:b::/64"];
 /// Steered to `hello`, for local clients only, as 127.0.0.0/8 does not travel.
 const LOOPBACK: &str = "127.77.0.0/16";
-/// How many address and port pairs of a prefix are dialled.
+/// How many address and port pairs of a prefix are tried as original destinations.
 const PAIRS: usize = 1_000;
 
 pub(crate) fn trials() -> Vec<Trial> {
@@ -87,7 +87,7 @@ fn answered(lab: &Lab, client: &str, protocol: &str, handler: &str, prefix: &str
     });
 }
 
-/// A thousand random pairs of a prefix, each answered with exactly what was dialled.
+/// A thousand random pairs of a prefix, each answered with exactly the original destination.
 fn pairs(backend: &'static str, lab: &Shared) -> Vec<Trial> {
     let places = [
         ("a /16 of IPv4, local", "local", LOOPBACK),

@@ -158,7 +158,7 @@ fn connected(backend: &'static str) {
     }
 }
 
-/// Sockets on the wildcard address, even with the port that is dialled, get nothing of a steered prefix, and keep
+/// Sockets on the wildcard address, even with the port of the original destination, get nothing of a steered prefix, and keep
 /// nobody from being answered, whether they share their port or have it for themselves.
 fn wildcard(backend: &'static str) {
     let lab = lab(backend, "default");

@@ -77,7 +77,7 @@ fn wait_for_text(lab: &Lab, expected: &str) {
     });
 }
 
-/// By the C library's resolver, which asks whom its file names.
+/// By the C library's resolver, which asks the servers that its file names.
 fn names() {
     let directory = scratch();
     let resolver = directory.path().join("resolv.conf");

@@ -79,7 +79,7 @@ impl Driver {
     }
 }
 
-/// What a node reports that has this pointer in force.
+/// The report of a node at which this pointer is active.
 pub fn report(node: &str, pointer: &Value) -> Value {
     json!({
         "node": node, "ring": pointer["ring"], "sequence": pointer["sequence"], "set": pointer["set"], "revision": 1,

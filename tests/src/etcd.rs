@@ -73,7 +73,7 @@ impl Etcd {
         Self::launch(members, "http", &[], &[])
     }
 
-    /// One member that talks TLS only, with options of the server and of `etcdctl` that say with which certificates.
+    /// One member that uses TLS only, with options of the server and of `etcdctl` that say with which certificates.
     pub fn secured(namespace: &Netns, options: &[&str], client_options: &[&str]) -> Self {
         let member = (namespace.clone(), IpAddr::from([127, 0, 0, 1]));
         Self::launch(&[member], "https", options, client_options)
@@ -316,7 +316,7 @@ impl Etcd {
     fn wait_for_health(&self, member: usize) {
         wait_for("health of etcd", Duration::from_secs(30), || {
             let outcome = self.client_of(member).run(["--command-timeout=2s", "endpoint", "health"]);
-            // Whoever may not look at a key has been answered, too.
+            // A client that may not look at a key has been answered, too.
             if outcome.status == 0 {
                 return Ok(());
             }

@@ -24,7 +24,7 @@ impl Holdings {
     /// Of a process.
     ///
     /// # Errors
-    /// It has ended, or is somebody else's.
+    /// It has ended, or belongs to another user.
     pub fn of(pid: impl Display) -> io::Result<Self> {
         let process = PathBuf::from(format!("/proc/{pid}"));
         let rollup = fs::read_to_string(process.join("smaps_rollup"))?;

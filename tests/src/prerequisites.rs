@@ -33,7 +33,7 @@ pub const BPFFS: &str = "/sys/fs/bpf";
 
 /// The number of the group `anyport` after [`isolate`]. Its only members are the users `daemon` and `anyport`.
 pub const GROUP: u32 = 64_999;
-/// The number of the user `anyport` after [`isolate`], as whom daemons run unless a test wants something else.
+/// The number of the user `anyport` after [`isolate`]. Daemons run as this user unless a test wants something else.
 pub const USER: u32 = 64_998;
 
 /// What the tests need and this machine lacks, a line each.
@@ -192,7 +192,7 @@ pub fn isolate() {
     let none = None::<&Path>;
     mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).expect("private mounts");
     mount(Some("tmpfs"), "/run", Some("tmpfs"), MsFlags::empty(), none).expect("an own /run");
-    // The machine may have no user `anyport`, as whom the daemon runs, and no group whose members may use the control socket.
+    // The machine may have no user `anyport`, which is the daemon's user, and no group whose members may use the control socket.
     for (file, line) in [
         ("group", format!("anyport:x:{GROUP}:daemon")),
         ("passwd", format!("anyport:x:{USER}:{GROUP}::/nonexistent:/usr/sbin/nologin")),

@@ -7,7 +7,7 @@ use std::{
     time::{SystemTime, UNIX_EPOCH},
 };
 
-/// The seed of this run: `ANYPORT_SEED` of the environment, else the clock's. Whoever runs tests prints it.
+/// The seed of this run: `ANYPORT_SEED` of the environment, else the clock's. The program that runs tests prints it.
 pub fn seed() -> u64 {
     static SEED: OnceLock<u64> = OnceLock::new();
     *SEED.get_or_init(|| match env::var("ANYPORT_SEED") {

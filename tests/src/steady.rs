@@ -22,7 +22,7 @@ pub enum Loss {
     Refused,
     /// It was established, and ended before the first byte.
     Unanswered,
-    /// Somebody else answered.
+    /// Another service answered.
     Misdirected,
 }
 
@@ -34,7 +34,7 @@ const SHORTLY: Duration = Duration::from_secs(1);
 pub struct Failure {
     /// When that was known.
     pub at: Instant,
-    /// What was dialled.
+    /// The original destination.
     pub to: SocketAddr,
     /// What became of it.
     pub loss: Loss,
@@ -82,7 +82,7 @@ impl Tally {
     }
 }
 
-/// Sets a flag when dropped, so that those who wait for it also end when somebody panics.
+/// Sets a flag when dropped, so that threads that wait for it also end when one of them panics.
 #[derive(Debug)]
 pub struct EndOfWork<'a>(pub &'a AtomicBool);
 

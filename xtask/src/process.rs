@@ -1,4 +1,4 @@
-//! Other programs, the workspace they work on and root's rights.
+//! Other programs, the workspace they work on and root's privileges.
 
 use std::{
     env, io,

@@ -68,7 +68,7 @@ impl Announcer {
             holds: Holds::of(file::announced(&written), Instant::now()),
             written,
             wanted: String::new(),
-            // The process before may have been killed before it could tell.
+            // The previous process may have been killed before it could tell the router.
             is_told: false,
             retry: None,
             pause: FIRST_PAUSE,
@@ -199,7 +199,7 @@ impl Task {
 
     /// Makes file and router equal to what is to be announced, unless that has just failed.
     async fn announce(&mut self) {
-        // The keeper may have withdrawn everything meanwhile, or somebody have edited the file.
+        // Meanwhile the keeper may have withdrawn everything, or another program may have edited the file.
         self.written = fs::read_to_string(&self.config.file).unwrap_or_default();
         let text = file::text(self.config.format, &self.holds.announced().collect::<Vec<_>>());
         if text != self.wanted {

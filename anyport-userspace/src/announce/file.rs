@@ -47,7 +47,7 @@ pub(super) fn announced(text: &str) -> impl Iterator<Item = Prefix> {
     })
 }
 
-/// Makes the file consist of this. Whoever reads it sees the former one or this one, whole.
+/// Replaces the content of the file by this text. Programs that read it see either the previous text or this one, whole.
 pub(super) fn replace(path: &Path, text: &str) -> io::Result<()> {
     let mut aside = path.as_os_str().to_owned();
     aside.push(".new");

@@ -7,8 +7,8 @@ use std::{
 
 use crate::{api::AnnounceState, rules::Prefix};
 
-/// Each time that a prefix is withdrawn its hold-down is doubled, up to 32 times the first one. After so long without a break it begins
-/// anew.
+/// Each time that a prefix is withdrawn its hold-down is doubled, up to 32 times the first one. After so long without a break it
+/// starts from the first one again.
 const MOST_DOUBLINGS: u32 = 5;
 
 /// Whether a prefix is served.
@@ -199,7 +199,7 @@ mod tests {
             story.fails(now + 1);
             now += 2;
             assert_eq!(story.served(now), (AnnounceState::Held, Some(now + pause)));
-            // A break while it is held is no withdrawal, but the time begins anew.
+            // A break during the hold-down is no withdrawal, but the hold-down starts again.
             story.fails(now + 1);
             now += 2;
             assert_eq!(story.served(now), (AnnounceState::Held, Some(now + pause)));

@@ -1,4 +1,4 @@
-//! Which prefixes the site's router tells others of: those that are served, for as long as they are.
+//! Which prefixes the site's router announces to other routers: those that are served, for as long as they are.
 //!
 //! The engine judges once a second, and whenever something happens, which prefixes are served and why others are not ([`Judgement`]). The
 //! announcer, a task of its own, holds prefixes down that come back, writes those that are to be announced into a file, and has the router

@@ -51,7 +51,7 @@ pub enum AnnounceState {
     Held,
     /// It is not served.
     Unserved,
-    /// Somebody has drained it.
+    /// It is drained.
     Drained,
 }
 
@@ -65,7 +65,7 @@ pub struct DrainRequest {
     /// What is steered inside of these.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub prefixes: Vec<Prefix>,
-    /// Seconds from the withdrawal to the first newcomer that is refused.
+    /// Seconds from the withdrawal until new connections are refused.
     #[serde(default = "default_wait")]
     pub wait: u64,
 }
@@ -112,7 +112,7 @@ pub enum DrainState {
     Withdrawing,
     /// Others take notice meanwhile.
     Waiting,
-    /// Newcomers are refused.
+    /// New connections are refused.
     Refusing,
 }
 

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use super::{Kind, Problem};
 use crate::rules::{Prefix, Protocol, ServiceName};
 
-/// Query of `GET /v1/events`: which connections and flows to tell.
+/// Query of `GET /v1/events`: which connections and flows to publish.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Listen {
@@ -87,7 +87,7 @@ pub struct EventView {
     pub protocol: Protocol,
     /// The client.
     pub from: SocketAddr,
-    /// What it dialled.
+    /// The original destination.
     pub to: SocketAddr,
     /// What became of the packet.
     pub outcome: Outcome,
@@ -115,11 +115,11 @@ pub enum Outcome {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(untagged)]
 pub enum EventLine {
-    /// What was listened for.
+    /// An event that the request asks for.
     Event(EventView),
     /// So many events are lost, since they came faster than they were taken.
     Missed {
-        /// How many more than those that were told before.
+        /// How many more than those that were reported before.
         missed: u64,
     },
     /// Something about all events.

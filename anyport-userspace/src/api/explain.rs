@@ -93,7 +93,7 @@ pub struct Explanation {
     pub from: Endpoint,
     /// Whether the request left open where it comes from.
     pub from_assumed: bool,
-    /// The rule that decides; nothing if none has an opinion.
+    /// The rule that decides; nothing if no rule matches.
     pub rule: Option<RuleView>,
     /// The service that the rule steers to.
     pub service: Option<ServiceName>,
@@ -141,7 +141,7 @@ pub enum Reason {
     Steered,
     /// The port is among a rule's exceptions.
     Excepted,
-    /// No rule has an opinion.
+    /// No rule matches.
     Unmatched,
     /// A rule steers it to a service that has no live socket for it.
     NoSocket,

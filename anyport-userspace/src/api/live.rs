@@ -145,7 +145,7 @@ impl PrefixCounts<u64> {
     }
 }
 
-/// How much a count has risen. One that is lower than before has begun anew since.
+/// How much a count has risen. One that is lower than before was reset since.
 pub(crate) fn increase(now: u64, before: u64) -> u64 {
     now.checked_sub(before).unwrap_or(now)
 }

@@ -21,7 +21,7 @@ pub struct Peer {
 }
 
 impl Peer {
-    /// Whoever connected to this Unix socket.
+    /// The process that connected to this Unix socket.
     ///
     /// # Errors
     /// The kernel's error.
@@ -42,7 +42,7 @@ impl Peer {
 /// Who may look at everything and change nothing, beside those who are in control.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Readers {
-    /// Whoever gets to the socket.
+    /// All that can connect to the socket.
     All,
     /// The members of a group.
     Group(String),

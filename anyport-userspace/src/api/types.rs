@@ -105,7 +105,7 @@ pub struct Applied {
     pub added: usize,
     /// Rules that have gone, or would go.
     pub removed: usize,
-    /// Rules of the file that were in force already.
+    /// Rules of the file that were active already.
     pub unchanged: usize,
     /// Rules of the configuration that stay beside those of the file.
     pub kept_of_config: usize,
@@ -153,7 +153,7 @@ pub struct Reloaded {
     pub services: Vec<String>,
     /// Settings of `[daemon]` that have changed, or would (`name: before -> after`).
     pub settings: Vec<String>,
-    /// Those that differ from what is in force and take a restart.
+    /// Those that differ from what is active and take a restart.
     pub takes_restart: Vec<String>,
     /// As [`Applied::difference`].
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -217,7 +217,7 @@ pub struct ListPrefixes {
     /// Only rules that steer to this service.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub service: Option<ServiceName>,
-    /// Only rules with an opinion on this port.
+    /// Only rules that match this port.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub port: Option<NonZeroU16>,
     /// Only rules of prefixes behind this one.
@@ -337,9 +337,9 @@ pub struct FleetView {
     /// What keeps it from answering.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
-    /// The pointer's sequence that is in force; 0 before the first.
+    /// The sequence of the active pointer; 0 before the first.
     pub sequence: u64,
-    /// The set that is in force, by its hash.
+    /// The active set, by its hash.
     pub set: Option<String>,
     /// Since when it is, by RFC 3339.
     pub since: Option<String>,
@@ -387,7 +387,7 @@ pub struct Totals {
     pub dropped: u64,
     /// As [`ServiceStats::denied`].
     pub denied: u64,
-    /// Packets about which no rule has an opinion, of those that the back end sees.
+    /// Packets that no rule matches, of those that the back end sees.
     pub unmatched: u64,
     /// Connections that are open.
     pub active: u64,

@@ -88,7 +88,7 @@ fn text(views: &[DrainView]) -> String {
         Some(left) => format!("drained {}: {left} connections are left", subject(view)),
         None => format!("drained {}", subject(view)),
     };
-    // Somebody may have ended it meanwhile.
+    // The drain may have been ended meanwhile.
     if views.is_empty() {
         "it is not drained any more".to_owned()
     } else {

@@ -131,7 +131,7 @@ fn path(path: &str, query: &impl Serialize) -> Result<String, Problem> {
     Ok(format!("{path}?{query}"))
 }
 
-/// Whether somebody reads what is printed.
+/// Whether a program or a user reads what is printed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Reader {
     There,

@@ -47,7 +47,7 @@ impl Add {
                 .hint("name it by --fd N or --listen tcp:ADDR:PORT"));
         }
         let done = format!("service {service} receives at what was registered");
-        // Fetching takes the rights of whoever calls this, and anyportd has none that would do.
+        // Fetching takes the privileges of the calling user: anyportd has none that would do.
         let fetched = match (pid.map(Process::open).transpose()?, fd, listen) {
             (Some(process), Some(fd), _) => vec![process.candidate(fd)?],
             (Some(process), None, Some(listen)) => process.listening(&listen)?,

@@ -21,7 +21,7 @@ pub(super) fn table<'a, const N: usize>(header: [&'a str; N], rows: impl Iterato
         }
         text.push('\n');
     }
-    // Whoever prints ends the last line.
+    // The caller that prints the text ends its last line.
     text.pop();
     text
 }

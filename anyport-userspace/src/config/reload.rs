@@ -33,7 +33,7 @@ fn take<T: Table>(table: &mut T, other: &T) {
 }
 
 impl Config {
-    /// What differs from the settings of `former`, as text: what can change while the daemon runs, and what takes a restart.
+    /// What differs from the previous settings, as text: what can change while the daemon runs, and what takes a restart.
     pub fn differences(&self, former: &Self) -> (Vec<String>, Vec<String>) {
         let mut differences = Differences::default();
         differences.add(Some(&self.daemon), Some(&former.daemon));

@@ -24,7 +24,7 @@ use tracing::{debug, warn};
 
 use crate::api::Peer;
 
-/// Connections of one user at a time. Where there are as many, the one that has been without a request for longest makes room.
+/// Connections of one user at a time. At this limit a new one replaces the one that has been without a request for longest.
 const PER_USER: usize = 64;
 /// As above, of all users together who are not in control.
 const OF_OTHERS: usize = 512;
@@ -64,7 +64,7 @@ pub(super) struct Client {
     close: CancellationToken,
 }
 
-/// While this lives the connection is not closed to make room.
+/// While this lives the connection is not closed for another one.
 pub(super) struct Busy(Arc<AtomicUsize>);
 
 impl Client {
@@ -89,7 +89,7 @@ impl Clients {
             Err(error) => return warn!("ask the kernel who is at the control socket: {error}"),
         };
         let Some(admitted) = self.admit(peer.uid, peer.is_in_control()) else {
-            // Whoever does not read it has asked for too much already.
+            // A client that does not read this has asked for too much already.
             stream.try_write(NO_ROOM).ok();
             return;
         };
@@ -121,7 +121,7 @@ impl Clients {
         });
     }
 
-    /// None if there is no room, and none can be made.
+    /// None if the limit is reached and no connection can be closed.
     fn admit(&self, uid: Uid, is_in_control: bool) -> Option<Admitted> {
         let mut table = self.table();
         table.make_room(PER_USER, |it| it.uid == uid)?;
@@ -154,7 +154,7 @@ impl Table {
     }
 }
 
-/// A client that has its room until this is dropped.
+/// A client that counts towards the limits until this is dropped.
 struct Admitted {
     clients: Clients,
     number: u64,

@@ -18,7 +18,7 @@ use crate::{
 
 /// Events that are sent at once.
 const BATCH: usize = 256;
-/// How often it is told what was missed, if nothing else is.
+/// How often a subscriber is told how many events it missed, if no events come.
 const INTERVAL: Duration = Duration::from_secs(1);
 
 /// Answers with events as they come, until the client goes or the daemon ends.
@@ -29,7 +29,7 @@ pub(super) async fn stream(engine: Shared, request: Listen) -> Result<Response, 
         let engine = engine.as_ref().ok_or_else(Problem::stopping)?;
         (engine.listen(&request)?, engine.note_on_events())
     };
-    // At once, so that whoever asked knows that it has begun.
+    // At once, so that the client knows that the subscription has begun.
     let first = note.iter().map(line).collect::<String>() + "\n";
     let telling = Telling { engine, listener, request, first: Some(first) };
     let lines = futures_util::stream::unfold(telling, |mut telling| async {

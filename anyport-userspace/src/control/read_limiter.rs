@@ -1,4 +1,4 @@
-//! Those who may only look take turns, so that they never have more than a part of the daemon's time.
+//! Limits how much of the daemon's time the requests of clients take that may only read.
 
 use std::{future::Future, sync::Arc, time::Instant};
 
@@ -9,10 +9,10 @@ use tokio::{
 
 /// How many requests are answered at a time.
 const AT_ONCE: usize = 2;
-/// How many times longer than its answer took nobody else has a turn.
+/// After an answer its permit stays taken for so many times as long as the answer took.
 const REST: u32 = 3;
 
-/// Turns of all readers together.
+/// The permits of all readers together.
 #[derive(Clone, Debug)]
 pub(super) struct ReadLimiter(Arc<Semaphore>);
 
@@ -21,7 +21,7 @@ impl ReadLimiter {
         Self(Arc::new(Semaphore::new(AT_ONCE)))
     }
 
-    /// Waits for a turn and answers. Answers take a fourth of the time of each turn at most, whoever asks however often.
+    /// Waits for a permit and answers. Answers take at most a fourth of the time of each permit, however often clients ask.
     pub(super) async fn take<T>(&self, answer: impl Future<Output = T>) -> T {
         // It is never closed.
         let turn = Arc::clone(&self.0).acquire_owned().await.ok();
@@ -30,7 +30,7 @@ impl ReadLimiter {
     }
 }
 
-/// Gives a turn back after its rest, also if the client goes away in the middle of it.
+/// Returns a permit after its rest, also if the client goes away in the middle of it.
 struct Rest {
     turn: Option<OwnedSemaphorePermit>,
     began: Instant,

@@ -193,7 +193,7 @@ async fn permit(
     if peer.is_in_control() {
         return next.run(request).await;
     }
-    // Who dials what is nobody's business, and few can listen at a time.
+    // Readers may not see which client connects where, and few can subscribe at a time.
     let is_open = request.method() == Method::GET && request.uri().path() != EVENTS;
     if is_open && readers.is_some_and(|readers| readers.include(&peer)) {
         return read_limiter.take(next.run(request)).await;

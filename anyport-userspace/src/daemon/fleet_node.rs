@@ -1,4 +1,4 @@
-//! A daemon as a node of a fleet: a thread that talks to etcd, and may do nothing else.
+//! A daemon as a node of a fleet: a thread that communicates with etcd, and may do nothing else.
 
 use std::{
     future::pending,
@@ -44,7 +44,7 @@ pub struct Node {
 }
 
 impl Node {
-    /// Begins to follow the ring. What is to be done is done by the runtime of whoever calls, in the daemon's order of commands.
+    /// Begins to follow the ring. Changes are carried out by the caller's runtime, in the daemon's order of commands.
     ///
     /// # Errors
     /// No thread can be started; or the engine is gone, or not of this fleet.
@@ -132,7 +132,7 @@ impl Target for Daemon {
     }
 }
 
-/// etcd, connected to when it is asked, and anew when it was away; so certificates and passwords may be renewed meanwhile.
+/// etcd, connected to at the first request, and again after it was away; so certificates and passwords may be renewed meanwhile.
 #[derive(Debug)]
 struct Connection {
     settings: ConnectionSettings,

@@ -69,7 +69,7 @@ pub fn run(config: &Config, keeper: &Link) -> anyhow::Result<()> {
     let control = runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .thread_name("anyport-control")
-        // Such a thread may start while the one that starts it has them in force.
+        // Such a thread may start while the thread that starts it has capabilities raised.
         .on_thread_start(|| privileges::for_control().unwrap_or_else(|error| error!("{error}")))
         .enable_all()
         .build()
@@ -91,7 +91,7 @@ struct ShutdownSignals {
     terminate: Signal,
     interrupt: Signal,
     commands: Commands,
-    /// Whether somebody starts the keeper again, should it end.
+    /// Whether a service manager starts the keeper again, should it end.
     is_restarted: bool,
 }
 

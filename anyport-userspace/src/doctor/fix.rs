@@ -168,7 +168,7 @@ fn read(path: &Path) -> anyhow::Result<Option<Content>> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         file => file?,
     };
-    // The directory may be the daemon's, and what stands here is done with all rights of the caller.
+    // The directory may be the daemon's, and what stands here is done with all privileges of the caller.
     let owner = file.metadata()?.uid();
     if owner != geteuid().as_raw() {
         bail!("it belongs to the user {owner}, and not to the one who is to undo it");

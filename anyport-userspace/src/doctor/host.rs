@@ -149,7 +149,7 @@ impl Host {
         value.map(|it| it.parse().with_context(|| format!("{sysctl} = {it}"))).transpose()
     }
 
-    /// What is in force at an interface by the rule max(`all`, interface), `Documentation/networking/ip-sysctl.rst`.
+    /// The effective value at an interface by the rule max(`all`, interface), `Documentation/networking/ip-sysctl.rst`.
     pub(super) fn effective(&self, link: &Link, name: &str) -> anyhow::Result<u64> {
         let values = ["all", &link.name].map(|it| self.number(&format!("net/ipv4/conf/{it}/{name}")));
         values.into_iter().try_fold(0, |most, value| Ok(most.max(value?.unwrap_or_default())))

@@ -10,7 +10,7 @@ impl Modules {
     /// Those of a release of the kernel; nothing where its index can't be read, such as in most containers.
     pub(super) fn read(proc: &Path, directory: &Path, release: &str) -> Option<Self> {
         let index = |file: &str| fs::read_to_string(directory.join(release).join(file)).ok();
-        // Lines such as `kernel/net/netfilter/xt_TPROXY.ko.xz: kernel/…`, the former with what the module needs.
+        // Lines such as `kernel/net/netfilter/xt_TPROXY.ko.xz: kernel/…`; those of modules.dep name what the module needs.
         let all = [index("modules.dep")?, index("modules.builtin")?].concat();
         let file_of = |line: &str| -> Option<String> {
             let name = line.split(':').next()?.rsplit('/').next()?.split(".ko").next()?;

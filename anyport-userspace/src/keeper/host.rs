@@ -42,7 +42,7 @@ const SHORTEST_PAUSE: Duration = Duration::from_millis(100);
 /// Before another try where one could not even start. It is doubled each time.
 const FIRST_PAUSE: Duration = Duration::from_millis(500);
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
-/// How long nobody may serve until newcomers had better go elsewhere.
+/// For how long no server may serve until new connections had better go to another node.
 const LASTING: Duration = Duration::from_secs(10);
 
 /// Keeps the sockets of the servers that it starts, which are of this executable and have the same arguments, until one of them
@@ -103,13 +103,13 @@ struct Keeper {
     is_restarting: bool,
     /// Once it is to stop, or nobody serves any more.
     code: Option<u8>,
-    /// Until then somebody has to serve again, after a crash.
+    /// By then a server has to serve again, after a crash.
     give_up_at: Option<Instant>,
     given_up: Arc<dyn Fn() + Send + Sync>,
     news: UnboundedSender<(Pid, News)>,
 }
 
-/// By whom clients were served so far.
+/// Which servers have served clients so far.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Served {
     Nobody,
@@ -324,7 +324,7 @@ impl Keeper {
     fn serving_ended(&mut self, status: ExitStatus) {
         let Some(server) = self.serving.take() else { return };
         if self.code.is_some() || status.success() || !(self.served == Served::Ours || self.former.is_some()) {
-            // It was told to stop, by us or by somebody else, or can't start at all.
+            // The keeper or another process told it to stop, or it can't start at all.
             self.code = Some(code_of(status));
             return self.end_others();
         }
@@ -352,7 +352,7 @@ impl Keeper {
                 self.serving = Some(server);
                 self.restart_at = None;
             }
-            // Newcomers wait meanwhile.
+            // New connections wait meanwhile.
             Err(error) => {
                 self.crash = Some(format!("start {}: {error}", self.executable.display()));
                 self.restart_at = Some(Instant::now() + LONGEST_PAUSE);

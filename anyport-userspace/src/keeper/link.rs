@@ -28,7 +28,7 @@ use crate::{
 pub struct Begin {
     /// Whether there was a server before, whose steering is still in the kernel.
     pub is_successor: bool,
-    /// Whether somebody starts the keeper again when it has ended.
+    /// Whether a service manager starts the keeper again when it has ended.
     pub is_restarted: bool,
     /// How that one ended, if it did not leave by itself.
     pub crash: Option<String>,
@@ -50,7 +50,7 @@ pub enum Command {
     Leave,
     /// No other server could take over: why.
     NotReplaced(String),
-    /// The keeper is gone, and with it whoever stops this process: it is to stop by itself.
+    /// The keeper has ended, and nothing else would stop this process: it is to stop by itself.
     Gone,
 }
 
@@ -164,7 +164,7 @@ impl Link {
         self.report(&Report::Forget(name), None);
     }
 
-    /// Tells that steering is in force.
+    /// Tells the keeper that steering is active.
     pub fn ready(&self) {
         self.report(&Report::Ready, None);
     }

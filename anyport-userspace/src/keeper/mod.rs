@@ -3,10 +3,10 @@
 //! `anyportd` is two processes. The *keeper* is the one that was started; it holds the listening sockets, and starts
 //! the *server*, which does everything else. When the server is killed, connections wait in the sockets' queues until
 //! the keeper has started another one, which goes on with the same sockets; steering is pinned in the kernel meanwhile.
-//! For an upgrade the keeper starts a server from another executable. That reads its configuration first; then the one
-//! before stops accepting, gives its locks back and serves the connections that it has, to their end or a deadline.
+//! For an upgrade the keeper starts a server from another executable. That reads its configuration first; then the previous
+//! server stops accepting, gives its locks back and serves the connections that it has, to their end or a deadline.
 //!
-//! Both talk over a pair of sockets, in messages of JSON with descriptors beside them: `Report` and `Order`. They may be of
+//! Both communicate over a pair of sockets, in messages of JSON with descriptors beside them: `Report` and `Order`. They may be of
 //! different versions of anyport, so what is unknown is ignored, and what is there keeps its meaning.
 
 mod host;
@@ -41,7 +41,7 @@ enum Report {
     Keep(String),
     /// It is not needed any more.
     Forget(String),
-    /// It serves, and steering is in force.
+    /// It serves, and steering is active.
     Ready,
     /// It accepts nothing any more and holds no lock; connections that it has go on.
     Left,

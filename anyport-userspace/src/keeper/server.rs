@@ -35,7 +35,7 @@ pub(super) enum News {
 pub(super) struct Server {
     pub(super) pid: Pid,
     pub(super) started: Instant,
-    /// Whether steering is in force by it.
+    /// Whether its steering is active.
     pub(super) is_ready: bool,
     /// Why it ends, by its own words.
     pub(super) failure: Option<String>,

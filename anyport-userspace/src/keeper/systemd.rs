@@ -53,7 +53,7 @@ fn passed_names(variable: impl Fn(&str) -> Option<String>) -> Result<Vec<String>
 
 /// Has the manager keep a socket.
 pub(super) fn keep(name: &str, socket: BorrowedFd<'_>) {
-    // Without FDPOLL=0 the manager would drop a socket with an error that somebody is about to read.
+    // Without FDPOLL=0 the manager would drop a socket that has an error, although a process is about to read that error.
     let state = [NotifyState::FdStore, NotifyState::FdName(name), NotifyState::Custom("FDPOLL=0")];
     complain(sd_notify::notify_with_fds(&state, &[socket]));
 }

@@ -89,7 +89,7 @@ pub(super) enum Values {
     Times(fn(&ConnectionTimes) -> &Distribution),
     /// One for each upstream.
     Upstream(fn(&UpstreamView) -> u64),
-    /// One for each of the prefixes that are told of.
+    /// One for each of the prefixes that are reported by name.
     Prefix(fn(&LivePrefix) -> u64),
 }
 

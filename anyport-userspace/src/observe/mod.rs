@@ -1,8 +1,8 @@
-//! What the daemon tells those who watch it: metrics, health, and a page.
+//! What the daemon reports to those who watch it: metrics, health, and a page.
 //!
-//! All of it is served by a thread of its own, so that neither traffic nor control waits for those who watch. What they are told comes
-//! from samples. One sample serves all who ask within a short time, and is taken so rarely that taking them needs a twentieth of a CPU
-//! at most, however many rules there are and however often somebody asks.
+//! All of it is served by a thread of its own, so that neither traffic nor control waits for those who watch. The answers come from
+//! samples. One sample serves all requests within a short time, and is taken so rarely that taking them needs a twentieth of a CPU
+//! at most, however many rules there are and however often clients ask.
 
 mod families;
 mod metrics;

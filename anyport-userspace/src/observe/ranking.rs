@@ -1,4 +1,4 @@
-//! Which prefixes are told of, out of a million.
+//! Which prefixes are reported by name, out of a million.
 
 use std::{cmp::Reverse, collections::HashMap};
 
@@ -10,7 +10,7 @@ use crate::{
     rules::{Prefix, Protocol, ServiceName},
 };
 
-/// How many prefixes are told of by name.
+/// How many prefixes are reported by name.
 pub(super) const PREFIXES: usize = 100;
 
 /// A prefix, as far as its rules steer a protocol to a service.
@@ -32,7 +32,7 @@ pub(super) struct Counts {
     counts: Vec<PrefixCounts<u64>>,
 }
 
-/// Sees all rules in order, and remembers those that are told of.
+/// Sees all rules in order, and remembers those that are reported.
 pub(super) struct Ranking<'a, 'b> {
     before: &'b Counts,
     /// Where the next row is expected there. Rules that did not change are seen in the order of the last time.
@@ -228,7 +228,7 @@ mod tests {
     #[test]
     fn rules_are_followed_by_their_numbers() {
         let before = rank(&rules(100, 0), &Counts::default(), |_| 50);
-        // The first ones have gone, others have come; and one counts anew.
+        // The first ones have gone, others have come; and the counter of one was reset.
         let now = rank(&rules(100, 50), &before.counts, |number| if number == 99 { 4 } else { 60 });
         let rates = rates(&now.fastest);
         assert_eq!(rates[0], ("192.0.0.0/32", 5.0));

@@ -105,7 +105,7 @@ impl Drop for Server {
 }
 
 fn listen(address: SocketAddr) -> anyhow::Result<StdListener> {
-    // It sets SO_REUSEADDR, so that connections of a process before are in nobody's way.
+    // It sets SO_REUSEADDR, so that connections of the previous process do not prevent this.
     let listener = StdListener::bind(address)
         .with_context(|| format!("listen at {address} for metrics; --metrics names another address"))?;
     listener.set_nonblocking(true).context("set up the listening socket for metrics")?;

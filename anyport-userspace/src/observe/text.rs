@@ -5,7 +5,7 @@ use std::fmt::{Display, Write as _};
 /// What kind of number a metric is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// It rises until it begins anew.
+    /// It rises until it is reset.
     Counter,
     /// It rises and falls.
     Gauge,

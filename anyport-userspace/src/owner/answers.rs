@@ -1,4 +1,4 @@
-//! The way of answers to the daemon, which sends them from what was dialled.
+//! How answers get to the daemon, which sends them from the original destination.
 
 use std::{
     io,
@@ -12,7 +12,7 @@ use crate::{
     register::{self, Answer, Request},
 };
 
-/// A connection to the daemon, made when there is the first answer, and anew after the daemon was restarted.
+/// A connection to the daemon, made when there is the first answer, and again after the daemon was restarted.
 #[derive(Debug)]
 pub(super) struct Answers {
     registration: Registration,

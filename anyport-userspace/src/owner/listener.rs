@@ -21,7 +21,7 @@ use crate::api::Problem;
 /// # Ok::<_, Box<dyn std::error::Error>>(())
 /// ```
 ///
-/// A new process takes over by registering too: from then on all newcomers are its own. The old one is told to
+/// A new process takes over by registering too: from then on it receives all new connections. The old one is told to
 /// [`drain`](Self::drain) *after* that, and ends when [`accept`](Self::accept) returns nothing; so no client is refused.
 /// When it is dropped without a successor, clients are refused or go to the service's fallback.
 #[derive(Debug)]
@@ -68,8 +68,8 @@ impl Listener {
         })
     }
 
-    /// To be called when another process has registered: whoever is in the queue or in the middle of the handshake is
-    /// still accepted, and after two seconds without anybody there will be no more. Wakes those that wait.
+    /// To be called when another process has registered: connections that are in the queue or in the middle of the handshake
+    /// are still accepted, and after two seconds without one there will be no more. Wakes the threads that wait.
     pub fn drain(&self) {
         self.queue.drain();
     }

@@ -53,7 +53,7 @@ impl Registration {
     }
 
     /// Listens on a free port of the loopback addresses, and has the daemon steer the service's TCP connections there
-    /// from now on, in place of whoever had them.
+    /// from now on, instead of to the sockets that received them before.
     ///
     /// # Errors
     /// The kernel gives no socket, or the daemon's refusal: see [`Kind`].
@@ -73,7 +73,7 @@ impl Registration {
     }
 
     /// Binds UDP sockets to a free port of the loopback addresses, and has the daemon steer the service's datagrams
-    /// there from now on, in place of whoever had them.
+    /// there from now on, instead of to the sockets that received them before.
     ///
     /// # Errors
     /// As [`Self::listener`].

@@ -17,7 +17,7 @@ use nix::{
 /// the handshake got lost is asked for it once more after a second (`TCP_TIMEOUT_INIT`).
 pub(super) const QUIET: Duration = Duration::from_secs(2);
 
-/// Sockets that do not block, and whoever waits at them.
+/// Sockets that do not block, and how threads wait for them.
 #[derive(Debug)]
 pub(super) struct Queue<S> {
     sockets: Vec<S>,
@@ -62,7 +62,7 @@ impl<S: AsFd> Queue<S> {
         }
     }
 
-    /// Has those that wait go on until nobody has come for [`QUIET`].
+    /// Has threads that wait go on until nothing has come for [`QUIET`].
     pub(super) fn drain(&self) {
         self.is_draining.store(true, Relaxed);
         // It holds more than anyone could add.

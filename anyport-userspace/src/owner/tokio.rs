@@ -73,8 +73,8 @@ impl Listener {
     }
 }
 
-/// Receives the datagrams of a service, and answers from what was dialled: a [`UdpSocket`](crate::UdpSocket) whose waiting is
-/// asynchronous.
+/// Receives the datagrams of a service, and answers from the original destination: a [`UdpSocket`](crate::UdpSocket) whose
+/// waiting is asynchronous.
 #[derive(Debug)]
 pub struct UdpSocket {
     sockets: Vec<Socket>,

@@ -18,7 +18,7 @@ use crate::{
 /// Room for datagrams that wait, in bytes as the kernel counts them; it gives no more than `net.core.rmem_max`.
 const RECEIVE_BUFFER: usize = 4 << 20;
 
-/// Receives the datagrams of a service, and answers from what was dialled. Several threads may share it.
+/// Receives the datagrams of a service, and answers from the original destination. Several threads may share it.
 ///
 /// ```no_run
 /// use anyport::{Datagram, UdpSocket};
@@ -88,16 +88,16 @@ impl UdpSocket {
         Ok(received.map(|(length, ends)| Datagram { data: &buffer[..length], ends }))
     }
 
-    /// Answers from the address and port that was dialled.
+    /// Answers from the original destination.
     ///
-    /// The daemon sends it, since that takes privileges, and only if what was dialled is steered to the service.
-    /// An answer to a source that is steered itself is dropped, so that two services can't talk to each other for ever. What
+    /// The daemon sends it, since that takes privileges, and only if the original destination is steered to the service.
+    /// An answer to a source that is steered itself is dropped, so that two services can't answer each other for ever. What
     /// was dropped, and what the kernel would not send, is counted in `anyportctl services --json`. How much larger than
     /// its question an answer is, is the program's own affair.
     ///
     /// # Errors
     /// There is no daemon, it refuses, or it has not taken the answer for a second. The answer is lost; the next one is
-    /// tried anew.
+    /// tried like any other.
     pub fn reply(&self, ends: Ends, answer: &[u8]) -> io::Result<()> {
         match self.directly(ends) {
             Some(socket) => socket.send_to(answer, ends.client).map(drop),
@@ -111,7 +111,7 @@ impl UdpSocket {
         self.queue.drain();
     }
 
-    /// The socket that somebody of this host has written to at its own address, not by steering.
+    /// The socket whose own address is the original destination: a process of this host has sent to it directly, without steering.
     fn directly(&self, ends: Ends) -> Option<&net::UdpSocket> {
         self.bound.iter().position(|bound| *bound == ends.dialled).map(|at| &self.queue.sockets()[at])
     }

@@ -1,8 +1,8 @@
 //! What the daemon may do: as which user, with which capabilities, and with which of them at this moment.
 //!
-//! Capabilities belong to threads (`capabilities(7)`). Those that a thread of the server may have are *permitted*, and none is in
-//! force except where [`raise`] stands around a call: what parses requests or talks to peers acts without any. Threads that serve connections
-//! are the exception, see [`for_data`].
+//! Capabilities belong to threads (`capabilities(7)`). Those that a thread of the server may have are *permitted*, and none is
+//! effective except where [`raise`] stands around a call: what parses requests or communicates with peers acts without any. Threads
+//! that serve connections are the exception, see [`for_data`].
 
 mod sandbox;
 mod user;
@@ -71,17 +71,17 @@ pub fn raise_memory_limit() {
     }
 }
 
-/// Capabilities in force on this thread until this is dropped.
+/// Capabilities that are effective on this thread until this is dropped.
 #[derive(Debug)]
 #[must_use = "they are effective for as long as this lives"]
 pub struct Raised {
-    /// What was in force before, if that is to be so again.
+    /// What was effective before, if that is to be restored.
     before: Option<CapabilitySets>,
     /// Another thread has capabilities of its own.
     not_send: PhantomData<*const ()>,
 }
 
-/// Puts capabilities into force that are permitted. What is missing is left to the call that needs it, which says so.
+/// Makes permitted capabilities effective. What is missing is left to the call that needs it, which says so.
 pub fn raise(wanted: CapabilitySet) -> Raised {
     change(wanted, CapabilitySet::empty())
 }
@@ -122,7 +122,7 @@ impl Drop for Raised {
     }
 }
 
-/// Has nothing in force on this thread, nor anything that programs inherit; `permitted` can still be raised.
+/// Makes only `effective` effective on this thread, and has programs inherit nothing; `permitted` can still be raised.
 fn settle(permitted: CapabilitySet, effective: CapabilitySet) -> rustix::io::Result<()> {
     if Uid::effective().is_root() {
         return Ok(());
@@ -137,7 +137,7 @@ fn settle(permitted: CapabilitySet, effective: CapabilitySet) -> rustix::io::Res
 }
 
 /// For the first thread while the daemon starts, and for all that start from it: what the choice may need is permitted, and nothing
-/// is in force.
+/// is effective.
 pub fn for_start(choice: Choice) -> rustix::io::Result<()> {
     let unneeded = if choice == Choice::Tproxy { PROGRAMS } else { CapabilitySet::empty() };
     settle(ALL - unneeded, CapabilitySet::empty())
@@ -153,8 +153,8 @@ pub fn for_others() -> rustix::io::Result<()> {
     settle(CapabilitySet::empty(), CapabilitySet::empty())
 }
 
-/// For the threads that serve connections: two capabilities, always in force, since each answer to a datagram that nobody has
-/// answered before takes them, and raising one costs more than sending it.
+/// For the threads that serve connections: two capabilities are always effective, since the first answer
+/// from each original destination takes them, and raising one costs more than sending it.
 pub fn for_data() -> rustix::io::Result<()> {
     settle(DATA, DATA)
 }

@@ -100,7 +100,7 @@ fn restrict_files(
     let announced = announced.and_then(Path::parent);
     let own = [Some(lock::DIRECTORY.as_ref()), socket.parent(), Some(state_dir), Some(bpffs), announced];
     let own: Vec<&Path> = own.into_iter().flatten().collect();
-    // What is not there yet can't be allowed. Whoever needs it says what keeps it from being made.
+    // What is not there yet can't be allowed. The code that needs the directory reports why it can't be made.
     let has_pins = choice != Choice::Tproxy;
     for path in own.iter().filter(|path| has_pins || **path != bpffs) {
         fs::create_dir_all(path).ok();

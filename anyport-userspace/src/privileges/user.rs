@@ -29,7 +29,7 @@ use rustix::thread::{
 
 /// Members of this group may use the whole API, as root may.
 pub const GROUP: &str = "anyport";
-/// Whom the daemon becomes unless told otherwise.
+/// The user that the daemon becomes unless told otherwise.
 pub const USER: &str = "anyport";
 /// What `iptables` of the older kind locks against others of its kind (`xtables.lock` in iptables(8)).
 const XTABLES_LOCK: (&str, &str) = ("XTABLES_LOCKFILE", "/run/xtables.lock");
@@ -138,7 +138,7 @@ fn switch(Account { uid, gid }: Account) -> anyhow::Result<()> {
         remove_capability_from_bounding_set(capability).ok();
     }
     set_keep_capabilities(true)?;
-    // Whoever it is, it gives the control socket to that group. By others it may get to a router's socket.
+    // Whichever user it is, it gives the control socket to that group. Its other groups may give access to a router's socket.
     let control = Group::from_name(GROUP)?.map(|group| group.gid);
     let name = unistd::User::from_uid(uid)?.and_then(|user| CString::new(user.name).ok());
     let others = name.map(|name| getgrouplist(&name, gid)).transpose()?.unwrap_or_default();
@@ -174,7 +174,7 @@ fn usual_parent() -> &'static Path {
     Path::new(DEFAULT_SOCKET).parent().unwrap_or(Path::new("/"))
 }
 
-/// Makes a directory, and gives it to the user if it was not there or is the usual one. Any other one is somebody's own.
+/// Makes a directory, and gives it to the user if it was not there or is the usual one. Any other one keeps its owner.
 fn give_directory(path: &Path, is_usual: bool, account: Account) -> anyhow::Result<()> {
     let attempt = || format!("make the directory {}", path.display());
     if path.is_dir() && !is_usual {
@@ -198,7 +198,7 @@ fn give_tree(path: &Path, Account { uid, gid }: Account) -> anyhow::Result<()> {
     give().with_context(|| format!("give {} to the user {uid}", path.display()))
 }
 
-/// Whoever may read the lock may take it (flock(2)).
+/// Users that may read the lock may take it (flock(2)).
 fn give_lock(Account { gid, .. }: Account) -> io::Result<()> {
     let path = std::env::var_os(XTABLES_LOCK.0).unwrap_or_else(|| XTABLES_LOCK.1.into());
     let mut options = OpenOptions::new();
@@ -208,8 +208,8 @@ fn give_lock(Account { gid, .. }: Account) -> io::Result<()> {
     lock.set_permissions(fs::Permissions::from_mode(0o640))
 }
 
-/// Where the user can't get to the pins, since systemd has mounted `/sys/fs/bpf` for root alone, gives this process a view of its own: the
-/// mount point with nothing in it but the way to that directory.
+/// Where the user can't get to the pins, since systemd has mounted `/sys/fs/bpf` for root alone, gives this process a view of its
+/// own: the mount point with nothing in it but the path to that directory.
 fn open_way(path: &Path, account: Account) -> anyhow::Result<()> {
     let is_open =
         |directory: &Path| fs::metadata(directory).map(|it| it.mode() & 0o001 != 0 || it.uid() == account.uid.as_raw());

@@ -87,7 +87,7 @@ impl Registered {
         }
     }
 
-    /// A descriptor of the socket: the one that came with the registration, or one fetched from whoever holds it.
+    /// A descriptor of the socket: the one that came with the registration, or one fetched from the process that holds it.
     ///
     /// # Errors
     /// Nobody does, or we may not fetch it.

@@ -59,7 +59,7 @@ pub struct Unregister {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Answer {
-    /// What the clients have dialled must be steered to it.
+    /// The original destinations must be steered to it.
     pub service: ServiceName,
 }
 

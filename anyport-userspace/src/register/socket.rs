@@ -79,7 +79,7 @@ impl Candidate {
     }
 
     /// The same, if its socket belongs to this thread's network namespace. Takes `CAP_NET_ADMIN`, which the daemon has and its clients
-    /// may not have: so every way by which a socket is registered leads to this.
+    /// may not have: so all code that registers a socket calls this.
     ///
     /// # Errors
     /// It belongs to another one.

@@ -28,7 +28,7 @@ use crate::datagram::{Ends, LARGEST};
 pub(super) const MAX_ANSWERING: usize = 64;
 /// Bytes of the longest line with both ends.
 const LONGEST_LINE: usize = 128;
-/// Answers taken before other tasks have their turn.
+/// Answers taken before other tasks run.
 const BATCH: usize = 64;
 
 /// The answers of one owner.

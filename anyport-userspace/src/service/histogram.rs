@@ -28,7 +28,7 @@ const WAITS: Bounds = bounds([1, 5, 10, 25, 50, 100, 250, 500, 1_000, 2_500, 10_
 #[derive(Debug)]
 pub(super) struct Histogram {
     bounds: &'static Bounds,
-    /// How many times were no longer than the bound, but longer than the one before.
+    /// How many times were no longer than the bound, but longer than the previous bound.
     counts: [Count; BOUNDS],
     /// How many were longer than all bounds.
     longer: Count,

@@ -21,7 +21,7 @@ pub(super) struct ConnectionLog {
     seen: AtomicU32,
 }
 
-/// What is told of a connection or flow.
+/// What is logged of a connection or flow.
 pub(super) struct Entry<'a> {
     /// When it began.
     pub(super) began: Instant,
@@ -29,9 +29,9 @@ pub(super) struct Entry<'a> {
     pub(super) ends: Ends,
     /// Where it was forwarded to.
     pub(super) upstream: Option<&'a dyn fmt::Display>,
-    /// Bytes that the client said.
+    /// Bytes that the client sent.
     pub(super) from_client: u64,
-    /// Bytes that it was told.
+    /// Bytes that were sent to it.
     pub(super) to_client: u64,
     /// Why it ended.
     pub(super) reason: &'a dyn fmt::Display,

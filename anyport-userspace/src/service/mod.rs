@@ -66,7 +66,7 @@ use crate::{
     sys,
 };
 
-/// Whether the source of a datagram is itself steered for what comes from the address that it dialled, so that an answer
+/// Whether the source of a datagram is itself steered for what comes from the original destination, so that an answer
 /// would come back to us. Asked for each datagram that is to be answered, source first.
 pub type LoopGuard = Arc<dyn Fn(SocketAddr, SocketAddr) -> bool + Send + Sync>;
 
@@ -74,7 +74,7 @@ pub type LoopGuard = Arc<dyn Fn(SocketAddr, SocketAddr) -> bool + Send + Sync>;
 /// Asked for each connection and each flow that is forwarded.
 pub type ForwardGuard = Arc<dyn Fn(Transport, IpAddr, SocketAddr) -> bool + Send + Sync>;
 
-/// Whether what was dialled is steered to the service that answers. Asked for each answer of an owner.
+/// Whether the original destination is steered to the service that answers. Asked for each answer of an owner.
 pub type AnswerGuard = Arc<dyn Fn(Ends) -> bool + Send + Sync>;
 
 /// The queue of a listening socket.
@@ -105,7 +105,7 @@ pub struct SharedContext {
     pub loop_guard: LoopGuard,
     /// Tells which upstreams are steered to `forward`.
     pub forward_guard: ForwardGuard,
-    /// Tells of what arrives, where the back end does not.
+    /// Publishes events of what arrives, where the back end does not.
     pub publisher: Option<EventPublisher>,
     /// Keeps the services' sockets for a process that comes later.
     pub keeper: Link,

@@ -8,7 +8,7 @@ use crate::{as_text::as_text, rules::InvalidText};
 
 /// Who may register sockets for a service: `user:NAME`, `user:UID`, `group:NAME` or `group:GID`.
 ///
-/// Names are looked up when somebody registers, so that users may come after the configuration.
+/// Names are looked up when a process registers a socket, so that users may come after the configuration.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Registrant {
     /// A user, by name or number.

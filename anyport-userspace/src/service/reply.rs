@@ -41,7 +41,7 @@ impl UdpWorker {
         Self { counts, replies, reply_opened }
     }
 
-    /// Answers a client from what it dialled.
+    /// Answers a client from the original destination.
     pub(super) fn answer(&self, dialled: SocketAddr, client: SocketAddr, answer: &[u8]) -> io::Result<()> {
         let mut replies = lock(&self.replies);
         if replies.is_empty() {
@@ -99,7 +99,7 @@ impl ReplySockets {
         let reply = match self.old.remove(&from) {
             Some(reply) => reply,
             None => match self.open(from) {
-                // Somebody has the port for himself.
+                // Another socket has the port exclusively.
                 Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
                     return raw::send(from, to, answer).inspect_err(|error| self.complain(from, error));
                 }

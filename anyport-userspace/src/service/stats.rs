@@ -44,8 +44,8 @@ pub struct ServiceStats {
     pub refused_loop: u64,
     /// Not answered: the answer would be too large for the question.
     pub refused_size: u64,
-    /// Not answered: to a group of hosts (broadcast, multicast), from port 0, cut off, or to nobody knows whom; and answers
-    /// that an owner wanted to be sent from what is not steered to the service.
+    /// Not answered: to a group of hosts (broadcast, multicast), from port 0, cut off, or without a known destination; and
+    /// answers that an owner wanted to be sent from what is not steered to the service.
     pub unanswerable: u64,
     /// Not answered: the destination could not be taken as source, or the kernel would not send.
     pub unsent: u64,

@@ -39,9 +39,9 @@ use crate::{events::EventPublisher, sys};
 
 const FIRST_PAUSE: Duration = Duration::from_millis(10);
 const LONGEST_PAUSE: Duration = Duration::from_secs(1);
-/// Connections that are accepted before others have their turn.
+/// Connections that are accepted before other tasks run.
 const ACCEPTS: usize = 64;
-/// For a timer that is set anew before it is due.
+/// For a timer that is set again before it expires.
 const LONG: Duration = Duration::from_hours(1);
 
 /// What a worker has for the connections of one listening socket.
@@ -160,7 +160,7 @@ fn start(site: &Arc<ListenerContext>, sampler: &mut Sampler, socket: Socket, cli
     Connections::start(Connection::new(open, socket, Ends { client, dialled }));
 }
 
-/// What the client of an accepted socket dialled.
+/// The original destination of an accepted socket.
 fn dialled(socket: &Socket) -> Option<SocketAddr> {
     socket.local_addr().ok()?.as_socket()
 }
@@ -252,8 +252,8 @@ fn forwarding_ended(open: &Open, Served { ends, upstream, end }: &Served) {
     }
 }
 
-/// The connections of a worker, served by a task of its runtime: the loop's own descriptor becomes readable when one of the
-/// connections has something to tell.
+/// The connections of a worker, served by a task of its runtime: the loop's own descriptor becomes readable when there are
+/// events for one of the connections.
 #[derive(Debug)]
 pub(super) struct Connections {
     events: EventLoop<Connection>,
@@ -304,7 +304,7 @@ impl Connections {
                 let goes_on = events.turn(EpollTimeout::ZERO)?;
                 let now = Instant::now();
                 let due = events.next_due().unwrap_or(now + LONG);
-                // What is due later needs no new alarm before this one has gone off.
+                // A later expiry needs no new alarm before this one has gone off.
                 let is_new = due < *alarm || *alarm <= now;
                 if is_new {
                     *alarm = due;
@@ -320,7 +320,7 @@ impl Connections {
             }
             tokio::select! {
                 biased;
-                // What becomes ready from here on is told anew.
+                // What becomes ready from here on is reported again.
                 ready = descriptor.readable() => ready?.clear_ready(),
                 () = sooner.notified() => {}
                 () = &mut timer => {}

@@ -16,7 +16,7 @@ use super::{
 };
 use crate::events::EventPublisher;
 
-/// Datagrams taken before other tasks have their turn.
+/// Datagrams taken before other tasks run.
 const BATCH: usize = 64;
 /// An answer may be so many times the question, IP and UDP headers counted on both sides.
 const AMPLIFICATION: usize = 4;

@@ -19,8 +19,8 @@ use tokio::{
 use super::tcp::Connections;
 use crate::privileges;
 
-/// A timer that is due before all others has the runtime wake itself, by two system calls. That of each connection would be,
-/// were there not always this one before it.
+/// A timer that expires before all others has the runtime wake itself, by two system calls. Each connection's timer would
+/// do so if this timer did not always expire before it.
 const TICK: Duration = Duration::from_secs(1);
 
 /// Threads with a runtime of their own each. What a worker accepts it serves itself: no connection is handed from thread

@@ -206,11 +206,11 @@ pub struct SkLookup {
     pub remote_port: u16,
     /// Nothing.
     pub reserved: u16,
-    /// The dialled IPv4 address in network byte order.
+    /// The IPv4 address of the original destination in network byte order.
     pub local_ip4: u32,
-    /// The dialled IPv6 address in network byte order.
+    /// The IPv6 address of the original destination in network byte order.
     pub local_ip6: [u32; 4],
-    /// The dialled port in host byte order.
+    /// The port of the original destination in host byte order.
     pub local_port: u32,
     /// The interface, which the kernel sets by itself: 0 here.
     pub ingress_ifindex: u32,

@@ -124,7 +124,7 @@ fn undo_leaves() {
     expect_steered(&lab, V4);
 }
 
-/// The directory of the control socket may be the daemon's user's, who must not get root's rights by it.
+/// The directory of the control socket may belong to the daemon's user, who must not get root's privileges by it.
 fn undo_of_others() {
     let lab = steering("sk-lookup");
     lab.topology.host.sysctl("net.core.somaxconn", "128");

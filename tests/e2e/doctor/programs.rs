@@ -104,7 +104,7 @@ fn redirect(namespace: &Netns) -> (Ebpf, TcpListener) {
     (ebpf, listener)
 }
 
-/// Where several programs select a socket the rules of anyport win, whoever was attached first.
+/// Where several programs select a socket the rules of anyport win, whichever program was attached first.
 fn foreign_sk_lookup() {
     let topology = Topology::new();
     let (program, listener) = redirect(&topology.host);

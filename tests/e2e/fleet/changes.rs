@@ -86,7 +86,7 @@ fn refused() {
     contains(&driver.ok(&format!("publish {few} --ring canary --dry-run")), &["without --force it would be refused"]);
     assert_eq!(etcd.record("/anyport/rings/canary"), before);
     driver.ok(&format!("publish {few} --ring canary --force"));
-    // What others have written there is told, and not overwritten unseen.
+    // What other programs have written there is reported, and not overwritten unseen.
     etcd.put("/anyport/rings/canary", "nonsense");
     contains(&driver.refused(&format!("publish {many} --ring canary"), 1), &["/anyport/rings/canary", "etcdctl del"]);
 }
@@ -134,7 +134,7 @@ fn chunked() {
     let published = driver.json(&format!("publish {more} --ring main"));
     let counts = ["added", "removed", "unchanged"].map(|it| published[it].as_u64());
     assert_eq!(counts, [Some(1), Some(0), Some(200_000)]);
-    // A chunk is lost: it is told, and publishing the file again mends it.
+    // A chunk is lost: that is reported, and publishing the file again repairs it.
     etcd.ctl(&format!("del /anyport/sets/{set}/0001"));
     contains(&driver.refused("rollback --ring main", 1), &["spoilt", "publishing the same file again"]);
     assert_eq!(driver.json(&format!("publish {file} --ring main"))["sequence"], 3);

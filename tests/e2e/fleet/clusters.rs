@@ -239,7 +239,7 @@ fn second() {
         let lost = client.swap(&both, &pointer(&ring, 1, two.hash, "second"), other).await.expect("an answer");
         let Swapped::Lost(Some(found)) = lost else { panic!("{lost:?}") };
         assert_eq!(found.value, first);
-        // Somebody tidies up between storing a set and pointing to it.
+        // Another client removes unused sets between storing a set and pointing to it.
         assert_eq!(client.remove_unused_sets().await.expect("an answer"), 1);
         let now = client.ring(&ring).await.expect("a ring");
         let gone = client.swap(&now, &pointer(&ring, 2, two.hash, "second"), other).await.expect("an answer");

@@ -155,7 +155,7 @@ impl Fleet {
         (outcome.stderr, outcome.stdout.lines().map(|line| serde_json::from_str(line).expect("JSON")).collect())
     }
 
-    /// The canary ring has its former set again, and main was not touched.
+    /// The canary ring has its previous set again, and main was not touched.
     fn expect_as_before(&self, sequence: u64) {
         let back = self.wait_for("canary", "current", 2);
         assert_eq!(back["pointer"]["sequence"], sequence, "{back}");

@@ -97,7 +97,7 @@ fn secured() {
     let other = files.file("other", "198.51.100.0/24\n");
     contains(&user("reader", "known").refused(&format!("publish {other} --ring canary"), 4), &["permission denied"]);
     contains(&with(&ca, &shown).refused("status", 4), &["etcd at https://127.0.0.1:2379"]);
-    // etcd forgets the tokens that it gave when it starts anew: the node asks for another one.
+    // etcd forgets the tokens that it gave when it is restarted: the node asks for another one.
     etcd.kill(0);
     etcd.start_again(0);
     user("root", "secret").ok(&format!("publish {other} --ring canary"));

@@ -11,7 +11,7 @@ pub(super) fn trials() -> Vec<Trial> {
     vec![trial("fleet::simulated nodes take what is published", simulated)]
 }
 
-/// It fails where a node does not have a set in force, or does not report it.
+/// It fails where a node does not have a set active, or does not report it.
 fn simulated() {
     // Not on /run, of which the program has its own.
     let directory = tempfile::tempdir().expect("a directory");

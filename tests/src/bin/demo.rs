@@ -1,4 +1,4 @@
-//! The whole story for a newcomer, on each back end, in namespaces that end with this program.
+//! A demonstration for new users, on each back end, in namespaces that end with this program.
 //!
 //! A client and a host that runs anyport are joined by a cable. Whole prefixes are steered to one socket, and the
 //! client dials whatever comes to its mind. Nothing on the machine itself is touched.
@@ -74,7 +74,7 @@ fn back_end(topology: &Topology, backend: &str) -> Result<()> {
     Ok(())
 }
 
-/// Dials and prints the question as a command, then the answer; says whether it names what was dialled.
+/// Dials and prints the question as a command, then the answer; says whether it names the original destination.
 fn dial(namespace: &Netns, host: &str, to: SocketAddr, protocol: &str) -> bool {
     let (address, port): (IpAddr, u16) = (to.ip(), to.port());
     let answer = if protocol == "tcp" {

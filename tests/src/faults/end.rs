@@ -15,14 +15,14 @@ use super::{
 };
 use crate::{driver::Driver, etcd::Etcd};
 
-/// Within which nodes have to stand where they should when all is well again: a lost connection is noticed within 20 seconds, and made
-/// anew within 15. Four times as long as on a machine that does nothing else.
+/// Within which nodes have to stand where they should when all is well again: a lost connection is noticed within 20 seconds, and
+/// connected again within 15. Four times as long as on a machine that does nothing else.
 const LIMIT: Duration = Duration::from_mins(2);
 
 /// Where a node stands.
 #[derive(Clone, Debug)]
 pub(super) enum Standing {
-    /// It has the pointer's set in force.
+    /// The pointer's set is active.
     Holds,
     /// It does not take it, for this reason.
     Refuses(String),

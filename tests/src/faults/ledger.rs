@@ -76,7 +76,7 @@ pub(super) type Span = (usize, usize);
 #[derive(Debug)]
 pub(super) struct Ledger {
     end: Instant,
-    /// Somebody has panicked.
+    /// A thread has panicked.
     is_broken: AtomicBool,
     counts: Mutex<BTreeMap<Fault, u64>>,
     wrong: Mutex<Vec<String>>,

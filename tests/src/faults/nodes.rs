@@ -145,7 +145,7 @@ impl Node {
         self.daemon.resume();
     }
 
-    /// Adds a service and a rule by hand, or removes them. The rule may contradict the set that is in force.
+    /// Adds a service and a rule by hand, or removes them. The rule may contradict the active set.
     fn change(&self, by_hand: &ByHand, ledger: &Ledger) -> ByHand {
         let must = |arguments: &str| {
             let outcome = self.ctl(arguments);

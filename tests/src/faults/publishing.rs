@@ -76,7 +76,7 @@ impl<'a> Publisher<'a> {
     }
 
     /// Publishes until the trouble is over, and what etcd has prevented from happening once has happened then. The pointer is
-    /// readable, unless somebody's change arrives late.
+    /// readable, unless another client's change arrives late.
     pub(super) fn trouble(&mut self, ledger: &Ledger) {
         const ATTEMPTS: usize = 10;
         let _guard = ledger.guard();

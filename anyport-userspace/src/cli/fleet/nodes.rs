@@ -54,7 +54,7 @@ struct Summary {
 struct NodeView {
     node: Name,
     state: NodeState,
-    /// Seconds since which its set is in force.
+    /// For how many seconds its set has been active.
     #[serde(skip_serializing_if = "Option::is_none")]
     age: Option<u64>,
     /// What it says itself.

@@ -62,7 +62,7 @@ struct Progress {
 #[derive(Clone, Copy, Serialize)]
 #[serde(rename_all = "kebab-case")]
 enum Step {
-    /// All nodes that are watched have the set in force.
+    /// All nodes that are watched have the set active.
     Applied,
     /// They stayed well for the time of the gate.
     Passed,
@@ -76,11 +76,11 @@ type Watched = BTreeMap<Name, Health>;
 /// How a ring does.
 #[derive(Debug, PartialEq, Eq)]
 enum RingHealth {
-    /// So many nodes have the set in force, and nothing is wrong.
+    /// So many nodes have the set active, and nothing is wrong.
     Well { applied: usize },
     /// Why it should not have the set.
     Worse(String),
-    /// Somebody else has changed the ring.
+    /// Another client has changed the ring.
     Overtaken,
 }
 
@@ -179,7 +179,7 @@ struct Trial<'a> {
 }
 
 impl Trial<'_> {
-    /// Waits until all nodes have the set in force, and then for the time of the gate.
+    /// Waits until all nodes have the set active, and then for the time of the gate.
     async fn see_through(&self, rollout: &Rollout, out: &mut Output<'_>) -> Result<(), Stop> {
         let mut bar = Bar::new();
         let end = Instant::now() + rollout.within;
@@ -206,7 +206,7 @@ impl Trial<'_> {
         Ok(self.tell(Step::Passed, None, out)?)
     }
 
-    /// The nodes that do not have the set in force yet; nothing if all have.
+    /// The nodes that do not have the set active yet; nothing if all have.
     async fn not_applied(&self) -> Result<Option<Vec<Name>>, Stop> {
         let ring = self.etcd.ring(self.name).await?;
         match judge(&self.watched, &ring, self.sequence) {

@@ -27,7 +27,7 @@ mod tests;
 
 use super::Check;
 
-/// All of them. Where two would speak of the same fault, the more fundamental comes first.
+/// All of them. Where two would report the same fault, the more fundamental comes first.
 pub(super) const ALL: &[Check] = &[
     Check { name: "daemon", look: daemon::look },
     Check { name: "back-ends", look: back_ends::look },

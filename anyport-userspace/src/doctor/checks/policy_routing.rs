@@ -34,7 +34,7 @@ pub(super) fn look(host: &Host) -> anyhow::Result<Vec<Finding>> {
 fn before_local(host: &Host, before: &[&PolicyRule], is_ipv4: bool, ip: &str) -> anyhow::Result<Option<Finding>> {
     let priorities: Vec<u32> = before.iter().map(|rule| rule.priority).collect();
     let rules = format!("rules of `{ip} rule` before the table local (priority {})", list_of(&priorities));
-    // What has no local route is what another check speaks of.
+    // Prefixes without a local route are reported by another check.
     let local = &known(&host.local)?.local;
     let diverted: Vec<Prefix> = known(&host.routes)?
         .iter()

@@ -1,4 +1,4 @@
-//! What the host's firewall makes of the first packet of a client that nobody knows.
+//! What the host's firewall does with the first packet of a client that is new to it.
 //!
 //! The chains are gone through as the kernel does, as far as they can be understood: what a match says that is not
 //! understood, or that depends on the client, is left open. So a packet is only ever said to be stopped if nothing that is
@@ -20,7 +20,7 @@ const MOST_PORTS: usize = 128;
 /// A port of which no rule speaks, unless there are rules about all of them.
 const ANY_PORT: u16 = 31_337;
 
-/// A packet from a client that nobody knows, by an interface that is not `lo`, to an address that is local.
+/// A packet from a client that is new to the firewall, by an interface that is not `lo`, to an address that is local.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Packet {
     pub(super) to: IpAddr,

@@ -37,7 +37,7 @@ pub(in crate::service) enum Event {
     Start,
     /// The kernel tells this about one of its sockets.
     Ready(Side, EpollFlags),
-    /// It has asked for another turn.
+    /// It was rescheduled, as it has asked.
     Rescheduled,
     /// The time has come that it has asked for.
     TimerExpired,
@@ -48,7 +48,7 @@ pub(in crate::service) enum Event {
 pub(in crate::service) enum Next {
     /// To wait.
     Wait,
-    /// To go on when others had their turn.
+    /// To be rescheduled: to go on after other connections.
     Reschedule,
     /// To be closed.
     Close,
@@ -83,7 +83,7 @@ pub(in crate::service) struct EventLoop<M> {
     epoll: Epoll,
     connections: Slab<Entry<M>>,
     timers: Timers,
-    /// Those that have asked for another turn.
+    /// Those that have asked to be rescheduled.
     turns: Vec<Key>,
     buffer: Box<[u8]>,
 }
@@ -150,7 +150,7 @@ impl<M: Machine> EventLoop<M> {
         Ok(count == BATCH || self.wants_turn())
     }
 
-    /// Whether a connection has asked for another turn.
+    /// Whether a connection has asked to be rescheduled.
     pub(in crate::service) fn wants_turn(&self) -> bool {
         !self.turns.is_empty()
     }

@@ -158,7 +158,7 @@ impl Stream {
     /// Tells the peer that no more comes.
     pub(in crate::service) fn end(&self) -> io::Result<()> {
         match self.socket.shutdown(Shutdown::Write) {
-            // The peer has reset the connection; whoever reads from it learns that.
+            // The peer has reset the connection; the next read reports that.
             Err(error) if error.kind() == io::ErrorKind::NotConnected => Ok(()),
             result => result,
         }

@@ -10,7 +10,7 @@ use super::slab::Key;
 /// Deadlines are put off to the next multiple of so many milliseconds, so that a worker with many of them is seldom woken.
 const GRAIN: u64 = 16;
 
-/// Which connection is due when, each at most once.
+/// The expiry of each connection's timer, at most one for each.
 #[derive(Debug)]
 pub(super) struct Timers {
     start: Instant,
@@ -26,7 +26,7 @@ impl Timers {
         Self { start: Instant::now(), due: BTreeSet::new() }
     }
 
-    /// Makes a connection due at that time, at the earliest, instead of when it `was`.
+    /// Has the connection's timer expire at that time, at the earliest, instead of when it `was` to expire.
     pub(super) fn set(&mut self, key: Key, was: &mut Option<Expiry>, at: Instant) {
         let millis = at.saturating_duration_since(self.start).as_millis();
         let due = Expiry(u64::try_from(millis).unwrap_or(u64::MAX).div_ceil(GRAIN));
@@ -44,13 +44,13 @@ impl Timers {
         }
     }
 
-    /// When the first one is due. None if that is never, or beyond what the clock can tell.
+    /// When the first timer expires. None if there is none, or if that is beyond what the clock can tell.
     pub(super) fn next(&self) -> Option<Instant> {
         let (Expiry(count), _) = self.due.first()?;
         self.start.checked_add(Duration::from_millis(count.saturating_mul(GRAIN)))
     }
 
-    /// One that is due by now; it isn't any more.
+    /// Takes one connection whose timer has expired by now.
     pub(super) fn take_due(&mut self, now: Instant) -> Option<Key> {
         if self.next()? > now {
             return None;

@@ -1,4 +1,4 @@
-//! A client on its way to an upstream, and connected to it.
+//! A client that is being connected to an upstream, and connected to it.
 
 use std::{
     io,
@@ -157,7 +157,7 @@ impl Client {
         self.dial_next(forwarder, cx)
     }
 
-    /// Connects to the upstream whose turn it is, or else to another one.
+    /// Connects to the upstream that the balancing chooses, or else to another one.
     fn dial_next(&mut self, forwarder: &Forwarder, cx: &mut Context<'_>) -> Result<Next, Ended> {
         let Phase::Dialling(dialling) = &mut self.phase else { return Ok(Next::Close) };
         self.upstream = None;

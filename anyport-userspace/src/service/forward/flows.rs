@@ -15,12 +15,12 @@ pub(super) trait Used {
     fn last_used(&self) -> u64;
 }
 
-/// Flows by client and dialled address.
+/// Flows by client and original destination.
 #[derive(Debug)]
 pub(super) struct Flows<F> {
     by_ends: HashMap<Ends, Arc<F>>,
-    /// Each flow once, with the time up to which its place in the row is right: whoever uses a flow does not move it, that is
-    /// done when its turn comes. Those that have ended go then, too.
+    /// Each flow once, with the time up to which its place in the row is right: using a flow does not move it. It is moved
+    /// when its entry comes to the front. Entries of flows that have ended are removed then, too.
     row: VecDeque<(u64, Ends, Weak<F>)>,
     limit: usize,
 }
@@ -52,7 +52,7 @@ impl<F: Used> Flows<F> {
         let is_it = self.by_ends.get(ends).is_some_and(|it| Arc::ptr_eq(it, flow));
         if is_it {
             self.by_ends.remove(ends);
-            // Those that ended stand in the row until their turn comes, but not more of them than there are others.
+            // Those that ended stand in the row until they come to the front, but not more of them than there are others.
             if self.row.len() > 2 * self.by_ends.len() + LOOKED_AT {
                 self.row.retain(|(_, ends, flow)| {
                     self.by_ends.get(ends).is_some_and(|it| std::ptr::eq(Arc::as_ptr(it), flow.as_ptr()))

@@ -116,7 +116,7 @@ impl Forwarder {
         let is_allowed = |upstream: &Arc<Upstream>| {
             let can_have_source = upstream.address.is_ipv4() == ends.client.is_ipv4();
             let to = upstream.target(ends.dialled.port());
-            // To dial what was dialled would come back here, for ever.
+            // To connect to the original destination would come back here, for ever.
             to != ends.dialled
                 && !self.detours.is_one(&self.name, transport, source, to)
                 && (can_have_source || !self.config.transparent_source)

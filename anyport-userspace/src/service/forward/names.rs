@@ -37,7 +37,7 @@ impl Names {
         self.0.keys()
     }
 
-    /// Takes an answer into account; whether it differs from the one before. After a failure the addresses stay.
+    /// Takes an answer into account; whether it differs from the previous one. After a failure the addresses stay.
     pub(super) fn answered(&mut self, name: &str, answer: Result<Vec<IpAddr>, String>) -> bool {
         let Some(known) = self.0.get_mut(name) else { return false };
         match answer {

@@ -23,7 +23,7 @@ const PIPE_AFTER: u64 = 256 << 10;
 const PIPE_RUN: usize = 64 << 10;
 /// Bytes that may be missing in the counts while a connection is open.
 const UNCOUNTED: u64 = 1 << 20;
-/// How often a direction reads before other connections have their turn.
+/// How often a direction reads before other connections are served.
 const READS: u32 = 16;
 
 /// How long a connection may last.
@@ -173,7 +173,7 @@ impl Relay {
     }
 }
 
-/// Tells when nothing has happened for too long, looking twice in that time.
+/// Reports when nothing has happened for too long, checking twice in that time.
 #[derive(Debug)]
 struct IdleTimer {
     limits: Limits,
@@ -200,7 +200,7 @@ impl IdleTimer {
         }
         self.looks = if moved == self.moved { self.looks + 1 } else { 0 };
         self.moved = moved;
-        // The first quiet look comes half the time after the last word at least, the second one all of it.
+        // The first check without new data comes at least half the time after the last data, the second one all of it.
         if self.looks >= 2 {
             return Err(End::Idle);
         }

@@ -1,7 +1,7 @@
 //! Whether what upstreams answer to a client's address comes back here.
 //!
 //! With `transparent-source` an upstream answers to the client's own address. Its packets have to be routed to this
-//! host, and on this host to itself. What is missing here can be seen, and is told once a connection got no answer.
+//! host, and on this host to itself. What is missing here can be seen, and is reported once a connection got no answer.
 
 use std::{net::IpAddr, sync::Mutex};
 

@@ -1,6 +1,6 @@
 //! Datagrams to upstreams, and their answers back to the clients.
 //!
-//! A flow is a client and what it dialled. It has a connected socket of its own towards the upstream and, once the
+//! A flow is a client and an original destination. It has a connected socket of its own towards the upstream and, once the
 //! client has said more than one thing, another one towards the client: the kernel finds that one before it asks where
 //! to steer, so that a flow that lasts takes batches of datagrams from socket to socket and needs neither the worker's
 //! socket nor the table. A single question, as in DNS, is answered through the sockets that all answers share.
@@ -250,7 +250,7 @@ impl Shared {
         };
         let Some(gone) = oldest else { return admitted };
         self.evicted(&gone);
-        // Its sockets are closed when its tasks have their turn. Until then there are some more than the pool knows of, which has
+        // Its sockets are closed when its tasks run next. Until then there are some more than the pool knows of, which has
         // left enough.
         let place = lock(&gone.pass).take();
         drop(place);
@@ -328,7 +328,7 @@ impl Shared {
     }
 
     fn end(&self, flow: &Arc<Flow>, reason: &dyn Display) {
-        // Whoever took it out of the table has told its end.
+        // The task that removed it from the table has reported its end.
         if lock(&self.flows).remove(&flow.ends, flow) {
             self.ended(flow, reason);
         }
@@ -401,7 +401,7 @@ async fn relay(from: &UdpSocket, hand_on: impl Fn(&Batch)) -> io::Error {
             received.map(|_| batch.is_full())
         });
         match received {
-            // Others have their turn before what may still be there.
+            // Other tasks run before what may still be there is read.
             Ok(true) => yield_now().await,
             Ok(false) => wait_for_more(from),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => wait_for_more(from),

@@ -25,7 +25,7 @@ use crate::service::{event_loop::reset, lock};
 /// How often it is looked whether a client's connections lack a way back.
 const RETURNS_INTERVAL: Duration = Duration::from_secs(1);
 
-/// Keeps what is known of upstreams up to date, for ever. Not on a worker: none of it is in the way of connections.
+/// Keeps what is known of upstreams up to date, for ever. Not on a worker, so that no connection waits for it.
 pub(in crate::service) async fn keep_up(forwarder: Arc<Forwarder>) {
     join(join(check_health(&forwarder), resolve_names(&forwarder)), look_for_returns(&forwarder)).await;
 }

@@ -38,7 +38,7 @@ pub(in crate::service) struct Upstream {
     story: Mutex<Story>,
 }
 
-/// What people are told of an upstream's state.
+/// What is shown to users of an upstream's state.
 #[derive(Debug, Default)]
 struct Story {
     /// When it became as it is.
@@ -245,7 +245,7 @@ impl Balancer {
                 Some(candidates[turn % candidates.len()])
             }
             Balance::LeastConnections => {
-                // Turns decide between those with as many.
+                // Round robin decides between those with equally many connections.
                 let turn = self.next.fetch_add(1, Relaxed) % candidates.len();
                 candidates.rotate_left(turn);
                 candidates.into_iter().min_by_key(|upstream| upstream.open.load(Relaxed))

@@ -1,8 +1,8 @@
 //! Limits on connections and flows: in total, for each service and for each source.
 //!
-//! What comes in has to pass a [`Gate`]: the rooms of its service, then the [`Capacity`] that all services share. In a room no
-//! source may hold more than [`SHARE`] times as many connections as are free, so that whoever holds none finds room however
-//! greedy others are: a single one ends up with four fifths of all, and `n` of them leave one of `4n + 1` parts.
+//! What comes in has to pass a [`Gate`]: the limit scopes of its service, then the [`Capacity`] that all services share. In a limit
+//! scope no source may hold more than [`SHARE`] times as many connections as are free, so that a source that holds none is let in
+//! however greedy others are: a single one ends up with four fifths of all, and `n` of them leave one of `4n + 1` parts.
 
 mod config;
 mod sources;
@@ -27,7 +27,7 @@ use crate::rules::{Prefix, SourceLists};
 /// How many connections a source may hold for each that is free, unless a limit for sources is set.
 const SHARE: usize = 4;
 
-/// Why somebody is not let in.
+/// Why a client is not let in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub(super) enum Refused {
     /// The daemon has as many connections and flows as it may have, by its setting or by its limit of open files.
@@ -84,7 +84,7 @@ pub(super) struct LimitScope {
     /// How many may still come, if that is limited.
     free: Option<AtomicUsize>,
     per_source: Option<NonZeroU32>,
-    /// Whether that is a share rather than a limit that somebody has set.
+    /// Whether that is a share rather than a limit that was configured.
     is_share: bool,
     sources: Sources,
     when_full: Refused,
@@ -101,12 +101,12 @@ impl LimitScope {
         }
     }
 
-    /// The room of a service, if it has limits of its own.
+    /// The limit scope of a service, if it has limits of its own.
     pub(super) fn of_service(limits: Limits) -> Option<Arc<Self>> {
         (limits != Limits::default()).then(|| Arc::new(Self::new(limits, Refused::Service)))
     }
 
-    /// A room for flows, of which those that were least recently used go when there are `most`. Those of one source may not
+    /// A limit scope for flows: when there are `most`, the least recently used ones are closed. Those of one source may not
     /// drive out all others.
     pub(super) fn of_flows(most: NonZeroU32, limits: Limits) -> Arc<Self> {
         let most = most.get() as usize;
@@ -204,7 +204,7 @@ pub(super) struct Gate {
     pub(super) descriptors: u32,
     /// They speak for many, so that there are no limits for them as sources.
     pub(super) proxies: Vec<Prefix>,
-    /// Whom the service takes, where the back end leaves it to the service to see to that.
+    /// Which clients the service allows, where the back end leaves it to the service to check that.
     pub(super) sources: Option<Arc<SourceLists>>,
 }
 
@@ -238,7 +238,7 @@ impl Gate {
 pub(super) struct Pass {
     gate: Arc<Gate>,
     source: Option<Source>,
-    /// How many rooms it is in.
+    /// How many limit scopes it is in.
     entered: usize,
     descriptors: Option<Descriptors>,
 }

@@ -1,4 +1,4 @@
-//! What is held by each source.
+//! How many connections and flows each source holds.
 
 use std::{
     collections::{HashMap, hash_map::RandomState},
@@ -34,8 +34,8 @@ impl Source {
     }
 }
 
-/// Sources with open connections, and those that came lately where their rate is limited. There is no place for others: a
-/// source that has none open and may come as it likes is forgotten, and when very many have come lately, some begin anew.
+/// Sources with open connections, and those that came lately where their rate is limited. Others are not stored: a source
+/// that has none open and may come as it likes is forgotten, and when very many have come lately, the rates of some are reset.
 #[derive(Debug)]
 pub(super) struct Sources {
     shards: Box<[Mutex<Shard>]>,

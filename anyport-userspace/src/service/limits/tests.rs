@@ -47,7 +47,7 @@ fn a_greedy_source_leaves_room() {
     ] {
         let (held, why) = fill(&gate, GREEDY);
         assert_eq!((held.len(), why), (80, Refused::Share), "{name}");
-        // The others find room, and none of them takes all that is left.
+        // The others are let in, and none of them takes all that is left.
         let others: Vec<_> = (0..3).map(|number| fill(&gate, other(number))).collect();
         let counts: Vec<_> = others.iter().map(|(held, _)| held.len()).collect();
         assert_eq!(counts, [16, 3, 1], "{name}");
@@ -76,7 +76,7 @@ fn limits_have_their_names() {
 
 #[test]
 fn who_is_refused_takes_no_place() {
-    // The service would have room for it, the daemon has not.
+    // The service would have a place left for it, the daemon has not.
     let gate = gate(limits(3, 0, None), Limits::default(), 4);
     let held = [gate.admit(other(1)).unwrap(), gate.admit(other(2)).unwrap()];
     for _ in 0..10 {
@@ -100,7 +100,7 @@ fn flows_of_one_source_do_not_drive_out_all_others() {
         let scopes = vec![LimitScope::of_flows(NonZeroU32::new(most).unwrap(), limits)];
         Arc::new(Gate { scopes, capacity, descriptors: 2, proxies: Vec::new(), sources: None })
     };
-    // What somebody has set is no share: its oldest flow does not go for a new one.
+    // A configured limit is no share: the source's oldest flow does not go for a new one.
     for (gate, expected) in [
         (flows(10, Limits::default()), (8, Refused::Share)),
         (flows(1, Limits::default()), (1, Refused::Share)),

@@ -30,7 +30,7 @@ const LINGER_BYTES: u64 = 64 << 10;
 const ECHO_CHUNK: usize = 16 << 10;
 /// Most bytes forgotten at once.
 const FORGET_CHUNK: usize = 16 << 10;
-/// Reads of a connection before others have their turn.
+/// Reads of a connection before others are served.
 const READS: usize = 16;
 /// Bytes that may be missing in the service's counts while a connection is open.
 const UNCOUNTED: u64 = 1 << 20;
@@ -45,7 +45,7 @@ pub(super) struct BuiltinHandler {
     sent: usize,
     /// What it has said, in bytes.
     heard: u64,
-    /// What it was told, in bytes.
+    /// What was sent to it, in bytes.
     said: u64,
     /// Of these, what the service's counts have.
     counted: (u64, u64),

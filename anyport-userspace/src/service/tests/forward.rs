@@ -11,7 +11,7 @@ use super::{DescriptorPool, Scene, ServiceConfig, TCP, UDP, eventually, rest};
 use crate::service::UpstreamState;
 use socket2::{Domain, Socket, Type};
 
-/// Tells each client `name` and then what it said until its end.
+/// Sends each client `name` and then what the client sent until its end.
 fn upstream(address: &str, name: &'static str) -> SocketAddr {
     let listener = TcpListener::bind(address).unwrap();
     let bound = listener.local_addr().unwrap();
@@ -160,7 +160,7 @@ fn nobody_left_is_told_at_once() {
 
 #[test]
 fn does_not_dial_itself() {
-    // The dialled address with the dialled port is the service itself.
+    // The original destination is the service itself.
     let scene = scene(&["127.0.0.1:*".to_owned()], "");
     assert!(scene.dial(0).read(&mut [0]).is_err(), "it is reset");
     assert_eq!(scene.service.stats().accepted, 1);
@@ -202,7 +202,7 @@ fn a_connection_takes_two_descriptors() {
     let first = scene.dial(0);
     eventually("one is served", || scene.service.stats().active == 1);
     let second = scene.dial(0);
-    // Only one more would find room, which is for who has none.
+    // Only one more would be let in, which is kept for a source that has none.
     eventually("the other is refused", || scene.service.stats().refused_source == 1);
     assert_eq!(scene.service.stats().active, 1);
     assert_eq!(ask(first, "my turn"), "one heard my turn");

@@ -29,7 +29,7 @@ use super::traffic::{
 
 /// Everything that any of them answers for.
 const PREFIX: &str = "192.0.2.0/24";
-/// What is dialled.
+/// The original destination.
 const TARGET: ([u8; 4], u16) = ([192, 0, 2, 77], 31_337);
 /// Clients at a time.
 const CLIENTS: usize = 64;
@@ -48,7 +48,7 @@ pub(crate) struct Options {
 /// Who accepts.
 #[derive(Clone, Copy, Debug)]
 enum Kind {
-    /// A loop over `epoll_wait` and `accept`, at a socket that is bound to what is dialled.
+    /// A loop over `epoll_wait` and `accept`, at a socket that is bound to the original destination.
     Loop,
     /// anyport with this many prefixes.
     Anyport(u32),

@@ -27,7 +27,7 @@ use super::{BACKENDS, cpus, micros};
 
 /// What every variant answers for.
 const PREFIX: &str = "192.0.2.0/24";
-/// The very address and port that is dialled.
+/// The one original destination.
 const TARGET: (Ipv4Addr, u16) = (Ipv4Addr::new(192, 0, 2, 77), 31_337);
 /// Where the listener of the REDIRECT variant stands.
 const REDIRECTED: u16 = 4_000;

@@ -80,7 +80,7 @@ fn upstream_ports() -> [(u16, bool); 4] {
 }
 
 impl Lab {
-    /// Starts everybody. The proxies run on the first CPU; whoever calls this should be on another one.
+    /// Starts all of it. The proxies run on the first CPU; the caller should be on another one.
     pub(crate) fn start() -> Result<Self> {
         let topology = Topology::new();
         separate(&topology);

@@ -253,7 +253,7 @@ impl Clients {
         Ok(())
     }
 
-    /// Asks anew with each answer.
+    /// Sends the next datagram with each answer.
     fn keep_on(&self, slice: Duration) -> Result<(f64, f64)> {
         let mut count = Count::new(slice);
         let mut batch = Batch::default();

@@ -45,7 +45,7 @@ pub(crate) struct Nodes {
     applied: Applied,
 }
 
-/// When nodes had a set in force, by its sequence.
+/// When a set became active at nodes, by its sequence.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Applied(Arc<Mutex<BTreeMap<u64, Vec<Instant>>>>);
 
@@ -95,7 +95,7 @@ impl Nodes {
         Config::new(options.settings, Some(&file))
     }
 
-    /// Waits until all nodes have the set of a sequence in force. When they had it, in order.
+    /// Waits until the set of a sequence is active at all nodes. When it became active, in order.
     pub(crate) fn wait_for(&self, sequence: u64) -> Vec<Instant> {
         let mut times = wait_for("nodes that have the set", PATIENCE, || {
             let times = self.applied.of(sequence);

@@ -36,7 +36,7 @@ pub(crate) fn leave_first_cpu() -> Result<()> {
         .context("leave the first CPU to the program in the middle; there must be a second one")
 }
 
-/// Has the hosts work as if they were machines of their own: what arrives is work for the CPU of whoever it is for.
+/// Has the hosts work as if they were machines of their own: what arrives is work for the CPU of the process that receives it.
 pub(crate) fn separate(topology: &Topology) {
     let Topology { client, host, server } = topology;
     for namespace in [client, host] {

@@ -45,7 +45,7 @@ pub(crate) fn serve(address: IpAddr) -> Result<()> {
     })
 }
 
-/// Returns datagrams to whoever sent them, many with one system call.
+/// Returns datagrams to their senders, many with one system call.
 fn echo_datagrams(socket: &UdpSocket) -> Result<()> {
     /// Datagrams at a time.
     const MANY: usize = 64;
