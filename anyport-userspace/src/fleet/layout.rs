@@ -35,6 +35,15 @@ impl Hash {
         Self(hash)
     }
 
+    /// Checks that a text is the set of this hash. Each text of a set goes through here, wherever it comes from.
+    ///
+    /// # Errors
+    /// It is another one: its hash.
+    pub fn expect(&self, text: &str) -> Result<(), Self> {
+        let found = Self::of(text);
+        if found == *self { Ok(()) } else { Err(found) }
+    }
+
     /// Its bytes.
     pub fn as_bytes(&self) -> &[u8; 32] {
         &self.0

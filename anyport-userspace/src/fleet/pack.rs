@@ -102,10 +102,7 @@ impl Manifest {
             return Err(wrong(format!("it should have {} bytes", self.bytes)));
         }
         let text = String::from_utf8(text).map_err(|error| wrong(error.to_string()))?;
-        let found = Hash::of(&text);
-        if found != *hash {
-            return Err(wrong(format!("its text has the hash {found}")));
-        }
+        hash.expect(&text).map_err(|found| wrong(format!("its text has the hash {found}")))?;
         Ok(text)
     }
 }

@@ -10,6 +10,8 @@ mod overlay;
 #[cfg(feature = "daemon")]
 mod ports;
 #[cfg(feature = "daemon")]
+mod precedence;
+#[cfg(feature = "daemon")]
 mod prefix;
 mod protocol;
 #[cfg(feature = "daemon")]

@@ -1,6 +1,6 @@
-//! A rule: its prefix, what it does with which ports, where it came from, and its precedence within a prefix.
+//! A rule: its prefix, what it does with which ports, and where it came from.
 
-use std::{cmp::Reverse, fmt, net::IpAddr, sync::Arc};
+use std::{fmt, net::IpAddr, sync::Arc};
 
 use serde::{Deserialize, Serialize};
 
@@ -169,19 +169,6 @@ impl RuleSpec {
             None
         }
     }
-
-    /// Sorts the rules of a prefix so that the first one that matches a packet decides: those with fewer ports first, and among
-    /// them those with a longer source. What follows only makes the order total, so that it never depends on which one came first.
-    pub fn precedence(&self) -> impl Ord + use<'_> {
-        // Where nothing is excepted, which is the rule, no set has to be made to count it.
-        let ports = if self.except.is_empty() { self.ports.count() } else { self.opinion().count() };
-        (ports, Reverse(self.source_len()), self.protocol, &self.ports, &self.except, self.source, &self.service)
-    }
-
-    /// How specific the source is: -1 without one.
-    pub(super) fn source_len(&self) -> i16 {
-        self.source.map_or(-1, |it| i16::from(it.len()))
-    }
 }
 
 impl fmt::Display for RuleSpec {
@@ -212,12 +199,6 @@ impl Rule {
     /// Whether the two say the same of the same packets, whatever their origins are.
     pub fn says_the_same_as(&self, other: &Self) -> bool {
         self.prefix == other.prefix && self.terms == other.terms
-    }
-
-    /// Sorts rules so that the first one that matches a packet decides: longer prefixes first,
-    /// and within a prefix as [`RuleSpec::precedence`] says.
-    pub fn precedence(&self) -> impl Ord + use<'_> {
-        (self.prefix, self.terms.precedence())
     }
 }
 

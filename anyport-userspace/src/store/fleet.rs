@@ -5,7 +5,11 @@ use std::io;
 use anyhow::{Context as _, bail};
 use serde::{Deserialize, Serialize};
 
-use super::{NO_CHECKSUM, Named, SET, Store, VERSION, expect_checksum, named};
+use super::{
+    Named, SET, Store, VERSION,
+    atomic::{NO_CHECKSUM, expect_checksum},
+    named,
+};
 use crate::{
     rule_file::RuleFile,
     rules::{Origin, Rule},

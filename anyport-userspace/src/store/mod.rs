@@ -3,6 +3,7 @@
 //! A file is written aside, put on the disk, and then takes its name; so after a loss of power there is the previous state or the
 //! new one. Checksums reveal files that a person or a disk has spoilt. The state before the last one is kept beside it.
 
+mod atomic;
 mod files;
 mod fleet;
 
@@ -22,9 +23,12 @@ use crate::{
     service::ServiceConfig,
 };
 
-use self::files::Directory;
 pub(crate) use self::files::Files;
 pub use self::fleet::{FleetState, KeptFleet};
+use self::{
+    atomic::{NO_CHECKSUM, expect_checksum},
+    files::Directory,
+};
 
 const FILE: &str = "state.json";
 /// The state before.
@@ -146,11 +150,6 @@ struct StateFile {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     checksum: Option<String>,
 }
-
-/// The checksum of a file, until it is known.
-const NO_CHECKSUM: &str = "00000000";
-/// What stands before it. No text within the file can have unescaped quotes.
-const CHECKSUM: &str = "\"checksum\": \"";
 
 impl Store {
     /// Creates the directory where it is missing, and reads what is there.
@@ -281,34 +280,6 @@ impl Store {
     }
 
     /// Writes the file of a series that comes after this one.
-    fn write_next(&self, series: Series, before: Option<&Named>, text: &str) -> anyhow::Result<Named> {
-        let name = series.after(before);
-        self.replace(&name, text.as_bytes())?;
-        Ok(Named { name, checksum: Some(crc32fast::hash(text.as_bytes())) })
-    }
-
-    /// Replaces a state file by one that has [`NO_CHECKSUM`] yet, and keeps the previous one under another name. Not to be
-    /// able to keep it is no reason to change nothing.
-    fn replace_keeping(&self, name: &str, former: &str, file: &impl Serialize) -> anyhow::Result<()> {
-        let mut text = serde_json::to_vec_pretty(file).context("write the state")?;
-        text.push(b'\n');
-        let checksum = checksum_of_state(&text);
-        if let Some(at) = place_of_checksum(&text) {
-            text[at..at + checksum.len()].copy_from_slice(checksum.as_bytes());
-        }
-        let kept = match self.files.remove(former) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-            _ => self.files.link(name, former),
-        };
-        match kept {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                warn!("keep the state before as {}: {error}", self.files.path(former).display());
-            }
-            _ => {}
-        }
-        self.replace(name, &text)
-    }
-
     /// Keeps what was counted for rules, for a daemon that comes later.
     ///
     /// # Errors
@@ -381,21 +352,6 @@ impl Store {
         })
     }
 
-    fn replace(&self, name: &str, text: &[u8]) -> anyhow::Result<()> {
-        let aside = format!("{name}.new");
-        let written = self.files.write(&aside, text).and_then(|()| self.files.rename(&aside, name));
-        if written.is_err() {
-            // What there is of it takes space on a disk that may be full.
-            self.files.remove(&aside).ok();
-        }
-        written.with_context(|| format!("write the state file {}", self.files.path(name).display()))?;
-        // The new state is in place; a loss of power could only bring the old one back.
-        if let Err(error) = self.files.sync() {
-            warn!("make sure that {} outlives a loss of power: {error}", self.files.path(name).display());
-        }
-        Ok(())
-    }
-
     /// Removes files of the two series that neither the state nor the previous one names.
     fn remove_unused(&self) {
         let is_unused = |name: &String| {
@@ -416,29 +372,6 @@ impl Store {
 fn named(name: String, checksum: Option<String>) -> anyhow::Result<Named> {
     let checksum = checksum.map(|it| u32::from_str_radix(&it, 16)).transpose().context("read a checksum")?;
     Ok(Named { name, checksum })
-}
-
-fn expect_checksum(checksum: Option<&str>, text: &[u8]) -> anyhow::Result<()> {
-    match checksum {
-        Some(checksum) if *checksum != checksum_of_state(text) => {
-            bail!("it is not what was written, by its checksum {checksum}")
-        }
-        _ => Ok(()),
-    }
-}
-
-/// Where the checksum stands in a state file that has one.
-fn place_of_checksum(text: &[u8]) -> Option<usize> {
-    let at = text.windows(CHECKSUM.len()).rposition(|window| window == CHECKSUM.as_bytes())? + CHECKSUM.len();
-    (at + NO_CHECKSUM.len() <= text.len()).then_some(at)
-}
-
-fn checksum_of_state(text: &[u8]) -> String {
-    let mut text = text.to_vec();
-    if let Some(at) = place_of_checksum(&text) {
-        text[at..at + NO_CHECKSUM.len()].copy_from_slice(NO_CHECKSUM.as_bytes());
-    }
-    format!("{:08x}", crc32fast::hash(&text))
 }
 
 /// Reads what was counted for a rule, and leaves the rule.
