@@ -1,4 +1,4 @@
-//! A program that is a service: it greets whoever comes by TCP or UDP and says what was dialled. It needs no privileges.
+//! A program that is a service: it greets clients over TCP and UDP and names their original destination. It needs no privileges.
 //!
 //! ```console
 //! $ anyportctl add-service greeter --handler registered --owner user:nobody
@@ -37,7 +37,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     thread::scope(|scope| {
         scope.spawn(|| report(greet_connections(&listener)));
         scope.spawn(|| report(greet_datagrams(&socket)));
-        // By then another process has registered, so this one serves only whom it has.
+        // By then another process has registered, so this one serves only the clients that it has.
         end.wait()?;
         listener.drain();
         socket.drain();

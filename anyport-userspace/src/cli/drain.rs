@@ -17,8 +17,8 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// Takes this node out of service, or a part of it, without touching a connection that is established.
 ///
 /// What is announced of it is withdrawn. Then the routers of others have their time (--wait). Then new connections are refused, as where a
-/// service has no live socket. It stays so, also after a restart, until anyportctl undrain. The command returns when newcomers are
-/// refused, and says how many connections are left; if it is interrupted, the drain goes on.
+/// service has no live socket. It stays so, also after a restart, until anyportctl undrain. The command returns when new
+/// connections are refused, and says how many connections are left; if it is interrupted, the drain goes on.
 #[derive(Debug, clap::Args)]
 pub(super) struct Drain {
     /// What to take out of service: the rules inside of these; the whole node if nothing is named
@@ -27,7 +27,7 @@ pub(super) struct Drain {
     /// The rules that steer to this service
     #[arg(long, value_name = "NAME")]
     service: Option<ServiceName>,
-    /// From the withdrawal to the first newcomer that is refused, such as 30s or 2m. With 0s the router is not waited for either
+    /// From the withdrawal to the first new connection that is refused, such as 30s or 2m. With 0s the router is not waited for either
     #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration, default_value = "30s")]
     wait: Duration,
 }

@@ -82,7 +82,7 @@ enum Verb {
     Top(top::Top),
     /// Check this host for what silently breaks steering
     ///
-    /// Works without a daemon, and then speaks of what any back end would need. It looks at the network namespace that
+    /// Works without a daemon, and then names what any back end would need. It looks at the network namespace that
     /// it is run in, and needs root to see everything.
     Doctor(doctor::Doctor),
     /// Publish rules to many machines, and see what they make of them

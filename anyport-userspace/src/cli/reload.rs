@@ -5,7 +5,7 @@ use crate::api::{self, Client, Problem, Reloaded};
 
 /// Has the daemon read its configuration file again. What is wrong with it changes nothing.
 ///
-/// Services, rules, log-level, max-rules, drain-timeout, keep and mend change at once; the answer names what takes a restart.
+/// Services, rules, `log-level`, `max-rules`, `drain-timeout`, `keep` and `mend` change at once; the answer names what takes a restart.
 /// Connections go on.
 #[derive(Debug, clap::Args)]
 pub(super) struct Reload {

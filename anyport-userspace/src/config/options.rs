@@ -21,7 +21,7 @@ pub struct Options {
     /// Configuration file [default: /etc/anyport/anyport.toml, which may be absent]
     #[arg(long, env = "ANYPORT_CONFIG", value_name = "FILE")]
     pub config: Option<PathBuf>,
-    /// Only say whether options and configuration are right; needs no rights, and touches nothing
+    /// Only say whether options and configuration are right; needs no privileges, and touches nothing
     #[arg(long)]
     pub check: bool,
     /// Take over from the anyportd that runs, without losing a connection: what serves from then on is this program, with the options of

@@ -5,7 +5,7 @@ use std::fmt;
 use anyport_common::flow::Transport;
 use serde::{Deserialize, Serialize};
 
-/// The transports that a rule speaks of.
+/// The transports that a rule matches.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[cfg_attr(feature = "daemon", derive(clap::ValueEnum))]
 #[serde(rename_all = "lowercase")]

@@ -41,6 +41,25 @@ pub(crate) fn checks(session: &mut Session, root: &Path) {
         let documents = Documents::in_repository(root)?;
         complain(&documents.each(words::in_markdown), "words are not those of docs/glossary.md")
     });
+    session.check("words of the comments", || {
+        complain(&words_of_comments(root)?, "words are not those of docs/glossary.md")
+    });
+}
+
+/// Complaints about the comments of all sources, but for those that list the words.
+fn words_of_comments(root: &Path) -> Result<Vec<String>> {
+    let mut files = Vec::new();
+    for directory in ["anyport-userspace", "tests/e2e", "tests/src", "xtask/src"] {
+        collect(root, Path::new(directory), &mut files)?;
+    }
+    let is_checked = |path: &&PathBuf| path.extension().is_some_and(|it| it == "rs") && !path.ends_with(words::SOURCE);
+    let mut complaints = Vec::new();
+    for path in files.iter().filter(is_checked) {
+        let text = fs::read_to_string(root.join(path)).with_context(|| format!("read {}", path.display()))?;
+        let found = words::in_comments(&text);
+        complaints.extend(found.into_iter().map(|(line, what)| format!("{}:{line}: {what}", path.display())));
+    }
+    Ok(complaints)
 }
 
 /// Prints all complaints and fails if there are any.
@@ -118,7 +137,7 @@ fn line_of(text: &str, byte: usize) -> usize {
 mod tests {
     use std::path::Path;
 
-    use super::{Documents, line_of};
+    use super::{Documents, line_of, words_of_comments};
     use crate::packages;
 
     #[test]
@@ -134,5 +153,11 @@ mod tests {
         for page in Documents::in_repository(root).unwrap().pages.keys() {
             assert!(installed.iter().any(|(from, _)| from == page), "{} is not installed", page.display());
         }
+    }
+
+    #[test]
+    fn comments_have_the_words_of_the_glossary() {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+        assert_eq!(words_of_comments(root).unwrap(), Vec::<String>::new());
     }
 }

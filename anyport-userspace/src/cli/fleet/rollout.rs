@@ -25,7 +25,7 @@ const INTERVAL: Duration = Duration::from_millis(500);
 
 /// Gives several rings a set, one after the other, for as long as their nodes stay well.
 ///
-/// Each ring gets the set once the one before it has proven it: all of its nodes that report have it active within the time that
+/// Each ring gets the set once the previous ring has proven it: all of its nodes that report have it active within the time that
 /// --within gives, and then for the time that --gate gives none of them refuses it, gets degraded or goes. Otherwise the ring gets back
 /// what it had, and the rings behind it are not touched. If this command is ended meanwhile, the ring keeps what it has.
 #[derive(Debug, clap::Args)]
@@ -39,7 +39,7 @@ pub(super) struct Rollout {
     /// How long a ring has to stay well before the next one
     #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration, default_value = "5m")]
     gate: Duration,
-    /// How long nodes may take to have the set in force
+    /// How long nodes may take to have the set active
     #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration, default_value = "2m")]
     within: Duration,
     #[command(flatten)]
