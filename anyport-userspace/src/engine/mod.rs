@@ -1,7 +1,7 @@
 //! Desired state, and the only path by which it gets into the kernel.
 //!
-//! [`Engine`] orders four types, whose fields are their own: [`Desired`] has the rules and their numbers, [`Services`] the services at work,
-//! [`Kernel`] what the kernel holds of both, and [`Kept`] what is on the disk. `change.rs` takes all of them from one rule set to the next.
+//! [`Engine`] orders four types, whose fields are their own: `Desired` has the rules and their numbers, `Services` the services at work,
+//! `Kernel` what the kernel holds of both, and `Kept` what is on the disk. `change.rs` takes all of them from one rule set to the next.
 //!
 //! Order at the start: sockets, rules, routes; so nothing reaches the host before a socket is there to take it. At the end
 //! it is the reverse. Every step makes the kernel equal to what is desired and can be repeated, so a failure is undone by

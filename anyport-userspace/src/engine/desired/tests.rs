@@ -1,3 +1,5 @@
+//! Tests of the desired state: ids, slots, drains and what a change patches.
+
 use std::{
     ops::Range,
     sync::Arc,

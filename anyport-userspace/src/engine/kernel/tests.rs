@@ -1,3 +1,5 @@
+//! Tests of the hold on the kernel: transitions, routes and repairs over a simulated kernel.
+
 use std::collections::BTreeSet;
 
 use crate::{

@@ -1,3 +1,5 @@
+//! Tests of the services at work: opening, closing and registered sockets.
+
 use crate::{
     engine::{
         desired::DRAINED_SLOT,
