@@ -66,7 +66,6 @@ struct DependencyKind {
 struct Policy {
     licenses: Licenses,
     bans: Bans,
-    sources: Sources,
 }
 
 #[derive(Deserialize)]
@@ -81,12 +80,6 @@ struct Bans {
     skip: Vec<Named>,
     #[serde(default)]
     deny: Vec<Named>,
-}
-
-#[derive(Deserialize)]
-#[serde(rename_all = "kebab-case")]
-struct Sources {
-    allow_registry: Vec<String>,
 }
 
 /// A crate, as `name` or `name@version`.
@@ -175,9 +168,9 @@ fn text_of(listed: &[(Package, Vec<String>)]) -> String {
     for (package, licences) in listed {
         let Package { name, version, license, repository, .. } = package;
         let license = license.as_deref().unwrap_or("see its text");
-        let place = repository.clone().unwrap_or_else(|| format!("https://crates.io/crates/{name}"));
+        let place = repository.as_ref().map_or_else(String::new, |it| format!(", {it}"));
         let note = if licences.is_empty() { "; its text is there, the crate has no file of it" } else { "" };
-        let _ = writeln!(text, "{name} {version}: {license}, {place}{note}");
+        let _ = writeln!(text, "{name} {version}: {license}{place}{note}");
         for licence in licences {
             by_text.entry(licence).or_default().push(format!("{name} {version}"));
         }
@@ -208,10 +201,12 @@ fn complaints(packages: &[Package], policy: &Policy) -> Vec<String> {
         let full = format!("{}@{}", package.name, package.version);
         list.iter().any(|it| it.name == package.name || it.name == full)
     };
+    // One registry has all of them: that of the first one.
+    let registry = packages.iter().find_map(|it| it.source.as_ref());
     for package in packages {
         let Package { name, version, .. } = package;
         let Some(source) = &package.source else { continue };
-        if !policy.sources.allow_registry.iter().any(|it| source.strip_prefix("registry+") == Some(it)) {
+        if !source.starts_with("registry+") || Some(source) != registry {
             complaints.push(format!("{name} {version} comes from {source}"));
         }
         let license = package.license.as_deref().unwrap_or_default();
@@ -287,8 +282,7 @@ mod tests {
     }
 
     fn policy() -> Policy {
-        let text = "[licenses]\nallow = [\"MIT\", \"ISC\"]\n[sources]\nallow-registry = [\"https://registry.example/index\"]\n\
-                    [bans]\nskip = [{ crate = \"old@1.0.0\", reason = \"x\" }]\ndeny = [{ crate = \"bad\" }]\n";
+        let text = "[licenses]\nallow = [\"MIT\", \"ISC\"]\n[bans]\nskip = [{ crate = \"old@1.0.0\", reason = \"x\" }]\ndeny = [{ crate = \"bad\" }]\n";
         toml::from_str(text).unwrap()
     }
 
@@ -340,7 +334,7 @@ mod tests {
         let text = text_of(&listed);
         assert_eq!(text.matches("the text").count(), 1, "{text}");
         assert!(text.contains("With a 1.0.0, b 2.0.0:"), "{text}");
-        assert!(text.contains("c 3.0.0: ISC, https://crates.io/crates/c; its text is there"), "{text}");
+        assert!(text.contains("c 3.0.0: ISC; its text is there"), "{text}");
     }
 
     #[test]
