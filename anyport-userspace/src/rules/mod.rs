@@ -24,6 +24,7 @@ mod sources;
 #[cfg(feature = "daemon")]
 pub(crate) mod tests {
     pub(crate) mod arbitrary;
+    pub(crate) mod fixtures;
 }
 #[cfg(feature = "daemon")]
 mod text;

@@ -17,7 +17,7 @@ impl RuleSpec {
     /// them those with a longer source. What follows only makes the order total, so that it never depends on which one came first.
     pub fn precedence(&self) -> impl Ord + use<'_> {
         // Where nothing is excepted, which is the rule, no set has to be made to count it.
-        let ports = if self.except.is_empty() { self.ports.count() } else { self.opinion().count() };
+        let ports = if self.except.is_empty() { self.ports.count() } else { self.matched_ports().count() };
         (ports, Reverse(self.source_len()), self.protocol, &self.ports, &self.except, self.source, &self.service)
     }
 

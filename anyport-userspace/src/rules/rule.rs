@@ -133,7 +133,7 @@ impl RuleSpec {
     }
 
     /// The ports that the rule matches: those it steers and those it leaves to the host.
-    pub fn opinion(&self) -> PortSet {
+    pub fn matched_ports(&self) -> PortSet {
         self.ports.union(&self.except)
     }
 

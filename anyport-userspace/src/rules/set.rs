@@ -181,9 +181,9 @@ impl PrefixRules {
         }
         // Where the ports that the rules match begin, and where they end.
         let mut edges: Vec<(u32, bool, usize)> = Vec::new();
-        let counts: Vec<u32> = self.rules.iter().map(|held| held.terms.opinion().count()).collect();
+        let counts: Vec<u32> = self.rules.iter().map(|held| held.terms.matched_ports().count()).collect();
         for (place, held) in self.rules.iter().enumerate() {
-            for (first, last) in held.terms.opinion().ranges() {
+            for (first, last) in held.terms.matched_ports().ranges() {
                 edges.push((u32::from(*first), true, place));
                 edges.push((u32::from(*last) + 1, false, place));
             }
@@ -435,7 +435,7 @@ fn contradiction(new: &RuleSpec, old: &RuleSpec) -> Option<u16> {
     if !new.protocol.overlaps(old.protocol) || new.source != old.source {
         return None;
     }
-    let (ports, old_ports) = (new.opinion(), old.opinion());
+    let (ports, old_ports) = (new.matched_ports(), old.matched_ports());
     if ports.count() != old_ports.count() {
         return None;
     }

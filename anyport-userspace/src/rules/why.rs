@@ -42,7 +42,7 @@ fn why_behind(rule: &RuleRef<'_>, deciding: &RuleRef<'_>, port: u16) -> String {
     if deciding.prefix != rule.prefix {
         return format!("a longer prefix with an opinion on port {port} comes first: {}", deciding.prefix);
     }
-    let (here, there) = (rule.terms.opinion().count(), deciding.terms.opinion().count());
+    let (here, there) = (rule.terms.matched_ports().count(), deciding.terms.matched_ports().count());
     if here != there {
         return format!("covers more ports of the same prefix than the rule that decides: {here}, not {there}");
     }

@@ -66,7 +66,7 @@ struct Policy {
     id: u32,
     offset: u32,
     blocks: Vec<Block>,
-    speaks_of: Arc<PortsOfTransports>,
+    matched: Arc<PortsOfTransports>,
     #[expect(dead_code, reason = "keeps the places in memory from being another's")]
     terms: SmallVec<[Arc<RuleSpec>; 1]>,
 }
@@ -79,7 +79,7 @@ pub(super) struct Level<'a> {
     /// Its ports.
     pub(super) slot: Slot,
     /// The ports that it or a level around it matches.
-    speaks_of: Arc<PortsOfTransports>,
+    matched: Arc<PortsOfTransports>,
 }
 
 /// In the order of [`Transport::ALL`].
@@ -87,7 +87,7 @@ type PortsOfTransports = [PortSet; 2];
 
 /// A rule and its number, which counts from the prefix's first one if it is one of the prefix's own.
 #[derive(Clone, Copy)]
-struct Opinion<'a> {
+struct Match<'a> {
     terms: &'a RuleSpec,
     number: u32,
     is_relative: bool,
@@ -103,7 +103,7 @@ impl Policies {
         services: &Receivers<'_>,
     ) -> anyhow::Result<Level<'a>> {
         // Where the prefix matches everything that the levels around it match, those are never asked.
-        let is_asked = around.last().is_some_and(|it| !closes(rules, &it.speaks_of));
+        let is_asked = around.last().is_some_and(|it| !closes(rules, &it.matched));
         let around = if is_asked { around } else { &[] };
         let key = Key {
             is_ipv4: prefix.is_ipv4(),
@@ -113,13 +113,13 @@ impl Policies {
         if !self.known.contains_key(&key) {
             self.create(arena, key.clone(), around, rules, services)?;
         }
-        let Policy { id, offset, speaks_of, .. } =
+        let Policy { id, offset, matched, .. } =
             self.known.get(&key).ok_or_else(|| anyhow::anyhow!("a policy that was made is not there"))?;
         Ok(Level {
             rules,
             outer: Outer { policy: *id, first_number: rules.first_number },
             slot: Slot::ports(*offset, rules.first_number),
-            speaks_of: Arc::clone(speaks_of),
+            matched: Arc::clone(matched),
         })
     }
 
@@ -131,17 +131,17 @@ impl Policies {
         rules: &PrefixRules,
         services: &Receivers<'_>,
     ) -> anyhow::Result<()> {
-        let own = (0..).zip(rules.iter()).map(|(number, it)| Opinion { terms: &it.terms, number, is_relative: true });
+        let own = (0..).zip(rules.iter()).map(|(number, it)| Match { terms: &it.terms, number, is_relative: true });
         let others = around.iter().rev().flat_map(|level| {
             let numbers = level.rules.first_number..;
-            numbers.zip(level.rules.iter()).map(|(number, it)| Opinion { terms: &it.terms, number, is_relative: false })
+            numbers.zip(level.rules.iter()).map(|(number, it)| Match { terms: &it.terms, number, is_relative: false })
         });
-        let opinions: Vec<_> = own.chain(others).collect();
+        let matches: Vec<_> = own.chain(others).collect();
         let mark = arena.mark();
         let mut slots = [Slot::UNMATCHED; 2];
         for (transport, slot) in Transport::ALL.iter().zip(&mut slots) {
             let about: Vec<_> =
-                opinions.iter().copied().filter(|it| it.terms.protocol.transports().contains(transport)).collect();
+                matches.iter().copied().filter(|it| it.terms.protocol.transports().contains(transport)).collect();
             *slot = ports(arena, &about, key.is_ipv4, services)?;
         }
         let offset = arena.put(1, slots.map(|it| it.0))?;
@@ -151,13 +151,13 @@ impl Policies {
         self.words += words(&blocks);
         let terms = rules.iter().map(|it| Arc::clone(&it.terms)).collect();
         let own: Vec<&RuleSpec> = rules.iter().map(|it| &*it.terms).collect();
-        let mut speaks_of: PortsOfTransports = Transport::ALL.map(|transport| opinion(&own, transport));
+        let mut matched: PortsOfTransports = Transport::ALL.map(|transport| matched_ports(&own, transport));
         if let Some(outer) = around.last() {
-            for (own, outer) in speaks_of.iter_mut().zip(&*outer.speaks_of) {
+            for (own, outer) in matched.iter_mut().zip(&*outer.matched) {
                 *own = own.union(outer);
             }
         }
-        self.known.insert(key.clone(), Policy { id, offset, blocks, speaks_of: Arc::new(speaks_of), terms });
+        self.known.insert(key.clone(), Policy { id, offset, blocks, matched: Arc::new(matched), terms });
         self.created.push(key);
         Ok(())
     }
@@ -206,9 +206,9 @@ impl Policies {
 }
 
 /// The ports of a transport that any of these rule specs match.
-fn opinion(terms: &[&RuleSpec], transport: Transport) -> PortSet {
+fn matched_ports(terms: &[&RuleSpec], transport: Transport) -> PortSet {
     let about = terms.iter().filter(|it| it.protocol.transports().contains(&transport));
-    about.fold(PortSet::default(), |all, it| all.union(&it.opinion()))
+    about.fold(PortSet::default(), |all, it| all.union(&it.matched_ports()))
 }
 
 /// Whether the rules match all of these ports, whichever the client is.
@@ -217,7 +217,7 @@ fn closes(rules: &PrefixRules, ports: &PortsOfTransports) -> bool {
         let total = || rules.iter().map(|it| &*it.terms).filter(|it| it.source.is_none());
         // One rule is all there is, most of the time.
         let is_in_one = total().any(|it| it.protocol.transports().contains(transport) && ports.is_subset(&it.ports));
-        ports.is_empty() || is_in_one || ports.is_subset(&opinion(&total().collect::<Vec<_>>(), *transport))
+        ports.is_empty() || is_in_one || ports.is_subset(&matched_ports(&total().collect::<Vec<_>>(), *transport))
     })
 }
 
@@ -226,13 +226,13 @@ fn words(blocks: &[Block]) -> u64 {
 }
 
 /// The tree of the ports for matching rules in order of precedence.
-fn ports(arena: &mut Arena, opinions: &[Opinion<'_>], is_ipv4: bool, services: &Receivers<'_>) -> anyhow::Result<Slot> {
+fn ports(arena: &mut Arena, matches: &[Match<'_>], is_ipv4: bool, services: &Receivers<'_>) -> anyhow::Result<Slot> {
     // What a rule says changes only where one of its ranges begins or ends.
     let mut begins: Vec<(u16, usize)> = Vec::new();
     let mut ends: Vec<(u16, usize)> = Vec::new();
     let mut edges: Vec<u16> = vec![0];
-    for (place, Opinion { terms, .. }) in opinions.iter().enumerate() {
-        for (first, last) in terms.opinion().ranges() {
+    for (place, Match { terms, .. }) in matches.iter().enumerate() {
+        for (first, last) in terms.matched_ports().ranges() {
             begins.push((*first, place));
             ends.extend(last.checked_add(1).map(|next| (next, place)));
         }
@@ -256,7 +256,7 @@ fn ports(arena: &mut Arena, opinions: &[Opinion<'_>], is_ipv4: bool, services: &
         while let Some((_, place)) = begins.next_if(|(at, _)| *at <= port) {
             active.insert(place);
         }
-        let slot = clients.slot(arena, active.iter().map(|place| &opinions[*place]), port, services)?;
+        let slot = clients.slot(arena, active.iter().map(|place| &matches[*place]), port, services)?;
         if pieces.last().is_none_or(|before| before.slot != slot) {
             pieces.push(Piece { first: port_key(port), slot });
         }
@@ -281,17 +281,17 @@ impl Clients {
     fn slot<'a>(
         &mut self,
         arena: &mut Arena,
-        opinions: impl Iterator<Item = &'a Opinion<'a>>,
+        matches: impl Iterator<Item = &'a Match<'a>>,
         port: u16,
         services: &Receivers<'_>,
     ) -> anyhow::Result<Slot> {
         let mut by_source = Vec::new();
         let mut answers = Vec::new();
-        for opinion in opinions {
-            let answer = opinion.answer(port, services)?;
-            by_source.push((opinion.terms.source, answer.verdict));
-            answers.push((opinion.terms.source, answer));
-            if opinion.terms.source.is_none() {
+        for matching in matches {
+            let answer = matching.answer(port, services)?;
+            by_source.push((matching.terms.source, answer.verdict));
+            answers.push((matching.terms.source, answer));
+            if matching.terms.source.is_none() {
                 break;
             }
         }
@@ -344,7 +344,7 @@ struct Answer<'a> {
     denial: Option<(&'a SourceLists, Slot)>,
 }
 
-impl Opinion<'_> {
+impl Match<'_> {
     fn answer<'s>(&self, port: u16, services: &Receivers<'s>) -> anyhow::Result<Answer<'s>> {
         let rule = self.number;
         let slot = |verdict| Slot::verdict(verdict, self.is_relative);

@@ -5,22 +5,10 @@ use anyport_common::flow::Transport;
 use proptest::prelude::*;
 
 use super::{Change, Conflict, Draft, RuleSet};
-use crate::rules::{Decision, Origin, PortSet, Prefix, Protocol, Rule, RuleText, decide, tests::arbitrary};
-
-fn rule(prefix: &str, protocol: Protocol, ports: &str, except: &str, service: &str) -> Rule {
-    let (prefix, source) =
-        prefix.split_once(" from ").map_or((prefix, None), |(prefix, source)| (prefix, Some(source)));
-    RuleText {
-        prefix: prefix.parse().unwrap(),
-        protocol,
-        ports: if ports == "all" { PortSet::all() } else { ports.parse().unwrap() },
-        except: except.parse().unwrap(),
-        source: source.map(|it| it.parse().unwrap()),
-        service: service.parse().unwrap(),
-        route: true,
-    }
-    .into_rule(Origin::Added)
-}
+use crate::rules::{
+    Decision, Origin, Prefix, Protocol, Rule, RuleText, decide,
+    tests::{arbitrary, fixtures::rule},
+};
 
 fn tcp(prefix: &str, ports: &str, except: &str, service: &str) -> Rule {
     rule(prefix, Protocol::Tcp, ports, except, service)

@@ -10,8 +10,9 @@ use std::{
 use anyport_common::flow::Transport;
 use proptest::prelude::*;
 
+pub(in crate::steering::tproxy) use crate::rules::tests::fixtures::rule;
 use crate::{
-    rules::{Decision, Origin, PortSet, Prefix, Protocol, Rule, RuleSet, RuleText, decide},
+    rules::{Decision, Origin, Prefix, Protocol, Rule, RuleSet, RuleText, decide},
     steering::{
         GroupSocket, Holder, ServiceSockets,
         tproxy::{
@@ -45,28 +46,6 @@ pub(in crate::steering::tproxy) fn services() -> Vec<ServiceSockets> {
         service("b", 2, [Some("0.0.0.0:2001"), None, Some("[::]:2003"), None]),
         service("c", 3, [Some("10.0.0.1:3001"), Some("127.0.0.1:3002"), None, Some("[::1]:3004")]),
     ]
-}
-
-/// A rule for a prefix such as `192.0.2.0/24` or `192.0.2.0/24 from 198.51.100.0/24`.
-pub(in crate::steering::tproxy) fn rule(
-    prefix: &str,
-    protocol: Protocol,
-    ports: &str,
-    except: &str,
-    service: &str,
-) -> Rule {
-    let (prefix, source) =
-        prefix.split_once(" from ").map_or((prefix, None), |(prefix, source)| (prefix, Some(source)));
-    RuleText {
-        prefix: prefix.parse().unwrap(),
-        protocol,
-        ports: if ports == "all" { PortSet::all() } else { ports.parse().unwrap() },
-        except: except.parse().unwrap(),
-        source: source.map(|it| it.parse().unwrap()),
-        service: service.parse().unwrap(),
-        route: true,
-    }
-    .into_rule(Origin::Added)
 }
 
 /// A set, with numbers, of those of the rules that contradict none before them.
