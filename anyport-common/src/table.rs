@@ -98,9 +98,9 @@ pub enum Verdict {
 /// bits     0-2      3-4    5-7                8-15   16-31        32-63
 /// verdict  VERDICT  -      kind, is relative  -      service      rule's number
 ///          0-2      3-4    5-6     7-10  11-15  16-42             43-63
-/// sorted   SORTED   turn   order   -     -      offset            -
-/// index    INDEX    turn   shift (5-10)  width  offset            -
-/// lines    LINES    turn   skip (5-10)   width  offset            -
+/// sorted   SORTED   sel.   order   -     -      offset            -
+/// index    INDEX    sel.   shift (5-10)  width  offset            -
+/// lines    LINES    sel.   skip (5-10)   width  offset            -
 /// ports    PORTS    -      -       -     -      offset            number of the prefix's first rule
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -108,22 +108,22 @@ pub struct Slot(pub u64);
 
 /// What a slot is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
+pub enum SlotKind {
     /// The end of the way.
     Verdict,
     /// A node with sorted keys.
     Sorted,
     /// A node that is indexed by bits of the key.
     Index,
-    /// Lines that are indexed by bits of the key.
-    Lines,
+    /// Cache lines that are indexed by bits of the key.
+    CacheLines,
     /// Two slots, for the ports of TCP and UDP.
     Ports,
 }
 
 /// Which key a node goes on with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Turn {
+pub enum KeySelector {
     /// The one of the node before.
     Same = 0,
     /// The second half of the address.
@@ -160,18 +160,18 @@ impl Slot {
 
     /// A sorted node: 2^`order` slots, `order` from 1 to 3. Its words are the keys, of which the last is unused, and
     /// the slots. Unused places repeat the last slot, under the highest key.
-    pub const fn sorted(order: u32, offset: u32, turn: Turn) -> Self {
-        Self(SORTED | (turn as u64) << 3 | (order as u64) << 5 | (offset as u64) << 16)
+    pub const fn sorted(order: u32, offset: u32, selector: KeySelector) -> Self {
+        Self(SORTED | (selector as u64) << 3 | (order as u64) << 5 | (offset as u64) << 16)
     }
 
     /// An index of 2^`width` slots by the bits of the key above the last `shift`.
-    pub const fn index(shift: u32, width: u32, offset: u32, turn: Turn) -> Self {
-        Self(INDEX | (turn as u64) << 3 | (shift as u64) << 5 | (width as u64) << 11 | (offset as u64) << 16)
+    pub const fn index(shift: u32, width: u32, offset: u32, selector: KeySelector) -> Self {
+        Self(INDEX | (selector as u64) << 3 | (shift as u64) << 5 | (width as u64) << 11 | (offset as u64) << 16)
     }
 
-    /// 2^`width` lines by the bits of the key behind the first `skip`; both together are 63 at most. See [`Line`].
-    pub const fn lines(skip: u32, width: u32, offset: u32, turn: Turn) -> Self {
-        Self(LINES | (turn as u64) << 3 | (skip as u64) << 5 | (width as u64) << 11 | (offset as u64) << 16)
+    /// 2^`width` lines by the bits of the key behind the first `skip`; both together are 63 at most. See [`CacheLine`].
+    pub const fn lines(skip: u32, width: u32, offset: u32, selector: KeySelector) -> Self {
+        Self(LINES | (selector as u64) << 3 | (skip as u64) << 5 | (width as u64) << 11 | (offset as u64) << 16)
     }
 
     /// The ports of a prefix whose first rule has this number.
@@ -181,36 +181,36 @@ impl Slot {
 
     /// What this is; nothing for a word that is damaged.
     #[inline(always)]
-    pub const fn kind(self) -> Option<Kind> {
+    pub const fn kind(self) -> Option<SlotKind> {
         match self.0 & 7 {
-            VERDICT => Some(Kind::Verdict),
-            SORTED => Some(Kind::Sorted),
-            INDEX => Some(Kind::Index),
-            PORTS => Some(Kind::Ports),
-            LINES => Some(Kind::Lines),
+            VERDICT => Some(SlotKind::Verdict),
+            SORTED => Some(SlotKind::Sorted),
+            INDEX => Some(SlotKind::Index),
+            PORTS => Some(SlotKind::Ports),
+            LINES => Some(SlotKind::CacheLines),
             _ => None,
         }
     }
 
     /// Which key a node goes on with.
-    pub const fn turn(self) -> Turn {
+    pub const fn selector(self) -> KeySelector {
         match self.0 >> 3 & 3 {
-            1 => Turn::Low,
-            2 => Turn::Source,
-            _ => Turn::Same,
+            1 => KeySelector::Low,
+            2 => KeySelector::Source,
+            _ => KeySelector::Same,
         }
     }
 
     /// The node, going on with another key.
     #[must_use]
-    pub const fn with_turn(self, turn: Turn) -> Self {
-        Self(self.0 & !(3 << 3) | (turn as u64) << 3)
+    pub const fn with_selector(self, selector: KeySelector) -> Self {
+        Self(self.0 & !(3 << 3) | (selector as u64) << 3)
     }
 
     /// The node, or whatever it is, going on with the same key.
     #[must_use]
-    pub const fn without_turn(self) -> Self {
-        self.with_turn(Turn::Same)
+    pub const fn without_selector(self) -> Self {
+        self.with_selector(KeySelector::Same)
     }
 
     /// Where the words of a node begin.
@@ -278,7 +278,7 @@ impl Slot {
 ///
 /// Unused places repeat the last slot, under the highest key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Line(pub [u64; LINE_WORDS as usize]);
+pub struct CacheLine(pub [u64; LINE_WORDS as usize]);
 
 /// Bits of a slot that is a node.
 pub const NODE_BITS: u32 = 16 + OFFSET_BITS;
@@ -291,18 +291,18 @@ const HIGHS: u64 = ONES << LINE_KEY_BITS;
 /// The keys of the second word.
 const SECOND: u64 = u64::MAX >> 16;
 
-impl Line {
+impl CacheLine {
     /// A line of slots, of which all but the first begin at these keys; nothing if they don't fit.
     pub fn of(slots: &[Slot], keys: &[u64]) -> Option<Self> {
         let last = *slots.last()?;
-        let fits = |slot: &Slot| matches!(slot.kind(), Some(Kind::Ports)) || slot.0 >> NODE_BITS == 0;
+        let fits = |slot: &Slot| matches!(slot.kind(), Some(SlotKind::Ports)) || slot.0 >> NODE_BITS == 0;
         if slots.len() > LINE_SLOTS as usize || !slots.iter().all(fits) {
             return None;
         }
         let mut words = [0; LINE_WORDS as usize];
         for place in 0..LINE_SLOTS as usize {
             let slot = *slots.get(place).unwrap_or(&last);
-            let is_ports = matches!(slot.kind(), Some(Kind::Ports));
+            let is_ports = matches!(slot.kind(), Some(SlotKind::Ports));
             let short = if is_ports { slot.0 >> 16 } else { slot.0 };
             words[1] |= u64::from(!is_ports) << (48 + place);
             words[2 + place / 4] |= (short >> 32) << (16 * (place % 4));
@@ -360,7 +360,7 @@ pub fn lookup<S: Store + ?Sized>(store: &S, root: Slot, flow: &Flow) -> Option<V
         return Some(Verdict::Unmatched);
     }
     let policy = policy(store, root, flow.address)?;
-    if let Some(Kind::Verdict) = policy.kind() {
+    if let Some(SlotKind::Verdict) = policy.kind() {
         return Some(policy.to_verdict(0));
     }
     let transport = match flow.transport {
@@ -370,7 +370,7 @@ pub fn lookup<S: Store + ?Sized>(store: &S, root: Slot, flow: &Flow) -> Option<V
     let at = policy.offset();
     let ports = Slot(store.segment(at >> SEGMENT_BITS)?.word(at.wrapping_add(transport)));
     // The same for all ports, as most policies say.
-    if let Some(Kind::Verdict) = ports.kind() {
+    if let Some(SlotKind::Verdict) = ports.kind() {
         return Some(ports.to_verdict(policy.first_number()));
     }
     let keys = Keys { key: port_key(flow.port), low: flow.source.low, source: flow.source.high };
@@ -396,9 +396,9 @@ fn policy<S: Store + ?Sized>(store: &S, root: Slot, Address { high, low, .. }: A
 pub struct Keys {
     /// Of the first node.
     pub key: u64,
-    /// At [`Turn::Low`].
+    /// At [`KeySelector::Low`].
     pub low: u64,
-    /// At [`Turn::Source`].
+    /// At [`KeySelector::Source`].
     pub source: u64,
 }
 
@@ -411,7 +411,7 @@ pub fn descend<S: Store + ?Sized>(store: &S, root: Slot, Keys { mut key, low, so
     let mut slot = root;
     for _ in 0..STEPS {
         let kind = slot.kind()?;
-        if let Kind::Verdict | Kind::Ports = kind {
+        if let SlotKind::Verdict | SlotKind::Ports = kind {
             return Some(slot);
         }
         let (is_low, is_source) = (slot.0 >> 3 & 1, slot.0 >> 4 & 1);
@@ -420,7 +420,7 @@ pub fn descend<S: Store + ?Sized>(store: &S, root: Slot, Keys { mut key, low, so
         let at = slot.offset();
         let segment = store.segment(at >> SEGMENT_BITS)?;
         let word = |index: u32| segment.word(at.wrapping_add(index));
-        if let Kind::Lines = kind {
+        if let SlotKind::CacheLines = kind {
             let (skip, width) = (slot.skip(), slot.width());
             // In two steps, since no shift is of 64 bits.
             let line = low_half(key.wrapping_shl(skip) >> 1 >> (63 - width)).wrapping_mul(LINE_WORDS);
@@ -429,7 +429,7 @@ pub fn descend<S: Store + ?Sized>(store: &S, root: Slot, Keys { mut key, low, so
             slot = in_line(word, place_in_line(word, rest));
             continue;
         }
-        let place = if let Kind::Index = kind {
+        let place = if let SlotKind::Index = kind {
             let mask = (1_u32 << slot.width()).wrapping_sub(1);
             low_half(key >> slot.shift()) & mask
         } else {
@@ -468,7 +468,8 @@ mod tests {
     use std::vec::Vec;
 
     use super::{
-        Keys, LINE_WORDS, Line, SEGMENT_WORDS, Slot, Store, Turn, Verdict, Words, covers, descend, lookup, port_key,
+        CacheLine, KeySelector, Keys, LINE_WORDS, SEGMENT_WORDS, Slot, Store, Verdict, Words, covers, descend, lookup,
+        port_key,
     };
     use crate::flow::{Address, Flow, Transport};
 
@@ -501,17 +502,17 @@ mod tests {
             // 0: addresses
             &[0xc000_0200 << 32, 0xc000_0300 << 32, u64::MAX, 0, 0, Slot::ports(8, 7).0, 0, 0][..],
             // 8: ports of TCP, from 64 to 127, and of UDP
-            &[Slot::index(64 - 10, 3, 16, Turn::Same).0, 0, 0, 0, 0, 0, 0, 0],
+            &[Slot::index(64 - 10, 3, 16, KeySelector::Same).0, 0, 0, 0, 0, 0, 0, 0],
             // 16: ports by the bits above the last 6, of which 1 is 64 to 127
-            &[0, Slot::sorted(3, 24, Turn::Same).0, 0, 0, 0, 0, 0, 0],
+            &[0, Slot::sorted(3, 24, KeySelector::Same).0, 0, 0, 0, 0, 0, 0],
             // 24: ports from 64 on
             &[80, 85, 86, 91].map(port_key),
             &[u64::MAX; 4],
-            &[0, Slot::sorted(1, 40, Turn::Source).0, host, steer, 0, 0, 0, 0],
+            &[0, Slot::sorted(1, 40, KeySelector::Source).0, host, steer, 0, 0, 0, 0],
             // 40: clients
             &[0xc633_6400 << 32, 0, steer, 0],
         ];
-        (Segments(words.concat()), Slot::sorted(2, 0, Turn::Same))
+        (Segments(words.concat()), Slot::sorted(2, 0, KeySelector::Same))
     }
 
     fn flow(source: u32, address: u32, transport: Transport, port: u16) -> Flow {
@@ -558,19 +559,19 @@ mod tests {
     fn a_line_has_room_for_nodes_but_not_for_every_verdict() {
         let last = (1 << 27) - 1;
         for node in [
-            Slot::lines(63, 11, last, Turn::Source),
-            Slot::index(63, 12, last, Turn::Low),
-            Slot::sorted(3, last, Turn::Same),
+            Slot::lines(63, 11, last, KeySelector::Source),
+            Slot::index(63, 12, last, KeySelector::Low),
+            Slot::sorted(3, last, KeySelector::Same),
             Slot::ports(last, (1 << 21) - 1),
             Slot::verdict(Verdict::Steer { rule: (1 << 11) - 1, service: u16::MAX }, true),
         ] {
-            let line = Line::of(&[Slot::UNMATCHED, node], &[5]).unwrap();
+            let line = CacheLine::of(&[Slot::UNMATCHED, node], &[5]).unwrap();
             let expected = [(0, Slot::UNMATCHED), (5, node)].into_iter().chain([(0x7fff, node); 6]);
             assert_eq!(line.slots().collect::<Vec<_>>(), expected.collect::<Vec<_>>());
         }
-        assert_eq!(Line::of(&[Slot::verdict(Verdict::Host { rule: 1 << 11 }, false)], &[]), None);
-        assert_eq!(Line::of(&[Slot::UNMATCHED; 9], &[1, 2, 3, 4, 5, 6, 7, 8]), None);
-        assert_eq!(Line::of(&[], &[]), None);
+        assert_eq!(CacheLine::of(&[Slot::verdict(Verdict::Host { rule: 1 << 11 }, false)], &[]), None);
+        assert_eq!(CacheLine::of(&[Slot::UNMATCHED; 9], &[1, 2, 3, 4, 5, 6, 7, 8]), None);
+        assert_eq!(CacheLine::of(&[], &[]), None);
     }
 
     proptest! {
@@ -585,9 +586,9 @@ mod tests {
             let mut words = std::vec![0; LINE_WORDS as usize];
             for line in &lines {
                 let slots: Vec<_> = std::iter::once(outer).chain(line.values().copied()).collect();
-                words.extend(Line::of(&slots, &line.keys().copied().collect::<Vec<_>>()).unwrap().0);
+                words.extend(CacheLine::of(&slots, &line.keys().copied().collect::<Vec<_>>()).unwrap().0);
             }
-            let root = Slot::lines(skip, 2, LINE_WORDS, Turn::Same);
+            let root = Slot::lines(skip, 2, LINE_WORDS, KeySelector::Same);
             let number = key << skip >> 62;
             let rest = key << skip << 2 >> 49;
             let expected = lines[usize::try_from(number).unwrap()].range(..=rest).next_back().map_or(outer, |it| *it.1);

@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 /// Why a request was not carried out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
+pub enum ProblemKind {
     /// The request makes no sense. Status 400, exit status 2.
     Invalid,
     /// The caller may not do this. Status 403, exit status 4.
@@ -25,7 +25,7 @@ pub enum Kind {
     NoDaemon,
 }
 
-impl Kind {
+impl ProblemKind {
     const SENT: [Self; 8] = [
         Self::Invalid,
         Self::NotPermitted,
@@ -74,27 +74,27 @@ impl Kind {
 pub struct Problem {
     /// Decides about the status codes.
     #[serde(skip, default = "failed")]
-    pub kind: Kind,
+    pub kind: ProblemKind,
     /// What was attempted and why it did not work.
     pub error: String,
     /// What to do next; may be empty.
     pub hint: String,
 }
 
-fn failed() -> Kind {
-    Kind::Failed
+fn failed() -> ProblemKind {
+    ProblemKind::Failed
 }
 
 impl Problem {
     /// A problem without a hint.
-    pub fn new(kind: Kind, error: impl Into<String>) -> Self {
+    pub fn new(kind: ProblemKind, error: impl Into<String>) -> Self {
         Self { kind, error: error.into(), hint: String::new() }
     }
 
     /// The daemon ends, and a later one may carry the request out.
     #[cfg(feature = "daemon")]
     pub(crate) fn stopping() -> Self {
-        Self::new(Kind::Stopping, "anyportd is stopping").hint("try again when it runs again")
+        Self::new(ProblemKind::Stopping, "anyportd is stopping").hint("try again when it runs again")
     }
 
     /// Adds what to do next.
@@ -108,7 +108,7 @@ impl Problem {
 #[cfg(feature = "daemon")]
 impl From<anyhow::Error> for Problem {
     fn from(error: anyhow::Error) -> Self {
-        Self::new(Kind::Failed, format!("{error:#}"))
+        Self::new(ProblemKind::Failed, format!("{error:#}"))
     }
 }
 

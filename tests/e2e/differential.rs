@@ -62,7 +62,7 @@ impl Rule {
     }
 
     /// What the rule says about a client and a port: which service it gets, if the rule matches.
-    fn opinion(&self, from: IpAddr, port: u16) -> Option<&'static str> {
+    fn verdict(&self, from: IpAddr, port: u16) -> Option<&'static str> {
         if let Some(source) = self.source {
             let (base, length) = source.split_once('/')?;
             if mask(from, length.parse().ok()?) != base.parse::<IpAddr>().ok()? {
@@ -93,8 +93,8 @@ fn mask(address: IpAddr, length: u32) -> IpAddr {
 /// The contract in the words of this test alone: the longest prefix with a rule that matches the client and the port.
 fn decide(rules: &[Rule], from: IpAddr, to: IpAddr, port: u16) -> &'static str {
     let about = rules.iter().filter(|rule| rule.base.is_ipv4() == to.is_ipv4() && mask(to, rule.length) == rule.base);
-    let opinions = about.filter_map(|rule| Some((rule.length, rule.opinion(from, port)?)));
-    opinions.max_by_key(|&(length, _)| length).map_or("no", |(_, service)| service)
+    let matching = about.filter_map(|rule| Some((rule.length, rule.verdict(from, port)?)));
+    matching.max_by_key(|&(length, _)| length).map_or("no", |(_, service)| service)
 }
 
 /// Who answers a client.

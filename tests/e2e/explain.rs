@@ -79,7 +79,7 @@ fn considered(backend: &'static str) {
     }
     let longer = daemon.json("explain 192.0.2.7:443");
     let last = whys(&longer).pop().expect("a rule");
-    assert_eq!(last, "192.0.2.0/24 a longer prefix with an opinion on port 443 comes first: 192.0.2.0/25");
+    assert_eq!(last, "192.0.2.0/24 a longer prefix with a rule that matches port 443 comes first: 192.0.2.0/25");
 }
 
 fn sockets(backend: &'static str) {

@@ -381,7 +381,7 @@ fn taken_later() {
     lab.topology.client.enter(|| expect_tcp_hello(at("192.0.2.7", 80)));
     let log = lab.daemon.log();
     assert!(log.contains("listen at 127.0.0.1:9465 for metrics") && log.contains("trying again"), "{log}");
-    lab.topology.host.enter(|| tcp(address()).expect_err("the former address is closed"));
+    lab.topology.host.enter(|| tcp(address()).expect_err("the previous address is closed"));
     drop(holder);
     wait_for("metrics", Duration::from_secs(10), || {
         lab.topology.host.enter(|| tcp(other)).map(drop).map_err(|error| error.to_string())

@@ -86,7 +86,7 @@ const TABLES: &[Table] = &[
         ],
     },
     Table {
-        name: "an exception is an opinion",
+        name: "an exception is a match",
         rules: &[
             "192.0.2.0/24 --service one",
             "192.0.2.0/25 --except 22,8000-8010 --service two",
@@ -108,7 +108,7 @@ const TABLES: &[Table] = &[
         ],
     },
     Table {
-        name: "no opinion on the protocol",
+        name: "the protocol does not match",
         rules: &[
             "192.0.2.0/24 --protocol both --service hello",
             "192.0.2.0/25 --protocol udp --service echo",

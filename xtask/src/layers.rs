@@ -76,7 +76,7 @@ const LAYERS: &[Layers] = &[
             "kept",
             "observed",
             "views",
-            "events",
+            "published",
             "explain",
             "served",
             "dropping",

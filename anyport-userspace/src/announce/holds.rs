@@ -74,7 +74,7 @@ impl Hold {
         self.since + hold_down * 2_u32.pow(self.withdrawals.saturating_sub(1).min(MOST_DOUBLINGS))
     }
 
-    fn turn(&mut self, state: AnnounceState, why: Option<String>, now: Instant) {
+    fn set_state(&mut self, state: AnnounceState, why: Option<String>, now: Instant) {
         if self.state != state {
             (self.state, self.since) = (state, now);
         }
@@ -85,20 +85,20 @@ impl Hold {
         let is_announced = self.state == AnnounceState::Announced;
         match verdict {
             Serving::Unknown => {}
-            Serving::Drained => self.turn(AnnounceState::Drained, None, now),
+            Serving::Drained => self.set_state(AnnounceState::Drained, None, now),
             Serving::Unserved(why) => {
                 if is_announced {
                     let is_long = now.duration_since(self.since) >= hold_down * 2_u32.pow(MOST_DOUBLINGS);
                     self.withdrawals = if is_long { 1 } else { self.withdrawals.saturating_add(1) };
                 }
-                self.turn(AnnounceState::Unserved, Some(why.clone()), now);
+                self.set_state(AnnounceState::Unserved, Some(why.clone()), now);
             }
             Serving::Served if is_announced => {}
             Serving::Served => {
                 let why = self.why.take();
-                self.turn(AnnounceState::Held, why, now);
+                self.set_state(AnnounceState::Held, why, now);
                 if self.due(hold_down) <= now {
-                    self.turn(AnnounceState::Announced, None, now);
+                    self.set_state(AnnounceState::Announced, None, now);
                 }
             }
         }
@@ -116,10 +116,10 @@ impl Holds {
     pub(super) fn judge(&mut self, judgement: &Judgement, now: Instant) -> Option<Instant> {
         let Judgement { prefixes, hold_down, .. } = judgement;
         let before = self.announced().count();
-        let mut former = std::mem::take(&mut self.prefixes);
+        let mut previous = std::mem::take(&mut self.prefixes);
         let mut stay = 0;
         for Judged { prefix, verdict } in prefixes {
-            let mut hold = former.remove(prefix).unwrap_or_else(|| Hold::new(AnnounceState::Unserved, now));
+            let mut hold = previous.remove(prefix).unwrap_or_else(|| Hold::new(AnnounceState::Unserved, now));
             let was_announced = hold.state == AnnounceState::Announced;
             hold.judge(verdict, *hold_down, now);
             stay += usize::from(was_announced && hold.state == AnnounceState::Announced);

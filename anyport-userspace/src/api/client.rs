@@ -21,7 +21,7 @@ use tokio::{
 };
 
 use super::{
-    Kind, Problem,
+    Problem, ProblemKind,
     types::{MAX_BODY, MAX_FILE, too_large},
 };
 
@@ -129,13 +129,13 @@ impl Client {
             let end = rest.iter().rposition(|byte| *byte == b'\n').map_or(0, |at| at + 1);
             let lines: Vec<u8> = rest.drain(..end).collect();
             for line in lines.split(|byte| *byte == b'\n').filter(|line| !line.is_empty()) {
-                let told = serde_json::from_slice(line).map_err(|error| self.broken(&error))?;
-                if hear(told)?.is_break() {
+                let line = serde_json::from_slice(line).map_err(|error| self.broken(&error))?;
+                if hear(line)?.is_break() {
                     return Ok(());
                 }
             }
         }
-        Err(Problem::new(Kind::NoDaemon, format!("anyportd at {} has ended", self.socket.display()))
+        Err(Problem::new(ProblemKind::NoDaemon, format!("anyportd at {} has ended", self.socket.display()))
             .hint("after a restart or an upgrade, ask the one that followed"))
     }
 
@@ -145,7 +145,7 @@ impl Client {
         let body = Bytes::from(body);
         loop {
             match self.ask_once(&method, path, body.clone()).await {
-                Err(problem) if problem.kind == Kind::Stopping => sleep(PAUSE).await,
+                Err(problem) if problem.kind == ProblemKind::Stopping => sleep(PAUSE).await,
                 answer => return answer,
             }
         }
@@ -164,7 +164,9 @@ impl Client {
             .map_err(|error| self.broken(&error))?;
         let response = match sender.send_request(request).await {
             // It was never sent: the daemon had closed the connection.
-            Err(error) if error.is_canceled() => return Err(Problem { kind: Kind::Stopping, ..self.broken(&error) }),
+            Err(error) if error.is_canceled() => {
+                return Err(Problem { kind: ProblemKind::Stopping, ..self.broken(&error) });
+            }
             response => response.map_err(|error| self.broken(&error))?,
         };
         let status = response.status();
@@ -172,7 +174,7 @@ impl Client {
             return Ok(response.into_body());
         }
         let body = response.into_body().collect().await.map_err(|error| self.broken(&error))?.to_bytes();
-        let kind = Kind::from_http_status(status.as_u16());
+        let kind = ProblemKind::from_http_status(status.as_u16());
         Err(match serde_json::from_slice::<Problem>(&body) {
             Ok(problem) => Problem { kind, ..problem },
             Err(_) => Problem::new(kind, format!("anyportd answered {status}: {}", String::from_utf8_lossy(&body))),
@@ -180,28 +182,31 @@ impl Client {
     }
 
     fn broken(&self, error: &dyn std::error::Error) -> Problem {
-        Problem::new(Kind::NoDaemon, format!("talk to anyportd at {}: {error}", self.socket.display()))
+        Problem::new(ProblemKind::NoDaemon, format!("talk to anyportd at {}: {error}", self.socket.display()))
             .hint("anyportd's log may say more")
     }
 
     fn silent(&self, patience: Duration) -> Problem {
-        Problem::new(Kind::NoDaemon, format!("no answer from {} for {} s", self.socket.display(), patience.as_secs()))
-            .hint("it may still carry the command out; anyportd's log says what it is busy with")
+        Problem::new(
+            ProblemKind::NoDaemon,
+            format!("no answer from {} for {} s", self.socket.display(), patience.as_secs()),
+        )
+        .hint("it may still carry the command out; anyportd's log says what it is busy with")
     }
 
     fn unreachable(&self, error: &std::io::Error) -> Problem {
         let socket = self.socket.display();
         if error.kind() == ErrorKind::PermissionDenied {
-            return Problem::new(Kind::NotPermitted, format!("connect to {socket}: {error}"))
+            return Problem::new(ProblemKind::NotPermitted, format!("connect to {socket}: {error}"))
                 .hint("become root or a member of the group anyport");
         }
-        Problem::new(Kind::NoDaemon, format!("no anyportd answers at {socket}: {error}"))
+        Problem::new(ProblemKind::NoDaemon, format!("no anyportd answers at {socket}: {error}"))
             .hint("start anyportd, or name its socket with --socket")
     }
 }
 
 fn to_json(body: &impl Serialize) -> Result<Vec<u8>, Problem> {
-    serde_json::to_vec(body).map_err(|error| Problem::new(Kind::Failed, format!("write the request: {error}")))
+    serde_json::to_vec(body).map_err(|error| Problem::new(ProblemKind::Failed, format!("write the request: {error}")))
 }
 
 #[cfg(test)]
@@ -215,7 +220,7 @@ mod tests {
     async fn who_follows_a_daemon_that_stops_is_asked() {
         let directory = tempfile::tempdir().unwrap();
         let socket = directory.path().join("socket");
-        let daemon = |answer: &'static str, kind: Kind| {
+        let daemon = |answer: &'static str, kind: ProblemKind| {
             std::fs::remove_file(&socket).unwrap_or_default();
             let status = StatusCode::from_u16(kind.http_status()).unwrap();
             let asked = move |body: String| async move {
@@ -225,18 +230,18 @@ mod tests {
             let listener = UnixListener::bind(&socket).unwrap();
             tokio::spawn(async move { axum::serve(listener, Router::new().route("/", post(asked))).await })
         };
-        let stopping = daemon(r#"{"error": "it stops", "hint": ""}"#, Kind::Stopping);
+        let stopping = daemon(r#"{"error": "it stops", "hint": ""}"#, ProblemKind::Stopping);
         let client = Client::new(socket.clone());
         let answer = tokio::spawn(async move { client.post::<()>("/", &1).await });
         sleep(2 * PAUSE).await;
         assert!(!answer.is_finished());
         stopping.abort();
-        let follower = daemon(r#"{"error": "taken", "hint": ""}"#, Kind::Conflict);
+        let follower = daemon(r#"{"error": "taken", "hint": ""}"#, ProblemKind::Conflict);
         let problem = answer.await.unwrap().unwrap_err();
-        assert_eq!((problem.kind, problem.error.as_str()), (Kind::Conflict, "taken"));
+        assert_eq!((problem.kind, problem.error.as_str()), (ProblemKind::Conflict, "taken"));
         follower.abort();
         let client = Client::new(socket.clone());
         std::fs::remove_file(&socket).unwrap();
-        assert_eq!(client.post::<()>("/", &1).await.unwrap_err().kind, Kind::NoDaemon);
+        assert_eq!(client.post::<()>("/", &1).await.unwrap_err().kind, ProblemKind::NoDaemon);
     }
 }

@@ -8,7 +8,7 @@ use std::{
 use anyport_common::event::{ASSIGN_ERROR, DENIED, NO_SOCKET, STEERED};
 use serde::{Deserialize, Serialize};
 
-use super::{Kind, Problem};
+use super::{Problem, ProblemKind};
 use crate::rules::{Prefix, Protocol, ServiceName};
 
 /// Query of `GET /v1/events`: which connections and flows to publish.
@@ -50,7 +50,7 @@ impl Listen {
     pub fn validate(&self) -> Result<(), Problem> {
         match (self.prefix, self.source) {
             (Some(prefix), Some(source)) if prefix.is_ipv4() != source.is_ipv4() => Err(Problem::new(
-                Kind::Invalid,
+                ProblemKind::Invalid,
                 format!("no packet goes from {source} to {prefix}: the two must be of the same IP version"),
             )),
             _ => Ok(()),

@@ -4,7 +4,7 @@ use std::{fmt, net::SocketAddr, str::FromStr};
 
 use serde::{Deserialize, Serialize};
 
-use super::{Kind, Problem};
+use super::{Problem, ProblemKind};
 use crate::{
     as_text::as_text,
     back_end::BackEnd,
@@ -66,11 +66,11 @@ impl Explain {
     /// No packet can be so.
     pub fn validate(&self) -> Result<(), Problem> {
         if self.protocol == Protocol::Both {
-            return Err(Problem::new(Kind::Invalid, "a packet is tcp or udp, not both"));
+            return Err(Problem::new(ProblemKind::Invalid, "a packet is tcp or udp, not both"));
         }
         match self.from {
             Some(from) if from.0.is_ipv4() != self.to.0.is_ipv4() => Err(Problem::new(
-                Kind::Invalid,
+                ProblemKind::Invalid,
                 format!("no packet goes from {from} to {}: the two must be of the same IP version", self.to),
             )),
             _ => Ok(()),

@@ -35,4 +35,4 @@ pub(crate) use self::{
     live::increase,
     types::{MAX_BODY, MAX_FILE, too_large},
 };
-pub use crate::problem::{Changed, Kind, Problem};
+pub use crate::problem::{Changed, Problem, ProblemKind};

@@ -4,7 +4,7 @@ use std::{num::NonZeroU16, path::PathBuf};
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
-use super::{AnnounceView, DrainView, Kind, Problem};
+use super::{AnnounceView, DrainView, Problem, ProblemKind};
 use crate::{
     rules::{Origin, PortSet, Prefix, Protocol, RuleSpec, ServiceName, with_terms},
     service::{HandlerKind, Limits, Registrant, ServiceStats, SocketInfo, UpstreamView},
@@ -19,7 +19,7 @@ pub(crate) const MAX_FILE: usize = 256 << 20;
 
 /// The problem of a request beyond its limit.
 pub(crate) fn too_large(error: String, limit: usize) -> Problem {
-    Problem::new(Kind::TooLarge, error).hint(format!("{limit} bytes are the limit; send several requests"))
+    Problem::new(ProblemKind::TooLarge, error).hint(format!("{limit} bytes are the limit; send several requests"))
 }
 
 /// Reads a request's body.
@@ -28,7 +28,7 @@ pub(crate) fn too_large(error: String, limit: usize) -> Problem {
 /// The body is not JSON of that shape: says where and why.
 pub fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, Problem> {
     serde_json::from_slice(body).map_err(|error| {
-        Problem::new(Kind::Invalid, format!("read the body of the request: {error}"))
+        Problem::new(ProblemKind::Invalid, format!("read the body of the request: {error}"))
             .hint("docs/api.md describes the requests")
     })
 }
@@ -369,7 +369,7 @@ pub struct RefusedView {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct RepairView {
     /// Which kind.
-    pub kind: steering::Kind,
+    pub kind: steering::ObjectKind,
     /// How often, since the process began to serve.
     pub times: u64,
     /// What it was the last time.

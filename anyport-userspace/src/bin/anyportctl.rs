@@ -4,7 +4,7 @@
 use std::{env, io::stdout, process::ExitCode};
 
 use anyport::{
-    api::{Kind, Problem},
+    api::{Problem, ProblemKind},
     cli::Cli,
 };
 use clap::{Parser as _, error::ErrorKind};
@@ -18,7 +18,7 @@ fn main() -> ExitCode {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let result = match runtime {
         Ok(runtime) => runtime.block_on(cli.run(&mut stdout())),
-        Err(error) => Err(Problem::new(Kind::Failed, format!("start: {error}"))),
+        Err(error) => Err(Problem::new(ProblemKind::Failed, format!("start: {error}"))),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -33,11 +33,11 @@ fn usage(error: &clap::Error) -> ExitCode {
         let text = error.to_string();
         let (what, hint) = text.split_once("\n\n").unwrap_or((&text, ""));
         let what = what.trim_start_matches("error: ").trim();
-        return fail(&Problem::new(Kind::Invalid, what).hint(hint.trim()), true);
+        return fail(&Problem::new(ProblemKind::Invalid, what).hint(hint.trim()), true);
     }
     // Where standard output is closed, nobody reads the help.
     error.print().ok();
-    ExitCode::from(if is_mistake { Kind::Invalid.exit_status() } else { 0 })
+    ExitCode::from(if is_mistake { ProblemKind::Invalid.exit_status() } else { 0 })
 }
 
 fn fail(problem: &Problem, json: bool) -> ExitCode {

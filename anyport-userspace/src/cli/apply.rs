@@ -10,7 +10,7 @@ use std::{
 use indicatif::{ProgressBar, ProgressStyle};
 
 use super::{Output, path};
-use crate::api::{self, Applied, Changed, Client, Kind, Problem, ProgressView};
+use crate::api::{self, Applied, Changed, Client, Problem, ProblemKind, ProgressView};
 
 /// Makes the applied rules equal to a file. Rules of the configuration and rules that were added by hand stay.
 ///
@@ -65,7 +65,7 @@ pub(super) fn read(file: &PathBuf) -> Result<Vec<u8>, Problem> {
     } else {
         fs::read(file).map(|read| text = read)
     };
-    result.map_err(|error| Problem::new(Kind::Invalid, format!("read {}: {error}", file.display())))?;
+    result.map_err(|error| Problem::new(ProblemKind::Invalid, format!("read {}: {error}", file.display())))?;
     Ok(text)
 }
 

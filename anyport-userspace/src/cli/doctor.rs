@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use super::Output;
 use crate::{
-    api::{Client, Kind, Problem},
+    api::{Client, Problem, ProblemKind},
     doctor::{Change, Finding, Host, Journal, Report},
 };
 
@@ -77,7 +77,7 @@ impl Doctor {
 }
 
 fn broken(what: &str) -> Problem {
-    Problem::new(Kind::Failed, what).hint("the findings say what to type; --fix does what is safe")
+    Problem::new(ProblemKind::Failed, what).hint("the findings say what to type; --fix does what is safe")
 }
 
 fn journal(client: &Client) -> PathBuf {

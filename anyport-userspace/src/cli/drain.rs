@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use super::Output;
 use crate::{
-    api::{Changed, Client, DrainRequest, DrainState, DrainView, Kind, Problem, Undrain},
+    api::{Changed, Client, DrainRequest, DrainState, DrainView, Problem, ProblemKind, Undrain},
     rules::{Prefix, ServiceName},
     text::list_of,
 };
@@ -52,7 +52,7 @@ impl Drain {
             if let Some(why) = views.iter().find_map(|view| view.why.as_ref())
                 && begun.elapsed() > PATIENCE
             {
-                return Err(Problem::new(Kind::Failed, format!("the router has not withdrawn it yet: {why}"))
+                return Err(Problem::new(ProblemKind::Failed, format!("the router has not withdrawn it yet: {why}"))
                     .hint("the drain goes on when it has; --wait 0s refuses new connections all the same"));
             }
             tokio::time::sleep(INTERVAL).await;
@@ -63,7 +63,7 @@ impl Drain {
 
 /// Puts into service again what was drained. It is announced when it has been served for the hold-down.
 #[derive(Debug, clap::Args)]
-pub(super) struct End {
+pub(super) struct UndrainOptions {
     /// As they were drained; everything if nothing is named
     #[arg(value_name = "PREFIX")]
     prefixes: Vec<Prefix>,
@@ -72,7 +72,7 @@ pub(super) struct End {
     service: Option<ServiceName>,
 }
 
-impl End {
+impl UndrainOptions {
     pub(super) async fn run(self, client: &Client, out: &mut Output<'_>) -> Result<(), Problem> {
         let Self { prefixes, service } = self;
         let names: Vec<String> =

@@ -47,16 +47,16 @@ impl Events {
         let request = Listen { prefix, source, protocol, port, service, outcome, sample };
         request.validate()?;
         let mut left = count.map(NonZeroU64::get);
-        let hear = |told: EventLine| {
-            let reader = match &told {
+        let hear = |line: EventLine| {
+            let reader = match &line {
                 EventLine::Missed { .. } | EventLine::Note { .. } if !out.json => {
                     // Beside the events, where nobody who counts lines counts it.
-                    writeln!(io::stderr(), "{}", text(&told)).ok();
+                    writeln!(io::stderr(), "{}", text(&line)).ok();
                     Reader::There
                 }
-                _ => out.print_one(&told, text)?,
+                _ => out.print_one(&line, text)?,
             };
-            if let (Some(left), EventLine::Event(_)) = (&mut left, told) {
+            if let (Some(left), EventLine::Event(_)) = (&mut left, line) {
                 *left -= 1;
             }
             let is_enough = left == Some(0) || reader == Reader::Gone;
@@ -66,8 +66,8 @@ impl Events {
     }
 }
 
-fn text(told: &EventLine) -> String {
-    match told {
+fn text(line: &EventLine) -> String {
+    match line {
         EventLine::Event(event) => sentence(event),
         EventLine::Missed { missed } => format!("{missed} events were missed: they came too fast"),
         EventLine::Note { note } => format!("note: {note}"),

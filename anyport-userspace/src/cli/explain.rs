@@ -7,8 +7,8 @@ use clap::ValueEnum as _;
 use super::{Output, path};
 use crate::{
     api::{
-        Client, Endpoint, Explain as Request, Explanation, Kind, ListenerView, Problem, Reason, RuleView, SocketView,
-        Verdict,
+        Client, Endpoint, Explain as Request, Explanation, ListenerView, Problem, ProblemKind, Reason, RuleView,
+        SocketView, Verdict,
     },
     host::{self, Owner},
     rules::{InvalidText, Origin, Protocol},
@@ -37,12 +37,12 @@ impl Explain {
         let (protocol, to) = match packet.as_slice() {
             [protocol, to] => match Protocol::from_str(protocol, false) {
                 Ok(protocol) => (protocol, to),
-                Err(_) => return Err(Problem::new(Kind::Invalid, format!("{protocol:?}: say tcp or udp"))),
+                Err(_) => return Err(Problem::new(ProblemKind::Invalid, format!("{protocol:?}: say tcp or udp"))),
             },
             [to] => (Protocol::Tcp, to),
-            _ => return Err(Problem::new(Kind::Invalid, "say ADDR:PORT, with tcp or udp before it")),
+            _ => return Err(Problem::new(ProblemKind::Invalid, "say ADDR:PORT, with tcp or udp before it")),
         };
-        let to: Endpoint = to.parse().map_err(|it: InvalidText| Problem::new(Kind::Invalid, it.0))?;
+        let to: Endpoint = to.parse().map_err(|it: InvalidText| Problem::new(ProblemKind::Invalid, it.0))?;
         let request = Request { protocol, to, from };
         request.validate()?;
         let mut answer: Explanation = client.get(&path("/v1/explain", &request)?).await?;
@@ -112,7 +112,7 @@ fn sentence(answer: &Explanation) -> String {
         Reason::Unmatched if answer.considered.is_empty() => {
             "is left to the host: no rule is about that address".into()
         }
-        Reason::Unmatched => "is left to the host: no rule has an opinion on it".into(),
+        Reason::Unmatched => "is left to the host: no rule matches it".into(),
     };
     let but = match answer.verdict {
         Verdict::Host if answer.route.local && answer.listeners.is_empty() => ", and nobody listens there.",

@@ -21,7 +21,7 @@ use clap::{Parser, Subcommand};
 use serde::Serialize;
 
 use crate::{
-    api::{Changed, Client, Kind, Problem},
+    api::{Changed, Client, Problem, ProblemKind},
     paths::DEFAULT_SOCKET,
 };
 
@@ -71,7 +71,7 @@ enum Verb {
     /// Take this node out of service, or a part of it; established connections go on
     Drain(drain::Drain),
     /// End a drain
-    Undrain(drain::End),
+    Undrain(drain::UndrainOptions),
     /// Say what becomes of a packet, and why
     Explain(explain::Explain),
     /// Print connections and flows as they begin
@@ -127,7 +127,7 @@ impl Cli {
 /// A path of the API with its query.
 fn path(path: &str, query: &impl Serialize) -> Result<String, Problem> {
     let query = serde_urlencoded::to_string(query)
-        .map_err(|error| Problem::new(Kind::Failed, format!("write the request: {error}")))?;
+        .map_err(|error| Problem::new(ProblemKind::Failed, format!("write the request: {error}")))?;
     Ok(format!("{path}?{query}"))
 }
 
@@ -150,7 +150,7 @@ impl Output<'_> {
     fn print<T: Serialize>(&mut self, answer: &T, human: impl FnOnce(&T) -> String) -> Result<(), Problem> {
         let text = if self.json {
             serde_json::to_string_pretty(answer)
-                .map_err(|error| Problem::new(Kind::Failed, format!("write the answer as JSON: {error}")))?
+                .map_err(|error| Problem::new(ProblemKind::Failed, format!("write the answer as JSON: {error}")))?
         } else {
             human(answer)
         };
@@ -161,7 +161,7 @@ impl Output<'_> {
     fn print_one<T: Serialize>(&mut self, answer: &T, human: impl FnOnce(&T) -> String) -> Result<Reader, Problem> {
         let text = if self.json {
             serde_json::to_string(answer)
-                .map_err(|error| Problem::new(Kind::Failed, format!("write the answer as JSON: {error}")))?
+                .map_err(|error| Problem::new(ProblemKind::Failed, format!("write the answer as JSON: {error}")))?
         } else {
             human(answer)
         };
@@ -177,7 +177,7 @@ impl Output<'_> {
         match writeln!(self.out, "{text}").and_then(|()| self.out.flush()) {
             Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(Reader::Gone),
             written => {
-                written.map_err(|error| Problem::new(Kind::Failed, format!("print the answer: {error}")))?;
+                written.map_err(|error| Problem::new(ProblemKind::Failed, format!("print the answer: {error}")))?;
                 Ok(Reader::There)
             }
         }

@@ -6,7 +6,7 @@ use serde_json::value::RawValue;
 
 use super::{Output, path, show::table};
 use crate::{
-    api::{AddPrefixes, Changed, Client, Kind, ListPrefixes, PrefixView, Problem, RemovePrefixes},
+    api::{AddPrefixes, Changed, Client, ListPrefixes, PrefixView, Problem, ProblemKind, RemovePrefixes},
     rules::{PortSet, Prefix, Protocol, RuleSpec, ServiceName},
     text::list_of,
 };
@@ -119,7 +119,7 @@ impl List {
         // One more tells whether there are more.
         let body: Box<RawValue> = client.get(&self.path(self.limit.map(|it| it.saturating_add(1)))?).await?;
         let views: Vec<PrefixView<'_>> = serde_json::from_str(body.get())
-            .map_err(|error| Problem::new(Kind::Failed, format!("read the rules: {error}")))?;
+            .map_err(|error| Problem::new(ProblemKind::Failed, format!("read the rules: {error}")))?;
         out.print_text(&self.text(&views))
     }
 

@@ -10,7 +10,7 @@ use nix::sys::stat::fstat;
 
 use super::Output;
 use crate::{
-    api::{Client, Kind, Problem},
+    api::{Client, Problem, ProblemKind},
     register::{Listen, Process, Register, Request, Unregister, holders, send, socket_beside},
     rules::{Protocol, ServiceName},
     service::Family,
@@ -43,7 +43,7 @@ impl Add {
     pub(super) fn run(self, client: &Client, out: &mut Output<'_>) -> Result<(), Problem> {
         let Self { service, pid, fd, listen } = self;
         if pid.is_some() && fd.is_none() && listen.is_none() {
-            return Err(Problem::new(Kind::Invalid, "register: which socket of the process?")
+            return Err(Problem::new(ProblemKind::Invalid, "register: which socket of the process?")
                 .hint("name it by --fd N or --listen tcp:ADDR:PORT"));
         }
         let done = format!("service {service} receives at what was registered");
@@ -73,7 +73,7 @@ fn holder(socket: BorrowedFd<'_>) -> Option<u32> {
 /// What systemd passed.
 fn passed() -> Result<Vec<OwnedFd>, Problem> {
     let invalid = |why: String| {
-        Problem::new(Kind::Invalid, format!("register: {why}"))
+        Problem::new(ProblemKind::Invalid, format!("register: {why}"))
             .hint("name a socket by --pid and --fd or --listen, or have systemd pass it: see sd_listen_fds(3)")
     };
     let variable = |name: &str| env::var(name).ok().filter(|value| !value.is_empty());

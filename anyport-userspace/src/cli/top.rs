@@ -14,7 +14,7 @@ use tokio::time::sleep;
 use self::screen::{Key, Screen};
 use super::{Output, show::table};
 use crate::{
-    api::{Client, Kind, LivePrefix, LiveService, LiveView, PrefixCounts, Problem, ServiceCounts},
+    api::{Client, LivePrefix, LiveService, LiveView, PrefixCounts, Problem, ProblemKind, ServiceCounts},
     text::list_of,
 };
 
@@ -68,7 +68,7 @@ impl Top {
             return self.print(client, out).await;
         }
         let mut screen =
-            Screen::open().map_err(|error| Problem::new(Kind::Failed, format!("use the terminal: {error}")))?;
+            Screen::open().map_err(|error| Problem::new(ProblemKind::Failed, format!("use the terminal: {error}")))?;
         self.draw(client, &mut screen).await
     }
 
@@ -94,7 +94,7 @@ impl Top {
 
     /// Draws on the terminal until the user has seen enough. A daemon that is being restarted is waited for.
     async fn draw(&self, client: &Client, screen: &mut Screen) -> Result<(), Problem> {
-        let drawing = |error| Problem::new(Kind::Failed, format!("draw on the terminal: {error}"));
+        let drawing = |error| Problem::new(ProblemKind::Failed, format!("draw on the terminal: {error}"));
         let mut view = look(client).await;
         let mut left = self.count;
         loop {

@@ -1,6 +1,6 @@
 //! How the settings of a table of the configuration file are declared: once, with all that is made of the declaration.
 //!
-//! [`table!`] makes the struct that the settings end up in and their descriptions, [`Table::SETTINGS`]. Reload, the checks, the sample
+//! [`table!`] makes the struct that the settings end up in and their descriptions, [`ConfigTable::SETTINGS`]. Reload, the checks, the sample
 //! file and the tables of the documents go by the descriptions. [`defaults!`] and [`overlay!`] make of the same declaration what holds
 //! where nothing is given, and what the command line, the environment and the file may give.
 //!
@@ -35,7 +35,7 @@ pub enum ChangesBy {
 }
 
 /// A table of the configuration file.
-pub trait Table: Sized + 'static {
+pub trait ConfigTable: Sized + 'static {
     /// What its settings have before their names in messages.
     const PREFIX: &'static str;
     /// What each of them is shown as where there is no such table.
@@ -81,7 +81,7 @@ impl<T> Setting<T> {
 }
 
 /// The help of a setting on the command line.
-pub(super) fn help_of<T: Table>(name: &str) -> String {
+pub(super) fn help_of<T: ConfigTable>(name: &str) -> String {
     T::SETTINGS.iter().find(|it| it.name == name).map(Setting::help_text).unwrap_or_default()
 }
 
@@ -256,7 +256,7 @@ macro_rules! table {
             )+
         }
 
-        impl $crate::config::declare::Table for $table {
+        impl $crate::config::declare::ConfigTable for $table {
             const PREFIX: &'static str = $prefix;
             const ABSENT: &'static str = $absent;
             const SETTINGS: &'static [$crate::config::declare::Setting<Self>] = &[$(
@@ -362,7 +362,7 @@ pub(super) use {defaults, environment, kept, made_of, name, overlay, shown_as_te
 mod tests {
     use clap::Args as _;
 
-    use super::{ChangesBy, Table, at_most};
+    use super::{ChangesBy, ConfigTable, at_most};
 
     macro_rules! shop {
         ($settings:tt) => {

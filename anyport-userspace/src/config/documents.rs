@@ -6,7 +6,7 @@ use std::{env, fs, path::Path};
 
 use clap::{Arg, CommandFactory as _};
 
-use super::{Announce, ChangesBy, Config, DaemonConfig, Options, Setting, Settings, Table};
+use super::{Announce, ChangesBy, Config, ConfigTable, DaemonConfig, Options, Setting, Settings};
 
 /// Have the test write what it would otherwise only compare.
 const WRITE: &str = "ANYPORT_WRITE_DOCS";
@@ -37,7 +37,7 @@ fn parts() -> Vec<Part> {
 }
 
 /// A table as it stands in the sample file: commented out, each setting below its help.
-fn sample<T: Table>(head: &str) -> String {
+fn sample<T: ConfigTable>(head: &str) -> String {
     let setting = |it: &Setting<T>| {
         let help = if has_default_as_sample(it) { it.help.to_owned() } else { it.help_text() };
         let words = words::<T>(it.name);
@@ -49,7 +49,7 @@ fn sample<T: Table>(head: &str) -> String {
 }
 
 /// The words that a setting may be, where the command line knows them and there are more than true and false.
-fn words<T: Table>(name: &str) -> Vec<String> {
+fn words<T: ConfigTable>(name: &str) -> Vec<String> {
     let command = Options::command();
     let arg = command.get_arguments().find(|it| T::PREFIX.is_empty() && it.get_long() == Some(name));
     let words = arg.map(Arg::get_possible_values).unwrap_or_default();
@@ -70,7 +70,7 @@ fn comment(text: &str) -> String {
 }
 
 /// The table of a document for a table that is in the file only.
-fn keys<T: Table>() -> String {
+fn keys<T: ConfigTable>() -> String {
     markdown(["in the file", "default", "changes by", "what"], T::SETTINGS.iter().map(key))
 }
 

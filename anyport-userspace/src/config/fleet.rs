@@ -13,7 +13,7 @@ use serde::Deserialize;
 use toml::Spanned;
 
 use super::{
-    declare::{Table as _, shown_as_text, table},
+    declare::{ConfigTable as _, shown_as_text, table},
     place_of_setting,
 };
 use crate::{
@@ -235,15 +235,15 @@ mod tests {
         let text = |ring: &str, more: &str| {
             format!("[fleet]\netcd = [\"http://192.0.2.1:1\"]\nring = \"{ring}\"\nnode = \"n\"\n{more}")
         };
-        let former = parse(&text("main", "")).unwrap();
+        let previous = parse(&text("main", "")).unwrap();
         let mut now = parse(&text("canary", "max-removal = 20")).unwrap();
-        let (live, fixed) = now.differences(&former);
+        let (live, fixed) = now.differences(&previous);
         assert_eq!(
             (live, fixed),
             (vec!["fleet.max-removal: none -> 20".to_owned()], vec!["fleet.ring: main -> canary".to_owned()])
         );
-        now.take_live(&former);
+        now.take_live(&previous);
         assert_eq!(now.max_removal(), None);
-        assert_eq!(parse("").unwrap().differences(&former).1.len(), 4);
+        assert_eq!(parse("").unwrap().differences(&previous).1.len(), 4);
     }
 }

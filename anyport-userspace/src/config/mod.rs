@@ -36,7 +36,7 @@ use toml::Spanned;
 pub use self::fleet::{Fleet, FleetSettings};
 pub use self::{
     announce::Announce,
-    declare::{ChangesBy, Setting, Table},
+    declare::{ChangesBy, ConfigTable, Setting},
     options::Options,
     settings::{DaemonConfig, Settings},
     values::{Format, LogFormat, LogLevel, Needs},

@@ -1,6 +1,6 @@
 //! What of a configuration that was read again differs, and what a daemon that runs takes from it.
 
-use super::{ChangesBy, Config, Table};
+use super::{ChangesBy, Config, ConfigTable};
 
 /// Settings that differ, as messages show them.
 #[derive(Debug, Default)]
@@ -11,7 +11,7 @@ struct Differences {
 
 impl Differences {
     /// Adds those of a table, in the order in which they are declared.
-    fn add<T: Table>(&mut self, now: Option<&T>, before: Option<&T>) {
+    fn add<T: ConfigTable>(&mut self, now: Option<&T>, before: Option<&T>) {
         for setting in T::SETTINGS {
             let [now, before] = [now, before].map(|it| it.map_or_else(|| T::ABSENT.to_owned(), setting.show));
             let differences = match setting.changes_by {
@@ -26,7 +26,7 @@ impl Differences {
 }
 
 /// Takes over what reload changes.
-fn take<T: Table>(table: &mut T, other: &T) {
+fn take<T: ConfigTable>(table: &mut T, other: &T) {
     for setting in T::SETTINGS.iter().filter(|it| it.changes_by == ChangesBy::Reload) {
         (setting.take)(table, other);
     }
@@ -34,12 +34,12 @@ fn take<T: Table>(table: &mut T, other: &T) {
 
 impl Config {
     /// What differs from the previous settings, as text: what can change while the daemon runs, and what takes a restart.
-    pub fn differences(&self, former: &Self) -> (Vec<String>, Vec<String>) {
+    pub fn differences(&self, previous: &Self) -> (Vec<String>, Vec<String>) {
         let mut differences = Differences::default();
-        differences.add(Some(&self.daemon), Some(&former.daemon));
-        differences.add(self.announce.as_ref(), former.announce.as_ref());
+        differences.add(Some(&self.daemon), Some(&previous.daemon));
+        differences.add(self.announce.as_ref(), previous.announce.as_ref());
         #[cfg(feature = "fleet")]
-        differences.add(self.fleet_settings(), former.fleet_settings());
+        differences.add(self.fleet_settings(), previous.fleet_settings());
         (differences.by_reload, differences.by_restart)
     }
 

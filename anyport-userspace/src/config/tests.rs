@@ -42,25 +42,25 @@ fn options_win_over_the_file() {
 #[test]
 fn tells_what_can_change_from_what_takes_a_restart() {
     let parse = |text: &str| Config::parse(&Settings::default(), text).unwrap();
-    let former = parse("[daemon]\nworkers = 2\nsteering = \"tc\"");
+    let previous = parse("[daemon]\nworkers = 2\nsteering = \"tc\"");
     let text = "[daemon]\nworkers = 3\nmend = false\ndrain-timeout = \"1m\"\nmax-connections = 7\ninterface = [\"lo\"]";
     let mut now = parse(text);
-    let (live, fixed) = now.differences(&former);
+    let (live, fixed) = now.differences(&previous);
     assert_eq!(live, ["drain-timeout: 10m -> 1m", "mend: true -> false"]);
     let expected = ["steering: tc -> auto", "interface: all -> lo", "workers: 2 -> 3", "max-connections: none -> 7"];
     assert_eq!(fixed, expected);
-    now.take_live(&former);
-    assert_eq!(now.differences(&former).0, [""; 0]);
+    now.take_live(&previous);
+    assert_eq!(now.differences(&previous).0, [""; 0]);
 }
 
 #[test]
 fn what_is_announced_can_change_and_where_takes_a_restart() {
     let parse = |text: &str| Config::parse(&Settings::default(), text).unwrap();
-    let former = parse("[announce]\nprefixes = [\"192.0.2.0/24\"]");
+    let previous = parse("[announce]\nprefixes = [\"192.0.2.0/24\"]");
     let text = "[announce]\nfile = \"/run/a\"\nformat = \"list\"\nrules-within = [\"2001:db8::/32\"]\nneeds = \"any\"\n\
                 hold-down = \"3s\"";
     let now = parse(text);
-    let (live, fixed) = now.differences(&former);
+    let (live, fixed) = now.differences(&previous);
     let expected = [
         "announce.prefixes: 192.0.2.0/24 -> nothing",
         "announce.rules-within: nothing -> 2001:db8::/32",
@@ -69,10 +69,10 @@ fn what_is_announced_can_change_and_where_takes_a_restart() {
     ];
     assert_eq!(live, expected);
     assert_eq!(fixed, ["announce.file: /run/anyport/announced.conf -> /run/a", "announce.format: bird -> list"]);
-    let mut taken = former.clone();
+    let mut taken = previous.clone();
     taken.take_live(&now);
     assert_eq!(now.differences(&taken).0, [""; 0]);
-    assert_eq!(former.differences(&taken).1, [""; 0]);
+    assert_eq!(previous.differences(&taken).1, [""; 0]);
     let mut none = parse("");
     none.take_live(&now);
     assert!(none.announce.is_none());

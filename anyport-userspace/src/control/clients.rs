@@ -41,10 +41,10 @@ const NO_ROOM: &[u8] =
 
 /// Those who are connected, in the order in which they came.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Clients(Arc<Mutex<Table>>);
+pub(super) struct Clients(Arc<Mutex<Connections>>);
 
 #[derive(Debug, Default)]
-struct Table {
+struct Connections {
     next: u64,
     connected: BTreeMap<u64, Entry>,
 }
@@ -135,12 +135,12 @@ impl Clients {
         Some(Admitted { clients: self.clone(), number, client })
     }
 
-    fn table(&self) -> MutexGuard<'_, Table> {
+    fn table(&self) -> MutexGuard<'_, Connections> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Table {
+impl Connections {
     /// Has fewer than `limit` of some, if need be by closing the connection of the oldest of them that carries no request.
     fn make_room(&mut self, limit: usize, is_one: impl Fn(&Entry) -> bool) -> Option<()> {
         if self.connected.values().filter(|it| is_one(it)).count() < limit {

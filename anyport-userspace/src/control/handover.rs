@@ -14,7 +14,7 @@ use tokio::{
 };
 
 use crate::{
-    api::{Client, Kind, Peer, Problem, StatusView, TakeOver, Taken},
+    api::{Client, Peer, Problem, ProblemKind, StatusView, TakeOver, Taken},
     keeper::Link,
 };
 
@@ -49,16 +49,16 @@ impl Handover {
     /// Has another executable take over, which root alone may ask for: it gets the capabilities of this one. Returns when it is about to serve.
     pub(crate) async fn request(&self, peer: &Peer, executable: &Path) -> Result<Taken, Problem> {
         if !peer.uid.is_root() {
-            return Err(Problem::new(Kind::NotPermitted, "only root may have another program serve"));
+            return Err(Problem::new(ProblemKind::NotPermitted, "only root may have another program serve"));
         }
         let mut outcomes = self.outcomes.subscribe();
         self.keeper.replace(executable);
         let hint = "the one that serves goes on; anyportd's log says more";
         match tokio::time::timeout(PATIENCE, outcomes.recv()).await {
             Ok(Ok(Ok(()))) => Ok(Taken { pid: std::process::id() }),
-            Ok(Ok(Err(why))) => Err(Problem::new(Kind::Failed, why).hint(hint)),
+            Ok(Ok(Err(why))) => Err(Problem::new(ProblemKind::Failed, why).hint(hint)),
             Ok(Err(_)) | Err(_) => Err(Problem::new(
-                Kind::Failed,
+                ProblemKind::Failed,
                 format!("{} has not said for {} s that it could serve", executable.display(), PATIENCE.as_secs()),
             )
             .hint(hint)),

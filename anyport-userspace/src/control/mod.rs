@@ -1,7 +1,7 @@
 //! The daemon's side of its sockets: the control API, the handover to another version, and the socket for registering.
 
 mod clients;
-mod events;
+mod event_stream;
 mod handover;
 mod read_limiter;
 pub mod registrar;

@@ -23,7 +23,7 @@ use tokio::{io::unix::AsyncFd, time::sleep};
 use tracing::{debug, warn};
 
 use crate::{
-    api::{Changed, Kind, Peer, Problem, parse},
+    api::{Changed, Peer, Problem, ProblemKind, parse},
     engine::Shared,
     register::{Answer, Candidate, Process, Register, Request},
     scm_rights,
@@ -108,8 +108,10 @@ async fn converse(client: OwnedFd, engine: Shared, clients: Clients) -> anyhow::
             }
             carry_out(request, &client, peer, engine).await
         }
-        None => Err(Problem::new(Kind::Failed, format!("user {} has {MAX_CLIENTS} requests under way", peer.uid))
-            .hint("try again when they are done")),
+        None => {
+            Err(Problem::new(ProblemKind::Failed, format!("user {} has {MAX_CLIENTS} requests under way", peer.uid))
+                .hint("try again when they are done"))
+        }
     };
     scm_rights::put(&client, &serde_json::to_vec(&to_json(answer)?)?, &[]).context("answer it")
 }
@@ -143,7 +145,7 @@ async fn carry_out(
     let scm_rights::Message { text, descriptors, is_cut_off } = message;
     if is_cut_off {
         return Err(Problem::new(
-            Kind::TooLarge,
+            ProblemKind::TooLarge,
             format!(
                 "the request is larger than {} bytes or {} descriptors",
                 scm_rights::MAX_MESSAGE,
@@ -166,7 +168,7 @@ async fn carry_out(
             let find = move || find(&register, descriptors, &peer).map(|found| (register, found, peer));
             let (register, found, peer) = tokio::task::spawn_blocking(find)
                 .await
-                .map_err(|error| Problem::new(Kind::Failed, format!("look for the sockets: {error}")))??;
+                .map_err(|error| Problem::new(ProblemKind::Failed, format!("look for the sockets: {error}")))??;
             (register, (found, peer))
         }
     };
@@ -184,7 +186,7 @@ async fn carry_out(
 /// The sockets that come with a request, of a process that the peer may speak for.
 fn find(register: &Register, descriptors: Vec<OwnedFd>, peer: &Peer) -> Result<Vec<Candidate>, Problem> {
     if descriptors.is_empty() {
-        return Err(Problem::new(Kind::Invalid, "register: the request comes with no descriptors")
+        return Err(Problem::new(ProblemKind::Invalid, "register: the request comes with no descriptors")
             .hint("docs/api.md describes the request"));
     }
     if let Some(pid) = register.pid
@@ -192,14 +194,13 @@ fn find(register: &Register, descriptors: Vec<OwnedFd>, peer: &Peer) -> Result<V
         && !Process::open(pid)?.belongs_to(peer.uid.as_raw())
     {
         let error = format!("user {} may not speak for the process {pid}, which is another user's", peer.uid);
-        return Err(
-            Problem::new(Kind::NotPermitted, error).hint("have the process pass its socket itself, or become root")
-        );
+        return Err(Problem::new(ProblemKind::NotPermitted, error)
+            .hint("have the process pass its socket itself, or become root"));
     }
     let numbered = (1..).zip(descriptors);
     let candidates = numbered.map(|(number, descriptor): (usize, _)| {
         Candidate::new(descriptor).and_then(Candidate::in_our_namespace).map_err(|unfit| {
-            Problem::new(Kind::Invalid, format!("descriptor {number} of those that were passed: {unfit}"))
+            Problem::new(ProblemKind::Invalid, format!("descriptor {number} of those that were passed: {unfit}"))
         })
     });
     candidates.collect()

@@ -50,7 +50,7 @@ use super::{
     read_limiter::ReadLimiter,
 };
 use crate::{
-    api::{self, Kind, MAX_BODY, MAX_FILE, Peer, Problem, Readers, TakeOver, Taken, parse, too_large},
+    api::{self, MAX_BODY, MAX_FILE, Peer, Problem, ProblemKind, Readers, TakeOver, Taken, parse, too_large},
     engine::{Engine, Progress, Shared},
     observe::Observer,
     privileges::GROUP,
@@ -199,7 +199,7 @@ async fn permit(
         return read_limiter.take(next.run(request)).await;
     }
     info!("refused user {} at the control socket", peer.uid);
-    Problem::new(Kind::NotPermitted, format!("user {} may not control anyportd", peer.uid))
+    Problem::new(ProblemKind::NotPermitted, format!("user {} may not control anyportd", peer.uid))
         .hint(format!("become root or a member of the group {GROUP}"))
         .into_response()
 }
@@ -223,7 +223,7 @@ impl<S: Send + Sync> FromRequest<S> for Body {
         let read = timeout(BODY_TIME, Bytes::from_request(request, state)).await;
         let late = |_| {
             let error = format!("read the body of the request: it was not there after {} s", BODY_TIME.as_secs());
-            Problem::new(Kind::Invalid, error)
+            Problem::new(ProblemKind::Invalid, error)
         };
         read.map(Self).map_err(late)
     }
@@ -248,7 +248,7 @@ async fn command<T: Send + 'static>(
     });
     match task.await {
         Ok(result) => result.map(Json),
-        Err(error) => Err(Problem::new(Kind::Failed, format!("carry the command out: {error}"))),
+        Err(error) => Err(Problem::new(ProblemKind::Failed, format!("carry the command out: {error}"))),
     }
 }
 
@@ -262,14 +262,17 @@ fn bytes(body: Body, limit: usize) -> Result<Bytes, Problem> {
         let error = format!("read the body of the request: {}", rejection.body_text());
         match rejection.status() {
             StatusCode::PAYLOAD_TOO_LARGE => too_large(error, limit),
-            _ => Problem::new(Kind::Invalid, error),
+            _ => Problem::new(ProblemKind::Invalid, error),
         }
     })
 }
 
 async fn no_such_thing(request: Request) -> Problem {
-    Problem::new(Kind::NotFound, format!("there is no {} {} in this API", request.method(), request.uri().path()))
-        .hint("docs/api.md describes the requests")
+    Problem::new(
+        ProblemKind::NotFound,
+        format!("there is no {} {} in this API", request.method(), request.uri().path()),
+    )
+    .hint("docs/api.md describes the requests")
 }
 
 async fn take_over(
@@ -293,7 +296,7 @@ async fn prefixes(
     State(engine): State<Shared>,
     query: Result<Query<api::ListPrefixes>, QueryRejection>,
 ) -> Result<Response, Problem> {
-    let Query(query) = query.map_err(|rejection| Problem::new(Kind::Invalid, rejection.body_text()))?;
+    let Query(query) = query.map_err(|rejection| Problem::new(ProblemKind::Invalid, rejection.body_text()))?;
     let Json(json) = ask(&engine, |engine| engine.prefixes(&query)).await?;
     Ok(([(CONTENT_TYPE, "application/json")], json).into_response())
 }
@@ -302,7 +305,7 @@ async fn explain(
     State(engine): State<Shared>,
     query: Result<Query<api::Explain>, QueryRejection>,
 ) -> Answer<api::Explanation> {
-    let Query(query) = query.map_err(|rejection| Problem::new(Kind::Invalid, rejection.body_text()))?;
+    let Query(query) = query.map_err(|rejection| Problem::new(ProblemKind::Invalid, rejection.body_text()))?;
     command(engine, move |engine| engine.explain(query).boxed()).await
 }
 
@@ -310,8 +313,8 @@ async fn events(
     State(engine): State<Shared>,
     query: Result<Query<api::Listen>, QueryRejection>,
 ) -> Result<Response, Problem> {
-    let Query(query) = query.map_err(|rejection| Problem::new(Kind::Invalid, rejection.body_text()))?;
-    super::events::stream(engine, query).await
+    let Query(query) = query.map_err(|rejection| Problem::new(ProblemKind::Invalid, rejection.body_text()))?;
+    super::event_stream::stream(engine, query).await
 }
 
 async fn services(State(engine): State<Shared>) -> Answer<Vec<api::ServiceView>> {
@@ -333,9 +336,9 @@ async fn apply(
     query: Result<Query<api::Apply>, QueryRejection>,
     body: Body,
 ) -> Answer<api::Applied> {
-    let Query(options) = query.map_err(|rejection| Problem::new(Kind::Invalid, rejection.body_text()))?;
+    let Query(options) = query.map_err(|rejection| Problem::new(ProblemKind::Invalid, rejection.body_text()))?;
     let text = String::from_utf8(bytes(body, MAX_FILE)?.into())
-        .map_err(|error| Problem::new(Kind::Invalid, format!("read the file: {error}")))?;
+        .map_err(|error| Problem::new(ProblemKind::Invalid, format!("read the file: {error}")))?;
     command(engine, move |engine| async move { engine.apply(text, &options).await }.boxed()).await
 }
 
@@ -343,7 +346,7 @@ async fn reload(
     State(engine): State<Shared>,
     query: Result<Query<api::Reload>, QueryRejection>,
 ) -> Answer<api::Reloaded> {
-    let Query(options) = query.map_err(|rejection| Problem::new(Kind::Invalid, rejection.body_text()))?;
+    let Query(options) = query.map_err(|rejection| Problem::new(ProblemKind::Invalid, rejection.body_text()))?;
     command(engine, move |engine| async move { engine.reload(&options).await }.boxed()).await
 }
 
@@ -377,6 +380,6 @@ async fn add_service(State(engine): State<Shared>, body: Body) -> Answer<api::Ch
 
 async fn remove_service(State(engine): State<Shared>, UrlPath(name): UrlPath<String>) -> Answer<api::Changed> {
     let name: ServiceName =
-        name.parse().map_err(|error: InvalidText| Problem::new(Kind::Invalid, error.to_string()))?;
+        name.parse().map_err(|error: InvalidText| Problem::new(ProblemKind::Invalid, error.to_string()))?;
     command(engine, |engine| engine.remove_service(name).boxed()).await
 }

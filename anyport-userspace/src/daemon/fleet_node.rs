@@ -15,7 +15,7 @@ use tokio::{
 use tracing::error;
 
 use crate::{
-    api::{Kind, Problem},
+    api::{Problem, ProblemKind},
     config::Fleet,
     engine::Shared,
     fleet::{
@@ -114,7 +114,7 @@ impl Target for Daemon {
                 None => pending().await,
             }
         });
-        taken.await.unwrap_or_else(|error| Err(Problem::new(Kind::Failed, format!("take a set: {error}"))))
+        taken.await.unwrap_or_else(|error| Err(Problem::new(ProblemKind::Failed, format!("take a set: {error}"))))
     }
 
     async fn note(&mut self, state: &FleetState) -> anyhow::Result<()> {
@@ -155,7 +155,7 @@ impl Connection {
     /// Forgets a connection that does not answer.
     fn judge<T>(&mut self, answer: Result<T, Problem>) -> Result<T, Error> {
         answer.map_err(|problem| match problem.kind {
-            Kind::NoDaemon | Kind::NotPermitted => {
+            ProblemKind::NoDaemon | ProblemKind::NotPermitted => {
                 self.source = None;
                 away(problem)
             }

@@ -79,7 +79,7 @@ pub fn run(config: &Config, keeper: &Link) -> anyhow::Result<()> {
 
 /// How the daemon ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum End {
+enum Exit {
     /// For good.
     Stop,
     /// Another process goes on.
@@ -105,7 +105,7 @@ impl ShutdownSignals {
         })
     }
 
-    async fn wait(&mut self, handover: &Handover) -> End {
+    async fn wait(&mut self, handover: &Handover) -> Exit {
         loop {
             tokio::select! {
                 _ = self.terminate.recv() => info!("SIGTERM: stopping"),
@@ -114,7 +114,7 @@ impl ShutdownSignals {
                     Command::Leave => {
                         info!("another process takes over");
                         handover.leaving();
-                        return End::Leave;
+                        return Exit::Leave;
                     }
                     Command::NotReplaced(why) => {
                         warn!("no other process could take over: {why}");
@@ -123,12 +123,12 @@ impl ShutdownSignals {
                     }
                     Command::Gone if self.is_restarted => {
                         warn!("the process that keeps the sockets has ended, and is started again: leaving the rest to it");
-                        return End::Leave;
+                        return Exit::Leave;
                     }
                     Command::Gone => warn!("the process that keeps the sockets has ended: stopping"),
                 },
             }
-            return End::Stop;
+            return Exit::Stop;
         }
     }
 }
@@ -194,10 +194,10 @@ async fn control_loop(
     watcher.abort();
     registrar.abort();
     let &DaemonConfig { keep, drain_timeout, .. } = &engine.config().daemon;
-    if end == End::Stop {
+    if end == Exit::Stop {
         engine.withdraw().await;
     }
-    if end == End::Stop && !keep {
+    if end == Exit::Stop && !keep {
         engine.stop().await.context("remove everything from the kernel")?;
         info!("stopped; nothing is left in the kernel");
         tokio::time::timeout(LAST_ANSWERS, server).await.ok();
@@ -207,7 +207,7 @@ async fn control_loop(
     // The last answers are on their way; a client that only sits there is not waited for.
     tokio::time::timeout(LAST_ANSWERS, server).await.ok();
     lock.release().await;
-    if end == End::Stop {
+    if end == Exit::Stop {
         left.context("leave everything in the kernel")?;
         info!("stopped; steering stays in the kernel, where the next start takes it over");
         return Ok(());

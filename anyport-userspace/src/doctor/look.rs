@@ -22,7 +22,7 @@ use super::{
     host::{Daemon, Fact, Host, Link, PolicyRule, Steered, Tried},
 };
 use crate::{
-    api::{Client, Kind, PrefixView, Problem, StatusView},
+    api::{Client, PrefixView, Problem, ProblemKind, StatusView},
     privileges,
     routes::{Route, Routes},
     rules::Prefix,
@@ -88,7 +88,8 @@ fn same_namespace(pid: u32) -> Result<(), Problem> {
     match (there, here) {
         (Ok(there), Ok(here)) if is_daemon && there != here => {
             let what = format!("anyportd (pid {pid}) runs in another network namespace than this");
-            Err(Problem::new(Kind::Failed, what).hint(format!("nsenter --net=/proc/{pid}/ns/net anyportctl doctor")))
+            Err(Problem::new(ProblemKind::Failed, what)
+                .hint(format!("nsenter --net=/proc/{pid}/ns/net anyportctl doctor")))
         }
         _ => Ok(()),
     }

@@ -15,7 +15,7 @@ use super::{
     services::{Running, expect_fallbacks},
 };
 use crate::{
-    api::{Applied, Apply, Changed, Kind, Problem},
+    api::{Applied, Apply, Changed, Problem, ProblemKind},
     rule_file::RuleFile,
     rules::{Change, Origin, ServiceName},
     service::ServiceConfig,
@@ -58,14 +58,14 @@ impl Engine {
     /// Makes the applied rules, and services where the file has them, equal to a file.
     ///
     /// # Errors
-    /// See [`Kind`]. Nothing has changed.
+    /// See [`ProblemKind`]. Nothing has changed.
     pub async fn apply(&mut self, text: String, options: &Apply) -> Result<Applied, Problem> {
         if !options.dry_run {
             self.expect_confirmed()?;
         }
         if options.confirm.is_some_and(|seconds| !(1..=LONGEST_WAIT).contains(&seconds)) {
             return Err(Problem::new(
-                Kind::Invalid,
+                ProblemKind::Invalid,
                 format!("the time for the confirmation has to be from 1 to {LONGEST_WAIT} seconds"),
             ));
         }
@@ -112,7 +112,7 @@ impl Engine {
     /// Nothing waits, or the state can't be kept: then it still waits.
     pub async fn confirm(&mut self) -> Result<Changed, Problem> {
         let Some(mut unconfirmed) = self.unconfirmed.take() else {
-            return Err(Problem::new(Kind::NotFound, "nothing waits to be confirmed")
+            return Err(Problem::new(ProblemKind::NotFound, "nothing waits to be confirmed")
                 .hint("if the time was over, the previous rules are active again; apply the file once more"));
         };
         if let Err(error) = self.save(&unconfirmed.back, unconfirmed.lines.take()) {
@@ -154,7 +154,7 @@ impl Engine {
         match self.unconfirmed_for() {
             None => Ok(()),
             Some(left) => Err(Problem::new(
-                Kind::Conflict,
+                ProblemKind::Conflict,
                 format!("what was applied waits to be confirmed and is rolled back in {left} s"),
             )
             .hint("anyportctl confirm keeps it; or wait until it is rolled back")),
@@ -163,7 +163,7 @@ impl Engine {
 
     /// What has to be done so that rules of this origin, and services where the file has them, are those of a file.
     pub(super) fn intent(&mut self, text: &str, origin: Origin, options: &Apply) -> Result<Intent, Problem> {
-        let invalid = |why: String| Problem::new(Kind::Invalid, why);
+        let invalid = |why: String| Problem::new(ProblemKind::Invalid, why);
         let RuleFile { services, mut rules } =
             RuleFile::parse(text, |terms| self.desired.shared(terms)).map_err(|error| invalid(error.to_string()))?;
         let mut answer = Applied { dry_run: options.dry_run, ..Applied::default() };

@@ -2,7 +2,7 @@
 
 use super::{Engine, difference::conflict_problem, kept::Keep, services::expect_fallbacks};
 use crate::{
-    api::{AddPrefixes, Changed, Kind, Problem, RemovePrefixes},
+    api::{AddPrefixes, Changed, Problem, ProblemKind, RemovePrefixes},
     host,
     rules::{Change, Draft, Origin, Prefix, Rule, RuleSpec, ServiceName},
     service::ServiceConfig,
@@ -12,11 +12,11 @@ impl Engine {
     /// Adds a rule for each prefix, or none.
     ///
     /// # Errors
-    /// See [`Kind`]. Nothing has changed.
+    /// See [`ProblemKind`]. Nothing has changed.
     pub async fn add_prefixes(&mut self, request: AddPrefixes) -> Result<Changed, Problem> {
         let AddPrefixes { prefixes, protocol, ports, except, source, service, route, force } = request;
         if prefixes.is_empty() {
-            return Err(Problem::new(Kind::Invalid, "add prefixes: there are none in the request"));
+            return Err(Problem::new(ProblemKind::Invalid, "add prefixes: there are none in the request"));
         }
         self.expect_confirmed()?;
         self.services.expect(&service)?;
@@ -24,7 +24,7 @@ impl Engine {
         let mut draft = Draft::of(self.desired.rules());
         let mut added = 0;
         for prefix in prefixes {
-            terms.validate(&prefix).map_err(|error| Problem::new(Kind::Invalid, error.to_string()))?;
+            terms.validate(&prefix).map_err(|error| Problem::new(ProblemKind::Invalid, error.to_string()))?;
             let rule = Rule { prefix, terms: terms.clone(), origins: Origin::Added.into() };
             if draft.prefix(prefix).insert(&rule).map_err(|conflict| conflict_problem(&conflict))? {
                 added += 1;
@@ -44,10 +44,10 @@ impl Engine {
     /// Removes the rules that the request selects.
     ///
     /// # Errors
-    /// See [`Kind`]; a prefix without such a rule is one. Nothing has changed.
+    /// See [`ProblemKind`]; a prefix without such a rule is one. Nothing has changed.
     pub async fn remove_prefixes(&mut self, request: RemovePrefixes) -> Result<Changed, Problem> {
         if request.prefixes.is_empty() {
-            return Err(Problem::new(Kind::Invalid, "remove prefixes: there are none in the request"));
+            return Err(Problem::new(ProblemKind::Invalid, "remove prefixes: there are none in the request"));
         }
         self.expect_confirmed()?;
         let mut draft = Draft::of(self.desired.rules());
@@ -63,7 +63,7 @@ impl Engine {
                 } else {
                     format!("its rules are: {}", rules.join("; "))
                 };
-                return Err(Problem::new(Kind::NotFound, format!("{prefix} has no such rule")).hint(hint));
+                return Err(Problem::new(ProblemKind::NotFound, format!("{prefix} has no such rule")).hint(hint));
             }
             let gone = gone.into_iter().map(|it| Rule { prefix: *prefix, terms: it.terms, origins: it.origins });
             removed.extend(gone);
@@ -82,15 +82,18 @@ impl Engine {
     /// Opens a new service's sockets.
     ///
     /// # Errors
-    /// See [`Kind`]; another service of that name is one.
+    /// See [`ProblemKind`]; another service of that name is one.
     pub async fn add_service(&mut self, config: ServiceConfig) -> Result<Changed, Problem> {
-        config.validate().map_err(|error| Problem::new(Kind::Invalid, error.to_string()))?;
+        config.validate().map_err(|error| Problem::new(ProblemKind::Invalid, error.to_string()))?;
         if let Some(running) = self.services.get(&config.name) {
             return if *running.config() == config {
                 Ok(self.changed(0, Vec::new()))
             } else {
-                Err(Problem::new(Kind::Conflict, format!("there is a service {} with other settings", config.name))
-                    .hint("anyportctl services lists the services; remove it first, or use another name"))
+                Err(Problem::new(
+                    ProblemKind::Conflict,
+                    format!("there is a service {} with other settings", config.name),
+                )
+                .hint("anyportctl services lists the services; remove it first, or use another name"))
             };
         }
         self.expect_confirmed()?;
@@ -111,7 +114,7 @@ impl Engine {
     /// Closes a service that no rule steers to. Its connections go on until they end.
     ///
     /// # Errors
-    /// See [`Kind`]; that a rule steers to it is one.
+    /// See [`ProblemKind`]; that a rule steers to it is one.
     pub async fn remove_service(&mut self, name: ServiceName) -> Result<Changed, Problem> {
         self.services.expect(&name)?;
         self.expect_confirmed()?;
@@ -119,7 +122,7 @@ impl Engine {
         if let Some(first) = users().next() {
             let (first, count) = (first.to_rule(), users().count());
             return Err(Problem::new(
-                Kind::Conflict,
+                ProblemKind::Conflict,
                 format!("{count} rules steer to the service {name}, the first is: {first}"),
             )
             .hint("remove those prefixes first, or steer them to another service"));
@@ -129,7 +132,7 @@ impl Engine {
             return Err(of_fleet(&format!("the service {name}")));
         }
         let Some(removed) = self.services.take(&name) else {
-            return Err(Problem::new(Kind::Failed, format!("the service {name} went away")));
+            return Err(Problem::new(ProblemKind::Failed, format!("the service {name} went away")));
         };
         let notes = match removed.origin() {
             Origin::Config => vec![format!("{name} comes back with the next start, as configured")],
@@ -159,7 +162,7 @@ impl Engine {
         if rules <= limit || rules <= self.desired.rules().len() {
             return Ok(());
         }
-        Err(Problem::new(Kind::Failed, format!("there would be {rules} rules; the limit is {limit}"))
+        Err(Problem::new(ProblemKind::Failed, format!("there would be {rules} rules; the limit is {limit}"))
             .hint("use shorter prefixes or fewer, or raise max-rules in the section [daemon] of the configuration"))
     }
 
@@ -176,7 +179,7 @@ impl Engine {
         if objections.is_empty() {
             return Ok(());
         }
-        Err(Problem::new(Kind::Unsafe, format!("refused for safety: {}", objections.join("; ")))
+        Err(Problem::new(ProblemKind::Unsafe, format!("refused for safety: {}", objections.join("; ")))
             .hint("--force does it anyway"))
     }
 }
@@ -210,6 +213,9 @@ fn expect_not_of_fleet(removed: &[Rule]) -> Result<(), Problem> {
 }
 
 fn of_fleet(what: &str) -> Problem {
-    Problem::new(Kind::Conflict, format!("{what} is in the fleet's set, which this node has whole or not at all"))
-        .hint("publish a set without it; for this node alone, add a rule for a longer prefix or fewer ports")
+    Problem::new(
+        ProblemKind::Conflict,
+        format!("{what} is in the fleet's set, which this node has whole or not at all"),
+    )
+    .hint("publish a set without it; for this node alone, add a rule for a longer prefix or fewer ports")
 }

@@ -3,10 +3,10 @@
 use std::{cmp::Ordering, collections::HashSet, sync::Arc};
 
 use crate::{
-    api::{Applied, Kind, Problem},
+    api::{Applied, Problem, ProblemKind},
     rules::{
         Change, Conflict, Origin, Prefix, PrefixRules, Rule, RuleEntry, RuleSet, RuleSpec, ServiceName,
-        lines::{Line, LineRule},
+        lines::{LineRule, RuleLine},
     },
 };
 
@@ -49,7 +49,7 @@ pub(super) fn expect_unused(rules: &RuleSet, closed: &[ServiceName], change: &Ch
     match all.find(|rule| closed.contains(&rule.terms.service)) {
         None => Ok(()),
         Some(rule) => Err(Problem::new(
-            Kind::Conflict,
+            ProblemKind::Conflict,
             format!(
                 "there would be no service {} any more, but a rule stays that steers to it: {}",
                 rule.terms.service,
@@ -105,7 +105,8 @@ fn after(
 
 /// What is said of two rules that contradict each other.
 pub(super) fn conflict_problem(conflict: &Conflict) -> Problem {
-    Problem::new(Kind::Conflict, conflict.to_string()).hint("remove the rule that is there first, or change the ports")
+    Problem::new(ProblemKind::Conflict, conflict.to_string())
+        .hint("remove the rule that is there first, or change the ports")
 }
 
 /// Where a rule stands, to begin a message with. Line 0 is nowhere.
@@ -130,7 +131,7 @@ impl Applied {
             return Ok(());
         }
         let after = after(prefix, before, new, origin, prune)?;
-        self.tell(prefix, before, &after, origin);
+        self.note_change(prefix, before, &after, origin);
         if before.is_none_or(|before| *before != after) {
             change.removed.extend(before.map(|before| (prefix, before.clone())));
             if !after.is_empty() {
@@ -141,19 +142,19 @@ impl Applied {
     }
 
     /// Notes what becomes of a prefix's rules.
-    fn tell(&mut self, prefix: Prefix, before: Option<&PrefixRules>, after: &PrefixRules, origin: Origin) {
+    fn note_change(&mut self, prefix: Prefix, before: Option<&PrefixRules>, after: &PrefixRules, origin: Origin) {
         let was: HashSet<&RuleSpec> = before.into_iter().flatten().map(|held| &*held.terms).collect();
         let is: HashSet<&RuleSpec> = before.into_iter().flat_map(|_| after).map(|held| &*held.terms).collect();
         for held in before.into_iter().flatten() {
             if !is.contains(&*held.terms) {
                 self.removed += 1;
-                self.note_difference(|| format!("- {}", Line(&prefix, &held.terms)));
+                self.note_difference(|| format!("- {}", RuleLine(&prefix, &held.terms)));
             }
         }
         for held in after {
             if !was.contains(&*held.terms) {
                 self.added += 1;
-                self.note_difference(|| format!("+ {}", Line(&prefix, &held.terms)));
+                self.note_difference(|| format!("+ {}", RuleLine(&prefix, &held.terms)));
             } else if held.origins.contains(origin) {
                 self.unchanged += 1;
             }

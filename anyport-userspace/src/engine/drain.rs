@@ -9,7 +9,7 @@ use super::{
     desired::{Drains, Scope, Steps},
 };
 use crate::{
-    api::{Changed, DrainRequest, DrainView, Kind, Problem, Undrain},
+    api::{Changed, DrainRequest, DrainView, Problem, ProblemKind, Undrain},
     host,
     rules::{Decision, Prefix, decide},
 };
@@ -28,11 +28,11 @@ impl Engine {
     /// Takes something out of service: it is withdrawn at once, and refused after a while. Established connections go on.
     ///
     /// # Errors
-    /// See [`Kind`]. Nothing has changed.
+    /// See [`ProblemKind`]. Nothing has changed.
     pub async fn drain(&mut self, request: DrainRequest) -> Result<Vec<DrainView>, Problem> {
         let DrainRequest { service, prefixes, wait } = request;
         if wait > LONGEST_WAIT {
-            return Err(Problem::new(Kind::Invalid, format!("drain: {LONGEST_WAIT} s is the longest wait")));
+            return Err(Problem::new(ProblemKind::Invalid, format!("drain: {LONGEST_WAIT} s is the longest wait")));
         }
         if let Some(service) = &service {
             self.services.expect(service)?;
@@ -52,7 +52,7 @@ impl Engine {
     /// Has something served again.
     ///
     /// # Errors
-    /// See [`Kind`]; that it is not drained is one. Nothing has changed.
+    /// See [`ProblemKind`]; that it is not drained is one. Nothing has changed.
     pub async fn undrain(&mut self, request: Undrain) -> Result<Changed, Problem> {
         let Undrain { service, prefixes } = request;
         let before = self.desired.drains().clone();
@@ -64,7 +64,7 @@ impl Engine {
             ended = scopes.len();
             if let Err(scope) = self.desired.drains_mut().end(scopes) {
                 *self.desired.drains_mut() = before;
-                return Err(Problem::new(Kind::NotFound, format!("{scope} is not drained by itself"))
+                return Err(Problem::new(ProblemKind::NotFound, format!("{scope} is not drained by itself"))
                     .hint("anyportctl status lists what is drained"));
             }
         }
@@ -141,6 +141,6 @@ impl Engine {
             Some((outer, _)) => format!("it is part of {outer}, which can be drained as a whole"),
             None => "anyportctl prefixes lists what is steered".to_owned(),
         };
-        Err(Problem::new(Kind::NotFound, format!("no rule is about {prefix} or a part of it")).hint(hint))
+        Err(Problem::new(ProblemKind::NotFound, format!("no rule is about {prefix} or a part of it")).hint(hint))
     }
 }

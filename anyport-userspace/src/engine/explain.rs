@@ -24,7 +24,7 @@ impl Engine {
     /// Asks the kernel what it would do with a packet, and says why. Nothing is counted.
     ///
     /// # Errors
-    /// See [`crate::api::Kind`].
+    /// See [`crate::api::ProblemKind`].
     pub async fn explain(&self, request: Explain) -> Result<Explanation, Problem> {
         request.validate()?;
         let Explain { protocol, to: Endpoint(to), from } = request;
@@ -38,7 +38,7 @@ impl Engine {
             rule.as_ref().map_or(SourceLists::EVERYBODY, |rule| self.services.sources_of(&rule.terms.service));
         let (verdict, reason) = match decided.fate {
             // Such as with tproxy, where the service sees to it.
-            Fate::Steer if !sources.takes(from.ip()) => (Verdict::Drop, Reason::Denied),
+            Fate::Steer if !sources.allows(from.ip()) => (Verdict::Drop, Reason::Denied),
             Fate::Deny => (Verdict::Drop, Reason::Denied),
             Fate::Steer => (Verdict::Steer, Reason::Steered),
             Fate::Host => (Verdict::Host, Reason::Excepted),
@@ -125,7 +125,7 @@ impl Engine {
             Decision::Host(rule) => (&[Fate::Host][..], Some(rule.number)),
             Decision::Steer(rule)
                 if !self.services.context().sees_to_sources
-                    && !self.services.sources_of(&rule.terms.service).takes(source) =>
+                    && !self.services.sources_of(&rule.terms.service).allows(source) =>
             {
                 (&[Fate::Deny][..], Some(rule.number))
             }
@@ -210,9 +210,9 @@ fn is_found_at(local: SocketAddr, at: SocketAddr) -> bool {
 /// What lists say of a source.
 fn text_of(sources: &SourceLists, source: IpAddr) -> String {
     match sources.deciding(source) {
-        Some(prefix) if sources.takes(source) => format!("{source} is allowed by source-allow {prefix}"),
+        Some(prefix) if sources.allows(source) => format!("{source} is allowed by source-allow {prefix}"),
         Some(prefix) => format!("{source} is denied by source-deny {prefix}"),
-        None if sources.takes(source) => format!("{source} is not in source-deny"),
+        None if sources.allows(source) => format!("{source} is not in source-deny"),
         None => format!("{source} is not in source-allow"),
     }
 }

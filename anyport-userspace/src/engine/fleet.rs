@@ -8,7 +8,7 @@ use std::{
 
 use super::{Engine, apply::Intent, kept::Keep};
 use crate::{
-    api::{Applied, Apply, Kind, Problem},
+    api::{Applied, Apply, Problem, ProblemKind},
     fleet::{Condition, FleetBoard, LineEdits},
     rules::{Change, Origin, Prefix, RuleSpec, lines},
     store::FleetState,
@@ -20,7 +20,7 @@ impl Engine {
     /// are read, if that is enough.
     ///
     /// # Errors
-    /// See [`Kind`]. Nothing has changed.
+    /// See [`ProblemKind`]. Nothing has changed.
     pub async fn take_set(
         &mut self,
         text: Arc<str>,
@@ -35,7 +35,7 @@ impl Engine {
         };
         // No failure that may pass by itself: the set is tried again when the node has fewer rules or a higher limit.
         self.expect_room_for(&intent.change, self.config().max_rules)
-            .map_err(|problem| Problem { kind: Kind::Unsafe, ..problem })?;
+            .map_err(|problem| Problem { kind: ProblemKind::Unsafe, ..problem })?;
         self.expect_few_removed(&intent.change)?;
         self.expect_safe(&intent.change).await?;
         let Intent { change, opened, closed, is_plain, mut answer, .. } = intent;
@@ -147,7 +147,7 @@ impl Engine {
             return Ok(());
         }
         Err(Problem::new(
-            Kind::Unsafe,
+            ProblemKind::Unsafe,
             format!(
                 "it would take {gone} of the {before} rules of the fleet away, and max-removal allows {percent} %: raise that in \
                  the section [fleet] of the configuration and reload it, or go there in several sets"

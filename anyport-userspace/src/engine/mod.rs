@@ -14,13 +14,13 @@ mod desired;
 mod difference;
 mod drain;
 mod dropping;
-mod events;
 mod explain;
 mod fleet;
 mod kept;
 mod kernel;
 mod observed;
 mod progress;
+mod published;
 mod register;
 mod reload;
 mod served;
@@ -40,10 +40,10 @@ use self::{
     served::Served, services::Services,
 };
 pub use self::{
-    events::Clock,
     kernel::Connected,
     observed::{Observed, ObservedService},
     progress::Progress,
+    published::Clock,
     services::fetch_registered,
     start::Simulation,
     views::Counted,

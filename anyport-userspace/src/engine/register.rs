@@ -10,7 +10,7 @@ use super::{
     services::{KINDS, Registrations, Running, boot_id, make_group_transparent},
 };
 use crate::{
-    api::{Changed, Kind, Peer, Problem},
+    api::{Changed, Peer, Problem, ProblemKind},
     register::{Candidate, Registered, Unregister, choose},
     rules::{Change, ServiceName},
     service::{HandlerKind, ServiceConfig},
@@ -21,7 +21,7 @@ impl Engine {
     /// Refuses those who may not register sockets for the service, and services for which nobody can.
     ///
     /// # Errors
-    /// See [`Kind`].
+    /// See [`ProblemKind`].
     pub fn expect_registrant(&self, service: &ServiceName, peer: &Peer) -> Result<(), Problem> {
         let config = self.services.get(service).map(Running::config);
         let is_owner = |config: &ServiceConfig| {
@@ -32,18 +32,18 @@ impl Engine {
         if !peer.is_in_control() && !config.is_some_and(is_owner) {
             let uid = peer.uid;
             return Err(Problem::new(
-                Kind::NotPermitted,
+                ProblemKind::NotPermitted,
                 format!("user {uid} may not register sockets for the service {service}"),
             )
             .hint(format!("its setting owners has to name user:{uid} or one of its groups")));
         }
         let Some(ServiceConfig { handler, .. }) = config else {
-            return Err(Problem::new(Kind::NotFound, format!("there is no service {service}"))
+            return Err(Problem::new(ProblemKind::NotFound, format!("there is no service {service}"))
                 .hint(format!("anyportctl add-service {service} --handler registered makes it")));
         };
         if *handler != HandlerKind::Registered {
             return Err(Problem::new(
-                Kind::Conflict,
+                ProblemKind::Conflict,
                 format!("the service {service} has the handler {handler}; sockets are for the handler registered"),
             )
             .hint("add-service NAME --handler registered makes one that takes sockets"));
@@ -54,7 +54,7 @@ impl Engine {
     /// Has sockets of the process `pid` receive what is steered to a service, in place of those that did before.
     ///
     /// # Errors
-    /// See [`Kind`]. Nothing has changed.
+    /// See [`ProblemKind`]. Nothing has changed.
     pub async fn register(
         &mut self,
         service: &ServiceName,
@@ -64,7 +64,7 @@ impl Engine {
     ) -> Result<Changed, Problem> {
         self.expect_registrant(service, peer)?;
         let chosen = choose(&candidates).map_err(|unfit| {
-            Problem::new(Kind::Conflict, format!("register for {service}: {unfit}"))
+            Problem::new(ProblemKind::Conflict, format!("register for {service}: {unfit}"))
                 .hint("name one of them: --fd N, or an address that only one of them has")
         })?;
         if self.kernel.back_end() == BackEnd::Tproxy {
@@ -93,7 +93,7 @@ impl Engine {
     /// Unregisters sockets of a service; they stay open, and so do their connections.
     ///
     /// # Errors
-    /// See [`Kind`]; that there is none is one. Nothing has changed.
+    /// See [`ProblemKind`]; that there is none is one. Nothing has changed.
     pub async fn unregister(&mut self, request: &Unregister, peer: &Peer) -> Result<Changed, Problem> {
         let Unregister { service, protocol, family } = request;
         self.expect_registrant(service, peer)?;
@@ -109,7 +109,7 @@ impl Engine {
         }
         if changed == 0 {
             return Err(Problem::new(
-                Kind::NotFound,
+                ProblemKind::NotFound,
                 format!("no such socket is registered for the service {service}"),
             )
             .hint("anyportctl services --json lists the sockets"));
@@ -121,7 +121,7 @@ impl Engine {
     /// Sends what comes over this connection from what is steered to a service, until the service is closed.
     ///
     /// # Errors
-    /// See [`Kind`].
+    /// See [`ProblemKind`].
     pub fn answer_for(&mut self, service: &ServiceName, peer: &Peer, connection: OwnedFd) -> Result<Changed, Problem> {
         self.expect_registrant(service, peer)?;
         self.services.answer_for(service, connection, self.kernel.published())?;

@@ -11,7 +11,7 @@ use super::{
     services::expect_fallbacks,
 };
 use crate::{
-    api::{Applied, Kind, Problem, Reload, Reloaded},
+    api::{Applied, Problem, ProblemKind, Reload, Reloaded},
     config::{Config, LogLevel},
     logging,
     rules::{Origin, RuleSpec, ServiceName, lines::LineRule},
@@ -48,12 +48,13 @@ impl Engine {
     /// Makes services, rules and what else can change while the daemon runs equal to the configuration file as it is now.
     ///
     /// # Errors
-    /// See [`Kind`]. Nothing has changed.
+    /// See [`ProblemKind`]. Nothing has changed.
     pub async fn reload(&mut self, options: &Reload) -> Result<Reloaded, Problem> {
         if !options.dry_run {
             self.expect_confirmed()?;
         }
-        let config = self.config().read_again().map_err(|error| Problem::new(Kind::Invalid, format!("{error:#}")))?;
+        let config =
+            self.config().read_again().map_err(|error| Problem::new(ProblemKind::Invalid, format!("{error:#}")))?;
         let reloaded = self.reload_from(&config, options).await?;
         if !options.dry_run {
             self.settings.not_reloaded = None;

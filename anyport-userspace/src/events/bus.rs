@@ -64,11 +64,11 @@ pub struct TooManySubscribers;
 /// Receives events until it is dropped.
 #[derive(Debug)]
 pub struct Subscriber {
-    board: Arc<EventBus>,
+    bus: Arc<EventBus>,
     number: usize,
     events: mpsc::Receiver<Event>,
     /// How many of the missed ones [`Subscriber::missed`] has returned already.
-    told: u64,
+    reported: u64,
 }
 
 impl Default for EventBus {
@@ -113,7 +113,7 @@ impl EventBus {
         let (sender, events) = mpsc::channel(WAITING);
         places[number] = Some(Place { filter, service, sender, missed: 0 });
         self.taken.fetch_or(1 << number, Relaxed);
-        Ok(Subscriber { board: Arc::clone(self), number, events, told: 0 })
+        Ok(Subscriber { bus: Arc::clone(self), number, events, reported: 0 })
     }
 
     /// Says which slots services have now.
@@ -154,13 +154,13 @@ impl EventBus {
     }
 
     /// Publishes an event that this process makes, as the programs do.
-    pub fn tell(&self, mut event: Event, random: u32) {
+    pub fn publish(&self, mut event: Event, random: u32) {
         {
             let inner = self.lock();
             let wants = |place: &Place| place.filter.wants(&event) && place.filter.is_sampled(random);
             let places = inner.places.iter().enumerate();
-            let told = places.filter(|(_, place)| place.as_ref().is_some_and(wants));
-            event.subscribers = told.fold(0, |told, (number, _)| told | 1 << number);
+            let wanted = places.filter(|(_, place)| place.as_ref().is_some_and(wants));
+            event.subscribers = wanted.fold(0, |bits, (number, _)| bits | 1 << number);
         }
         if event.subscribers != 0 && (event.protocol != UDP || !self.is_recent(&event)) {
             self.deliver(&event);
@@ -206,16 +206,16 @@ impl Subscriber {
 
     /// How many events were lost because queues were full since this was last asked.
     pub fn missed(&mut self) -> u64 {
-        let missed = self.board.missed(self.number);
-        let new = missed.saturating_sub(self.told);
-        self.told = missed;
+        let missed = self.bus.missed(self.number);
+        let new = missed.saturating_sub(self.reported);
+        self.reported = missed;
         new
     }
 }
 
 impl Drop for Subscriber {
     fn drop(&mut self) {
-        self.board.close(self.number);
+        self.bus.close(self.number);
     }
 }
 
@@ -246,33 +246,33 @@ mod tests {
 
     #[test]
     fn each_hears_what_it_wants() {
-        let board = Arc::new(EventBus::default());
-        assert!(!board.is_heard());
-        let mut everybody = board.listen(all(), None).unwrap();
-        let mut udp = board.listen(Filter { protocol: 17, ..all() }, None).unwrap();
-        assert!(board.is_heard());
-        board.tell(event(Transport::Tcp, 1), 0);
-        board.tell(event(Transport::Tcp, 1), 0);
+        let bus = Arc::new(EventBus::default());
+        assert!(!bus.is_heard());
+        let mut everybody = bus.listen(all(), None).unwrap();
+        let mut udp = bus.listen(Filter { protocol: 17, ..all() }, None).unwrap();
+        assert!(bus.is_heard());
+        bus.publish(event(Transport::Tcp, 1), 0);
+        bus.publish(event(Transport::Tcp, 1), 0);
         // Of a flow only the first datagram is published.
-        board.tell(event(Transport::Udp, 2), 0);
-        board.tell(event(Transport::Udp, 2), 0);
-        board.tell(event(Transport::Udp, 3), 0);
+        bus.publish(event(Transport::Udp, 2), 0);
+        bus.publish(event(Transport::Udp, 2), 0);
+        bus.publish(event(Transport::Udp, 3), 0);
         assert_eq!((ports(&mut everybody), ports(&mut udp)), (vec![1, 1, 2, 3], vec![2, 3]));
         drop(udp);
         // What was published to the previous subscriber does not reach the next one with its number.
-        let mut denied = board.listen(Filter { outcomes: DENIED, ..all() }, None).unwrap();
-        board.deliver(&Event { subscribers: 0b11, ..event(Transport::Udp, 4) });
+        let mut denied = bus.listen(Filter { outcomes: DENIED, ..all() }, None).unwrap();
+        bus.deliver(&Event { subscribers: 0b11, ..event(Transport::Udp, 4) });
         assert_eq!((ports(&mut everybody), ports(&mut denied)), (vec![4], vec![]));
         drop((everybody, denied));
-        assert!(!board.is_heard());
+        assert!(!bus.is_heard());
     }
 
     #[test]
     fn what_a_busy_one_misses_is_counted() {
-        let board = Arc::new(EventBus::default());
-        let mut busy = board.listen(all(), None).unwrap();
+        let bus = Arc::new(EventBus::default());
+        let mut busy = bus.listen(all(), None).unwrap();
         for _ in 0..WAITING + 7 {
-            board.tell(event(Transport::Tcp, 1), 0);
+            bus.publish(event(Transport::Tcp, 1), 0);
         }
         assert_eq!((busy.missed(), busy.missed()), (7, 0));
         assert_eq!(ports(&mut busy).len(), WAITING);
@@ -280,21 +280,21 @@ mod tests {
 
     #[test]
     fn there_is_room_for_some() {
-        let board = Arc::new(EventBus::default());
-        let mut all: Vec<_> = (0..SUBSCRIBERS).map(|_| board.listen(all(), None).unwrap()).collect();
-        board.listen(self::all(), None).unwrap_err();
+        let bus = Arc::new(EventBus::default());
+        let mut all: Vec<_> = (0..SUBSCRIBERS).map(|_| bus.listen(all(), None).unwrap()).collect();
+        bus.listen(self::all(), None).unwrap_err();
         all.swap_remove(3);
-        board.listen(self::all(), None).unwrap();
+        bus.listen(self::all(), None).unwrap();
     }
 
     #[test]
     fn a_service_is_followed_to_its_slot() {
-        let board = Arc::new(EventBus::default());
+        let bus = Arc::new(EventBus::default());
         let name = "web".parse().unwrap();
-        let mut listener = board.listen(Filter { service: 3, ..all() }, Some(name)).unwrap();
+        let mut listener = bus.listen(Filter { service: 3, ..all() }, Some(name)).unwrap();
         for (slot, heard) in [(Some(3), 1), (Some(4), 0), (None, 0), (Some(3), 1)] {
-            board.follow(|_| slot);
-            board.tell(event(Transport::Tcp, 1), 0);
+            bus.follow(|_| slot);
+            bus.publish(event(Transport::Tcp, 1), 0);
             assert_eq!(ports(&mut listener).len(), heard, "slot {slot:?}");
         }
         assert_ne!(NO_SLOT, 3);

@@ -15,23 +15,23 @@ use crate::{datagram::Ends, rules::to_address, table::Published};
 /// Publishes what arrives at a service.
 #[derive(Clone, Debug)]
 pub struct EventPublisher {
-    board: Arc<EventBus>,
+    bus: Arc<EventBus>,
     rules: Arc<Published>,
 }
 
 impl EventPublisher {
     /// One that asks these rules which of them was the reason.
-    pub fn new(board: Arc<EventBus>, rules: Arc<Published>) -> Self {
-        Self { board, rules }
+    pub fn new(bus: Arc<EventBus>, rules: Arc<Published>) -> Self {
+        Self { bus, rules }
     }
 
     /// Whether there is a subscriber.
     pub fn is_heard(&self) -> bool {
-        self.board.is_heard()
+        self.bus.is_heard()
     }
 
     /// Publishes a connection, or a datagram.
-    pub fn tell(&self, transport: Transport, Ends { client, dialled }: Ends, is_denied: bool) {
+    pub fn publish(&self, transport: Transport, Ends { client, dialled }: Ends, is_denied: bool) {
         let flow = Flow {
             source: to_address(client.ip()),
             address: to_address(dialled.ip()),
@@ -46,6 +46,6 @@ impl EventPublisher {
         let event = Event { rule, service: service.into(), ..Event::new(&flow, client.port(), outcome, now) };
         // Good enough for sampling: the low bits of the time, spread over all bits.
         let random = u32::try_from(now & u64::from(u32::MAX)).unwrap_or_default().wrapping_mul(0x9e37_79b9);
-        self.board.tell(event, random);
+        self.bus.publish(event, random);
     }
 }

@@ -20,7 +20,7 @@ use super::{
     source::{Error, Source},
 };
 use crate::{
-    api::{Kind, Problem, RefusedView},
+    api::{Problem, ProblemKind, RefusedView},
     fleet::{Condition, FleetBoard, LineEdits},
     store::FleetState,
 };
@@ -245,16 +245,16 @@ impl<S: Source, T: Target> Agent<S, T> {
             self.forgive();
             return Ok(());
         }
-        let mut former = None;
+        let mut previous = None;
         if self.refusal.as_ref().is_some_and(|it| it.pointer.as_ref() == Some(&pointer)) {
             let basis = self.target.condition().await.basis;
             let is_due = |it: &Refusal| it.basis != basis || it.again.is_some_and(|(at, _)| at <= Instant::now());
-            former = self.refusal.take_if(|it| is_due(it));
-            if former.is_none() {
+            previous = self.refusal.take_if(|it| is_due(it));
+            if previous.is_none() {
                 return Ok(());
             }
         }
-        let text = former.as_mut().and_then(|it| it.text.take());
+        let text = previous.as_mut().and_then(|it| it.text.take());
         match self.attempt(&pointer, text).await {
             Ok(()) => {
                 info!(
@@ -267,7 +267,7 @@ impl<S: Source, T: Target> Agent<S, T> {
             }
             Err(Failure::Lost(error)) => return Err(error),
             Err(Failure::Refused { error, may_pass, text }) => {
-                let pause = match former.and_then(|it| it.again) {
+                let pause = match previous.and_then(|it| it.again) {
                     Some((_, pause)) => (pause * 2).min(LATER.1),
                     None => LATER.0,
                 };
@@ -310,7 +310,7 @@ impl<S: Source, T: Target> Agent<S, T> {
             }
             // Hints are for those who type commands.
             Err(Problem { kind, error, .. }) => {
-                Err(Failure::Refused { error, may_pass: kind == Kind::Failed, text: Some(text) })
+                Err(Failure::Refused { error, may_pass: kind == ProblemKind::Failed, text: Some(text) })
             }
         }
     }

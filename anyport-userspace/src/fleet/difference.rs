@@ -6,11 +6,11 @@ use std::{
 };
 
 use crate::{
-    api::{Kind, Problem},
+    api::{Problem, ProblemKind},
     rule_file::RuleFile,
     rules::{
         Conflict, Origin, Prefix, PrefixRules, Rule, RuleSet, RuleSpec, ServiceName,
-        lines::{Line, LineRule},
+        lines::{LineRule, RuleLine},
     },
     service::ServiceConfig,
 };
@@ -44,7 +44,7 @@ impl Content {
     /// # Errors
     /// Something in it is wrong: says where and what.
     pub fn parse(text: &str) -> Result<Self, Problem> {
-        let invalid = |why: String| Problem::new(Kind::Invalid, why);
+        let invalid = |why: String| Problem::new(ProblemKind::Invalid, why);
         let file = RuleFile::parse(text, Arc::new).map_err(|error| invalid(error.to_string()))?;
         let services = file.services.unwrap_or_default().into_iter().map(|it| (it.name.clone(), it)).collect();
         let rule = |(prefix, terms): &LineRule| Rule {
@@ -111,14 +111,14 @@ impl Difference {
         let (was, is) = (terms(before), terms(after));
         for terms in was.iter().filter(|it| !is.contains(it)) {
             self.removed += 1;
-            self.rules.push(format!("- {}", Line(prefix, terms)));
+            self.rules.push(format!("- {}", RuleLine(prefix, terms)));
         }
         for terms in &is {
             if was.contains(terms) {
                 self.unchanged += 1;
             } else {
                 self.added += 1;
-                self.rules.push(format!("+ {}", Line(prefix, terms)));
+                self.rules.push(format!("+ {}", RuleLine(prefix, terms)));
             }
         }
     }

@@ -13,7 +13,7 @@ use super::{
     layout::{DEFAULT_PREFIX, Keys},
 };
 use crate::{
-    api::{Kind, Problem},
+    api::{Problem, ProblemKind},
     rules::InvalidText,
 };
 
@@ -92,7 +92,7 @@ impl ConnectionSettings {
     /// # Errors
     /// As [`Self::validate`]; or a file can't be read.
     pub fn read(&self) -> Result<Endpoints, Problem> {
-        self.validate().map_err(|error| Problem::new(Kind::Invalid, error.to_string()))?;
+        self.validate().map_err(|error| Problem::new(ProblemKind::Invalid, error.to_string()))?;
         let mut options = Options::default();
         if self.etcd.iter().any(|url| url.starts_with("https://")) {
             let mut tls = ClientTlsConfig::new();
@@ -115,7 +115,7 @@ impl ConnectionSettings {
 }
 
 fn read(file: &Path) -> Result<Vec<u8>, Problem> {
-    fs::read(file).map_err(|error| Problem::new(Kind::Invalid, format!("read {}: {error}", file.display())))
+    fs::read(file).map_err(|error| Problem::new(ProblemKind::Invalid, format!("read {}: {error}", file.display())))
 }
 
 /// All that a connection takes.

@@ -24,7 +24,7 @@ use super::{
     },
     layout::{Hash, Member, Name, Pointer, Report, Seen, Time},
 };
-use crate::api::{Kind, Problem};
+use crate::api::{Problem, ProblemKind};
 
 /// Seconds after which a node that says nothing is missing.
 pub const LEASE: i64 = 30;
@@ -115,7 +115,7 @@ impl EtcdSource {
         let request = WatchRequest::new(&self.etcd.keys.ring(&self.ring), self.known + 1);
         soon(|| self.etcd.client.watch(request.clone())).await.map_err(|error| {
             let what = format!("watch the pointer of the ring {} in etcd: {}", self.ring, causes(&error));
-            Problem::new(Kind::NoDaemon, what)
+            Problem::new(ProblemKind::NoDaemon, what)
         })
     }
 

@@ -80,7 +80,7 @@ struct Keeper {
     /// One that is to take over, with its executable.
     next: Option<(Server, PathBuf)>,
     /// What the server was started from whose place the one that serves has taken, until that one is ready.
-    former: Option<PathBuf>,
+    previous: Option<PathBuf>,
     /// Those that accept nothing any more, and serve the connections that they have.
     leaving: Vec<Server>,
     /// Servers that have begun.
@@ -94,7 +94,7 @@ struct Keeper {
     /// Before the next restart after a server that could not start.
     pause: Duration,
     /// Who may have put steering into the kernel.
-    served: Served,
+    served: ServedBy,
     /// What servers of the executable found out about the back ends.
     remembered: Option<Remembered>,
     /// Whether the configuration is to be read again by the one that is about to serve, who may have read it already.
@@ -111,7 +111,7 @@ struct Keeper {
 
 /// Which servers have served clients so far.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Served {
+enum ServedBy {
     Nobody,
     /// By servers of a process that kept the sockets before this one.
     Others,
@@ -127,7 +127,7 @@ impl Keeper {
     ) -> io::Result<Self> {
         let mut sockets = systemd::kept();
         // A socket unit's socket is older than the first server.
-        let served = if sockets.keys().any(|name| name != CONTROL) { Served::Others } else { Served::Nobody };
+        let served = if sockets.keys().any(|name| name != CONTROL) { ServedBy::Others } else { ServedBy::Nobody };
         sockets.extend(fetched);
         Ok(Self {
             sockets,
@@ -136,7 +136,7 @@ impl Keeper {
             executable: PathBuf::from("/proc/self/exe"),
             serving: None,
             next: None,
-            former: None,
+            previous: None,
             leaving: Vec::new(),
             started: 0,
             crashed: 0,
@@ -229,8 +229,8 @@ impl Keeper {
                 if systemd::is_there() {
                     systemd::ready();
                 }
-                self.served = Served::Ours;
-                self.former = None;
+                self.served = ServedBy::Ours;
+                self.previous = None;
                 if std::mem::take(&mut self.is_to_reload) {
                     server.signal(Signal::SIGHUP);
                 }
@@ -260,7 +260,7 @@ impl Keeper {
     fn begin(&mut self) {
         self.started += 1;
         let begin = Begin {
-            is_successor: self.served != Served::Nobody,
+            is_successor: self.served != ServedBy::Nobody,
             is_restarted: systemd::is_there(),
             crash: self.crash.take(),
             started: self.started,
@@ -307,7 +307,7 @@ impl Keeper {
         }
         self.leaving.extend(left);
         if let Some((next, executable)) = self.next.take() {
-            self.former = Some(std::mem::replace(&mut self.executable, executable));
+            self.previous = Some(std::mem::replace(&mut self.executable, executable));
             self.remembered = None;
             self.serving = Some(next);
             self.begin();
@@ -323,7 +323,7 @@ impl Keeper {
 
     fn serving_ended(&mut self, status: ExitStatus) {
         let Some(server) = self.serving.take() else { return };
-        if self.code.is_some() || status.success() || !(self.served == Served::Ours || self.former.is_some()) {
+        if self.code.is_some() || status.success() || !(self.served == ServedBy::Ours || self.previous.is_some()) {
             // The keeper or another process told it to stop, or it can't start at all.
             self.code = Some(code_of(status));
             return self.end_others();
@@ -331,8 +331,8 @@ impl Keeper {
         self.crashed += 1;
         self.give_up_at.get_or_insert(Instant::now() + LASTING);
         self.crash = Some(format!("pid {}: {}", server.pid, server.failure.unwrap_or_else(|| end_in_words(status))));
-        let pause = if let Some(former) = self.former.take() {
-            self.executable = former;
+        let pause = if let Some(previous) = self.previous.take() {
+            self.executable = previous;
             self.remembered = None;
             Duration::ZERO
         } else if server.is_ready {

@@ -240,3 +240,25 @@ impl Shared {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        collections::BTreeMap,
+        fs::File,
+        sync::{Arc, Mutex},
+    };
+
+    use super::{Link, Shared};
+
+    /// Cookies of sockets stand at the end of names.
+    #[test]
+    fn take_one_compares_the_whole_name() {
+        let null = || File::open("/dev/null").unwrap().into();
+        let kept = BTreeMap::from(["web 12", "web 120"].map(|name| (name.to_owned(), null())));
+        let link = Link(Some(Arc::new(Shared { socket: null(), kept: Mutex::new(kept) })));
+        assert!(link.take_one("web 1").is_none());
+        assert!(link.take_one("web 12").is_some() && link.take_one("web 12").is_none());
+        assert_eq!(link.take("web ").len(), 1, "120 is still there");
+    }
+}

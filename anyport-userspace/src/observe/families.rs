@@ -2,7 +2,7 @@
 
 use super::{
     metrics::{Family, Metric, Number, Source, Values},
-    text::Kind,
+    text::MetricType,
 };
 use crate::{
     api::AnnounceState,
@@ -11,15 +11,15 @@ use crate::{
 };
 
 const fn counter(name: &'static str, labels: &'static [&'static str], help: &'static str, values: Values) -> Family {
-    Family { metric: Metric { name, kind: Kind::Counter, labels, help }, values }
+    Family { metric: Metric { name, kind: MetricType::Counter, labels, help }, values }
 }
 
 const fn gauge(name: &'static str, labels: &'static [&'static str], help: &'static str, values: Values) -> Family {
-    Family { metric: Metric { name, kind: Kind::Gauge, labels, help }, values }
+    Family { metric: Metric { name, kind: MetricType::Gauge, labels, help }, values }
 }
 
 const fn histogram(name: &'static str, help: &'static str, values: Values) -> Family {
-    Family { metric: Metric { name, kind: Kind::Histogram, labels: SERVICE, help }, values }
+    Family { metric: Metric { name, kind: MetricType::Histogram, labels: SERVICE, help }, values }
 }
 
 const SERVICE: &[&str] = &["service"];

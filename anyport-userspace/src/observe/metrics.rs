@@ -6,7 +6,7 @@ use super::{
     families::FAMILIES,
     process::Numbers,
     sample::Sample,
-    text::{Exposition, Kind},
+    text::{Exposition, MetricType},
 };
 use crate::{
     api::{LivePrefix, ServiceView},
@@ -20,7 +20,7 @@ pub struct Metric {
     /// Its name.
     pub name: &'static str,
     /// What kind of number it is.
-    pub kind: Kind,
+    pub kind: MetricType,
     /// The names of its labels; a histogram has `le` beside them.
     pub labels: &'static [&'static str],
     /// What it tells.
@@ -175,7 +175,7 @@ fn write_histogram(name: &str, service: &str, distribution: &Distribution, text:
 
 #[cfg(test)]
 mod tests {
-    use super::{Kind, all};
+    use super::{MetricType, all};
 
     #[test]
     fn names_are_as_prometheus_wants_them() {
@@ -183,8 +183,8 @@ mod tests {
             let name = metric.name;
             assert!(name.starts_with("anyport_") || name.starts_with("process_"), "{name}");
             assert!(name.chars().all(|it| it.is_ascii_lowercase() || it == '_'), "{name}");
-            assert_eq!(name.ends_with("_total"), metric.kind == Kind::Counter, "{name}");
-            assert!(metric.kind != Kind::Histogram || name.ends_with("_seconds"), "{name}");
+            assert_eq!(name.ends_with("_total"), metric.kind == MetricType::Counter, "{name}");
+            assert!(metric.kind != MetricType::Histogram || name.ends_with("_seconds"), "{name}");
             assert!(
                 !metric.help.is_empty() && !metric.help.contains(['\n', '|']) && !metric.help.ends_with('.'),
                 "{name}"

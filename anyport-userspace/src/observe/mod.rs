@@ -16,5 +16,5 @@ pub use self::{
     metrics::{Metric, all as all_metrics},
     sample::{Observer, Sample, Servers},
     server::Server,
-    text::Kind,
+    text::MetricType,
 };

@@ -10,7 +10,7 @@ use tokio::{sync::Mutex, time::timeout};
 
 use super::ranking::{Counts, Ranked, Ranking};
 use crate::{
-    api::{Kind, LivePrefix, LiveService, LiveUpstream, LiveView, Problem, ServiceCounts},
+    api::{LivePrefix, LiveService, LiveUpstream, LiveView, Problem, ProblemKind, ServiceCounts},
     engine::{Engine, Observed, ObservedService, Progress, Shared},
     rules::ServiceName,
 };
@@ -113,10 +113,11 @@ impl Observer {
             return Ok(Arc::clone(latest));
         }
         let Ok(engine) = timeout(PATIENCE, self.engine.lock()).await else {
-            let busy = || Problem::new(Kind::Failed, "anyportd is busy with a command").hint("try again");
+            let busy = || Problem::new(ProblemKind::Failed, "anyportd is busy with a command").hint("try again");
             return state.latest.clone().ok_or_else(busy);
         };
-        let engine = engine.as_ref().ok_or_else(|| Problem::new(Kind::Stopping, format!("anyportd is {ABSENT}")))?;
+        let engine =
+            engine.as_ref().ok_or_else(|| Problem::new(ProblemKind::Stopping, format!("anyportd is {ABSENT}")))?;
         let begun = Instant::now();
         let State { latest, counts } = &mut *state;
         let window = latest.as_ref().map(|latest| begun.duration_since(latest.taken).as_secs_f64());

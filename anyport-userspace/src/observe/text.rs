@@ -4,7 +4,7 @@ use std::fmt::{Display, Write as _};
 
 /// What kind of number a metric is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
+pub enum MetricType {
     /// It rises until it is reset.
     Counter,
     /// It rises and falls.
@@ -13,7 +13,7 @@ pub enum Kind {
     Histogram,
 }
 
-impl Kind {
+impl MetricType {
     /// As the format has it.
     pub fn as_str(self) -> &'static str {
         match self {
@@ -30,7 +30,7 @@ pub(super) struct Exposition(String);
 
 impl Exposition {
     /// Begins a metric; all of its samples have to follow.
-    pub(super) fn begin(&mut self, name: &str, kind: Kind, help: &str) {
+    pub(super) fn begin(&mut self, name: &str, kind: MetricType, help: &str) {
         let help = help.replace('\\', "\\\\").replace('\n', "\\n");
         self.write(format_args!("# HELP {name} {help}\n# TYPE {name} {}\n", kind.as_str()));
     }
@@ -70,12 +70,12 @@ fn escaped(value: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::{Exposition, Kind};
+    use super::{Exposition, MetricType};
 
     #[test]
     fn what_would_break_the_format_is_escaped() {
         let mut text = Exposition::default();
-        text.begin("a_total", Kind::Counter, "counts \\ and\nmore");
+        text.begin("a_total", MetricType::Counter, "counts \\ and\nmore");
         text.sample("a_total", [("one", "x\"y\\z\n"), ("two", "")].into_iter(), &u64::MAX);
         text.sample("a_total", [].into_iter(), &0.25);
         assert_eq!(

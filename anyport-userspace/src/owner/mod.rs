@@ -21,7 +21,7 @@ pub use self::{
     udp::{Datagram, UdpSocket},
 };
 use crate::{
-    api::{Kind, Problem},
+    api::{Problem, ProblemKind},
     register::{self, Register, Request},
     rules::ServiceName,
 };
@@ -42,7 +42,8 @@ impl Registration {
     /// # Errors
     /// No service can have that name.
     pub fn new(service: &str) -> Result<Self, Problem> {
-        let service = service.parse().map_err(|error| Problem::new(Kind::Invalid, format!("register: {error}")))?;
+        let service =
+            service.parse().map_err(|error| Problem::new(ProblemKind::Invalid, format!("register: {error}")))?;
         Ok(Self { service, path: DEFAULT_PATH.into() })
     }
 
@@ -56,7 +57,7 @@ impl Registration {
     /// from now on, instead of to the sockets that received them before.
     ///
     /// # Errors
-    /// The kernel gives no socket, or the daemon's refusal: see [`Kind`].
+    /// The kernel gives no socket, or the daemon's refusal: see [`ProblemKind`].
     pub fn listener(&self) -> Result<Listener, Problem> {
         self.listener_with(loopback(Type::STREAM)?.into_iter().map(net::TcpListener::from).collect())
     }
@@ -131,7 +132,7 @@ fn is_without(error: &io::Error) -> bool {
 }
 
 fn failed(attempt: &str, error: &io::Error) -> Problem {
-    Problem::new(Kind::Failed, format!("{attempt}: {error}"))
+    Problem::new(ProblemKind::Failed, format!("{attempt}: {error}"))
 }
 
 /// A dual-stack socket writes IPv4 addresses as IPv6 ones.

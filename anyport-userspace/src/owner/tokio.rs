@@ -39,7 +39,7 @@ use crate::datagram::Ends;
 #[derive(Debug)]
 pub struct Listener {
     sockets: Vec<TcpListener>,
-    end: End,
+    end: Shutdown,
 }
 
 impl TryFrom<crate::Listener> for Listener {
@@ -49,7 +49,7 @@ impl TryFrom<crate::Listener> for Listener {
     /// Outside of a runtime.
     fn try_from(listener: crate::Listener) -> io::Result<Self> {
         let sockets = listener.into_sockets().into_iter().map(TcpListener::from_std).collect::<io::Result<_>>()?;
-        Ok(Self { sockets, end: End::default() })
+        Ok(Self { sockets, end: Shutdown::default() })
     }
 }
 
@@ -81,7 +81,7 @@ pub struct UdpSocket {
     bound: Vec<SocketAddr>,
     registration: Registration,
     connection: Mutex<Option<Arc<UnixDatagram>>>,
-    end: End,
+    end: Shutdown,
 }
 
 impl TryFrom<crate::UdpSocket> for UdpSocket {
@@ -93,7 +93,7 @@ impl TryFrom<crate::UdpSocket> for UdpSocket {
         let (sockets, bound, answers) = socket.into_parts();
         let sockets = sockets.into_iter().map(Socket::from_std).collect::<io::Result<_>>()?;
         let registration = answers.into_registration();
-        Ok(Self { sockets, bound, registration, connection: Mutex::default(), end: End::default() })
+        Ok(Self { sockets, bound, registration, connection: Mutex::default(), end: Shutdown::default() })
     }
 }
 
@@ -160,15 +160,15 @@ impl UdpSocket {
 
 /// Whether those that wait are to come to an end.
 #[derive(Debug)]
-struct End(watch::Sender<bool>);
+struct Shutdown(watch::Sender<bool>);
 
-impl Default for End {
+impl Default for Shutdown {
     fn default() -> Self {
         Self(watch::Sender::new(false))
     }
 }
 
-impl End {
+impl Shutdown {
     fn begin(&self) {
         self.0.send_replace(true);
     }

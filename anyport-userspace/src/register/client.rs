@@ -17,7 +17,7 @@ use serde_json::Value;
 
 use super::Request;
 use crate::{
-    problem::{Changed, Kind, Problem},
+    problem::{Changed, Problem, ProblemKind},
     scm_rights,
 };
 
@@ -40,28 +40,30 @@ pub fn send(path: &Path, request: &Request, descriptors: &[BorrowedFd<'_>]) -> R
 /// The daemon's own, or that none answers at `path`.
 pub fn open(path: &Path, request: &Request) -> Result<OwnedFd, Problem> {
     let (connection, _) = ask(path, request, &[])?;
-    set_socket_timeout(&connection, Timeout::Send, Some(PATIENCE_OF_ANSWERS))
-        .map_err(|error| Problem::new(Kind::Failed, format!("limit the time that an answer may take: {error}")))?;
+    set_socket_timeout(&connection, Timeout::Send, Some(PATIENCE_OF_ANSWERS)).map_err(|error| {
+        Problem::new(ProblemKind::Failed, format!("limit the time that an answer may take: {error}"))
+    })?;
     Ok(connection)
 }
 
 fn ask(path: &Path, request: &Request, descriptors: &[BorrowedFd<'_>]) -> Result<(OwnedFd, Changed), Problem> {
     let text = serde_json::to_vec(request)
-        .map_err(|error| Problem::new(Kind::Failed, format!("write the request: {error}")))?;
+        .map_err(|error| Problem::new(ProblemKind::Failed, format!("write the request: {error}")))?;
     let (connection, answer) = exchange(path, &text, descriptors).map_err(|error| match error {
         Errno::ACCESS | Errno::PERM => {
-            Problem::new(Kind::NotPermitted, format!("connect to {}: {error}", path.display()))
+            Problem::new(ProblemKind::NotPermitted, format!("connect to {}: {error}", path.display()))
                 .hint("the directory of the socket has to be open to those who register")
         }
-        Errno::AGAIN => {
-            Problem::new(Kind::NoDaemon, format!("no answer from {} for {} s", path.display(), PATIENCE.as_secs()))
-                .hint("it may still carry the command out; anyportd's log says what it is busy with")
-        }
+        Errno::AGAIN => Problem::new(
+            ProblemKind::NoDaemon,
+            format!("no answer from {} for {} s", path.display(), PATIENCE.as_secs()),
+        )
+        .hint("it may still carry the command out; anyportd's log says what it is busy with"),
         Errno::TOOMANYREFS => Problem::new(
-            Kind::Invalid,
+            ProblemKind::Invalid,
             format!("{} descriptors; {} are the limit", descriptors.len(), scm_rights::MAX_DESCRIPTORS),
         ),
-        _ => Problem::new(Kind::NoDaemon, format!("no anyportd answers at {}: {error}", path.display()))
+        _ => Problem::new(ProblemKind::NoDaemon, format!("no anyportd answers at {}: {error}", path.display()))
             .hint("start anyportd, or name its socket with --socket"),
     })?;
     understand(&answer).map(|changed| (connection, changed))
@@ -87,9 +89,9 @@ fn understand(answer: &[u8]) -> Result<Changed, Problem> {
             return serde_json::from_value(fields).ok().map(Ok);
         }
         let problem = serde_json::from_value(fields).ok()?;
-        Some(Err(Problem { kind: Kind::from_http_status(status), ..problem }))
+        Some(Err(Problem { kind: ProblemKind::from_http_status(status), ..problem }))
     };
     understood().unwrap_or_else(|| {
-        Err(Problem::new(Kind::Failed, format!("anyportd answered {}", String::from_utf8_lossy(answer))))
+        Err(Problem::new(ProblemKind::Failed, format!("anyportd answered {}", String::from_utf8_lossy(answer))))
     })
 }

@@ -22,9 +22,8 @@ use tokio_util::task::AbortOnDropHandle;
 use super::{Candidate, Listen};
 use crate::{
     host::{self, Owner},
-    problem::{Kind, Problem},
-    rules::Family,
-    rules::Protocol,
+    problem::{Problem, ProblemKind},
+    rules::{Family, Protocol},
     sys,
 };
 
@@ -45,9 +44,9 @@ impl Process {
         match number.ok_or(Errno::SRCH).and_then(|number| pidfd_open(number, PidfdFlags::empty())) {
             Ok(pidfd) => Ok(Self { pid, pidfd }),
             Err(Errno::SRCH | Errno::INVAL) => {
-                Err(Problem::new(Kind::NotFound, format!("there is no process with the pid {pid}")))
+                Err(Problem::new(ProblemKind::NotFound, format!("there is no process with the pid {pid}")))
             }
-            Err(error) => Err(Problem::new(Kind::Failed, format!("open the process {pid}: {error}"))),
+            Err(error) => Err(Problem::new(ProblemKind::Failed, format!("open the process {pid}: {error}"))),
         }
     }
 
@@ -68,12 +67,12 @@ impl Process {
         let attempt = || format!("descriptor {descriptor} of {}", self.name());
         let fetched = pidfd_getfd(self.pidfd.as_fd(), descriptor, PidfdGetfdFlags::empty());
         let fetched = fetched.map_err(|error| match error {
-            Errno::BADF => Problem::new(Kind::Invalid, format!("{}: it is not open", attempt())),
-            Errno::SRCH => Problem::new(Kind::NotFound, format!("{}: the process has ended", attempt())),
+            Errno::BADF => Problem::new(ProblemKind::Invalid, format!("{}: it is not open", attempt())),
+            Errno::SRCH => Problem::new(ProblemKind::NotFound, format!("{}: the process has ended", attempt())),
             Errno::PERM => not_permitted(self.pid),
-            _ => Problem::new(Kind::Failed, format!("fetch {}: {error}", attempt())),
+            _ => Problem::new(ProblemKind::Failed, format!("fetch {}: {error}", attempt())),
         })?;
-        Candidate::new(fetched).map_err(|unfit| Problem::new(Kind::Invalid, format!("{}: {unfit}", attempt())))
+        Candidate::new(fetched).map_err(|unfit| Problem::new(ProblemKind::Invalid, format!("{}: {unfit}", attempt())))
     }
 
     /// All of its sockets that wait there, the descriptors of one socket once.
@@ -104,8 +103,11 @@ impl Process {
             others.dedup();
             let waits = if others.is_empty() { "nowhere".into() } else { others.join(", ") };
             let transport = Protocol::from(listen.transport);
-            return Err(Problem::new(Kind::NotFound, format!("{} has no socket that waits at {listen}", self.name()))
-                .hint(format!("over {transport} it waits at: {waits}")));
+            return Err(Problem::new(
+                ProblemKind::NotFound,
+                format!("{} has no socket that waits at {listen}", self.name()),
+            )
+            .hint(format!("over {transport} it waits at: {waits}")));
         }
         Ok(found)
     }
@@ -120,7 +122,7 @@ impl Process {
         if (its.dev(), its.ino()) == (ours.dev(), ours.ino()) {
             return Ok(());
         }
-        Err(Problem::new(Kind::Invalid, format!("{} is in another network namespace", self.name())).hint(
+        Err(Problem::new(ProblemKind::Invalid, format!("{} is in another network namespace", self.name())).hint(
             "run an anyportd in that namespace, or register a socket that was opened in this one by its descriptor",
         ))
     }
@@ -147,7 +149,7 @@ impl Process {
 fn not_permitted(pid: u32) -> Problem {
     let error =
         format!("fetch a socket of the process {pid}: you may not, since it is another user's or has more rights");
-    Problem::new(Kind::NotPermitted, error).hint("become root, or have the process pass its socket itself")
+    Problem::new(ProblemKind::NotPermitted, error).hint("become root, or have the process pass its socket itself")
 }
 
 /// The processes beside this one that hold a socket, each with a descriptor of it.

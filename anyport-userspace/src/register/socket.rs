@@ -10,7 +10,11 @@ use anyport_common::{flow::Transport, maps::SOCKETS_PER_SERVICE};
 use nix::sys::stat::fstat;
 use socket2::{Domain, Protocol as Number, SockRef, Type};
 
-use crate::{privileges, rules::Family, rules::Protocol, sys};
+use crate::{
+    privileges,
+    rules::{Family, Protocol},
+    sys,
+};
 
 /// A descriptor of a socket that can be steered to.
 #[derive(Debug)]

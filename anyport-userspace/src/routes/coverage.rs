@@ -118,17 +118,17 @@ fn blocks_of(net: &Net, is_ipv4: bool, is_new: bool) -> impl Iterator<Item = Pre
 
 impl Difference {
     /// The difference of two lists of blocks, both in order and each without repetition.
-    pub(super) fn between(former: impl Iterator<Item = Prefix>, latter: impl Iterator<Item = Prefix>) -> Self {
+    pub(super) fn between(previous: impl Iterator<Item = Prefix>, latter: impl Iterator<Item = Prefix>) -> Self {
         let mut difference = Self::default();
-        let (mut former, mut latter) = (former.peekable(), latter.peekable());
+        let (mut previous, mut latter) = (previous.peekable(), latter.peekable());
         loop {
-            match (former.peek(), latter.peek()) {
+            match (previous.peek(), latter.peek()) {
                 (Some(old), Some(new)) if old == new => {
-                    former.next();
+                    previous.next();
                     latter.next();
                 }
                 (Some(old), new) if new.is_none_or(|new| position(old) < position(new)) => {
-                    difference.removed.extend(former.next());
+                    difference.removed.extend(previous.next());
                 }
                 (_, Some(_)) => difference.added.extend(latter.next()),
                 (_, None) => return difference,

@@ -6,7 +6,7 @@ use std::{collections::HashMap, fmt, panic::resume_unwind, sync::Arc, thread};
 use super::{InvalidText, PortSet, Prefix, Protocol, RuleSpec};
 
 /// How many mistakes are reported at once.
-const TOLD: usize = 10;
+const MAX_REPORTED: usize = 10;
 
 /// A rule as a line says it.
 pub type LineRule = (Prefix, Arc<RuleSpec>);
@@ -54,8 +54,8 @@ pub(crate) fn expect_none(mut mistakes: Vec<String>) -> Result<(), InvalidText> 
     if mistakes.is_empty() {
         return Ok(());
     }
-    if mistakes.len() > TOLD {
-        mistakes.truncate(TOLD);
+    if mistakes.len() > MAX_REPORTED {
+        mistakes.truncate(MAX_REPORTED);
         mistakes.push("and more".into());
     }
     Err(InvalidText(mistakes.join("; ")))
@@ -95,7 +95,7 @@ impl<'a> Portion<'a> {
         for line in text.lines() {
             portion.lines += 1;
             let rule = line.split('#').next().unwrap_or_default().trim();
-            if rule.is_empty() || portion.mistakes.len() > TOLD {
+            if rule.is_empty() || portion.mistakes.len() > MAX_REPORTED {
                 continue;
             }
             let (prefix, tail) = rule.split_once(|it: char| it.is_ascii_whitespace()).unwrap_or((rule, ""));
@@ -173,9 +173,9 @@ fn unknown(word: &str) -> InvalidText {
 
 /// Writes a rule as a line.
 #[derive(Debug)]
-pub struct Line<'a>(pub &'a Prefix, pub &'a RuleSpec);
+pub struct RuleLine<'a>(pub &'a Prefix, pub &'a RuleSpec);
 
-impl fmt::Display for Line<'_> {
+impl fmt::Display for RuleLine<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self(prefix, RuleSpec { protocol, ports, except, source, service, route }) = self;
         write!(f, "{prefix} {protocol} {ports}")?;
@@ -199,7 +199,7 @@ mod tests {
 
     use proptest::prelude::*;
 
-    use super::{Line, parse};
+    use super::{RuleLine, parse};
     use crate::rules::tests::arbitrary::rule;
 
     #[test]
@@ -208,7 +208,7 @@ mod tests {
                     2001:db8::/32 both except=22 source=2001:db8:1::/48 service=a route=no\n192.0.2.7 80\r\n";
         let rules = parse(text, Arc::new).unwrap();
         let lines: Vec<_> =
-            rules.iter().map(|((prefix, terms), line)| format!("{line}: {}", Line(prefix, terms))).collect();
+            rules.iter().map(|((prefix, terms), line)| format!("{line}: {}", RuleLine(prefix, terms))).collect();
         assert_eq!(
             lines,
             [
@@ -244,7 +244,7 @@ mod tests {
     proptest! {
         #[test]
         fn what_is_written_is_read_again(rule in rule()) {
-            let line = Line(&rule.prefix, &rule.terms).to_string();
+            let line = RuleLine(&rule.prefix, &rule.terms).to_string();
             let read = parse(&line, Arc::new).unwrap();
             prop_assert_eq!(&read[0].0, &(rule.prefix, rule.terms));
         }

@@ -405,8 +405,8 @@ impl<'a> Draft<'a> {
 
     /// The rules of a prefix, to be changed.
     pub fn prefix(&mut self, prefix: Prefix) -> &mut PrefixRules {
-        let former = || self.base.of_prefix(&prefix).cloned().unwrap_or_default();
-        self.touched.entry(prefix).or_insert_with(former)
+        let previous = || self.base.of_prefix(&prefix).cloned().unwrap_or_default();
+        self.touched.entry(prefix).or_insert_with(previous)
     }
 
     /// The rules of a prefix as they are by now.

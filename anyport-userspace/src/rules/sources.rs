@@ -81,7 +81,7 @@ impl SourceLists {
     }
 
     /// Whether a source is taken.
-    pub fn takes(&self, source: IpAddr) -> bool {
+    pub fn allows(&self, source: IpAddr) -> bool {
         let (number, _) = Prefix::host(source).bounds();
         let ranges = &self.ranges[usize::from(!source.is_ipv4())];
         let behind = ranges.partition_point(|(first, _)| *first <= number);
@@ -143,15 +143,15 @@ mod tests {
             ("203.0.113.1", false),
             ("2001:db8::1", false),
         ] {
-            assert_eq!(both.takes(source.parse().unwrap()), is_taken, "{source}");
+            assert_eq!(both.allows(source.parse().unwrap()), is_taken, "{source}");
         }
         let deny = lists(&[], &["255.255.255.255", "2001:db8::/32"]);
         for (source, is_taken) in
             [("0.0.0.0", true), ("255.255.255.255", false), ("2001:db8::1", false), ("2001:db9::1", true)]
         {
-            assert_eq!(deny.takes(source.parse().unwrap()), is_taken, "{source}");
+            assert_eq!(deny.allows(source.parse().unwrap()), is_taken, "{source}");
         }
-        assert!(SourceLists::default().takes(IpAddr::from([0; 4])) && SourceLists::default().is_empty());
+        assert!(SourceLists::default().allows(IpAddr::from([0; 4])) && SourceLists::default().is_empty());
     }
 
     #[test]
@@ -170,7 +170,7 @@ mod tests {
             for flow in flows {
                 let source = from_address(flow.source);
                 let expected = lists.deciding(source).map_or(lists.allow().is_empty(), |it| lists.allow().contains(&it));
-                prop_assert_eq!(lists.takes(source), expected, "{} {:?}", source, &lists);
+                prop_assert_eq!(lists.allows(source), expected, "{} {:?}", source, &lists);
                 let (number, _) = Prefix::host(source).bounds();
                 let around = lists.ranges(source.is_ipv4()).find(|(first, last, _)| (*first..=*last).contains(&number));
                 prop_assert_eq!(around.map_or(lists.is_empty(), |it| it.2), expected);

@@ -33,14 +33,14 @@ pub fn why(rule: &RuleRef<'_>, flow: &Flow, deciding: Option<&RuleRef<'_>>) -> S
         Some(deciding) if (deciding.prefix, deciding.number) < (rule.prefix, rule.number) => {
             why_behind(rule, deciding, port)
         }
-        _ => "has an opinion and would come first, but the kernel does not go by it".into(),
+        _ => "matches and would come first, but the kernel did not decide by it".into(),
     }
 }
 
 /// Why a rule that matches comes after the one that decides.
 fn why_behind(rule: &RuleRef<'_>, deciding: &RuleRef<'_>, port: u16) -> String {
     if deciding.prefix != rule.prefix {
-        return format!("a longer prefix with an opinion on port {port} comes first: {}", deciding.prefix);
+        return format!("a longer prefix with a rule that matches port {port} comes first: {}", deciding.prefix);
     }
     let (here, there) = (rule.terms.matched_ports().count(), deciding.terms.matched_ports().count());
     if here != there {
@@ -114,7 +114,7 @@ mod tests {
                 "192.0.2.0/24: decides: port 80 goes to inside",
                 "192.0.2.0/24: is about more clients than the rule that decides, which is about those from 10.0.0.0/8 only",
                 "192.0.2.0/24: covers more ports of the same prefix than the rule that decides: 65535, not 2",
-                "192.0.0.0/16: a longer prefix with an opinion on port 80 comes first: 192.0.2.0/24",
+                "192.0.0.0/16: a longer prefix with a rule that matches port 80 comes first: 192.0.2.0/24",
             ]
         );
         assert_eq!(
@@ -158,7 +158,7 @@ mod tests {
             port: 80,
         };
         let all: Vec<_> = considered(&rules, &flow).collect();
-        assert!(why(&all[0], &flow, Some(&all[1])).contains("the kernel does not go by it"));
-        assert!(why(&all[1], &flow, None).contains("the kernel does not go by it"));
+        assert!(why(&all[0], &flow, Some(&all[1])).contains("the kernel did not decide by it"));
+        assert!(why(&all[1], &flow, None).contains("the kernel did not decide by it"));
     }
 }

@@ -6,12 +6,12 @@ use anyport_common::flow::Transport;
 
 /// A line of text that needs no allocation.
 #[derive(Debug)]
-pub(super) struct Line {
+pub(super) struct TextLine {
     bytes: [u8; Self::CAPACITY],
     length: usize,
 }
 
-impl Line {
+impl TextLine {
     /// Room for two IPv6 addresses with ports and the words around them.
     const CAPACITY: usize = 128;
 
@@ -45,10 +45,10 @@ mod tests {
 
     use anyport_common::flow::Transport;
 
-    use super::Line;
+    use super::TextLine;
 
     fn hello(client: SocketAddr, dialled: SocketAddr) -> String {
-        String::from_utf8(Line::hello(client, dialled, Transport::Udp).as_bytes().into()).unwrap()
+        String::from_utf8(TextLine::hello(client, dialled, Transport::Udp).as_bytes().into()).unwrap()
     }
 
     #[test]

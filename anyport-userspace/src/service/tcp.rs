@@ -29,7 +29,7 @@ use super::{
     datagram::Ends,
     descriptors::DescriptorPool,
     event_loop::{self, Context, Event, EventLoop, Machine, Next},
-    forward::{Client, End, Forwarder, Outcome, Refusal, Served},
+    forward::{Client, Finished, Forwarder, Outcome, Refusal, RelayEnd},
     histogram::Sampler,
     limits::{Gate, Pass, Refused},
     log::{ConnectionLog, Entry},
@@ -138,7 +138,7 @@ fn start(site: &Arc<ListenerContext>, sampler: &mut Sampler, socket: Socket, cli
     if let Some(publisher) = site.publisher.as_ref().filter(|it| it.is_heard())
         && let Some(dialled) = dialled(&socket)
     {
-        publisher.tell(Transport::Tcp, Ends { client, dialled }, matches!(admitted, Err(Refused::Denied)));
+        publisher.publish(Transport::Tcp, Ends { client, dialled }, matches!(admitted, Err(Refused::Denied)));
     }
     let pass = match admitted {
         Ok(pass) => pass,
@@ -230,7 +230,7 @@ fn talk_ended(open: &Open, ends: Ends, builtin: &BuiltinHandler, end: &io::Resul
     }
 }
 
-fn forwarding_ended(open: &Open, Served { ends, upstream, end }: &Served) {
+fn forwarding_ended(open: &Open, Finished { ends, upstream, end }: &Finished) {
     let ListenerContext { config, counts, log, .. } = &*open.site;
     match end {
         Err(Refusal::Header(_)) => counts.bad_headers.raise(),
@@ -241,7 +241,7 @@ fn forwarding_ended(open: &Open, Served { ends, upstream, end }: &Served) {
         Ok(outcome) => (outcome.to_upstream, outcome.to_client, &outcome.end),
         Err(refusal) => (0, 0, refusal),
     };
-    if !matches!(end, Ok(Outcome { end: End::Closed, .. })) {
+    if !matches!(end, Ok(Outcome { end: RelayEnd::Closed, .. })) {
         tracing::debug!("service {}: {} to {}: {reason}", config.name, ends.client, ends.dialled);
     }
     if open.is_logged {

@@ -10,7 +10,7 @@ use super::{
     HandlerKind, LoopGuard, ServiceConfig,
     datagram::{self, Datagram, Ends},
     forward::UdpForwarder,
-    handlers::Line,
+    handlers::TextLine,
     limits::{Gate, Refused},
     reply::UdpWorker,
 };
@@ -70,9 +70,9 @@ impl Receiver {
         let Some(ends) = datagram.ends else {
             return counts.unanswerable.raise();
         };
-        let is_taken = self.gate.takes(ends.client.ip());
+        let is_taken = self.gate.allows(ends.client.ip());
         if let Some(publisher) = self.publisher.as_ref().filter(|it| it.is_heard()) {
-            publisher.tell(Transport::Udp, ends, !is_taken);
+            publisher.publish(Transport::Udp, ends, !is_taken);
         }
         if !is_taken {
             return counts.refused.raise(Refused::Denied);
@@ -86,7 +86,7 @@ impl Receiver {
             HandlerKind::Forward => return self.forward(ends, question),
             HandlerKind::Echo => question,
             HandlerKind::Hello => {
-                line = Line::hello(ends.client, ends.dialled, Transport::Udp);
+                line = TextLine::hello(ends.client, ends.dialled, Transport::Udp);
                 line.as_bytes()
             }
         };
@@ -154,7 +154,7 @@ mod tests {
     use anyport_common::flow::Transport;
 
     use super::{Ends, LoopGuard, Refusal, refusal};
-    use crate::service::handlers::Line;
+    use crate::service::handlers::TextLine;
 
     fn ends(client: &str, dialled: &str) -> Ends {
         Ends { client: client.parse().unwrap(), dialled: dialled.parse().unwrap() }
@@ -168,7 +168,7 @@ mod tests {
     fn the_longest_hello_may_answer_an_empty_question() {
         for end in ["255.255.255.255:65535", "[ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff]:65535"] {
             let ends = ends(end, end.replace("65535", "65534").as_str());
-            let line = Line::hello(ends.client, ends.dialled, Transport::Udp);
+            let line = TextLine::hello(ends.client, ends.dialled, Transport::Udp);
             assert_eq!(refusal(ends, 0, line.as_bytes().len(), &steered(1)), None);
         }
     }

@@ -144,7 +144,7 @@ pub struct Decided {
 /// What others may take from us.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Kind {
+pub enum ObjectKind {
     /// What attaches a BPF program to the network namespace or, by tcx, to an interface.
     Link,
     /// A map or a link in the BPF file system.
@@ -161,7 +161,7 @@ pub enum Kind {
     Interface,
 }
 
-impl fmt::Display for Kind {
+impl fmt::Display for ObjectKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&format!("{self:?}").to_lowercase())
     }
@@ -171,14 +171,14 @@ impl fmt::Display for Kind {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Drift {
     /// Of which kind it is.
-    pub kind: Kind,
+    pub kind: ObjectKind,
     /// Its name, to stand before "is gone".
     pub what: String,
 }
 
 impl Drift {
     /// What stands before "is gone".
-    pub fn new(kind: Kind, what: impl Into<String>) -> Self {
+    pub fn new(kind: ObjectKind, what: impl Into<String>) -> Self {
         Self { kind, what: what.into() }
     }
 }

@@ -22,20 +22,20 @@ impl Store {
 
     /// Replaces a state file by one that has [`NO_CHECKSUM`] yet, and keeps the previous one under another name. Not to be
     /// able to keep it is no reason to change nothing.
-    pub(super) fn replace_keeping(&self, name: &str, former: &str, file: &impl Serialize) -> anyhow::Result<()> {
+    pub(super) fn replace_keeping(&self, name: &str, previous: &str, file: &impl Serialize) -> anyhow::Result<()> {
         let mut text = serde_json::to_vec_pretty(file).context("write the state")?;
         text.push(b'\n');
         let checksum = checksum_of_state(&text);
         if let Some(at) = place_of_checksum(&text) {
             text[at..at + checksum.len()].copy_from_slice(checksum.as_bytes());
         }
-        let kept = match self.files.remove(former) {
+        let kept = match self.files.remove(previous) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-            _ => self.files.link(name, former),
+            _ => self.files.link(name, previous),
         };
         match kept {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                warn!("keep the state before as {}: {error}", self.files.path(former).display());
+                warn!("keep the state before as {}: {error}", self.files.path(previous).display());
             }
             _ => {}
         }

@@ -18,7 +18,7 @@ use crate::{
 
 const FILE: &str = "fleet.json";
 /// The previous file.
-const FORMER: &str = "fleet.json.former";
+const PREVIOUS: &str = "fleet.json.former";
 
 /// Where a node stands in its fleet.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -83,15 +83,15 @@ impl Store {
             text_checksum: now.as_ref().and_then(Named::checksum_as_text),
             checksum: Some(NO_CHECKSUM.to_owned()),
         };
-        self.replace_keeping(FILE, FORMER, &file)?;
-        self.set.former = std::mem::replace(&mut self.set.now, now).map(|it| it.name);
+        self.replace_keeping(FILE, PREVIOUS, &file)?;
+        self.set.previous = std::mem::replace(&mut self.set.now, now).map(|it| it.name);
         self.remove_unused();
         Ok(())
     }
 
     /// As `read`, of this file and the one that it names.
     pub(super) fn read_fleet(&mut self) -> anyhow::Result<Option<KeptFleet>> {
-        let advice = || self.advice(FILE, FORMER, "what the fleet gave");
+        let advice = || self.advice(FILE, PREVIOUS, "what the fleet gave");
         let text = match self.files.read(FILE) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             text => text.with_context(advice)?,
@@ -117,7 +117,7 @@ impl Store {
 
     /// The file with the set before, if there is one.
     pub(super) fn former_set(&self) -> Option<String> {
-        let text = self.files.read(FORMER).ok()?;
+        let text = self.files.read(PREVIOUS).ok()?;
         serde_json::from_slice::<FleetFile>(&text).ok()?.text
     }
 }

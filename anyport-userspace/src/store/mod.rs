@@ -18,7 +18,7 @@ use crate::{
     register::KeptSocket,
     rules::{
         Origin, Prefix, Rule, RuleSpec, RuleText, ServiceName,
-        lines::{self, Line},
+        lines::{self, RuleLine},
     },
     service::ServiceConfig,
 };
@@ -32,7 +32,7 @@ use self::{
 
 const FILE: &str = "state.json";
 /// The state before.
-const FORMER: &str = "state.json.former";
+const PREVIOUS: &str = "state.json.former";
 const VERSION: u32 = 1;
 /// The rules that were applied.
 const APPLIED: Series = Series { beginning: "applied-", end: ".rules" };
@@ -77,7 +77,7 @@ impl Series {
 struct Beside {
     now: Option<Named>,
     /// That of the state before.
-    former: Option<String>,
+    previous: Option<String>,
 }
 
 /// A file that a state file names.
@@ -183,9 +183,9 @@ impl Store {
     pub(crate) fn of(files: Box<dyn Files>) -> anyhow::Result<(Self, State)> {
         let mut store = Self { files, applied: Beside::default(), set: Beside::default() };
         let state = store.read()?;
-        let former = store.files.read(FORMER).ok().and_then(|text| serde_json::from_slice::<StateFile>(&text).ok());
-        store.applied.former = former.and_then(|file| file.applied);
-        store.set.former = store.former_set();
+        let previous = store.files.read(PREVIOUS).ok().and_then(|text| serde_json::from_slice::<StateFile>(&text).ok());
+        store.applied.previous = previous.and_then(|file| file.applied);
+        store.set.previous = store.former_set();
         store.remove_unused();
         Ok((store, state))
     }
@@ -201,7 +201,7 @@ impl Store {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(State::default()),
             text => text.with_context(|| format!("read the state file {}", path.display()))?,
         };
-        let advice = || self.advice(FILE, FORMER, "what anyportctl added and applied");
+        let advice = || self.advice(FILE, PREVIOUS, "what anyportctl added and applied");
         let file: StateFile = serde_json::from_slice(&text).with_context(advice)?;
         if file.version != VERSION {
             bail!("{}: its version is {}, and this anyportd knows {VERSION}", advice(), file.version);
@@ -226,15 +226,15 @@ impl Store {
     }
 
     /// What to do about a state file that can't be read.
-    fn advice(&self, file: &str, former: &str, what: &str) -> String {
+    fn advice(&self, file: &str, previous: &str, what: &str) -> String {
         let path = self.files.path(file);
         let path = path.display();
-        let former = match self.files.read(former) {
+        let previous = match self.files.read(previous) {
             Ok(_) => format!(" go on with the state before the last change: mv {path}.former {path}; or"),
             Err(_) => String::new(),
         };
         format!(
-            "read the state file {path}, which holds {what}; repair it, and take the line with the checksum out;{former} go on \
+            "read the state file {path}, which holds {what}; repair it, and take the line with the checksum out;{previous} go on \
              without those rules: mv {path} {path}.broken"
         )
     }
@@ -273,8 +273,8 @@ impl Store {
             applied_checksum: now.as_ref().and_then(Named::checksum_as_text),
             checksum: Some(NO_CHECKSUM.to_owned()),
         };
-        self.replace_keeping(FILE, FORMER, &file)?;
-        self.applied.former = mem::replace(&mut self.applied.now, now).map(|it| it.name);
+        self.replace_keeping(FILE, PREVIOUS, &file)?;
+        self.applied.previous = mem::replace(&mut self.applied.now, now).map(|it| it.name);
         self.remove_unused();
         Ok(())
     }
@@ -290,7 +290,7 @@ impl Store {
     ) -> anyhow::Result<()> {
         let mut text = String::new();
         for (prefix, terms, Counters { steered, no_socket, assign_error, denied }) in counted {
-            let _ = writeln!(text, "{steered} {no_socket} {assign_error} {denied} {}", Line(&prefix, &terms));
+            let _ = writeln!(text, "{steered} {no_socket} {assign_error} {denied} {}", RuleLine(&prefix, &terms));
         }
         self.replace(COUNTERS, text.as_bytes())
     }
@@ -355,8 +355,8 @@ impl Store {
     /// Removes files of the two series that neither the state nor the previous one names.
     fn remove_unused(&self) {
         let is_unused = |name: &String| {
-            [(APPLIED, &self.applied), (SET, &self.set)].iter().any(|(series, Beside { now, former })| {
-                let names = [now.as_ref().map(|it| &it.name), former.as_ref()];
+            [(APPLIED, &self.applied), (SET, &self.set)].iter().any(|(series, Beside { now, previous })| {
+                let names = [now.as_ref().map(|it| &it.name), previous.as_ref()];
                 series.number_of(name).is_some() && !names.contains(&Some(name))
             })
         };

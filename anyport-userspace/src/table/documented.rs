@@ -4,7 +4,7 @@ use std::{collections::HashMap, fmt::Write as _, sync::Arc};
 
 use anyport_common::{
     flow::{Flow, Transport, Version},
-    table::{Kind, LINE_SLOTS, LINE_WORDS, Line, SEGMENT_WORDS, Slot, Store as _, Verdict, Words as _},
+    table::{CacheLine, LINE_SLOTS, LINE_WORDS, SEGMENT_WORDS, Slot, SlotKind, Store as _, Verdict, Words as _},
 };
 
 use super::{OwnSegments, Reader, Receiver, Table};
@@ -68,8 +68,8 @@ fn word(reader: &Reader, at: u32) -> u64 {
 fn nodes(reader: &Reader, slot: Slot, words: &mut Vec<(u32, String)>) {
     let at = slot.offset();
     match slot.kind().unwrap() {
-        Kind::Verdict => {}
-        Kind::Ports => {
+        SlotKind::Verdict => {}
+        SlotKind::Ports => {
             for (place, transport) in ["tcp", "udp"].into_iter().enumerate() {
                 let at = at + u32::try_from(place).unwrap();
                 let of_transport = Slot(word(reader, at));
@@ -77,7 +77,7 @@ fn nodes(reader: &Reader, slot: Slot, words: &mut Vec<(u32, String)>) {
                 nodes(reader, of_transport, words);
             }
         }
-        Kind::Sorted => {
+        SlotKind::Sorted => {
             let slots = 1 << slot.order();
             for place in 0..slots {
                 let key = word(reader, at + place);
@@ -90,17 +90,17 @@ fn nodes(reader: &Reader, slot: Slot, words: &mut Vec<(u32, String)>) {
                 }
             }
         }
-        Kind::Index => {
+        SlotKind::Index => {
             for place in 0..1 << slot.width() {
                 let below = Slot(word(reader, at + place));
                 words.push((at + place, format!("slot {place}: {}", describe(below))));
                 nodes(reader, below, words);
             }
         }
-        Kind::Lines => {
+        SlotKind::CacheLines => {
             for number in 0..1 << slot.width() {
                 let at = at + number * LINE_WORDS;
-                let line = Line(std::array::from_fn(|place| word(reader, at + u32::try_from(place).unwrap())));
+                let line = CacheLine(std::array::from_fn(|place| word(reader, at + u32::try_from(place).unwrap())));
                 lines(at, &line, words);
                 for (_, below) in line.slots() {
                     nodes(reader, below, words);
@@ -111,14 +111,14 @@ fn nodes(reader: &Reader, slot: Slot, words: &mut Vec<(u32, String)>) {
 }
 
 /// The eight words of a cache line.
-fn lines(at: u32, line: &Line, words: &mut Vec<(u32, String)>) {
+fn lines(at: u32, line: &CacheLine, words: &mut Vec<(u32, String)>) {
     let slots: Vec<_> = line.slots().collect();
     let keys = |places: std::ops::Range<usize>| {
         let keys = slots[places].iter().map(|(key, _)| format!("{key:04x}"));
         keys.collect::<Vec<_>>().join(", ")
     };
     let of_ports: String =
-        slots.iter().map(|(_, slot)| if slot.kind() == Some(Kind::Ports) { '0' } else { '1' }).collect();
+        slots.iter().map(|(_, slot)| if slot.kind() == Some(SlotKind::Ports) { '0' } else { '1' }).collect();
     words.push((at, format!("keys 1 to 4: {}", keys(1..5))));
     words.push((at + 1, format!("keys 5 to 7: {}; slots 0 to 7 are no ports: {of_ports}", keys(5..8))));
     words.push((at + 2, "bits 32 to 47 of slots 0 to 3".to_owned()));
@@ -134,16 +134,16 @@ fn lines(at: u32, line: &Line, words: &mut Vec<(u32, String)>) {
 fn describe(slot: Slot) -> String {
     let at = slot.offset();
     match slot.kind().unwrap() {
-        Kind::Verdict => match slot.to_verdict(0) {
+        SlotKind::Verdict => match slot.to_verdict(0) {
             Verdict::Unmatched => "no rule".to_owned(),
             Verdict::Steer { rule, service } => format!("steer to service {service}, rule + {rule}"),
             other => format!("{other:?}"),
         },
-        Kind::Ports => format!("ports {at}, rule {}", slot.first_number()),
-        Kind::Sorted => format!("sorted node of {} slots at {at}", 1 << slot.order()),
-        Kind::Index => format!("index of {} slots at {at}", 1 << slot.width()),
-        Kind::Lines if slot.width() == 0 => format!("line at {at}, behind {} bits of the key", slot.skip()),
-        Kind::Lines => format!("{} lines at {at}, behind {} bits of the key", 1 << slot.width(), slot.skip()),
+        SlotKind::Ports => format!("ports {at}, rule {}", slot.first_number()),
+        SlotKind::Sorted => format!("sorted node of {} slots at {at}", 1 << slot.order()),
+        SlotKind::Index => format!("index of {} slots at {at}", 1 << slot.width()),
+        SlotKind::CacheLines if slot.width() == 0 => format!("line at {at}, behind {} bits of the key", slot.skip()),
+        SlotKind::CacheLines => format!("{} lines at {at}, behind {} bits of the key", 1 << slot.width(), slot.skip()),
     }
 }
 

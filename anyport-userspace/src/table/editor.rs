@@ -1,10 +1,10 @@
 //! How a part of a tree is replaced.
 
-use anyport_common::table::{Kind, LINE_KEY_BITS, LINE_WORDS, MAX_SORTED, STEPS, Slot, Turn};
+use anyport_common::table::{KeySelector, LINE_KEY_BITS, LINE_WORDS, MAX_SORTED, STEPS, Slot, SlotKind};
 
 use super::{
     arena::{Arena, Block},
-    lines::{Lines, line_at},
+    cache_lines::{Lines, line_at},
     tree::{Built, Piece, Shape, block_of, build, children, few, is_node, is_value, sorted},
 };
 
@@ -41,8 +41,13 @@ pub(super) struct Editor<'a> {
 
 impl Editor<'_> {
     /// Replaces what a region has in the tree for all keys.
-    pub(super) fn replace_in(&mut self, root: Slot, region: Region<'_>, turn: Turn) -> Result<Slot, Trouble> {
-        self.replace(root.without_turn(), (0, u64::MAX), region, turn, 0)
+    pub(super) fn replace_in(
+        &mut self,
+        root: Slot,
+        region: Region<'_>,
+        selector: KeySelector,
+    ) -> Result<Slot, Trouble> {
+        self.replace(root.without_selector(), (0, u64::MAX), region, selector, 0)
     }
 
     /// The value of a key.
@@ -62,12 +67,12 @@ impl Editor<'_> {
         slot: Slot,
         (first, last): (u64, u64),
         region: Region<'_>,
-        turn: Turn,
+        selector: KeySelector,
         above: u32,
     ) -> Result<Slot, Trouble> {
         if region.first <= first && last <= region.last {
             self.discard(slot);
-            let built = build(self.arena, &clip(&region, first, last), last, turn)?;
+            let built = build(self.arena, &clip(&region, first, last), last, selector)?;
             return fitting(built, above);
         }
         let mut values = Vec::new();
@@ -78,12 +83,12 @@ impl Editor<'_> {
                 self.cut(value, end, &region, &mut pieces);
             }
             pieces.dedup_by(|later, earlier| later.slot == earlier.slot);
-            return fitting(build(self.arena, &pieces, last, turn)?, above);
+            return fitting(build(self.arena, &pieces, last, selector)?, above);
         }
         match slot.kind() {
-            Some(Kind::Index) => self.replace_in_index(slot, (first, last), region, turn, above),
-            Some(Kind::Lines) => self.replace_in_lines(slot, (first, last), region, turn, above),
-            _ => self.replace_in_sorted(slot, (first, last), region, turn, above),
+            Some(SlotKind::Index) => self.replace_in_index(slot, (first, last), region, selector, above),
+            Some(SlotKind::CacheLines) => self.replace_in_lines(slot, (first, last), region, selector, above),
+            _ => self.replace_in_sorted(slot, (first, last), region, selector, above),
         }
     }
 
@@ -92,7 +97,7 @@ impl Editor<'_> {
         slot: Slot,
         (first, last): (u64, u64),
         region: Region<'_>,
-        turn: Turn,
+        selector: KeySelector,
         above: u32,
     ) -> Result<Slot, Trouble> {
         let shape = Shape { shift: slot.shift(), width: slot.width() };
@@ -101,11 +106,11 @@ impl Editor<'_> {
         let touched = shape.slot_of(base, region.first.max(first))..=shape.slot_of(base, region.last.min(last));
         for (number, child) in (0..).zip(&mut slots).filter(|(number, _)| touched.contains(number)) {
             let (begin, end) = shape.bounds(base, number);
-            *child = self.replace(*child, (begin.max(first), end.min(last)), region, Turn::Same, above + 1)?;
+            *child = self.replace(*child, (begin.max(first), end.min(last)), region, KeySelector::Same, above + 1)?;
         }
         self.arena.give_up(block_of(slot));
         let offset = self.arena.put(shape.width, slots.iter().map(|it| it.0))?;
-        Ok(Slot::index(shape.shift, shape.width, offset, turn))
+        Ok(Slot::index(shape.shift, shape.width, offset, selector))
     }
 
     fn replace_in_lines(
@@ -113,7 +118,7 @@ impl Editor<'_> {
         slot: Slot,
         (first, last): (u64, u64),
         region: Region<'_>,
-        turn: Turn,
+        selector: KeySelector,
         above: u32,
     ) -> Result<Slot, Trouble> {
         let shape = Lines::in_slot(slot);
@@ -132,7 +137,7 @@ impl Editor<'_> {
         for (at, line) in changed {
             self.arena.write(Block { offset: offset + at, order: LINE_WORDS.trailing_zeros() }, line.0);
         }
-        Ok(shape.slot(offset, turn))
+        Ok(shape.slot(offset, selector))
     }
 
     /// What a cache line holds from now on.
@@ -157,13 +162,13 @@ impl Editor<'_> {
         slot: Slot,
         (first, last): (u64, u64),
         region: Region<'_>,
-        turn: Turn,
+        selector: KeySelector,
         above: u32,
     ) -> Result<Slot, Trouble> {
         let parts = self.parts(slot, (first, last));
         self.arena.give_up(block_of(slot));
         let pieces = self.replace_in_parts(&parts, last, region, above)?;
-        self.join(&pieces, last, turn, above)
+        self.join(&pieces, last, selector, above)
     }
 
     /// Replaces what a region has in the parts of a node.
@@ -181,7 +186,7 @@ impl Editor<'_> {
             if is_inside || is_apart || is_value(part.slot) {
                 self.cut(part, end, &region, &mut pieces);
             } else {
-                let child = self.replace(part.slot, (part.first, end), region, Turn::Same, above + 1)?;
+                let child = self.replace(part.slot, (part.first, end), region, KeySelector::Same, above + 1)?;
                 pieces.push(Piece { first: part.first, slot: child });
             }
         }
@@ -190,22 +195,22 @@ impl Editor<'_> {
     }
 
     /// A node of nodes that stay as they are.
-    fn join(&mut self, pieces: &[Piece], last: u64, turn: Turn, above: u32) -> Result<Slot, Trouble> {
+    fn join(&mut self, pieces: &[Piece], last: u64, selector: KeySelector, above: u32) -> Result<Slot, Trouble> {
         if pieces.len() == 1 {
-            return Ok(with_turn(pieces[0].slot, turn));
+            return Ok(with_selector(pieces[0].slot, selector));
         }
         let mut parts = pieces.to_vec();
         let mut levels = 1;
         while parts.len() > MAX_SORTED {
             let mut groups = Vec::with_capacity(parts.len().div_ceil(MAX_SORTED));
             for group in parts.chunks(MAX_SORTED) {
-                let slot = sorted(self.arena, group, 0, Turn::Same)?.slot;
+                let slot = sorted(self.arena, group, 0, KeySelector::Same)?.slot;
                 groups.push(Piece { first: group[0].first, slot });
             }
             parts = groups;
             levels += 1;
         }
-        let built = few(self.arena, &parts, last, levels - 1, turn)?;
+        let built = few(self.arena, &parts, last, levels - 1, selector)?;
         fitting(built, above)
     }
 
@@ -228,7 +233,7 @@ impl Editor<'_> {
 
     /// The parts of a node, each with its first key.
     fn parts(&self, slot: Slot, (first, last): (u64, u64)) -> Vec<Piece> {
-        if let Some(Kind::Index) = slot.kind() {
+        if let Some(SlotKind::Index) = slot.kind() {
             let shape = Shape { shift: slot.shift(), width: slot.width() };
             let base = shape.base(first);
             let slots = (0..).zip(self.arena.slots(slot.offset(), 1 << shape.width));
@@ -238,7 +243,7 @@ impl Editor<'_> {
             });
             return parts.collect();
         }
-        if let Some(Kind::Lines) = slot.kind() {
+        if let Some(SlotKind::CacheLines) = slot.kind() {
             return self.parts_of_lines(slot, (first, last));
         }
         let count = 1 << slot.order();
@@ -285,7 +290,7 @@ impl Editor<'_> {
         if self.moved == Some(slot) {
             return;
         }
-        self.discard_below(slot.without_turn(), &Self::discard);
+        self.discard_below(slot.without_selector(), &Self::discard);
     }
 
     /// Frees the nodes of a subtree, but not its values.
@@ -333,6 +338,6 @@ fn clip(region: &Region<'_>, first: u64, last: u64) -> Vec<Piece> {
     pieces
 }
 
-fn with_turn(slot: Slot, turn: Turn) -> Slot {
-    if is_node(slot) { slot.with_turn(turn) } else { slot }
+fn with_selector(slot: Slot, selector: KeySelector) -> Slot {
+    if is_node(slot) { slot.with_selector(selector) } else { slot }
 }

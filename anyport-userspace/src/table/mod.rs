@@ -5,8 +5,8 @@
 //! it. Neither touches what is active, so that it stays when something fails.
 
 mod arena;
+mod cache_lines;
 mod editor;
-mod lines;
 mod policy;
 mod readers;
 mod tree;
@@ -16,7 +16,7 @@ use std::collections::HashSet;
 use anyport_common::{
     flow::{Flow, Version},
     maps::Generation,
-    table::{self, STEPS, Slot, Turn, Verdict},
+    table::{self, KeySelector, STEPS, Slot, Verdict},
 };
 
 use self::{
@@ -103,7 +103,7 @@ impl Table {
             sort(prefixes);
             let mut pieces = vec![Piece { first: (0, 0), slot: Slot::UNMATCHED }];
             self.divide(&mut pieces, prefixes, Vec::new(), services)?;
-            let Built { slot, depth } = build_addresses(&mut self.arena, &pieces, Turn::Same)?;
+            let Built { slot, depth } = build_addresses(&mut self.arena, &pieces, KeySelector::Same)?;
             anyhow::ensure!(depth < STEPS, "the prefixes need {depth} steps, more than a lookup takes");
             *self.next.of(is_ipv4) = slot;
         }
@@ -229,7 +229,7 @@ impl Table {
         if first.1 == 0 && last.1 == u64::MAX {
             let firsts = firsts(&mut self.arena, pieces)?;
             let region = Region { first: first.0, last: last.0, pieces: &firsts };
-            return Editor { arena: &mut self.arena, moved: None }.replace_in(root, region, Turn::Same);
+            return Editor { arena: &mut self.arena, moved: None }.replace_in(root, region, KeySelector::Same);
         }
         // All of it has one first half: what changes is the tree of second halves.
         let mut editor = Editor { arena: &mut self.arena, moved: None };
@@ -238,17 +238,17 @@ impl Table {
         let region = Region { first: first.1, last: last.1, pieces: &seconds };
         let changed = if is_node(before) {
             editor.moved = Some(before);
-            editor.replace_in(before, region, Turn::Low)?
+            editor.replace_in(before, region, KeySelector::Low)?
         } else {
             let outer = |first| Piece { first, slot: before };
             let begin = (first.1 > 0).then(|| outer(0));
             let end = last.1.checked_add(1).map(outer);
             let mut all: Vec<_> = begin.into_iter().chain(seconds).chain(end).collect();
             all.dedup_by(|later, earlier| later.slot == earlier.slot);
-            build(editor.arena, &all, u64::MAX, Turn::Low)?.slot
+            build(editor.arena, &all, u64::MAX, KeySelector::Low)?.slot
         };
         let region = Region { first: first.0, last: first.0, pieces: &[Piece { first: first.0, slot: changed }] };
-        editor.replace_in(root, region, Turn::Same)
+        editor.replace_in(root, region, KeySelector::Same)
     }
 
     /// Appends pieces for prefixes that are sorted by their first address, the longer ones last.

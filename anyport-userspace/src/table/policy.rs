@@ -9,7 +9,7 @@ use std::{
 use anyhow::bail;
 use anyport_common::{
     flow::Transport,
-    table::{STEPS, Slot, Turn, Verdict, port_key},
+    table::{KeySelector, STEPS, Slot, Verdict, port_key},
 };
 use smallvec::SmallVec;
 
@@ -261,7 +261,7 @@ fn ports(arena: &mut Arena, matches: &[Match<'_>], is_ipv4: bool, services: &Rec
             pieces.push(Piece { first: port_key(port), slot });
         }
     }
-    let built = build(arena, &pieces, u64::MAX, Turn::Same)?;
+    let built = build(arena, &pieces, u64::MAX, KeySelector::Same)?;
     if built.depth + clients.depth >= STEPS {
         bail!("the ports and sources of the rules need more steps than a lookup takes; use fewer of them");
     }
@@ -318,7 +318,7 @@ impl Clients {
                 }
             }
         }
-        let built = build_addresses(arena, &pieces, Turn::Source)?;
+        let built = build_addresses(arena, &pieces, KeySelector::Source)?;
         self.depth = self.depth.max(built.depth);
         self.known.insert(by_source, built.slot);
         Ok(built.slot)

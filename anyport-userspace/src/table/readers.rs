@@ -14,7 +14,7 @@ use super::Reader;
 #[derive(Debug, Default)]
 pub struct Published {
     current: ArcSwap<Reader>,
-    former: Mutex<Vec<Arc<Reader>>>,
+    previous: Mutex<Vec<Arc<Reader>>>,
 }
 
 impl Published {
@@ -26,16 +26,16 @@ impl Published {
     /// Makes another generation active.
     pub fn publish(&self, reader: Reader) {
         let replaced = self.current.swap(Arc::new(reader));
-        let mut former = self.former.lock().unwrap_or_else(PoisonError::into_inner);
-        former.push(replaced);
+        let mut previous = self.previous.lock().unwrap_or_else(PoisonError::into_inner);
+        previous.push(replaced);
         // A reader that began before the swap has its own reference to its generation since then.
-        former.retain(|it| Arc::strong_count(it) > 1);
+        previous.retain(|it| Arc::strong_count(it) > 1);
     }
 
     /// Waits until no reader uses a previous generation.
     pub fn wait_for_readers(&self) {
-        let former = std::mem::take(&mut *self.former.lock().unwrap_or_else(PoisonError::into_inner));
-        while former.iter().any(|it| Arc::strong_count(it) > 1) {
+        let previous = std::mem::take(&mut *self.previous.lock().unwrap_or_else(PoisonError::into_inner));
+        while previous.iter().any(|it| Arc::strong_count(it) > 1) {
             thread::sleep(Duration::from_micros(50));
         }
     }
@@ -52,10 +52,10 @@ mod tests {
             for _ in 0..100 {
                 published.publish(Reader::default());
             }
-            assert_eq!(published.former.lock().unwrap().len(), 1, "the one that is read");
+            assert_eq!(published.previous.lock().unwrap().len(), 1, "the one that is read");
         });
         published.publish(Reader::default());
-        assert_eq!(published.former.lock().unwrap().len(), 0);
+        assert_eq!(published.previous.lock().unwrap().len(), 0);
         published.wait_for_readers();
     }
 }

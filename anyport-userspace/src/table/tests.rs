@@ -60,7 +60,7 @@ fn expected(rules: &RuleSet, lists: &Lists, flow: &Flow) -> Verdict {
         Decision::Steer(rule) => {
             let Receiver { slot: service, sources } = find(lists)(&rule.terms.service).unwrap();
             let rule = rule.number;
-            if sources.takes(from_address(flow.source)) {
+            if sources.allows(from_address(flow.source)) {
                 Verdict::Steer { rule, service }
             } else {
                 Verdict::Deny { rule }

@@ -3,11 +3,11 @@
 //! A tree is given as *pieces*: each begins at its key and lasts until the next one begins. A piece holds a value, which
 //! is a verdict, a policy, or the tree for the second half of an address.
 
-use anyport_common::table::{Kind, LINE_WORDS, MAX_INDEX_WIDTH, MAX_LINES_WIDTH, MAX_SORTED, Slot, Turn};
+use anyport_common::table::{KeySelector, LINE_WORDS, MAX_INDEX_WIDTH, MAX_LINES_WIDTH, MAX_SORTED, Slot, SlotKind};
 
 use super::{
     arena::{Arena, Block},
-    lines::{Lines, line_at, lines},
+    cache_lines::{Lines, line_at, lines},
 };
 
 /// From this key on, up to the next piece.
@@ -28,9 +28,13 @@ pub(super) struct Built {
 }
 
 /// Makes a tree of the addresses that these pieces divide.
-pub(super) fn build_addresses(arena: &mut Arena, pieces: &[Piece<Halves>], turn: Turn) -> anyhow::Result<Built> {
+pub(super) fn build_addresses(
+    arena: &mut Arena,
+    pieces: &[Piece<Halves>],
+    selector: KeySelector,
+) -> anyhow::Result<Built> {
     let (highs, depth) = by_first_half(arena, pieces)?;
-    let built = build(arena, &highs, u64::MAX, turn)?;
+    let built = build(arena, &highs, u64::MAX, selector)?;
     Ok(Built { depth: built.depth + depth, ..built })
 }
 
@@ -52,7 +56,7 @@ pub(super) fn by_first_half(arena: &mut Arena, pieces: &[Piece<Halves>]) -> anyh
         let begins_inside = group[0].first.1 > 0;
         let inner = group.iter().map(|it| Piece { first: it.first.1, slot: it.slot });
         let lows: Vec<_> = begins_inside.then_some(outer).into_iter().chain(inner).collect();
-        let built = build(arena, &lows, u64::MAX, Turn::Low)?;
+        let built = build(arena, &lows, u64::MAX, KeySelector::Low)?;
         depth = depth.max(built.depth);
         highs.push(Piece { first, slot: built.slot });
         before = lows[lows.len() - 1].slot;
@@ -67,7 +71,7 @@ pub(super) fn by_first_half(arena: &mut Arena, pieces: &[Piece<Halves>]) -> anyh
 }
 
 /// Makes a tree of the keys from that of the first piece to `last`.
-pub(super) fn build(arena: &mut Arena, pieces: &[Piece], last: u64, turn: Turn) -> anyhow::Result<Built> {
+pub(super) fn build(arena: &mut Arena, pieces: &[Piece], last: u64, selector: KeySelector) -> anyhow::Result<Built> {
     let count = pieces.len();
     if count == 1 {
         return Ok(Built { slot: pieces[0].slot, depth: 0 });
@@ -75,19 +79,19 @@ pub(super) fn build(arena: &mut Arena, pieces: &[Piece], last: u64, turn: Turn) 
     let one = Lines { skip: (pieces[0].first ^ last).leading_zeros(), width: 0 };
     if let Some(line) = one.line(pieces) {
         let offset = arena.put(one.order(), line.0)?;
-        return Ok(Built { slot: one.slot(offset, turn), depth: 1 });
+        return Ok(Built { slot: one.slot(offset, selector), depth: 1 });
     }
     if count <= MAX_SORTED {
-        return sorted(arena, pieces, 0, turn);
+        return sorted(arena, pieces, 0, selector);
     }
-    if let Some(built) = divided(arena, pieces, last, turn)? {
+    if let Some(built) = divided(arena, pieces, last, selector)? {
         return Ok(built);
     }
     let end = pieces[count - 1];
     let core = &pieces[1..count - 1];
-    if let Some(built) = divided(arena, core, end.first - 1, Turn::Same)? {
+    if let Some(built) = divided(arena, core, end.first - 1, KeySelector::Same)? {
         let parts = [pieces[0], Piece { first: core[0].first, slot: built.slot }, end];
-        return few(arena, &parts, last, built.depth, turn);
+        return few(arena, &parts, last, built.depth, selector);
     }
     let mut parts = Vec::with_capacity(MAX_SORTED);
     let mut depth = 0;
@@ -95,42 +99,48 @@ pub(super) fn build(arena: &mut Arena, pieces: &[Piece], last: u64, turn: Turn) 
     while let Some((part, behind)) = rest.split_at_checked(count.div_ceil(MAX_SORTED).min(rest.len()))
         && !part.is_empty()
     {
-        let built = build(arena, part, behind.first().map_or(last, |next| next.first - 1), Turn::Same)?;
+        let built = build(arena, part, behind.first().map_or(last, |next| next.first - 1), KeySelector::Same)?;
         parts.push(Piece { first: part[0].first, slot: built.slot });
         depth = depth.max(built.depth);
         rest = behind;
     }
-    few(arena, &parts, last, depth, turn)
+    few(arena, &parts, last, depth, selector)
 }
 
 /// Makes a node that divides an aligned block of keys into parts of one size; nothing if none of them would do well.
-fn divided(arena: &mut Arena, pieces: &[Piece], last: u64, turn: Turn) -> anyhow::Result<Option<Built>> {
+fn divided(arena: &mut Arena, pieces: &[Piece], last: u64, selector: KeySelector) -> anyhow::Result<Option<Built>> {
     if let Some(shape) = Shape::exact(pieces, last) {
-        return index(arena, pieces, last, shape, turn).map(Some);
+        return index(arena, pieces, last, shape, selector).map(Some);
     }
     if let Some(shape) = Lines::of(pieces, last) {
-        return lines(arena, pieces, last, shape, turn).map(Some);
+        return lines(arena, pieces, last, shape, selector).map(Some);
     }
-    Shape::of(pieces, last).map(|shape| index(arena, pieces, last, shape, turn)).transpose()
+    Shape::of(pieces, last).map(|shape| index(arena, pieces, last, shape, selector)).transpose()
 }
 
 /// A cache-line node or a sorted node of nodes of this depth, or of what else is no more than fits there.
-pub(super) fn few(arena: &mut Arena, pieces: &[Piece], last: u64, depth: u32, turn: Turn) -> anyhow::Result<Built> {
+pub(super) fn few(
+    arena: &mut Arena,
+    pieces: &[Piece],
+    last: u64,
+    depth: u32,
+    selector: KeySelector,
+) -> anyhow::Result<Built> {
     let one = Lines { skip: (pieces[0].first ^ last).leading_zeros(), width: 0 };
     let Some(line) = one.line(pieces) else {
-        return sorted(arena, pieces, depth, turn);
+        return sorted(arena, pieces, depth, selector);
     };
-    Ok(Built { slot: one.slot(arena.put(one.order(), line.0)?, turn), depth: depth + 1 })
+    Ok(Built { slot: one.slot(arena.put(one.order(), line.0)?, selector), depth: depth + 1 })
 }
 
-pub(super) fn sorted(arena: &mut Arena, pieces: &[Piece], depth: u32, turn: Turn) -> anyhow::Result<Built> {
+pub(super) fn sorted(arena: &mut Arena, pieces: &[Piece], depth: u32, selector: KeySelector) -> anyhow::Result<Built> {
     let slots = pieces.len().next_power_of_two().max(2);
     let order = slots.trailing_zeros();
     let fill = || std::iter::repeat_n(pieces[pieces.len() - 1].slot.0, slots - pieces.len());
     let keys = pieces[1..].iter().map(|it| it.first).chain(std::iter::repeat(u64::MAX)).take(slots);
     let words = keys.chain(pieces.iter().map(|it| it.slot.0)).chain(fill());
     let offset = arena.put(order + 1, words)?;
-    Ok(Built { slot: Slot::sorted(order, offset, turn), depth: depth + 1 })
+    Ok(Built { slot: Slot::sorted(order, offset, selector), depth: depth + 1 })
 }
 
 /// How an index divides an aligned block of keys.
@@ -187,7 +197,7 @@ impl Shape {
     }
 }
 
-fn index(arena: &mut Arena, pieces: &[Piece], last: u64, shape: Shape, turn: Turn) -> anyhow::Result<Built> {
+fn index(arena: &mut Arena, pieces: &[Piece], last: u64, shape: Shape, selector: KeySelector) -> anyhow::Result<Built> {
     let base = shape.base(pieces[0].first);
     // Before the nodes below it, so that they lie behind it.
     let block = Block { offset: arena.take(shape.width)?, order: shape.width };
@@ -196,12 +206,12 @@ fn index(arena: &mut Arena, pieces: &[Piece], last: u64, shape: Shape, turn: Tur
     let mut depth = 0;
     for slot in 0..1 << shape.width {
         let (first, end) = shape.bounds(base, slot);
-        let built = build(arena, parts.next(first, end), end.min(last), Turn::Same)?;
+        let built = build(arena, parts.next(first, end), end.min(last), KeySelector::Same)?;
         depth = depth.max(built.depth);
         slots.push(built.slot.0);
     }
     arena.write(block, slots);
-    Ok(Built { slot: Slot::index(shape.shift, shape.width, block.offset, turn), depth: depth + 1 })
+    Ok(Built { slot: Slot::index(shape.shift, shape.width, block.offset, selector), depth: depth + 1 })
 }
 
 /// Gives the pieces of one part after the other.
@@ -233,12 +243,12 @@ impl<'a> Parts<'a> {
 
 /// Whether this ends the path through the tree of one half of an address.
 pub(super) fn is_value(slot: Slot) -> bool {
-    !is_node(slot) || slot.turn() != Turn::Same
+    !is_node(slot) || slot.selector() != KeySelector::Same
 }
 
 /// Calls `see` with every policy of a tree.
 pub(super) fn for_each_policy(arena: &Arena, slot: Slot, see: &mut impl FnMut(Slot)) {
-    if let Some(Kind::Ports) = slot.kind() {
+    if let Some(SlotKind::Ports) = slot.kind() {
         see(slot);
     }
     for child in children(arena, slot).unwrap_or_default() {
@@ -249,16 +259,16 @@ pub(super) fn for_each_policy(arena: &Arena, slot: Slot, see: &mut impl FnMut(Sl
 /// The slots of a node, neighbours that are the same once; nothing for what is no node.
 pub(super) fn children(arena: &Arena, slot: Slot) -> Option<Vec<Slot>> {
     let (offset, count) = match slot.kind()? {
-        Kind::Index => (slot.offset(), 1 << slot.width()),
-        Kind::Sorted => (slot.offset() + (1 << slot.order()), 1 << slot.order()),
-        Kind::Lines => {
+        SlotKind::Index => (slot.offset(), 1 << slot.width()),
+        SlotKind::Sorted => (slot.offset() + (1 << slot.order()), 1 << slot.order()),
+        SlotKind::CacheLines => {
             let offsets = (slot.offset()..).step_by(LINE_WORDS as usize).take(1 << slot.width());
             let lines = offsets.map(|offset| line_at(arena, offset));
             let mut slots: Vec<_> = lines.flat_map(|line| line.slots().map(|(_, it)| it).collect::<Vec<_>>()).collect();
             slots.dedup();
             return Some(slots);
         }
-        Kind::Verdict | Kind::Ports => return None,
+        SlotKind::Verdict | SlotKind::Ports => return None,
     };
     let mut slots = arena.slots(offset, count);
     // Unused places repeat the last slot, and an index repeats what is larger than a place.
@@ -268,13 +278,13 @@ pub(super) fn children(arena: &Arena, slot: Slot) -> Option<Vec<Slot>> {
 
 /// Whether this is a node, and not the end of a path.
 pub(super) fn is_node(slot: Slot) -> bool {
-    matches!(slot.kind(), Some(Kind::Index | Kind::Lines | Kind::Sorted))
+    matches!(slot.kind(), Some(SlotKind::Index | SlotKind::CacheLines | SlotKind::Sorted))
 }
 
 pub(super) fn block_of(node: Slot) -> Block {
     let order = match node.kind() {
-        Some(Kind::Index) => node.width(),
-        Some(Kind::Lines) => Lines::in_slot(node).order(),
+        Some(SlotKind::Index) => node.width(),
+        Some(SlotKind::CacheLines) => Lines::in_slot(node).order(),
         _ => node.order() + 1,
     };
     Block { offset: node.offset(), order }

@@ -7,7 +7,7 @@ use std::{
 };
 
 use anyport::{
-    api::{Kind, Problem},
+    api::{ProblemKind, Problem},
     fleet::{
         etcd::{Etcd as Client, Swapped},
         layout::{Hash, Name, Pointer, Time},
@@ -184,7 +184,7 @@ fn given_up() {
         let manifest = client.store(&set, &mut |_, _| ()).await.expect("a set");
         etcd.freeze(0);
         let problem = client.swap(&before, &pointer(&ring, 1, set.hash, "me"), manifest).await.expect_err("no answer");
-        assert_eq!(problem.kind, Kind::NoDaemon);
+        assert_eq!(problem.kind, ProblemKind::NoDaemon);
         contains(&problem.error, &["does not answer: change the ring canary"]);
         contains(&problem.hint, &["may have been made", "fleet history --ring canary"]);
         etcd.thaw(0);

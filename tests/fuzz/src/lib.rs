@@ -60,7 +60,7 @@ pub fn file(input: &[u8]) {
         Ok(file) => file,
         Err(error) => return assert!(!error.to_string().is_empty()),
     };
-    let written = |(prefix, terms): &lines::LineRule| lines::Line(prefix, terms).to_string();
+    let written = |(prefix, terms): &lines::LineRule| lines::RuleLine(prefix, terms).to_string();
     let mut rules: Vec<_> = file.rules.iter().map(|(rule, _)| written(rule)).collect();
     let again = lines::parse(&rules.join("\n"), Arc::new).expect("written rules can be read");
     let mut again: Vec<_> = again.iter().map(|(rule, _)| written(rule)).collect();

@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use super::bar::Bar;
 use crate::{
-    api::{Kind, Problem},
+    api::{Problem, ProblemKind},
     fleet::{
         difference::{Content, Difference},
         etcd::{Etcd, Ring, Swapped},
@@ -72,7 +72,7 @@ pub(super) struct Prepared {
 impl Prepared {
     pub(super) fn new(text: &str) -> Result<Self, Problem> {
         let content = Content::parse(text)?;
-        let packed = Packed::new(text).map_err(|error| Problem::new(Kind::TooLarge, error.to_string()))?;
+        let packed = Packed::new(text).map_err(|error| Problem::new(ProblemKind::TooLarge, error.to_string()))?;
         Ok(Self { packed, content })
     }
 }
@@ -87,7 +87,7 @@ impl How {
     /// Reads the key.
     pub(super) fn read(&self) -> Result<Change<'_>, Problem> {
         let key = self.signing_key.as_ref().map(|file| {
-            let invalid = |why: String| Problem::new(Kind::Invalid, format!("read {}: {why}", file.display()));
+            let invalid = |why: String| Problem::new(ProblemKind::Invalid, format!("read {}: {why}", file.display()));
             let pem = fs::read(file).map_err(|error| invalid(error.to_string()))?;
             SigningKey::from_pem(&pem).map_err(|error| invalid(error.to_string()))
         });
@@ -175,7 +175,7 @@ impl Change<'_> {
     /// Why this should not be done.
     fn danger(&self, ring: &Ring, before: &Content, after: &Content) -> Option<Problem> {
         let name = &ring.name;
-        let refuse = |why: String, hint: &str| Some(Problem::new(Kind::Unsafe, why).hint(hint));
+        let refuse = |why: String, hint: &str| Some(Problem::new(ProblemKind::Unsafe, why).hint(hint));
         let (was, is) = (before.rules(), after.rules());
         if is * 2 < was {
             return refuse(
@@ -223,7 +223,7 @@ impl Change<'_> {
             }
         }
         Err(Problem::new(
-            Kind::Conflict,
+            ProblemKind::Conflict,
             format!("change the ring {}: others remove its set, again and again", ring.name),
         ))
     }
@@ -232,7 +232,7 @@ impl Change<'_> {
 /// The next sequence, which no node has ever seen.
 fn next(ring: &Ring) -> Result<u64, Problem> {
     ring.highest().checked_add(1).ok_or_else(|| {
-        Problem::new(Kind::Failed, format!("the ring {} has no sequence left", ring.name))
+        Problem::new(ProblemKind::Failed, format!("the ring {} has no sequence left", ring.name))
             .hint("a node reports the highest one that there is; look for it with fleet status")
     })
 }
@@ -241,7 +241,7 @@ fn next(ring: &Ring) -> Result<u64, Problem> {
 async fn present(etcd: &Etcd, ring: &Ring, notes: &mut Vec<String>) -> Result<Content, Problem> {
     let Some(Seen { value, .. }) = &ring.pointer else { return Ok(Content::default()) };
     match etcd.set(&value.set).await.and_then(|text| Content::parse(&text)) {
-        Err(problem) if problem.kind != Kind::NoDaemon => {
+        Err(problem) if problem.kind != ProblemKind::NoDaemon => {
             notes.push(format!("the ring's present set can't be compared with: {}", problem.error));
             Ok(Content::default())
         }
@@ -258,8 +258,11 @@ fn lost(ring: &Name, other: Option<Seen<Pointer>>) -> Problem {
             format!("{by} gave it the set {} as sequence {sequence} at {published}{note}", set.short())
         }
     };
-    Problem::new(Kind::Conflict, format!("the ring {ring} was changed meanwhile, and not by this command: {what}"))
-        .hint(format!("see anyportctl fleet history --ring {ring}, and repeat the command if it is still right"))
+    Problem::new(
+        ProblemKind::Conflict,
+        format!("the ring {ring} was changed meanwhile, and not by this command: {what}"),
+    )
+    .hint(format!("see anyportctl fleet history --ring {ring}, and repeat the command if it is still right"))
 }
 
 /// `USER@HOST`, as which the history knows who changed something.

@@ -19,7 +19,7 @@ use serde::Deserialize;
 
 use super::Output;
 use crate::{
-    api::{Kind, Problem},
+    api::{Problem, ProblemKind},
     config::DEFAULT_FILE,
     fleet::{etcd::Etcd, settings::ConnectionSettings},
 };
@@ -88,7 +88,7 @@ fn of_file(file: Option<&Path>) -> Result<ConnectionSettings, Problem> {
     }
     let path = file.unwrap_or(Path::new(DEFAULT_FILE));
     let invalid =
-        |why: String| Problem::new(Kind::Invalid, format!("read the configuration {}: {why}", path.display()));
+        |why: String| Problem::new(ProblemKind::Invalid, format!("read the configuration {}: {why}", path.display()));
     let text = match fs::read_to_string(path) {
         Ok(text) => text,
         // Who may not read it has to use the options, and is told so if there are too few.

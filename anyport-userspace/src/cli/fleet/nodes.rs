@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use serde::Serialize;
 
 use crate::{
-    api::{Kind, Problem},
+    api::{Problem, ProblemKind},
     cli::{
         Output,
         show::{ago, table},
@@ -225,7 +225,7 @@ impl Forget {
         let Self { nodes, ring } = self;
         for node in &nodes {
             if !etcd.forget(&ring, node).await? {
-                return Err(Problem::new(Kind::NotFound, format!("the ring {ring} has no node {node}")));
+                return Err(Problem::new(ProblemKind::NotFound, format!("the ring {ring} has no node {node}")));
             }
         }
         out.print(&Forgotten { ring, forgotten: nodes }, |answer| {

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use super::change::{How, Prepared, RingChanged};
 use crate::{
-    api::{Kind, Problem},
+    api::{Problem, ProblemKind},
     cli::{Output, apply},
     fleet::{
         etcd::{Etcd, Ring},
@@ -46,7 +46,7 @@ impl Publish {
 pub(super) fn read(file: &PathBuf) -> Result<Prepared, Problem> {
     let name = file.display();
     let text = String::from_utf8(apply::read(file)?)
-        .map_err(|error| Problem::new(Kind::Invalid, format!("read {name}: {error}")))?;
+        .map_err(|error| Problem::new(ProblemKind::Invalid, format!("read {name}: {error}")))?;
     Prepared::new(&text).map_err(|problem| Problem { error: format!("{name}: {}", problem.error), ..problem })
 }
 
@@ -81,7 +81,7 @@ impl Promote {
 /// What a ring points to.
 pub(super) fn pointer_of(ring: &Ring) -> Result<&Pointer, Problem> {
     ring.pointer.as_ref().map(|it| &it.value).ok_or_else(|| {
-        Problem::new(Kind::NotFound, format!("the ring {} has no set", ring.name))
+        Problem::new(ProblemKind::NotFound, format!("the ring {} has no set", ring.name))
             .hint(format!("anyportctl fleet publish FILE --ring {} gives it one", ring.name))
     })
 }
@@ -90,7 +90,7 @@ pub(super) fn pointer_of(ring: &Ring) -> Result<&Pointer, Problem> {
 fn expect_proven(ring: &Ring) -> Result<(), Problem> {
     let name = &ring.name;
     let refuse = |why: String| {
-        Err(Problem::new(Kind::Unsafe, why)
+        Err(Problem::new(ProblemKind::Unsafe, why)
             .hint(format!("see anyportctl fleet status --ring {name}; --force promotes it all the same")))
     };
     let unwell = super::nodes::unwell(ring);
@@ -129,7 +129,8 @@ impl Rollback {
 fn target(ring: &Ring, to: Option<u64>) -> Result<&Pointer, Problem> {
     let name = &ring.name;
     let missing = |what: String| {
-        Problem::new(Kind::NotFound, what).hint(format!("anyportctl fleet history --ring {name} shows what there is"))
+        Problem::new(ProblemKind::NotFound, what)
+            .hint(format!("anyportctl fleet history --ring {name} shows what there is"))
     };
     let mut newest_first = ring.history.iter().rev();
     if let Some(to) = to {

@@ -11,7 +11,7 @@ use super::{
     publish::{pointer_of, read},
 };
 use crate::{
-    api::{Kind, Problem},
+    api::{Problem, ProblemKind},
     cli::Output,
     fleet::{
         etcd::{Etcd, Node, Ring},
@@ -127,7 +127,9 @@ impl Rollout {
     fn validate(&self) -> Result<(), Problem> {
         let twice = self.rings.iter().enumerate().find(|(at, name)| self.rings[..*at].contains(name));
         match twice {
-            Some((_, name)) => Err(Problem::new(Kind::Invalid, format!("the ring {name} is named twice in --rings"))),
+            Some((_, name)) => {
+                Err(Problem::new(ProblemKind::Invalid, format!("the ring {name} is named twice in --rings")))
+            }
             None => Ok(()),
         }
     }
@@ -145,7 +147,7 @@ impl Rollout {
         let watched = watched(&before);
         if watched.is_empty() && !self.how.force && !self.how.dry_run {
             return Err(Problem::new(
-                Kind::Unsafe,
+                ProblemKind::Unsafe,
                 format!("no node of the ring {name} reports, so none can prove the set"),
             )
             .hint("--force goes on without"));
@@ -219,8 +221,11 @@ impl Trial<'_> {
             }
             RingHealth::Worse(why) => Err(Stop::Worse(why)),
             RingHealth::Overtaken => Err(Stop::Failed(
-                Problem::new(Kind::Conflict, format!("another client has changed the ring {} meanwhile", self.name))
-                    .hint(format!("see anyportctl fleet history --ring {}", self.name)),
+                Problem::new(
+                    ProblemKind::Conflict,
+                    format!("another client has changed the ring {} meanwhile", self.name),
+                )
+                .hint(format!("see anyportctl fleet history --ring {}", self.name)),
             )),
         }
     }
@@ -239,7 +244,7 @@ impl Trial<'_> {
             let hint = format!(
                 "it keeps the set that it has; anyportctl fleet publish or rollback --ring {name} changes that"
             );
-            return Err(Problem::new(Kind::Failed, stopped).hint(hint));
+            return Err(Problem::new(ProblemKind::Failed, stopped).hint(hint));
         };
         let note = format!("rolled back to {}, since the rollout has stopped: {reason}", back.sequence);
         match change.put_back(etcd, name, self.sequence, &back.set, note).await {
@@ -250,7 +255,7 @@ impl Trial<'_> {
                     out,
                 )?;
                 Err(Problem::new(
-                    Kind::Failed,
+                    ProblemKind::Failed,
                     format!("{stopped}; it was rolled back to the set {}", back.set.short()),
                 )
                 .hint(format!("see anyportctl fleet status --ring {name}")))

@@ -7,8 +7,7 @@ use crate::{
     doctor::{Daemon, Finding, Host, firewall::Tool, host::known},
 };
 
-const WHY: &str =
-    "Somebody has taken it away, and nothing is steered there: clients are refused or reach the host's own sockets.";
+const WHY: &str = "Another program has detached it, and nothing is steered there: clients are refused or reach the host's own sockets.";
 
 pub(super) fn look(host: &Host) -> anyhow::Result<Vec<Finding>> {
     let Ok(daemon) = &host.daemon else { return Ok(Vec::new()) };

@@ -19,7 +19,7 @@ pub(super) fn look(host: &Host) -> anyhow::Result<Vec<Finding>> {
         let prefixes: Vec<Prefix> = ours.iter().map(|it| it.prefix).collect();
         let finding = format!("no local route for {}", list_of(&prefixes));
         let why = "Packets to addresses that are not local are forwarded or thrown away before anything can steer them. \
-                   Somebody has removed the routes of anyport.";
+                   Another program has removed the routes of anyport.";
         let blocks: Coverage = prefixes.into_iter().collect();
         let changes = blocks.blocks().map(Change::Route);
         findings.push(changes.fold(Finding::broken(finding, why), Finding::by_change));

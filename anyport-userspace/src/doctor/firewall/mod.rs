@@ -144,7 +144,7 @@ enum Answer {
 }
 
 /// Where a walk through a chain ends.
-enum End {
+enum WalkEnd {
     /// At its end, or at a return.
     Back,
     /// The packet goes on to the next hook, or may do so.
@@ -176,9 +176,9 @@ impl Ruleset {
         let chains = self.hooks.iter().map(|hook| &self.chains[hook.chain]);
         chains.filter(|chain| chain.families.has(packet.to)).filter_map(|chain| {
             match self.walk(chain, packet, DEEPEST) {
-                End::Stopped(stopped) => Some(*stopped),
-                End::Back if chain.drops_by_policy => Some(chain.stopped(How::Dropped, "its policy")),
-                End::Back | End::Passed => None,
+                WalkEnd::Stopped(stopped) => Some(*stopped),
+                WalkEnd::Back if chain.drops_by_policy => Some(chain.stopped(How::Dropped, "its policy")),
+                WalkEnd::Back | WalkEnd::Passed => None,
             }
         })
     }
@@ -201,7 +201,7 @@ impl Ruleset {
         self.tools.contains(&tool).then_some(has)
     }
 
-    fn walk(&self, chain: &Chain, packet: &Packet, deepest: u8) -> End {
+    fn walk(&self, chain: &Chain, packet: &Packet, deepest: u8) -> WalkEnd {
         for rule in &chain.rules {
             let answer = rule.matches.iter().map(|it| it.answer(packet)).min().unwrap_or(Answer::Yes);
             if answer == Answer::No {
@@ -209,39 +209,39 @@ impl Ruleset {
             }
             let is_certain = answer == Answer::Yes;
             match &rule.action {
-                Action::Accept | Action::MayAccept => return End::Passed,
-                Action::Return if is_certain => return End::Back,
+                Action::Accept | Action::MayAccept => return WalkEnd::Passed,
+                Action::Return if is_certain => return WalkEnd::Back,
                 // What comes next may be passed over, and then what is after the chain decides: too much to follow.
                 Action::Return => return self.back_or(chain, packet, deepest, rule),
                 Action::Stop(how) if is_certain => {
-                    return End::Stopped(Box::new(chain.stopped(*how, &rule.text)));
+                    return WalkEnd::Stopped(Box::new(chain.stopped(*how, &rule.text)));
                 }
                 Action::Continue | Action::Stop(_) => {}
                 Action::Jump(name) | Action::Goto(name) => {
                     let is_goto = matches!(rule.action, Action::Goto(_));
                     let end = match self.chain(chain, name) {
                         Some(next) if deepest > 0 => self.walk(next, packet, deepest - 1),
-                        _ => End::Passed,
+                        _ => WalkEnd::Passed,
                     };
                     match end {
-                        End::Passed => return End::Passed,
-                        End::Stopped(stopped) if is_certain => return End::Stopped(stopped),
-                        End::Back if is_goto && is_certain => return End::Back,
-                        End::Stopped(_) | End::Back => {}
+                        WalkEnd::Passed => return WalkEnd::Passed,
+                        WalkEnd::Stopped(stopped) if is_certain => return WalkEnd::Stopped(stopped),
+                        WalkEnd::Back if is_goto && is_certain => return WalkEnd::Back,
+                        WalkEnd::Stopped(_) | WalkEnd::Back => {}
                     }
                 }
             }
         }
-        End::Back
+        WalkEnd::Back
     }
 
     /// The end after a return of which it is open whether it happens: a stop only counts if the chain's rest does not let
     /// the packet pass, and as an end of the chain, since the caller may let it pass as well.
-    fn back_or(&self, chain: &Chain, packet: &Packet, deepest: u8, after: &Rule) -> End {
+    fn back_or(&self, chain: &Chain, packet: &Packet, deepest: u8, after: &Rule) -> WalkEnd {
         let rest = chain.rules.iter().skip_while(|rule| !std::ptr::eq(*rule, after)).skip(1).cloned().collect();
         match self.walk(&Chain { rules: rest, ..chain.clone() }, packet, deepest) {
-            End::Passed => End::Passed,
-            End::Back | End::Stopped(_) => End::Back,
+            WalkEnd::Passed => WalkEnd::Passed,
+            WalkEnd::Back | WalkEnd::Stopped(_) => WalkEnd::Back,
         }
     }
 

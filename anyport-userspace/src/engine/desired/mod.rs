@@ -19,7 +19,8 @@ use anyport_common::maps::{MAX_RULES, MAX_SERVICES};
 pub(super) use self::drains::{Drains, Scope};
 use self::ids::IdAllocator;
 use crate::rules::{
-    Change, Origin, Overlay, Prefix, PrefixRules, Rule, RuleRef, RuleSet, RuleSpec, RuleView, ServiceName, lines::Line,
+    Change, Origin, Overlay, Prefix, PrefixRules, Rule, RuleRef, RuleSet, RuleSpec, RuleView, ServiceName,
+    lines::RuleLine,
 };
 
 /// How many numbers of rules and slots of services rest before they are given out again.
@@ -208,7 +209,7 @@ impl Desired {
     pub(super) fn applied_lines(&self) -> String {
         let mut text = String::new();
         for rule in self.rules.iter().filter(|it| it.origins.contains(Origin::Applied)) {
-            let _ = writeln!(text, "{}", Line(&rule.prefix, rule.terms));
+            let _ = writeln!(text, "{}", RuleLine(&rule.prefix, rule.terms));
         }
         text
     }

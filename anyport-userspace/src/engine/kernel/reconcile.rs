@@ -15,7 +15,7 @@ use crate::{
         services::Services,
     },
     rules::Prefix,
-    steering::{Drift, Kind},
+    steering::{Drift, ObjectKind},
 };
 
 /// So often in a row things are put back at once. What takes them away once more manages them too, and is not fought.
@@ -52,7 +52,7 @@ impl BackOff {
 
 /// What was lost and put back, by kind.
 #[derive(Debug, Default)]
-pub(super) struct RepairsByKind(BTreeMap<Kind, Repairs>);
+pub(super) struct RepairsByKind(BTreeMap<ObjectKind, Repairs>);
 
 /// Things of one kind.
 #[derive(Debug)]
@@ -107,7 +107,7 @@ impl Repairs {
 }
 
 impl RepairsByKind {
-    fn of(&mut self, kind: Kind) -> &mut Repairs {
+    fn of(&mut self, kind: ObjectKind) -> &mut Repairs {
         self.0.entry(kind).or_insert_with(Repairs::new)
     }
 
@@ -124,7 +124,7 @@ impl RepairsByKind {
                 }
             }
         }
-        let mut by_kind: BTreeMap<Kind, Vec<&str>> = BTreeMap::new();
+        let mut by_kind: BTreeMap<ObjectKind, Vec<&str>> = BTreeMap::new();
         for loss in lost {
             by_kind.entry(loss.kind).or_default().push(&loss.what);
         }
@@ -161,7 +161,8 @@ impl RepairsByKind {
     }
 
     fn lost_steering(&self) -> Option<&str> {
-        let is_needed = |kind: &Kind| !matches!(kind, Kind::Pin | Kind::Route | Kind::Interface);
+        let is_needed =
+            |kind: &ObjectKind| !matches!(kind, ObjectKind::Pin | ObjectKind::Route | ObjectKind::Interface);
         self.0.iter().filter(|(kind, _)| is_needed(kind)).find_map(|(_, repairs)| repairs.lost.as_deref())
     }
 
@@ -169,7 +170,7 @@ impl RepairsByKind {
     pub(super) fn degraded(&self, is_reconciled: bool) -> Vec<String> {
         let mut lines = Vec::new();
         // Interfaces come and go, and nothing is wrong with that.
-        for (_, repairs) in self.0.iter().filter(|(kind, _)| **kind != Kind::Interface) {
+        for (_, repairs) in self.0.iter().filter(|(kind, _)| **kind != ObjectKind::Interface) {
             let since = humantime::format_rfc3339_seconds(repairs.since);
             let row = format!("removed by others and put back {} times since {since}", repairs.row);
             match (&repairs.lost, &repairs.failure) {
@@ -251,7 +252,7 @@ impl Kernel {
     /// The kernel's.
     pub(in crate::engine) fn refresh(&mut self) -> anyhow::Result<()> {
         for Drift { kind, what } in self.steering.refresh()? {
-            if kind == Kind::Interface {
+            if kind == ObjectKind::Interface {
                 info!("{what}");
             } else {
                 warn!("another program removed {what}: it is put back");
@@ -336,12 +337,12 @@ impl Kernel {
             let missing = self.routes.missing(&self.coverage).await?;
             self.routes_look = RoutesLook { is_suspicious: false, at, took: at.elapsed(), missing };
         }
-        let lost = |block| Drift::new(Kind::Route, format!("the local route to {block}"));
+        let lost = |block| Drift::new(ObjectKind::Route, format!("the local route to {block}"));
         Ok(self.routes_look.missing.iter().map(lost).collect())
     }
 
     async fn restore(&mut self, lost: &[Drift], desired: &Desired, services: &Services) -> anyhow::Result<()> {
-        if lost.iter().any(|loss| loss.kind != Kind::Route) {
+        if lost.iter().any(|loss| loss.kind != ObjectKind::Route) {
             self.steering.forget_lost()?;
             if let Err(error) = self.steer(desired, services, Some(&[]), &Steps::default()) {
                 // Which of it the kernel holds is not known.
@@ -349,7 +350,7 @@ impl Kernel {
                 return Err(error);
             }
         }
-        if lost.iter().any(|loss| loss.kind == Kind::Route) {
+        if lost.iter().any(|loss| loss.kind == ObjectKind::Route) {
             self.foreign_routes = self.routes.set(&self.coverage).await?;
             self.routes_look.took = Duration::ZERO;
         }
@@ -359,10 +360,10 @@ impl Kernel {
 
 #[cfg(test)]
 mod tests {
-    use super::{Drift, Kind, PATIENCE, RepairsByKind, in_words};
+    use super::{Drift, ObjectKind, PATIENCE, RepairsByKind, in_words};
 
     fn lost() -> [Drift; 1] {
-        [Drift::new(Kind::Chain, "the chain")]
+        [Drift::new(ObjectKind::Chain, "the chain")]
     }
 
     fn times(drift: &RepairsByKind) -> u64 {

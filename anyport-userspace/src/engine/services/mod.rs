@@ -24,7 +24,7 @@ pub use self::registered::fetch_registered;
 pub(super) use self::registered::{KINDS, Registrations, boot_id, make_group_transparent};
 use super::desired::DRAINED_SLOT;
 use crate::{
-    api::{Kind, Problem},
+    api::{Problem, ProblemKind},
     config::Config,
     datagram::Ends,
     events::{EventBus, EventPublisher},
@@ -169,7 +169,7 @@ impl Services {
         if self.running.contains_key(name) {
             return Ok(());
         }
-        Err(Problem::new(Kind::NotFound, format!("there is no service {name}")).hint(self.hint_at_names()))
+        Err(Problem::new(ProblemKind::NotFound, format!("there is no service {name}")).hint(self.hint_at_names()))
     }
 
     /// The services that there are.
@@ -185,7 +185,7 @@ impl Services {
             return Ok(());
         }
         Err(Problem::new(
-            Kind::Invalid,
+            ProblemKind::Invalid,
             format!("service {name}: with tproxy nobody would keep sources from registered sockets"),
         )
         .hint("leave source-allow and source-deny out, or steer by sk-lookup or tc"))
@@ -319,8 +319,11 @@ pub(super) fn expect_fallbacks(services: &[&ServiceConfig]) -> Result<(), Proble
             Some(_) => "has the handler registered itself",
             None => "is not there",
         };
-        return Err(Problem::new(Kind::Conflict, format!("{fallback}, the fallback of the service {name}, {problem}"))
-            .hint("a fallback is a service with sockets of its own, such as default"));
+        return Err(Problem::new(
+            ProblemKind::Conflict,
+            format!("{fallback}, the fallback of the service {name}, {problem}"),
+        )
+        .hint("a fallback is a service with sockets of its own, such as default"));
     }
     Ok(())
 }

@@ -2,7 +2,7 @@
 
 use super::{Running, Services};
 use crate::{
-    api::{Applied, Kind, Problem},
+    api::{Applied, Problem, ProblemKind},
     engine::difference::at_line,
     rules::{Origin, ServiceName, lines::LineRule},
     service::ServiceConfig,
@@ -34,7 +34,7 @@ impl Services {
                         Origin::Added => "added by hand",
                     };
                     return Err(Problem::new(
-                        Kind::Conflict,
+                        ProblemKind::Conflict,
                         format!("the service {} is {whose} with other settings", service.name),
                     )
                     .hint("use another name, or give both the same settings"));
@@ -70,7 +70,7 @@ impl Services {
         for ((_, terms), line) in rules {
             if last != Some(&terms.service) && !is_there(&terms.service) {
                 return Err(Problem::new(
-                    Kind::NotFound,
+                    ProblemKind::NotFound,
                     format!("{}there is no service {}", at_line(*line), terms.service),
                 )
                 .hint(self.hint_at_names()));

@@ -209,7 +209,7 @@ impl Scene {
                 // That takes longer than the command.
                 if is_confirmed && self.random.one_in(8) {
                     self.disk.fail_after(None);
-                    assert_eq!(self.kept(), self.desired(), "{what} says done, kept and in force");
+                    assert_eq!(self.kept(), self.desired(), "{what} says done, kept and active");
                 }
             }
             Err(problem) => {
@@ -411,7 +411,7 @@ impl Scene {
         let degraded = self.engine().degraded();
         assert!(degraded.is_empty(), "nothing fails any more: {degraded:?}");
         self.expect_equal("nothing fails any more");
-        assert_eq!(self.kept(), self.desired(), "kept and in force");
+        assert_eq!(self.kept(), self.desired(), "kept and active");
     }
 }
 

@@ -13,7 +13,7 @@ use tokio::{sync::Notify, task::JoinHandle, time::sleep};
 
 use super::{Agent, Error, Identity, Source, Target};
 use crate::{
-    api::{FleetView, Kind, Problem},
+    api::{FleetView, Problem, ProblemKind},
     back_end::BackEnd,
     fleet::{Condition, FleetBoard, LineEdits},
     fleet::{
@@ -190,8 +190,10 @@ impl Target for Daemon {
         host.edits = edits;
         host.tried.push(text.to_string());
         match text.split(' ').next() {
-            Some("bad") => return Err(Problem::new(Kind::Conflict, "it contradicts a rule that was added by hand")),
-            Some("later") if host.is_broken => return Err(Problem::new(Kind::Failed, "the disk is full")),
+            Some("bad") => {
+                return Err(Problem::new(ProblemKind::Conflict, "it contradicts a rule that was added by hand"));
+            }
+            Some("later") if host.is_broken => return Err(Problem::new(ProblemKind::Failed, "the disk is full")),
             _ => {}
         }
         (host.text, host.state) = (Some(text.to_string()), state.clone());

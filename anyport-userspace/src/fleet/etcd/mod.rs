@@ -27,7 +27,7 @@ use super::{
     pack::{CHUNK, Packed},
     settings::Endpoints,
 };
-use crate::api::{Kind, Problem};
+use crate::api::{Problem, ProblemKind};
 
 /// A member of etcd that takes longer is asked again, or another one is.
 const ATTEMPT: Duration = Duration::from_secs(3);
@@ -200,7 +200,8 @@ impl Etcd {
     /// etcd does not answer; there is no such set; or what is there does not have that hash.
     pub async fn set(&self, hash: &Hash) -> Result<String, Problem> {
         let spoilt = |why: &dyn std::fmt::Display| {
-            Problem::new(Kind::Failed, format!("{why}")).hint("publishing the same file again stores the set again")
+            Problem::new(ProblemKind::Failed, format!("{why}"))
+                .hint("publishing the same file again stores the set again")
         };
         let first = self.keys.set(hash);
         // Right behind the slash that chunks have after it.
@@ -222,7 +223,7 @@ impl Etcd {
                 }
             }
             let Some(manifest) = manifest else {
-                return Err(Problem::new(Kind::NotFound, format!("there is no set {hash} in etcd")));
+                return Err(Problem::new(ProblemKind::NotFound, format!("there is no set {hash} in etcd")));
             };
             if !more || chunks.len() >= manifest.chunks {
                 chunks.truncate(manifest.chunks);
@@ -259,7 +260,7 @@ impl Etcd {
             }
         }
         Err(Problem::new(
-            Kind::Conflict,
+            ProblemKind::Conflict,
             format!("store the set {}: others remove or write it, again and again", hash.short()),
         ))
     }
@@ -285,7 +286,7 @@ impl Etcd {
     pub async fn delta(&self, from: &Hash, to: &Hash) -> Result<Option<Delta>, Problem> {
         let answer = self.get("read a delta", RangeRequest::key(&self.keys.delta(from, to))).await?;
         let unpack = |it: &KeyValue| Delta::unpack(&it.value);
-        answer.kvs.first().map(unpack).transpose().map_err(|why| Problem::new(Kind::Failed, why.to_string()))
+        answer.kvs.first().map(unpack).transpose().map_err(|why| Problem::new(ProblemKind::Failed, why.to_string()))
     }
 
     /// The revision of a set's manifest, 0 if there is none.
@@ -335,7 +336,7 @@ impl Etcd {
         let txn = TxnRequest { compare: compares.into(), success: changes, failure: vec![look.into()] };
         // A request without an answer may have been carried out, or be so yet: by a member that hangs and goes on.
         let answer = self.transact(&format!("change the ring {name}"), &txn).await.map_err(|problem| match problem.kind {
-            Kind::NoDaemon => problem.hint(format!(
+            ProblemKind::NoDaemon => problem.hint(format!(
                 "the change may have been made, or may be yet; when etcd answers again, see anyportctl fleet history --ring {name} \
                  before you repeat the command; nodes go on meanwhile"
             )),
@@ -426,7 +427,7 @@ impl Etcd {
         let forgotten = answer.succeeded;
         let [found] = if forgotten { [Vec::new()] } else { parts(answer) };
         if !found.is_empty() {
-            return Err(Problem::new(Kind::Conflict, format!("the node {node} of the ring {ring} reports"))
+            return Err(Problem::new(ProblemKind::Conflict, format!("the node {node} of the ring {ring} reports"))
                 .hint("stop it or give it another ring first; it would be back at its next report"));
         }
         Ok(forgotten)
@@ -450,7 +451,7 @@ async fn retry<T, F: Future<Output = Result<T, Error>>>(
             Err(_) => "no answer in time".to_owned(),
         };
         if Instant::now() + PAUSE >= end {
-            return Err(Problem::new(Kind::NoDaemon, format!("etcd at {urls} does not answer: {what}: {last}"))
+            return Err(Problem::new(ProblemKind::NoDaemon, format!("etcd at {urls} does not answer: {what}: {last}"))
                 .hint("nodes go on with what they have; see whether etcd runs and has a leader, or name its members with --etcd"));
         }
         sleep(PAUSE).await;
@@ -472,14 +473,14 @@ pub(super) fn is_transient(error: &Error) -> bool {
 
 fn refusal(urls: &str, what: &str, error: &Error) -> Problem {
     let text = format!("etcd at {urls}: {what}: {}", causes(error));
-    let Error::Status(status) = error else { return Problem::new(Kind::Failed, text) };
+    let Error::Status(status) = error else { return Problem::new(ProblemKind::Failed, text) };
     match status.code() {
-        Code::PermissionDenied | Code::Unauthenticated => Problem::new(Kind::NotPermitted, text)
+        Code::PermissionDenied | Code::Unauthenticated => Problem::new(ProblemKind::NotPermitted, text)
             .hint("see the roles of the user that --user and --password-file name"),
         Code::InvalidArgument if status.message().contains("auth") => {
-            Problem::new(Kind::NotPermitted, text).hint("see --user and --password-file")
+            Problem::new(ProblemKind::NotPermitted, text).hint("see --user and --password-file")
         }
-        _ => Problem::new(Kind::Failed, text),
+        _ => Problem::new(ProblemKind::Failed, text),
     }
 }
 
@@ -517,7 +518,7 @@ fn read_record<T: DeserializeOwned>(entry: &KeyValue) -> Result<T, String> {
 pub(super) fn read_pointer(entry: &KeyValue) -> Result<Seen<Pointer>, Problem> {
     let value = read_record(entry).map_err(|why| {
         let key = String::from_utf8_lossy(&entry.key);
-        Problem::new(Kind::Failed, why)
+        Problem::new(ProblemKind::Failed, why)
             .hint(format!("nodes go on with what they have; `etcdctl del {key}` lets the ring be published again"))
     })?;
     Ok(Seen { value, revision: entry.mod_revision })
@@ -548,5 +549,5 @@ fn nodes_of(reports: Vec<Report>, members: Vec<Member>) -> Vec<Node> {
 }
 
 pub(super) fn to_json(record: &impl Serialize) -> Result<String, Problem> {
-    serde_json::to_string(record).map_err(|error| Problem::new(Kind::Failed, format!("write a record: {error}")))
+    serde_json::to_string(record).map_err(|error| Problem::new(ProblemKind::Failed, format!("write a record: {error}")))
 }

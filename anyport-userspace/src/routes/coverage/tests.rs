@@ -103,9 +103,9 @@ proptest! {
         before in vec(any_prefix(), 0..24),
         changes in vec((any::<bool>(), any::<prop::sample::Index>(), any_prefix()), 0..24),
     ) {
-        let former: Coverage = before.iter().copied().collect();
+        let previous: Coverage = before.iter().copied().collect();
         let mut prefixes = before;
-        let mut coverage = former.clone();
+        let mut coverage = previous.clone();
         let mut edits = Edits::default();
         for (adds, index, prefix) in changes {
             if adds || prefixes.is_empty() {
@@ -117,19 +117,19 @@ proptest! {
             }
             prop_assert_eq!(&coverage, &prefixes.iter().copied().collect());
         }
-        prop_assert_eq!(edits.difference(), former.difference(&coverage));
+        prop_assert_eq!(edits.difference(), previous.difference(&coverage));
         coverage.undo(edits);
-        prop_assert_eq!(coverage, former);
+        prop_assert_eq!(coverage, previous);
     }
 
     #[test]
     fn differences_and_intersections_are_those_of_sets(
-        former in vec(any_prefix(), 0..24),
+        previous in vec(any_prefix(), 0..24),
         latter in vec(any_prefix(), 0..24),
         asked in any_prefix(),
     ) {
-        let (old_addresses, new_addresses) = (addresses(&former), addresses(&latter));
-        let (old, new): (Coverage, Coverage) = (former.into_iter().collect(), latter.into_iter().collect());
+        let (old_addresses, new_addresses) = (addresses(&previous), addresses(&latter));
+        let (old, new): (Coverage, Coverage) = (previous.into_iter().collect(), latter.into_iter().collect());
         let Difference { removed, added } = old.difference(&new);
         let (old_blocks, new_blocks): (Vec<_>, Vec<_>) = (old.blocks().collect(), new.blocks().collect());
         let only = |these: &[Prefix], those: &[Prefix]| -> Vec<Prefix> {

@@ -13,9 +13,9 @@ use smallvec::SmallVec;
 use socket2::Socket;
 
 use super::{
-    Connected, Forwarder, Refusal, Served, connect,
+    Connected, Finished, Forwarder, Refusal, connect,
     header::{self, LONGEST_READ, LONGEST_WRITTEN, Parsed},
-    relay::{End, InitialData, Limits, Outcome, Relay},
+    relay::{InitialData, Limits, Outcome, Relay, RelayEnd},
     upstream::Upstream,
 };
 use crate::service::{
@@ -64,7 +64,7 @@ type Ended = (Option<Arc<Upstream>>, Result<Outcome, Refusal>);
 
 /// It broke before there was an upstream.
 fn broken(error: io::Error) -> Ended {
-    (None, Ok(Outcome { to_upstream: 0, to_client: 0, end: End::Client(error) }))
+    (None, Ok(Outcome { to_upstream: 0, to_client: 0, end: RelayEnd::Client(error) }))
 }
 
 impl Client {
@@ -79,13 +79,13 @@ impl Client {
         (pool, traffic): (&DescriptorPool, &Traffic),
         cx: &mut Context<'_>,
         event: Event,
-    ) -> Result<Next, Served> {
+    ) -> Result<Next, Finished> {
         self.try_advance(forwarder, (pool, traffic), cx, event).map_err(|(upstream, end)| {
-            if !matches!(end, Ok(Outcome { end: End::Closed | End::Idle | End::TooLong, .. })) {
+            if !matches!(end, Ok(Outcome { end: RelayEnd::Closed | RelayEnd::Idle | RelayEnd::TooLong, .. })) {
                 reset(&self.stream);
                 self.upstream.iter().for_each(reset);
             }
-            Served { ends: self.ends, upstream, end }
+            Finished { ends: self.ends, upstream, end }
         })
     }
 

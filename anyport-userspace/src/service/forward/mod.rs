@@ -29,7 +29,7 @@ use tokio::{sync::Notify, time::timeout};
 pub use self::upstream::{UpstreamState, UpstreamView};
 pub(super) use self::{
     client::Client,
-    relay::{End, Outcome},
+    relay::{Outcome, RelayEnd},
     udp::UdpForwarder,
     upkeep::keep_up,
 };
@@ -71,7 +71,7 @@ pub(super) enum Refusal {
 
 /// What became of a client.
 #[derive(Debug)]
-pub(super) struct Served {
+pub(super) struct Finished {
     /// As the proxy in front told them, if it did.
     pub(super) ends: Ends,
     pub(super) upstream: Option<Arc<Upstream>>,

@@ -43,12 +43,12 @@ pub(in crate::service) struct Outcome {
     /// Bytes of the upstream that the client's socket took.
     pub(in crate::service) to_client: u64,
     /// Why it ended.
-    pub(in crate::service) end: End,
+    pub(in crate::service) end: RelayEnd,
 }
 
 /// Why a connection ended.
 #[derive(Debug)]
-pub(in crate::service) enum End {
+pub(in crate::service) enum RelayEnd {
     /// Both sides have said all they had to say.
     Closed,
     /// Nothing was said for too long.
@@ -61,7 +61,7 @@ pub(in crate::service) enum End {
     Upstream(io::Error),
 }
 
-impl fmt::Display for End {
+impl fmt::Display for RelayEnd {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Closed => f.write_str("closed by both sides"),
@@ -111,7 +111,7 @@ impl Relay {
         upstream: &mut Stream,
         pool: &DescriptorPool,
         traffic: [&Traffic; 2],
-    ) -> Result<Next, End> {
+    ) -> Result<Next, RelayEnd> {
         let moved = self.advance_both(cx, client, upstream, pool);
         if self.uncounted() > UNCOUNTED || moved.is_err() {
             self.count(traffic);
@@ -125,18 +125,18 @@ impl Relay {
         client: &mut Stream,
         upstream: &mut Stream,
         pool: &DescriptorPool,
-    ) -> Result<Next, End> {
+    ) -> Result<Next, RelayEnd> {
         let Self { up, down, .. } = self;
         let next = up.advance(cx, client, upstream, down.has_ended(), pool).map_err(|fault| match fault {
-            Fault::Source(error) => End::Client(error),
-            Fault::Sink(error) => End::Upstream(error),
+            Fault::Source(error) => RelayEnd::Client(error),
+            Fault::Sink(error) => RelayEnd::Upstream(error),
         })?;
         let other = down.advance(cx, upstream, client, up.has_ended(), pool).map_err(|fault| match fault {
-            Fault::Source(error) => End::Upstream(error),
-            Fault::Sink(error) => End::Client(error),
+            Fault::Source(error) => RelayEnd::Upstream(error),
+            Fault::Sink(error) => RelayEnd::Client(error),
         })?;
         match (next, other) {
-            _ if up.has_ended() && down.has_ended() => Err(End::Closed),
+            _ if up.has_ended() && down.has_ended() => Err(RelayEnd::Closed),
             (Next::Wait, Next::Wait) => Ok(Next::Wait),
             _ => Ok(Next::Reschedule),
         }
@@ -148,7 +148,7 @@ impl Relay {
     }
 
     /// Looks whether it has been silent for too long, or has lasted too long.
-    pub(super) fn look(&mut self, traffic: [&Traffic; 2]) -> Result<(), End> {
+    pub(super) fn look(&mut self, traffic: [&Traffic; 2]) -> Result<(), RelayEnd> {
         let looked = self.quiet.look(self.up.moved + self.down.moved);
         if looked.is_err() {
             self.count(traffic);
@@ -168,7 +168,7 @@ impl Relay {
     }
 
     /// What became of it, if it ends like this.
-    pub(super) fn outcome(&self, end: End) -> Outcome {
+    pub(super) fn outcome(&self, end: RelayEnd) -> Outcome {
         Outcome { to_upstream: self.up.moved, to_client: self.down.moved, end }
     }
 }
@@ -194,15 +194,15 @@ impl IdleTimer {
         self.next = self.limits.end.map_or(look, |end| look.min(end));
     }
 
-    fn look(&mut self, moved: u64) -> Result<(), End> {
+    fn look(&mut self, moved: u64) -> Result<(), RelayEnd> {
         if self.limits.end.is_some_and(|end| end <= Instant::now()) {
-            return Err(End::TooLong);
+            return Err(RelayEnd::TooLong);
         }
         self.looks = if moved == self.moved { self.looks + 1 } else { 0 };
         self.moved = moved;
         // The first check without new data comes at least half the time after the last data, the second one all of it.
         if self.looks >= 2 {
-            return Err(End::Idle);
+            return Err(RelayEnd::Idle);
         }
         self.schedule();
         Ok(())
@@ -386,7 +386,7 @@ mod tests {
         time::{sleep, timeout},
     };
 
-    use super::{Context, DescriptorPool, End, InitialData, Limits, Next, Outcome, Relay, Stream, Traffic};
+    use super::{Context, DescriptorPool, InitialData, Limits, Next, Outcome, Relay, RelayEnd, Stream, Traffic};
     use crate::service::event_loop::{Event, EventLoop, Machine, Side, reset};
 
     const LONG: Limits = Limits { idle: Duration::from_mins(1), end: None };
@@ -430,7 +430,7 @@ mod tests {
                 cx.wake_at(relay.next_look());
             }
             next.unwrap_or_else(|end| {
-                if matches!(end, End::Client(_) | End::Upstream(_)) {
+                if matches!(end, RelayEnd::Client(_) | RelayEnd::Upstream(_)) {
                     reset(client);
                     reset(upstream);
                 }
@@ -510,7 +510,7 @@ mod tests {
             other.shutdown().await.unwrap();
             assert_eq!(rest(&mut one).await, b"answeransweranswer");
             let outcome = relay.await.unwrap();
-            assert!(matches!(outcome.end, End::Closed), "{outcome:?}");
+            assert!(matches!(outcome.end, RelayEnd::Closed), "{outcome:?}");
             let expected = if is_swapped { (18, 8) } else { (8, 18) };
             assert_eq!((outcome.to_upstream, outcome.to_client), expected);
         }
@@ -572,7 +572,7 @@ mod tests {
             client.write_all(&sent[taken..]).await.unwrap();
             client.shutdown().await.unwrap();
             assert!(received.await.unwrap() == sent);
-            assert!(matches!(relay.await.unwrap().end, End::Closed));
+            assert!(matches!(relay.await.unwrap().end, RelayEnd::Closed));
         }
     }
 
@@ -586,8 +586,8 @@ mod tests {
             let error = other.read_u8().await.unwrap_err();
             assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
             match relay.await.unwrap().end {
-                End::Client(_) => assert!(!is_swapped),
-                End::Upstream(_) => assert!(is_swapped),
+                RelayEnd::Client(_) => assert!(!is_swapped),
+                RelayEnd::Upstream(_) => assert!(is_swapped),
                 end => panic!("{end}"),
             }
         }
@@ -605,7 +605,7 @@ mod tests {
         let last_word = Instant::now();
         assert_eq!(rest(&mut upstream).await, b"xxxxxxxx");
         assert!(last_word.elapsed() >= IDLE * 9 / 10);
-        assert!(matches!(relay.await.unwrap().end, End::Idle));
+        assert!(matches!(relay.await.unwrap().end, RelayEnd::Idle));
         assert_eq!(rest(&mut client).await, b"");
     }
 
@@ -614,6 +614,6 @@ mod tests {
         let limits = Limits { idle: Duration::from_mins(1), end: Some(Instant::now() + Duration::from_millis(100)) };
         let Line { mut client, relay, .. } = line(b"", limits, DescriptorPool::new(0)).await;
         assert_eq!(rest(&mut client).await, b"");
-        assert!(matches!(relay.await.unwrap().end, End::TooLong));
+        assert!(matches!(relay.await.unwrap().end, RelayEnd::TooLong));
     }
 }

@@ -210,14 +210,14 @@ pub(super) struct Gate {
 
 impl Gate {
     /// Whether the service takes what comes from there.
-    pub(super) fn takes(&self, client: IpAddr) -> bool {
-        self.sources.as_ref().is_none_or(|sources| sources.takes(client.to_canonical()))
+    pub(super) fn allows(&self, client: IpAddr) -> bool {
+        self.sources.as_ref().is_none_or(|sources| sources.allows(client.to_canonical()))
     }
 
     /// Lets a client in until the pass is dropped.
     pub(super) fn admit(self: &Arc<Self>, client: IpAddr) -> Result<Pass, Refused> {
         let client = client.to_canonical();
-        if !self.takes(client) {
+        if !self.allows(client) {
             return Err(Refused::Denied);
         }
         let is_proxy = self.proxies.iter().any(|prefix| prefix.contains(client));

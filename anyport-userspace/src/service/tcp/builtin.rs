@@ -15,7 +15,7 @@ use crate::{
         HandlerKind, ServiceConfig,
         counts::Traffic,
         event_loop::{Context, Event, Next, Stream},
-        handlers::Line,
+        handlers::TextLine,
     },
 };
 
@@ -61,7 +61,7 @@ type Step = Result<Next, io::Result<()>>;
 impl BuiltinHandler {
     pub(super) fn new(config: &ServiceConfig, socket: Socket, ends: Ends) -> Self {
         let kept = match config.handler {
-            HandlerKind::Hello => Line::hello(ends.client, ends.dialled, Transport::Tcp).as_bytes().into(),
+            HandlerKind::Hello => TextLine::hello(ends.client, ends.dialled, Transport::Tcp).as_bytes().into(),
             HandlerKind::Discard => config.banner.as_deref().unwrap_or_default().as_bytes().into(),
             // Echo has nothing to say, and the others are served elsewhere.
             HandlerKind::Echo | HandlerKind::Forward | HandlerKind::Registered => Box::default(),

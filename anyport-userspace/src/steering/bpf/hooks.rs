@@ -13,7 +13,7 @@ use super::{
     pins::{PinDirectory, remove_pin},
 };
 use crate::{
-    steering::{BackEnd, Drift, Kind},
+    steering::{BackEnd, Drift, ObjectKind},
     sys,
 };
 
@@ -85,7 +85,7 @@ impl MaybePinned {
     pub(super) fn lost_pin(&self, pins: &PinDirectory, name: &str) -> Option<Drift> {
         let path = pins.link(name);
         let is_lost = matches!(self, Self::Yes(_)) && !path.exists();
-        is_lost.then(|| Drift::new(Kind::Pin, format!("the pin {}", path.display())))
+        is_lost.then(|| Drift::new(ObjectKind::Pin, format!("the pin {}", path.display())))
     }
 }
 
@@ -179,7 +179,7 @@ impl Hook for SkLookupHook {
 }
 
 fn detached() -> Drift {
-    Drift::new(Kind::Link, "the link of the sk_lookup program to the network namespace")
+    Drift::new(ObjectKind::Link, "the link of the sk_lookup program to the network namespace")
 }
 
 /// A program that only is to be looked at.

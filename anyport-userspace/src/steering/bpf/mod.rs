@@ -1,13 +1,13 @@
 //! The BPF back ends, `sk-lookup` and `tc`: one object and one set of maps, two hooks.
 
 mod counts;
-mod events;
 mod explain;
 mod hooks;
 mod listing;
 mod load;
 mod pins;
 mod refuse;
+mod ring_buffer;
 mod sockets;
 mod table;
 mod tc;
@@ -38,17 +38,17 @@ use tracing::warn;
 pub use self::pins::make_pin_directory;
 use self::{
     counts::Counts,
-    events::BpfEars,
     explain::Explainer,
     hooks::{Hook, SkLookupHook},
     listing::Listing,
     pins::{PINNED_AGAIN, PINNED_AT_ONCE, PinDirectory},
     refuse::RefuseSockets,
+    ring_buffer::BpfPublisher,
     sockets::Sockets,
     table::{BpfTable, SUBSCRIBERS_WORD, map_control},
     tc::TcHook,
 };
-use super::{BackEnd, Decided, Drift, Holder, Kind, Plan, Steering};
+use super::{BackEnd, Decided, Drift, Holder, ObjectKind, Plan, Steering};
 use crate::{
     events::EventBus,
     sys,
@@ -82,7 +82,7 @@ pub struct Bpf {
     sockets: Sockets,
     explainer: Explainer,
     /// The map of sockets that an earlier daemon pinned, until ours has taken its place.
-    former: Option<Sockets>,
+    previous: Option<Sockets>,
     /// What was put into the map of sockets.
     held: HashMap<u32, Held>,
     pins: PinDirectory,
@@ -121,7 +121,7 @@ impl Bpf {
         }
         // Gives back what it took when it is dropped, as it is where something fails below.
         let pins = PinDirectory::open(&options.bpffs)?;
-        let former = Sockets::former(&pins);
+        let previous = Sockets::previous(&pins);
         let mut ebpf = load(options.debug)?;
         if options.debug {
             forward_log(&mut ebpf)?;
@@ -136,8 +136,13 @@ impl Bpf {
         // The maps have to stay open until the programs that use them are loaded.
         let filters = take_map(&mut ebpf, names::FILTERS)?;
         let ring = take_map(&mut ebpf, names::EVENTS)?;
-        let ears =
-            BpfEars::new(&fd_of(&filters)?, ring, map_control(fd_of(&control)?)?, SUBSCRIBERS_WORD, &options.events)?;
+        let ears = BpfPublisher::new(
+            &fd_of(&filters)?,
+            ring,
+            map_control(fd_of(&control)?)?,
+            SUBSCRIBERS_WORD,
+            &options.events,
+        )?;
         let [rules, ports] = [names::RULES, names::PORTS].map(|name| take_map(&mut ebpf, name));
         let [segment, counter, portion] =
             [names::SEGMENT, names::COUNTER, names::PORTION].map(|name| take_map(&mut ebpf, name));
@@ -159,7 +164,7 @@ impl Bpf {
         };
         options.events.connect(Some(Arc::new(ears)));
         Ok(Self {
-            former,
+            previous,
             hook,
             events: Arc::clone(&options.events),
             table: BpfTable::new(table, &segment?, control, Arc::clone(&options.readers))?,
@@ -212,7 +217,7 @@ impl Steering for Bpf {
         }
         let sockets = self.put_back_sockets()?;
         if sockets > 0 {
-            news.push(Drift::new(Kind::Socket, format!("{sockets} sockets in the map sockets")));
+            news.push(Drift::new(ObjectKind::Socket, format!("{sockets} sockets in the map sockets")));
         }
         self.table.trim()?;
         Ok(news)
@@ -225,9 +230,9 @@ impl Steering for Bpf {
         let mut lost = self.hook.lost(&self.pins)?;
         let names = self.maps.iter().map(|(name, _)| *name).chain(PINNED_AGAIN);
         let gone = names.map(|name| self.pins.map(name)).filter(|path| !path.exists());
-        lost.extend(gone.map(|path| Drift::new(Kind::Pin, format!("the pin {}", path.display()))));
+        lost.extend(gone.map(|path| Drift::new(ObjectKind::Pin, format!("the pin {}", path.display()))));
         if !self.pins.is_in_place() {
-            lost.push(Drift::new(Kind::Pin, "the directory of the pins"));
+            lost.push(Drift::new(ObjectKind::Pin, "the directory of the pins"));
         }
         Ok(lost)
     }
@@ -254,7 +259,7 @@ impl Steering for Bpf {
     }
 
     fn can_adopt(&self, cookie: u64) -> bool {
-        self.former.as_ref().is_some_and(|former| former.place_of(cookie).is_some())
+        self.previous.as_ref().is_some_and(|previous| previous.place_of(cookie).is_some())
     }
 
     fn unmatched(&self) -> anyhow::Result<u64> {
@@ -349,8 +354,8 @@ impl Bpf {
     /// Takes a socket over from the map of an earlier daemon, or from another place of ours, if it is there.
     fn goes_on(&self, cookie: u64, to: u32) -> anyhow::Result<bool> {
         let ours = self.held.iter().find(|(_, held)| held.cookie == cookie).map(|(place, _)| (&self.sockets, *place));
-        let former = || self.former.as_ref().and_then(|former| Some((former, former.place_of(cookie)?)));
-        let Some((map, from)) = ours.or_else(former) else { return Ok(false) };
+        let previous = || self.previous.as_ref().and_then(|previous| Some((previous, previous.place_of(cookie)?)));
+        let Some((map, from)) = ours.or_else(previous) else { return Ok(false) };
         let copied = map.copy(from, &self.sockets, to);
         copied.with_context(|| format!("take over the registered socket with the cookie {cookie}"))
     }
@@ -393,7 +398,7 @@ impl Bpf {
         } else {
             self.listing.pin(self.pins.map("rules"), self.pins.map("ports"))?;
             self.is_pinned = true;
-            self.former = None;
+            self.previous = None;
         }
         self.hook.pin(&self.pins)
     }

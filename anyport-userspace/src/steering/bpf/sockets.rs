@@ -23,7 +23,7 @@ impl Sockets {
     }
 
     /// That of an earlier daemon. None if there is none, or none that is understood: then sockets are registered again.
-    pub(super) fn former(pins: &PinDirectory) -> Option<Self> {
+    pub(super) fn previous(pins: &PinDirectory) -> Option<Self> {
         let map = MapData::from_pin(pins.map("sockets")).ok()?;
         map.fd().as_fd().try_clone_to_owned().ok().map(Self)
     }

@@ -22,7 +22,7 @@ use super::{
     load::{load_program, needs},
     pins::PinDirectory,
 };
-use crate::steering::{BackEnd, Drift, Kind};
+use crate::steering::{BackEnd, Drift, ObjectKind};
 
 // Of `linux/if_arp.h`, which libc has in part.
 const ARPHRD_RAWIP: u16 = 519;
@@ -150,7 +150,10 @@ impl Hook for TcHook {
         let is_gone = |index: &u32, attached: &mut Attached| wanted.get(index) != Some(&attached.interface);
         let mut news = Vec::new();
         for (_, gone) in self.attached.extract_if(.., is_gone) {
-            news.push(Drift::new(Kind::Interface, format!("the interface {} went or is down", gone.interface.name)));
+            news.push(Drift::new(
+                ObjectKind::Interface,
+                format!("the interface {} went or is down", gone.interface.name),
+            ));
         }
         let known = mem::take(&mut self.failures);
         for (index, interface) in wanted {
@@ -160,7 +163,7 @@ impl Hook for TcHook {
             match self.attach_to(&interface) {
                 Ok(link) => {
                     news.push(Drift::new(
-                        Kind::Interface,
+                        ObjectKind::Interface,
                         format!("the interface {} came and is watched", interface.name),
                     ));
                     self.attached.insert(index, Attached { interface, link });
@@ -181,7 +184,7 @@ impl Hook for TcHook {
         let detached = self.detached()?;
         let lost = self.attached.iter().filter_map(|(index, Attached { interface, link })| {
             if detached.contains(index) {
-                return Some(Drift::new(Kind::Link, format!("the link of the tc program to {}", interface.name)));
+                return Some(Drift::new(ObjectKind::Link, format!("the link of the tc program to {}", interface.name)));
             }
             link.lost_pin(pins, &pin_name(*index))
         });

@@ -10,18 +10,18 @@ use anyhow::{Context as _, bail};
 use anyport_common::{flow::Transport, maps::Counters};
 
 use super::{
+    chain_rules::{self, Family},
     change::{self, State, Step, Target, Way},
     counted::Counted,
     groups::{FEW, Key, Prefixes, Sockets, number},
-    lines::{self, Family},
+    mangle_table::{self, MangleTable, RULES_CHAIN, Shown},
     nftables,
     sets::{self, Sets},
-    table::{self, RULES_CHAIN, Shown, Table},
 };
 use crate::{
     host,
     rules::{Prefix, RuleSet, RuleView},
-    steering::{Drift, Kind, Plan},
+    steering::{Drift, ObjectKind, Plan},
     sys,
 };
 
@@ -35,7 +35,7 @@ const MAX_LINES: usize = 16_384;
 #[derive(Debug)]
 pub(super) struct Chains {
     pub(super) family: Family,
-    pub(super) table: Table,
+    pub(super) table: MangleTable,
     sets: Sets,
     /// What the kernel holds, unless something failed half-way.
     pub(super) state: State,
@@ -68,8 +68,8 @@ impl Chains {
             Family::V4 => ("iptables-restore and iptables-save", "IPv4"),
             Family::V6 => ("ip6tables-restore and ip6tables-save", "IPv6"),
         };
-        let table =
-            Table::find(family)?.with_context(|| format!("{tools} are not in PATH; `apt-get install iptables`"))?;
+        let table = MangleTable::find(family)?
+            .with_context(|| format!("{tools} are not in PATH; `apt-get install iptables`"))?;
         table.probe().with_context(|| {
             format!(
                 "trying out TPROXY for {name}; it needs CAP_NET_ADMIN, CAP_NET_RAW and the kernel modules of \
@@ -90,37 +90,37 @@ impl Chains {
         })
     }
 
-    /// Makes the kernel steer by a plan. `former` are the rules of the previous plan, from which this one differs only in
+    /// Makes the kernel steer by a plan. `previous` are the rules of the previous plan, from which this one differs only in
     /// the prefixes `changed`; nothing if that is not known. Counts go on for the rules that stay.
     pub(super) fn apply(
         &mut self,
         plan: &Plan<'_>,
-        former: &RuleSet,
+        previous: &RuleSet,
         changed: Option<&[Prefix]>,
     ) -> anyhow::Result<()> {
         self.sets.sweep();
         let changed = changed.filter(|_| self.is_state_certain);
-        let mut way = self.way(plan, former, changed, FEW)?;
+        let mut way = self.way(plan, previous, changed, FEW)?;
         let mut limit = "prefixes of one length of which the same is said share a line".to_owned();
         if way.steps.iter().any(|step| matches!(step, Step::Make(_)))
             && let Err(error) = self.sets.try_out(&self.table)
         {
             tracing::debug!("a line for each prefix: {error:#}");
             limit = format!("{error:#}");
-            way = self.way(plan, former, changed, usize::MAX)?;
+            way = self.way(plan, previous, changed, usize::MAX)?;
         }
         if let Some(Step::Lines { lines, .. }) = way.steps.last()
             && lines.len() > MAX_LINES
         {
             bail!("these rules take {} lines of iptables, and {MAX_LINES} is the limit; {limit}", lines.len());
         }
-        self.go(way, former, plan).with_context(|| format!("handing rules for {:?} to iptables", self.family))
+        self.go(way, previous, plan).with_context(|| format!("handing rules for {:?} to iptables", self.family))
     }
 
     fn way(
         &mut self,
         plan: &Plan<'_>,
-        former: &RuleSet,
+        previous: &RuleSet,
         changed: Option<&[Prefix]>,
         few: usize,
     ) -> anyhow::Result<Way> {
@@ -133,7 +133,7 @@ impl Chains {
             waiting: waiting_sockets(plan.rules, *family)?,
         };
         if let Some(changed) = changed
-            && let Some(way) = change::from_state(state, former, changed, &target, || sets.new_name())?
+            && let Some(way) = change::from_state(state, previous, changed, &target, || sets.new_name())?
         {
             return Ok(way);
         }
@@ -147,7 +147,7 @@ impl Chains {
         if waiting == self.state.waiting || !self.is_state_certain {
             return Ok(());
         }
-        self.replace_lines(&lines::lines(&self.state.groups, rules.view()), &waiting)?;
+        self.replace_lines(&chain_rules::lines(&self.state.groups, rules.view()), &waiting)?;
         self.state.waiting = waiting;
         Ok(())
     }
@@ -164,7 +164,7 @@ impl Chains {
             if there.map(|there| there as usize) != Some(*len) {
                 let there = there.map_or_else(|| "none".to_owned(), |there| there.to_string());
                 lost.push(Drift::new(
-                    Kind::Set,
+                    ObjectKind::Set,
                     format!("what was in the set {name} ({there} of {len} prefixes are there)"),
                 ));
             }
@@ -204,14 +204,14 @@ impl Chains {
         let family = self.family;
         let lost = changed
             .into_iter()
-            .map(|what| Drift::new(Kind::Chain, format!("{what} of {family:?} in the table mangle")));
+            .map(|what| Drift::new(ObjectKind::Chain, format!("{what} of {family:?} in the table mangle")));
         self.look.lost = lost.collect();
         self.look.generation = generation;
         self.look.at = Some(Instant::now());
         Ok(self.look.lost.clone())
     }
 
-    fn go(&mut self, way: Way, former: &RuleSet, plan: &Plan<'_>) -> anyhow::Result<()> {
+    fn go(&mut self, way: Way, previous: &RuleSet, plan: &Plan<'_>) -> anyhow::Result<()> {
         let Way { steps, end, is_anew } = way;
         self.is_state_certain = false;
         let mut made = Vec::new();
@@ -226,7 +226,7 @@ impl Chains {
                 Step::Lines { lines, waiting } => self.replace_lines(&lines, &waiting).map(|()| {
                     // What is counted from now on is counted under the new numbers.
                     if !is_renumbered {
-                        self.renumber(is_anew, former, plan);
+                        self.renumber(is_anew, previous, plan);
                         is_renumbered = true;
                     }
                 }),
@@ -244,7 +244,7 @@ impl Chains {
             }
         }
         if !is_renumbered {
-            self.renumber(is_anew, former, plan);
+            self.renumber(is_anew, previous, plan);
         }
         let gone: Vec<_> = if is_anew {
             // Some may be left of changes that failed half-way.
@@ -260,27 +260,27 @@ impl Chains {
     }
 
     /// Puts these lines in the place of those that are there, and remembers what those had counted.
-    fn replace_lines(&mut self, lines: &[lines::Line], waiting: &[SocketAddr]) -> anyhow::Result<()> {
+    fn replace_lines(&mut self, lines: &[chain_rules::ChainRule], waiting: &[SocketAddr]) -> anyhow::Result<()> {
         let saved = self.table.save()?;
         self.look = Look::default();
         if lines.is_empty() {
             self.table.remove(&saved)?;
         } else {
             let rules: Vec<_> = lines.iter().map(ToString::to_string).collect();
-            let guards = lines::guards(lines, waiting, RULES_CHAIN);
+            let guards = chain_rules::guards(lines, waiting, RULES_CHAIN);
             self.table.replace(&saved, &guards, &rules)?;
             self.look.written = (guards.len(), rules.len());
         }
         if !std::mem::take(&mut self.is_inherited) {
-            self.counted.add_all(&table::counted(&saved));
+            self.counted.add_all(&mangle_table::counted(&saved));
         }
         Ok(())
     }
 
     /// Takes over what sets have counted that are about to go, and then the new numbers.
-    fn renumber(&mut self, is_anew: bool, former: &RuleSet, plan: &Plan<'_>) {
+    fn renumber(&mut self, is_anew: bool, previous: &RuleSet, plan: &Plan<'_>) {
         if is_anew {
-            match self.counted_by_sets(former) {
+            match self.counted_by_sets(previous) {
                 Ok(counted) => self.counted.add_all(&counted),
                 Err(error) => tracing::warn!("what was counted of late is lost: {error:#}"),
             }
@@ -312,7 +312,7 @@ impl Chains {
     pub(super) fn counted_by_lines(&self) -> anyhow::Result<Counted> {
         let mut counted = self.counted.clone();
         if !self.state.groups.is_empty() {
-            counted.add_all(&table::counted(&self.table.save()?));
+            counted.add_all(&mangle_table::counted(&self.table.save()?));
         }
         Ok(counted)
     }
@@ -339,7 +339,7 @@ impl Chains {
 }
 
 /// Removes our chains, given what the table shows, then our sets, which are in use until then.
-pub(super) fn remove(table: &Table, saved: &str, family: Family) -> anyhow::Result<()> {
+pub(super) fn remove(table: &MangleTable, saved: &str, family: Family) -> anyhow::Result<()> {
     table.remove(saved)?;
     sets::destroy_all(family)
 }

@@ -14,8 +14,8 @@ use std::{
 };
 
 use super::{
+    chain_rules::{self, ChainRule, Family},
     groups::{self, Effect, Group, Groups, Key, Prefixes, Sockets},
-    lines::{self, Family, Line},
 };
 use crate::rules::{Prefix, RuleSet, RuleView};
 
@@ -32,7 +32,7 @@ pub(super) enum Step {
     /// New sets by name, which no line names yet.
     Make(Vec<(String, Vec<Prefix>)>),
     /// These are the lines from now on.
-    Lines { lines: Vec<Line>, waiting: Vec<SocketAddr> },
+    Lines { lines: Vec<ChainRule>, waiting: Vec<SocketAddr> },
     /// One element after the other.
     Elements { added: Vec<Element>, removed: Vec<Element> },
     /// The kernel finishes the packets that it has begun to process.
@@ -91,7 +91,7 @@ pub(super) fn from_anything(target: Target<'_>, mut new_name: impl FnMut() -> St
         end.insert(key, Group { verdicts, prefixes });
     }
     let mut steps = making(sets);
-    steps.push(Step::Lines { lines: lines::lines(&end, rules), waiting: waiting.clone() });
+    steps.push(Step::Lines { lines: chain_rules::lines(&end, rules), waiting: waiting.clone() });
     Ok(Way { steps, end: State { groups: end, waiting }, is_anew: true })
 }
 
@@ -102,12 +102,12 @@ fn making(sets: Vec<(String, Vec<Prefix>)>) -> Vec<Step> {
 /// The steps from a known state whose rules differ from the target's in these prefixes; nothing if no short sequence leads there.
 pub(super) fn from_state(
     start: &State,
-    former: &RuleSet,
+    previous: &RuleSet,
     changed: &[Prefix],
     target: &Target<'_>,
     mut new_name: impl FnMut() -> String,
 ) -> anyhow::Result<Option<Way>> {
-    let Some(Moves { coming, going, mut end }) = moves(&start.groups, former, changed, target)? else {
+    let Some(Moves { coming, going, mut end }) = moves(&start.groups, previous, changed, target)? else {
         return Ok(None);
     };
     let mut sets = Vec::new();
@@ -122,8 +122,8 @@ pub(super) fn from_state(
         }
     }
     let Some(elements) = Elements::split(&start.groups, &end, coming, going) else { return Ok(None) };
-    let before = lines::lines(&start.groups, former.view());
-    let after = lines::lines(&end, target.rules);
+    let before = chain_rules::lines(&start.groups, previous.view());
+    let after = chain_rules::lines(&end, target.rules);
     let is_of_lines = before != after || start.waiting != target.waiting;
     let has_other_socket = |(key, group): (&Key, &Group)| end.get(key).is_some_and(|it| it.verdicts != group.verdicts);
     if !elements.is_empty() && start.groups.iter().any(has_other_socket) {
@@ -135,7 +135,7 @@ pub(super) fn from_state(
         let mut waiting = [&start.waiting[..], &target.waiting].concat();
         waiting.sort_unstable();
         waiting.dedup();
-        steps.push(Step::Lines { lines: both(&start.groups, former, &end, target.rules), waiting });
+        steps.push(Step::Lines { lines: both(&start.groups, previous, &end, target.rules), waiting });
         steps.push(Step::Wait);
     }
     if !elements.is_empty() {
@@ -158,12 +158,12 @@ struct Moves {
 }
 
 /// Nothing if the sockets have changed so that prefixes that have not are to be counted differently.
-fn moves(start: &Groups, former: &RuleSet, changed: &[Prefix], target: &Target<'_>) -> anyhow::Result<Option<Moves>> {
+fn moves(start: &Groups, previous: &RuleSet, changed: &[Prefix], target: &Target<'_>) -> anyhow::Result<Option<Moves>> {
     let mut end = start.clone();
     let (mut coming, mut going) = (Vec::new(), Vec::new());
     for prefix in changed.iter().filter(|prefix| target.family.has(prefix.address())) {
         let effects = [Effect::Steer, Effect::Drop];
-        let held = former.of_prefix(prefix).into_iter().flat_map(|it| it.iter());
+        let held = previous.of_prefix(prefix).into_iter().flat_map(|it| it.iter());
         let before =
             held.flat_map(|held| effects.map(|effect| Key { len: prefix.len(), terms: held.terms.clone(), effect }));
         let before: Vec<_> = before.filter(|key| start.contains_key(key)).collect();
@@ -213,7 +213,7 @@ impl Elements {
     fn split(start: &Groups, end: &Groups, coming: Vec<(Key, Prefix)>, going: Vec<(Key, Prefix)>) -> Option<Self> {
         let staying_set = |key: &Key| {
             let set = end.get(key)?.prefixes.set()?;
-            start.get(key)?.prefixes.set().filter(|former| *former == set)
+            start.get(key)?.prefixes.set().filter(|previous| *previous == set)
         };
         let sort_out = |moves: Vec<(Key, Prefix)>| {
             let is_apart = are_apart(moves.iter().map(|(_, prefix)| *prefix));
@@ -281,16 +281,16 @@ fn are_apart(prefixes: impl Iterator<Item = Prefix>) -> bool {
 
 /// The lines of two states at once, for the moment in which one passes into the other. Those of the previous state count
 /// for no rule any more.
-fn both(start: &Groups, former: &RuleSet, end: &Groups, rules: RuleView<'_>) -> Vec<Line> {
+fn both(start: &Groups, previous: &RuleSet, end: &Groups, rules: RuleView<'_>) -> Vec<ChainRule> {
     let keys: BTreeSet<_> = start.keys().chain(end.keys()).collect();
     let mut lines = Vec::new();
     for key in keys {
         let of_group = |groups: &Groups, rules| {
-            groups.get(key).map(|it| lines::of_group(key, &it.verdicts, &it.prefixes, rules)).unwrap_or_default()
+            groups.get(key).map(|it| chain_rules::of_group(key, &it.verdicts, &it.prefixes, rules)).unwrap_or_default()
         };
         let mut new = of_group(end, rules);
-        let known: HashSet<_> = new.iter().map(Line::without_number).collect();
-        let old = of_group(start, former.view()).into_iter().map(|line| line.without_number());
+        let known: HashSet<_> = new.iter().map(ChainRule::without_number).collect();
+        let old = of_group(start, previous.view()).into_iter().map(|line| line.without_number());
         new.extend(old.filter(|line| !known.contains(line)));
         lines.extend(new);
     }

@@ -7,11 +7,11 @@ use anyport_common::flow::{Flow, Transport, Version};
 
 use super::{
     Tproxy,
+    chain_rules::{self, COMMENT, LineTarget},
     chains::Chains,
     groups::number,
-    lines::{self, COMMENT, LineTarget},
+    mangle_table::{self, UNMATCHED},
     sets,
-    table::{self, UNMATCHED},
 };
 use crate::rules::{Prefix, from_address};
 
@@ -36,7 +36,7 @@ impl Tproxy {
             (Version::V6, Err(_)) => return Ok(Live { verdict: None, rule: None }),
         };
         let saved = chains.table.save()?;
-        for text in table::rules_lines(&saved).filter(|line| !line.contains(UNMATCHED)) {
+        for text in mangle_table::rules_lines(&saved).filter(|line| !line.contains(UNMATCHED)) {
             let line = LiveLine::read(text).with_context(|| format!("reading the line {text:?} of our chain"))?;
             if line.matches(flow)? {
                 let rule = self.rule(chains, &line, from_address(flow.address));
@@ -82,7 +82,7 @@ impl LiveLine {
                 "-d" => destination = Some(value()?.parse()?),
                 "-p" => {
                     let name = value()?;
-                    transport = Transport::ALL.into_iter().find(|it| lines::name(*it) == name);
+                    transport = Transport::ALL.into_iter().find(|it| chain_rules::name(*it) == name);
                     transport.with_context(|| format!("{name} is no protocol of ours"))?;
                 }
                 "--dport" | "--dports" => ports = Some(read_ports(value()?)?),

@@ -9,7 +9,7 @@ use std::{
 
 use anyport_common::flow::{Flow, Transport};
 
-use super::lines::{Family, LineTarget};
+use super::chain_rules::{Family, LineTarget};
 use crate::{
     rules::{Prefix, PrefixRules, RuleSpec, RuleView, ServiceName, to_address},
     steering::ServiceSockets,

@@ -5,26 +5,26 @@
 //! stand in the table mangle; each change is one transaction a family. Where there are many prefixes of which the
 //! same is said, a set of the tool `ipset` stands in the place of a line for each.
 
+mod chain_rules;
 mod chains;
 mod change;
 mod counted;
 mod explain;
 mod groups;
-mod lines;
+mod mangle_table;
 mod nftables;
 mod sets;
-mod table;
 mod tool;
 
 use anyhow::{Context as _, anyhow};
 use anyport_common::{flow::Flow, maps::Counters};
 
 use self::{
+    chain_rules::{Family, LineTarget},
     chains::Chains,
     counted::Counted,
     explain::Live,
-    lines::{Family, LineTarget},
-    table::Table,
+    mangle_table::MangleTable,
 };
 use super::{BackEnd, Decided, Drift, Fate, Plan, Steering};
 use crate::rules::{Change, Prefix, RuleSet, RuleView};
@@ -188,7 +188,7 @@ fn difference(before: &RuleSet, after: RuleView<'_>, changed: &[Prefix]) -> Chan
 /// there is no iptables.
 pub fn remove_leftovers() -> anyhow::Result<()> {
     for family in [Family::V4, Family::V6] {
-        let Some(table) = Table::find(family)? else { continue };
+        let Some(table) = MangleTable::find(family)? else { continue };
         match table.save() {
             Ok(saved) => {
                 chains::remove(&table, &saved, family).context("removing what an earlier daemon left in iptables")?;

@@ -20,13 +20,13 @@ const CHAIN_NAME: u16 = 3;
 
 /// A table of `nf_tables`, as iptables uses them.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Table {
+pub(super) struct NfTable {
     /// The netfilter family, which for IP is the address family.
     pub(super) family: i32,
     pub(super) name: &'static str,
 }
 
-impl Table {
+impl NfTable {
     pub(super) fn exists(self) -> nix::Result<bool> {
         existence(&self.message(libc::NFT_MSG_GETTABLE, REQUEST))
     }

@@ -7,7 +7,7 @@ use std::{fmt::Write as _, fs, sync::Arc};
 use anyport_common::maps::Counters;
 
 use self::simulated::Simulated;
-use super::{FleetState, KeptFleet, KeptSocket, Line, State, Store};
+use super::{FleetState, KeptFleet, KeptSocket, RuleLine, State, Store};
 use crate::rules::{Origin, RuleSpec, RuleText};
 
 #[test]
@@ -23,7 +23,7 @@ fn keeps_what_was_saved() {
     assert_eq!(Store::open(&path).unwrap().1, state);
     let applied = rule(Origin::Applied);
     for _ in 0..3 {
-        store.save(&state, Some(&Line(&applied.prefix, &applied.terms).to_string())).unwrap();
+        store.save(&state, Some(&RuleLine(&applied.prefix, &applied.terms).to_string())).unwrap();
         state.applied_rules = vec![applied.clone()];
         assert_eq!(Store::open(&path).unwrap().1, state);
         store.save(&state, None).unwrap();
@@ -33,13 +33,13 @@ fn keeps_what_was_saved() {
     }
     store.save(&state, Some("")).unwrap();
     // The previous state is whole, too.
-    let former = tempfile::tempdir().unwrap();
+    let previous = tempfile::tempdir().unwrap();
     for entry in fs::read_dir(&path).unwrap() {
         let name = entry.unwrap().file_name();
-        fs::copy(path.join(&name), former.path().join(name)).unwrap();
+        fs::copy(path.join(&name), previous.path().join(name)).unwrap();
     }
-    fs::rename(former.path().join(super::FORMER), former.path().join(super::FILE)).unwrap();
-    assert_eq!(Store::open(former.path()).unwrap().1, state);
+    fs::rename(previous.path().join(super::PREVIOUS), previous.path().join(super::FILE)).unwrap();
+    assert_eq!(Store::open(previous.path()).unwrap().1, state);
     state.applied_rules.clear();
     assert_eq!(Store::open(&path).unwrap().1, state);
     store.save(&state, None).unwrap();
@@ -99,7 +99,7 @@ fn state(numbers: std::ops::Range<u8>) -> (State, String) {
             let rule = format!(r#"{{"prefix": "{block}.{number}/32", "except": "22"}}"#);
             let rule = serde_json::from_str::<RuleText>(&rule).unwrap().into_rule(origin);
             if origin == Origin::Applied {
-                writeln!(lines, "{}", Line(&rule.prefix, &rule.terms)).unwrap();
+                writeln!(lines, "{}", RuleLine(&rule.prefix, &rule.terms)).unwrap();
                 state.applied_rules.push(rule);
             } else {
                 state.rules.push(rule);
@@ -160,17 +160,17 @@ fn spoilt_files_are_told() {
 /// new one; once a save has returned, the new one.
 #[test]
 fn power_may_fail_at_any_moment() {
-    let (former, former_lines) = state(0..2);
+    let (previous, former_lines) = state(0..2);
     let (next, next_lines) = state(3..6);
     for (lines, what) in [(Some(next_lines.as_str()), "other rules"), (None, "the same rules"), (Some(""), "no rules")]
     {
         let simulated = Simulated::default();
         let (mut store, _) = Store::of(Box::new(simulated.clone())).unwrap();
         store.save(&state(0..1).0, Some(&state(0..1).1)).unwrap();
-        store.save(&former, Some(&former_lines)).unwrap();
+        store.save(&previous, Some(&former_lines)).unwrap();
         let next = State {
             applied_rules: match lines {
-                None => former.applied_rules.clone(),
+                None => previous.applied_rules.clone(),
                 Some("") => Vec::new(),
                 Some(_) => next.applied_rules.clone(),
             },
@@ -184,7 +184,7 @@ fn power_may_fail_at_any_moment() {
         for disk in disks {
             let (_, read) = Store::of(Box::new(Simulated::with(&disk)))
                 .unwrap_or_else(|error| panic!("{what}: {error:#}\n{disk:?}"));
-            assert!([&former, &next].contains(&&read), "{what}: a mixture: {read:?}\n{disk:?}");
+            assert!([&previous, &next].contains(&&read), "{what}: a mixture: {read:?}\n{disk:?}");
             seen[usize::from(read == next)] += 1;
         }
         assert!(seen.iter().all(|times| *times > 1), "{what}: {seen:?}");
@@ -241,21 +241,21 @@ fn keeps_what_the_fleet_gave() {
 /// As above, of what the fleet gave.
 #[test]
 fn power_may_fail_while_a_set_is_kept() {
-    let (former, former_text) = fleet(1);
+    let (previous, former_text) = fleet(1);
     let (next, next_text) = fleet(2);
-    let seen = KeptFleet { state: FleetState { seen: 7, ..former.state.clone() }, ..former.clone() };
+    let seen = KeptFleet { state: FleetState { seen: 7, ..previous.state.clone() }, ..previous.clone() };
     for (next, text) in [(next, Some(next_text.as_str())), (seen, None)] {
         let simulated = Simulated::default();
         let (mut store, _) = Store::of(Box::new(simulated.clone())).unwrap();
         store.save_fleet(&fleet(0).0.state, Some(&fleet(0).1)).unwrap();
-        store.save_fleet(&former.state, Some(&former_text)).unwrap();
+        store.save_fleet(&previous.state, Some(&former_text)).unwrap();
         simulated.record();
         store.save_fleet(&next.state, text).unwrap();
         let disks = simulated.recorded();
         let mut times_read = [0, 0];
         for disk in disks {
             let read = Store::of(Box::new(Simulated::with(&disk))).unwrap().1.fleet.unwrap();
-            assert!([&former, &next].contains(&&read), "a mixture: {read:?}\n{disk:?}");
+            assert!([&previous, &next].contains(&&read), "a mixture: {read:?}\n{disk:?}");
             times_read[usize::from(read == next)] += 1;
         }
         assert!(times_read.iter().all(|times| *times > 1), "{times_read:?}");

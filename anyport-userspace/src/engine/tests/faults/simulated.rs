@@ -14,7 +14,7 @@ use anyport_common::{
 use crate::{
     routes::{Holder, Local},
     rules::{Prefix, RuleSpec},
-    steering::{BackEnd, Decided, Drift, Kind, Plan, Steering},
+    steering::{BackEnd, Decided, Drift, ObjectKind, Plan, Steering},
 };
 
 /// As good as it has to be, and the same for each seed (`SplitMix64`).
@@ -202,7 +202,7 @@ impl Steering for Simulated {
             let world = open(&self.world);
             (world.rules == *rules, world.sockets == self.sockets, world.is_attached)
         })?;
-        let all = [(is_same, Kind::Chain), (has_sockets, Kind::Socket), (is_attached, Kind::Link)];
+        let all = [(is_same, ObjectKind::Chain), (has_sockets, ObjectKind::Socket), (is_attached, ObjectKind::Link)];
         Ok(all
             .into_iter()
             .filter(|(is_there, _)| !is_there)

@@ -55,7 +55,7 @@ fn numbered(rules: &RuleSet) -> (RuleSet, Range<u32>) {
 /// The services have no sockets, so that what they should get is dropped.
 fn expected(rules: &RuleSet, services: &[ServiceSockets], flow: &Flow) -> (Fate, Option<u32>) {
     let source = from_address(flow.source);
-    let takes = |name: &ServiceName| services.iter().any(|it| it.name == *name && it.sources.takes(source));
+    let takes = |name: &ServiceName| services.iter().any(|it| it.name == *name && it.sources.allows(source));
     match decide(rules, from_address(flow.address), flow.transport, flow.port, source) {
         Decision::Unmatched => (Fate::Unmatched, None),
         Decision::Host(rule) => (Fate::Host, Some(rule.number)),

@@ -10,7 +10,7 @@ use crate::{
     steering::{
         ServiceSockets,
         tproxy::{
-            lines::{Family, LineTarget},
+            chain_rules::{Family, LineTarget},
             tests::fixtures::{
                 FAMILIES, Model, Packet, expected, numbered, packets, rule, rule_set, service, services, some_change,
                 target,
@@ -98,17 +98,17 @@ fn walk(
 fn check_change(
     before: &RuleSet,
     after: &RuleSet,
-    former: &[ServiceSockets],
+    previous: &[ServiceSockets],
     services: &[ServiceSockets],
     few: usize,
 ) -> usize {
     let mut short = 0;
     for family in FAMILIES {
-        let (model, state) = Model::of(before, former, family, few);
+        let (model, state) = Model::of(before, previous, family, few);
         let Some(way) = way(&state, before, after, services, family, few) else { continue };
         short += 1;
         let verdict = |rules, services, packet| expected(rules, services, packet).map(|(_, verdict)| verdict);
-        let model = walk(model, &way, family, &|packet| verdict(before, former, packet), &|packet| {
+        let model = walk(model, &way, family, &|packet| verdict(before, previous, packet), &|packet| {
             verdict(after, services, packet)
         });
         for packet in packets(family) {
@@ -118,7 +118,7 @@ fn check_change(
             let name = group.prefixes.set();
             assert!(name.is_none_or(|name| model.sets[name].len() == group.prefixes.len()), "{group:?}: {model:?}");
         }
-        assert_eq!(model.lines, super::lines::lines(&way.end.groups, after.view()));
+        assert_eq!(model.lines, super::chain_rules::lines(&way.end.groups, after.view()));
     }
     short
 }
@@ -189,10 +189,10 @@ proptest! {
     ) {
         let [before, after] = [before, after].map(|rules| rule_set(&rules));
         let after = if is_renumbered { numbered(&after, 1000) } else { after };
-        let (former, mut services) = (services(), services());
+        let (previous, mut services) = (services(), services());
         if is_elsewhere {
             services[0] = service("a", 1, [Some("127.0.0.1:1111"), Some("127.0.0.1:1112"), Some("[::1]:1113"), Some("[::1]:1114")]);
         }
-        check_change(&before, &after, &former, &services, few);
+        check_change(&before, &after, &previous, &services, few);
     }
 }

@@ -16,9 +16,9 @@ use crate::{
     steering::{
         GroupSocket, Holder, ServiceSockets,
         tproxy::{
+            chain_rules::{ChainRule, Destination, Family, LineTarget},
             change::{self, State, Step, Target, Way},
             groups::{self, Sockets},
-            lines::{Destination, Family, Line, LineTarget},
         },
     },
 };
@@ -84,7 +84,7 @@ pub(in crate::steering::tproxy) fn target<'a>(
 /// What the kernel would be like.
 #[derive(Clone, Debug, Default)]
 pub(in crate::steering::tproxy) struct Model {
-    pub(in crate::steering::tproxy) lines: Vec<Line>,
+    pub(in crate::steering::tproxy) lines: Vec<ChainRule>,
     pub(in crate::steering::tproxy) sets: HashMap<String, HashSet<Prefix>>,
 }
 
@@ -138,7 +138,7 @@ impl Model {
         states
     }
 
-    pub(in crate::steering::tproxy) fn matches(&self, line: &Line, packet: Packet) -> bool {
+    pub(in crate::steering::tproxy) fn matches(&self, line: &ChainRule, packet: Packet) -> bool {
         let (source, address, transport, port) = packet;
         let is_inside = match &line.destination {
             Destination::Prefix(prefix, _) => prefix.contains(address),

@@ -26,7 +26,7 @@ use anyport_common::{
 };
 
 use self::fixtures::{rule, rule_set};
-use super::{Tproxy, lines::LineTarget, remove_leftovers};
+use super::{Tproxy, chain_rules::LineTarget, remove_leftovers};
 use crate::{
     rules::{Prefix, Protocol, RuleSet, ServiceName, to_address},
     steering::{GroupSocket, Holder, Plan, ServiceSockets, Steering},

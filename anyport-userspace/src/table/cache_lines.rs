@@ -1,6 +1,6 @@
 //! Cache-line nodes: one cache line for each part of an aligned block of keys.
 
-use anyport_common::table::{LINE_KEY_BITS, LINE_SLOTS, LINE_WORDS, Line, MAX_LINES_WIDTH, Slot, Turn};
+use anyport_common::table::{CacheLine, KeySelector, LINE_KEY_BITS, LINE_SLOTS, LINE_WORDS, MAX_LINES_WIDTH, Slot};
 use smallvec::SmallVec;
 
 use super::{
@@ -39,8 +39,8 @@ impl Lines {
         Self { skip: slot.skip(), width: slot.width() }
     }
 
-    pub(super) fn slot(self, offset: u32, turn: Turn) -> Slot {
-        Slot::lines(self.skip, self.width, offset, turn)
+    pub(super) fn slot(self, offset: u32, selector: KeySelector) -> Slot {
+        Slot::lines(self.skip, self.width, offset, selector)
     }
 
     /// The order of the block that they take.
@@ -74,7 +74,7 @@ impl Lines {
     /// One of the cache lines as a node by itself.
     pub(super) fn one(self, slot: Slot, number: u64) -> Slot {
         let offset = slot.offset() + u32::try_from(number).unwrap_or_default() * LINE_WORDS;
-        Self { skip: self.before(), width: 0 }.slot(offset, Turn::Same)
+        Self { skip: self.before(), width: 0 }.slot(offset, KeySelector::Same)
     }
 
     /// Whether these pieces fit into a cache line, beside what comes before them.
@@ -83,28 +83,39 @@ impl Lines {
     }
 
     /// The pieces as a cache line, if they fit.
-    pub(super) fn line(self, pieces: &[Piece]) -> Option<Line> {
+    pub(super) fn line(self, pieces: &[Piece]) -> Option<CacheLine> {
         if !self.fits(pieces.get(1..)?) {
             return None;
         }
         let slots: SmallVec<[Slot; LINE_SLOTS as usize]> = pieces.iter().map(|it| it.slot).collect();
         let keys: SmallVec<[u64; LINE_SLOTS as usize]> =
             pieces[1..].iter().map(|it| it.first << self.before() >> (64 - LINE_KEY_BITS)).collect();
-        Line::of(&slots, &keys)
+        CacheLine::of(&slots, &keys)
     }
 
     /// The pieces as a cache line, which leads elsewhere if they don't fit, and the depth of what is there.
-    pub(super) fn line_or_node(self, arena: &mut Arena, pieces: &[Piece], last: u64) -> anyhow::Result<(Line, u32)> {
+    pub(super) fn line_or_node(
+        self,
+        arena: &mut Arena,
+        pieces: &[Piece],
+        last: u64,
+    ) -> anyhow::Result<(CacheLine, u32)> {
         if let Some(line) = self.line(pieces) {
             return Ok((line, 0));
         }
-        let built = build(arena, pieces, last, Turn::Same)?;
-        let line = Line::of(&[built.slot], &[]);
+        let built = build(arena, pieces, last, KeySelector::Same)?;
+        let line = CacheLine::of(&[built.slot], &[]);
         Ok((line.ok_or_else(|| anyhow::anyhow!("a line has no room for a node"))?, built.depth))
     }
 }
 
-pub(super) fn lines(arena: &mut Arena, pieces: &[Piece], last: u64, shape: Lines, turn: Turn) -> anyhow::Result<Built> {
+pub(super) fn lines(
+    arena: &mut Arena,
+    pieces: &[Piece],
+    last: u64,
+    shape: Lines,
+    selector: KeySelector,
+) -> anyhow::Result<Built> {
     let base = shape.base(pieces[0].first);
     // Before the nodes below them, so that they lie behind.
     let block = Block { offset: arena.take(shape.order())?, order: shape.order() };
@@ -118,12 +129,12 @@ pub(super) fn lines(arena: &mut Arena, pieces: &[Piece], last: u64, shape: Lines
         depth = depth.max(below);
     }
     arena.write(block, words);
-    Ok(Built { slot: shape.slot(block.offset, turn), depth: depth + 1 })
+    Ok(Built { slot: shape.slot(block.offset, selector), depth: depth + 1 })
 }
 
 /// Reads a cache line.
-pub(super) fn line_at(arena: &Arena, offset: u32) -> Line {
-    let mut line = Line([0; LINE_WORDS as usize]);
+pub(super) fn line_at(arena: &Arena, offset: u32) -> CacheLine {
+    let mut line = CacheLine([0; LINE_WORDS as usize]);
     for (to, from) in line.0.iter_mut().zip(offset..) {
         *to = arena.word(from);
     }

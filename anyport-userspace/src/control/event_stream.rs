@@ -31,22 +31,22 @@ pub(super) async fn stream(engine: Shared, request: Listen) -> Result<Response, 
     };
     // At once, so that the client knows that the subscription has begun.
     let first = note.iter().map(line).collect::<String>() + "\n";
-    let telling = Telling { engine, listener, request, first: Some(first) };
-    let lines = futures_util::stream::unfold(telling, |mut telling| async {
-        let lines = telling.next().await?;
-        Some((Ok::<_, Infallible>(Bytes::from(lines)), telling))
+    let events = EventStream { engine, listener, request, first: Some(first) };
+    let lines = futures_util::stream::unfold(events, |mut events| async {
+        let lines = events.next().await?;
+        Some((Ok::<_, Infallible>(Bytes::from(lines)), events))
     });
     Ok(([(CONTENT_TYPE, "application/x-ndjson")], Body::from_stream(lines)).into_response())
 }
 
-struct Telling {
+struct EventStream {
     engine: Shared,
     listener: Subscriber,
     request: Listen,
     first: Option<String>,
 }
 
-impl Telling {
+impl EventStream {
     /// The next lines; nothing when the daemon ends.
     async fn next(&mut self) -> Option<String> {
         if let Some(first) = self.first.take() {
@@ -71,7 +71,7 @@ impl Telling {
     }
 }
 
-fn line(told: &EventLine) -> String {
+fn line(event: &EventLine) -> String {
     // These types are all text and numbers.
-    serde_json::to_string(told).unwrap_or_default() + "\n"
+    serde_json::to_string(event).unwrap_or_default() + "\n"
 }

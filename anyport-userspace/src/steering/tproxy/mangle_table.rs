@@ -12,9 +12,9 @@ use anyhow::Context as _;
 use nix::libc;
 
 use super::{
+    chain_rules::{COMMENT, Family},
     counted::Counted,
     groups::Effect,
-    lines::{COMMENT, Family},
     nftables, tool,
 };
 
@@ -39,12 +39,12 @@ pub(super) const UNMATCHED: &str = "anyport unmatched";
 
 /// The table mangle of one family.
 #[derive(Debug)]
-pub(super) struct Table {
+pub(super) struct MangleTable {
     family: Family,
     pub(super) is_legacy: bool,
 }
 
-impl Table {
+impl MangleTable {
     /// Looks which flavour of iptables is installed; nothing if there is none.
     pub(super) fn find(family: Family) -> anyhow::Result<Option<Self>> {
         let tool = restore_tool(family);
@@ -178,12 +178,12 @@ impl Table {
         })
     }
 
-    fn in_kernel(&self) -> nftables::Table {
+    fn in_kernel(&self) -> nftables::NfTable {
         let family = match self.family {
             Family::V4 => libc::NFPROTO_IPV4,
             Family::V6 => libc::NFPROTO_IPV6,
         };
-        nftables::Table { family, name: TABLE }
+        nftables::NfTable { family, name: TABLE }
     }
 
     /// The table as `iptables-save` shows it, with counters.
@@ -259,7 +259,7 @@ struct Chain {
 }
 
 impl Shown {
-    /// Given what [`Table::save`] showed.
+    /// Given what [`MangleTable::save`] showed.
     pub(super) fn of(saved: &str) -> Self {
         let mut shown = Self::default();
         let mut hashes = [DefaultHasher::new(), DefaultHasher::new()];
@@ -281,7 +281,7 @@ impl Shown {
         shown
     }
 
-    /// Whether there are as many lines as [`Table::replace`] wrote, given so many guards and lines of rules.
+    /// Whether there are as many lines as [`MangleTable::replace`] wrote, given so many guards and lines of rules.
     pub(super) fn is_complete(&self, guards: usize, rules: usize) -> bool {
         // One more leads from the guards to the rules, and two count what no rule matches.
         self.has_jump && self.entry.lines == guards + 1 && self.rules.lines == rules + 2
@@ -299,12 +299,12 @@ impl Shown {
     }
 }
 
-/// The lines of the rules' chain without what they counted, given what [`Table::save`] showed.
+/// The lines of the rules' chain without what they counted, given what [`MangleTable::save`] showed.
 pub(super) fn rules_lines(saved: &str) -> impl Iterator<Item = &str> {
     saved.lines().filter_map(|line| line.split_once("-A ")?.1.strip_prefix(RULES_CHAIN)?.strip_prefix(' '))
 }
 
-/// What the lines have counted, given what [`Table::save`] showed.
+/// What the lines have counted, given what [`MangleTable::save`] showed.
 pub(super) fn counted(saved: &str) -> Counted {
     let mut counted = Counted::default();
     for line in saved.lines() {

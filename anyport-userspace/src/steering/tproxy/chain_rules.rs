@@ -76,7 +76,7 @@ pub(super) enum Destination {
 
 /// One line of the rules' chain.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub(super) struct Line {
+pub(super) struct ChainRule {
     pub(super) destination: Destination,
     pub(super) source: Option<Prefix>,
     pub(super) transport: Transport,
@@ -84,7 +84,7 @@ pub(super) struct Line {
     pub(super) verdict: LineTarget,
 }
 
-impl Line {
+impl ChainRule {
     /// The same, counted for no rule.
     #[must_use]
     pub(super) fn without_number(&self) -> Self {
@@ -99,7 +99,7 @@ impl Line {
 /// How the comment begins that ties a line to its rule.
 pub(super) const COMMENT: &str = "anyport rule ";
 
-impl fmt::Display for Line {
+impl fmt::Display for ChainRule {
     /// The set comes last, so that its elements count only packets that everything else on the line has matched, and
     /// not those that are left to the host.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -144,12 +144,12 @@ impl fmt::Display for Line {
 }
 
 /// The lines for groups of these rules.
-pub(super) fn lines(groups: &Groups, rules: RuleView<'_>) -> Vec<Line> {
+pub(super) fn lines(groups: &Groups, rules: RuleView<'_>) -> Vec<ChainRule> {
     groups.iter().flat_map(|(key, group)| of_group(key, &group.verdicts, &group.prefixes, rules)).collect()
 }
 
 /// The lines of one group. No packet matches two of them, so that none asks a set twice, which might change between.
-pub(super) fn of_group(key: &Key, verdicts: &Verdicts, prefixes: &Prefixes, rules: RuleView<'_>) -> Vec<Line> {
+pub(super) fn of_group(key: &Key, verdicts: &Verdicts, prefixes: &Prefixes, rules: RuleView<'_>) -> Vec<ChainRule> {
     let destinations: Vec<_> = match prefixes {
         Prefixes::Set { name, .. } => vec![Destination::Set(name.clone())],
         Prefixes::Few(few) => {
@@ -164,7 +164,7 @@ pub(super) fn of_group(key: &Key, verdicts: &Verdicts, prefixes: &Prefixes, rule
         for (transport, verdict) in verdicts {
             let excepted = excepted.iter().map(|ports| (ports, LineTarget::Return));
             let steered = steered.iter().map(|ports| (ports, *verdict));
-            lines.extend(excepted.chain(steered).map(|(ports, verdict)| Line {
+            lines.extend(excepted.chain(steered).map(|(ports, verdict)| ChainRule {
                 destination: destination.clone(),
                 source: terms.source,
                 transport: *transport,
@@ -218,7 +218,7 @@ fn split(ranges: &[(u16, u16)]) -> Vec<Vec<(u16, u16)>> {
 ///
 /// The match `socket` can't distinguish a connected UDP socket from a waiting one. Two kinds of waiting ones are recognized
 /// by other means: `waiting` are the host's, over which the rules win; the transparent ones are anyport's, which only send.
-pub(super) fn guards(lines: &[Line], waiting: &[SocketAddr], rules_chain: &str) -> Vec<String> {
+pub(super) fn guards(lines: &[ChainRule], waiting: &[SocketAddr], rules_chain: &str) -> Vec<String> {
     let has = |transport| lines.iter().any(|line| line.transport == transport);
     let mut guards = Vec::new();
     if has(Transport::Tcp) {

@@ -26,46 +26,46 @@ const FILTER_WORDS: usize = size_of::<Filter>() / 8;
 const MISSED: usize = std::mem::offset_of!(Filter, missed) / 8;
 
 /// The maps by which programs know the subscribers and their filters.
-pub(super) struct BpfEars {
+pub(super) struct BpfPublisher {
     filters: MappedWords,
     control: MappedWords,
     /// The word of the control map that says which filters count.
     subscribers: usize,
     /// Until the first subscriber comes.
     ring: Mutex<Option<RingBuf<MapData>>>,
-    board: Weak<EventBus>,
+    bus: Weak<EventBus>,
 }
 
-impl fmt::Debug for BpfEars {
+impl fmt::Debug for BpfPublisher {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("BpfEars").finish_non_exhaustive()
+        f.debug_struct("BpfPublisher").finish_non_exhaustive()
     }
 }
 
-impl BpfEars {
+impl BpfPublisher {
     /// `subscribers` is the word of the control map that says which subscribers there are.
     pub(super) fn new(
         filters: &OwnedFd,
         ring: Map,
         control: MappedWords,
         subscribers: usize,
-        board: &Arc<EventBus>,
+        bus: &Arc<EventBus>,
     ) -> anyhow::Result<Self> {
         let Map::RingBuf(ring) = ring else { bail!("the map of events is no ring buffer") };
         let filters = MappedWords::new(filters, SUBSCRIBERS * FILTER_WORDS).context("map the filters into memory")?;
         let ring = RingBuf::try_from(Map::RingBuf(ring)).context("map the ring buffer of events into memory")?;
-        Ok(Self { filters, control, subscribers, ring: Mutex::new(Some(ring)), board: Arc::downgrade(board) })
+        Ok(Self { filters, control, subscribers, ring: Mutex::new(Some(ring)), bus: Arc::downgrade(bus) })
     }
 
     fn read_events(&self) -> anyhow::Result<()> {
         let Some(ring) = self.ring.lock().unwrap_or_else(PoisonError::into_inner).take() else { return Ok(()) };
         let ring = sys::watch_readable(ring).context("watch the ring buffer of events")?;
-        tokio::spawn(deliver(ring, Weak::clone(&self.board)));
+        tokio::spawn(deliver(ring, Weak::clone(&self.bus)));
         Ok(())
     }
 }
 
-impl KernelPublisher for BpfEars {
+impl KernelPublisher for BpfPublisher {
     fn set(&self, number: usize, filter: Option<&Filter>) -> anyhow::Result<()> {
         let Some(filter) = filter else {
             self.control.words()[self.subscribers].fetch_and(!(1 << number), SeqCst);
@@ -91,17 +91,17 @@ impl KernelPublisher for BpfEars {
 }
 
 /// Hands events on as they come, for as long as there is an event bus for them.
-async fn deliver(mut ring: AsyncFd<RingBuf<MapData>>, board: Weak<EventBus>) {
+async fn deliver(mut ring: AsyncFd<RingBuf<MapData>>, bus: Weak<EventBus>) {
     loop {
         let mut ready = match ring.readable_mut().await {
             Ok(ready) => ready,
             Err(error) => return error!("no more events: {error}"),
         };
-        let Some(board) = board.upgrade() else { return };
+        let Some(bus) = bus.upgrade() else { return };
         let ring = ready.get_inner_mut();
         while let Some(item) = ring.next() {
             if let Ok(event) = bytemuck::try_pod_read_unaligned::<Event>(&item) {
-                board.deliver(&event);
+                bus.deliver(&event);
             }
         }
         ready.clear_ready();

@@ -14,7 +14,7 @@ use nix::time::{ClockId, clock_gettime};
 
 use super::Engine;
 use crate::{
-    api::{EventLine, EventView, Kind, Listen, Outcome, Problem, Wanted},
+    api::{EventLine, EventView, Listen, Outcome, Problem, ProblemKind, Wanted},
     events::{Subscriber, TooManySubscribers},
     rules::{self, Prefix, Protocol, RuleRef, from_address},
 };
@@ -29,11 +29,11 @@ impl Engine {
         if let Some(service) = &request.service {
             let running = self.services.get(service);
             let running =
-                running.ok_or_else(|| Problem::new(Kind::NotFound, format!("there is no service {service}")))?;
+                running.ok_or_else(|| Problem::new(ProblemKind::NotFound, format!("there is no service {service}")))?;
             filter.service = running.slot().into();
         }
         self.kernel.events().listen(filter, request.service.clone()).map_err(|error| {
-            let problem = Problem::new(Kind::Failed, format!("listen to events: {error:#}"));
+            let problem = Problem::new(ProblemKind::Failed, format!("listen to events: {error:#}"));
             if error.is::<TooManySubscribers>() {
                 problem.hint("end one of those that run: pgrep -f 'anyportctl events'")
             } else {
