@@ -28,7 +28,12 @@ pub(crate) fn trials() -> Vec<Trial> {
     trials.extend(on_each_back_end("crash::nothing is left after SIGTERM", traceless));
     trials.extend(on_each_back_end("crash::SIGKILL during changes, then a start that converges", kills));
     trials.extend(on_each_back_end("crash::a second daemon is refused", second));
-    trials.push(trial("crash::another back end takes over after SIGKILL", takeover));
+    trials.push(trial("crash::another back end takes over after SIGKILL", || {
+        takeover(&["sk-lookup", "tproxy", "sk-lookup", "tproxy", "sk-lookup"]);
+    }));
+    trials.push(trial("crash::another back end, tc too, takes over after SIGKILL", || {
+        takeover(&["sk-lookup", "tc", "tproxy", "sk-lookup", "tproxy", "tc", "sk-lookup"]);
+    }));
     trials
 }
 
@@ -248,13 +253,12 @@ fn second(backend: &'static str) {
 }
 
 /// What one back end left in the kernel goes when the next start uses another one.
-fn takeover() {
+fn takeover(order: &[&str]) {
     let mut lab = Lab::new("sk-lookup");
     lab.daemon.stop();
     let before = snapshot(&lab.topology.host);
-    let order = ["sk-lookup", "tc", "tproxy", "sk-lookup", "tproxy", "tc", "sk-lookup"];
     let mut objects = BTreeSet::new();
-    for (round, backend) in order.into_iter().enumerate() {
+    for (round, &backend) in order.iter().enumerate() {
         lab.daemon.set_steering(backend);
         lab.daemon.restart();
         assert_freed(&objects);

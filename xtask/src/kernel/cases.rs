@@ -52,6 +52,8 @@ const OTHERS: [&str; 5] = [
     "tproxy::backends::iptables of the *",
     "forward::transparent source",
 ];
+/// What a whole pass runs only from [`TC_SINCE`] on.
+const WITH_TC: &str = "crash::another back end, tc too, takes over after SIGKILL";
 /// What kernels below [`TC_SINCE`] show instead of the cases of `tc`.
 const WITHOUT_TC: &str = "backends::tc is refused where the kernel is too old for it";
 
@@ -76,6 +78,8 @@ pub(crate) fn list(release: &str, brief: bool) -> String {
     }
     if !has_tc(release) {
         cases.push(WITHOUT_TC.to_owned());
+    } else if !brief {
+        cases.push(WITH_TC.to_owned());
     }
     cases.join("\n") + "\n"
 }

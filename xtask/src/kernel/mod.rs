@@ -35,7 +35,7 @@ use outcome::Outcome;
 /// Room for the cases that go in and the results that come out.
 const EXCHANGE: u64 = 32 << 20;
 /// How long a machine may take where it is emulated, for a brief pass and for a whole one.
-const LIMITS: [Duration; 2] = [Duration::from_mins(15), Duration::from_hours(1)];
+const LIMITS: [Duration; 2] = [Duration::from_mins(15), Duration::from_hours(3)];
 
 /// Which kernels, and how much.
 #[derive(clap::Args)]
