@@ -15,6 +15,9 @@ use crate::rules::Family;
 /// The largest datagram; IPv6 jumbograms are not for us.
 pub(crate) const LARGEST: usize = 65_535;
 
+/// The hop limit of a datagram of which the kernel does not tell.
+pub(crate) const UNTOLD_HOPS: u8 = u8::MAX;
+
 /// A datagram whose bytes are in the buffer that it was received into.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Datagram {
@@ -22,6 +25,8 @@ pub(crate) struct Datagram {
     /// None if the datagram is not one to answer: it did not fit, or its destination is a group of hosts. An answer
     /// would not leave from there, and many hosts answering one question make an attack.
     pub(crate) ends: Option<Ends>,
+    /// Routers that it could still have passed, if that is to be told: the TTL of IPv4.
+    pub(crate) hops: u8,
 }
 
 /// Who wrote to what.
@@ -47,7 +52,7 @@ pub(crate) fn tell_destinations(socket: &impl AsFd, family: Family) -> io::Resul
 
 /// Room for what the kernel tells about a datagram.
 pub(crate) fn control_buffer() -> Vec<u8> {
-    nix::cmsg_space!(libc::sockaddr_in6, libc::in_pktinfo)
+    nix::cmsg_space!(libc::sockaddr_in6, libc::in_pktinfo, libc::c_int)
 }
 
 /// Takes the next datagram into `buffer`; `WouldBlock` if there is none.
@@ -62,11 +67,15 @@ pub(crate) fn receive(socket: &impl AsRawFd, buffer: &mut [u8], control: &mut [u
     let mut dialled = None;
     // Our own address, as the kernel chooses it: not the original destination if that belongs to many hosts.
     let mut own = None;
+    let mut hops = None;
     for control in message.cmsgs()? {
         match control {
             ControlMessageOwned::Ipv4OrigDstAddr(v4) => dialled = Some(SocketAddr::from(SockaddrIn::from(v4))),
             ControlMessageOwned::Ipv6OrigDstAddr(v6) => dialled = Some(SocketAddr::from(SockaddrIn6::from(v6))),
             ControlMessageOwned::Ipv4PacketInfo(info) => own = Some(info.ipi_spec_dst.s_addr.to_ne_bytes().into()),
+            ControlMessageOwned::Ipv4Ttl(told) | ControlMessageOwned::Ipv6HopLimit(told) => {
+                hops = u8::try_from(told).ok();
+            }
             _ => {}
         }
     }
@@ -75,7 +84,7 @@ pub(crate) fn receive(socket: &impl AsRawFd, buffer: &mut [u8], control: &mut [u
         (Some(client), Some(dialled)) if is_whole && is_single(dialled.ip()) => Some(Ends { client, dialled }),
         _ => None,
     };
-    Ok(Datagram { length: message.bytes, ends })
+    Ok(Datagram { length: message.bytes, ends, hops: hops.unwrap_or(UNTOLD_HOPS) })
 }
 
 #[cfg(test)]

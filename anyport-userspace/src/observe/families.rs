@@ -202,7 +202,7 @@ pub(super) static FAMILIES: &[Family] = &[
     gauge(
         "anyport_client_descriptors_limit",
         &[],
-        "File descriptors that clients may take: three quarters of the limit of open files",
+        "File descriptors that clients may take: the limit of open files less what anyportd needs itself",
         Values::One(|it| Some(it.sample.observed.descriptors.into())),
     ),
     counter(
@@ -337,9 +337,11 @@ pub(super) static FAMILIES: &[Family] = &[
     counter(
         "anyport_service_datagrams_unanswered_total",
         &["service", "reason"],
-        "Datagrams not answered: the source is steered itself (`loop`), the answer is too large for the question (`size`), there is no usable source or destination (`unanswerable`), the kernel would not send (`unsent`), it came to a socket for answers (`strayed`)",
+        "Datagrams not answered: the source is steered itself, or the hop limit is used up (`loop`), the source seems to be a service that answers answers (`conversation`), no client has asked an owner for so much lately (`unsolicited`), the answer is too large for the question (`size`), there is no usable source or destination (`unanswerable`), the kernel would not send (`unsent`), it came to a socket for answers (`strayed`)",
         Values::ServiceBy(&[
             ("loop", |it| it.view.stats.refused_loop),
+            ("conversation", |it| it.view.stats.refused_conversation),
+            ("unsolicited", |it| it.view.stats.refused_unsolicited),
             ("size", |it| it.view.stats.refused_size),
             ("unanswerable", |it| it.view.stats.unanswerable),
             ("unsent", |it| it.view.stats.unsent),

@@ -91,9 +91,10 @@ impl UdpSocket {
     /// Answers from the original destination.
     ///
     /// The daemon sends it, since that takes privileges, and only if the original destination is steered to the service.
-    /// An answer to a source that is steered itself is dropped, so that two services can't answer each other for ever. What
-    /// was dropped, and what the kernel would not send, is counted in `anyportctl services --json`. How much larger than
-    /// its question an answer is, is the program's own affair.
+    /// An answer to a source that is steered itself is dropped, so that two services can't answer each other for ever; so is
+    /// one to a client that has not written there within a minute, and what is more than 64 times what it wrote, in
+    /// datagrams or in bytes with headers. What was dropped, and what the kernel would not send, is counted in
+    /// `anyportctl services --json`.
     ///
     /// # Errors
     /// There is no daemon, it refuses, or it has not taken the answer for a second. The answer is lost; the next one is

@@ -5,25 +5,25 @@ use std::{
     io,
     net::SocketAddr,
     sync::{Arc, Mutex},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
-use socket2::{SockAddr, Socket};
+use socket2::Socket;
 use tokio::{sync::Notify, time::sleep};
 
 use super::{
+    complaints::Complaints,
     descriptors::{DescriptorPool, Descriptors},
     lock, raw, socket_options,
     stats::UdpCounts,
 };
+use crate::{datagram::Ends, hops::send_with_hops};
 
 /// Most sockets in one generation; two are kept.
 const GENERATION: usize = 128;
 /// An idle reply socket lives between one and two times this. It is short, since the host can't bind a reply
 /// socket's port for that long, and a client that comes back later costs some microseconds only.
 const REPLY_AGE: Duration = Duration::from_secs(1);
-/// At most one complaint in this time.
-const COMPLAINT_INTERVAL: Duration = Duration::from_secs(10);
 
 /// What answers for one UDP socket: its reply sockets and counts.
 #[derive(Debug)]
@@ -41,13 +41,13 @@ impl UdpWorker {
         Self { counts, replies, reply_opened }
     }
 
-    /// Answers a client from the original destination.
-    pub(super) fn answer(&self, dialled: SocketAddr, client: SocketAddr, answer: &[u8]) -> io::Result<()> {
+    /// Answers a client from the original destination, with this hop limit.
+    pub(super) fn answer(&self, Ends { client, dialled }: Ends, answer: &[u8], hops: u8) -> io::Result<()> {
         let mut replies = lock(&self.replies);
         if replies.is_empty() {
             self.reply_opened.notify_one();
         }
-        replies.send(dialled, client, answer)
+        replies.send(dialled, client, answer, hops)
     }
 }
 
@@ -78,7 +78,7 @@ pub(super) struct ReplySockets {
     old: Generation,
     descriptors: DescriptorPool,
     counts: Arc<UdpCounts>,
-    complained: Option<Instant>,
+    complaints: Complaints,
 }
 
 /// Reply sockets that are closed when this is dropped.
@@ -88,25 +88,31 @@ pub(super) struct Retired(#[expect(dead_code, reason = "held for its drop")] [Ge
 
 impl ReplySockets {
     pub(super) fn new(descriptors: DescriptorPool, counts: Arc<UdpCounts>) -> Self {
-        Self { young: Generation::new(), old: Generation::new(), descriptors, counts, complained: None }
+        Self {
+            young: Generation::new(),
+            old: Generation::new(),
+            descriptors,
+            counts,
+            complaints: Complaints::default(),
+        }
     }
 
-    /// Sends an answer from `from` to `to`.
-    pub(super) fn send(&mut self, from: SocketAddr, to: SocketAddr, answer: &[u8]) -> io::Result<()> {
+    /// Sends an answer from `from` to `to`, with this hop limit.
+    pub(super) fn send(&mut self, from: SocketAddr, to: SocketAddr, answer: &[u8], hops: u8) -> io::Result<()> {
         if let Some(reply) = self.young.get(&from) {
-            return reply.send(to, answer);
+            return reply.send(to, answer, hops);
         }
         let reply = match self.old.remove(&from) {
             Some(reply) => reply,
             None => match self.open(from) {
                 // Another socket has the port exclusively.
                 Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
-                    return raw::send(from, to, answer).inspect_err(|error| self.complain(from, error));
+                    return raw::send(from, to, answer, hops).inspect_err(|error| self.complain(from, error));
                 }
                 opened => opened.inspect_err(|error| self.complain(from, error))?,
             },
         };
-        let sent = reply.send(to, answer);
+        let sent = reply.send(to, answer, hops);
         if reply.descriptor.is_some() {
             if self.young.len() == GENERATION {
                 drop(self.age());
@@ -137,8 +143,7 @@ impl ReplySockets {
     }
 
     fn complain(&mut self, from: SocketAddr, error: &io::Error) {
-        if self.complained.is_none_or(|last| last.elapsed() > COMPLAINT_INTERVAL) {
-            self.complained = Some(Instant::now());
+        if self.complaints.is_due() {
             tracing::warn!("no answer from {from}: {error}{}", advice(error));
         }
     }
@@ -176,8 +181,8 @@ impl Reply {
         Ok(Self { socket, counts, descriptor })
     }
 
-    fn send(&self, to: SocketAddr, answer: &[u8]) -> io::Result<()> {
-        self.socket.send_to(answer, &SockAddr::from(to)).map(drop)
+    fn send(&self, to: SocketAddr, answer: &[u8], hops: u8) -> io::Result<()> {
+        send_with_hops(&self.socket, to, answer, hops)
     }
 }
 
@@ -231,9 +236,9 @@ mod tests {
             let from = from.parse().unwrap();
             // Two workers may answer from one address at a time.
             let (mut one, mut other) = (replies(9).0, replies(9).0);
-            one.send(from, to, b"one").unwrap();
-            other.send(from, to, b"other").unwrap();
-            one.send(from, to, b"again").unwrap();
+            one.send(from, to, b"one", 64).unwrap();
+            other.send(from, to, b"other", 64).unwrap();
+            one.send(from, to, b"again", 64).unwrap();
             for text in ["one", "other", "again"] {
                 assert_eq!(next(&client), (text.into(), from));
             }
@@ -247,8 +252,8 @@ mod tests {
         let favourite: SocketAddr = "127.9.9.9:9".parse().unwrap();
         let mut cookies = HashSet::new();
         for port in 20_000..21_000 {
-            replies.send(favourite, to, b"").unwrap();
-            replies.send(SocketAddr::new(favourite.ip(), port), to, b"").unwrap();
+            replies.send(favourite, to, b"", 64).unwrap();
+            replies.send(SocketAddr::new(favourite.ip(), port), to, b"", 64).unwrap();
             for _ in 0..2 {
                 next(&client);
             }
@@ -269,7 +274,7 @@ mod tests {
         let (mut replies, _) = replies(1);
         for port in [1001, 1002, 1003] {
             let from = SocketAddr::from(([127, 9, 9, 8], port));
-            replies.send(from, to, b"hi").unwrap();
+            replies.send(from, to, b"hi", 64).unwrap();
             assert_eq!(next(&client).1, from);
         }
         assert_eq!((replies.young.len(), replies.old.len()), (1, 0));
@@ -280,7 +285,7 @@ mod tests {
         let (client, to) = client("127.0.0.1:0");
         let (mut replies, counts) = replies(9);
         let from = "127.9.9.7:7777".parse().unwrap();
-        replies.send(from, to, b"hi").unwrap();
+        replies.send(from, to, b"hi", 64).unwrap();
         client.send_to(b"nobody steers this", from).unwrap();
         assert!(UdpSocket::bind(from).is_err());
         drop(replies.forget());
@@ -294,7 +299,7 @@ mod tests {
         let (_owner, taken) = client("0.0.0.0:0");
         let (mut replies, _) = replies(9);
         let from = SocketAddr::from(([127, 9, 9, 6], taken.port()));
-        replies.send(from, to, b"hi").unwrap();
+        replies.send(from, to, b"hi", 64).unwrap();
         assert!(replies.is_empty(), "no socket can be kept for that port");
         assert_eq!(next(&client_socket), ("hi".into(), from));
     }

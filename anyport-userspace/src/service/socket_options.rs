@@ -11,9 +11,9 @@ use std::{
 use anyport_common::flow::Transport;
 use nix::sys::socket::{setsockopt, sockopt};
 use serde::{Deserialize, Serialize};
-use socket2::{Domain, Protocol, Socket, TcpKeepalive, Type};
+use socket2::{Domain, Protocol, SockFilter, Socket, TcpKeepalive, Type};
 
-use crate::{datagram, human_duration::HumanDuration, privileges, rules::Family, sys};
+use crate::{datagram, hops, human_duration::HumanDuration, privileges, rules::Family, sys};
 
 /// Room for datagrams that wait for a worker, in bytes as the kernel counts them (a small datagram is about 800):
 /// one socket stands in for millions, and the usual 208 KiB are gone after 270 datagrams.
@@ -72,7 +72,10 @@ pub(super) fn listening(family: Family, transport: Transport) -> io::Result<Sock
             socket.set_tcp_nodelay(true)?;
             socket.set_tcp_keepalive(&TcpKeepalive::new().with_time(KEEP_ALIVE))?;
         }
-        (Transport::Udp, _) => datagram::tell_destinations(&socket, family)?,
+        (Transport::Udp, _) => {
+            datagram::tell_destinations(&socket, family)?;
+            hops::tell_hop_limits(&socket, family)?;
+        }
     }
     if transport == Transport::Udp && setsockopt(&socket, sockopt::RcvBufForce, &RECEIVE_BUFFER).is_err() {
         // Not privileged enough to go beyond net.core.rmem_max, such as in a container.
@@ -145,6 +148,27 @@ pub(super) fn raw(from: SocketAddr) -> io::Result<Socket> {
     let socket = Socket::new(Domain::for_address(from), Type::RAW.nonblocking(), Some(Protocol::UDP))?;
     socket.set_recv_buffer_size(0)?;
     set_transparent(&socket, family_of(from.ip()))?;
+    Ok(socket)
+}
+
+/// A socket that gets the headers of each datagram that is delivered here, and never sends.
+pub(super) fn witness(family: Family) -> io::Result<Socket> {
+    /// For classic BPF: return a constant, which is how many bytes are kept.
+    const RETURN: u16 = 0x06;
+    let _raised = privileges::raise(privileges::NET_ADMIN.union(privileges::CapabilitySet::NET_RAW));
+    // IPv4 has its header, of 60 bytes at most, before that of UDP; IPv6 has not.
+    let (domain, kept) = match family {
+        Family::Ipv4 => (Domain::IPV4, 60 + 8),
+        Family::Ipv6 => (Domain::IPV6, 8),
+    };
+    let socket = Socket::new(domain, Type::RAW.nonblocking(), Some(Protocol::UDP))?;
+    socket.attach_filter(&[SockFilter::new(RETURN, 0, 0, kept)])?;
+    if family == Family::Ipv6 {
+        setsockopt(&socket, sockopt::Ipv6RecvPacketInfo, &true)?;
+        hops::tell_hop_limits(&socket, family)?;
+    }
+    setsockopt(&socket, sockopt::RcvBufForce, &RECEIVE_BUFFER)
+        .or_else(|_| setsockopt(&socket, sockopt::RcvBuf, &RECEIVE_BUFFER))?;
     Ok(socket)
 }
 

@@ -40,8 +40,12 @@ pub struct ServiceStats {
     pub datagrams: u64,
     /// Datagrams answered.
     pub answered: u64,
-    /// Not answered: the source is steered itself, or is the very destination.
+    /// Not answered or forwarded: the source is steered itself, or is the very destination; or the hop limit is used up.
     pub refused_loop: u64,
+    /// Not answered: the source seems to be a service that answers what it is answered.
+    pub refused_conversation: u64,
+    /// Answers of owners that were not sent: no client has asked for them lately, or they were more than their multiple.
+    pub refused_unsolicited: u64,
     /// Not answered: the answer would be too large for the question.
     pub refused_size: u64,
     /// Not answered: to a group of hosts (broadcast, multicast), from port 0, cut off, or without a known destination; and
@@ -85,6 +89,8 @@ pub(super) struct UdpCounts {
     pub(super) datagrams: Count,
     pub(super) answered: Count,
     pub(super) refused_loop: Count,
+    pub(super) refused_conversation: Count,
+    pub(super) refused_unsolicited: Count,
     pub(super) refused_size: Count,
     pub(super) unanswerable: Count,
     pub(super) unsent: Count,
@@ -141,6 +147,8 @@ impl ServiceStats {
             datagrams,
             answered,
             refused_loop,
+            refused_conversation,
+            refused_unsolicited,
             refused_size,
             unanswerable,
             unsent,
@@ -156,6 +164,8 @@ impl ServiceStats {
         self.datagrams += datagrams.get();
         self.answered += answered.get();
         self.refused_loop += refused_loop.get();
+        self.refused_conversation += refused_conversation.get();
+        self.refused_unsolicited += refused_unsolicited.get();
         self.refused_size += refused_size.get();
         self.unanswerable += unanswerable.get();
         self.unsent += unsent.get();

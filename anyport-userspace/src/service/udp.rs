@@ -1,20 +1,24 @@
 //! Serving datagrams, and judging which to answer.
 
-use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+use std::{cell::RefCell, io, net::SocketAddr, sync::Arc, time::Duration};
 
 use anyport_common::flow::Transport;
-use socket2::{SockAddr, SockRef};
 use tokio::{io::Interest, net::UdpSocket, task::yield_now, time::sleep};
 
 use super::{
     HandlerKind, LoopGuard, ServiceConfig,
+    complaints::Complaints,
+    conversations::Conversations,
     datagram::{self, Datagram, Ends},
     forward::UdpForwarder,
     handlers::TextLine,
     limits::{Gate, Refused},
     reply::UdpWorker,
 };
-use crate::events::EventPublisher;
+use crate::{
+    events::EventPublisher,
+    hops::{next_hops, send_with_hops},
+};
 
 /// Datagrams taken before other tasks run.
 const BATCH: usize = 64;
@@ -22,6 +26,11 @@ const BATCH: usize = 64;
 const AMPLIFICATION: usize = 4;
 /// Pause after an error that is not of one datagram.
 const PAUSE: Duration = Duration::from_millis(100);
+
+thread_local! {
+    /// One for all services of a worker.
+    static CONVERSATIONS: RefCell<Conversations> = RefCell::default();
+}
 
 /// One UDP socket at work.
 pub(super) struct Receiver {
@@ -41,13 +50,14 @@ impl Receiver {
     pub(super) async fn run(self) {
         let mut buffer = vec![0; datagram::LARGEST];
         let mut control = datagram::control_buffer();
+        let mut complaints = Complaints::default();
         loop {
             let batch = async {
                 self.socket.readable().await?;
                 for _ in 0..BATCH {
                     let receive = || datagram::receive(&self.socket, &mut buffer, &mut control);
                     let datagram = self.socket.try_io(Interest::READABLE, receive)?;
-                    self.handle(&datagram, &buffer[..datagram.length]);
+                    self.handle(&datagram, &buffer[..datagram.length], &mut complaints);
                 }
                 io::Result::Ok(())
             };
@@ -64,7 +74,7 @@ impl Receiver {
         sleep(PAUSE).await;
     }
 
-    fn handle(&self, datagram: &Datagram, question: &[u8]) {
+    fn handle(&self, datagram: &Datagram, question: &[u8], complaints: &mut Complaints) {
         let counts = &self.worker.counts;
         counts.datagrams.raise();
         let Some(ends) = datagram.ends else {
@@ -83,18 +93,35 @@ impl Receiver {
         let line;
         let answer = match self.config.handler {
             HandlerKind::Discard | HandlerKind::Registered => return,
-            HandlerKind::Forward => return self.forward(ends, question),
+            HandlerKind::Forward => return self.forward(ends, question, datagram.hops),
             HandlerKind::Echo => question,
             HandlerKind::Hello => {
                 line = TextLine::hello(ends.client, ends.dialled, Transport::Udp);
                 line.as_bytes()
             }
         };
-        match refusal(ends, question.len(), answer.len(), &self.loop_guard) {
-            Some(Refusal::Unanswerable) => counts.unanswerable.raise(),
-            Some(Refusal::Loop) => counts.refused_loop.raise(),
-            Some(Refusal::Size) => counts.refused_size.raise(),
-            None => match self.answer(ends, answer) {
+        let goes_on = || CONVERSATIONS.with_borrow_mut(|it| it.goes_on(ends, question));
+        let refused = match refusal(ends, question.len(), answer.len(), &self.loop_guard) {
+            Some(refusal) => Err(refusal),
+            None => next_hops(datagram.hops)
+                .ok_or(Refusal::Loop)
+                .and_then(|hops| if goes_on() { Ok(hops) } else { Err(Refusal::Conversation) }),
+        };
+        match refused {
+            Err(Refusal::Unanswerable) => counts.unanswerable.raise(),
+            Err(Refusal::Loop) => counts.refused_loop.raise(),
+            Err(Refusal::Size) => counts.refused_size.raise(),
+            Err(Refusal::Conversation) => {
+                counts.refused_conversation.raise();
+                if complaints.is_due() {
+                    let (service, Ends { client, dialled }) = (&self.config.name, ends);
+                    tracing::warn!(
+                        "service {service}: no answer from {dialled} to {client}, nor to others that are counted \
+                         (refused_conversation): it seems to be a service that answers what it is answered"
+                    );
+                }
+            }
+            Ok(hops) => match self.answer(ends, answer, hops) {
                 Ok(()) => counts.note_answer(answer),
                 Err(error) => {
                     counts.unsent.raise();
@@ -104,23 +131,21 @@ impl Receiver {
         }
     }
 
-    fn answer(&self, ends: Ends, answer: &[u8]) -> io::Result<()> {
-        let Ends { client, dialled } = ends;
-        if dialled == self.bound {
+    fn answer(&self, ends: Ends, answer: &[u8], hops: u8) -> io::Result<()> {
+        if ends.dialled == self.bound {
             // The group has that address and port already.
-            let to = SockAddr::from(client);
-            return SockRef::from(&self.socket).send_to(answer, &to).map(drop);
+            return send_with_hops(&self.socket, ends.client, answer, hops);
         }
-        self.worker.answer(dialled, client, answer)
+        self.worker.answer(ends, answer, hops)
     }
 
     /// How much the upstream answers is its own affair.
-    fn forward(&self, ends: Ends, datagram: &[u8]) {
+    fn forward(&self, ends: Ends, datagram: &[u8], hops: u8) {
         let counts = &self.worker.counts;
         match (refusal(ends, datagram.len(), 0, &self.loop_guard), &self.forwarder) {
             (Some(Refusal::Loop), _) => counts.refused_loop.raise(),
             (Some(_), _) | (None, None) => counts.unanswerable.raise(),
-            (None, Some(forwarder)) => forwarder.take(ends, datagram),
+            (None, Some(forwarder)) => forwarder.take(ends, datagram, hops),
         }
     }
 }
@@ -129,8 +154,11 @@ impl Receiver {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Refusal {
     Unanswerable,
+    /// The source is steered itself, or the hop limit is used up.
     Loop,
     Size,
+    /// The source seems to be a service.
+    Conversation,
 }
 
 pub(super) fn refusal(ends: Ends, question: usize, answer: usize, loop_guard: &LoopGuard) -> Option<Refusal> {

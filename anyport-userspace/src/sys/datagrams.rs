@@ -16,19 +16,24 @@ const LARGEST: usize = 65_535;
 /// Bytes between the beginnings of two places in the buffer.
 const PLACE: usize = 1 << 16;
 
-/// Room for one control message that holds a number, aligned as control messages are.
+/// Room for two control messages that hold a number each, aligned as control messages are.
 #[repr(C, align(8))]
 #[derive(Clone, Copy)]
 struct Control([u8; CONTROL]);
 
-/// `CMSG_SPACE(sizeof(int))` on all 64-bit machines.
-const CONTROL: usize = 24;
+/// Twice `CMSG_SPACE(sizeof(int))` on all 64-bit machines.
+const CONTROL: usize = 48;
+
+/// The hop limit where the kernel does not tell.
+const UNTOLD: u8 = u8::MAX;
 
 /// A batch, and its memory: 2 MiB, of which the kernel gives what is written to.
 pub struct Batch {
     memory: Box<[u8]>,
     /// Bytes of what is in each place, and of its parts.
     lengths: [(usize, usize); BATCH],
+    /// The hop limit of what is in each place, as far as the kernel tells; the datagrams that it joins have the same.
+    hops: [u8; BATCH],
     count: usize,
 }
 
@@ -40,7 +45,7 @@ impl fmt::Debug for Batch {
 
 impl Default for Batch {
     fn default() -> Self {
-        Self { memory: vec![0; BATCH * PLACE].into(), lengths: [(0, 0); BATCH], count: 0 }
+        Self { memory: vec![0; BATCH * PLACE].into(), lengths: [(0, 0); BATCH], hops: [UNTOLD; BATCH], count: 0 }
     }
 }
 
@@ -55,9 +60,20 @@ pub struct Sent {
     pub lost: u64,
     /// Why the first of them is.
     pub error: Option<i32>,
+    /// Datagrams that were not sent, as they have gone round for too long.
+    pub looped: u64,
 }
 
 impl Sent {
+    /// Adds what became of others.
+    pub fn add(&mut self, other: Self) {
+        self.datagrams += other.datagrams;
+        self.bytes += other.bytes;
+        self.lost += other.lost;
+        self.error = self.error.or(other.error);
+        self.looped += other.looped;
+    }
+
     /// Counts one datagram, and what became of it.
     fn count(&mut self, datagram: &[u8], outcome: io::Result<()>) {
         match outcome {
@@ -103,18 +119,22 @@ impl Batch {
             )
         };
         self.count = usize::try_from(count).map_err(|_| io::Error::last_os_error())?;
-        for (header, length) in headers.iter().zip(&mut self.lengths).take(self.count) {
+        for ((header, length), hops) in headers.iter().zip(&mut self.lengths).zip(&mut self.hops).take(self.count) {
             let all = (header.msg_len as usize).min(LARGEST);
-            *length = (all, segment(&header.msg_hdr).filter(|part| *part > 0).unwrap_or(all));
+            let told = told(&header.msg_hdr);
+            *length = (all, told.segment.filter(|part| *part > 0).unwrap_or(all));
+            *hops = told.hops.unwrap_or(UNTOLD);
         }
         Ok(self.count)
     }
 
-    /// Puts one datagram into an empty batch, to be sent. Bytes beyond the largest datagram are left out.
-    pub fn put(&mut self, datagram: &[u8]) {
+    /// Puts one datagram, which came with this hop limit, into an empty batch, to be sent. Bytes beyond the largest datagram are
+    /// left out.
+    pub fn put(&mut self, datagram: &[u8], hops: u8) {
         let length = datagram.len().min(LARGEST);
         self.memory[..length].copy_from_slice(&datagram[..length]);
         self.lengths[0] = (length, length);
+        self.hops[0] = hops;
         self.count = 1;
     }
 
@@ -125,7 +145,12 @@ impl Batch {
 
     /// Each datagram of the batch.
     pub fn datagrams(&self) -> impl Iterator<Item = &[u8]> {
-        let places = self.memory.chunks_exact(PLACE).zip(&self.lengths).take(self.count);
+        self.datagrams_of(0, self.count)
+    }
+
+    /// Each datagram of the places from `begin` to before `end`.
+    fn datagrams_of(&self, begin: usize, end: usize) -> impl Iterator<Item = &[u8]> {
+        let places = self.memory.chunks_exact(PLACE).zip(&self.lengths).take(end).skip(begin);
         places.flat_map(|(place, (all, part))| {
             let empty = (*all == 0).then_some(&place[..0]);
             empty.into_iter().chain(place[..*all].chunks((*part).max(1)))
@@ -135,6 +160,22 @@ impl Batch {
     /// Sends the batch over a connected socket, without waiting: what the kernel does not take now is lost, as
     /// datagrams may be.
     pub fn send(&self, socket: impl AsFd) -> Sent {
+        self.send_places(socket, 0, self.count)
+    }
+
+    /// Has `send` take the places, those together that came with the same hop limit, which it is told.
+    pub fn by_hops(&self, mut send: impl FnMut(u8, Part<'_>) -> Sent) -> Sent {
+        let mut sent = Sent::default();
+        let mut begin = 0;
+        for run in self.hops[..self.count].chunk_by(u8::eq) {
+            let part = Part { batch: self, begin, end: begin + run.len() };
+            begin = part.end;
+            sent.add(send(run[0], part));
+        }
+        sent
+    }
+
+    fn send_places(&self, socket: impl AsFd, begin: usize, end: usize) -> Sent {
         let mut controls = [Control([0; CONTROL]); BATCH];
         let mut parts = [libc::iovec { iov_base: ptr::null_mut(), iov_len: 0 }; BATCH];
         // SAFETY: as in `receive`.
@@ -152,9 +193,9 @@ impl Batch {
             }
         }
         let mut sent = Sent::default();
-        let mut at = 0;
-        while at < self.count {
-            let rest = &mut headers[at..self.count];
+        let mut at = begin;
+        while at < end {
+            let rest = &mut headers[at..end];
             // SAFETY: as in `receive`.
             let count = unsafe {
                 libc::sendmmsg(
@@ -196,12 +237,37 @@ impl Batch {
     }
 
     /// Has each datagram sent by itself.
-    pub fn send_each(&self, mut send: impl FnMut(&[u8]) -> io::Result<()>) -> Sent {
+    pub fn send_each(&self, send: impl FnMut(&[u8]) -> io::Result<()>) -> Sent {
+        Part { batch: self, begin: 0, end: self.count }.send_each(send)
+    }
+}
+
+/// Some places of a batch.
+#[derive(Clone, Copy, Debug)]
+pub struct Part<'batch> {
+    batch: &'batch Batch,
+    begin: usize,
+    end: usize,
+}
+
+impl Part<'_> {
+    /// As [`Batch::send`].
+    pub fn send(self, socket: impl AsFd) -> Sent {
+        self.batch.send_places(socket, self.begin, self.end)
+    }
+
+    /// As [`Batch::send_each`].
+    pub fn send_each(self, mut send: impl FnMut(&[u8]) -> io::Result<()>) -> Sent {
         let mut sent = Sent::default();
-        for datagram in self.datagrams() {
+        for datagram in self.batch.datagrams_of(self.begin, self.end) {
             sent.count(datagram, send(datagram));
         }
         sent
+    }
+
+    /// None of it is sent, as it has gone round for too long.
+    pub fn looped(self) -> Sent {
+        Sent { looped: self.batch.datagrams_of(self.begin, self.end).count() as u64, ..Sent::default() }
     }
 }
 
@@ -210,16 +276,34 @@ fn datagrams(all: usize, part: usize) -> u64 {
     all.div_ceil(part.max(1)).max(1) as u64
 }
 
-/// Bytes of each part of joined datagrams, as the kernel tells them.
-fn segment(header: &libc::msghdr) -> Option<usize> {
+/// What the kernel tells about what is in a place.
+#[derive(Clone, Copy, Debug, Default)]
+struct Told {
+    /// Bytes of each part of joined datagrams.
+    segment: Option<usize>,
+    /// The hop limit.
+    hops: Option<u8>,
+}
+
+fn told(header: &libc::msghdr) -> Told {
+    let mut told = Told::default();
     // SAFETY: the header is one that `recvmmsg` has filled in, and its buffer of control messages is still there.
-    let control = unsafe { libc::CMSG_FIRSTHDR(header).as_ref() }?;
-    if (control.cmsg_level, control.cmsg_type) != (libc::SOL_UDP, libc::UDP_GRO) {
-        return None;
+    let mut next = unsafe { libc::CMSG_FIRSTHDR(header).as_ref() };
+    while let Some(control) = next {
+        // SAFETY: a control message of the types below holds an `int` (`udp_cmsg_recv`, include/linux/udp.h; ip(7), ipv6(7)),
+        // and there is room for one in any case.
+        let number = unsafe { libc::CMSG_DATA(control).cast::<libc::c_int>().read_unaligned() };
+        match (control.cmsg_level, control.cmsg_type) {
+            (libc::SOL_UDP, libc::UDP_GRO) => told.segment = usize::try_from(number).ok(),
+            (libc::IPPROTO_IP, libc::IP_TTL) | (libc::IPPROTO_IPV6, libc::IPV6_HOPLIMIT) => {
+                told.hops = u8::try_from(number).ok();
+            }
+            _ => {}
+        }
+        // SAFETY: as for the first one.
+        next = unsafe { libc::CMSG_NXTHDR(header, control).as_ref() };
     }
-    // SAFETY: a control message of this type holds an `int` (`udp_cmsg_recv`, include/linux/udp.h).
-    let size = unsafe { libc::CMSG_DATA(control).cast::<libc::c_int>().read_unaligned() };
-    usize::try_from(size).ok()
+    told
 }
 
 /// Has the kernel divide what a header sends into parts.
@@ -269,7 +353,7 @@ mod tests {
         }
         assert_eq!(batch.receive(&here).unwrap(), 4);
         assert_eq!(batch.datagrams().collect::<Vec<_>>(), all);
-        assert_eq!(batch.send(&there), Sent { datagrams: 4, bytes: 60_008, lost: 0, error: None });
+        assert_eq!(batch.send(&there), Sent { datagrams: 4, bytes: 60_008, ..Sent::default() });
         let mut buffer = vec![0; 65_536];
         for datagram in &all {
             let length = server.recv(&mut buffer).unwrap();
@@ -295,7 +379,7 @@ mod tests {
         let mut batch = Batch::default();
         assert_eq!(batch.receive(&here).unwrap(), 1);
         assert_eq!(batch.datagrams().count(), 11);
-        assert_eq!(batch.send(&there), Sent { datagrams: 11, bytes: 10_500, lost: 0, error: None });
+        assert_eq!(batch.send(&there), Sent { datagrams: 11, bytes: 10_500, ..Sent::default() });
         let mut buffer = [0; 2000];
         for part in bytes.chunks(1000) {
             let length = server.recv(&mut buffer).unwrap();
@@ -320,7 +404,7 @@ mod tests {
         client.send(&[7; 2500]).unwrap();
         let mut batch = Batch::default();
         assert_eq!(batch.receive(&here).unwrap(), 1);
-        assert_eq!(batch.send(&there), Sent { datagrams: 3, bytes: 2500, lost: 0, error: None });
+        assert_eq!(batch.send(&there), Sent { datagrams: 3, bytes: 2500, ..Sent::default() });
         let mut buffer = vec![0; 65_536];
         let lengths: Vec<usize> = (0..3).map(|_| server.recv(&mut buffer).unwrap()).collect();
         assert_eq!(lengths, [1000, 1000, 500]);
@@ -336,10 +420,13 @@ mod tests {
         client.send(first).unwrap();
         let mut batch = Batch::default();
         assert_eq!(batch.receive(&here).unwrap(), 3);
-        assert_eq!(batch.send(&there), Sent { datagrams: 2, bytes: 10, lost: 1, error: Some(libc::EMSGSIZE) });
+        assert_eq!(
+            batch.send(&there),
+            Sent { datagrams: 2, bytes: 10, lost: 1, error: Some(libc::EMSGSIZE), looped: 0 }
+        );
         let mut buffer = [0; 9];
         assert_eq!((server.recv(&mut buffer).unwrap(), server.recv(&mut buffer).unwrap()), (5, 5));
-        batch.put(b"alone");
+        batch.put(b"alone", 64);
         assert_eq!(batch.datagrams().collect::<Vec<_>>(), [b"alone"]);
     }
 }

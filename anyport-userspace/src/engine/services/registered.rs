@@ -4,7 +4,6 @@ use std::{
     collections::{BTreeMap, HashMap},
     fs,
     net::SocketAddr,
-    os::fd::OwnedFd,
     path::Path,
     sync::Arc,
 };
@@ -16,13 +15,19 @@ use tracing::{error, warn};
 
 use super::{Running, Services};
 use crate::{
-    host, privileges,
+    closing::PassedFd,
+    host,
+    log_limit::LogLimit,
+    privileges,
     register::{Candidate, KeptSocket, Process, Registered, holders},
     rules::{Protocol, RuleSet, ServiceName},
     service::{Family, HandlerKind, Queue, SocketInfo},
     steering::{BackEnd, GroupSocket, Holder},
     store::Store,
 };
+
+/// Owners can cause this line.
+static GONE: LogLimit = LogLimit::new();
 
 const KINDS_COUNT: usize = SOCKETS_PER_SERVICE as usize;
 
@@ -83,6 +88,15 @@ impl Services {
     /// Has other sockets be registered for a service.
     pub(in crate::engine) fn register(&mut self, service: ServiceName, registrations: Registrations) {
         self.registered.insert(service, registrations);
+        self.witness_clients();
+    }
+
+    /// Has the clients of registered UDP sockets be known, before anything is steered to these.
+    fn witness_clients(&self) {
+        let is_udp = |socket: &Arc<Registered>| socket.transport == Transport::Udp;
+        if self.registered.values().flat_map(|it| it.live.iter().flatten()).any(is_udp) {
+            self.context.witness.open(self.context.workers.first());
+        }
     }
 
     /// One socket of each group for a service: its own, or those that were registered, or else those of its fallback.
@@ -167,7 +181,10 @@ impl Services {
                 if !open.contains_key(&socket.inode) {
                     let end = if socket.has_owner_ended() { "exited" } else { "closed it" };
                     let why = format!("its owner, pid {pid} ({comm}), {end}");
-                    warn!("service {name}: {} {} is gone: {why}", Protocol::from(socket.transport), socket.local);
+                    if let Some(left_out) = GONE.next() {
+                        let transport = Protocol::from(socket.transport);
+                        warn!("service {name}: {transport} {} is gone: {why}{left_out}", socket.local);
+                    }
                     (*live, *lost) = (None, Some(why));
                     has_lost = true;
                 } else if socket.has_owner_ended()
@@ -197,6 +214,7 @@ impl Services {
                 }
             }
         }
+        self.witness_clients();
     }
 
     /// The socket that was kept, from the first source that has it: the keeper, which fetched it while it was root; a
@@ -260,7 +278,7 @@ impl Services {
 
 /// The sockets that were registered and are still open, with the names under which the server asks the keeper for them. For who may take
 /// them out of their owners.
-pub fn fetch_registered(state_dir: &Path) -> Vec<(String, OwnedFd)> {
+pub fn fetch_registered(state_dir: &Path) -> Vec<(String, PassedFd)> {
     let kept = Store::look_for_registered(state_dir, &boot_id());
     kept.iter().filter_map(|kept| Some((kept_name(kept.cookie), fetch(kept)?.0.descriptor))).collect()
 }

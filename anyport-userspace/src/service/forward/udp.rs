@@ -12,7 +12,7 @@ use std::{
     net::SocketAddr,
     sync::{
         Arc, LazyLock, Mutex, OnceLock, Weak,
-        atomic::{AtomicU64, Ordering::Relaxed},
+        atomic::{AtomicU8, AtomicU64, Ordering::Relaxed},
     },
     time::{Duration, Instant},
 };
@@ -34,15 +34,17 @@ use super::{
     header,
 };
 use crate::{
+    datagram::Ends,
+    hops::{Hops, next_hops, tell_hop_limits},
+    rules::Family,
     service::{
-        datagram::Ends,
         limits::{self, Gate, Pass, Refused},
         lock,
         log::{ConnectionLog, Entry},
         reply::UdpWorker,
         socket_options,
     },
-    sys::datagrams::{Batch, Sent},
+    sys::datagrams::{Batch, Part, Sent},
 };
 
 /// How often it is looked for flows that are idle.
@@ -79,6 +81,11 @@ struct Flow {
     /// Towards the client; nothing in it if there can't be one.
     client: OnceLock<Option<UdpSocket>>,
     chosen: Connected,
+    /// The hop limit of what the client said last, one less; answers have it, too.
+    hops: AtomicU8,
+    /// Those of the two sockets.
+    upstream_hops: Hops,
+    client_hops: Hops,
     last_used: AtomicU64,
     /// When it began, if it is to be written down.
     logged: Option<Instant>,
@@ -135,11 +142,11 @@ impl UdpForwarder {
         this
     }
 
-    /// Sends on what a client said.
-    pub(in crate::service) fn take(&self, ends: Ends, datagram: &[u8]) {
+    /// Sends on what a client said, with one hop less than it came with.
+    pub(in crate::service) fn take(&self, ends: Ends, datagram: &[u8], hops: u8) {
         let shared = &self.shared;
         let taken = BATCH.with_borrow_mut(|batch| {
-            batch.put(datagram);
+            batch.put(datagram, hops);
             let known = lock(&shared.flows).get(&ends).cloned();
             if let Some(flow) = known {
                 // The client goes on, so it is worth a socket; one that ends with an answer would lose what waits in it.
@@ -213,6 +220,9 @@ impl Shared {
             upstream,
             client: OnceLock::new(),
             chosen: Connected::to(chosen),
+            hops: AtomicU8::new(0),
+            upstream_hops: Hops::default(),
+            client_hops: Hops::default(),
             last_used: AtomicU64::new(moment()),
             logged: self.log.picks().then(Instant::now),
             to_upstream: AtomicU64::new(0),
@@ -264,6 +274,7 @@ impl Shared {
             for socket in [&socket, &flow.upstream] {
                 socket_options::set_up_large_flow(socket)?;
             }
+            tell_hop_limits(&socket, if client.is_ipv4() { Family::Ipv4 } else { Family::Ipv6 })?;
             Ok(socket)
         });
         let opened = opened.inspect_err(|error| {
@@ -279,10 +290,19 @@ impl Shared {
     /// Ends the flow if its upstream refuses.
     fn send_to_upstream(&self, flow: &Arc<Flow>, batch: &Batch) -> io::Result<()> {
         flow.last_used.store(moment(), Relaxed);
-        let sent = match self.forwarder.config.proxy_protocol {
-            Some(version) => send_with_header(flow, version, batch),
-            None => batch.send(&flow.upstream),
-        };
+        let to = flow.chosen.0.target(flow.ends.dialled.port());
+        let sent = batch.by_hops(|received, part| {
+            let Some(hops) = next_hops(received) else { return part.looped() };
+            flow.hops.store(hops, Relaxed);
+            if let Err(error) = flow.upstream_hops.set(&flow.upstream, to, hops) {
+                return part.send_each(|_| Err(io::Error::new(error.kind(), "set the hop limit")));
+            }
+            match self.forwarder.config.proxy_protocol {
+                Some(version) => send_with_header(flow, version, part),
+                None => part.send(&flow.upstream),
+            }
+        });
+        self.worker.counts.refused_loop.add(sent.looped);
         flow.chosen.0.traffic.add(sent.bytes, 0);
         self.worker.counts.traffic.add(sent.bytes, 0);
         flow.to_upstream.fetch_add(sent.bytes, Relaxed);
@@ -299,9 +319,10 @@ impl Shared {
 
     fn send_to_client(&self, flow: &Arc<Flow>, batch: &Batch) {
         flow.last_used.store(moment(), Relaxed);
+        let hops = flow.hops.load(Relaxed);
         let sent = match flow.client.get() {
-            Some(Some(client)) => batch.send(client),
-            _ => self.answer(flow.ends, batch),
+            Some(Some(client)) if flow.client_hops.set(client, flow.ends.client, hops).is_ok() => batch.send(client),
+            _ => batch.send_each(|datagram| self.worker.answer(flow.ends, datagram, hops)),
         };
         flow.chosen.0.traffic.add(0, sent.bytes);
         self.worker.counts.traffic.add(0, sent.bytes);
@@ -314,11 +335,6 @@ impl Shared {
         if self.forwarder.config.udp.responses.map(|it| u64::from(it.get())).is_some_and(is_answered) {
             self.end(flow, &"answered");
         }
-    }
-
-    /// Through the sockets that all answers share.
-    fn answer(&self, Ends { client, dialled }: Ends, batch: &Batch) -> Sent {
-        batch.send_each(|datagram| self.worker.answer(dialled, client, datagram))
     }
 
     /// Ends a flow since its upstream refuses.
@@ -356,9 +372,9 @@ impl Shared {
 }
 
 /// Each datagram has the header before it: there is no first one among datagrams.
-fn send_with_header(flow: &Flow, version: ProxyVersion, batch: &Batch) -> Sent {
+fn send_with_header(flow: &Flow, version: ProxyVersion, part: Part<'_>) -> Sent {
     let mut with_header = Vec::new();
-    batch.send_each(|datagram| {
+    part.send_each(|datagram| {
         with_header.clear();
         header::write(version, Transport::Udp, flow.ends, &mut with_header);
         with_header.extend(datagram);

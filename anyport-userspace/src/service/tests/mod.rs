@@ -16,7 +16,7 @@ use std::{
 
 use tokio::runtime::Runtime;
 
-use super::{Capacity, DescriptorPool, HandlerKind, Limits, Service, ServiceConfig, SharedContext, Workers};
+use super::{Capacity, DescriptorPool, HandlerKind, Limits, Service, ServiceConfig, SharedContext, Witness, Workers};
 use crate::keeper::Link;
 
 const TIMEOUT: Duration = Duration::from_secs(5);
@@ -56,6 +56,7 @@ impl Scene {
             loop_guard: Arc::new(loop_guard),
             forward_guard: Arc::new(|_, _, _| false),
             publisher: None,
+            witness: Witness::new(Arc::new(|_| false)),
             keeper: Link::default(),
         };
         let service = Service::start(config, &commons).unwrap();
