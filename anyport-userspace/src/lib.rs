@@ -12,12 +12,16 @@
 //!
 //! The feature `tokio` adds [`tokio::Listener`] and [`tokio::UdpSocket`]. `examples/service.rs` is a whole program.
 
+#![cfg_attr(test, allow(clippy::disallowed_methods, reason = "threads of tests may have all capabilities"))]
+
 #[cfg(feature = "daemon")]
 pub mod announce;
 #[cfg(feature = "daemon")]
 pub mod back_end;
 #[cfg(feature = "daemon")]
 pub mod cli;
+#[cfg(feature = "daemon")]
+pub mod closing;
 #[cfg(feature = "daemon")]
 pub mod config;
 #[cfg(feature = "daemon")]
@@ -33,6 +37,8 @@ pub mod events;
 #[cfg(feature = "daemon")]
 pub mod fleet;
 #[cfg(feature = "daemon")]
+mod hops;
+#[cfg(feature = "daemon")]
 pub mod host;
 #[cfg(feature = "daemon")]
 pub mod human_duration;
@@ -40,6 +46,8 @@ pub mod human_duration;
 pub mod keeper;
 #[cfg(feature = "daemon")]
 pub mod lock;
+#[cfg(feature = "daemon")]
+mod log_limit;
 #[cfg(feature = "daemon")]
 pub mod logging;
 #[cfg(feature = "daemon")]

@@ -1,4 +1,4 @@
-//! One daemon per network namespace.
+//! One daemon per network namespace, and one with the same state directory. The directory of the pins has a lock of its own.
 
 use std::{
     fs::{self, File},
@@ -29,17 +29,19 @@ use socket2::{Domain, SockAddr, Socket, Type};
 use tokio::task::JoinHandle;
 use tracing::warn;
 
+use crate::{closing, paths::RUN_DIRECTORY, sys};
+
 /// Held by the daemon of a network namespace: names that begin with a NUL byte are the namespace's own, and go with
 /// the process however it ends (unix(7), since Linux 2.2; by namespace since 2.6.29).
 const NAME: &str = "anyportd";
-/// Where the lock is where it can't be a name.
-pub(crate) const DIRECTORY: &str = "/run/anyport";
 const ATTEMPTS: u32 = 40;
 const PAUSE: Duration = Duration::from_millis(50);
 
 /// What shows that this is the only daemon of its network namespace, for as long as it is held.
 #[derive(Debug)]
 pub struct Lock {
+    /// Locked for as long as it is open.
+    state: Option<Flock<File>>,
     held: Held,
     /// Answers those who ask who holds it.
     answering: Option<JoinHandle<()>>,
@@ -54,16 +56,26 @@ enum Held {
 }
 
 impl Lock {
-    /// Takes the lock of the thread's network namespace.
+    /// Takes the lock of the thread's network namespace, and that of the state directory.
     ///
     /// # Errors
-    /// A daemon has it: names its pid.
-    pub fn take() -> anyhow::Result<Self> {
+    /// A daemon has one of them: names its pid, or the directory.
+    pub fn take(state_dir: &Path) -> anyhow::Result<Self> {
+        let mut lock = Self::take_namespace()?;
+        fs::create_dir_all(state_dir).with_context(|| format!("make {}", state_dir.display()))?;
+        lock.state = Some(lock_directory(state_dir)?);
+        Ok(lock)
+    }
+
+    fn take_namespace() -> anyhow::Result<Self> {
         let address = SocketAddr::from_abstract_name(NAME).context("name the lock")?;
         let is_daemon = |it: &UnixCredentials| it.uid() == 0 || it.uid() == Uid::effective().as_raw();
         for _ in 0..ATTEMPTS {
             match UnixListener::bind_addr(&address) {
-                Ok(lock) => return Ok(Self { held: Held::Name(lock), answering: None }),
+                Ok(lock) => {
+                    sys::refuse_descriptors(&lock).context("set the lock of this network namespace up")?;
+                    return Ok(Self::of(Held::Name(lock)));
+                }
                 Err(error) if error.kind() == ErrorKind::AddrInUse => {}
                 Err(error) => return Err(error).context("take the lock of this network namespace"),
             }
@@ -80,6 +92,10 @@ impl Lock {
         Err(anyhow!("take the lock of this network namespace: children of a daemon that is gone still hold it"))
     }
 
+    fn of(held: Held) -> Self {
+        Self { state: None, held, answering: None }
+    }
+
     /// Keeps room in the lock's queue for those who ask who holds it. Must be called within a tokio runtime.
     ///
     /// # Errors
@@ -93,8 +109,9 @@ impl Lock {
         let queue = queue.context("listen at the lock")?;
         self.answering = Some(tokio::spawn(async move {
             loop {
-                if queue.accept().await.is_err() {
-                    tokio::time::sleep(PAUSE).await;
+                match queue.accept().await.and_then(|(stream, _)| stream.into_std()) {
+                    Ok(stream) => closing::close(u32::MAX, vec![stream.into()]),
+                    Err(_) => tokio::time::sleep(PAUSE).await,
                 }
             }
         }));
@@ -124,9 +141,9 @@ fn is_ending(pid: i32) -> bool {
 
 fn lock_file() -> anyhow::Result<Lock> {
     let namespace = fs::metadata("/proc/thread-self/ns/net").context("find the network namespace")?.ino();
-    let path = Path::new(DIRECTORY).join(format!("netns-{namespace}.lock"));
+    let path = Path::new(RUN_DIRECTORY).join(format!("netns-{namespace}.lock"));
     let attempt = || format!("take the lock {}", path.display());
-    fs::create_dir_all(DIRECTORY).with_context(attempt)?;
+    fs::create_dir_all(RUN_DIRECTORY).with_context(attempt)?;
     let file = File::options().read(true).write(true).create(true).truncate(false).open(&path).with_context(attempt)?;
     let mut lock = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
         Ok(lock) => lock,
@@ -138,7 +155,22 @@ fn lock_file() -> anyhow::Result<Lock> {
         Err((_, errno)) => return Err(io::Error::from(errno)).with_context(attempt),
     };
     lock.set_len(0).and_then(|()| writeln!(lock, "{}", std::process::id())).with_context(attempt)?;
-    Ok(Lock { held: Held::File(lock), answering: None })
+    Ok(Lock::of(Held::File(lock)))
+}
+
+/// Locks a directory that no two daemons may share. One that was killed may not be quite gone.
+fn lock_directory(path: &Path) -> anyhow::Result<Flock<File>> {
+    let attempt = || format!("lock the directory {}", path.display());
+    let mut directory = File::open(path).with_context(attempt)?;
+    for _ in 0..ATTEMPTS {
+        match Flock::lock(directory, FlockArg::LockExclusiveNonblock) {
+            Ok(lock) => return Ok(lock),
+            Err((unlocked, Errno::EWOULDBLOCK)) => directory = unlocked,
+            Err((_, errno)) => return Err(io::Error::from(errno)).with_context(attempt),
+        }
+        thread::sleep(PAUSE);
+    }
+    Err(anyhow!("another anyportd uses the directory {}; give each daemon its own with --state-dir", path.display()))
 }
 
 fn already_running(pid: &str) -> anyhow::Error {

@@ -7,6 +7,9 @@ pub const DEFAULT_SOCKET: &str = "/run/anyport/anyportd.sock";
 /// The directory of the state: what was added by hand and what the fleet gave.
 pub const DEFAULT_STATE_DIR: &str = "/var/lib/anyport";
 
+/// Where locks are, wherever the sockets are.
+pub(crate) const RUN_DIRECTORY: &str = "/run/anyport";
+
 /// The files and directories of one daemon.
 #[derive(Clone, Copy, Debug)]
 pub struct Paths<'a> {

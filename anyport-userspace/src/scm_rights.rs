@@ -31,13 +31,19 @@ pub(crate) struct Message {
 
 /// Takes a message from a socket; an empty one if the other side has closed it.
 pub(crate) fn receive(socket: impl AsFd) -> Result<Message> {
-    let mut space = vec![MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
-    let mut control = RecvAncillaryBuffer::new(&mut space);
     let mut text = vec![0; MAX_MESSAGE];
+    let (length, descriptors, is_cut_off) = receive_into(socket, &mut text)?;
+    text.truncate(length);
+    Ok(Message { text, descriptors, is_cut_off })
+}
+
+/// The same, into a buffer: how many bytes came, the descriptors with them, and whether there was more than fits.
+pub(crate) fn receive_into(socket: impl AsFd, buffer: &mut [u8]) -> Result<(usize, Vec<OwnedFd>, bool)> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_DESCRIPTORS))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
     // With a time limit the kernel does not begin again by itself, such as after the process was stopped.
     let received =
-        retry_on_intr(|| recvmsg(&socket, &mut [IoSliceMut::new(&mut text)], &mut control, RecvFlags::CMSG_CLOEXEC))?;
-    text.truncate(received.bytes);
+        retry_on_intr(|| recvmsg(&socket, &mut [IoSliceMut::new(buffer)], &mut control, RecvFlags::CMSG_CLOEXEC))?;
     let mut descriptors = Vec::new();
     for message in control.drain() {
         if let RecvAncillaryMessage::ScmRights(rights) = message {
@@ -45,7 +51,7 @@ pub(crate) fn receive(socket: impl AsFd) -> Result<Message> {
         }
     }
     let is_cut_off = received.flags.intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC);
-    Ok(Message { text, descriptors, is_cut_off })
+    Ok((received.bytes, descriptors, is_cut_off))
 }
 
 /// Puts a message into a socket.

@@ -1,6 +1,39 @@
-//! Texts: lists for people, and positions in files.
+//! Texts: lists for people, positions in files, and characters that are not shown.
 
-use std::fmt::{self, Display};
+use std::{
+    borrow::Cow,
+    fmt::{self, Display, Write as _},
+};
+
+/// A text in which every character is seen: others may have put in some that give a terminal orders, that are invisible or that change the
+/// direction of what follows (such as U+202E). These are written as in JSON, `\u202e`. Line feeds and tabs stay.
+pub(crate) fn visible(text: &str) -> Cow<'_, str> {
+    if text.chars().all(is_visible) {
+        return Cow::Borrowed(text);
+    }
+    let mut shown = String::with_capacity(text.len() + 16);
+    for it in text.chars() {
+        if is_visible(it) {
+            shown.push(it);
+        } else {
+            for unit in it.encode_utf16(&mut [0; 2]) {
+                // Writing to a string does not fail.
+                write!(shown, "\\u{unit:04x}").ok();
+            }
+        }
+    }
+    Cow::Owned(shown)
+}
+
+/// Whether a character is one that people see where it stands; of those that join others to one, only in the text's own script.
+fn is_visible(it: char) -> bool {
+    match it {
+        '\n' | '\t' | '\'' | '"' | '\\' => true,
+        _ if it.is_ascii() => !it.is_ascii_control(),
+        // What Rust does not escape in debug output is a letter, a number, a sign or a mark.
+        _ => it.escape_debug().len() == 1 || it.is_alphanumeric(),
+    }
+}
 
 /// The first few of many.
 pub(crate) fn list_of(items: &[impl Display]) -> String {
@@ -47,5 +80,26 @@ impl<'a> Positions<'a> {
         let before = self.text.get(..offset).unwrap_or_default();
         let column = before.rsplit('\n').next().unwrap_or_default().chars().count() + 1;
         Position { line: self.line, column }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::visible;
+
+    #[test]
+    fn what_is_not_seen_is_written_out() {
+        for text in ["", "plain\ttext\n", "größer, 日本, \"quoted\" \\ it's"] {
+            assert_eq!(visible(text), text);
+        }
+        for (text, shown) in [
+            ("a\u{202e}b", "a\\u202eb"),
+            ("\u{200b}\u{2066}\u{feff}\u{ad}", "\\u200b\\u2066\\ufeff\\u00ad"),
+            ("\u{1b}[2J\r\u{7f}\u{9b}", "\\u001b[2J\\u000d\\u007f\\u009b"),
+            ("\u{e0041}", "\\udb40\\udc41"),
+            ("\u{2028}\u{a0}", "\\u2028\\u00a0"),
+        ] {
+            assert_eq!(visible(text), shown);
+        }
     }
 }

@@ -59,6 +59,7 @@ fn removals_of(backend: &str, pins: &Path) -> Vec<Removal> {
             ("pin", format!("rm {pins}/control {pins}/rules {pins}/ports")),
             ("pin", format!("rm -r {pins}/*")),
             ("link", format!("for link in {pins}/link-*; do bpftool link detach pinned $link; rm $link; done")),
+            ("table", format!("bpftool map delete pinned {pins}/table key 0 0 0 0")),
             (
                 "socket",
                 format!(

@@ -34,9 +34,10 @@ macro_rules! suites {
 }
 
 suites! {
-    steer udp forward flows upstreams connections queues limits lists rules apply differential selftests wire fuzzed
+    steer udp hostile_udp forward flows upstreams connections queues limits lists rules apply differential selftests
+    wire fuzzed
     control events explain state malformed metrics top register library crash changed reload nodes announce restarts
-    rights crowd interrupted starts load backends doctor fleet kubernetes
+    rights hostile crowd interrupted starts load backends doctor fleet kubernetes
 }
 
 fn main() -> ExitCode {

@@ -80,7 +80,7 @@ fn wait_for_more(served: &AtomicU64) {
 
 /// A copy of the daemon, as an upgrade brings it.
 fn copy(directory: &Path, name: &str) -> PathBuf {
-    let copy = directory.join(name);
+    let copy = directory.join(format!("anyportd-{name}"));
     public_copy(&program("anyportd").expect("the program under test"), &copy);
     copy
 }

@@ -70,7 +70,7 @@ impl Owner {
     /// A second descriptor of its socket.
     pub fn socket(&self, namespace: &Netns) -> OwnedFd {
         let fetch = || Process::open(self.pid()).and_then(|process| process.candidate(self.descriptor()));
-        namespace.enter(fetch).expect("its socket").descriptor
+        namespace.enter(fetch).expect("its socket").descriptor.into_own()
     }
 
     /// Sends it a signal.

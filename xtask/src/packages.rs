@@ -189,7 +189,7 @@ fn rpm(dist: &Path, tree: &Path, effort: Effort) -> Result<PathBuf> {
 }
 
 /// The most that `systemd-analyze security` may find exposed, in tenths.
-const EXPOSURE: &str = "--threshold=25";
+const EXPOSURE: &str = "--threshold=20";
 
 /// Has systemd judge the unit as it is shipped, with the daemon from where it was built.
 pub(crate) fn check_unit(root: &Path, programs: &Programs, scratch: &Path) -> Result<()> {

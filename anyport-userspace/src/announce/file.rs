@@ -2,14 +2,13 @@
 
 use std::{
     fmt::Write as _,
-    fs::{self, File},
+    fs,
     io::{self, Write as _},
-    os::unix::fs::OpenOptionsExt as _,
     path::Path,
 };
 
 use super::Format;
-use crate::rules::Prefix;
+use crate::{rules::Prefix, store::create_new};
 
 const HEAD: &str = "# What this node serves at the moment. anyportd writes this file again whenever that changes.\n";
 /// What follows a prefix in BIRD's static routes. Nothing is sent there: local routes come before those of routers.
@@ -52,7 +51,8 @@ pub(super) fn replace(path: &Path, text: &str) -> io::Result<()> {
     let mut aside = path.as_os_str().to_owned();
     aside.push(".new");
     let written =
-        File::options().write(true).create(true).truncate(true).mode(0o644).open(&aside).and_then(|mut file| {
+        // Where servers can write, a link or a pipe may have this name, and the keeper writes here too.
+        create_new(aside.as_ref()).and_then(|mut file| {
             // The unit's umask would keep the router from reading it.
             file.set_permissions(std::os::unix::fs::PermissionsExt::from_mode(0o644))?;
             file.write_all(text.as_bytes())?;

@@ -296,6 +296,12 @@ pub struct StatusView {
     pub bytes: u64,
     /// Number of services.
     pub services: usize,
+    /// File descriptors that clients may take: the limit of open files less what anyportd needs itself.
+    #[serde(default)]
+    pub client_descriptors: usize,
+    /// How many of them they take.
+    #[serde(default)]
+    pub client_descriptors_in_use: usize,
     /// Interfaces that are watched, where the back end works by interface.
     pub interfaces: Vec<String>,
     /// Addresses whose local route stays for connections that outlive their rule.

@@ -5,7 +5,7 @@ use std::{env, io::stdout, process::ExitCode};
 
 use anyport::{
     api::{Problem, ProblemKind},
-    cli::Cli,
+    cli::{Cli, text_of},
 };
 use clap::{Parser as _, error::ErrorKind};
 
@@ -41,13 +41,6 @@ fn usage(error: &clap::Error) -> ExitCode {
 }
 
 fn fail(problem: &Problem, json: bool) -> ExitCode {
-    if json {
-        eprintln!("{}", serde_json::to_string(problem).unwrap_or_else(|_| problem.error.clone()));
-    } else {
-        eprintln!("anyportctl: {}", problem.error);
-        if !problem.hint.is_empty() {
-            eprintln!("hint: {}", problem.hint);
-        }
-    }
+    eprintln!("{}", text_of(problem, json));
     ExitCode::from(problem.kind.exit_status())
 }

@@ -1,7 +1,7 @@
 //! The daemon.
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "without the log, there is the terminal")]
 
-use std::process::ExitCode;
+use std::{process::ExitCode, time::Duration};
 
 use anyhow::Context as _;
 use anyport::{
@@ -14,6 +14,9 @@ use anyport::{
 };
 use clap::Parser as _;
 use tracing::error;
+
+/// How long the last lines of the log may take.
+const LAST_LINES: Duration = Duration::from_secs(1);
 
 fn main() -> ExitCode {
     let Options { config: file, check, takeover, withdraw, settings } = Options::parse();
@@ -47,14 +50,16 @@ fn main() -> ExitCode {
         return done.unwrap_or_else(|error| fail(&error));
     };
     logging::open(config.log_level, config.log_format);
-    match daemon::run(&config, &link) {
+    let code = match daemon::run(&config, &link) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             error!("{error:#}");
             link.failed(&error);
             ExitCode::FAILURE
         }
-    }
+    };
+    logging::flush(LAST_LINES);
+    code
 }
 
 fn keep(config: Config) -> anyhow::Result<ExitCode> {

@@ -23,6 +23,7 @@ use serde::Serialize;
 use crate::{
     api::{Changed, Client, Problem, ProblemKind},
     paths::DEFAULT_SOCKET,
+    text::visible,
 };
 
 /// Controls anyportd, which steers whole prefixes to one socket.
@@ -139,6 +140,17 @@ enum Reader {
     Gone,
 }
 
+/// A problem as it is printed: as JSON, or as text for people.
+pub fn text_of(problem: &Problem, is_json: bool) -> String {
+    let Problem { error, hint, .. } = problem;
+    let text = match (is_json, hint.as_str()) {
+        (true, _) => serde_json::to_string(problem).unwrap_or_else(|_| error.clone()),
+        (false, "") => format!("anyportctl: {error}"),
+        (false, hint) => format!("anyportctl: {error}\nhint: {hint}"),
+    };
+    visible(&text).into_owned()
+}
+
 /// Where answers are printed, and how.
 struct Output<'a> {
     out: &'a mut dyn Write,
@@ -174,7 +186,7 @@ impl Output<'_> {
 
     /// Prints one of several texts.
     fn print_line(&mut self, text: &str) -> Result<Reader, Problem> {
-        match writeln!(self.out, "{text}").and_then(|()| self.out.flush()) {
+        match writeln!(self.out, "{}", visible(text)).and_then(|()| self.out.flush()) {
             Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(Reader::Gone),
             written => {
                 written.map_err(|error| Problem::new(ProblemKind::Failed, format!("print the answer: {error}")))?;

@@ -30,6 +30,10 @@ fn text(view: &StatusView) -> String {
     ));
     lines.push(format!("memory      {} bytes of the kernel's for rules and counters", view.bytes));
     lines.push(format!("workers     {}", view.workers));
+    lines.push(format!(
+        "descriptors {} of {} for clients in use",
+        view.client_descriptors_in_use, view.client_descriptors
+    ));
     let totals = view.totals;
     lines.push(format!(
         "totals      {} steered, {} dropped, {} unmatched, {} connections open",

@@ -22,6 +22,7 @@ use tokio::{net::UnixStream, sync::watch, time::timeout};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{debug, warn};
 
+use super::stream::ClientStream;
 use crate::api::Peer;
 
 /// Connections of one user at a time. At this limit a new one replaces the one that has been without a request for longest.
@@ -91,9 +92,11 @@ impl Clients {
         let Some(admitted) = self.admit(peer.uid, peer.is_in_control()) else {
             // A client that does not read this has asked for too much already.
             stream.try_write(NO_ROOM).ok();
+            drop(ClientStream::new(stream, peer.uid.as_raw()));
             return;
         };
         let client = admitted.client.clone();
+        let stream = ClientStream::new(stream, peer.uid.as_raw());
         let api = api.clone().layer(Extension(client.clone())).layer(Extension(ConnectInfo(peer)));
         let mut http = http1::Builder::new();
         http.timer(TokioTimer::new()).header_read_timeout(HEAD_TIME).max_buf_size(LARGEST_HEAD);

@@ -6,6 +6,7 @@ mod handover;
 mod read_limiter;
 pub mod registrar;
 mod server;
+mod stream;
 
 pub use self::{
     handover::{Handover, take_over},

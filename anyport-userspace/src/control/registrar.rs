@@ -24,6 +24,7 @@ use tracing::{debug, warn};
 
 use crate::{
     api::{Changed, Peer, Problem, ProblemKind, parse},
+    closing::{self, PassedFd},
     engine::Shared,
     register::{Answer, Candidate, Process, Register, Request},
     scm_rights,
@@ -62,12 +63,16 @@ pub fn bind(path: &Path) -> anyhow::Result<OwnedFd> {
 
 /// Answers requests until dropped. What is under way is carried out all the same.
 pub async fn serve(listener: OwnedFd, engine: Shared) {
-    let listener = match watch_readable(listener) {
+    // Who is not accepted yet may have passed something already.
+    let listener = match watch_readable(PassedFd::new(listener, u32::MAX)) {
         Ok(listener) => listener,
         Err(error) => return warn!("watch the socket for registering: {error}"),
     };
     let clients = Clients::default();
     loop {
+        while closing::is_full() {
+            sleep(PAUSE).await;
+        }
         match next(&listener).await {
             Ok(client) => {
                 let (engine, clients) = (Arc::clone(&engine), clients.clone());
@@ -85,7 +90,7 @@ pub async fn serve(listener: OwnedFd, engine: Shared) {
     }
 }
 
-async fn next(listener: &AsyncFd<OwnedFd>) -> io::Result<OwnedFd> {
+async fn next(listener: &AsyncFd<PassedFd>) -> io::Result<OwnedFd> {
     loop {
         let mut ready = listener.readable().await?;
         match accept_with(listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
@@ -98,11 +103,22 @@ async fn next(listener: &AsyncFd<OwnedFd>) -> io::Result<OwnedFd> {
 
 /// One request and its answer.
 async fn converse(client: OwnedFd, engine: Shared, clients: Clients) -> anyhow::Result<()> {
-    let peer = Peer::of(client.as_fd()).context("ask the kernel who it is")?;
-    let client = watch_readable(client).context("watch its connection")?;
+    let peer = match Peer::of(client.as_fd()) {
+        Ok(peer) => peer,
+        Err(error) => {
+            closing::close(u32::MAX, vec![client]);
+            return Err(error).context("ask the kernel who it is");
+        }
+    };
+    let client = watch_readable(PassedFd::new(client, peer.uid.as_raw())).context("watch its connection")?;
     let answer = match clients.admit(peer.uid) {
+        Some(_) if closing::is_clogged(peer.uid.as_raw()) => {
+            let error = format!("descriptors that user {} passed before take long to close", peer.uid);
+            Err(Problem::new(ProblemKind::Failed, error).hint("try again when they are closed"))
+        }
         Some(_admitted) => {
-            let request = tokio::time::timeout(PATIENCE, receive(&client)).await.context("it said nothing")??;
+            let request =
+                tokio::time::timeout(PATIENCE, receive(&client, &peer)).await.context("it said nothing")??;
             if request.text.is_empty() && request.descriptors.is_empty() {
                 return Ok(());
             }
@@ -116,10 +132,10 @@ async fn converse(client: OwnedFd, engine: Shared, clients: Clients) -> anyhow::
     scm_rights::put(&client, &serde_json::to_vec(&to_json(answer)?)?, &[]).context("answer it")
 }
 
-async fn receive(client: &AsyncFd<OwnedFd>) -> io::Result<scm_rights::Message> {
+async fn receive(client: &AsyncFd<PassedFd>, peer: &Peer) -> io::Result<closing::Message> {
     loop {
         let mut ready = client.readable().await?;
-        match scm_rights::receive(client) {
+        match closing::receive(client, peer.uid.as_raw()) {
             Err(Errno::AGAIN) => ready.clear_ready(),
             Err(Errno::INTR) => {}
             received => return Ok(received?),
@@ -137,12 +153,12 @@ fn to_json(answer: Result<Changed, Problem>) -> serde_json::Result<Value> {
 }
 
 async fn carry_out(
-    message: scm_rights::Message,
-    client: &AsyncFd<OwnedFd>,
+    message: closing::Message,
+    client: &AsyncFd<PassedFd>,
     peer: Peer,
     engine: Shared,
 ) -> Result<Changed, Problem> {
-    let scm_rights::Message { text, descriptors, is_cut_off } = message;
+    let closing::Message { text, descriptors, is_cut_off } = message;
     if is_cut_off {
         return Err(Problem::new(
             ProblemKind::TooLarge,
@@ -184,7 +200,7 @@ async fn carry_out(
 }
 
 /// The sockets that come with a request, of a process that the peer may speak for.
-fn find(register: &Register, descriptors: Vec<OwnedFd>, peer: &Peer) -> Result<Vec<Candidate>, Problem> {
+fn find(register: &Register, descriptors: Vec<PassedFd>, peer: &Peer) -> Result<Vec<Candidate>, Problem> {
     if descriptors.is_empty() {
         return Err(Problem::new(ProblemKind::Invalid, "register: the request comes with no descriptors")
             .hint("docs/api.md describes the request"));

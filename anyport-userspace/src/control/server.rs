@@ -51,10 +51,13 @@ use super::{
 };
 use crate::{
     api::{self, MAX_BODY, MAX_FILE, Peer, Problem, ProblemKind, Readers, TakeOver, Taken, parse, too_large},
+    closing,
     engine::{Engine, Progress, Shared},
+    log_limit::LogLimit,
     observe::Observer,
     privileges::GROUP,
     rules::{InvalidText, ServiceName},
+    sys,
 };
 
 /// How long the body of a request may take to come.
@@ -86,6 +89,7 @@ pub fn bind(path: &Path, readers: Option<&Readers>) -> anyhow::Result<UnixListen
         fs::create_dir_all(directory).with_context(attempt)?;
     }
     let listener = UnixListener::bind(path).with_context(attempt)?;
+    sys::refuse_descriptors(&listener).with_context(attempt)?;
     let mode = if readers.is_some() { 0o666 } else { 0o660 };
     fs::set_permissions(path, fs::Permissions::from_mode(mode)).with_context(attempt)?;
     if let Ok(Some(group)) = Group::from_name(GROUP) {
@@ -111,11 +115,15 @@ pub fn adopt(socket: OwnedFd, path: &Path) -> anyhow::Result<UnixListener> {
         bail!("{}: it is bound to {bound:?}; make ListenStream= of the socket unit and --socket the same", attempt());
     }
     listener.set_nonblocking(true).with_context(attempt)?;
+    sys::refuse_descriptors(&listener).with_context(attempt)?;
     UnixListener::from_std(listener).with_context(attempt)
 }
 
 /// The one request that only looks, and yet is not for [`Readers`].
 const EVENTS: &str = "/v1/events";
+
+/// Everybody who can connect can cause this line.
+static REFUSED: LogLimit = LogLimit::new();
 
 /// Answers requests until told to stop.
 ///
@@ -170,6 +178,10 @@ pub async fn serve(
             () = &mut stopped => break,
         }
     }
+    // Who is not accepted yet may have passed something.
+    if let Ok(listener) = listener.into_std() {
+        closing::close(u32::MAX, vec![listener.into()]);
+    }
     connections.close();
     connections.wait().await;
     Ok(())
@@ -198,7 +210,9 @@ async fn permit(
     if is_open && readers.is_some_and(|readers| readers.include(&peer)) {
         return read_limiter.take(next.run(request)).await;
     }
-    info!("refused user {} at the control socket", peer.uid);
+    if let Some(left_out) = REFUSED.next() {
+        info!("refused user {} at the control socket{left_out}", peer.uid);
+    }
     Problem::new(ProblemKind::NotPermitted, format!("user {} may not control anyportd", peer.uid))
         .hint(format!("become root or a member of the group {GROUP}"))
         .into_response()

@@ -3,7 +3,7 @@
 use std::{
     future::pending,
     sync::Arc,
-    thread::{self, JoinHandle},
+    thread::JoinHandle,
     time::{Duration, Instant},
 };
 
@@ -54,9 +54,6 @@ impl Node {
         let agent = agent(fleet, Daemon { control: Handle::current(), engine }, board, state);
         let (stop, mut stopped) = watch::channel(());
         let work = move || {
-            if let Err(error) = privileges::for_others() {
-                return error!("stay out of the fleet: give the capabilities up: {error}");
-            }
             // Made here: where it is dropped, tokio takes no blocking, as there is in async code.
             let runtime = match Builder::new_current_thread().enable_all().build() {
                 Ok(runtime) => runtime,
@@ -72,7 +69,7 @@ impl Node {
             // A name may be looked up at this moment, which nobody has to wait for.
             runtime.shutdown_background();
         };
-        let thread = thread::Builder::new().name("anyport-fleet".into()).spawn(work);
+        let thread = privileges::start_thread("anyport-fleet", privileges::for_others, work);
         Ok(Self { stop: Some(stop), thread: Some(thread.context("start a thread for the fleet")?) })
     }
 }

@@ -16,6 +16,7 @@ use tokio::{
     sync::watch,
     time::{MissedTickBehavior, interval, sleep},
 };
+use tokio_util::task::AbortOnDropHandle;
 use tracing::{error, info, warn};
 
 #[cfg(feature = "fleet")]
@@ -26,6 +27,7 @@ use crate::{
     engine::{Engine, Shared},
     keeper::{self, Begin, Command, Commands, Link},
     lock::Lock,
+    logging,
     observe::{self, Observer, Servers},
     privileges, register,
     routes::News,
@@ -34,6 +36,8 @@ use crate::{
 
 /// How often the engine looks for interfaces and for connections that have ended.
 const REFRESH: Duration = Duration::from_secs(1);
+/// A command one of whose steps takes longer than this is stuck, and so is this process: another one does better.
+const LONGEST_STEP: Duration = Duration::from_mins(10);
 /// How long answers may take to leave after everything else is done.
 const LAST_ANSWERS: Duration = Duration::from_millis(200);
 
@@ -55,6 +59,8 @@ pub fn run(config: &Config, keeper: &Link) -> anyhow::Result<()> {
     if let Some(lack) = privileges::confine(config.paths(), config.steering)? {
         warn!("{lack}");
     }
+    // Confined as this thread is.
+    logging::write_aside()?;
     Engine::check(config)?;
     raise_descriptor_limit();
     let begin = keeper.wait_for_begin()?;
@@ -63,7 +69,7 @@ pub fn run(config: &Config, keeper: &Link) -> anyhow::Result<()> {
             "the process that served before failed ({crash}); connections that it had are lost, new connections have waited"
         );
     }
-    let lock = Lock::take()?;
+    let lock = Lock::take(&config.state_dir)?;
     let workers = Workers::start(config.workers)?;
     // While a long command keeps one of them busy, another one answers.
     let control = runtime::Builder::new_multi_thread()
@@ -171,7 +177,8 @@ async fn control_loop(
     let (stop, stopped) = watch::channel(false);
     let handover = Handover::new(keeper.clone());
     let (shared, readers) = (Arc::clone(&engine), config.readers.clone());
-    let server = tokio::spawn(control::serve(listener, shared, observer, handover.clone(), readers, stopped));
+    let server =
+        tokio::spawn(control::serve(listener, shared, Arc::clone(&observer), handover.clone(), readers, stopped));
     let registrar = tokio::spawn(registrar::serve(registering, Arc::clone(&engine)));
     let watcher = tokio::spawn(keep_looking(Arc::clone(&engine), hangup));
     #[cfg(feature = "fleet")]
@@ -180,6 +187,7 @@ async fn control_loop(
         None => None,
     };
     keeper.ready();
+    let alive = AbortOnDropHandle::new(tokio::spawn(report_alive(keeper.clone(), observer)));
     info!("ready at {}; next: anyportctl add-prefix PREFIX", config.socket.display());
 
     let end = ends.wait(&handover).await;
@@ -212,9 +220,23 @@ async fn control_loop(
         info!("stopped; steering stays in the kernel, where the next start takes it over");
         return Ok(());
     }
+    drop(alive);
     keeper.left();
     drain(&left?, drain_timeout, &mut ends).await;
     Ok(())
+}
+
+/// Tells the keeper every second that this process goes on, as long as it does.
+async fn report_alive(keeper: Link, observer: Arc<Observer>) {
+    let mut timer = interval(REFRESH);
+    timer.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        timer.tick().await;
+        match observer.alive_within(LONGEST_STEP).await {
+            Ok(_) => keeper.alive(),
+            Err(why) => error!("the keeper is not told that this process goes on: {why}"),
+        }
+    }
 }
 
 /// Waits for the end of the connections that this process has.

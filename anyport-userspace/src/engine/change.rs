@@ -9,7 +9,10 @@ impl Engine {
     pub(super) async fn change(&mut self, change: Change, keep: Keep) -> Result<Change, Problem> {
         let transition = self.desired.begin(change)?;
         match self.carry_out(&transition, keep).await {
-            Ok(()) => Ok(self.desired.finish(transition)),
+            Ok(()) => {
+                self.services.measure_descriptors();
+                Ok(self.desired.finish(transition))
+            }
             Err(error) => {
                 self.desired.roll_back(transition);
                 self.kernel.roll_back(&self.desired);

@@ -119,7 +119,13 @@ impl Engine {
     }
 
     /// What to say where the kernel decides otherwise than the rules demand.
-    fn doubt(&self, decided: &Decided, transport: Transport, source: IpAddr, to: SocketAddr) -> Option<String> {
+    pub(super) fn doubt(
+        &self,
+        decided: &Decided,
+        transport: Transport,
+        source: IpAddr,
+        to: SocketAddr,
+    ) -> Option<String> {
         let (demanded, number) = match decide(self.desired.rules(), to.ip(), transport, to.port(), source) {
             Decision::Unmatched => (&[Fate::Unmatched][..], None),
             Decision::Host(rule) => (&[Fate::Host][..], Some(rule.number)),
@@ -217,7 +223,7 @@ fn text_of(sources: &SourceLists, source: IpAddr) -> String {
     }
 }
 
-fn loopback(is_ipv4: bool) -> IpAddr {
+pub(super) fn loopback(is_ipv4: bool) -> IpAddr {
     if is_ipv4 { Ipv4Addr::LOCALHOST.into() } else { Ipv6Addr::LOCALHOST.into() }
 }
 

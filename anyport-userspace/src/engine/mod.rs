@@ -10,6 +10,7 @@
 mod apply;
 mod change;
 mod commands;
+mod decisions;
 mod desired;
 mod difference;
 mod drain;
@@ -36,8 +37,8 @@ use tokio::sync::Notify;
 use tracing::error;
 
 use self::{
-    apply::Unconfirmed, desired::Desired, dropping::Dropping, kept::Kept, kernel::Kernel, reload::Settings,
-    served::Served, services::Services,
+    apply::Unconfirmed, decisions::Decisions, desired::Desired, dropping::Dropping, kept::Kept, kernel::Kernel,
+    reload::Settings, served::Served, services::Services,
 };
 pub use self::{
     kernel::Connected,
@@ -67,6 +68,8 @@ pub struct Engine {
     served: Served,
     /// What is dropped that should be served.
     dropping: Dropping,
+    /// Which rules the programs are asked about next.
+    decisions: Decisions,
     /// What the status says of the fleet, if this node belongs to one.
     fleet: Option<Arc<FleetBoard>>,
     /// How far a long command is.
@@ -118,6 +121,7 @@ impl Engine {
         if let Err(error) = self.kernel.refresh() {
             error!("look again at interfaces and sockets: {error:#}");
         }
+        self.check_decisions();
         self.kernel.reconcile(&self.desired, &self.services, self.settings.config().mend).await;
         self.dropping.look(Facts { desired: &self.desired, services: &self.services, kernel: &self.kernel });
         self.judge();

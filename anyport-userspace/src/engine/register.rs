@@ -1,6 +1,6 @@
 //! Sockets that other processes register: what they ask for, and what becomes of it.
 
-use std::{collections::HashSet, os::fd::OwnedFd, sync::Arc, time::Instant};
+use std::{collections::HashSet, sync::Arc, time::Instant};
 
 use tracing::{error, info};
 
@@ -11,11 +11,16 @@ use super::{
 };
 use crate::{
     api::{Changed, Peer, Problem, ProblemKind},
+    closing::PassedFd,
+    log_limit::LogLimit,
     register::{Candidate, Registered, Unregister, choose},
     rules::{Change, ServiceName},
     service::{HandlerKind, ServiceConfig},
     steering::BackEnd,
 };
+
+/// Owners can cause these lines.
+static REGISTERED: LogLimit = LogLimit::new();
 
 impl Engine {
     /// Refuses those who may not register sockets for the service, and services for which nobody can.
@@ -84,8 +89,8 @@ impl Engine {
         // Where it gets nothing, others may have taken the socket out of the kernel's map.
         let is_same = changed == 0 && self.dropping.fault_of(service, self.kernel.back_end()).is_none();
         self.replace_registrations(service, before, after, is_same).await?;
-        if !is_same {
-            info!("service {service}: the process {pid} registered {changed} sockets");
+        if !is_same && let Some(left_out) = REGISTERED.next() {
+            info!("service {service}: the process {pid} registered {changed} sockets{left_out}");
         }
         Ok(self.changed(changed, Vec::new()))
     }
@@ -122,7 +127,7 @@ impl Engine {
     ///
     /// # Errors
     /// See [`ProblemKind`].
-    pub fn answer_for(&mut self, service: &ServiceName, peer: &Peer, connection: OwnedFd) -> Result<Changed, Problem> {
+    pub fn answer_for(&mut self, service: &ServiceName, peer: &Peer, connection: PassedFd) -> Result<Changed, Problem> {
         self.expect_registrant(service, peer)?;
         self.services.answer_for(service, connection, self.kernel.published())?;
         Ok(self.changed(0, Vec::new()))

@@ -10,6 +10,7 @@ use tracing::error;
 
 use super::{
     Connected, Engine,
+    decisions::Decisions,
     desired::{Desired, Drains},
     dropping::Dropping,
     kept::Kept,
@@ -111,6 +112,7 @@ impl Engine {
             unconfirmed: None,
             served: Served::default(),
             dropping: Dropping::default(),
+            decisions: Decisions::default(),
             fleet: config.fleet_view().map(|view| Arc::new(FleetBoard::new(view, &fleet_state))),
             progress: Arc::default(),
             kept: Kept::new(store, fleet_state),

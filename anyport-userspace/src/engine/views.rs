@@ -108,6 +108,7 @@ impl Engine {
 
     pub(super) fn status_with(&self, Sums(sums): &Sums<'_>) -> Result<StatusView, Problem> {
         let stats: Vec<_> = self.services.iter().map(|(_, it)| it).map(|running| running.service().stats()).collect();
+        let descriptors = &self.services.context().descriptors;
         Ok(StatusView {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             pid: std::process::id(),
@@ -124,6 +125,8 @@ impl Engine {
             max_rules: self.config().max_rules,
             bytes: self.kernel.bytes(),
             services: self.services.iter().len(),
+            client_descriptors: descriptors.size(),
+            client_descriptors_in_use: descriptors.size() - descriptors.free(),
             interfaces: self.kernel.interfaces(),
             draining: self.kernel.draining(),
             totals: Totals {

@@ -68,7 +68,8 @@ impl Owner {
     }
 }
 
-/// The name of a process. Anybody can give his a name with line feeds and orders to the terminal, so that those are escaped.
+/// The name of a process. Anybody can give his a name with line feeds, which are escaped here, and with other characters that are not
+/// seen, which are escaped wherever texts are shown.
 pub(crate) fn process_name(pid: u32) -> Option<String> {
     let name = fs::read(format!("/proc/{pid}/comm")).ok()?;
     let name = String::from_utf8_lossy(name.strip_suffix(b"\n").unwrap_or(&name)).into_owned();

@@ -5,10 +5,7 @@ use std::{
     env,
     ffi::OsString,
     io,
-    os::{
-        fd::{AsFd as _, OwnedFd},
-        unix::process::ExitStatusExt as _,
-    },
+    os::{fd::AsFd as _, unix::process::ExitStatusExt as _},
     path::{Path, PathBuf},
     process::{ExitCode, ExitStatus},
     sync::Arc,
@@ -25,23 +22,32 @@ use nix::{
 use tokio::{
     runtime::Builder,
     signal::unix::{SignalKind, signal},
-    sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel},
+    sync::mpsc::{Receiver, Sender, channel},
     task::spawn_blocking,
-    time::{Instant, sleep_until},
+    time::{Instant, MissedTickBehavior, interval, sleep_until},
 };
 
 use super::{
     Begin, CONTROL, Order, Report,
+    executable::{Executable, Trust},
     server::{News, Server},
     systemd,
 };
-use crate::steering::choose::Remembered;
+use crate::{closing::PassedFd, steering::choose::Remembered};
 
 /// Between the starts of servers that crash.
 const SHORTEST_PAUSE: Duration = Duration::from_millis(100);
 /// Before another try where one could not even start. It is doubled each time.
 const FIRST_PAUSE: Duration = Duration::from_millis(500);
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+/// How often it is looked whether servers go on.
+const TICK: Duration = Duration::from_secs(1);
+/// What servers have said and the keeper has not heard yet.
+const MAX_NEWS: usize = 64;
+/// Sockets that are kept at most, which is what the unit has systemd keep.
+const MAX_KEPT: usize = 16_384;
+/// Bytes of the longest name of one.
+const LONGEST_NAME: usize = 100;
 /// For how long no server may serve until new connections had better go to another node.
 const LASTING: Duration = Duration::from_secs(10);
 
@@ -57,11 +63,11 @@ const LASTING: Duration = Duration::from_secs(10);
 ///
 /// # Errors
 /// The kernel refuses the first process.
-pub fn keep(fetched: Vec<(String, OwnedFd)>, given_up: impl Fn() + Send + Sync + 'static) -> io::Result<ExitCode> {
+pub fn keep(fetched: Vec<(String, PassedFd)>, given_up: impl Fn() + Send + Sync + 'static) -> io::Result<ExitCode> {
     // Each socket of a service is a descriptor here too.
     getrlimit(Resource::RLIMIT_NOFILE).and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard)).ok();
     let runtime = Builder::new_current_thread().enable_all().build()?;
-    let (news, heard) = unbounded_channel();
+    let (news, heard) = channel(MAX_NEWS);
     let code = runtime.block_on(async { Keeper::new(news, fetched, Arc::new(given_up))?.run(heard).await });
     // Threads that still listen to servers end with the process.
     runtime.shutdown_background();
@@ -69,18 +75,19 @@ pub fn keep(fetched: Vec<(String, OwnedFd)>, given_up: impl Fn() + Send + Sync +
 }
 
 struct Keeper {
-    sockets: BTreeMap<String, OwnedFd>,
+    sockets: BTreeMap<String, PassedFd>,
     arguments: Vec<OsString>,
     /// Where the executable was at the start: another version may be there by now.
     place: PathBuf,
     /// What servers are started from: this very executable, even when it has been replaced, or the one that took over.
-    executable: PathBuf,
+    executable: Executable,
+    trust: Trust,
     /// The one that serves or is about to.
     serving: Option<Server>,
     /// One that is to take over, with its executable.
-    next: Option<(Server, PathBuf)>,
+    next: Option<(Server, Executable)>,
     /// What the server was started from whose place the one that serves has taken, until that one is ready.
-    previous: Option<PathBuf>,
+    previous: Option<Executable>,
     /// Those that accept nothing any more, and serve the connections that they have.
     leaving: Vec<Server>,
     /// Servers that have begun.
@@ -106,7 +113,7 @@ struct Keeper {
     /// By then a server has to serve again, after a crash.
     give_up_at: Option<Instant>,
     given_up: Arc<dyn Fn() + Send + Sync>,
-    news: UnboundedSender<(Pid, News)>,
+    news: Sender<(Pid, News)>,
 }
 
 /// Which servers have served clients so far.
@@ -121,8 +128,8 @@ enum ServedBy {
 
 impl Keeper {
     fn new(
-        news: UnboundedSender<(Pid, News)>,
-        fetched: Vec<(String, OwnedFd)>,
+        news: Sender<(Pid, News)>,
+        fetched: Vec<(String, PassedFd)>,
         given_up: Arc<dyn Fn() + Send + Sync>,
     ) -> io::Result<Self> {
         let mut sockets = systemd::kept();
@@ -133,7 +140,8 @@ impl Keeper {
             sockets,
             arguments: env::args_os().skip(1).collect(),
             place: env::current_exe()?,
-            executable: PathBuf::from("/proc/self/exe"),
+            executable: Executable::own(),
+            trust: Trust::of_process()?,
             serving: None,
             next: None,
             previous: None,
@@ -155,18 +163,21 @@ impl Keeper {
     }
 
     /// Until nobody serves any more.
-    async fn run(mut self, mut heard: UnboundedReceiver<(Pid, News)>) -> io::Result<u8> {
+    async fn run(mut self, mut heard: Receiver<(Pid, News)>) -> io::Result<u8> {
         let mut terminate = signal(SignalKind::terminate())?;
         let mut interrupt = signal(SignalKind::interrupt())?;
         let mut replace = signal(SignalKind::user_defined2())?;
         let mut reload = signal(SignalKind::hangup())?;
         self.serving = Some(self.start(&self.executable)?);
+        let mut tick = interval(TICK);
+        tick.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             tokio::select! {
+                _ = tick.tick() => self.tick(),
                 Some((pid, news)) = heard.recv() => self.hear(pid, news),
                 _ = terminate.recv() => self.stop(),
                 _ = interrupt.recv() => self.stop(),
-                _ = replace.recv() => self.replace(self.place.clone()),
+                _ = replace.recv() => self.replace(&self.place.clone()),
                 _ = reload.recv() => self.reload(),
                 () = sleep_until(self.restart_at.unwrap_or_else(Instant::now)), if self.restart_at.is_some() => {
                     self.start_again();
@@ -186,8 +197,16 @@ impl Keeper {
         }
     }
 
-    fn start(&self, executable: &Path) -> io::Result<Server> {
-        Server::start(executable, &self.arguments, self.news.clone())
+    fn start(&self, executable: &Executable) -> io::Result<Server> {
+        Server::start(&executable.path(), &self.arguments, self.news.clone())
+    }
+
+    fn tick(&mut self) {
+        let next = self.next.iter_mut().map(|(next, _)| next);
+        self.serving.iter_mut().chain(next).chain(&mut self.leaving).for_each(Server::tick);
+        if systemd::is_there() && !self.serving.as_ref().is_some_and(Server::is_stuck) {
+            systemd::alive();
+        }
     }
 
     fn hear(&mut self, pid: Pid, news: News) {
@@ -205,13 +224,14 @@ impl Keeper {
         }
     }
 
-    fn hear_serving(&mut self, report: Report, socket: Option<OwnedFd>) {
+    fn hear_serving(&mut self, report: Report, socket: Option<PassedFd>) {
         let Some(server) = &mut self.serving else { return };
         match report {
             Report::Prepared => self.begin(),
             Report::Keep(name) => {
+                let is_possible = self.sockets.len() < MAX_KEPT && is_name(&name);
                 // A server that goes on with kept sockets has them kept once more.
-                if let (Some(socket), Entry::Vacant(place)) = (socket, self.sockets.entry(name)) {
+                if let (Some(socket), true, Entry::Vacant(place)) = (socket, is_possible, self.sockets.entry(name)) {
                     if systemd::is_there() {
                         systemd::keep(place.key(), socket.as_fd());
                     }
@@ -235,8 +255,9 @@ impl Keeper {
                     server.signal(Signal::SIGHUP);
                 }
             }
+            Report::Alive => server.note_alive(),
             Report::Failed(why) => server.failure = Some(why),
-            Report::Replace(executable) => self.replace(executable),
+            Report::Replace(executable) => self.replace(&executable),
             Report::Remember(remembered) => self.remembered = Some(remembered),
             Report::Left => self.hand_over(),
         }
@@ -282,11 +303,15 @@ impl Keeper {
     }
 
     /// Has another executable take over, as soon as it has shown that it could.
-    fn replace(&mut self, executable: PathBuf) {
+    fn replace(&mut self, path: &Path) {
+        let start = |executable: Executable| match self.start(&executable) {
+            Ok(next) => Ok((next, executable)),
+            Err(error) => Err(error.to_string()),
+        };
         let why = match &self.serving {
-            Some(serving) if serving.is_ready && self.next.is_none() => match self.start(&executable) {
-                Ok(next) => return self.next = Some((next, executable)),
-                Err(error) => format!("start {}: {error}", executable.display()),
+            Some(serving) if serving.is_ready && self.next.is_none() => match self.trust.open(path).and_then(start) {
+                Ok(next) => return self.next = Some(next),
+                Err(error) => format!("start {}: {error}", path.display()),
             },
             _ => "another server is about to start already".to_owned(),
         };
@@ -301,7 +326,8 @@ impl Keeper {
 
     /// The one that serves has left, so the next one begins.
     fn hand_over(&mut self) {
-        let left = self.serving.take();
+        let mut left = self.serving.take();
+        left.iter_mut().for_each(Server::note_left);
         if self.is_restarting {
             return;
         }
@@ -317,7 +343,7 @@ impl Keeper {
     fn next_ended(&mut self, status: ExitStatus) {
         if let Some((next, executable)) = self.next.take() {
             let why = next.failure.unwrap_or_else(|| end_in_words(status));
-            self.say_not_replaced(format!("{}: {why}", executable.display()));
+            self.say_not_replaced(format!("{}: {why}", executable.name().display()));
         }
     }
 
@@ -354,7 +380,7 @@ impl Keeper {
             }
             // New connections wait meanwhile.
             Err(error) => {
-                self.crash = Some(format!("start {}: {error}", self.executable.display()));
+                self.crash = Some(format!("start {}: {error}", self.executable.name().display()));
                 self.restart_at = Some(Instant::now() + LONGEST_PAUSE);
             }
         }
@@ -373,20 +399,24 @@ impl Keeper {
                 _ => self.serving = None,
             };
         }
-        if let Some(serving) = &self.serving {
-            serving.signal(Signal::SIGTERM);
+        if let Some(serving) = &mut self.serving {
+            serving.stop();
         }
         self.end_others();
     }
 
     fn end_others(&mut self) {
+        // What was about to take over has nothing to lose.
         if let Some((next, _)) = self.next.take() {
-            next.signal(Signal::SIGTERM);
+            next.signal(Signal::SIGKILL);
         }
-        for server in &self.leaving {
-            server.signal(Signal::SIGTERM);
-        }
+        self.leaving.iter_mut().for_each(Server::stop);
     }
+}
+
+/// Whether a service manager can give it back.
+fn is_name(name: &str) -> bool {
+    (1..=LONGEST_NAME).contains(&name.len()) && name.bytes().all(|byte| byte.is_ascii_graphic())
 }
 
 /// As shells have it.

@@ -8,7 +8,6 @@ use std::{
     os::fd::{AsFd as _, BorrowedFd, OwnedFd},
     path::Path,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    thread,
 };
 
 use anyhow::Context as _;
@@ -18,10 +17,14 @@ use tracing::{debug, warn};
 
 use super::{AT_STDIN, Order, Report, VARIABLE};
 use crate::{
+    closing::{Message, PassedFd, receive},
     privileges,
-    scm_rights::{Message, put, receive},
+    scm_rights::put,
     steering::choose::Remembered,
 };
+
+/// What the keeper passes may be sockets of others that were registered.
+const OF_KEEPER: u32 = u32::MAX - 1;
 
 /// How a server begins.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -76,7 +79,7 @@ pub struct Link(Option<Arc<Shared>>);
 struct Shared {
     socket: OwnedFd,
     /// What was kept and nobody has asked for yet.
-    kept: Mutex<BTreeMap<String, OwnedFd>>,
+    kept: Mutex<BTreeMap<String, PassedFd>>,
 }
 
 impl Link {
@@ -124,24 +127,23 @@ impl Link {
     pub fn commands(&self) -> anyhow::Result<Commands> {
         let Some(shared) = self.0.clone() else { return Ok(Commands(None)) };
         let (sender, receiver) = unbounded_channel();
-        let listen = move || {
-            if let Err(error) = privileges::for_others() {
-                warn!("give up the capabilities of a thread: {error}");
-            }
-            shared.listen(&sender);
-        };
-        thread::Builder::new().name("anyport-keeper".into()).spawn(listen).context("listen to the keeper")?;
+        privileges::start_thread("anyport-keeper", privileges::for_others, move || shared.listen(&sender))
+            .context("listen to the keeper")?;
         Ok(Commands(Some(receiver)))
     }
 
-    /// The sockets whose names begin like this, which were kept for a server before. The rest of the names is in the order of the names.
+    /// Our own sockets whose names begin like this, which were kept for a server before. The rest of the names is in the order of the names.
     pub fn take(&self, prefix: &str) -> Vec<OwnedFd> {
         let Some(shared) = &self.0 else { return Vec::new() };
-        shared.kept().extract_if(prefix.to_owned().., |name, _| name.starts_with(prefix)).map(|(_, fd)| fd).collect()
+        shared
+            .kept()
+            .extract_if(prefix.to_owned().., |name, _| name.starts_with(prefix))
+            .map(|(_, fd)| fd.into_own())
+            .collect()
     }
 
     /// The socket of exactly this name, if one was kept for a server before.
-    pub fn take_one(&self, name: &str) -> Option<OwnedFd> {
+    pub fn take_one(&self, name: &str) -> Option<PassedFd> {
         self.0.as_ref()?.kept().remove(name)
     }
 
@@ -167,6 +169,11 @@ impl Link {
     /// Tells the keeper that steering is active.
     pub fn ready(&self) {
         self.report(&Report::Ready, None);
+    }
+
+    /// Tells the keeper that this process goes on. One that has begun to say so and does not any more is killed.
+    pub fn alive(&self) {
+        self.report(&Report::Alive, None);
     }
 
     /// Tells that another server may begin.
@@ -204,14 +211,14 @@ impl Link {
 }
 
 impl Shared {
-    fn kept(&self) -> MutexGuard<'_, BTreeMap<String, OwnedFd>> {
+    fn kept(&self) -> MutexGuard<'_, BTreeMap<String, PassedFd>> {
         self.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The next order that this version understands, with the descriptors beside it.
-    fn next(&self) -> io::Result<(Order, Vec<OwnedFd>)> {
+    fn next(&self) -> io::Result<(Order, Vec<PassedFd>)> {
         loop {
-            let Message { text, descriptors, is_cut_off } = receive(&self.socket)?;
+            let Message { text, descriptors, is_cut_off } = receive(&self.socket, OF_KEEPER)?;
             if is_cut_off {
                 return Err(io::Error::other("its sockets are more than the limit of open files allows (ulimit -n)"));
             }
@@ -250,13 +257,14 @@ mod tests {
     };
 
     use super::{Link, Shared};
+    use crate::closing::PassedFd;
 
     /// Cookies of sockets stand at the end of names.
     #[test]
     fn take_one_compares_the_whole_name() {
-        let null = || File::open("/dev/null").unwrap().into();
-        let kept = BTreeMap::from(["web 12", "web 120"].map(|name| (name.to_owned(), null())));
-        let link = Link(Some(Arc::new(Shared { socket: null(), kept: Mutex::new(kept) })));
+        let null = || File::open("/dev/null").unwrap();
+        let kept = BTreeMap::from(["web 12", "web 120"].map(|name| (name.to_owned(), PassedFd::new(null(), 0))));
+        let link = Link(Some(Arc::new(Shared { socket: null().into(), kept: Mutex::new(kept) })));
         assert!(link.take_one("web 1").is_none());
         assert!(link.take_one("web 12").is_some() && link.take_one("web 12").is_none());
         assert_eq!(link.take("web ").len(), 1, "120 is still there");

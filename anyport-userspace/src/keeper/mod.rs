@@ -9,6 +9,7 @@
 //! Both communicate over a pair of sockets, in messages of JSON with descriptors beside them: `Report` and `Order`. They may be of
 //! different versions of anyport, so what is unknown is ignored, and what is there keeps its meaning.
 
+mod executable;
 mod host;
 mod link;
 mod server;
@@ -45,6 +46,8 @@ enum Report {
     Ready,
     /// It accepts nothing any more and holds no lock; connections that it has go on.
     Left,
+    /// It goes on: said every second from the time on when it serves.
+    Alive,
     /// It can't start, or not go on.
     Failed(String),
     /// Another executable is to take over.

@@ -16,16 +16,27 @@ use nix::{
     },
     unistd::Pid,
 };
-use tokio::{process::Command, sync::mpsc::UnboundedSender, task::spawn_blocking, time::Instant};
+use tokio::{process::Command, sync::mpsc::Sender, task::spawn_blocking, time::Instant};
 
 use super::{AT_STDIN, Order, Report, VARIABLE};
-use crate::scm_rights::{MAX_DESCRIPTORS, Message, put, receive};
+use crate::{
+    closing::{Message, PassedFd, receive},
+    scm_rights::{MAX_DESCRIPTORS, put},
+};
+
+/// Seconds without a sign of life after which a server that gives them is killed.
+const SILENCE: u32 = 15;
+/// And one that gives none, after it was told to end.
+const LONGEST_STOP: u32 = 60;
+
+/// What servers pass waits for nothing but what they have passed before.
+pub(super) const OF_SERVERS: u32 = u32::MAX - 1;
 
 /// What has become of a server, or what it said.
 #[derive(Debug)]
 pub(super) enum News {
     /// It said this, and sent this beside it.
-    Said(Report, Option<OwnedFd>),
+    Said(Report, Option<PassedFd>),
     /// It ended. Whatever it said came before.
     Ended(ExitStatus),
 }
@@ -37,6 +48,12 @@ pub(super) struct Server {
     pub(super) started: Instant,
     /// Whether its steering is active.
     pub(super) is_ready: bool,
+    /// Whether it says every second that it goes on.
+    pub(super) reports_alive: bool,
+    /// Whether it was told to end.
+    is_stopping: bool,
+    /// For how many seconds of the keeper's it has not said that it goes on, since it does or was told to end.
+    silent: u32,
     /// Why it ends, by its own words.
     pub(super) failure: Option<String>,
     socket: Arc<OwnedFd>,
@@ -44,11 +61,7 @@ pub(super) struct Server {
 
 impl Server {
     /// Starts `executable`, which tells its news with its pid.
-    pub(super) fn start(
-        executable: &Path,
-        arguments: &[OsString],
-        news: UnboundedSender<(Pid, News)>,
-    ) -> io::Result<Self> {
+    pub(super) fn start(executable: &Path, arguments: &[OsString], news: Sender<(Pid, News)>) -> io::Result<Self> {
         let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
         let mut process =
             Command::new(executable).arg0("anyportd").args(arguments).env(VARIABLE, AT_STDIN).stdin(theirs).spawn()?;
@@ -61,10 +74,19 @@ impl Server {
             debug_assert!(listened.is_ok(), "listening does not panic");
             if let Ok(status) = process.wait().await {
                 // Nobody is left to hear it only when the keeper itself ends.
-                news.send((pid, News::Ended(status))).ok();
+                news.send((pid, News::Ended(status))).await.ok();
             }
         });
-        Ok(Self { pid, started: Instant::now(), is_ready: false, failure: None, socket })
+        Ok(Self {
+            pid,
+            started: Instant::now(),
+            is_ready: false,
+            reports_alive: false,
+            is_stopping: false,
+            silent: 0,
+            failure: None,
+            socket,
+        })
     }
 
     /// Tells it something. One that does not listen any more will soon be known to have ended.
@@ -74,7 +96,7 @@ impl Server {
     }
 
     /// Gives it what is kept.
-    pub(super) fn give<'a>(&self, kept: impl Iterator<Item = (&'a String, &'a OwnedFd)>) {
+    pub(super) fn give<'a>(&self, kept: impl Iterator<Item = (&'a String, &'a PassedFd)>) {
         /// Names have 100 bytes at most, so that these fit into a message.
         const AT_ONCE: usize = 100;
         const { assert!(AT_ONCE <= MAX_DESCRIPTORS) };
@@ -86,6 +108,42 @@ impl Server {
         }
     }
 
+    /// Has it end. One that does not is killed after a while.
+    pub(super) fn stop(&mut self) {
+        (self.is_stopping, self.silent) = (true, 0);
+        self.signal(Signal::SIGTERM);
+    }
+
+    /// It goes on.
+    pub(super) fn note_alive(&mut self) {
+        (self.reports_alive, self.silent) = (true, 0);
+    }
+
+    /// It serves the connections that it has, and says nothing any more.
+    pub(super) fn note_left(&mut self) {
+        (self.reports_alive, self.silent) = (false, 0);
+    }
+
+    /// A second is over. A server that is stopped or stuck is killed: another one goes on with what it had. Seconds in which the keeper did
+    /// not run either, such as those of a host that sleeps, do not count.
+    pub(super) fn tick(&mut self) {
+        let limit = if self.reports_alive { SILENCE } else { LONGEST_STOP };
+        if !self.reports_alive && !self.is_stopping {
+            return;
+        }
+        self.silent = self.silent.saturating_add(1);
+        if self.silent == limit {
+            let why = format!("it did not answer for {limit} s and was killed");
+            self.failure.get_or_insert(why);
+            self.signal(Signal::SIGKILL);
+        }
+    }
+
+    /// Whether it does not answer, and does not end either.
+    pub(super) fn is_stuck(&self) -> bool {
+        self.silent > SILENCE
+    }
+
     pub(super) fn signal(&self, signal: Signal) {
         // It may have ended already.
         kill(self.pid, signal).ok();
@@ -93,14 +151,15 @@ impl Server {
 }
 
 /// Passes on what a server says until it closes its end.
-fn listen(socket: &OwnedFd, pid: Pid, news: &UnboundedSender<(Pid, News)>) {
-    while let Ok(Message { text, mut descriptors, .. }) = receive(socket) {
+fn listen(socket: &OwnedFd, pid: Pid, news: &Sender<(Pid, News)>) {
+    while let Ok(Message { text, mut descriptors, .. }) = receive(socket, OF_SERVERS) {
         if text.is_empty() {
             return;
         }
         // A later version may say what is unknown here.
         let Ok(report) = serde_json::from_slice(&text) else { continue };
-        if news.send((pid, News::Said(report, descriptors.pop()))).is_err() {
+        // One that says more than the keeper can hear waits for it.
+        if news.blocking_send((pid, News::Said(report, descriptors.pop()))).is_err() {
             return;
         }
     }

@@ -3,13 +3,14 @@
 use std::{
     collections::BTreeMap,
     env, fs, io,
-    os::fd::{BorrowedFd, OwnedFd, RawFd},
+    os::fd::{BorrowedFd, RawFd},
     process::{self, Command},
 };
 
 use sd_notify::NotifyState;
 
-use crate::sys;
+use super::server::OF_SERVERS;
+use crate::{closing::PassedFd, sys};
 
 /// Where `Type=notify` units find the manager's socket (`sd_notify(3)`).
 const SOCKET: &str = "NOTIFY_SOCKET";
@@ -22,7 +23,7 @@ pub(super) fn is_there() -> bool {
 }
 
 /// The sockets that the manager has kept (`LISTEN_FDS`), by the names under which it was given them. To be called once.
-pub(super) fn kept() -> BTreeMap<String, OwnedFd> {
+pub(super) fn kept() -> BTreeMap<String, PassedFd> {
     let names = match passed_names(|name| env::var(name).ok()) {
         Ok(names) => names,
         Err(error) => {
@@ -31,7 +32,10 @@ pub(super) fn kept() -> BTreeMap<String, OwnedFd> {
         }
     };
     let numbers = LISTEN_FDS_START..;
-    numbers.zip(names).filter_map(|(number, name)| Some((name, sys::take_inherited(number)?))).collect()
+    numbers
+        .zip(names)
+        .filter_map(|(number, name)| Some((name, PassedFd::new(sys::take_inherited(number)?, OF_SERVERS))))
+        .collect()
 }
 
 /// The names of the descriptors that were passed to this process, as the environment has them (`sd_listen_fds(3)`).
@@ -66,6 +70,13 @@ pub(super) fn forget(name: &str) {
 /// Tells that connections are served.
 pub(super) fn ready() {
     complain(sd_notify::notify(&[NotifyState::Ready]));
+}
+
+/// Tells that this process and the server go on, if the manager wants to know (`WatchdogSec=`).
+pub(super) fn alive() {
+    if env::var_os("WATCHDOG_USEC").is_some() {
+        complain(sd_notify::notify(&[NotifyState::Watchdog]));
+    }
 }
 
 /// Whether the unit of this process is being restarted rather than stopped: only its job says so. Without an answer it is stopped.

@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use tokio::{sync::Mutex, time::timeout};
+use tokio::{runtime::Handle, sync::Mutex, time::timeout};
 
 use super::ranking::{Counts, Ranked, Ranking};
 use crate::{
@@ -40,6 +40,8 @@ const LIMITS: Limits = Limits { answer: Duration::from_secs(2), step: Duration::
 #[derive(Debug)]
 pub struct Observer {
     engine: Shared,
+    /// Where the threads of control work: what is asked of them passes through them.
+    control: Handle,
     state: Mutex<State>,
     limits: Limits,
     /// How far a long command is, once the engine has started.
@@ -97,10 +99,10 @@ impl Sample {
 }
 
 impl Observer {
-    /// Of this engine, as soon as it is there.
+    /// Of this engine, as soon as it is there. Must be called within the runtime of control.
     pub fn new(engine: Shared, servers: Servers) -> Self {
         let (state, progress, stuck) = (Mutex::default(), RwLock::default(), RwLock::default());
-        Self { engine, state, limits: LIMITS, progress, stuck, servers }
+        Self { engine, control: Handle::current(), state, limits: LIMITS, progress, stuck, servers }
     }
 
     /// The latest sample, or a new one if that is too old.
@@ -135,8 +137,22 @@ impl Observer {
 
     /// Whether control is alive: what it does if it is, what is wrong if not. One that is busy with a command is alive as long as the
     /// command goes on.
+    ///
+    /// # Errors
+    /// The threads of control do not run, or a command does not go on.
     pub(super) async fn alive(&self) -> Result<String, String> {
-        let Limits { answer, step } = self.limits;
+        self.alive_within(self.limits.step).await
+    }
+
+    /// As [`Self::alive`], where a step of a command may take so long.
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn alive_within(&self, step: Duration) -> Result<String, String> {
+        let Limits { answer, .. } = self.limits;
+        if !matches!(timeout(answer, self.control.spawn(async {})).await, Ok(Ok(()))) {
+            return Err(format!("the threads of control have not run for {answer:.0?}"));
+        }
         if let Ok(engine) = timeout(answer, self.engine.lock()).await {
             *self.stuck.write().unwrap_or_else(PoisonError::into_inner) = None;
             let progress = engine.as_ref().map(Engine::progress);

@@ -5,7 +5,7 @@ use std::{
     fmt::Write as _,
     net::{SocketAddr, TcpListener as StdListener},
     sync::Arc,
-    thread::{self, JoinHandle},
+    thread::JoinHandle,
     time::Duration,
 };
 
@@ -34,7 +34,7 @@ use super::{
     metrics,
     sample::{Observer, Sample},
 };
-use crate::api::Problem;
+use crate::{api::Problem, privileges};
 
 /// Connections at a time; others wait to be accepted.
 const MAX_CONNECTIONS: usize = 64;
@@ -91,7 +91,7 @@ impl Server {
                 }
             });
         };
-        let thread = thread::Builder::new().name("anyport-metrics".into()).spawn(work);
+        let thread = privileges::start_thread("anyport-metrics", privileges::for_others, work);
         Ok(Self { stop: Some(stop), thread: Some(thread.context("start a thread for metrics")?) })
     }
 }

@@ -7,7 +7,11 @@
 mod sandbox;
 mod user;
 
-use std::marker::PhantomData;
+use std::{
+    io,
+    marker::PhantomData,
+    thread::{self, JoinHandle},
+};
 
 use anyhow::{Context as _, bail};
 use nix::{
@@ -134,6 +138,26 @@ fn settle(permitted: CapabilitySet, effective: CapabilitySet) -> rustix::io::Res
         None,
         CapabilitySets { effective: effective & permitted, permitted, inheritable: CapabilitySet::empty() },
     )
+}
+
+/// Starts a thread that has what `limit` leaves it, one of [`for_control`], [`for_data`] and [`for_others`], before it does anything:
+/// no thread of the daemon starts in another way. One that could not give the rest up does no work.
+///
+/// # Errors
+/// The kernel refuses a thread.
+pub fn start_thread(
+    name: impl Into<String>,
+    limit: fn() -> rustix::io::Result<()>,
+    work: impl FnOnce() + Send + 'static,
+) -> io::Result<JoinHandle<()>> {
+    let name = name.into();
+    let complaint = format!("the thread {name} ends, since it can't give up capabilities");
+    let limited = move || match limit() {
+        Ok(()) => work(),
+        Err(error) => tracing::error!("{complaint}: {error}"),
+    };
+    #[expect(clippy::disallowed_methods, reason = "this is the one place where threads start")]
+    thread::Builder::new().name(name).spawn(limited)
 }
 
 /// For the first thread while the daemon starts, and for all that start from it: what the choice may need is permitted, and nothing

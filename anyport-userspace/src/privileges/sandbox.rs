@@ -13,8 +13,7 @@ use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, apply_filter, apply_
 
 use crate::{
     back_end::{BackEnd, Choice},
-    lock,
-    paths::Paths,
+    paths::{Paths, RUN_DIRECTORY},
 };
 
 /// What tproxy starts.
@@ -98,7 +97,7 @@ fn restrict_files(
     const VERSION: ABI = ABI::V3;
     let writing = AccessFs::from_write(VERSION);
     let announced = announced.and_then(Path::parent);
-    let own = [Some(lock::DIRECTORY.as_ref()), socket.parent(), Some(state_dir), Some(bpffs), announced];
+    let own = [Some(RUN_DIRECTORY.as_ref()), socket.parent(), Some(state_dir), Some(bpffs), announced];
     let own: Vec<&Path> = own.into_iter().flatten().collect();
     // What is not there yet can't be allowed. The code that needs the directory reports why it can't be made.
     let has_pins = choice != Choice::Tproxy;

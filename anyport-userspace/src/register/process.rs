@@ -21,6 +21,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::{Candidate, Listen};
 use crate::{
+    closing::PassedFd,
     host::{self, Owner},
     problem::{Problem, ProblemKind},
     rules::{Family, Protocol},
@@ -72,6 +73,7 @@ impl Process {
             Errno::PERM => not_permitted(self.pid),
             _ => Problem::new(ProblemKind::Failed, format!("fetch {}: {error}", attempt())),
         })?;
+        let fetched = PassedFd::new(fetched, self.owner());
         Candidate::new(fetched).map_err(|unfit| Problem::new(ProblemKind::Invalid, format!("{}: {unfit}", attempt())))
     }
 
@@ -134,6 +136,11 @@ impl Process {
         let mut sockets: Vec<_> = all.flatten().filter_map(|entry| socket(&entry)).collect();
         sockets.sort_unstable();
         Ok(sockets)
+    }
+
+    /// The user that it runs as, as far as that can be seen.
+    fn owner(&self) -> u32 {
+        fs::metadata(self.directory()).map_or(u32::MAX, |directory| directory.uid())
     }
 
     fn name(&self) -> String {

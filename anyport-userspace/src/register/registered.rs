@@ -2,7 +2,6 @@
 
 use std::{
     net::SocketAddr,
-    os::fd::OwnedFd,
     path::Path,
     sync::{Arc, Mutex, PoisonError},
 };
@@ -16,7 +15,7 @@ use super::{
     Candidate,
     process::{Process, Watch, holders},
 };
-use crate::{host::Owner, rules::ServiceName};
+use crate::{closing::PassedFd, host::Owner, rules::ServiceName};
 
 /// A socket that was registered, as it is found again.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -52,7 +51,7 @@ pub struct Registered {
     /// Tells when that process ends, where the kernel can tell it.
     watch: Option<Watch>,
     /// Until the socket is in the kernel's map.
-    given: Mutex<Option<Arc<OwnedFd>>>,
+    given: Mutex<Option<Arc<PassedFd>>>,
 }
 
 impl Registered {
@@ -91,7 +90,7 @@ impl Registered {
     ///
     /// # Errors
     /// Nobody does, or we may not fetch it.
-    pub fn descriptor(&self) -> anyhow::Result<Arc<OwnedFd>> {
+    pub fn descriptor(&self) -> anyhow::Result<Arc<PassedFd>> {
         if let Some(given) = &*self.given.lock().unwrap_or_else(PoisonError::into_inner) {
             return Ok(Arc::clone(given));
         }

@@ -1,16 +1,13 @@
 //! What a descriptor must be to be registered, and which packets its socket is for.
 
-use std::{
-    fmt, fs, io,
-    net::SocketAddr,
-    os::{fd::OwnedFd, unix::fs::MetadataExt as _},
-};
+use std::{fmt, fs, io, net::SocketAddr, os::unix::fs::MetadataExt as _};
 
 use anyport_common::{flow::Transport, maps::SOCKETS_PER_SERVICE};
 use nix::sys::stat::fstat;
 use socket2::{Domain, Protocol as Number, SockRef, Type};
 
 use crate::{
+    closing::PassedFd,
     privileges,
     rules::{Family, Protocol},
     sys,
@@ -20,7 +17,7 @@ use crate::{
 #[derive(Debug)]
 pub struct Candidate {
     /// The socket.
-    pub descriptor: OwnedFd,
+    pub descriptor: PassedFd,
     /// Its transport.
     pub transport: Transport,
     /// Where it is bound.
@@ -45,7 +42,7 @@ impl Candidate {
     ///
     /// # Errors
     /// It is not a listening TCP socket or an unconnected UDP socket.
-    pub fn new(descriptor: OwnedFd) -> Result<Self, Unfit> {
+    pub fn new(descriptor: PassedFd) -> Result<Self, Unfit> {
         let socket = SockRef::from(&descriptor);
         let domain = socket.domain().map_err(|error| match error.raw_os_error() {
             Some(libc::ENOTSOCK) => Unfit("it is not a socket".into()),
@@ -201,10 +198,10 @@ mod tests {
     use socket2::{Domain, Protocol, Socket, Type};
 
     use super::{Candidate, choose};
-    use crate::rules::Family;
+    use crate::{closing::PassedFd, rules::Family};
 
     fn refused(descriptor: impl Into<OwnedFd>, why: &str) {
-        let error = Candidate::new(descriptor.into()).unwrap_err().to_string();
+        let error = Candidate::new(PassedFd::new(descriptor, 0)).unwrap_err().to_string();
         assert!(error.contains(why), "{error}");
     }
 
@@ -220,7 +217,7 @@ mod tests {
     }
 
     fn candidate(socket: impl Into<OwnedFd>) -> Candidate {
-        Candidate::new(socket.into()).unwrap()
+        Candidate::new(PassedFd::new(socket, 0)).unwrap()
     }
 
     #[test]
@@ -293,7 +290,7 @@ mod tests {
     fn one_of_a_group_stands_for_it_and_two_groups_are_refused() {
         let share = |socket: &Socket| socket.set_reuse_port(true).unwrap();
         let first = candidate(bound(Type::STREAM, "127.0.0.1:0", share));
-        let again = candidate(first.descriptor.try_clone().unwrap());
+        let again = Candidate::new(first.descriptor.try_clone().unwrap()).unwrap();
         let address = first.local.to_string();
         let second = candidate(bound(Type::STREAM, &address, share));
         let udp = candidate(bound(Type::DGRAM, &address, share));

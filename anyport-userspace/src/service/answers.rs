@@ -4,25 +4,25 @@
 //! (`IP_PKTINFO`, `udp_sendmsg`); and if it were not, still from every address of the host, from a port that may take
 //! privileges. It could also hold the port for ever. So owners hand over the answers, and each is judged.
 
-use std::{
-    net::SocketAddr,
-    os::fd::{AsRawFd as _, OwnedFd},
-    sync::Arc,
-};
+use std::{net::SocketAddr, sync::Arc};
 
-use nix::{
-    errno::Errno,
-    sys::socket::{MsgFlags, recv},
-};
+use rustix::io::Errno;
 use tokio::{io::unix::AsyncFd, task::yield_now};
-use tracing::debug;
+use tracing::{debug, warn};
 
 use super::{
     AnswerGuard, LoopGuard,
+    complaints::Complaints,
     reply::UdpWorker,
     udp::{Refusal, refusal},
+    witness::Witness,
 };
-use crate::datagram::{Ends, LARGEST};
+use crate::{
+    closing::{self, PassedFd},
+    datagram::{Ends, LARGEST},
+    hops::next_hops,
+    rules::ServiceName,
+};
 
 /// Connections for answers of one service: each process that owns a socket has one, and those that drain.
 pub(super) const MAX_ANSWERING: usize = 64;
@@ -33,27 +33,30 @@ const BATCH: usize = 64;
 
 /// The answers of one owner.
 pub(super) struct Answering {
-    pub(super) owner: AsyncFd<OwnedFd>,
+    pub(super) owner: AsyncFd<PassedFd>,
     pub(super) worker: Arc<UdpWorker>,
     pub(super) is_ours: AnswerGuard,
     pub(super) loop_guard: LoopGuard,
+    pub(super) witness: Arc<Witness>,
+    pub(super) service: ServiceName,
 }
 
 impl Answering {
     /// Sends answers until the owner closes the connection.
     pub(super) async fn run(self) {
         let mut buffer = vec![0; LONGEST_LINE + LARGEST];
+        let mut complaints = Complaints::default();
         loop {
             let Ok(mut ready) = self.owner.readable().await else { return };
             for _ in 0..BATCH {
-                match recv(self.owner.as_raw_fd(), &mut buffer, MsgFlags::MSG_DONTWAIT) {
+                let owner = self.owner.get_ref();
+                match closing::receive_into(owner, &mut buffer, owner.sender()) {
                     Ok(0) => return,
-                    Ok(length) => self.send(&buffer[..length]),
-                    Err(Errno::EAGAIN) => {
+                    Ok(length) => self.send(&buffer[..length], &mut complaints),
+                    Err(Errno::AGAIN) => {
                         ready.clear_ready();
                         break;
                     }
-                    Err(Errno::EINTR) => {}
                     Err(error) => return debug!("receive answers of an owner: {error}"),
                 }
             }
@@ -61,23 +64,40 @@ impl Answering {
         }
     }
 
-    fn send(&self, message: &[u8]) {
+    fn send(&self, message: &[u8], complaints: &mut Complaints) {
         let counts = &self.worker.counts;
         let Some((ends, answer)) = parse(message) else {
             return counts.unanswerable.raise();
         };
-        // How much larger than the question it is, is the owner's affair.
+        // How much larger than the question it may be, the witness knows.
         match refusal(ends, answer.len(), answer.len(), &self.loop_guard) {
             Some(Refusal::Loop) => counts.refused_loop.raise(),
             Some(_) => counts.unanswerable.raise(),
             None if !(self.is_ours)(ends) => counts.unanswerable.raise(),
-            None => match self.worker.answer(ends.dialled, ends.client, answer) {
-                Ok(()) => counts.note_answer(answer),
-                Err(error) => {
-                    counts.unsent.raise();
-                    debug!("send the answer of an owner, {ends:?}: {error}");
-                }
-            },
+            None => self.answer(ends, answer, complaints),
+        }
+    }
+
+    fn answer(&self, ends: Ends, answer: &[u8], complaints: &mut Complaints) {
+        let counts = &self.worker.counts;
+        let Some(asked) = self.witness.spend(ends, answer.len()) else {
+            counts.refused_unsolicited.raise();
+            if complaints.is_due() {
+                let (service, Ends { client, dialled }) = (&self.service, ends);
+                warn!(
+                    "service {service}: its owner's answer from {dialled} to {client} is not sent, as are others that are counted \
+                     (refused_unsolicited): that client has not asked for so much lately"
+                );
+            }
+            return;
+        };
+        let Some(hops) = next_hops(asked) else { return counts.refused_loop.raise() };
+        match self.worker.answer(ends, answer, hops) {
+            Ok(()) => counts.note_answer(answer),
+            Err(error) => {
+                counts.unsent.raise();
+                debug!("send the answer of an owner, {ends:?}: {error}");
+            }
         }
     }
 }

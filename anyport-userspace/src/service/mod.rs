@@ -1,7 +1,9 @@
 //! The daemon's own services: groups of sockets, and handlers for what arrives on them.
 
 mod answers;
+mod complaints;
 mod config;
+mod conversations;
 mod counts;
 mod descriptors;
 mod event_loop;
@@ -20,12 +22,13 @@ mod tcp;
 #[cfg(test)]
 mod tests;
 mod udp;
+mod witness;
 mod workers;
 
 use std::{
     fmt,
     net::{IpAddr, SocketAddr},
-    os::fd::{AsFd as _, BorrowedFd, OwnedFd},
+    os::fd::{AsFd as _, BorrowedFd},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
@@ -43,6 +46,7 @@ pub use limits::{Capacity, Limits, Rate};
 pub use registrant::Registrant;
 pub use sockets::SocketInfo;
 pub use stats::ServiceStats;
+pub use witness::{OwnedGuard, Witness};
 pub use workers::{WorkerHandles, Workers};
 
 use self::{
@@ -59,6 +63,7 @@ use self::{
 };
 pub use crate::rules::Family;
 use crate::{
+    closing::PassedFd,
     datagram::{self, Ends},
     events::EventPublisher,
     keeper::Link,
@@ -107,6 +112,8 @@ pub struct SharedContext {
     pub forward_guard: ForwardGuard,
     /// Publishes events of what arrives, where the back end does not.
     pub publisher: Option<EventPublisher>,
+    /// Knows the clients of registered sockets.
+    pub witness: Arc<Witness>,
     /// Keeps the services' sockets for a process that comes later.
     pub keeper: Link,
 }
@@ -213,7 +220,7 @@ impl Service {
     ///
     /// # Errors
     /// There are too many such connections, or the kernel does not let us watch this one.
-    pub fn answer_for(&mut self, owner: OwnedFd, is_ours: AnswerGuard, commons: &SharedContext) -> anyhow::Result<()> {
+    pub fn answer_for(&mut self, owner: PassedFd, is_ours: AnswerGuard, commons: &SharedContext) -> anyhow::Result<()> {
         while self.answering.try_join_next().is_some() {}
         let Some(worker) = self.udp.first() else { bail!("the service {} answers by itself", self.config.name) };
         if self.answering.len() >= MAX_ANSWERING {
@@ -224,7 +231,8 @@ impl Service {
         let _context = handle.enter();
         let owner = sys::watch_readable(owner).context("watch the connection for answers")?;
         let loop_guard = Arc::clone(&commons.loop_guard);
-        self.answering.spawn_on(Answering { owner, worker: Arc::clone(worker), is_ours, loop_guard }.run(), handle);
+        let (worker, witness, service) = (Arc::clone(worker), Arc::clone(&commons.witness), self.config.name.clone());
+        self.answering.spawn_on(Answering { owner, worker, is_ours, loop_guard, witness, service }.run(), handle);
         Ok(())
     }
 

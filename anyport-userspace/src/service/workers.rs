@@ -1,13 +1,6 @@
 //! The threads that serve connections.
 
-use std::{
-    fmt,
-    num::NonZeroUsize,
-    pin::pin,
-    sync::Arc,
-    thread::{self, JoinHandle},
-    time::Duration,
-};
+use std::{fmt, num::NonZeroUsize, pin::pin, sync::Arc, thread::JoinHandle, time::Duration};
 
 use anyhow::Context as _;
 use tokio::{
@@ -49,13 +42,8 @@ impl Workers {
             handles.push(runtime.handle().clone());
             let connections = Connections::new()?;
             let stopped = stopped.clone();
-            let serve = move || {
-                if let Err(error) = privileges::for_data() {
-                    tracing::error!("limit the capabilities of a thread that serves connections: {error}");
-                }
-                runtime.block_on(work(connections, stopped));
-            };
-            let thread = thread::Builder::new().name(format!("anyport-data-{number}")).spawn(serve);
+            let serve = move || runtime.block_on(work(connections, stopped));
+            let thread = privileges::start_thread(format!("anyport-data-{number}"), privileges::for_data, serve);
             workers.threads.push(thread.context("start a thread that serves connections")?);
         }
         workers.handles = handles.into();
@@ -111,7 +99,7 @@ impl WorkerHandles {
     }
 
     /// One for what is not about a single socket.
-    pub(super) fn first(&self) -> &Handle {
+    pub(crate) fn first(&self) -> &Handle {
         &self.0[0]
     }
 }

@@ -5,7 +5,13 @@ pub mod choose;
 mod privileged;
 pub mod tproxy;
 
-use std::{fmt, net::SocketAddr, ops::Range, os::fd::OwnedFd, sync::Arc};
+use std::{
+    fmt,
+    net::SocketAddr,
+    ops::Range,
+    os::fd::{AsFd, OwnedFd},
+    sync::Arc,
+};
 
 use anyport_common::{
     flow::Flow,
@@ -36,11 +42,11 @@ impl GroupSocket {
     ///
     /// # Errors
     /// No process holds the socket any more, or it can't be fetched from the one that does.
-    pub fn descriptor(&self) -> anyhow::Result<Arc<OwnedFd>> {
-        match &self.holder {
-            Holder::Us(descriptor) => Ok(Arc::clone(descriptor)),
-            Holder::Owner(socket) => socket.descriptor(),
-        }
+    pub fn descriptor(&self) -> anyhow::Result<Arc<dyn AsFd + Send + Sync>> {
+        Ok(match &self.holder {
+            Holder::Us(descriptor) => Arc::<OwnedFd>::clone(descriptor),
+            Holder::Owner(socket) => socket.descriptor()?,
+        })
     }
 }
 
@@ -157,6 +163,8 @@ pub enum ObjectKind {
     Set,
     /// A local route.
     Route,
+    /// An entry of the lookup table.
+    Table,
     /// An interface: one that came is watched, one that went is not.
     Interface,
 }

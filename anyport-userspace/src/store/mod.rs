@@ -23,7 +23,7 @@ use crate::{
     service::ServiceConfig,
 };
 
-pub(crate) use self::files::Files;
+pub(crate) use self::files::{Files, create_new};
 pub use self::fleet::{FleetState, KeptFleet};
 use self::{
     atomic::{NO_CHECKSUM, expect_checksum},

@@ -26,6 +26,30 @@ pub fn watch_readable<T: AsFd + AsRawFd>(owner: T) -> io::Result<AsyncFd<T>> {
     unsafe { AsyncFd::register_with_interest(owner, Interest::READABLE) }.map_err(Into::into)
 }
 
+/// Has the kernel refuse descriptors that peers pass over this Unix socket, and over those accepted from it, with `EPERM` at the
+/// sender (`SO_PASSRIGHTS`, Linux 6.16). Says whether the kernel can.
+///
+/// # Errors
+/// The kernel's, other than that it has no such option.
+pub fn refuse_descriptors(socket: impl AsFd) -> io::Result<bool> {
+    /// include/uapi/asm-generic/socket.h; the C library does not have it yet.
+    const SO_PASSRIGHTS: libc::c_int = 83;
+    /// Of a `c_int`.
+    const BYTES: libc::socklen_t = 4;
+    let off: libc::c_int = 0;
+    // SAFETY: the kernel reads a number of the length that it is told, from where it lies.
+    let outcome = unsafe {
+        libc::setsockopt(socket.as_fd().as_raw_fd(), libc::SOL_SOCKET, SO_PASSRIGHTS, (&raw const off).cast(), BYTES)
+    };
+    match outcome {
+        0 => Ok(true),
+        _ => match io::Error::last_os_error() {
+            error if error.raw_os_error() == Some(libc::ENOPROTOOPT) => Ok(false),
+            error => Err(error),
+        },
+    }
+}
+
 /// The values of a BPF array map that was created with `BPF_F_MMAPABLE` (Linux 5.5), shared with the programs.
 #[derive(Debug)]
 pub struct MappedWords {

@@ -42,6 +42,9 @@ pub trait Segments: Send + Sync + fmt::Debug {
         Ok(())
     }
 
+    /// Has the next [`Self::connect`] include all segments, since others may have taken some away.
+    fn forget_connected(&mut self) {}
+
     /// Releases segments that have no readers any more, though others stay.
     ///
     /// # Errors
@@ -347,6 +350,11 @@ impl Arena {
     /// Lets readers find what was made.
     pub(super) fn connect(&mut self) -> anyhow::Result<()> {
         self.source.connect()
+    }
+
+    /// See [`Segments::forget_connected`].
+    pub(super) fn forget_connected(&mut self) {
+        self.source.forget_connected();
     }
 
     /// Releases memory that is no longer used.

@@ -152,6 +152,11 @@ impl Table {
         self.arena.connect()
     }
 
+    /// Has the next [`Self::connect`] include all that was made.
+    pub fn forget_connected(&mut self) {
+        self.arena.forget_connected();
+    }
+
     /// What was made is active.
     pub fn commit(&mut self) {
         self.roots = self.next;

@@ -6,7 +6,7 @@ use anyhow::Context as _;
 
 use crate::doctor::{Finding, Host};
 
-/// Of these, three quarters are for clients.
+/// Some hundred of these anyportd needs for itself.
 const LOW: u64 = 4096;
 
 pub(super) fn look(host: &Host) -> anyhow::Result<Vec<Finding>> {
@@ -18,12 +18,15 @@ pub(super) fn look(host: &Host) -> anyhow::Result<Vec<Finding>> {
     let Ok(soft) = soft.parse::<u64>() else { return Ok(Vec::new()) };
     let directory = host.proc.join(format!("{pid}/fd"));
     let open = fs::read_dir(&directory).with_context(|| format!("reading {}", directory.display()))?.count() as u64;
-    // Clients are let have three quarters, and wait for one another after that.
-    let is_full = open * 10 >= soft * 7;
+    let (all, used) = (daemon.status.client_descriptors, daemon.status.client_descriptors_in_use);
+    // Clients wait for one another where nothing is left.
+    let is_full = used * 10 >= all * 9;
     if soft >= LOW && !is_full {
         return Ok(Vec::new());
     }
-    let finding = format!("anyportd (pid {pid}) has {open} files open and may have {soft}");
+    let finding = format!(
+        "anyportd (pid {pid}) has {open} files open and may have {soft}: clients may take {all} of them, and take {used}"
+    );
     let why = "A connection takes a descriptor, and one that is forwarded two or more. Where there are none left, clients wait until \
                others have gone.";
     let step =

@@ -66,6 +66,8 @@ pub(super) struct Kernel {
     /// What others have removed, and what became of it.
     drift: RepairsByKind,
     routes_look: RoutesLook,
+    /// What steers otherwise than the rules demand, until it is made again.
+    wrong: Option<String>,
     /// Why it could not be seen what the kernel has.
     unseen: Option<String>,
 }
@@ -105,6 +107,7 @@ impl Kernel {
             retry: BackOff::default(),
             drift: RepairsByKind::default(),
             routes_look: RoutesLook::default(),
+            wrong: None,
             unseen: None,
         })
     }
@@ -315,6 +318,11 @@ impl Kernel {
     /// Notes why that is so; [`Self::repair`] has to run then.
     pub(super) fn note_broken(&mut self, why: String) {
         self.broken = Some(why);
+    }
+
+    /// Notes what steers otherwise than the rules demand: a full rebuild puts it right.
+    pub(super) fn note_wrong(&mut self, what: String) {
+        self.wrong = Some(what);
     }
 
     /// Whether the kernel may not hold the rules, and that is to be tried again now.

@@ -314,7 +314,10 @@ impl Kernel {
     /// What is not in the kernel any more. Nothing if that can't be found out.
     async fn lost(&mut self) -> Option<Vec<Drift>> {
         let lost = match self.steering.lost() {
-            Ok(lost) => self.lost_routes().await.map(|routes| [lost, routes].concat()),
+            Ok(mut lost) => {
+                lost.extend(self.wrong.as_ref().map(|what| Drift::new(ObjectKind::Table, what)));
+                self.lost_routes().await.map(|routes| [lost, routes].concat())
+            }
             Err(error) => Err(error),
         };
         let before = self.unseen.take();
@@ -344,7 +347,9 @@ impl Kernel {
     async fn restore(&mut self, lost: &[Drift], desired: &Desired, services: &Services) -> anyhow::Result<()> {
         if lost.iter().any(|loss| loss.kind != ObjectKind::Route) {
             self.steering.forget_lost()?;
-            if let Err(error) = self.steer(desired, services, Some(&[]), &Steps::default()) {
+            // Where the table itself is wrong, nothing of it is taken for granted.
+            let changed = if self.wrong.take().is_some() { None } else { Some(&[][..]) };
+            if let Err(error) = self.steer(desired, services, changed, &Steps::default()) {
                 // Which of it the kernel holds is not known.
                 self.broken = Some(format!("the kernel may not hold these rules, which is tried again: {error:#}"));
                 return Err(error);

@@ -11,10 +11,13 @@ use crate::{
         desired::{Desired, Steps, Transition},
         services::Services,
     },
+    log_limit::LogLimit,
     routes::{Coverage, Difference, Edits},
     rules::{Change, Prefix, PrefixRules, RuleSet},
 };
 
+/// Owners of sockets can cause this line.
+static ACTIVATED: LogLimit = LogLimit::new();
 /// Where more prefixes than this are concerned, everything is compared rather than one after the other.
 const MANY: usize = 4096;
 
@@ -49,7 +52,9 @@ impl Kernel {
         let second = routing.finish(&mut self.coverage, change);
         self.foreign_routes = self.routes.apply(&second).await?;
         services.forget_replies();
-        info!("generation {}: {} rules", self.generation, desired.rules().len());
+        if let Some(left_out) = ACTIVATED.next() {
+            info!("generation {}: {} rules{left_out}", self.generation, desired.rules().len());
+        }
         Ok(())
     }
 

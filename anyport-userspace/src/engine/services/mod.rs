@@ -6,7 +6,6 @@ mod wanted;
 use std::{
     collections::BTreeMap,
     mem,
-    os::fd::OwnedFd,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering::Relaxed},
@@ -25,14 +24,15 @@ pub(super) use self::registered::{KINDS, Registrations, boot_id, make_group_tran
 use super::desired::DRAINED_SLOT;
 use crate::{
     api::{Problem, ProblemKind},
+    closing::PassedFd,
     config::Config,
     datagram::Ends,
     events::{EventBus, EventPublisher},
     keeper::Link,
     rules::{Origin, ServiceName, SourceLists, to_address},
     service::{
-        AnswerGuard, Capacity, DescriptorPool, ForwardGuard, HandlerKind, LoopGuard, Service, ServiceConfig,
-        SharedContext, WorkerHandles,
+        AnswerGuard, Capacity, DescriptorPool, ForwardGuard, HandlerKind, LoopGuard, OwnedGuard, Service,
+        ServiceConfig, SharedContext, Witness, WorkerHandles,
     },
     steering::{BackEnd, ServiceSockets},
     table::Published,
@@ -52,6 +52,10 @@ pub(super) struct Services {
     back_end: BackEnd,
     /// By slot: whether its service is one of the handler `forward`.
     forwarding: Arc<[AtomicBool]>,
+    /// How many services there were when it was measured what they need.
+    measured: usize,
+    /// By slot: whether its service is one of the handler `registered`.
+    owned: Arc<[AtomicBool]>,
 }
 
 /// A service at work.
@@ -106,7 +110,8 @@ impl Services {
         keeper: Link,
     ) -> anyhow::Result<Self> {
         let descriptors = DescriptorPool::of_process()?;
-        let forwarding: Arc<[AtomicBool]> = (0..MAX_SERVICES).map(|_| AtomicBool::new(false)).collect();
+        let by_slot = || -> Arc<[AtomicBool]> { (0..MAX_SERVICES).map(|_| AtomicBool::new(false)).collect() };
+        let (forwarding, owned) = (by_slot(), by_slot());
         let context = SharedContext {
             workers,
             control: Handle::current(),
@@ -116,6 +121,7 @@ impl Services {
             loop_guard: loop_guard(published),
             forward_guard: forward_guard(published, &forwarding),
             publisher: (!events.is_connected()).then(|| EventPublisher::new(Arc::clone(events), Arc::clone(published))),
+            witness: Witness::new(owned_guard(published, &owned)),
             keeper,
         };
         Ok(Self {
@@ -125,6 +131,8 @@ impl Services {
             context,
             back_end,
             forwarding,
+            measured: 0,
+            owned,
         })
     }
 
@@ -204,8 +212,18 @@ impl Services {
         let slot = slot()?;
         let is_forwarding = service.config().handler == HandlerKind::Forward;
         self.forwarding[usize::from(slot)].store(is_forwarding, Relaxed);
+        let is_owned = service.config().handler == HandlerKind::Registered;
+        self.owned[usize::from(slot)].store(is_owned, Relaxed);
         self.running.insert(name, Running { service, origin, slot });
+        self.measured = usize::MAX;
         Ok(())
+    }
+
+    /// Counts again how many descriptors are left for clients, if services have come or gone. Where that can't be seen, what was seen last holds.
+    pub(super) fn measure_descriptors(&mut self) {
+        if self.measured != self.running.len() && self.context.descriptors.measure().is_ok() {
+            self.measured = self.running.len();
+        }
     }
 
     /// Takes a service out, which goes on until it is stopped.
@@ -238,7 +256,7 @@ impl Services {
     pub(super) fn answer_for(
         &mut self,
         name: &ServiceName,
-        connection: OwnedFd,
+        connection: PassedFd,
         published: &Arc<Published>,
     ) -> anyhow::Result<()> {
         let Some(running) = self.running.get_mut(name) else { return Ok(()) };
@@ -293,17 +311,30 @@ fn forward_guard(published: &Arc<Published>, forwarding: &Arc<[AtomicBool]>) -> 
     })
 }
 
+/// Recognizes what is steered to registered sockets.
+fn owned_guard(published: &Arc<Published>, owned: &Arc<[AtomicBool]>) -> OwnedGuard {
+    let (published, owned) = (Arc::clone(published), Arc::clone(owned));
+    Arc::new(move |ends| match published.read(|reader| reader.lookup(&flow_of(ends))) {
+        Verdict::Steer { service, .. } => owned[usize::from(service)].load(Relaxed),
+        _ => false,
+    })
+}
+
+fn flow_of(Ends { client, dialled }: Ends) -> Flow {
+    Flow {
+        source: to_address(client.ip()),
+        address: to_address(dialled.ip()),
+        transport: Transport::Udp,
+        port: dialled.port(),
+    }
+}
+
 /// Recognizes answers to what is steered to a service.
 fn steered_to(published: &Arc<Published>, slot: u16) -> AnswerGuard {
     let published = Arc::clone(published);
-    Arc::new(move |Ends { client, dialled }| {
-        let flow = Flow {
-            source: to_address(client.ip()),
-            address: to_address(dialled.ip()),
-            transport: Transport::Udp,
-            port: dialled.port(),
-        };
-        matches!(published.read(|reader| reader.lookup(&flow)), Verdict::Steer { service, .. } if service == slot)
+    Arc::new(move |ends| {
+        let verdict = published.read(|reader| reader.lookup(&flow_of(ends)));
+        matches!(verdict, Verdict::Steer { service, .. } if service == slot)
     })
 }
 

@@ -3,6 +3,7 @@
 use std::{
     io::{Read as _, Write as _},
     net::{Shutdown, SocketAddr, TcpStream},
+    os::fd::AsFd as _,
     thread,
     time::Duration,
 };
@@ -80,7 +81,8 @@ fn accepted_connections_are_set_up_by_their_listener() {
     for group in TCP {
         let handle = scene.service.groups()[group].clone().unwrap();
         let descriptor = handle.descriptor().unwrap();
-        let listener = SockRef::from(&*descriptor);
+        let descriptor = descriptor.as_fd();
+        let listener = SockRef::from(&descriptor);
         // The workers accept too; one of many connections is left for the test.
         listener.set_nonblocking(false).unwrap();
         listener.set_read_timeout(Some(Duration::from_millis(50))).unwrap();

@@ -238,6 +238,7 @@ impl Steering for Bpf {
     }
 
     fn forget_lost(&mut self) -> anyhow::Result<()> {
+        self.table.forget_lost();
         self.hook.forget_lost()
     }
 

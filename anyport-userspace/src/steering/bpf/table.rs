@@ -120,6 +120,11 @@ impl BpfTable {
         self.table.reader()
     }
 
+    /// Has the next plan put all segments into the map.
+    pub(super) fn forget_lost(&mut self) {
+        self.table.forget_connected();
+    }
+
     pub(super) fn trim(&mut self) -> anyhow::Result<()> {
         self.table.trim()
     }
@@ -166,6 +171,10 @@ impl Segments for BpfSegments {
         sys::bpf::set_inner(&self.outer, &apart).context("put segments into the lookup table")?;
         self.apart.clear();
         Ok(())
+    }
+
+    fn forget_connected(&mut self) {
+        self.apart = self.made.keys().copied().collect();
     }
 
     /// What takes their places is one that stays, since the kernel waits for programs at each that is taken out.

@@ -227,7 +227,7 @@ fn put_sockets(ebpf: &mut Ebpf, space: Space, sockets: &Sockets) -> Result<()> {
     let mut map: SockMap<_> = ebpf.map_mut("baseline_sock").context("no map of sockets")?.try_into()?;
     for (offset, group) in (0..).zip(sockets.groups(space)?) {
         if let Some(group) = group {
-            map.set(u32::from(SERVICE) * 4 + offset, &group.descriptor()?.as_raw_fd(), 0)?;
+            map.set(u32::from(SERVICE) * 4 + offset, &group.descriptor()?.as_fd().as_raw_fd(), 0)?;
         }
     }
     Ok(())
