@@ -7,6 +7,7 @@ use std::{
     path::Path,
     process::ExitStatus,
     sync::Arc,
+    time::Duration,
 };
 
 use nix::{
@@ -16,6 +17,10 @@ use nix::{
     },
     unistd::Pid,
 };
+use rustix::{
+    io::Errno,
+    net::sockopt::{Timeout, set_socket_timeout},
+};
 use tokio::{process::Command, sync::mpsc::Sender, task::spawn_blocking, time::Instant};
 
 use super::{AT_STDIN, Order, Report, VARIABLE};
@@ -24,6 +29,8 @@ use crate::{
     scm_rights::{MAX_DESCRIPTORS, put},
 };
 
+/// How long a server may take nothing that it is told.
+const PATIENCE: Duration = Duration::from_secs(5);
 /// Seconds without a sign of life after which a server that gives them is killed.
 const SILENCE: u32 = 15;
 /// And one that gives none, after it was told to end.
@@ -63,6 +70,7 @@ impl Server {
     /// Starts `executable`, which tells its news with its pid.
     pub(super) fn start(executable: &Path, arguments: &[OsString], news: Sender<(Pid, News)>) -> io::Result<Self> {
         let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)?;
+        set_socket_timeout(&ours, Timeout::Send, Some(PATIENCE))?;
         let mut process =
             Command::new(executable).arg0("anyportd").args(arguments).env(VARIABLE, AT_STDIN).stdin(theirs).spawn()?;
         let pid =
@@ -92,7 +100,10 @@ impl Server {
     /// Tells it something. One that does not listen any more will soon be known to have ended.
     pub(super) fn tell(&self, order: &Order, sockets: &[BorrowedFd<'_>]) {
         let text = serde_json::to_vec(order).unwrap_or_default();
-        put(&self.socket, &text, sockets).ok();
+        if put(&self.socket, &text, sockets) == Err(Errno::AGAIN) {
+            // It takes nothing, and the keeper waits for nobody.
+            self.signal(Signal::SIGKILL);
+        }
     }
 
     /// Gives it what is kept.

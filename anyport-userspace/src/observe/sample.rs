@@ -105,6 +105,16 @@ impl Observer {
         Self { engine, control: Handle::current(), state, limits: LIMITS, progress, stuck, servers }
     }
 
+    /// As [`Self::sample`], taken by the threads of control: reading counters takes capabilities that others do not have.
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn sample_by_control(self: &Arc<Self>) -> Result<Arc<Sample>, Problem> {
+        let this = Arc::clone(self);
+        let sampled = self.control.spawn(async move { this.sample().await }).await;
+        sampled.unwrap_or_else(|error| Err(Problem::new(ProblemKind::Failed, format!("take a sample: {error}"))))
+    }
+
     /// The latest sample, or a new one if that is too old.
     ///
     /// # Errors

@@ -163,12 +163,12 @@ async fn converse(stream: TcpStream, observer: Arc<Observer>) -> hyper::Result<(
 
 type Answer = Response<Full<Bytes>>;
 
-async fn answer(method: &Method, path: &str, observer: &Observer) -> Answer {
+async fn answer(method: &Method, path: &str, observer: &Arc<Observer>) -> Answer {
     if !matches!(*method, Method::GET | Method::HEAD) {
         let refusal = plain(StatusCode::METHOD_NOT_ALLOWED, "only GET and HEAD\n".into());
         return with(refusal, ALLOW, "GET, HEAD");
     }
-    let sampled = async |make: fn(&Sample) -> Answer| match observer.sample().await {
+    let sampled = async |make: fn(&Sample) -> Answer| match observer.sample_by_control().await {
         Ok(sample) => make(&sample),
         Err(problem) => unavailable(&problem),
     };

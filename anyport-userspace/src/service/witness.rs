@@ -271,7 +271,7 @@ mod tests {
         seen.note(ends(1), 100, 40);
         assert_eq!(seen.spend(ends(1), 100 * (MULTIPLE + 100)), None);
         assert_eq!(seen.spend(ends(1), 100 * MULTIPLE), Some(40));
-        assert_eq!(seen.spend(ends(1), 50 * MULTIPLE), None);
+        assert_eq!(seen.spend(ends(1), 100 * MULTIPLE), None, "what is left of both questions is less");
         (0..1 << 20).for_each(|_| seen.note(ends(1), 65_535, 40));
         let (datagrams, bytes) = (seen.young[&ends(1)].datagrams, seen.young[&ends(1)].bytes);
         assert_eq!([datagrams, bytes], MOST);

@@ -75,7 +75,7 @@ fn soak(steering: &str, options: &Options) -> Result<bool> {
     let directory = scratch();
     let daemon = Setup::new(&topology.host, steering).start();
     daemon.ok(&format!("add-prefix {} --protocol both", PREFIXES.join(" ")));
-    let versions = ["one", "two"].map(|name| directory.path().join(name));
+    let versions = ["anyportd-one", "anyportd-two"].map(|name| directory.path().join(name));
     for version in &versions {
         public_copy(&program("anyportd").map_err(anyhow::Error::msg)?, version);
     }

@@ -57,7 +57,7 @@ pub fn run(plan: &Plan) -> Report {
     let driver = Driver::of(&backbone.router, &etcd);
     let start = |(number, host)| Node::start(host, number, BACK_ENDS[number % BACK_ENDS.len()], &urls, files.path());
     let nodes: Vec<Node> = backbone.hosts.iter().enumerate().map(start).collect();
-    let versions: Vec<PathBuf> = ["one", "two"].iter().map(|name| files.path().join(name)).collect();
+    let versions: Vec<PathBuf> = ["anyportd-one", "anyportd-two"].iter().map(|name| files.path().join(name)).collect();
     for version in &versions {
         public_copy(&program("anyportd").unwrap_or_else(|missing| panic!("{missing}")), version);
     }
