@@ -7,7 +7,7 @@ use std::{
 };
 
 use anyport::{
-    api::{ProblemKind, Problem},
+    api::{Problem, ProblemKind},
     fleet::{
         etcd::{Etcd as Client, Swapped},
         layout::{Hash, Name, Pointer, Time},
