@@ -13,7 +13,7 @@ use std::{
 };
 
 use anyport_tests::{
-    dial::{expect_tcp_hello, expect_udp_hello},
+    dial::{expect_tcp_hello, udp},
     host::wait_for,
     prerequisites::program,
 };
@@ -39,13 +39,16 @@ fn printed(backend: &'static str) {
     let client = lab.topology.client.clone();
     let is_over = Arc::new(AtomicBool::new(false));
     let stop = Arc::clone(&is_over);
-    // Two connections for each datagram, as fast as it goes.
+    // Two connections for each datagram, as fast as it goes. Contents differ: one of very many that are the same is not answered.
     let dialling = spawn(move || {
         client.enter(|| {
-            while !stop.load(Ordering::Relaxed) {
+            for number in 0_u64.. {
+                if stop.load(Ordering::Relaxed) {
+                    break;
+                }
                 expect_tcp_hello(at("192.0.2.1", 80));
                 expect_tcp_hello(at("192.0.2.2", 80));
-                expect_udp_hello(at("192.0.2.200", 53));
+                udp(at("192.0.2.200", 53), &number.to_be_bytes()).expect("an answer");
             }
         });
     });

@@ -154,7 +154,7 @@ impl Observer {
         self.alive_within(self.limits.step).await
     }
 
-    /// As [`Self::alive`], where a step of a command may take so long.
+    /// As `alive`, where a step of a command may take so long.
     ///
     /// # Errors
     /// As there.
