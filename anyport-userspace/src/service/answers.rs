@@ -12,7 +12,6 @@ use tracing::{debug, warn};
 
 use super::{
     AnswerGuard, LoopGuard,
-    complaints::Complaints,
     reply::UdpWorker,
     udp::{Refusal, refusal},
     witness::Witness,
@@ -21,6 +20,7 @@ use crate::{
     closing::{self, PassedFd},
     datagram::{Ends, LARGEST},
     hops::next_hops,
+    log_limit::LogLimit,
     rules::ServiceName,
 };
 
@@ -45,14 +45,14 @@ impl Answering {
     /// Sends answers until the owner closes the connection.
     pub(super) async fn run(self) {
         let mut buffer = vec![0; LONGEST_LINE + LARGEST];
-        let mut complaints = Complaints::default();
+        let log_limit = LogLimit::of_counted();
         loop {
             let Ok(mut ready) = self.owner.readable().await else { return };
             for _ in 0..BATCH {
                 let owner = self.owner.get_ref();
                 match closing::receive_into(owner, &mut buffer, owner.sender()) {
                     Ok(0) => return,
-                    Ok(length) => self.send(&buffer[..length], &mut complaints),
+                    Ok(length) => self.send(&buffer[..length], &log_limit),
                     Err(Errno::AGAIN) => {
                         ready.clear_ready();
                         break;
@@ -64,7 +64,7 @@ impl Answering {
         }
     }
 
-    fn send(&self, message: &[u8], complaints: &mut Complaints) {
+    fn send(&self, message: &[u8], log_limit: &LogLimit) {
         let counts = &self.worker.counts;
         let Some((ends, answer)) = parse(message) else {
             return counts.unanswerable.raise();
@@ -74,19 +74,19 @@ impl Answering {
             Some(Refusal::Loop) => counts.refused_loop.raise(),
             Some(_) => counts.unanswerable.raise(),
             None if !(self.is_ours)(ends) => counts.unanswerable.raise(),
-            None => self.answer(ends, answer, complaints),
+            None => self.answer(ends, answer, log_limit),
         }
     }
 
-    fn answer(&self, ends: Ends, answer: &[u8], complaints: &mut Complaints) {
+    fn answer(&self, ends: Ends, answer: &[u8], log_limit: &LogLimit) {
         let counts = &self.worker.counts;
         let Some(asked) = self.witness.spend(ends, answer.len()) else {
             counts.refused_unsolicited.raise();
-            if complaints.is_due() {
+            if let Some(left_out) = log_limit.next() {
                 let (service, Ends { client, dialled }) = (&self.service, ends);
                 warn!(
                     "service {service}: its owner's answer from {dialled} to {client} is not sent, as are others that are counted \
-                     (refused_unsolicited): that client has not asked for so much lately"
+                     (refused_unsolicited): that client has not asked for so much lately{left_out}"
                 );
             }
             return;

@@ -1,7 +1,6 @@
 //! The daemon's own services: groups of sockets, and handlers for what arrives on them.
 
 mod answers;
-mod complaints;
 mod config;
 mod conversations;
 mod counts;

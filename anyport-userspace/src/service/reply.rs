@@ -12,12 +12,11 @@ use socket2::Socket;
 use tokio::{sync::Notify, time::sleep};
 
 use super::{
-    complaints::Complaints,
     descriptors::{DescriptorPool, Descriptors},
     lock, raw, socket_options,
     stats::UdpCounts,
 };
-use crate::{datagram::Ends, hops::send_with_hops};
+use crate::{datagram::Ends, hops::send_with_hops, log_limit::LogLimit};
 
 /// Most sockets in one generation; two are kept.
 const GENERATION: usize = 128;
@@ -78,7 +77,7 @@ pub(super) struct ReplySockets {
     old: Generation,
     descriptors: DescriptorPool,
     counts: Arc<UdpCounts>,
-    complaints: Complaints,
+    log_limit: LogLimit,
 }
 
 /// Reply sockets that are closed when this is dropped.
@@ -93,7 +92,7 @@ impl ReplySockets {
             old: Generation::new(),
             descriptors,
             counts,
-            complaints: Complaints::default(),
+            log_limit: LogLimit::of_counted(),
         }
     }
 
@@ -142,9 +141,9 @@ impl ReplySockets {
         Reply::open(from, self.descriptors.try_take(1), Arc::clone(&self.counts))
     }
 
-    fn complain(&mut self, from: SocketAddr, error: &io::Error) {
-        if self.complaints.is_due() {
-            tracing::warn!("no answer from {from}: {error}{}", advice(error));
+    fn complain(&self, from: SocketAddr, error: &io::Error) {
+        if let Some(left_out) = self.log_limit.next() {
+            tracing::warn!("no answer from {from}: {error}{}{left_out}", advice(error));
         }
     }
 }

@@ -7,7 +7,6 @@ use tokio::{io::Interest, net::UdpSocket, task::yield_now, time::sleep};
 
 use super::{
     HandlerKind, LoopGuard, ServiceConfig,
-    complaints::Complaints,
     conversations::Conversations,
     datagram::{self, Datagram, Ends},
     forward::UdpForwarder,
@@ -18,6 +17,7 @@ use super::{
 use crate::{
     events::EventPublisher,
     hops::{next_hops, send_with_hops},
+    log_limit::LogLimit,
 };
 
 /// Datagrams taken before other tasks run.
@@ -50,14 +50,14 @@ impl Receiver {
     pub(super) async fn run(self) {
         let mut buffer = vec![0; datagram::LARGEST];
         let mut control = datagram::control_buffer();
-        let mut complaints = Complaints::default();
+        let log_limit = LogLimit::of_counted();
         loop {
             let batch = async {
                 self.socket.readable().await?;
                 for _ in 0..BATCH {
                     let receive = || datagram::receive(&self.socket, &mut buffer, &mut control);
                     let datagram = self.socket.try_io(Interest::READABLE, receive)?;
-                    self.handle(&datagram, &buffer[..datagram.length], &mut complaints);
+                    self.handle(&datagram, &buffer[..datagram.length], &log_limit);
                 }
                 io::Result::Ok(())
             };
@@ -74,7 +74,7 @@ impl Receiver {
         sleep(PAUSE).await;
     }
 
-    fn handle(&self, datagram: &Datagram, question: &[u8], complaints: &mut Complaints) {
+    fn handle(&self, datagram: &Datagram, question: &[u8], log_limit: &LogLimit) {
         let counts = &self.worker.counts;
         counts.datagrams.raise();
         let Some(ends) = datagram.ends else {
@@ -113,11 +113,11 @@ impl Receiver {
             Err(Refusal::Size) => counts.refused_size.raise(),
             Err(Refusal::Conversation) => {
                 counts.refused_conversation.raise();
-                if complaints.is_due() {
+                if let Some(left_out) = log_limit.next() {
                     let (service, Ends { client, dialled }) = (&self.config.name, ends);
                     tracing::warn!(
                         "service {service}: no answer from {dialled} to {client}, nor to others that are counted \
-                         (refused_conversation): it seems to be a service that answers what it is answered"
+                         (refused_conversation): it seems to be a service that answers what it is answered{left_out}"
                     );
                 }
             }
