@@ -1,10 +1,11 @@
-//! What users without privileges do to a daemon at work: it goes on, and nobody gains anything.
+//! What users without privileges do to a daemon at work, and what a server does that is not itself any more: the daemon goes on, and nobody gains
+//! anything.
 
 use std::{
     fs,
     io::Read as _,
     os::unix::fs::{PermissionsExt as _, chown, symlink},
-    path::Path,
+    path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     time::{Duration, Instant},
 };
@@ -16,11 +17,11 @@ use anyport_tests::{
     http,
     netns::Netns,
     owners::register_socket,
-    prerequisites::{GROUP, USER, scratch},
+    prerequisites::{GROUP, USER, public_copy, scratch},
 };
 use libtest_mimic::Trial;
 use nix::unistd::mkfifo;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::cases::{Lab, at, trial};
 
@@ -51,6 +52,7 @@ pub(crate) fn trials() -> Vec<Trial> {
     trials.push(trial("hostile::names that are not what they seem", names));
     trials.push(trial("hostile::directories of another daemon", shared_directories));
     trials.push(trial("hostile::programs that others could have written", programs));
+    trials.push(trial("hostile::a server that is not itself", impostor));
     trials.push(trial("hostile::descriptors for clients and for control", descriptors));
     trials
 }
@@ -187,15 +189,15 @@ fn names() {
     let script = "import ctypes, socket, sys\n\
         ctypes.CDLL(None).prctl(15, '\\u202egnp.x\\u200b'.encode())\n\
         s = socket.create_server(('0.0.0.0', 8080))\n\
-        print('there', flush=True)\n\
+        print(f'{s.fileno():5}', flush=True)\n\
         sys.stdin.read()\n";
-    // Its first descriptor after those of standard input and output.
     let mut command = Command::new("python3");
     command.args(["-c", script]).stdin(Stdio::piped()).stdout(Stdio::piped());
     let mut process = Running(lab.topology.host.spawn(command));
-    process.0.stdout.take().expect("its output").read_exact(&mut [0; 5]).expect("a server");
-    let pid = process.0.id();
-    lab.daemon.ok(&format!("register web --pid {pid} --fd 3"));
+    let mut descriptor = [0; 5];
+    process.0.stdout.take().expect("its output").read_exact(&mut descriptor).expect("a server");
+    let (pid, descriptor) = (process.0.id(), String::from_utf8_lossy(&descriptor));
+    lab.daemon.ok(&format!("register web --pid {pid} --fd {}", descriptor.trim()));
     for arguments in ["explain tcp 192.0.2.3:80", "explain tcp 192.0.2.3:80 --json"] {
         let text = lab.daemon.ok(arguments);
         assert!(text.contains("\\u202egnp.x\\u200b"), "{arguments}: {text}");
@@ -258,6 +260,42 @@ fn programs() {
     }
     assert_eq!(daemon.pid(), pid, "the same server serves");
     daemon.ok("add-prefix 192.0.2.0/24");
+}
+
+/// Has a program of the tests take over, which then says everything to the keeper that a server can say, and more.
+fn impostor() {
+    let mut lab = Lab::new("sk-lookup");
+    lab.daemon.ok("add-prefix 192.0.2.0/24");
+    lab.topology.client.enter(|| expect_tcp_hello(at("192.0.2.3", 80)));
+    let directory = scratch();
+    let path = |name: &str| directory.path().join(name);
+    let executable = path("anyportd-impostor");
+    public_copy(&PathBuf::from(env!("CARGO_BIN_EXE_impostor")), &executable);
+    let keeper = lab.daemon.keeper();
+    let memory = || {
+        let status = fs::read_to_string(format!("/proc/{keeper}/status")).expect("the keeper's state");
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("its memory").to_owned();
+        line.split_whitespace().next().expect("a number").parse::<u64>().expect("kB")
+    };
+    let before = memory();
+    let body = json!({ "executable": executable }).to_string();
+    let (status, answer) = http::request(&lab.daemon.socket(), "POST", "/v1/takeover", body.as_bytes());
+    assert_eq!(status, 200, "{answer}");
+    // It writes where the daemon's user may write.
+    let report = lab.daemon.state().join("impostor.json");
+    let report: Value = wait_for("report of the impostor", Duration::from_mins(2), || {
+        let text = fs::read(&report).map_err(|error| format!("{error}\n{}", lab.daemon.log()))?;
+        serde_json::from_slice(&text).map_err(|error| error.to_string())
+    });
+    assert_eq!(report["started"], json!([]), "what the keeper started for it");
+    assert!(report["sent"].as_u64().is_some_and(|sent| sent > 50_000), "{report}");
+    assert!(memory() < before + (64 << 10), "the keeper's memory: {before} kB, then {} kB", memory());
+    let open = fs::read_dir(format!("/proc/{keeper}/fd")).expect("the keeper's files").count();
+    assert!(open < 17_000, "{open} files of the keeper");
+    let effective = fs::read_to_string(format!("/proc/{keeper}/status")).expect("the keeper's state");
+    assert!(effective.contains("CapEff:\t0000000000000000"), "{effective}");
+    // It stops itself then, and still the daemon ends in bounded time.
+    lab.daemon.terminate(ENDED);
 }
 
 /// What clients may have is what the daemon does not need, however many services there are.

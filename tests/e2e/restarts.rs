@@ -46,6 +46,7 @@ pub(crate) fn trials() -> Vec<Trial> {
     trials.extend(on_each_back_end("restarts::an upgrade that fails is undone", failed_upgrade));
     trials.extend(on_each_back_end("restarts::--keep leaves steering behind", keep));
     trials.push(trial("restarts::what can't start does not take over", refused_upgrade));
+    trials.push(trial("restarts::one that ends before its turn is replaced", ended_early));
     trials.push(trial("restarts::the number of workers changes", workers));
     trials.push(trial("restarts::connections have their time", deadline));
     trials.push(trial("restarts::without keeper it stops", orphan));
@@ -235,6 +236,28 @@ fn refused_upgrade() {
     lab.daemon.stop();
 }
 
+/// One that could start has the other leave, and ends: a third one serves.
+fn ended_early() {
+    let mut lab = lab("sk-lookup");
+    let directory = scratch();
+    let brief = directory.path().join("anyportd-brief");
+    let before = lab.daemon.rules();
+    let tally = dial_while(&lab, |served| {
+        for seconds in ["0", "0.01", "0.05", "0.5"] {
+            let text =
+                format!("#!/usr/bin/python3\nimport os, time\nos.write(0, b'\"prepared\"')\ntime.sleep({seconds})\n");
+            fs::write(&brief, text).expect("a program");
+            fs::set_permissions(&brief, fs::Permissions::from_mode(0o755)).expect("a mode");
+            let outcome = lab.daemon.take_over(&brief);
+            eprintln!("after {seconds} s: {outcome}");
+            wait_for_more(served);
+            assert_eq!(lab.daemon.rules(), before);
+        }
+    });
+    assert!(tally.failures.is_empty(), "{} of {}:{}", tally.failures.len(), tally.served, tally.sample());
+    lab.daemon.stop();
+}
+
 fn workers() {
     let directory = scratch();
     let config = directory.path().join("anyport.toml");
@@ -329,7 +352,7 @@ fn systemd() {
     manager.write(socket, include_str!("../../xtask/packaging/anyport.socket"));
     manager.write(&format!("{socket}.d/test.conf"), "[Unit]\nDefaultDependencies=no\n");
     let drop_in = "[Unit]\nDefaultDependencies=no\n\
-        [Service]\nExecStart=\nExecStart=/run/bin/anyportd --drain-timeout 20s\n\
+        [Service]\nExecPaths=/run/bin\nExecStart=\nExecStart=/run/bin/anyportd --drain-timeout 20s\n\
         ExecReload=\nExecReload=/run/bin/anyportctl reload\n\
         ExecStopPost=\nExecStopPost=/run/bin/anyportd --withdraw\n\
         StandardOutput=append:/run/log\nStandardError=append:/run/log\n";

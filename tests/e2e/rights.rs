@@ -65,7 +65,13 @@ fn numbers(names: &[&str]) -> u64 {
 }
 
 fn held(backend: &'static str) {
-    let lab = Lab::with(backend, |setup| setup.args(["--metrics", "127.0.0.1:9464"]));
+    // With all that has a thread of its own; etcd is not there, and asked for nevertheless.
+    let directory = scratch();
+    let config = directory.path().join("anyport.toml");
+    let fleet = "[fleet]\netcd = [\"http://127.0.0.1:2\"]\nring = \"main\"\nnode = \"n1\"\n";
+    fs::write(&config, fleet).expect("a configuration");
+    let options = ["--metrics", "127.0.0.1:9464", "--readers", "all"];
+    let lab = Lab::with(backend, |setup| setup.config(&config).args(options));
     lab.daemon.ok(&format!("add-prefix {PREFIXES} --protocol both"));
     serve(&lab.topology);
     let all = numbers(&["net_bind_service", "net_admin", "net_raw", "perfmon", "bpf"]);
@@ -73,6 +79,10 @@ fn held(backend: &'static str) {
         "tproxy" => numbers(&["net_bind_service", "net_admin", "net_raw"]),
         _ => numbers(&["net_bind_service", "net_admin", "net_raw", "bpf"]),
     };
+    let names: Vec<_> = threads(lab.daemon.pid()).iter().map(|it| it["Name"].clone()).collect();
+    for name in ["anyport-keeper", "anyport-metrics", "anyport-log", "anyport-fleet"] {
+        assert!(names.iter().any(|it| it == name), "no {name} among {names:?}");
+    }
     for (pid, is_server) in [(lab.daemon.keeper(), false), (lab.daemon.pid(), true)] {
         for thread in threads(pid) {
             let name = &thread["Name"];

@@ -30,7 +30,7 @@ use tokio::{
 use super::{
     Begin, CONTROL, Order, Report,
     executable::{Executable, Trust},
-    server::{News, Server},
+    server::{News, Server, Stage},
     systemd,
 };
 use crate::{closing::PassedFd, steering::choose::Remembered};
@@ -244,7 +244,7 @@ impl Keeper {
                 }
             }
             Report::Ready => {
-                server.is_ready = true;
+                server.stage = Stage::Ready;
                 self.give_up_at = None;
                 if systemd::is_there() {
                     systemd::ready();
@@ -277,8 +277,10 @@ impl Keeper {
         }
     }
 
-    /// Has the server begin that is ready to.
+    /// Has the server begin that is ready to, once.
     fn begin(&mut self) {
+        let Some(server) = self.serving.as_mut().filter(|server| server.stage == Stage::Starting) else { return };
+        server.stage = Stage::Begun;
         self.started += 1;
         let begin = Begin {
             is_successor: self.served != ServedBy::Nobody,
@@ -288,15 +290,13 @@ impl Keeper {
             crashed: self.crashed,
             remembered: self.remembered.clone(),
         };
-        if let Some(server) = &self.serving {
-            server.give(self.sockets.iter());
-            server.tell(&Order::Begin(begin), &[]);
-        }
+        server.give(self.sockets.iter());
+        server.tell(&Order::Begin(begin), &[]);
     }
 
     /// One that is about to serve could not bear the signal yet.
     fn reload(&mut self) {
-        match self.serving.as_ref().filter(|serving| serving.is_ready) {
+        match self.serving.as_ref().filter(|serving| serving.stage == Stage::Ready) {
             Some(serving) => serving.signal(Signal::SIGHUP),
             None => self.is_to_reload = true,
         }
@@ -309,10 +309,12 @@ impl Keeper {
             Err(error) => Err(error.to_string()),
         };
         let why = match &self.serving {
-            Some(serving) if serving.is_ready && self.next.is_none() => match self.trust.open(path).and_then(start) {
-                Ok(next) => return self.next = Some(next),
-                Err(error) => format!("start {}: {error}", path.display()),
-            },
+            Some(serving) if serving.stage == Stage::Ready && self.next.is_none() => {
+                match self.trust.open(path).and_then(start) {
+                    Ok(next) => return self.next = Some(next),
+                    Err(error) => format!("start {}: {error}", path.display()),
+                }
+            }
             _ => "another server is about to start already".to_owned(),
         };
         self.say_not_replaced(why);
@@ -336,7 +338,12 @@ impl Keeper {
             self.previous = Some(std::mem::replace(&mut self.executable, executable));
             self.remembered = None;
             self.serving = Some(next);
+            self.restart_at = None;
             self.begin();
+        } else if self.code.is_none() {
+            // What was to take over has ended meanwhile.
+            self.give_up_at.get_or_insert(Instant::now() + LASTING);
+            self.restart_at = Some(Instant::now());
         }
     }
 
@@ -361,7 +368,7 @@ impl Keeper {
             self.executable = previous;
             self.remembered = None;
             Duration::ZERO
-        } else if server.is_ready {
+        } else if server.stage == Stage::Ready {
             self.pause = FIRST_PAUSE;
             SHORTEST_PAUSE.saturating_sub(server.started.elapsed())
         } else {
@@ -395,7 +402,7 @@ impl Keeper {
             self.is_restarting = true;
             self.leaving.clear();
             return match &self.serving {
-                Some(serving) if serving.is_ready => serving.tell(&Order::Leave, &[]),
+                Some(serving) if serving.stage == Stage::Ready => serving.tell(&Order::Leave, &[]),
                 _ => self.serving = None,
             };
         }

@@ -48,13 +48,22 @@ pub(super) enum News {
     Ended(ExitStatus),
 }
 
+/// How far a server is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Stage {
+    Starting,
+    /// It was told to begin.
+    Begun,
+    /// Its steering is active.
+    Ready,
+}
+
 /// A process that serves, or is about to.
 #[derive(Debug)]
 pub(super) struct Server {
     pub(super) pid: Pid,
     pub(super) started: Instant,
-    /// Whether its steering is active.
-    pub(super) is_ready: bool,
+    pub(super) stage: Stage,
     /// Whether it says every second that it goes on.
     pub(super) reports_alive: bool,
     /// Whether it was told to end.
@@ -88,7 +97,7 @@ impl Server {
         Ok(Self {
             pid,
             started: Instant::now(),
-            is_ready: false,
+            stage: Stage::Starting,
             reports_alive: false,
             is_stopping: false,
             silent: 0,
