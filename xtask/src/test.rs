@@ -31,7 +31,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
     let root = process::workspace()?;
     let mut session = Session::default();
     if !options.kernel.kernels.is_empty() {
-        kernel::run(&mut session, &root, &options.kernel)?;
+        kernel::run(&mut session, &root, &options.kernel, options.filter.as_deref())?;
         return Ok(session.finish());
     }
     let tools = [host::IP, host::IPTABLES, host::BPFTOOL, host::DPKG_DEB, host::RPMBUILD];

@@ -66,8 +66,16 @@ pub(crate) fn back_ends(release: &str) -> Vec<&'static str> {
     all
 }
 
+/// Which of the cases are to run.
+pub(crate) struct Selection<'a> {
+    /// Only a few of each back end.
+    pub(crate) brief: bool,
+    /// Only those whose lines contain this.
+    pub(crate) filter: Option<&'a str>,
+}
+
 /// The cases, a line each.
-pub(crate) fn list(release: &str, brief: bool) -> String {
+pub(crate) fn list(release: &str, &Selection { brief, filter }: &Selection<'_>) -> String {
     let mut cases: Vec<String> = Vec::new();
     for back_end in back_ends(release) {
         let further = if brief { &[][..] } else { &WHOLE };
@@ -81,6 +89,7 @@ pub(crate) fn list(release: &str, brief: bool) -> String {
     } else if !brief {
         cases.push(WITH_TC.to_owned());
     }
+    cases.retain(|case| filter.is_none_or(|filter| case.contains(filter)));
     cases.join("\n") + "\n"
 }
 
@@ -90,7 +99,7 @@ fn has_tc(release: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::{back_ends, list};
+    use super::{Selection, back_ends, list};
 
     #[test]
     fn tc_is_left_out_below_6_6_and_nowhere_else() {
@@ -102,8 +111,10 @@ mod tests {
             ("7.2", true),
         ] {
             assert_eq!(back_ends(release).contains(&"tc"), has_tc, "{release}");
-            assert_eq!(list(release, true).contains("tc::tcp"), has_tc, "{release}");
-            assert_eq!(list(release, false).contains("tc is refused"), !has_tc, "{release}");
+            let list = |brief, filter| list(release, &Selection { brief, filter });
+            assert_eq!(list(true, None).contains("tc::tcp"), has_tc, "{release}");
+            assert_eq!(list(false, None).contains("tc is refused"), !has_tc, "{release}");
+            assert!(list(false, Some("restarts::")).lines().all(|line| line.contains("restarts::")));
         }
     }
 }

@@ -28,6 +28,7 @@ use crate::{
     process::{self, exec},
     test::{self, Session},
 };
+use cases::Selection;
 use linux::Linux;
 use machine::{Accelerator, Disks};
 use outcome::Outcome;
@@ -41,18 +42,18 @@ const LIMITS: [Duration; 2] = [Duration::from_mins(15), Duration::from_hours(3)]
 #[derive(clap::Args)]
 pub(crate) struct KernelOptions {
     /// Test on these kernels, in virtual machines: `all`, `newest`, a series (6.1) or a release (6.12.95+deb12) of Debian.
-    #[arg(long = "kernel", value_name = "VERSION", value_delimiter = ',', conflicts_with = "filter")]
+    #[arg(long = "kernel", value_name = "VERSION", value_delimiter = ',')]
     pub(crate) kernels: Vec<String>,
     /// Only a few cases of each back end.
     #[arg(long, requires = "kernels")]
     brief: bool,
     /// Write what was seen into docs/kernels.md.
-    #[arg(long, requires = "kernels")]
+    #[arg(long, requires = "kernels", conflicts_with = "filter")]
     record: bool,
 }
 
 /// Boots each kernel and runs the tests there.
-pub(crate) fn run(session: &mut Session, root: &Path, options: &KernelOptions) -> Result<()> {
+pub(crate) fn run(session: &mut Session, root: &Path, options: &KernelOptions, filter: Option<&str>) -> Result<()> {
     if !process::is_root() {
         bail!("making a root file system takes root: start this by `sudo --preserve-env=PATH`, or as root");
     }
@@ -75,7 +76,7 @@ pub(crate) fn run(session: &mut Session, root: &Path, options: &KernelOptions) -
     });
     let Some(lab) = lab else { return Ok(()) };
     let mut seen = Vec::new();
-    for (name, what, outcome) in lab.test_all(kernels, options.brief) {
+    for (name, what, outcome) in lab.test_all(kernels, &Selection { brief: options.brief, filter }) {
         println!("\n=== {what}");
         match outcome {
             Ok(outcome) => {
@@ -122,7 +123,7 @@ impl Lab {
     }
 
     /// As many machines at a time as there are processors, since each of them keeps about one busy. In the order of the kernels.
-    fn test_all(&self, kernels: Vec<Kernel>, brief: bool) -> Vec<(String, String, Result<Outcome>)> {
+    fn test_all(&self, kernels: Vec<Kernel>, selection: &Selection<'_>) -> Vec<(String, String, Result<Outcome>)> {
         let Some(first) = kernels.first() else { return Vec::new() };
         let accelerator = Accelerator::usable(&first.linux);
         let at_once = thread::available_parallelism().map_or(1, NonZeroUsize::get);
@@ -133,7 +134,7 @@ impl Lab {
                 scope.spawn(|| {
                     while let Some((at, Kernel { name, release, linux })) = next() {
                         let what = format!("Linux {name}: {release} with {}", cases::back_ends(&release).join(", "));
-                        let outcome = self.test(&name, &release, &linux, accelerator, brief);
+                        let outcome = self.test(&name, &release, &linux, accelerator, selection);
                         done.lock().unwrap_or_else(PoisonError::into_inner).insert(at, (name, what, outcome));
                     }
                 });
@@ -142,13 +143,20 @@ impl Lab {
         done.into_inner().unwrap_or_else(PoisonError::into_inner).into_values().collect()
     }
 
-    fn test(&self, name: &str, release: &str, linux: &Linux, accelerator: Accelerator, brief: bool) -> Result<Outcome> {
-        let cases = cases::list(release, brief);
+    fn test(
+        &self,
+        name: &str,
+        release: &str,
+        linux: &Linux,
+        accelerator: Accelerator,
+        selection: &Selection<'_>,
+    ) -> Result<Outcome> {
+        let cases = cases::list(release, selection);
         let exchange = self.store.join(format!("exchange-{release}"));
         fs::write(&exchange, &cases).with_context(|| format!("write {}", exchange.display()))?;
         fs::File::options().write(true).open(&exchange)?.set_len(EXCHANGE)?;
         let disks = Disks { root: &self.root, programs: &self.programs, exchange: &exchange };
-        let run = machine::boot(name, linux, &disks, accelerator, LIMITS[usize::from(!brief)])?;
+        let run = machine::boot(name, linux, &disks, accelerator, LIMITS[usize::from(!selection.brief)])?;
         println!("{name}: the machine ran for {} s.", run.time.as_secs());
         let outcome = Outcome::read(&run, &exchange, &self.store.join("results").join(release))?;
         fs::remove_file(&exchange)?;
