@@ -153,8 +153,13 @@ impl State {
     }
 
     fn is_clogged(&self, sender: u32) -> bool {
+        self.of(sender) >= BATCHES_PER_USER
+    }
+
+    /// Batches of a user that wait or are being closed.
+    fn of(&self, sender: u32) -> usize {
         let waiting = self.waiting.iter().filter(|it| it.sender == sender).count();
-        waiting + self.at_work.get(&sender).copied().unwrap_or_default() >= BATCHES_PER_USER
+        waiting + self.at_work.get(&sender).copied().unwrap_or_default()
     }
 
     /// The next batch whose user does not have all threads of a user at work already.
@@ -188,8 +193,11 @@ impl Closer {
 
     fn close(&'static self, batch: Batch) {
         let mut state = self.state();
+        let sender = batch.sender;
         state.waiting.push_back(batch);
-        if state.waiting.len() > state.idle && state.threads < MAX_THREADS {
+        // A user's own threads go on with what more there is of that user.
+        let is_for_another = state.of(sender) <= THREADS_PER_USER && state.waiting.len() > state.idle;
+        if state.threads == 0 || is_for_another && state.threads < MAX_THREADS {
             // Where the kernel refuses a thread, one that is there does it, or the next close tries again.
             let started = privileges::start_thread("anyport-close", privileges::for_others, || self.work());
             state.threads += usize::from(started.is_ok());

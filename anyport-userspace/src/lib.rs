@@ -72,6 +72,8 @@ pub mod sys;
 pub mod table;
 #[cfg(feature = "daemon")]
 mod text;
+#[cfg(feature = "daemon")]
+mod write_timeout;
 
 pub mod api;
 mod as_text;

@@ -4,7 +4,7 @@ use std::{
     env, fmt, fs,
     net::{IpAddr, SocketAddr},
     path::Path,
-    sync::{Arc, LazyLock},
+    sync::{Arc, LazyLock, PoisonError, RwLock},
     time::Duration,
 };
 
@@ -20,9 +20,22 @@ use serde_json::Value;
 /// The back ends, each of which meets the same contract.
 pub(crate) const BACKENDS: [&str; 3] = ["sk-lookup", "tc", "tproxy"];
 
+/// Held by each trial while it runs.
+static RUNNING: RwLock<()> = RwLock::new(());
+
 /// A trial that fails when `case` panics.
 pub(crate) fn trial(name: impl Into<String>, case: impl FnOnce() + Send + 'static) -> Trial {
     Trial::test(name, move || {
+        let _others = RUNNING.read().unwrap_or_else(PoisonError::into_inner);
+        case();
+        Ok(())
+    })
+}
+
+/// A trial beside which no other one runs, since it tells how long something takes.
+pub(crate) fn alone(name: impl Into<String>, case: impl FnOnce() + Send + 'static) -> Trial {
+    Trial::test(name, move || {
+        let _nobody = RUNNING.write().unwrap_or_else(PoisonError::into_inner);
         case();
         Ok(())
     })

@@ -17,7 +17,7 @@ use libtest_mimic::{Arguments, Trial};
 use nix::unistd::getppid;
 
 /// Tests at a time. They wait for daemons to start more than they compute.
-const THREADS: usize = 4;
+const THREADS: usize = 6;
 
 /// The one list of the modules with tests: declares them, and collects their tests in this order. `cargo fmt` does not
 /// see modules that a macro declares, so `cargo xtask test` has rustfmt look at them by name.
@@ -37,7 +37,7 @@ suites! {
     steer udp hostile_udp forward flows upstreams connections queues limits lists rules apply differential selftests
     wire fuzzed
     control events explain state malformed metrics top register library crash changed reload nodes announce restarts
-    rights hostile crowd interrupted starts load backends doctor fleet kubernetes
+    rights hostile hostile_api crowd interrupted starts load backends doctor fleet kubernetes
 }
 
 fn main() -> ExitCode {

@@ -209,7 +209,7 @@ fn readiness() {
     let silent = lab.topology.host.enter(|| {
         let mut stream = TcpStream::connect(address()).expect("the kernel accepts");
         stream.set_read_timeout(Some(Duration::from_millis(500))).expect("a time limit");
-        stream.write_all(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n").expect("sending");
+        stream.write_all(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n").expect("sending");
         stream.read(&mut [0; 100])
     });
     assert!(silent.is_err(), "a process that does not run answers nothing");
@@ -278,18 +278,18 @@ fn dropping() {
 fn clients() {
     let lab = lab("sk-lookup");
     for (request, status) in [
-        ("POST /metrics HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n", 405),
-        ("DELETE / HTTP/1.1\r\nHost: x\r\n\r\n", 405),
-        ("GET /other HTTP/1.1\r\nHost: x\r\n\r\n", 404),
+        ("POST /metrics HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n", 405),
+        ("DELETE / HTTP/1.1\r\nHost: localhost\r\n\r\n", 405),
+        ("GET /other HTTP/1.1\r\nHost: localhost\r\n\r\n", 404),
         ("nonsense\r\n\r\n", 400),
-        (&format!("GET / HTTP/1.1\r\nHost: x\r\nX: {}\r\n\r\n", "y".repeat(20_000)), 431),
+        (&format!("GET / HTTP/1.1\r\nHost: localhost\r\nX: {}\r\n\r\n", "y".repeat(20_000)), 431),
     ] {
         let (answered, head, _) = exchange(&lab, request);
         assert_eq!(answered, status, "{request:.40}: {head}");
         assert!(status != 405 || head.contains("allow: get, head"), "{head}");
     }
     for path in ["/", "/metrics", "/live.json", "/healthz", "/readyz"] {
-        let (status, head, body) = exchange(&lab, &format!("HEAD {path} HTTP/1.1\r\nHost: x\r\n\r\n"));
+        let (status, head, body) = exchange(&lab, &format!("HEAD {path} HTTP/1.1\r\nHost: localhost\r\n\r\n"));
         assert!(status == 200 && body.is_empty() && head.contains("content-length: "), "{path}: {head}\n{body}");
     }
     // Those who ask slowly, or not at all.

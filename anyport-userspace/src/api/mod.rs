@@ -33,6 +33,6 @@ pub use self::{
 #[cfg(feature = "daemon")]
 pub(crate) use self::{
     live::increase,
-    types::{MAX_BODY, MAX_FILE, too_large},
+    types::{FIRST_HEADER, ID_HEADER, MAX_BODY, MAX_FILE, since_boot, too_large},
 };
 pub use crate::problem::{Changed, Problem, ProblemKind};

@@ -1,6 +1,13 @@
 //! Which users may use the control API, and which may only read, by the credentials of the Unix socket's peer.
 
-use std::{fmt, io, os::fd::BorrowedFd, str::FromStr};
+use std::{
+    collections::BTreeMap,
+    fmt, io,
+    os::fd::BorrowedFd,
+    str::FromStr,
+    sync::{Mutex, PoisonError},
+    time::{Duration, Instant},
+};
 
 use nix::{
     sys::socket::{getsockopt, sockopt::PeerCredentials},
@@ -85,6 +92,21 @@ impl fmt::Display for Readers {
 }
 
 fn is_member(peer: &Peer, name: &str) -> bool {
-    let is_one = |group: Group| peer.groups.contains(&group.gid.as_raw());
-    Group::from_name(name).ok().flatten().is_some_and(is_one)
+    group(name).is_some_and(|gid| peer.groups.contains(&gid))
+}
+
+/// The number of a group, as it was a second ago at most. Clients can ask as often as they like, and each look reads files, or asks a
+/// service of the network.
+fn group(name: &str) -> Option<u32> {
+    const LOOKS: Duration = Duration::from_secs(1);
+    static KNOWN: Mutex<BTreeMap<String, (Instant, Option<u32>)>> = Mutex::new(BTreeMap::new());
+    let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some((at, gid)) = known.get(name)
+        && at.elapsed() < LOOKS
+    {
+        return *gid;
+    }
+    let gid = Group::from_name(name).ok().flatten().map(|group| group.gid.as_raw());
+    known.insert(name.to_owned(), (Instant::now(), gid));
+    gid
 }

@@ -1,7 +1,8 @@
 //! The types of the control API's requests and answers, and the limits of their sizes.
 
-use std::{num::NonZeroU16, path::PathBuf};
+use std::{num::NonZeroU16, path::PathBuf, time::Duration};
 
+use nix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use super::{AnnounceView, DrainView, Problem, ProblemKind};
@@ -16,6 +17,17 @@ pub(crate) const MAX_BODY: usize = 1 << 20;
 
 /// Bytes of the largest file that can be applied.
 pub(crate) const MAX_FILE: usize = 256 << 20;
+
+/// Header with the id that a client gives to a command, by which its outcome is remembered.
+pub(crate) const ID_HEADER: &str = "x-anyport-request";
+/// Header of a command that is asked for again: when it was asked for first, see [`since_boot`].
+pub(crate) const FIRST_HEADER: &str = "x-anyport-first";
+
+/// Milliseconds since the host was started (`CLOCK_BOOTTIME`), which the processes at both ends of a Unix socket see alike.
+pub(crate) fn since_boot() -> u64 {
+    let now = clock_gettime(ClockId::CLOCK_BOOTTIME).map(Duration::from).unwrap_or_default();
+    u64::try_from(now.as_millis()).unwrap_or(u64::MAX)
+}
 
 /// The problem of a request beyond its limit.
 pub(crate) fn too_large(error: String, limit: usize) -> Problem {

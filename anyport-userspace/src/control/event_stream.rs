@@ -22,13 +22,10 @@ const BATCH: usize = 256;
 const INTERVAL: Duration = Duration::from_secs(1);
 
 /// Answers with events as they come, until the client goes or the daemon ends.
-pub(super) async fn stream(engine: Shared, request: Listen) -> Result<Response, Problem> {
+pub(super) fn stream(engine: Shared, request: Listen) -> Result<Response, Problem> {
     request.validate()?;
-    let (listener, note) = {
-        let engine = engine.lock().await;
-        let engine = engine.as_ref().ok_or_else(Problem::stopping)?;
-        (engine.listen(&request)?, engine.note_on_events())
-    };
+    let shown = engine.shown()?;
+    let (listener, note) = (shown.listen(&request)?, shown.note_on_events());
     // At once, so that the client knows that the subscription has begun.
     let first = note.iter().map(line).collect::<String>() + "\n";
     let events = EventStream { engine, listener, request, first: Some(first) };
@@ -60,9 +57,9 @@ impl EventStream {
             }
             let missed = Some(self.listener.missed()).filter(|it| *it > 0);
             let mut lines: String = missed.map(|missed| line(&EventLine::Missed { missed })).into_iter().collect();
-            let engine = self.engine.lock().await;
-            let (engine, clock) = (engine.as_ref()?, Clock::now());
-            let views = events.iter().filter_map(|event| engine.describe(event, &self.request, &clock));
+            // Without waiting for a command: events come while one is carried out, too.
+            let (shown, clock) = (self.engine.shown().ok()?, Clock::now());
+            let views = events.iter().filter_map(|event| shown.describe(event, &self.request, &clock));
             lines.extend(views.map(|view| line(&EventLine::Event(view))));
             if !lines.is_empty() {
                 return Some(lines);

@@ -1,8 +1,10 @@
 //! The daemon's side of its sockets: the control API, the handover to another version, and the socket for registering.
 
+mod budget;
 mod clients;
 mod event_stream;
 mod handover;
+mod outcomes;
 mod read_limiter;
 pub mod registrar;
 mod server;

@@ -30,6 +30,20 @@ impl ReadLimiter {
     }
 }
 
+/// How fast a client is answered: readers within their limits, others at once.
+#[derive(Clone, Debug)]
+pub(super) struct Pace(pub(super) Option<ReadLimiter>);
+
+impl Pace {
+    /// Answers, or makes a part of an answer, when it is time.
+    pub(super) async fn take<T>(&self, answer: impl Future<Output = T>) -> T {
+        match &self.0 {
+            Some(limiter) => limiter.take(answer).await,
+            None => answer.await,
+        }
+    }
+}
+
 /// Returns a permit after its rest, also if the client goes away in the middle of it.
 struct Rest {
     turn: Option<OwnedSemaphorePermit>,

@@ -4,7 +4,7 @@ use std::{
     fs,
     io::ErrorKind,
     os::{
-        fd::OwnedFd,
+        fd::{AsFd, OwnedFd},
         unix::{
             fs::{FileTypeExt as _, PermissionsExt as _},
             net::{self, UnixStream},
@@ -29,30 +29,34 @@ use axum::{
     response::{IntoResponse, Response},
     routing::{delete, get, post},
 };
-use futures_util::{FutureExt as _, future::BoxFuture};
+use futures_util::{FutureExt as _, StreamExt as _, future::BoxFuture, stream};
+use hyper::body::Body as _;
 use nix::{
     errno::Errno,
-    sys::socket::{getsockopt, sockopt::PeerCredentials},
+    sys::socket::{Backlog, getsockopt, listen, sockopt::PeerCredentials},
     unistd::{Group, chown},
 };
 use serde::de::DeserializeOwned;
 use tokio::{
     net::UnixListener,
     sync::watch,
-    time::{sleep, timeout},
+    task::spawn_blocking,
+    time::{Instant, sleep, timeout},
 };
 use tokio_util::task::TaskTracker;
 use tracing::{info, warn};
 
 use super::{
     Handover,
+    budget::{Budget, Leaving},
     clients::{Client, Clients},
-    read_limiter::ReadLimiter,
+    outcomes::{Asked, Outcomes},
+    read_limiter::{Pace, ReadLimiter},
 };
 use crate::{
     api::{self, MAX_BODY, MAX_FILE, Peer, Problem, ProblemKind, Readers, TakeOver, Taken, parse, too_large},
     closing,
-    engine::{Engine, Progress, Shared},
+    engine::{Engine, Listing, Progress, Shared, beside},
     log_limit::LogLimit,
     observe::Observer,
     privileges::GROUP,
@@ -62,6 +66,12 @@ use crate::{
 
 /// How long the body of a request may take to come.
 const BODY_TIME: Duration = Duration::from_secs(30);
+/// How long the answer to a reader may take to be read.
+const LONGEST_ANSWER: Duration = Duration::from_mins(1);
+/// How long a reader's question may wait for a command.
+const EXPLAIN_TIME: Duration = Duration::from_secs(2);
+/// Clients that wait to be accepted. Others wait longer, in the order in which they came: so one who comes is not behind thousands.
+const BACKLOG: i32 = 128;
 /// How long to wait where no descriptor is free.
 const PAUSE: Duration = Duration::from_millis(100);
 
@@ -89,7 +99,7 @@ pub fn bind(path: &Path, readers: Option<&Readers>) -> anyhow::Result<UnixListen
         fs::create_dir_all(directory).with_context(attempt)?;
     }
     let listener = UnixListener::bind(path).with_context(attempt)?;
-    sys::refuse_descriptors(&listener).with_context(attempt)?;
+    prepare(&listener).with_context(attempt)?;
     let mode = if readers.is_some() { 0o666 } else { 0o660 };
     fs::set_permissions(path, fs::Permissions::from_mode(mode)).with_context(attempt)?;
     if let Ok(Some(group)) = Group::from_name(GROUP) {
@@ -101,6 +111,12 @@ pub fn bind(path: &Path, readers: Option<&Readers>) -> anyhow::Result<UnixListen
         }
     }
     Ok(listener)
+}
+
+fn prepare(listener: &impl AsFd) -> anyhow::Result<()> {
+    sys::refuse_descriptors(listener)?;
+    listen(listener, Backlog::new(BACKLOG)?)?;
+    Ok(())
 }
 
 /// Listens at a control socket that a service manager has bound to this path, and which stays when this process ends.
@@ -115,12 +131,14 @@ pub fn adopt(socket: OwnedFd, path: &Path) -> anyhow::Result<UnixListener> {
         bail!("{}: it is bound to {bound:?}; make ListenStream= of the socket unit and --socket the same", attempt());
     }
     listener.set_nonblocking(true).with_context(attempt)?;
-    sys::refuse_descriptors(&listener).with_context(attempt)?;
+    prepare(&listener).with_context(attempt)?;
     UnixListener::from_std(listener).with_context(attempt)
 }
 
 /// The one request that only looks, and yet is not for [`Readers`].
 const EVENTS: &str = "/v1/events";
+/// The one request of readers that asks the engine itself, and waits for it.
+const EXPLAIN: &str = "/v1/explain";
 
 /// Everybody who can connect can cause this line.
 static REFUSED: LogLimit = LogLimit::new();
@@ -137,7 +155,12 @@ pub async fn serve(
     readers: Option<Readers>,
     stop: watch::Receiver<bool>,
 ) -> anyhow::Result<()> {
-    let access = Access { readers, read_limiter: ReadLimiter::new() };
+    let access = Access {
+        readers,
+        read_limiter: ReadLimiter::new(),
+        explain_limiter: ReadLimiter::new(),
+        budget: Budget::default(),
+    };
     let how_far = engine.lock().await.as_ref().map(Engine::progress).unwrap_or_default();
     let api = Router::new()
         .route("/v1/status", get(status))
@@ -149,13 +172,14 @@ pub async fn serve(
         .route("/v1/reload", post(reload))
         .route("/v1/progress", get(progress))
         .route(EVENTS, get(events))
-        .route("/v1/explain", get(explain))
+        .route(EXPLAIN, get(explain))
         .route("/v1/takeover", post(take_over))
         .route("/v1/services", get(services).post(add_service))
         .route("/v1/services/{name}", delete(remove_service))
         .fallback(no_such_thing)
         .method_not_allowed_fallback(no_such_thing)
         .layer(DefaultBodyLimit::max(MAX_BODY))
+        .layer(Extension(Outcomes::new()))
         .layer(Extension(how_far))
         .layer(Extension(handover))
         .layer(Extension(observer))
@@ -187,35 +211,57 @@ pub async fn serve(
     Ok(())
 }
 
-/// Who may look, and when: a command never waits for many of them.
+/// Who may look, and how much and how fast: a command never waits for them.
 #[derive(Clone, Debug)]
 struct Access {
     readers: Option<Readers>,
     read_limiter: ReadLimiter,
+    /// For requests that wait for the engine, so that others do not wait with them.
+    explain_limiter: ReadLimiter,
+    budget: Budget,
 }
 
 async fn permit(
-    State(Access { readers, read_limiter }): State<Access>,
+    State(Access { readers, read_limiter, explain_limiter, budget }): State<Access>,
     ConnectInfo(peer): ConnectInfo<Peer>,
     Extension(client): Extension<Client>,
-    request: Request,
+    mut request: Request,
     next: Next,
 ) -> Response {
-    let _busy = client.busy();
-    if peer.is_in_control() {
-        return next.run(request).await;
+    let Some(mut busy) = client.busy() else {
+        let problem = Problem::new(ProblemKind::Stopping, "too many requests of this user are under way");
+        return problem.hint("nothing was done; try again when they are done").into_response();
+    };
+    let mut taken = None;
+    let pace = if peer.is_in_control() {
+        Pace(None)
+    } else {
+        // Readers may not see which client connects where, and few can subscribe at a time.
+        let is_open = request.method() == Method::GET && request.uri().path() != EVENTS;
+        if !is_open || !readers.is_some_and(|readers| readers.include(&peer)) {
+            if let Some(left_out) = REFUSED.next() {
+                info!("refused user {} at the control socket{left_out}", peer.uid);
+            }
+            return Problem::new(ProblemKind::NotPermitted, format!("user {} may not control anyportd", peer.uid))
+                .hint(format!("become root or a member of the group {GROUP}"))
+                .into_response();
+        }
+        match budget.begin(peer.uid) {
+            Ok(begun) => taken = Some(begun),
+            Err(problem) => return problem.into_response(),
+        }
+        Pace(Some(if request.uri().path() == EXPLAIN { explain_limiter } else { read_limiter }))
+    };
+    request.extensions_mut().insert(pace);
+    let answer = next.run(request).await;
+    if let Some(mut taken) = taken {
+        let whole = answer.body().size_hint().exact().and_then(|bytes| usize::try_from(bytes).ok()).unwrap_or_default();
+        if let Err(problem) = taken.add(whole) {
+            return problem.into_response();
+        }
+        busy.keep(taken);
     }
-    // Readers may not see which client connects where, and few can subscribe at a time.
-    let is_open = request.method() == Method::GET && request.uri().path() != EVENTS;
-    if is_open && readers.is_some_and(|readers| readers.include(&peer)) {
-        return read_limiter.take(next.run(request)).await;
-    }
-    if let Some(left_out) = REFUSED.next() {
-        info!("refused user {} at the control socket{left_out}", peer.uid);
-    }
-    Problem::new(ProblemKind::NotPermitted, format!("user {} may not control anyportd", peer.uid))
-        .hint(format!("become root or a member of the group {GROUP}"))
-        .into_response()
+    answer.map(|body| axum::body::Body::new(Leaving::new(body, busy)))
 }
 
 impl IntoResponse for Problem {
@@ -243,27 +289,19 @@ impl<S: Send + Sync> FromRequest<S> for Body {
     }
 }
 
-/// Asks the engine.
-async fn ask<T>(engine: &Shared, question: impl FnOnce(&mut Engine) -> Result<T, Problem>) -> Answer<T> {
-    question(engine.lock().await.as_mut().ok_or_else(Problem::stopping)?).map(Json)
-}
-
-/// Has the engine carry out a command, to its end even if the client goes away: the connection's own task would be
-/// dropped in the middle of it.
-async fn command<T: Send + 'static>(
+/// Has the engine carry out a command, to its end even if the client goes away.
+async fn command<T: serde::Serialize + Send + 'static>(
     engine: Shared,
+    asked: Asked,
     command: impl for<'a> FnOnce(&'a mut Engine) -> BoxFuture<'a, Result<T, Problem>> + Send + 'static,
-) -> Answer<T> {
-    let task = tokio::spawn(async move {
+) -> Result<Response, Problem> {
+    let carried_out = async move {
         match engine.lock().await.as_mut() {
-            Some(engine) => command(engine).await,
+            Some(engine) => beside(command(engine)),
             None => Err(Problem::stopping()),
         }
-    });
-    match task.await {
-        Ok(result) => result.map(Json),
-        Err(error) => Err(Problem::new(ProblemKind::Failed, format!("carry the command out: {error}"))),
-    }
+    };
+    asked.once(carried_out).await
 }
 
 /// Reads a request's body.
@@ -292,35 +330,66 @@ async fn no_such_thing(request: Request) -> Problem {
 async fn take_over(
     ConnectInfo(peer): ConnectInfo<Peer>,
     Extension(handover): Extension<Handover>,
+    asked: Asked,
     body: Body,
-) -> Answer<Taken> {
+) -> Result<Response, Problem> {
     let TakeOver { executable } = read(body)?;
-    handover.request(&peer, &executable).await.map(Json)
+    asked.once::<Taken, _>(async move { handover.request(&peer, &executable).await }).await
 }
 
-async fn status(State(engine): State<Shared>) -> Answer<api::StatusView> {
-    ask(&engine, |engine| engine.status()).await
+async fn status(State(engine): State<Shared>, Extension(pace): Extension<Pace>) -> Answer<api::StatusView> {
+    pace.take(engine.status()).await.map(Json)
 }
 
-async fn live(Extension(observer): Extension<Arc<Observer>>) -> Answer<api::LiveView> {
-    observer.sample().await.map(|sample| Json(sample.live()))
+async fn live(
+    Extension(observer): Extension<Arc<Observer>>,
+    Extension(pace): Extension<Pace>,
+) -> Answer<api::LiveView> {
+    pace.take(observer.sample()).await.map(|sample| Json(sample.live()))
 }
 
 async fn prefixes(
     State(engine): State<Shared>,
+    Extension(pace): Extension<Pace>,
     query: Result<Query<api::ListPrefixes>, QueryRejection>,
 ) -> Result<Response, Problem> {
     let Query(query) = query.map_err(|rejection| Problem::new(ProblemKind::Invalid, rejection.body_text()))?;
-    let Json(json) = ask(&engine, |engine| engine.prefixes(&query)).await?;
-    Ok(([(CONTENT_TYPE, "application/json")], json).into_response())
+    let kind = [(CONTENT_TYPE, "application/json")];
+    let begin = async {
+        let mut listing = Listing::new(engine.look().await?, query);
+        let first = listing.piece()?.unwrap_or_default();
+        Ok::<_, Problem>((listing, first))
+    };
+    let (listing, first) = pace.take(begin).await?;
+    if listing.is_over() {
+        return Ok((kind, first).into_response());
+    }
+    let begun = Instant::now();
+    let rest = stream::try_unfold((listing, pace), move |(mut listing, pace)| async move {
+        if pace.0.is_some() && begun.elapsed() > LONGEST_ANSWER {
+            return Err(Problem::new(ProblemKind::Failed, "the list of rules was read too slowly"));
+        }
+        let piece = pace.take(async { listing.piece() }).await?;
+        Ok(piece.map(|piece| (piece, (listing, pace))))
+    });
+    let pieces = stream::once(async { Ok::<_, Problem>(first) }).chain(rest);
+    Ok((kind, axum::body::Body::from_stream(pieces)).into_response())
 }
 
 async fn explain(
     State(engine): State<Shared>,
+    Extension(pace): Extension<Pace>,
     query: Result<Query<api::Explain>, QueryRejection>,
 ) -> Answer<api::Explanation> {
     let Query(query) = query.map_err(|rejection| Problem::new(ProblemKind::Invalid, rejection.body_text()))?;
-    command(engine, move |engine| engine.explain(query).boxed()).await
+    let patience = if pace.0.is_some() { EXPLAIN_TIME } else { Duration::MAX };
+    // Dropped with the connection of the client, and so is its place in the row.
+    let explain = async {
+        let busy = |_| Problem::new(ProblemKind::Failed, "anyportd is busy with a command").hint("try again");
+        let engine = timeout(patience, engine.lock()).await.map_err(busy)?;
+        engine.as_ref().ok_or_else(Problem::stopping)?.explain(query).await
+    };
+    pace.take(explain).await.map(Json)
 }
 
 async fn events(
@@ -328,58 +397,69 @@ async fn events(
     query: Result<Query<api::Listen>, QueryRejection>,
 ) -> Result<Response, Problem> {
     let Query(query) = query.map_err(|rejection| Problem::new(ProblemKind::Invalid, rejection.body_text()))?;
-    super::event_stream::stream(engine, query).await
+    super::event_stream::stream(engine, query)
 }
 
-async fn services(State(engine): State<Shared>) -> Answer<Vec<api::ServiceView>> {
-    ask(&engine, |engine| engine.services()).await
+async fn services(State(engine): State<Shared>, Extension(pace): Extension<Pace>) -> Answer<Vec<api::ServiceView>> {
+    pace.take(engine.services()).await.map(Json)
 }
 
-async fn add_prefixes(State(engine): State<Shared>, body: Body) -> Answer<api::Changed> {
+async fn add_prefixes(State(engine): State<Shared>, asked: Asked, body: Body) -> Result<Response, Problem> {
     let request = read(body)?;
-    command(engine, |engine| engine.add_prefixes(request).boxed()).await
+    command(engine, asked, |engine| engine.add_prefixes(request).boxed()).await
 }
 
-async fn remove_prefixes(State(engine): State<Shared>, body: Body) -> Answer<api::Changed> {
+async fn remove_prefixes(State(engine): State<Shared>, asked: Asked, body: Body) -> Result<Response, Problem> {
     let request = read(body)?;
-    command(engine, |engine| engine.remove_prefixes(request).boxed()).await
+    command(engine, asked, |engine| engine.remove_prefixes(request).boxed()).await
 }
 
 async fn apply(
     State(engine): State<Shared>,
+    asked: Asked,
     query: Result<Query<api::Apply>, QueryRejection>,
     body: Body,
-) -> Answer<api::Applied> {
+) -> Result<Response, Problem> {
     let Query(options) = query.map_err(|rejection| Problem::new(ProblemKind::Invalid, rejection.body_text()))?;
     let text = String::from_utf8(bytes(body, MAX_FILE)?.into())
         .map_err(|error| Problem::new(ProblemKind::Invalid, format!("read the file: {error}")))?;
-    command(engine, move |engine| async move { engine.apply(text, &options).await }.boxed()).await
+    // What changes nothing need not be remembered, and its answer may be long.
+    let asked = if options.dry_run { asked.without_id() } else { asked };
+    command(engine, asked, move |engine| async move { engine.apply(text, &options).await }.boxed()).await
 }
 
 async fn reload(
     State(engine): State<Shared>,
+    asked: Asked,
     query: Result<Query<api::Reload>, QueryRejection>,
-) -> Answer<api::Reloaded> {
+) -> Result<Response, Problem> {
     let Query(options) = query.map_err(|rejection| Problem::new(ProblemKind::Invalid, rejection.body_text()))?;
-    command(engine, move |engine| async move { engine.reload(&options).await }.boxed()).await
+    let asked = if options.dry_run { asked.without_id() } else { asked };
+    command(engine, asked, move |engine| async move { engine.reload(&options).await }.boxed()).await
 }
 
-async fn confirm(State(engine): State<Shared>) -> Answer<api::Changed> {
-    command(engine, |engine| engine.confirm().boxed()).await
+async fn confirm(State(engine): State<Shared>, asked: Asked) -> Result<Response, Problem> {
+    command(engine, asked, |engine| engine.confirm().boxed()).await
 }
 
-async fn drains(State(engine): State<Shared>) -> Answer<Vec<api::DrainView>> {
-    ask(&engine, |engine| engine.drains()).await
+async fn drains(State(engine): State<Shared>, Extension(pace): Extension<Pace>) -> Answer<Vec<api::DrainView>> {
+    let drains = async {
+        let snapshot = engine.look().await?;
+        // There may be hundreds of thousands of connections.
+        let counted = spawn_blocking(move || snapshot.drains()).await;
+        counted.unwrap_or_else(|error| Err(Problem::new(ProblemKind::Failed, format!("count connections: {error}"))))
+    };
+    pace.take(drains).await.map(Json)
 }
 
-async fn drain(State(engine): State<Shared>, body: Body) -> Answer<Vec<api::DrainView>> {
+async fn drain(State(engine): State<Shared>, asked: Asked, body: Body) -> Result<Response, Problem> {
     let request = read(body)?;
-    command(engine, |engine| engine.drain(request).boxed()).await
+    command(engine, asked, |engine| engine.drain(request).boxed()).await
 }
 
-async fn undrain(State(engine): State<Shared>, body: Body) -> Answer<api::Changed> {
+async fn undrain(State(engine): State<Shared>, asked: Asked, body: Body) -> Result<Response, Problem> {
     let request = read(body)?;
-    command(engine, |engine| engine.undrain(request).boxed()).await
+    command(engine, asked, |engine| engine.undrain(request).boxed()).await
 }
 
 /// Answered without the engine, which is busy.
@@ -387,13 +467,17 @@ async fn progress(Extension(progress): Extension<Arc<Progress>>) -> Json<api::Pr
     Json(progress.view())
 }
 
-async fn add_service(State(engine): State<Shared>, body: Body) -> Answer<api::Changed> {
+async fn add_service(State(engine): State<Shared>, asked: Asked, body: Body) -> Result<Response, Problem> {
     let request = read(body)?;
-    command(engine, |engine| engine.add_service(request).boxed()).await
+    command(engine, asked, |engine| engine.add_service(request).boxed()).await
 }
 
-async fn remove_service(State(engine): State<Shared>, UrlPath(name): UrlPath<String>) -> Answer<api::Changed> {
+async fn remove_service(
+    State(engine): State<Shared>,
+    asked: Asked,
+    UrlPath(name): UrlPath<String>,
+) -> Result<Response, Problem> {
     let name: ServiceName =
         name.parse().map_err(|error: InvalidText| Problem::new(ProblemKind::Invalid, error.to_string()))?;
-    command(engine, |engine| engine.remove_service(name).boxed()).await
+    command(engine, asked, |engine| engine.remove_service(name).boxed()).await
 }

@@ -17,7 +17,7 @@ use tracing::error;
 use crate::{
     api::{Problem, ProblemKind},
     config::Fleet,
-    engine::Shared,
+    engine::{Shared, beside},
     fleet::{
         Condition, FleetBoard, LineEdits,
         agent::{Agent, Identity, Target},
@@ -107,7 +107,7 @@ impl Target for Daemon {
         let (engine, state) = (Arc::clone(&self.engine), state.clone());
         let taken = self.control.spawn(async move {
             match engine.lock().await.as_mut() {
-                Some(engine) => engine.take_set(text, edits, state).await.map(drop),
+                Some(engine) => beside(engine.take_set(text, edits, state)).map(drop),
                 None => pending().await,
             }
         });

@@ -24,7 +24,7 @@ use self::fleet_node::Node;
 use crate::{
     config::{Config, DaemonConfig},
     control::{self, Handover, registrar},
-    engine::{Engine, Shared},
+    engine::{Engine, Shared, beside},
     keeper::{self, Begin, Command, Commands, Link},
     lock::Lock,
     logging,
@@ -32,6 +32,7 @@ use crate::{
     privileges, register,
     routes::News,
     service::{DescriptorPool, WorkerHandles, Workers},
+    sys,
 };
 
 /// How often the engine looks for interfaces and for connections that have ended.
@@ -55,6 +56,7 @@ const NAME: &CStr = c"anyportd";
 /// What kept the daemon from starting, or what could not be removed at its end.
 pub fn run(config: &Config, keeper: &Link) -> anyhow::Result<()> {
     prctl::set_name(NAME).context("name the process")?;
+    sys::return_free_memory();
     privileges::for_start(config.steering).context("put the capabilities out of force")?;
     if let Some(lack) = privileges::confine(config.paths(), config.steering)? {
         warn!("{lack}");
@@ -283,10 +285,12 @@ async fn keep_looking(engine: Shared, mut hangup: Signal) {
         if news.of_routes {
             engine.suspect_routes();
         }
-        if is_hangup {
-            engine.reload_on_signal().await;
-        }
-        engine.refresh().await;
+        beside(async {
+            if is_hangup {
+                engine.reload_on_signal().await;
+            }
+            engine.refresh().await;
+        });
     }
 }
 

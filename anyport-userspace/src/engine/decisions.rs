@@ -23,7 +23,8 @@ const LONGEST: Duration = Duration::from_millis(20);
 /// Where the next questions begin.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Decisions {
-    at: usize,
+    /// Behind this prefix.
+    after: Option<Prefix>,
     /// Each round asks about other addresses and ports of the same rules.
     round: usize,
 }
@@ -32,25 +33,27 @@ impl Engine {
     /// Asks about the next rules, and has the table made again by a full rebuild where an answer is wrong. With tproxy each answer would take
     /// a program to be started, so that one sees to its chains and sets alone.
     pub(super) fn check_decisions(&mut self) {
-        let prefixes = self.desired.rules().prefixes();
-        if self.kernel.back_end() == BackEnd::Tproxy || prefixes.len() == 0 {
+        let rules = self.desired.rules();
+        let all = rules.prefix_count();
+        if self.kernel.back_end() == BackEnd::Tproxy || all == 0 {
             return;
         }
-        let (all, Decisions { at, round }) = (prefixes.len(), self.decisions);
-        let at = if at < all { at } else { 0 };
+        let Decisions { after, round } = self.decisions;
         let begun = Instant::now();
-        let mut asked = 0;
-        let mut wrong = None;
-        for (prefix, rules) in prefixes.skip(at).take(FEWEST.max(all.div_ceil(ROUND))) {
-            asked += 1;
-            wrong = self.is_wrong(prefix, rules, round);
+        let (mut last, mut wrong) = (None, None);
+        for (prefix, rules) in rules.after(after).take(FEWEST.max(all.div_ceil(ROUND))) {
+            last = Some(prefix);
+            wrong = self.is_wrong(&prefix, rules, round);
             if wrong.is_some() || begun.elapsed() >= LONGEST {
                 break;
             }
         }
-        let is_over = at + asked >= all;
-        self.decisions =
-            Decisions { at: if is_over { 0 } else { at + asked }, round: round.wrapping_add(usize::from(is_over)) };
+        let is_over = last.is_none_or(|last| rules.after(Some(last)).next().is_none());
+        self.decisions = if is_over {
+            Decisions { after: None, round: round.wrapping_add(1) }
+        } else {
+            Decisions { after: last, round }
+        };
         if let Some(what) = wrong {
             self.kernel.note_wrong(what);
         }

@@ -11,7 +11,7 @@ use super::{
 use crate::{
     api::{Changed, DrainRequest, DrainView, Problem, ProblemKind, Undrain},
     host,
-    rules::{Decision, Prefix, decide},
+    rules::{Decision, Prefix, RuleSet, decide},
 };
 
 /// The longest wait: a day.
@@ -46,7 +46,7 @@ impl Engine {
         let withdrawal = self.judge();
         self.desired.drains_mut().withdrawn_by(withdrawal, Instant::now());
         self.go_on_draining().await;
-        self.drains()
+        with_connections(self.drain_views(), self.desired.rules(), self.desired.drains())
     }
 
     /// Has something served again.
@@ -78,25 +78,6 @@ impl Engine {
         }
         self.judge();
         Ok(self.changed(ended, Vec::new()))
-    }
-
-    /// What is drained, and how many connections each of it has still.
-    ///
-    /// # Errors
-    /// The kernel does not list its connections.
-    pub fn drains(&self) -> Result<Vec<DrainView>, Problem> {
-        let drains = self.desired.drains();
-        let mut counts: Vec<u64> = vec![0; drains.len()];
-        if !counts.is_empty() {
-            host::for_each_connection(|host::Connection { transport, local, remote }| {
-                let decided = decide(self.desired.rules(), local.ip(), transport, local.port(), remote.ip());
-                if let Decision::Steer(rule) = decided {
-                    drains.count(&rule.prefix, rule.terms, &mut counts);
-                }
-            })?;
-        }
-        let views = self.drain_views().into_iter().zip(counts);
-        Ok(views.map(|(view, connections)| DrainView { connections: Some(connections), ..view }).collect())
     }
 
     /// From the withdrawal to waiting, and from waiting to refusing.
@@ -143,4 +124,25 @@ impl Engine {
         };
         Err(Problem::new(ProblemKind::NotFound, format!("no rule is about {prefix} or a part of it")).hint(hint))
     }
+}
+
+/// Counts the connections that what is drained has still.
+///
+/// # Errors
+/// The kernel does not list its connections.
+pub(super) fn with_connections(
+    views: Vec<DrainView>,
+    rules: &RuleSet,
+    drains: &Drains,
+) -> Result<Vec<DrainView>, Problem> {
+    let mut counts: Vec<u64> = vec![0; drains.len()];
+    if !counts.is_empty() {
+        host::for_each_connection(|host::Connection { transport, local, remote }| {
+            if let Decision::Steer(rule) = decide(rules, local.ip(), transport, local.port(), remote.ip()) {
+                drains.count(&rule.prefix, rule.terms, &mut counts);
+            }
+        })?;
+    }
+    let views = views.into_iter().zip(counts);
+    Ok(views.map(|(view, connections)| DrainView { connections: Some(connections), ..view }).collect())
 }

@@ -133,15 +133,21 @@ impl Dropping {
             return Ok(());
         }
         let mut needs: BTreeMap<&ServiceName, Needs> = BTreeMap::new();
-        let sums = Sums::read(desired, kernel, |it| {
-            let terms = &it.rule.terms;
-            let needs = needs.entry(&terms.service).or_default();
-            needs.is_drained |= desired.drains().include(&it.rule.prefix, terms);
-            for transport in terms.protocol.transports() {
-                let place = usize::from(*transport == Transport::Udp) + if it.rule.prefix.is_ipv4() { 0 } else { 2 };
-                needs.places[place] = true;
-            }
-        })?;
+        let counters = kernel.counters()?;
+        let sums = Sums::read(
+            desired.rules(),
+            |rule| counters(rule.number),
+            |it| {
+                let terms = &it.rule.terms;
+                let needs = needs.entry(&terms.service).or_default();
+                needs.is_drained |= desired.drains().include(&it.rule.prefix, terms);
+                for transport in terms.protocol.transports() {
+                    let place =
+                        usize::from(*transport == Transport::Udp) + if it.rule.prefix.is_ipv4() { 0 } else { 2 };
+                    needs.places[place] = true;
+                }
+            },
+        );
         let mut previous = std::mem::take(&mut self.services);
         for (name, needs) in needs {
             let now = seen(services, name, &needs, &sums);
@@ -155,7 +161,7 @@ impl Dropping {
     }
 }
 
-fn seen(services: &Services, name: &ServiceName, needs: &Needs, sums: &Sums<'_>) -> Seen {
+fn seen(services: &Services, name: &ServiceName, needs: &Needs, sums: &Sums) -> Seen {
     let groups = services.get(name).map(|running| services.groups_of(running)).unwrap_or_default();
     let has_all = groups.iter().zip(needs.places).all(|(group, is_needed)| group.is_some() || !is_needed);
     let (_, Counters { steered, no_socket, assign_error, .. }) = sums.of(name);

@@ -19,6 +19,7 @@ mod explain;
 mod fleet;
 mod kept;
 mod kernel;
+mod listing;
 mod observed;
 mod progress;
 mod published;
@@ -26,6 +27,8 @@ mod register;
 mod reload;
 mod served;
 mod services;
+mod shared;
+mod snapshot;
 mod start;
 #[cfg(test)]
 mod tests;
@@ -42,17 +45,17 @@ use self::{
 };
 pub use self::{
     kernel::Connected,
+    listing::Listing,
     observed::{Observed, ObservedService},
     progress::Progress,
     published::Clock,
     services::fetch_registered,
+    shared::{Held, Shared, SharedEngine, beside},
+    snapshot::Snapshot,
     start::Simulation,
     views::Counted,
 };
 use crate::{fleet::FleetBoard, routes::Watch, service::DescriptorPool, steering::BackEnd};
-
-/// The engine, until the daemon stops.
-pub type Shared = Arc<tokio::sync::Mutex<Option<Engine>>>;
 
 /// The daemon's state and its hold on the kernel.
 #[derive(Debug)]

@@ -2,7 +2,7 @@
 
 use anyport_common::maps::Counters;
 
-use super::{Counted, Engine};
+use super::{Counted, Engine, views::Sums};
 use crate::{
     api::{Problem, ServiceView, StatusView},
     service::{ConnectionTimes, HandlerKind, UpstreamState},
@@ -55,8 +55,12 @@ impl Engine {
     /// # Errors
     /// The counters can't be read.
     pub fn observe<'a>(&'a self, see: impl FnMut(Counted<'a>)) -> Result<Observed, Problem> {
-        let sums = self.sums(see)?;
-        let views = self.services_with(&sums);
+        let counters = self.kernel.counters()?;
+        let sums = Sums::read(self.desired.rules(), |rule| counters(rule.number), see);
+        let mut views = self.services_themselves();
+        let mut status = self.status_itself(self.kernel.unmatched()?, &views);
+        sums.add_to_status(&mut status.totals);
+        sums.add_to_services(&mut views);
         let services = views.into_iter().zip(self.services.iter().map(|(_, it)| it)).map(|(view, running)| {
             let (_, counters) = sums.of(&view.name);
             let denied = view.stats.denied.saturating_sub(counters.denied);
@@ -65,7 +69,7 @@ impl Engine {
         let services: Vec<_> = services.collect();
         let descriptors = &self.services.context().descriptors;
         Ok(Observed {
-            status: self.status_with(&sums)?,
+            status,
             descriptors: descriptors.size(),
             free_descriptors: descriptors.free(),
             unready: self.unready(&services),

@@ -12,14 +12,14 @@ use anyport_common::{
 use bytemuck::Zeroable as _;
 use nix::time::{ClockId, clock_gettime};
 
-use super::Engine;
+use super::snapshot::Snapshot;
 use crate::{
     api::{EventLine, EventView, Listen, Outcome, Problem, ProblemKind, Wanted},
     events::{Subscriber, TooManySubscribers},
     rules::{self, Prefix, Protocol, RuleRef, from_address},
 };
 
-impl Engine {
+impl Snapshot {
     /// Adds a subscriber.
     ///
     /// # Errors
@@ -27,12 +27,11 @@ impl Engine {
     pub fn listen(&self, request: &Listen) -> Result<Subscriber, Problem> {
         let mut filter = request.filter();
         if let Some(service) = &request.service {
-            let running = self.services.get(service);
-            let running =
-                running.ok_or_else(|| Problem::new(ProblemKind::NotFound, format!("there is no service {service}")))?;
-            filter.service = running.slot().into();
+            let slot = self.slots.iter().find(|(_, name)| name == service).map(|(slot, _)| *slot);
+            let unknown = || Problem::new(ProblemKind::NotFound, format!("there is no service {service}"));
+            filter.service = slot.ok_or_else(unknown)?.into();
         }
-        self.kernel.events().listen(filter, request.service.clone()).map_err(|error| {
+        self.events.listen(filter, request.service.clone()).map_err(|error| {
             let problem = Problem::new(ProblemKind::Failed, format!("listen to events: {error:#}"));
             if error.is::<TooManySubscribers>() {
                 problem.hint("end one of those that run: pgrep -f 'anyportctl events'")
@@ -44,11 +43,11 @@ impl Engine {
 
     /// What is to be said before all events.
     pub fn note_on_events(&self) -> Option<EventLine> {
-        (!self.kernel.events().is_connected()).then(|| EventLine::Note {
+        (!self.events.is_connected()).then(|| EventLine::Note {
             note: format!(
                 "with {} events come from the services of this daemon: what it can't hand to one, and what goes to registered sockets, \
                  is not told",
-                self.kernel.back_end()
+                self.status.backend
             ),
         })
     }
@@ -56,10 +55,9 @@ impl Engine {
     /// An event with what the daemon knows of it, unless it is not one of the service that was asked for.
     pub fn describe(&self, event: &Event, request: &Listen, clock: &Clock) -> Option<EventView> {
         let flow = flow(event)?;
-        let rule = rules::considered(self.desired.rules(), &flow).find(|it| it.number == event.rule);
+        let rule = rules::considered(&self.rules, &flow).find(|it| it.number == event.rule);
         let prefix = rule.as_ref().map(|it| it.prefix);
-        let by_slot =
-            || self.services.iter().find(|(_, it)| u32::from(it.slot()) == event.service).map(|(name, _)| name);
+        let by_slot = || self.slots.iter().find(|(slot, _)| u32::from(*slot) == event.service).map(|(_, name)| name);
         let service = rule.as_ref().map(|RuleRef { terms, .. }| &terms.service).or_else(by_slot).cloned();
         if request.service.is_some() && request.service != service {
             return None;

@@ -1,86 +1,26 @@
 //! What the engine shows of itself.
 
-use std::{collections::HashMap, sync::Arc};
+use std::collections::HashMap;
 
-use anyhow::Context as _;
 use anyport_common::{flow::Transport, maps::Counters};
 
-use super::{Engine, desired::Desired, kernel::Kernel};
+use super::Engine;
 use crate::{
-    api::{BackEndView, ListPrefixes, PrefixView, Problem, ServiceView, StatusView, Totals},
-    rules::{Decision, Prefix, PrefixRules, RuleRef, RuleSpec, ServiceName, decide},
+    api::{BackEndView, ServiceView, StatusView, Totals},
+    rules::{Decision, RuleRef, RuleSet, ServiceName, decide},
     service::ServiceStats,
 };
 
 impl Engine {
-    /// The rules in order of precedence, with what became of their packets: an array of [`PrefixView`].
-    ///
-    /// # Errors
-    /// The counters can't be read.
-    pub fn prefixes(&self, query: &ListPrefixes) -> Result<String, Problem> {
-        let counters = self.kernel.counters()?;
-        let ListPrefixes { within, service, port, after, limit } = query;
-        let is_listed = |rule: &RuleRef<'_>| {
-            service.as_ref().is_none_or(|it| rule.terms.service == *it)
-                && port.is_none_or(|it| rule.terms.ports.contains(it.get()) || rule.terms.except.contains(it.get()))
-        };
-        let prefixes: Box<dyn Iterator<Item = (Prefix, &PrefixRules)>> = match within {
-            Some(within) => Box::new(self.desired.rules().within(*within)),
-            None => Box::new(self.desired.rules().prefixes().map(|(prefix, rules)| (*prefix, rules))),
-        };
-        let rules = prefixes
-            .filter(|(prefix, _)| after.is_none_or(|after| *prefix > after))
-            .flat_map(|(prefix, rules)| rules.numbered(prefix));
-        // Many rules say the same, which becomes text once.
-        let mut texts: HashMap<*const RuleSpec, [String; 2]> = HashMap::new();
-        let mut json = Vec::from(b"[");
-        for rule in rules.filter(is_listed).take(limit.unwrap_or(usize::MAX)) {
-            let RuleSpec { protocol, ports, except, source, service, route } = &**rule.terms;
-            let [ports, except] =
-                texts.entry(Arc::as_ptr(rule.terms)).or_insert_with(|| [ports.to_string(), except.to_string()]);
-            let Counters { steered, no_socket, assign_error, denied } = counters(rule.number);
-            let (prefix, source) = (rule.prefix.to_string(), source.map(|it| it.to_string()));
-            let view = PrefixView {
-                prefix: &prefix,
-                protocol: *protocol,
-                ports,
-                except,
-                source: source.as_deref(),
-                service: service.as_str(),
-                route: *route,
-                origin: rule.origins.first(),
-                steered,
-                dropped: no_socket + assign_error + denied,
-                no_socket,
-                denied,
-                drained: self.desired.drains().include(&rule.prefix, rule.terms),
-            };
-            if json.len() > 1 {
-                json.push(b',');
-            }
-            serde_json::to_writer(&mut json, &view).context("write the rules as JSON")?;
-        }
-        json.push(b']');
-        Ok(String::from_utf8(json).context("write the rules as JSON")?)
-    }
-
-    /// The services by name.
-    ///
-    /// # Errors
-    /// The counters can't be read.
-    pub fn services(&self) -> Result<Vec<ServiceView>, Problem> {
-        Ok(self.services_with(&self.sums(|_| ())?))
-    }
-
-    pub(super) fn services_with(&self, sums: &Sums<'_>) -> Vec<ServiceView> {
+    /// The services by name, without what their rules counted: see [`Sums::add_to_services`].
+    pub(super) fn services_themselves(&self) -> Vec<ServiceView> {
         let views = self.services.iter().map(|(_, it)| it).map(|running| {
-            let (config, stats) = (running.config().clone(), running.service().stats());
-            let (rules, counters) = sums.of(&config.name);
+            let config = running.config().clone();
             ServiceView {
-                rules,
-                steered: counters.steered,
-                no_socket: counters.no_socket,
-                assign_error: counters.assign_error,
+                rules: 0,
+                steered: 0,
+                no_socket: 0,
+                assign_error: 0,
                 name: config.name,
                 handler: config.handler,
                 banner: config.banner,
@@ -92,24 +32,17 @@ impl Engine {
                 origin: running.origin(),
                 sockets: self.services.sockets_of(running),
                 upstreams: running.service().upstreams(),
-                stats: ServiceStats { denied: stats.denied + counters.denied, ..stats },
+                stats: running.service().stats(),
             }
         });
         views.collect()
     }
 
-    /// The state of the whole.
-    ///
-    /// # Errors
-    /// The counters can't be read.
-    pub fn status(&self) -> Result<StatusView, Problem> {
-        self.status_with(&self.sums(|_| ())?)
-    }
-
-    pub(super) fn status_with(&self, Sums(sums): &Sums<'_>) -> Result<StatusView, Problem> {
-        let stats: Vec<_> = self.services.iter().map(|(_, it)| it).map(|running| running.service().stats()).collect();
+    /// The state of the whole, without what rules counted: see [`Sums::add_to_status`].
+    pub(super) fn status_itself(&self, unmatched: u64, services: &[ServiceView]) -> StatusView {
+        let stats = || services.iter().map(|it| &it.stats);
         let descriptors = &self.services.context().descriptors;
-        Ok(StatusView {
+        StatusView {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             pid: std::process::id(),
             backend: self.kernel.back_end(),
@@ -130,14 +63,14 @@ impl Engine {
             interfaces: self.kernel.interfaces(),
             draining: self.kernel.draining(),
             totals: Totals {
-                steered: sums.values().map(|(_, it)| it.steered).sum(),
-                dropped: sums.values().map(|(_, it)| it.no_socket + it.assign_error + it.denied).sum(),
-                denied: stats.iter().map(|it| it.denied).chain(sums.values().map(|(_, it)| it.denied)).sum(),
-                unmatched: self.kernel.unmatched()?,
-                active: stats.iter().map(|it| it.active).sum(),
-                refused: stats.iter().map(ServiceStats::refused).sum(),
-                listen_drops: stats.iter().map(|it| it.listen_drops).sum(),
-                receive_drops: stats.iter().map(|it| it.receive_drops).sum(),
+                steered: 0,
+                dropped: 0,
+                denied: stats().map(|it| it.denied).sum(),
+                unmatched,
+                active: stats().map(|it| it.active).sum(),
+                refused: stats().map(ServiceStats::refused).sum(),
+                listen_drops: stats().map(|it| it.listen_drops).sum(),
+                receive_drops: stats().map(|it| it.receive_drops).sum(),
             },
             unconfirmed: self.unconfirmed_for(),
             mended: self.kernel.repairs(),
@@ -145,7 +78,7 @@ impl Engine {
             announce: self.config().announce.as_ref().and_then(|config| self.served.view(config)),
             drained: self.drain_views(),
             degraded: self.degraded(),
-        })
+        }
     }
 
     pub(super) fn degraded(&self) -> Vec<String> {
@@ -180,11 +113,6 @@ impl Engine {
             Decision::Host(_) | Decision::Unmatched => None,
         }
     }
-
-    /// What the rules have counted, see [`Sums::read`].
-    pub(super) fn sums<'a>(&'a self, see: impl FnMut(Counted<'a>)) -> Result<Sums<'a>, Problem> {
-        Ok(Sums::read(&self.desired, &self.kernel, see)?)
-    }
 }
 
 /// A rule and what was counted for it.
@@ -197,32 +125,53 @@ pub struct Counted<'a> {
 }
 
 /// For each service that rules steer to, how many do and what they counted.
-pub(super) struct Sums<'a>(HashMap<&'a ServiceName, (usize, Counters)>);
+#[derive(Debug, Default)]
+pub(super) struct Sums(HashMap<ServiceName, (usize, Counters)>);
 
-impl<'a> Sums<'a> {
+impl Sums {
     /// Reads the counters of all rules, and shows them to `see` in order of precedence.
-    pub(super) fn read(
-        desired: &'a Desired,
-        kernel: &'a Kernel,
+    pub(super) fn read<'a>(
+        rules: &'a RuleSet,
+        counters: impl Fn(&RuleRef<'_>) -> Counters,
         mut see: impl FnMut(Counted<'a>),
-    ) -> anyhow::Result<Self> {
-        let counters = kernel.counters()?;
+    ) -> Self {
         let mut sums: HashMap<&ServiceName, (usize, Counters)> = HashMap::new();
-        for (prefix, rules) in desired.rules().prefixes() {
+        for (prefix, rules) in rules.prefixes() {
             for rule in rules.numbered(*prefix) {
                 let (rules, sum) = sums.entry(&rule.terms.service).or_default();
-                let counted = Counted { rule, counters: counters(rule.number) };
+                let counted = Counted { rule, counters: counters(&rule) };
                 *rules += 1;
                 add(sum, &counted.counters);
                 see(counted);
             }
         }
-        Ok(Self(sums))
+        Self(sums.into_iter().map(|(name, sum)| (name.clone(), sum)).collect())
     }
 
     /// How many rules steer to a service, and what they counted.
     pub(super) fn of(&self, service: &ServiceName) -> (usize, Counters) {
         self.0.get(service).copied().unwrap_or_default()
+    }
+
+    /// Adds what rules counted.
+    pub(super) fn add_to_status(&self, totals: &mut Totals) {
+        for (_, Counters { steered, no_socket, assign_error, denied }) in self.0.values() {
+            totals.steered += steered;
+            totals.dropped += no_socket + assign_error + denied;
+            totals.denied += denied;
+        }
+    }
+
+    /// Adds what rules counted, and how many they are.
+    pub(super) fn add_to_services(&self, services: &mut [ServiceView]) {
+        for view in services {
+            let (rules, Counters { steered, no_socket, assign_error, denied }) = self.of(&view.name);
+            view.rules = rules;
+            view.steered += steered;
+            view.no_socket += no_socket;
+            view.assign_error += assign_error;
+            view.stats.denied += denied;
+        }
     }
 }
 

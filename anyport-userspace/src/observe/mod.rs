@@ -4,6 +4,7 @@
 //! samples. One sample serves all requests within a short time, and is taken so rarely that taking them needs a twentieth of a CPU
 //! at most, however many rules there are and however often clients ask.
 
+mod connections;
 mod families;
 mod metrics;
 mod process;

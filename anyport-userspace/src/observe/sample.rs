@@ -2,11 +2,13 @@
 
 use std::{
     collections::HashMap,
-    sync::{Arc, PoisonError, RwLock},
+    sync::{Arc, Mutex as StdMutex, PoisonError, RwLock},
     time::{Duration, Instant},
 };
 
+use hyper::body::Bytes;
 use tokio::{runtime::Handle, sync::Mutex, time::timeout};
+use tokio_util::task::AbortOnDropHandle;
 
 use super::ranking::{Counts, Ranked, Ranking};
 use crate::{
@@ -15,12 +17,16 @@ use crate::{
     rules::ServiceName,
 };
 
+/// For so long the text of a sample is the same for all who ask, so that many who do not read it keep few of them in memory.
+const SHARED: Duration = Duration::from_millis(250);
 /// A sample is good for so long.
 const SHORTEST: Duration = Duration::from_millis(900);
 /// And for so many times what it took, so that this part of a CPU is the most that samples take.
 const REST: u32 = 20;
 /// How long to wait for a command that is under way, before an older sample has to do.
-const PATIENCE: Duration = Duration::from_secs(1);
+const PATIENCE: Duration = Duration::from_millis(20);
+/// And how long where there is none.
+const LONGEST: Duration = Duration::from_secs(1);
 
 /// How long control may be silent before it counts as stuck.
 #[derive(Clone, Copy, Debug)]
@@ -80,9 +86,20 @@ pub struct Sample {
     taken: Instant,
     /// How long it took.
     pub(super) took: Duration,
+    /// What it was as metrics, and when: for all who ask within [`SHARED`].
+    text: StdMutex<Option<(Instant, Bytes)>>,
 }
 
 impl Sample {
+    /// It as metrics, by `make`.
+    pub(super) fn text(&self, make: fn(&Self) -> String) -> Bytes {
+        let mut text = self.text.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, text)) = text.as_ref().filter(|(at, _)| at.elapsed() < SHARED) {
+            return text.clone();
+        }
+        text.insert((Instant::now(), make(self).into())).1.clone()
+    }
+
     /// How old it is.
     pub(super) fn age(&self) -> Duration {
         self.taken.elapsed()
@@ -111,7 +128,8 @@ impl Observer {
     /// As there.
     pub async fn sample_by_control(self: &Arc<Self>) -> Result<Arc<Sample>, Problem> {
         let this = Arc::clone(self);
-        let sampled = self.control.spawn(async move { this.sample().await }).await;
+        // Nobody takes a sample for a client that is gone.
+        let sampled = AbortOnDropHandle::new(self.control.spawn(async move { this.sample().await })).await;
         sampled.unwrap_or_else(|error| Err(Problem::new(ProblemKind::Failed, format!("take a sample: {error}"))))
     }
 
@@ -124,7 +142,8 @@ impl Observer {
         if let Some(latest) = state.latest.as_ref().filter(|it| it.is_fresh()) {
             return Ok(Arc::clone(latest));
         }
-        let Ok(engine) = timeout(PATIENCE, self.engine.lock()).await else {
+        let patience = if state.latest.is_some() { PATIENCE } else { LONGEST };
+        let Ok(engine) = timeout(patience, self.engine.lock()).await else {
             let busy = || Problem::new(ProblemKind::Failed, "anyportd is busy with a command").hint("try again");
             return state.latest.clone().ok_or_else(busy);
         };
@@ -140,7 +159,16 @@ impl Observer {
         let Ranked { busiest, fastest, counts: counted } = ranked;
         let live = view(&observed, latest.as_deref(), window, fastest, prefixes);
         let (servers, took) = (self.servers, begun.elapsed());
-        let sample = Arc::new(Sample { observed, live, busiest, prefixes, servers, taken: begun, took });
+        let sample = Arc::new(Sample {
+            observed,
+            live,
+            busiest,
+            prefixes,
+            servers,
+            taken: begun,
+            took,
+            text: StdMutex::default(),
+        });
         *state = State { latest: Some(Arc::clone(&sample)), counts: counted };
         Ok(sample)
     }
@@ -247,16 +275,16 @@ fn counts(ObservedService { view, counters, denied, .. }: &ObservedService) -> S
 mod tests {
     use std::{sync::Arc, time::Duration};
 
-    use tokio::{runtime::Builder, sync::Mutex};
+    use tokio::runtime::Builder;
 
-    use super::{ABSENT, Limits, Observer, Servers};
+    use super::{ABSENT, Limits, Observer, Servers, Shared};
 
     #[test]
     fn control_that_does_not_answer_is_busy_first_and_stuck_later() {
         let limits = Limits { answer: Duration::from_millis(10), step: Duration::from_millis(300) };
         let runtime = Builder::new_current_thread().enable_all().build().unwrap();
         runtime.block_on(async {
-            let engine = Arc::new(Mutex::new(None));
+            let engine = Shared::default();
             let observer = Observer { limits, ..Observer::new(Arc::clone(&engine), Servers::default()) };
             assert_eq!(observer.alive().await.unwrap(), ABSENT);
             assert!(observer.sample().await.unwrap_err().error.contains("stopping"));

@@ -3,7 +3,7 @@
 use std::{
     convert::Infallible,
     fmt::Write as _,
-    net::{SocketAddr, TcpListener as StdListener},
+    net::{IpAddr, SocketAddr, TcpListener as StdListener},
     sync::Arc,
     thread::JoinHandle,
     time::Duration,
@@ -15,29 +15,30 @@ use hyper::{
     Method, Request, Response, StatusCode,
     body::{Bytes, Incoming},
     header::{
-        ALLOW, CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE, HeaderName, HeaderValue, REFERRER_POLICY,
+        ALLOW, CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE, HOST, HeaderName, HeaderValue, REFERRER_POLICY,
         X_CONTENT_TYPE_OPTIONS,
     },
+    http::uri::Authority,
     server::conn::http1,
     service::service_fn,
 };
 use hyper_util::rt::{TokioIo, TokioTimer};
+use nix::unistd::gethostname;
 use tokio::{
     net::{TcpListener, TcpStream},
     runtime::Builder,
-    sync::{Semaphore, watch},
+    sync::watch,
     time::{sleep, timeout},
 };
 use tracing::{debug, info, warn};
 
 use super::{
+    connections::{Admitted, Connections},
     metrics,
     sample::{Observer, Sample},
 };
-use crate::{api::Problem, privileges};
+use crate::{api::Problem, privileges, write_timeout::WriteTimeout};
 
-/// Connections at a time; others wait to be accepted.
-const MAX_CONNECTIONS: usize = 64;
 /// Bytes of a request's head; hyper takes no lower limit.
 const MAX_HEAD: usize = 8 << 10;
 /// How long a client may take to ask.
@@ -47,6 +48,8 @@ const LONGEST: Duration = Duration::from_secs(15);
 /// How long to wait where no descriptor is free, and before another attempt to listen.
 const PAUSE: Duration = Duration::from_secs(1);
 
+const UNKNOWN_HOST: &str =
+    "this is served at an address of loopback: ask by that address, localhost or this host's name\n";
 const TEXT: &str = "text/plain; charset=utf-8";
 const METRICS: &str = "text/plain; version=0.0.4; charset=utf-8";
 const JSON: &str = "application/json";
@@ -122,20 +125,22 @@ async fn serve(mut first: Option<StdListener>, address: SocketAddr, observer: Ar
             None => sleep(PAUSE).await,
         }
     };
-    let free = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let connections = Connections::default();
+    let is_loopback = listener.local_addr().is_ok_and(|it| it.ip().to_canonical().is_loopback());
     loop {
-        // The semaphore is never closed.
-        let Ok(permit) = Arc::clone(&free).acquire_owned().await else { return };
         match listener.accept().await {
             Ok((stream, client)) => {
-                let observer = Arc::clone(&observer);
+                let (observer, admitted) = (Arc::clone(&observer), Arc::new(connections.admit()));
                 tokio::spawn(async move {
-                    match timeout(LONGEST, converse(stream, observer)).await {
-                        Ok(Ok(())) => {}
-                        Ok(Err(error)) => debug!("metrics: {client}: {error}"),
-                        Err(_) => debug!("metrics: {client} took longer than {LONGEST:?}"),
+                    let conversation = converse(stream, observer, Arc::clone(&admitted), is_loopback);
+                    tokio::select! {
+                        ended = timeout(LONGEST, conversation) => match ended {
+                            Ok(Ok(())) => {}
+                            Ok(Err(error)) => debug!("metrics: {client}: {error}"),
+                            Err(_) => debug!("metrics: {client} took longer than {LONGEST:?}"),
+                        },
+                        () = admitted.closed() => debug!("metrics: {client} made room for another one"),
                     }
-                    drop(permit);
                 });
             }
             Err(error) => {
@@ -147,18 +152,45 @@ async fn serve(mut first: Option<StdListener>, address: SocketAddr, observer: Ar
 }
 
 /// One request and its answer.
-async fn converse(stream: TcpStream, observer: Arc<Observer>) -> hyper::Result<()> {
+async fn converse(
+    stream: TcpStream,
+    observer: Arc<Observer>,
+    admitted: Arc<Admitted>,
+    is_loopback: bool,
+) -> hyper::Result<()> {
     let answer = service_fn(move |request: Request<Incoming>| {
+        admitted.asks();
         let observer = Arc::clone(&observer);
-        async move { Ok::<_, Infallible>(answer(request.method(), request.uri().path(), &observer).await) }
+        async move {
+            if is_loopback && !is_known(request.headers().get(HOST)) {
+                return Ok::<_, Infallible>(plain(StatusCode::MISDIRECTED_REQUEST, UNKNOWN_HOST.into()));
+            }
+            Ok(answer(request.method(), request.uri().path(), &observer).await)
+        }
     });
     http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(ASKING)
         .max_buf_size(MAX_HEAD)
         .keep_alive(false)
-        .serve_connection(TokioIo::new(stream), answer)
+        .serve_connection(TokioIo::new(WriteTimeout::new(stream)), answer)
         .await
+}
+
+/// Whether a request's `Host` can be that of an address of loopback. A page of another site, which a browser on this host shows, could
+/// have its name lead here (DNS rebinding) and read what is served.
+fn is_known(host: Option<&HeaderValue>) -> bool {
+    let Some(host) = host else { return true };
+    let Some(authority) = host.to_str().ok().and_then(|host| host.parse::<Authority>().ok()) else { return false };
+    let name = authority.host().trim_end_matches('.');
+    let address = name.trim_start_matches('[').trim_end_matches(']');
+    let is_local = |name: &str| name.eq_ignore_ascii_case("localhost") || is_name_of_host(name);
+    address.parse::<IpAddr>().is_ok() || is_local(name)
+}
+
+fn is_name_of_host(name: &str) -> bool {
+    let own = gethostname().ok().and_then(|own| own.into_string().ok());
+    own.is_some_and(|own| name.eq_ignore_ascii_case(&own))
 }
 
 type Answer = Response<Full<Bytes>>;
@@ -174,7 +206,7 @@ async fn answer(method: &Method, path: &str, observer: &Arc<Observer>) -> Answer
     };
     match path {
         "/" => page(),
-        "/metrics" => sampled(|sample| of(StatusCode::OK, METRICS, metrics::text(sample))).await,
+        "/metrics" => sampled(|sample| of(StatusCode::OK, METRICS, sample.text(metrics::text))).await,
         "/live.json" => sampled(live).await,
         "/healthz" => match observer.alive().await {
             Ok(how) => plain(StatusCode::OK, format!("{how}\n")),
@@ -225,8 +257,8 @@ fn plain(status: StatusCode, text: String) -> Answer {
     of(status, TEXT, text)
 }
 
-fn of(status: StatusCode, kind: &str, body: String) -> Answer {
-    let mut answer = Response::new(Full::new(Bytes::from(body)));
+fn of(status: StatusCode, kind: &str, body: impl Into<Bytes>) -> Answer {
+    let mut answer = Response::new(Full::new(body.into()));
     *answer.status_mut() = status;
     let headers = [
         (CONTENT_TYPE, kind),
@@ -243,4 +275,30 @@ fn with(mut answer: Answer, name: HeaderName, value: &str) -> Answer {
         answer.headers_mut().insert(name, value);
     }
     answer
+}
+
+#[cfg(test)]
+mod tests {
+    use hyper::header::HeaderValue;
+
+    use super::is_known;
+
+    #[test]
+    fn names_of_other_sites_are_not_answered() {
+        for (host, expected) in [
+            ("127.0.0.1:9464", true),
+            ("[::1]:9464", true),
+            ("[::1]", true),
+            ("LocalHost:9464", true),
+            ("localhost.", true),
+            ("site.example:9464", false),
+            ("127.0.0.1.site.example", false),
+            ("localhost.site.example", false),
+            ("", false),
+        ] {
+            assert_eq!(is_known(Some(&HeaderValue::from_static(host))), expected, "{host}");
+        }
+        // No browser leaves it out.
+        assert!(is_known(None));
+    }
 }

@@ -19,6 +19,8 @@ mod rule;
 #[cfg(feature = "daemon")]
 mod set;
 #[cfg(feature = "daemon")]
+mod shared_map;
+#[cfg(feature = "daemon")]
 mod sources;
 #[cfg(test)]
 #[cfg(feature = "daemon")]

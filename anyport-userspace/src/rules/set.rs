@@ -9,12 +9,12 @@ use std::{
 
 use smallvec::SmallVec;
 
-use super::{Origin, Origins, Prefix, Rule, RuleSpec};
+use super::{Origin, Origins, Prefix, Rule, RuleSpec, shared_map::SharedMap};
 
-/// Rules in order of precedence, without contradictions.
+/// Rules in order of precedence, without contradictions. A copy takes little time and memory: see [`SharedMap`].
 #[derive(Clone, Debug, Default)]
 pub struct RuleSet {
-    pub(super) prefixes: BTreeMap<Prefix, PrefixRules>,
+    pub(super) prefixes: SharedMap<Prefix, PrefixRules>,
     /// How many prefixes there are of each length of a family, in their order. Nobody looks for others.
     lengths: BTreeMap<(bool, Reverse<u8>), usize>,
     rules: usize,
@@ -246,8 +246,13 @@ impl RuleSet {
     }
 
     /// The prefixes in order of precedence, each with its rules.
-    pub fn prefixes(&self) -> impl ExactSizeIterator<Item = (&Prefix, &PrefixRules)> {
+    pub fn prefixes(&self) -> impl Iterator<Item = (&Prefix, &PrefixRules)> {
         self.prefixes.iter()
+    }
+
+    /// How many prefixes there are.
+    pub fn prefix_count(&self) -> usize {
+        self.prefixes.len()
     }
 
     /// How many rules there are.
@@ -258,6 +263,15 @@ impl RuleSet {
     /// Whether there are none.
     pub fn is_empty(&self) -> bool {
         self.rules == 0
+    }
+
+    /// Whether this very rule is here, under its number.
+    pub fn has_under_its_number(&self, rule: &RuleRef<'_>) -> bool {
+        let entry = self.of_prefix(&rule.prefix).and_then(|rules| {
+            let at = rule.number.checked_sub(rules.first_number)?;
+            rules.rules.get(usize::try_from(at).ok()?)
+        });
+        entry.is_some_and(|entry| entry.terms == *rule.terms)
     }
 
     /// The rules of exactly this prefix.
@@ -280,6 +294,25 @@ impl RuleSet {
         })
     }
 
+    /// The prefixes behind this one in order of precedence, each with its rules; without one, all of them.
+    pub fn after(&self, prefix: Option<Prefix>) -> impl Iterator<Item = (Prefix, &PrefixRules)> {
+        let entries = prefix.map_or_else(|| self.prefixes.iter(), |prefix| self.prefixes.after(&prefix));
+        entries.map(|(prefix, rules)| (*prefix, rules))
+    }
+
+    /// Of [`Self::within`], those behind a prefix. What is before it is not gone through.
+    pub fn within_after(&self, within: Prefix, after: Option<Prefix>) -> impl Iterator<Item = (Prefix, &PrefixRules)> {
+        let (first, last) = within.bounds();
+        self.lengths_of(within).take_while(move |len| *len >= within.len()).flat_map(move |len| {
+            let at = |address| Prefix::from_bits(within.is_ipv4(), address, len);
+            let from = after.map_or(at(first), |after| at(first).max(after));
+            let to = at(last);
+            // Where all of this length is before it, nothing is left of it.
+            let range = (from <= to).then(|| self.prefixes.range(from..=to)).into_iter().flatten();
+            range.map(|(prefix, rules)| (*prefix, rules)).filter(move |(prefix, _)| after.is_none_or(|it| *prefix > it))
+        })
+    }
+
     /// The lengths of all prefixes of a family, the longest first.
     pub(super) fn lengths_of(&self, like: Prefix) -> impl Iterator<Item = u8> {
         let family = !like.is_ipv4();
@@ -288,7 +321,7 @@ impl RuleSet {
 
     /// The rules of a prefix, which is there from now on.
     fn entry(&mut self, prefix: Prefix) -> &mut PrefixRules {
-        self.prefixes.entry(prefix).or_insert_with(|| {
+        self.prefixes.entry(prefix, || {
             *self.lengths.entry(length(&prefix)).or_default() += 1;
             PrefixRules::default()
         })
@@ -331,26 +364,30 @@ impl RuleSet {
         let before: usize = change.removed.iter().map(|(_, rules)| rules.len()).sum();
         let after: usize = change.added.iter().map(|(_, rules)| rules.len()).sum();
         self.rules = self.rules + after - before;
+        let is_much = self.prefixes.is_much(change.removed.len() + change.added.len());
         for (prefix, _) in &change.removed {
-            if self.prefixes.remove(prefix).is_some()
-                && let Entry::Occupied(mut count) = self.lengths.entry(length(prefix))
-            {
+            let is_there =
+                if is_much { self.of_prefix(prefix).is_some() } else { self.prefixes.remove(prefix).is_some() };
+            if is_there && let Entry::Occupied(mut count) = self.lengths.entry(length(prefix)) {
                 *count.get_mut() -= 1;
                 if *count.get() == 0 {
                     count.remove();
                 }
             }
         }
-        if self.prefixes.is_empty() {
-            // From a sorted sequence a tree is made much faster than by one insertion after the other.
-            self.prefixes = change.added.iter().cloned().collect();
-            let of_length = change.added.chunk_by(|(a, _), (b, _)| length(a) == length(b));
-            self.lengths = of_length.map(|all| (length(&all[0].0), all.len())).collect();
-        } else {
+        if !is_much {
             for (prefix, rules) in &change.added {
                 *self.entry(*prefix) = rules.clone();
             }
+            return;
         }
+        let is_removed = |prefix: &Prefix| change.removed.binary_search_by_key(prefix, |(it, _)| *it).is_ok();
+        for (prefix, _) in &change.added {
+            if is_removed(prefix) || self.of_prefix(prefix).is_none() {
+                *self.lengths.entry(length(prefix)).or_default() += 1;
+            }
+        }
+        self.prefixes.replace(&change.removed, &change.added);
     }
 }
 

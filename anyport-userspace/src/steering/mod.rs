@@ -191,6 +191,13 @@ impl Drift {
     }
 }
 
+/// Counters that need no back end at hand: they can be read while it applies a plan.
+pub trait SharedCounters: Send + Sync + fmt::Debug {
+    /// Gives the counters of a rule by its number. A plan that brings counters waits until what is returned is dropped, so
+    /// it is to be held for a short time only.
+    fn read(&self) -> Box<dyn Fn(u32) -> Counters + '_>;
+}
+
 /// A back end at work.
 pub trait Steering: Send + Sync + fmt::Debug {
     /// Which one this is.
@@ -231,6 +238,11 @@ pub trait Steering: Send + Sync + fmt::Debug {
 
     /// What became of the packets: gives the counters of a rule by its number.
     fn counters(&self) -> anyhow::Result<Box<dyn Fn(u32) -> Counters + '_>>;
+
+    /// The same for readers that do not wait until a plan is applied, where counters can be read without asking the kernel.
+    fn shared_counters(&self) -> Option<Arc<dyn SharedCounters>> {
+        None
+    }
 
     /// How many packets were dropped for want of a socket, or since the kernel would not assign it; in little time. Nothing where that is not
     /// counted.

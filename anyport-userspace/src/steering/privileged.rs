@@ -1,8 +1,10 @@
 //! Raises capabilities around each call of a back end.
 
+use std::sync::Arc;
+
 use anyport_common::{flow::Flow, maps::Counters};
 
-use super::{BackEnd, Decided, Drift, Plan, Steering};
+use super::{BackEnd, Decided, Drift, Plan, SharedCounters, Steering};
 use crate::{
     privileges::{Raised, raise_for},
     table::Reader,
@@ -55,6 +57,10 @@ impl Steering for Privileged {
     fn counters(&self) -> anyhow::Result<Box<dyn Fn(u32) -> Counters + '_>> {
         let _raised = self.raise();
         self.0.counters()
+    }
+
+    fn shared_counters(&self) -> Option<Arc<dyn SharedCounters>> {
+        self.0.shared_counters()
     }
 
     fn dropped(&self) -> anyhow::Result<Option<u64>> {

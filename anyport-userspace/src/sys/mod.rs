@@ -26,6 +26,25 @@ pub fn watch_readable<T: AsFd + AsRawFd>(owner: T) -> io::Result<AsyncFd<T>> {
     unsafe { AsyncFd::register_with_interest(owner, Interest::READABLE) }.map_err(Into::into)
 }
 
+/// Has the C library give back what is free of its memory: by its own choice (mallopt(3)) each thread's heap keeps as much as twice the
+/// largest block that was ever freed, such as a file of rules. Must be called before there is another thread.
+#[cfg(target_env = "gnu")]
+pub fn return_free_memory() {
+    /// Larger blocks are mapped by themselves, and unmapped when they are freed.
+    const MAPPED: libc::c_int = 1 << 20;
+    /// A heap with more free memory than this at its end gives it back.
+    const KEPT: libc::c_int = 1 << 20;
+    // SAFETY: sets numbers of the allocator, with no other thread that could read them.
+    unsafe {
+        libc::mallopt(libc::M_MMAP_THRESHOLD, MAPPED);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, KEPT);
+    }
+}
+
+/// Other C libraries give it back by themselves.
+#[cfg(not(target_env = "gnu"))]
+pub fn return_free_memory() {}
+
 /// Has the kernel refuse descriptors that peers pass over this Unix socket, and over those accepted from it, with `EPERM` at the
 /// sender (`SO_PASSRIGHTS`, Linux 6.16). Says whether the kernel can.
 ///

@@ -29,7 +29,7 @@ use crate::{
     routes::{Coverage, Route, Routes, Watch},
     rules::{Overlay, Prefix, SourceLists},
     steering::{
-        BackEnd, Decided, Plan, Steering,
+        BackEnd, Decided, Plan, SharedCounters, Steering,
         choose::{Chosen, Outcome},
     },
     table::{OwnSegments, Published, Receiver, Table},
@@ -239,6 +239,11 @@ impl Kernel {
     /// What became of the packets: gives the counters of a rule by its number.
     pub(super) fn counters(&self) -> anyhow::Result<Box<dyn Fn(u32) -> Counters + '_>> {
         self.steering.counters()
+    }
+
+    /// The same for readers that have no hold on the kernel, where counters can be read without asking it.
+    pub(super) fn shared_counters(&self) -> Option<Arc<dyn SharedCounters>> {
+        self.steering.shared_counters()
     }
 
     /// Adds what was counted before, by the numbers of rules.

@@ -1,7 +1,7 @@
 //! Sockets that other processes registered: which are there, which are gone, and what stands in for them.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     fs,
     net::SocketAddr,
     path::Path,
@@ -133,17 +133,21 @@ impl Services {
 
     /// What `status` says about services without a live socket.
     pub(in crate::engine) fn lost_sockets(&self, rules: &RuleSet) -> Vec<String> {
-        let mut lines = Vec::new();
-        for (name, running) in &self.running {
-            if running.config().handler != HandlerKind::Registered {
-                continue;
-            }
-            let Registrations { live, lost } = self.registered.get(name).cloned().unwrap_or_default();
-            let mut reasons: Vec<String> = lost.into_iter().flatten().collect();
-            if reasons.is_empty()
-                && live.iter().all(Option::is_none)
-                && rules.iter().any(|rule| rule.terms.service == *name)
-            {
+        let (mut lines, mut unregistered) = (Vec::new(), BTreeSet::new());
+        let registered = self.running.iter().filter(|(_, it)| it.config().handler == HandlerKind::Registered);
+        let reasons: Vec<_> = registered
+            .map(|(name, running)| {
+                let Registrations { live, lost } = self.registered.get(name).cloned().unwrap_or_default();
+                let reasons: Vec<String> = lost.into_iter().flatten().collect();
+                if reasons.is_empty() && live.iter().all(Option::is_none) {
+                    unregistered.insert(name);
+                }
+                (name, running, reasons)
+            })
+            .collect();
+        let without_rules = without_rules(unregistered.clone(), rules);
+        for (name, running, mut reasons) in reasons {
+            if unregistered.contains(name) && !without_rules.contains(name) {
                 reasons.push("nobody has registered one".into());
             }
             reasons.dedup();
@@ -327,4 +331,17 @@ fn set_transparent(candidate: &Candidate) -> std::io::Result<()> {
     } else {
         socket.set_ip_transparent_v4(true)
     }
+}
+
+/// Those of some services to which no rule steers.
+fn without_rules<'a>(mut services: BTreeSet<&'a ServiceName>, rules: &RuleSet) -> BTreeSet<&'a ServiceName> {
+    for (_, of_prefix) in rules.prefixes() {
+        if services.is_empty() {
+            break;
+        }
+        for rule in of_prefix {
+            services.remove(&rule.terms.service);
+        }
+    }
+    services
 }

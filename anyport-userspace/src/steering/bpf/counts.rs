@@ -1,10 +1,14 @@
 //! What the programs count, in memory that they share with the daemon.
 
 use std::{
+    cell::RefCell,
     collections::{HashMap, HashSet},
     ops::Range,
     os::fd::{AsFd as _, OwnedFd},
-    sync::atomic::{AtomicU64, Ordering, fence},
+    sync::{
+        Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard,
+        atomic::{AtomicU64, Ordering, fence},
+    },
 };
 
 use anyhow::Context as _;
@@ -12,7 +16,10 @@ use anyport_common::maps::{BATCH_ENTRIES, Batch, COUNTER_SETS, Counters, Drops, 
 use aya::{maps::Map, util::nr_cpus};
 
 use super::types_of;
-use crate::sys::{self, MappedWords};
+use crate::{
+    steering::SharedCounters,
+    sys::{self, MappedWords},
+};
 
 /// What the counters of all CPUs may take, in bytes. Rules beyond have only the set that all CPUs share.
 const BUDGET: u64 = 64 << 20;
@@ -31,6 +38,34 @@ pub(super) struct Counts {
     batches: MappedWords,
     /// No rule has had this number or a higher one.
     end: u32,
+}
+
+/// The counters, for the back end and for those who only read.
+#[derive(Clone, Debug)]
+pub(super) struct SharedCounts(Arc<RwLock<Counts>>);
+
+impl From<Counts> for SharedCounts {
+    fn from(counts: Counts) -> Self {
+        Self(Arc::new(RwLock::new(counts)))
+    }
+}
+
+impl SharedCounts {
+    pub(super) fn read(&self) -> RwLockReadGuard<'_, Counts> {
+        self.0.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn write(&self) -> RwLockWriteGuard<'_, Counts> {
+        self.0.write().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl SharedCounters for SharedCounts {
+    fn read(&self) -> Box<dyn Fn(u32) -> Counters + '_> {
+        let counts = self.read();
+        let batched = RefCell::new(counts.batched());
+        Box::new(move |number| counts.get(number, &mut batched.borrow_mut()))
+    }
 }
 
 /// What the batches hold, each as it was at a moment.
@@ -79,8 +114,8 @@ impl Counts {
         })
     }
 
-    /// Makes counters for these rule numbers, all of them zero.
-    pub(super) fn begin(&mut self, numbers: &[Range<u32>]) -> anyhow::Result<()> {
+    /// Makes room for the counters of these rule numbers, which [`Self::reset`] has to begin at zero. Returns the portions that are new.
+    pub(super) fn make_room(&mut self, numbers: &[Range<u32>]) -> anyhow::Result<HashSet<u32>> {
         self.end = numbers.iter().map(|range| range.end).fold(self.end, u32::max);
         let portions = |range: &Range<u32>| range.start / PORTION_RULES..range.end.div_ceil(PORTION_RULES);
         let needed: HashSet<u32> = numbers.iter().flat_map(portions).collect();
@@ -88,6 +123,11 @@ impl Counts {
         let with_sets: Vec<u32> = new.iter().flat_map(|portion| self.sets_of(*portion)).collect();
         self.steered.make(&with_sets)?;
         self.drops.make(&new.iter().copied().collect::<Vec<_>>())?;
+        Ok(new)
+    }
+
+    /// Has these rule numbers begin at zero. Others may read meanwhile.
+    pub(super) fn reset(&self, numbers: &[Range<u32>], new: &HashSet<u32>) {
         let mut batched = self.batched();
         // What was just made is zero.
         let is_old = |number: &u32| !new.contains(&(number / PORTION_RULES));
@@ -103,7 +143,6 @@ impl Counts {
         for number in late {
             self.begin_batched(number, &mut batched);
         }
-        Ok(())
     }
 
     /// Begins at zero for a number of which a batch holds packets, which were another rule's: what they will add to the
@@ -144,6 +183,14 @@ impl Counts {
             no_socket: drops.map_or(0, |drops| read(&drops[0])),
             assign_error: drops.map_or(0, |drops| read(&drops[1])),
             denied: drops.map_or(0, |drops| read(&drops[2])),
+        }
+    }
+
+    /// Rules stay under another number, the old one first: their counters go on.
+    pub(super) fn move_all(&self, moved: &[(u32, u32)]) {
+        let mut batched = self.batched();
+        for (before, now) in moved {
+            self.add(*now, self.get(*before, &mut batched));
         }
     }
 

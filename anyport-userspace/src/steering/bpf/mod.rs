@@ -15,7 +15,6 @@ mod tc;
 mod tests;
 
 use std::{
-    cell::RefCell,
     collections::{HashMap, HashSet},
     fmt,
     os::fd::{AsFd as _, OwnedFd},
@@ -37,7 +36,7 @@ use tracing::warn;
 
 pub use self::pins::make_pin_directory;
 use self::{
-    counts::Counts,
+    counts::{Counts, SharedCounts},
     explain::Explainer,
     hooks::{Hook, SkLookupHook},
     listing::Listing,
@@ -48,7 +47,7 @@ use self::{
     table::{BpfTable, SUBSCRIBERS_WORD, map_control},
     tc::TcHook,
 };
-use super::{BackEnd, Decided, Drift, Holder, ObjectKind, Plan, Steering};
+use super::{BackEnd, Decided, Drift, Holder, ObjectKind, Plan, SharedCounters, Steering};
 use crate::{
     events::EventBus,
     sys,
@@ -77,7 +76,7 @@ pub struct Bpf {
     hook: Box<dyn Hook>,
     table: BpfTable,
     listing: Listing,
-    counts: Counts,
+    counts: SharedCounts,
     totals: PerCpuArray<MapData, [u64; 2]>,
     sockets: Sockets,
     explainer: Explainer,
@@ -169,7 +168,7 @@ impl Bpf {
             events: Arc::clone(&options.events),
             table: BpfTable::new(table, &segment?, control, Arc::clone(&options.readers))?,
             listing: Listing::new(rules?, ports?)?,
-            counts: Counts::new(counts, &counter?, drops, &portion?, batches)?,
+            counts: Counts::new(counts, &counter?, drops, &portion?, batches)?.into(),
             totals: PerCpuArray::try_from(totals)?,
             sockets,
             explainer,
@@ -198,12 +197,10 @@ impl Steering for Bpf {
     /// What a generation needs is there before it is active, and what only the previous one needs goes afterwards.
     fn apply(&mut self, plan: &Plan<'_>) -> anyhow::Result<()> {
         self.add_sockets(plan)?;
-        self.counts.begin(plan.fresh).map_err(load::with_memory_limit)?;
+        let new = self.counts.write().make_room(plan.fresh).map_err(load::with_memory_limit)?;
+        self.counts.read().reset(plan.fresh, &new);
         self.table.publish(plan).map_err(load::with_memory_limit)?;
-        let mut batched = self.counts.batched();
-        for (before, now) in plan.moved {
-            self.counts.add(*now, self.counts.get(*before, &mut batched));
-        }
+        self.counts.read().move_all(plan.moved);
         self.remove_sockets(plan)?;
         self.hook.refresh()?;
         self.pin()?;
@@ -251,12 +248,15 @@ impl Steering for Bpf {
     }
 
     fn counters(&self) -> anyhow::Result<Box<dyn Fn(u32) -> Counters + '_>> {
-        let batched = RefCell::new(self.counts.batched());
-        Ok(Box::new(move |number| self.counts.get(number, &mut batched.borrow_mut())))
+        Ok(SharedCounters::read(&self.counts))
+    }
+
+    fn shared_counters(&self) -> Option<Arc<dyn SharedCounters>> {
+        Some(Arc::new(self.counts.clone()))
     }
 
     fn dropped(&self) -> anyhow::Result<Option<u64>> {
-        Ok(Some(self.counts.dropped()))
+        Ok(Some(self.counts.read().dropped()))
     }
 
     fn can_adopt(&self, cookie: u64) -> bool {
@@ -270,7 +270,7 @@ impl Steering for Bpf {
 
     fn restore_counters(&mut self, counted: &[(u32, Counters)]) -> anyhow::Result<()> {
         for (number, counters) in counted {
-            self.counts.add(*number, *counters);
+            self.counts.read().add(*number, *counters);
         }
         Ok(())
     }
@@ -284,7 +284,7 @@ impl Steering for Bpf {
     }
 
     fn bytes(&self) -> u64 {
-        self.table.bytes() + self.counts.bytes() + self.listing.bytes()
+        self.table.bytes() + self.counts.read().bytes() + self.listing.bytes()
     }
 
     fn detach(self: Box<Self>) -> anyhow::Result<()> {

@@ -1,0 +1,361 @@
+//! Local users and clients of the HTTP address who want the daemon to stop, grow or forget: neither commands nor those who only look wait
+//! for them, memory stays bounded, and each command is carried out once and acknowledged.
+
+use std::{
+    fs,
+    io::{BufRead as _, BufReader, Read as _, Write as _},
+    net::{SocketAddr, TcpStream},
+    os::unix::net::UnixStream,
+    process::{Child, ChildStdout, Command, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyport_tests::{
+    daemon::{Daemon, Setup},
+    host::wait_for,
+    http,
+    netns::Netns,
+};
+use libtest_mimic::Trial;
+use nix::{
+    time::{ClockId, clock_gettime},
+    unistd::Pid,
+};
+
+use crate::cases::{alone, trial};
+
+/// Rules whose list nobody reads.
+const RULES: u32 = 200_000;
+/// What memory may grow by under attack, in bytes.
+const GROWTH: u64 = 64 << 20;
+/// How long 99 of 100 answers may take. A build that is not optimized shares its processors with attackers that are.
+const P99: Duration = Duration::from_millis(if cfg!(debug_assertions) { 300 } else { 100 });
+/// Answers that are measured.
+const ASKED: usize = 100;
+/// Commands at a time.
+const COMMANDS: usize = 120;
+const METRICS: &str = "127.0.0.1:9464";
+
+/// As a user without privileges, asks over and over as it is told.
+const ATTACKERS: &str = "
+import os, socket, sys, time
+os.setgroups([])
+os.setresgid(65533, 65533, 65533)
+os.setresuid(65533, 65533, 65533)
+path, kind = sys.argv[1:3]
+def ask(text):
+    s = socket.socket(socket.AF_UNIX)
+    s.settimeout(5)
+    s.connect(path)
+    s.send(text.encode())
+    return s
+get = 'GET /v1/prefixes HTTP/1.1\\r\\nHost: a\\r\\n\\r\\n'
+held = []
+print('begun', flush=True)
+end = time.time() + 120
+while time.time() < end:
+    try:
+        if kind == 'unread':
+            held.append(ask(get))
+        elif kind == 'pipelined':
+            held.append(ask(get * 50))
+        elif kind == 'half':
+            held.append(ask(get[:20]))
+        elif kind == 'dribble':
+            held.append(ask('GET /v1/status HTTP/1.1\\r\\nHost: a\\r\\nContent-Length: 1000\\r\\n\\r\\n'))
+            for s in held[-64:]:
+                s.send(b'a')
+        elif kind == 'explain':
+            ask('GET /v1/explain?to=198.51.100.7:80 HTTP/1.1\\r\\nHost: a\\r\\n\\r\\n').close()
+        else:
+            ask(get).close()
+    except OSError:
+        pass
+    if len(held) > 64:
+        held.pop(0).close()
+    if kind not in ('churn', 'explain'):
+        time.sleep(0.01 if len(held) < 64 else 0.5)
+";
+
+pub(crate) fn trials() -> Vec<Trial> {
+    vec![
+        alone("hostile_api::readers who do not read", unread),
+        alone("hostile_api::readers during a large apply", during_apply),
+        trial("hostile_api::a listing in pieces is a listing", pieces),
+        trial("hostile_api::commands at the same time", commands),
+        trial("hostile_api::answers that were lost", lost),
+        trial("hostile_api::events that nobody reads", unread_events),
+        trial("hostile_api::the HTTP address", http_address),
+    ]
+}
+
+/// Attackers, ended when dropped.
+struct Attackers(Child);
+
+impl Attackers {
+    fn new(daemon: &Daemon, kind: &str) -> Self {
+        let mut command = Command::new("python3");
+        command.args(["-c", ATTACKERS]).arg(daemon.socket()).arg(kind).stdout(Stdio::piped());
+        let mut process = command.spawn().expect("python3");
+        let mut lines: BufReader<ChildStdout> = BufReader::new(process.stdout.take().expect("its output"));
+        lines.read_line(&mut String::new()).expect("attackers that have begun");
+        Self(process)
+    }
+}
+
+impl Drop for Attackers {
+    fn drop(&mut self) {
+        drop(self.0.kill());
+        drop(self.0.wait());
+    }
+}
+
+fn memory(pid: Pid) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).expect("the state of the server");
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("its memory");
+    line.trim().trim_end_matches(" kB").parse::<u64>().expect("a number") << 10
+}
+
+fn descriptors(pid: Pid) -> usize {
+    fs::read_dir(format!("/proc/{pid}/fd")).expect("descriptors").count()
+}
+
+/// How long 99 of 100 took.
+fn p99(mut times: Vec<Duration>) -> Duration {
+    times.sort_unstable();
+    times[(times.len() * 99).div_ceil(100) - 1]
+}
+
+/// How long root waits for `status`, without the start of a process.
+fn statuses(daemon: &Daemon, go_on: impl Fn(usize) -> bool) -> Vec<Duration> {
+    let mut times = Vec::new();
+    while go_on(times.len()) {
+        let begun = Instant::now();
+        let (status, answer) = http::request(&daemon.socket(), "GET", "/v1/status", b"");
+        times.push(begun.elapsed());
+        assert_eq!(status, 200, "{answer}");
+        thread::sleep(Duration::from_millis(10));
+    }
+    times
+}
+
+fn rules(count: u32) -> String {
+    let address = |number: u32| {
+        let [_, a, b, c] = number.to_be_bytes();
+        format!("2001:db8:{a:x}{b:02x}:{c:x}::/64 tcp 80 service=default route=no\n")
+    };
+    (0..count).map(address).collect()
+}
+
+fn apply(daemon: &Daemon, count: u32) {
+    let file = daemon.state().with_extension("rules");
+    fs::write(&file, rules(count)).expect("a file of rules");
+    daemon.ok(&format!("apply {}", file.display()));
+}
+
+fn start(backend: &str, adapt: impl FnOnce(Setup) -> Setup) -> Daemon {
+    let namespace = Netns::new();
+    namespace.ip("link set lo up");
+    adapt(Setup::new(&namespace, backend).args(["--readers", "all"])).start()
+}
+
+fn unread() {
+    let daemon = start("sk-lookup", |setup| setup);
+    apply(&daemon, RULES);
+    statuses(&daemon, |done| done < 3);
+    let idle = memory(daemon.pid());
+    let before = descriptors(daemon.pid());
+    for kind in ["unread", "pipelined", "half", "dribble", "churn"] {
+        let attackers = Attackers::new(&daemon, kind);
+        thread::sleep(Duration::from_secs(2));
+        let times = statuses(&daemon, |done| done < ASKED);
+        let grown = memory(daemon.pid()).saturating_sub(idle);
+        eprintln!("{kind}: status p99 {:?}, {} MiB above idle", p99(times.clone()), grown >> 20);
+        assert!(grown <= GROWTH, "{kind}: {} MiB above idle", grown >> 20);
+        assert!(p99(times.clone()) <= P99, "{kind}: status took {times:?}");
+        drop(attackers);
+    }
+    wait_for("connections that are closed", Duration::from_secs(20), || {
+        let descriptors = descriptors(daemon.pid());
+        if descriptors <= before { Ok(()) } else { Err(format!("{descriptors} descriptors, {before} before")) }
+    });
+}
+
+fn during_apply() {
+    for backend in ["sk-lookup", "tproxy"] {
+        let daemon = start(backend, |setup| setup);
+        daemon.ok("add-prefix 198.51.100.0/24");
+        let _attackers = ["unread", "explain"].map(|kind| Attackers::new(&daemon, kind));
+        let times = thread::scope(|scope| {
+            let applied = scope.spawn(|| apply(&daemon, 100_000));
+            let times = statuses(&daemon, |done| done < ASKED || !applied.is_finished());
+            applied.join().expect("the rules are applied");
+            times
+        });
+        eprintln!("{backend}: {} times status during apply, p99 {:?}", times.len(), p99(times.clone()));
+        assert!(p99(times.clone()) <= P99, "{backend}: status took {times:?}");
+        assert_eq!(daemon.json("status")["rules"], 100_001);
+    }
+}
+
+/// The same text whether it is short or long, and for each query.
+fn pieces() {
+    let daemon = start("sk-lookup", |setup| setup);
+    apply(&daemon, 5_000);
+    daemon.ok("add-prefix 198.51.100.0/24 --ports 1-65535 --except 22");
+    let all = daemon.json("prefixes");
+    let all = all.as_array().expect("rules");
+    assert_eq!(all.len(), 5_001);
+    for query in ["limit=7", "within=2001:db8::/34", "service=default&limit=4999", "port=443", "after=2001:db8::/64"] {
+        let (status, answer) = http::request(&daemon.socket(), "GET", &format!("/v1/prefixes?{query}"), b"");
+        assert_eq!(status, 200, "{query}: {answer}");
+    }
+}
+
+fn acknowledged(daemon: &Daemon, words: impl Fn(usize) -> String + Sync) {
+    let outcomes: Vec<_> = thread::scope(|scope| {
+        let words = &words;
+        let all: Vec<_> = (0..COMMANDS)
+            .map(|number| {
+                scope.spawn(move || {
+                    let words = words(number);
+                    daemon.ctl(&words.split(' ').collect::<Vec<_>>())
+                })
+            })
+            .collect();
+        all.into_iter().map(|it| it.join().expect("a command")).collect()
+    });
+    let failed: Vec<_> = outcomes.iter().filter(|it| it.status != 0).map(ToString::to_string).collect();
+    assert!(failed.is_empty(), "{} of {COMMANDS} failed, such as {:?}", failed.len(), failed.first());
+}
+
+fn commands() {
+    let daemon = start("sk-lookup", |setup| setup);
+    acknowledged(&daemon, |number| format!("add-service s{number} --handler echo"));
+    acknowledged(&daemon, |number| format!("add-prefix 198.51.100.{number} --service s{number}"));
+    assert_eq!(daemon.rules().len(), COMMANDS);
+    acknowledged(&daemon, |number| format!("drain --service s{number} --wait 0s"));
+    acknowledged(&daemon, |number| format!("undrain --service s{number}"));
+    acknowledged(&daemon, |number| format!("remove-prefix 198.51.100.{number}"));
+    acknowledged(&daemon, |number| format!("remove-service s{number}"));
+    assert!(daemon.rules().is_empty());
+    assert_eq!(daemon.json("services").as_array().expect("services").len(), 1);
+}
+
+/// In milliseconds.
+fn since_boot() -> u64 {
+    let now = clock_gettime(ClockId::CLOCK_BOOTTIME).expect("the time");
+    u64::try_from(Duration::from(now).as_millis()).expect("a number")
+}
+
+/// A request with an id, which was sent so many milliseconds ago for the first time.
+fn with_id(id: &str, age: Option<u64>, method: &str, target: &str, body: &str) -> Vec<u8> {
+    let first = age.map(|age| format!("X-Anyport-First: {}\r\n", since_boot() - age)).unwrap_or_default();
+    let head = format!(
+        "{method} {target} HTTP/1.1\r\nHost: anyport\r\nConnection: close\r\nX-Anyport-Request: {id}\r\n{first}"
+    );
+    format!("{head}Content-Length: {}\r\n\r\n{body}", body.len()).into_bytes()
+}
+
+fn lost() {
+    let mut daemon = start("sk-lookup", |setup| setup);
+    let verbs = [
+        ("POST", "/v1/services", r#"{"name":"web","handler":"echo"}"#),
+        ("POST", "/v1/prefixes", r#"{"prefixes":["198.51.100.0/24"],"service":"web"}"#),
+        ("POST", "/v1/drain", r#"{"service":"web","prefixes":[],"wait":0}"#),
+        ("DELETE", "/v1/drain", r#"{"service":"web","prefixes":[]}"#),
+        ("DELETE", "/v1/prefixes", r#"{"prefixes":["198.51.100.0/24"]}"#),
+        ("DELETE", "/v1/services/web", ""),
+        ("POST", "/v1/apply", "203.0.113.0/24 tcp 80 service=default route=no\n"),
+    ];
+    for (number, (method, target, body)) in verbs.into_iter().enumerate() {
+        let id = format!("lost-{number}");
+        let mut client = UnixStream::connect(daemon.socket()).expect("a connection");
+        client.write_all(&with_id(&id, None, method, target, body)).expect("a request");
+        // The daemon has it, and the answer is lost.
+        thread::sleep(Duration::from_millis(200));
+        drop(client);
+        let answer = |age| http::raw(&daemon.socket(), &with_id(&id, age, method, target, body));
+        let (first, second) = (answer(Some(200)), answer(Some(300)));
+        assert!(first.starts_with("HTTP/1.1 200"), "{method} {target}: {first}");
+        let content = |answer: &str| answer.split_once("\r\n\r\n").map(|(_, content)| content.to_owned());
+        assert_eq!(content(&first), content(&second), "{method} {target}");
+    }
+    // Another daemon does not know.
+    daemon.stop();
+    daemon.restart();
+    let (method, target, body) = verbs[1];
+    let answer = http::raw(&daemon.socket(), &with_id("lost-1", Some(60_000), method, target, body));
+    assert!(answer.starts_with("HTTP/1.1 500") && answer.contains("not known"), "{answer}");
+    assert_eq!(daemon.rules().len(), 1, "nothing was done again");
+}
+
+fn unread_events() {
+    let daemon = start("sk-lookup", |setup| setup);
+    daemon.ok("add-prefix 127.0.0.0/8 --ports 7000-7999 --no-route --force");
+    let mut silent = UnixStream::connect(daemon.socket()).expect("a connection");
+    silent.write_all(&http::bytes("GET", "/v1/events", b"")).expect("a request");
+    let before = memory(daemon.pid());
+    let end = Instant::now() + Duration::from_secs(40);
+    let mut first = [0; 16];
+    silent.read_exact(&mut first).expect("an answer");
+    let is_closed = || {
+        daemon.namespace().enter(|| {
+            for port in 7_000..7_200 {
+                drop(TcpStream::connect(SocketAddr::from(([127, 0, 0, 1], port))));
+            }
+        });
+        daemon.log().contains("the peer has read nothing") || !is_connected(&daemon)
+    };
+    while !is_closed() {
+        assert!(Instant::now() < end, "nobody reads these events, and they go on");
+    }
+    assert!(memory(daemon.pid()).saturating_sub(before) < GROWTH);
+}
+
+/// Whether a client of the control socket is connected.
+fn is_connected(daemon: &Daemon) -> bool {
+    let path = daemon.socket().display().to_string();
+    let sockets = fs::read_to_string(format!("/proc/{}/net/unix", daemon.pid())).expect("sockets");
+    sockets.lines().filter(|line| line.ends_with(&path) && line.contains(" 0003 0")).count() > 1
+        || sockets.lines().filter(|line| line.ends_with(&path)).count() > 1
+}
+
+fn http_address() {
+    let daemon = start("sk-lookup", |setup| setup.args(["--metrics", METRICS]));
+    let address: SocketAddr = METRICS.parse().expect("an address");
+    let namespace = daemon.namespace();
+    let ask = |host: &str, path: &str| {
+        let mut client = namespace.enter(|| TcpStream::connect(address)).expect("a connection");
+        client.set_read_timeout(Some(Duration::from_secs(10))).expect("a time limit");
+        client.write_all(format!("GET {path} HTTP/1.1\r\nHost: {host}\r\n\r\n").as_bytes()).expect("a request");
+        let mut answer = String::new();
+        client.read_to_string(&mut answer).expect("an answer");
+        answer
+    };
+    let idle = memory(daemon.pid());
+    let connect = |said: &[u8]| {
+        let mut client = namespace.enter(|| TcpStream::connect(address)).expect("a connection");
+        drop(client.write_all(said));
+        client
+    };
+    for said in [&b""[..], b"GET /met", b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n"] {
+        let _silent: Vec<_> = (0..300).map(|_| connect(said)).collect();
+        let mut times = Vec::new();
+        for _ in 0..ASKED {
+            let begun = Instant::now();
+            let answer = ask(METRICS, "/metrics");
+            times.push(begun.elapsed());
+            assert!(answer.starts_with("HTTP/1.1 200") && answer.contains("anyport_"), "{answer}");
+        }
+        let said = String::from_utf8_lossy(said).into_owned();
+        eprintln!("{said:?}: p99 of scrapes {:?}", p99(times.clone()));
+        assert!(p99(times.clone()) <= P99, "beside those who said {said:?}: {times:?}");
+    }
+    assert!(memory(daemon.pid()).saturating_sub(idle) <= GROWTH);
+    for path in ["/", "/metrics", "/live.json"] {
+        assert!(ask("site.example:9464", path).starts_with("HTTP/1.1 421"), "{path} for a page of another site");
+        assert!(ask("localhost:9464", path).starts_with("HTTP/1.1 200"), "{path}");
+    }
+}
