@@ -72,6 +72,8 @@ fn all_or_nothing(backend: &'static str) {
         stream.write_all(&http::bytes(method, "/v1/prefixes", body.as_bytes())).expect("sending a request");
         sleep(pause);
         drop(stream);
+        // Waits for the command, where what only shows does not.
+        daemon.ok("explain tcp 192.0.2.1:1234");
 
         let what = format!(
             "agreement in round {round}, after a {method} of {} whose client went away after {pause:?},",
