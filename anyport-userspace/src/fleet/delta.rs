@@ -2,7 +2,8 @@
 //!
 //! It is a text with a line for each step through the lines of the first set: `=N` has N of them stay, `-N` leaves N of
 //! them out, `+LINE` puts a line in, and `\LINE` one that has no end, as only the last one can be. Those behind the last
-//! step stay. Nodes need not trust it: what comes out has the hash that the pointer says, or is thrown away.
+//! step stay. Nodes need not trust it: what comes out has the hash that the pointer says, or is thrown away; and as lines are kept whole,
+//! the lines that go and come are those by which the two texts differ.
 
 use std::fmt::Write as _;
 
@@ -63,7 +64,7 @@ impl Delta {
     /// The text that it makes out of another one, and the lines by which they differ.
     ///
     /// # Errors
-    /// It makes no sense, or makes more than a set may have.
+    /// It makes no sense, joins lines, or makes more than a set may have.
     pub fn apply(&self, before: &str) -> Result<(String, LineEdits), InvalidText> {
         let mut rest = before;
         let (mut after, mut edits) = (String::with_capacity(before.len() + self.0.len()), LineEdits::default());
@@ -75,17 +76,22 @@ impl Delta {
             match sign {
                 "=" | "-" => {
                     let lines = take(&mut rest, what.parse().map_err(|_| wrong())?).ok_or_else(wrong)?;
-                    if sign == "=" { &mut after } else { &mut edits.removed }.push_str(lines);
+                    let text = if sign == "=" { &mut after } else { &mut edits.removed };
+                    extend(text, lines).ok_or_else(wrong)?;
                 }
-                "+" => [&mut after, &mut edits.added].into_iter().for_each(|it| it.push_str(&step[1..])),
-                "\\" => {
-                    after.push_str(what);
+                "+" => {
+                    extend(&mut after, &step[1..]).ok_or_else(wrong)?;
+                    edits.added.push_str(&step[1..]);
+                }
+                "\\" if !what.is_empty() => {
+                    extend(&mut after, what).ok_or_else(wrong)?;
                     edits.added.push_str(&step[1..]);
                 }
                 _ => return Err(wrong()),
             }
         }
-        after.push_str(rest);
+        let joined = || InvalidText("what makes one set out of another joins two lines at its end".into());
+        extend(&mut after, rest).ok_or_else(joined)?;
         if after.len() > LARGEST {
             return Err(InvalidText(format!("the set would have more than {LARGEST} bytes")));
         }
@@ -94,6 +100,13 @@ impl Delta {
         }
         Ok((after, edits))
     }
+}
+
+/// Puts lines behind others. A line without an end stays the last one: the next would be joined with it, so that the text had one line
+/// where the edits have two.
+fn extend(text: &mut String, lines: &str) -> Option<()> {
+    let fits = lines.is_empty() || text.is_empty() || text.ends_with('\n');
+    fits.then(|| text.push_str(lines))
 }
 
 /// Takes so many lines from the front of a text, if there are so many.
@@ -153,6 +166,12 @@ mod tests {
         {
             assert!(Delta(steps.into()).apply("a\nb\n").is_err(), "{steps:?}");
         }
+        // Two lines in the edits, one in the text.
+        for (before, steps) in
+            [("a\nb\n", "\\#\n+a\n"), ("a\nb\n", "\\#\n=1\n"), ("a\nb\n", "\\#\n"), ("a\nb", "=2\n+c\n")]
+        {
+            assert!(Delta(steps.into()).apply(before).is_err(), "{before:?} {steps:?}");
+        }
         assert!(Delta::unpack(b"nonsense").is_err());
     }
 
@@ -162,9 +181,21 @@ mod tests {
             there_and_back(&before, &after);
         }
 
+        /// Whatever the steps are: what the edits say is what the text says.
         #[test]
-        fn nonsense_is_no_harm(steps in "[-=+\\\\0-9a\n]{0,30}", before in "[a\n]{0,10}") {
-            let _ = Delta(steps).apply(&before);
+        fn edits_are_the_difference_of_the_texts(
+            steps in prop::collection::vec("=[0-3]|-[0-3]|[+][ab#\r]{0,2}|\\\\[ab#]{0,2}|[-=+\\\\0-9a]{0,4}", 0..8),
+            before in "[ab#\n]{0,10}",
+        ) {
+            let steps: String = steps.into_iter().map(|step| step + "\n").collect();
+            if let Ok((after, LineEdits { removed, added })) = Delta(steps).apply(&before) {
+                let sorted = |texts: [&str; 2]| {
+                    let mut lines: Vec<String> = texts.iter().flat_map(|text| text.lines().map(str::to_owned)).collect();
+                    lines.sort_unstable();
+                    lines
+                };
+                prop_assert_eq!(sorted([&before, &added]), sorted([&after, &removed]));
+            }
         }
     }
 }
