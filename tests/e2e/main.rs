@@ -17,7 +17,7 @@ use libtest_mimic::{Arguments, Trial};
 use nix::unistd::getppid;
 
 /// Tests at a time. They wait for daemons to start more than they compute.
-const THREADS: usize = 6;
+const THREADS: usize = 5;
 
 /// The one list of the modules with tests: declares them, and collects their tests in this order. `cargo fmt` does not
 /// see modules that a macro declares, so `cargo xtask test` has rustfmt look at them by name.

@@ -11,7 +11,7 @@ use smallvec::SmallVec;
 
 use super::{Origin, Origins, Prefix, Rule, RuleSpec, shared_map::SharedMap};
 
-/// Rules in order of precedence, without contradictions. A copy takes little time and memory: see [`SharedMap`].
+/// Rules in order of precedence, without contradictions. A copy takes little time and memory: see `SharedMap`.
 #[derive(Clone, Debug, Default)]
 pub struct RuleSet {
     pub(super) prefixes: SharedMap<Prefix, PrefixRules>,
