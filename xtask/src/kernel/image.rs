@@ -93,7 +93,9 @@ pub(crate) fn test_program(cargo: &mut Command) -> Result<PathBuf> {
         "json",
         "--quiet",
     ]))?;
-    let executables = messages.lines().filter_map(|line| line.split_once("\"executable\":\""));
+    // Programs that the tests use are named, too, in any order.
+    let tests = messages.lines().filter(|line| line.contains("\"kind\":[\"test\"]"));
+    let executables = tests.filter_map(|line| line.split_once("\"executable\":\""));
     let path = executables.filter_map(|(_, rest)| rest.split('"').next()).next_back();
     path.map(PathBuf::from).context("cargo names no test program `e2e`")
 }
