@@ -116,7 +116,7 @@ impl Client {
     /// Asks until there is a whole answer. What was refused before anything was done is asked again; and so is what was sent and not
     /// answered, by the id of the first time, so that it is not done twice.
     async fn exchange<T: DeserializeOwned>(&self, method: Method, path: &str, body: Vec<u8>) -> Result<T, Problem> {
-        let (request, mut pause, mut lost) = (Request::new(method, path, body), PAUSE, None::<Instant>);
+        let (request, mut pauses, mut lost) = (Request::new(method, path, body), Pauses(PAUSE), None::<Instant>);
         loop {
             let asked = match self.ask_once(&request, lost.is_some()).await {
                 Ok(body) => body.collect().await.map_err(|error| Failure::Lost(self.broken(&error))),
@@ -135,9 +135,8 @@ impl Client {
                 // The daemon has ended, or does not answer.
                 Some(since) if since.elapsed() > LOST_TIME => return Err(request.unknown(problem)),
                 None if problem.kind != ProblemKind::Stopping => return Err(problem),
-                _ => sleep(random_part_of(pause)).await,
+                _ => pauses.next().await,
             }
-            pause = (pause * 2).min(LONGEST_PAUSE);
         }
     }
 
@@ -172,14 +171,11 @@ impl Client {
     /// Asks for something that is answered line by line, and gives the body of a good answer. What was refused before anything was done
     /// is asked again.
     async fn ask(&self, path: &str) -> Result<Incoming, Problem> {
-        let (request, mut pause) = (Request::new(Method::GET, path, Vec::new()), PAUSE);
+        let (request, mut pauses) = (Request::new(Method::GET, path, Vec::new()), Pauses(PAUSE));
         loop {
             match self.ask_once(&request, false).await {
                 Ok(body) => return Ok(body),
-                Err(Failure::Refused(problem)) if problem.kind == ProblemKind::Stopping => {
-                    sleep(random_part_of(pause)).await;
-                    pause = (pause * 2).min(LONGEST_PAUSE);
-                }
+                Err(Failure::Refused(problem)) if problem.kind == ProblemKind::Stopping => pauses.next().await,
                 Err(Failure::Problem(problem) | Failure::Refused(problem) | Failure::Lost(problem)) => {
                     return Err(problem);
                 }
@@ -321,11 +317,17 @@ fn new_id() -> Option<String> {
     Some(format!("{:032x}", u128::from_ne_bytes(bytes)))
 }
 
-/// At least half of a pause, so that those who were refused at the same time do not come back at the same time.
-fn random_part_of(pause: Duration) -> Duration {
-    let mut byte = [0_u8];
-    getrandom(byte.as_mut_slice(), GetRandomFlags::empty()).ok();
-    pause / 2 + pause * u32::from(byte[0]) / 512
+/// Pauses that become longer.
+struct Pauses(Duration);
+
+impl Pauses {
+    /// Waits for at least half of a pause, so that those who were refused at the same time do not come back at the same time.
+    async fn next(&mut self) {
+        let mut byte = [0_u8];
+        getrandom(byte.as_mut_slice(), GetRandomFlags::empty()).ok();
+        sleep(self.0 / 2 + self.0 * u32::from(byte[0]) / 512).await;
+        self.0 = (self.0 * 2).min(LONGEST_PAUSE);
+    }
 }
 
 fn to_json(body: &impl Serialize) -> Result<Vec<u8>, Problem> {

@@ -14,10 +14,10 @@ while [ ! -b /dev/vdd ] && [ $n -lt 100 ]; do
   $b sleep 0.1
   n=$((n + 1))
 done
-$b mount -t ext4 /dev/vda /root || fail "mount the root file system"
-$b mount -t ext4 -o ro /dev/vdb /root/lib/modules || fail "mount the modules"
-$b mount -t ext4 -o ro /dev/vdc /root/under-test || fail "mount the programs"
-$b mount --move /dev /root/dev
-$b mount --move /proc /root/proc
-$b mount --move /sys /root/sys
-exec $b switch_root /root /bin/bash /under-test/init
+$b mount -t ext4 /dev/vda /new || fail "mount the root file system"
+$b mount -t ext4 -o ro /dev/vdb /new/lib/modules || fail "mount the modules"
+$b mount -t ext4 -o ro /dev/vdc /new/under-test || fail "mount the programs"
+$b mount --move /dev /new/dev
+$b mount --move /proc /new/proc
+$b mount --move /sys /new/sys
+exec $b switch_root /new /bin/bash /under-test/init

@@ -102,7 +102,7 @@ fn files_below(directory: &Path) -> Result<Vec<PathBuf>> {
 
 /// busybox, the drivers in the order in which they are loaded, and a script that hands over to the root file system.
 fn fill_initramfs(directory: &Path, staged: &Path, release: &str) -> Result<()> {
-    for empty in ["bin", "modules", "dev", "proc", "sys", "root"] {
+    for empty in ["bin", "modules", "dev", "proc", "sys", "new"] {
         fs::create_dir_all(directory.join(empty))?;
     }
     let busybox = BUSYBOX.into_iter().find(|path| Path::new(path).is_file()).context("no busybox")?;
