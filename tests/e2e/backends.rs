@@ -4,7 +4,7 @@ use std::{
     fs::{self, File},
     path::Path,
     process::Command,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyport_tests::{
@@ -32,6 +32,7 @@ const TC_SINCE: [u32; 2] = [6, 6];
 pub(crate) fn trials() -> Vec<Trial> {
     let mut trials = vec![
         trial("backends::auto takes sk-lookup", auto),
+        trial("backends::auto tries nothing behind its choice", auto_tries_no_more),
         trial("backends::auto without CAP_BPF takes tproxy", without_bpf),
         trial("backends::auto takes tc where sk_lookup programs are at their limit", sk_lookup_full),
         trial("backends::what was refused is not tried at each restart", remembered),
@@ -85,6 +86,26 @@ fn auto() {
     let log = daemon.log();
     assert!(log.contains("sk-lookup") && log.contains("add-prefix"), "choice and what to type next: {log}");
     assert!(daemon.ok("status").contains("sk-lookup"), "status for people names the back end");
+}
+
+/// `auto` does what a start with its choice by name does, and no more. How long both take is shown: they start in turns.
+fn auto_tries_no_more() {
+    let mut times: [Vec<Duration>; 2] = [vec![], vec![]];
+    for _ in 0..3 {
+        for (steering, times) in ["auto", "sk-lookup"].iter().zip(&mut times) {
+            let begin = Instant::now();
+            let daemon = Daemon::start(&Netns::new(), steering);
+            times.push(begin.elapsed());
+            for other in ["tc", "tproxy"] {
+                assert_eq!(tried(&daemon, other)["usable"], Value::Null, "--steering {steering}: {other}");
+            }
+        }
+    }
+    let [auto, by_name] = times.map(|mut times| {
+        times.sort();
+        times[1].as_secs_f64()
+    });
+    eprintln!("start with auto {auto:.2} s, with sk-lookup {by_name:.2} s, ratio {:.2} (medians of 3)", auto / by_name);
 }
 
 fn without_bpf() {

@@ -45,8 +45,9 @@ const WHOLE: [&str; 21] = [
     "apply::100,000 rules",
 ];
 /// Cases that have no back end, or choose it themselves.
-const OTHERS: [&str; 5] = [
+const OTHERS: [&str; 6] = [
     "backends::auto takes sk-lookup",
+    "backends::auto tries nothing behind its choice",
     "backends::auto without CAP_BPF takes tproxy",
     "crash::another back end takes over after SIGKILL",
     "tproxy::backends::iptables of the *",
