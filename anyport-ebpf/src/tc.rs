@@ -23,6 +23,9 @@ use crate::{
     sockets,
 };
 
+// Of `linux/if_packet.h`.
+const PACKET_HOST: u32 = 0;
+const PACKET_OTHERHOST: u32 = 3;
 const TCP_ESTABLISHED: u32 = 1;
 const TCP_TIME_WAIT: u32 = 6;
 const TCP_LISTEN: u32 = 10;
@@ -43,17 +46,45 @@ impl Bytes for Frame<'_> {
 }
 
 pub fn steer_ethernet(ctx: &TcContext) -> i32 {
+    if is_for_others(ctx) {
+        return TC_ACT_UNSPEC;
+    }
     match packet::from_ethernet(&Frame(ctx)) {
-        Some(packet) => steer(ctx, &packet),
-        None => TC_ACT_UNSPEC,
+        Some(packet) if is_taken(ctx, &packet) => steer(ctx, &packet),
+        _ => TC_ACT_UNSPEC,
     }
 }
 
 pub fn steer_ip(ctx: &TcContext) -> i32 {
-    match packet::from_ip(&Frame(ctx)) {
-        Some(packet) => steer(ctx, &packet),
-        None => TC_ACT_UNSPEC,
+    if is_for_others(ctx) {
+        return TC_ACT_UNSPEC;
     }
+    match packet::from_ip(&Frame(ctx)) {
+        Some(packet) if is_taken(ctx, &packet) => steer(ctx, &packet),
+        _ => TC_ACT_UNSPEC,
+    }
+}
+
+/// Whether the frame is not for this host, or not for this interface of it.
+///
+/// Ingress comes before bridges, macvlan and VLANs take what is theirs (`__netif_receive_skb_core`, net/core/dev.c, read in 6.12). What is
+/// addressed to another link-layer address is `PACKET_OTHERHOST` by then (`eth_type_trans`); IP drops it where nobody has taken it. A
+/// frame of a VLAN comes again on that VLAN's interface, and is dropped where the host has none; VLAN 0 is a mark of priority alone.
+#[inline(always)]
+fn is_for_others(ctx: &TcContext) -> bool {
+    const VLAN_ID: u32 = 0x0fff;
+    let skb = ctx.skb.skb;
+    // SAFETY: the kernel's own, whose fields the verifier has it read.
+    let (kind, has_vlan, vlan) = unsafe { ((*skb).pkt_type, (*skb).vlan_present, (*skb).vlan_tci) };
+    kind == PACKET_OTHERHOST || (has_vlan != 0 && vlan & VLAN_ID != 0)
+}
+
+/// Whether IP takes such a packet from such a frame: no TCP from a frame for all or many (`tcp_v4_rcv`, net/ipv4/tcp_ipv4.c).
+#[inline(always)]
+fn is_taken(ctx: &TcContext, packet: &Packet) -> bool {
+    // SAFETY: as above.
+    let kind = unsafe { (*ctx.skb.skb).pkt_type };
+    kind == PACKET_HOST || packet.flow.transport != Transport::Tcp
 }
 
 /// `TC_ACT_UNSPEC` (`TCX_NEXT` is the same number) leaves the packet to the programs behind this one.

@@ -4,7 +4,7 @@ use std::{
     collections::{HashMap, HashSet},
     io::{self, IoSliceMut},
     net::{IpAddr, SocketAddr, UdpSocket},
-    os::fd::{AsRawFd as _, OwnedFd},
+    os::fd::AsRawFd as _,
     sync::{
         Mutex,
         atomic::{AtomicBool, Ordering::Relaxed},
@@ -20,18 +20,12 @@ use anyport_tests::{
     host::wait_for,
     netns::Netns,
     owners::register_socket,
-    packet::{Extra, sum_ipv4, syn_packets, udp_packets},
+    packet::{Extra, Wire, sum_ipv4, syn_packets, udp_packets},
     random::Random,
     topology::{CLIENT, HOST},
 };
 use libtest_mimic::Trial;
-use nix::{
-    ifaddrs::getifaddrs,
-    sys::socket::{
-        AddressFamily, ControlMessageOwned, LinkAddr, MsgFlags, SockFlag, SockType, SockaddrStorage, recvmsg, sendto,
-        setsockopt, socket, sockopt,
-    },
-};
+use nix::sys::socket::{ControlMessageOwned, MsgFlags, SockaddrStorage, recvmsg, setsockopt, sockopt};
 
 use crate::cases::{Family, Lab, at, on_each_back_end};
 
@@ -194,35 +188,6 @@ fn receive(witness: &UdpSocket) -> io::Result<(SocketAddr, Vec<u8>)> {
     };
     buffer.truncate(length);
     Ok((SocketAddr::new(to, witness.local_addr()?.port()), buffer))
-}
-
-/// Where frames leave.
-struct Wire {
-    socket: OwnedFd,
-    address: LinkAddr,
-    header: Vec<u8>,
-}
-
-impl Wire {
-    /// From the client to this host.
-    fn to(host: &Netns) -> Self {
-        let link = |name: &str| {
-            let mut all = getifaddrs().expect("interfaces").filter(|it| it.interface_name == name);
-            all.find_map(|it| it.address?.as_link_addr().copied()).expect("an address of the interface")
-        };
-        let there = host.enter(|| link("client"));
-        let address = link("eth0");
-        let header = [there.addr().expect("a MAC"), address.addr().expect("a MAC")].concat();
-        let socket = socket(AddressFamily::Packet, SockType::Raw, SockFlag::empty(), None).expect("a packet socket");
-        Self { socket, address, header }
-    }
-
-    fn send(&self, tags: &[u8], packet: &[u8]) {
-        let kind: [u8; 2] = if packet.first().is_some_and(|it| it >> 4 == 6) { [0x86, 0xdd] } else { [0x08, 0x00] };
-        let frame = [&self.header, tags, &kind, packet].concat();
-        // What is too long for the wire is nobody's.
-        sendto(self.socket.as_raw_fd(), &frame, &self.address, MsgFlags::empty()).ok();
-    }
 }
 
 fn send_all(backend: &str, host: &Netns, arrived: &Mutex<Arrived>) {

@@ -3,12 +3,17 @@
 use std::{
     io::{self, Read as _},
     net::{IpAddr, Ipv4Addr, SocketAddr},
+    os::fd::{AsRawFd as _, OwnedFd},
     time::{Duration, Instant},
 };
 
+use nix::{
+    ifaddrs::getifaddrs,
+    sys::socket::{AddressFamily, LinkAddr, MsgFlags, SockFlag, SockType, sendto, socket},
+};
 use socket2::{Domain, Protocol, Socket, Type};
 
-use crate::dial::again;
+use crate::{dial::again, netns::Netns};
 
 /// `IPPROTO_RAW`: the caller brings the IP header.
 const RAW: i32 = 255;
@@ -28,6 +33,37 @@ pub enum Extra {
     Chain(&'static [u8]),
     /// IPv4 fragments with this many bytes, a multiple of eight.
     Fragments(usize),
+}
+
+/// Where frames leave.
+#[derive(Debug)]
+pub struct Wire {
+    socket: OwnedFd,
+    address: LinkAddr,
+    header: Vec<u8>,
+}
+
+impl Wire {
+    /// From the client of a topology, in whose namespace this is called, to its anyport host.
+    pub fn to(host: &Netns) -> Self {
+        let link = |name: &str| {
+            let mut all = getifaddrs().expect("interfaces").filter(|it| it.interface_name == name);
+            all.find_map(|it| it.address?.as_link_addr().copied()).expect("an address of the interface")
+        };
+        let there = host.enter(|| link("client"));
+        let address = link("eth0");
+        let header = [there.addr().expect("a MAC"), address.addr().expect("a MAC")].concat();
+        let socket = socket(AddressFamily::Packet, SockType::Raw, SockFlag::empty(), None).expect("a packet socket");
+        Self { socket, address, header }
+    }
+
+    /// Sends a packet in a frame with these tags.
+    pub fn send(&self, tags: &[u8], packet: &[u8]) {
+        let kind: [u8; 2] = if packet.first().is_some_and(|it| it >> 4 == 6) { [0x86, 0xdd] } else { [0x08, 0x00] };
+        let frame = [&self.header, tags, &kind, packet].concat();
+        // What is too long for the wire is nobody's.
+        sendto(self.socket.as_raw_fd(), &frame, &self.address, MsgFlags::empty()).ok();
+    }
 }
 
 /// Sends a UDP datagram with `payload`, to be called in the namespace of `from`.

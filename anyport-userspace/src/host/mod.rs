@@ -1,5 +1,7 @@
 //! What a rule could take away from the host itself: addresses, gateways and listening sockets.
 
+mod dump;
+mod links;
 mod sockets;
 
 use std::{
@@ -12,6 +14,7 @@ use std::{
 use anyhow::Context as _;
 use anyport_common::flow::Transport;
 
+pub use self::links::{Link, links};
 pub use self::sockets::{connected_addresses, for_each_connection, listeners, listeners_of};
 use crate::rules::Rule;
 

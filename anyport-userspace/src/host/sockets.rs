@@ -5,26 +5,18 @@
 //! the slot of the hash table and the number in that slot (`udp_dump`, `net/ipv4/udp_diag.c`; `inet_diag_dump_icsk`,
 //! `net/ipv4/inet_diag.c`; since 3.3), and takes a slot under its lock.
 
-use std::{collections::HashSet, net::IpAddr, net::SocketAddr, os::fd::AsRawFd as _};
+use std::{collections::HashSet, net::IpAddr, net::SocketAddr};
 
-use anyhow::{Context as _, bail};
+use anyhow::Context as _;
 use anyport_common::flow::Transport;
-use netlink_packet_core::{NLM_F_DUMP, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload};
 use netlink_packet_sock_diag::{
     SockDiagMessage,
     constants::{AF_INET, AF_INET6, IPPROTO_TCP, IPPROTO_UDP},
     inet::{ExtensionFlags, InetRequest, InetResponse, SocketId, StateFlags, nlas::Nla},
 };
-use netlink_sys::{Socket, protocols::NETLINK_SOCK_DIAG};
-use nix::{
-    errno::Errno,
-    sys::socket::{MsgFlags, recv, send},
-};
+use netlink_sys::protocols::NETLINK_SOCK_DIAG;
 
-use super::{Connection, Listener};
-
-/// The kernel puts no more than 32 KiB into a datagram of a list.
-const LONGEST_DATAGRAM: usize = 1 << 16;
+use super::{Connection, Listener, dump::dump};
 
 /// The listening TCP sockets and the unconnected UDP sockets of the thread's network namespace.
 ///
@@ -104,43 +96,16 @@ fn list(transport: Transport, states: &StateFlags, mut found: impl FnMut(&InetRe
     for (family, socket_id) in [(AF_INET, SocketId::new_v4()), (AF_INET6, SocketId::new_v6())] {
         let request =
             InetRequest { family, protocol, extensions: ExtensionFlags::empty(), states: states.clone(), socket_id };
-        dump(request, &mut found).with_context(|| {
+        let socket = |message| {
+            if let SockDiagMessage::InetResponse(socket) = message {
+                found(&socket);
+            }
+        };
+        dump(NETLINK_SOCK_DIAG, SockDiagMessage::InetRequest(request), socket).with_context(|| {
             format!("listing the sockets of the host by sock_diag, which the kernel has with {option}")
         })?;
     }
     Ok(())
-}
-
-fn dump(request: InetRequest, found: &mut impl FnMut(&InetResponse)) -> anyhow::Result<()> {
-    let mut socket = Socket::new(NETLINK_SOCK_DIAG)?;
-    socket.bind_auto()?;
-    let mut header = NetlinkHeader::default();
-    header.flags = NLM_F_REQUEST | NLM_F_DUMP;
-    let mut message = NetlinkMessage::new(header, SockDiagMessage::InetRequest(request).into());
-    message.finalize();
-    let mut buffer = vec![0; LONGEST_DATAGRAM];
-    message.serialize(&mut buffer);
-    send(socket.as_raw_fd(), &buffer[..message.buffer_len()], MsgFlags::empty())?;
-    loop {
-        let length = match recv(socket.as_raw_fd(), &mut buffer, MsgFlags::empty()) {
-            Err(Errno::EINTR) => continue,
-            length => length?,
-        };
-        let mut rest = &buffer[..length];
-        while !rest.is_empty() {
-            let message = NetlinkMessage::<SockDiagMessage>::deserialize(rest)?;
-            match message.payload {
-                NetlinkPayload::InnerMessage(SockDiagMessage::InetResponse(socket)) => found(&socket),
-                NetlinkPayload::Done(_) => return Ok(()),
-                NetlinkPayload::Error(error) => return Err(error.to_io().into()),
-                NetlinkPayload::Overrun(_) => bail!("the kernel's answer was lost"),
-                _ => {}
-            }
-            // Messages begin at multiples of four bytes.
-            let end = (message.header.length as usize).next_multiple_of(4).clamp(1, rest.len());
-            rest = &rest[end..];
-        }
-    }
 }
 
 #[cfg(test)]

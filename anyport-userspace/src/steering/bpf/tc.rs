@@ -14,7 +14,7 @@ use aya::{
     Ebpf,
     programs::{LinkOrder, ProgramError, SchedClassifier, TcAttachType, links::FdLink, tc::TcAttachOptions},
 };
-use nix::{ifaddrs::getifaddrs, libc, net::if_::InterfaceFlags};
+use nix::libc;
 use tracing::warn;
 
 use super::{
@@ -22,7 +22,10 @@ use super::{
     load::{load_program, needs},
     pins::PinDirectory,
 };
-use crate::steering::{BackEnd, Drift, ObjectKind};
+use crate::{
+    host::{Link, links},
+    steering::{BackEnd, Drift, ObjectKind},
+};
 
 // Of `linux/if_arp.h`, which libc has in part.
 const ARPHRD_RAWIP: u16 = 519;
@@ -259,24 +262,12 @@ fn classifier<'a>(ebpf: &'a mut Ebpf, interface: &Interface) -> Result<&'a mut S
     program.ok_or(ProgramError::NotLoaded)?.try_into()
 }
 
-/// The interfaces that are up, `lo` among them.
+/// The interfaces that are up, `lo` among them, in the order in which they were made.
 fn interfaces() -> anyhow::Result<Vec<Interface>> {
-    let mut seen = HashSet::new();
-    let interfaces = getifaddrs()
-        .context("list the interfaces")?
-        .filter(|it| it.flags.contains(InterfaceFlags::IFF_UP))
-        .filter_map(|it| {
-            let link = *it.address.as_ref()?.as_link_addr()?;
-            Some(Interface {
-                index: u32::try_from(link.ifindex()).ok()?,
-                name: it.interface_name,
-                link_type: link.hatype(),
-                program: program_for(link.hatype()),
-            })
-        })
-        .filter(|it| seen.insert(it.index))
-        .collect();
-    Ok(interfaces)
+    let up = links()?.into_iter().filter(|it| it.is_up);
+    let interface =
+        |Link { index, name, link_type, .. }| Interface { index, name, link_type, program: program_for(link_type) };
+    Ok(up.map(interface).collect())
 }
 
 /// The program that can read the packets of interfaces of this type (`ARPHRD_…`).
@@ -427,6 +418,20 @@ mod tests {
             hook.refresh().unwrap();
             assert_eq!(hook.interfaces(), ["lo", "later0"]);
             output("ip", "link del later0");
+            hook.refresh().unwrap();
+            assert_eq!(hook.interfaces(), ["lo"]);
+        });
+    }
+
+    /// They have no link-layer address.
+    #[test]
+    fn tunnels_are_interfaces() {
+        in_new_namespace(|| {
+            output("ip", "tuntap add mode tun dev tun9");
+            output("ip", "link set tun9 up");
+            let mut hook = TcHook::attach(load(false).unwrap(), Vec::new()).unwrap();
+            assert_eq!(hook.interfaces(), ["lo", "tun9"]);
+            output("ip", "link set tun9 down");
             hook.refresh().unwrap();
             assert_eq!(hook.interfaces(), ["lo"]);
         });
