@@ -45,6 +45,8 @@ pub(crate) fn trials() -> Vec<Trial> {
         trial("announce::what follows does not withdraw", successors),
         trial("announce::a drain loses no connection", drain),
         trial("announce::a router that can't be told harms nothing", deaf),
+        trial("announce::a router that has forgotten, or passes nothing on, is told of", forgetful),
+        trial("announce::two daemons beside one router", shared),
         trial("announce::a crash that lasts withdraws", crash),
         trial("announce::a queue that does not move", queue),
     ];
@@ -350,14 +352,96 @@ fn deaf() {
     wait_for_degraded(&site.daemon, "its configuration has to include");
     fs::write(&config, documented(directory)).expect("the configuration");
     site.upstream.wait_for(&[]);
-    wait_for("end of complaints", LIMIT, || match degraded(&site.daemon) {
-        none if none == "[]" => Ok(()),
-        degraded => Err(degraded),
-    });
+    wait_until_well(&site.daemon);
     let socket = directory.join("node/bird.ctl");
     fs::set_permissions(&socket, fs::Permissions::from_mode(0o600)).expect("a socket for BIRD alone");
     site.daemon.ok("add-prefix 192.0.2.0/24");
     wait_for_degraded(&site.daemon, "anyportd's user has to be a member of the socket's group");
+}
+
+fn wait_until_well(daemon: &Daemon) {
+    wait_for("end of complaints", LIMIT, || match degraded(daemon) {
+        none if none == "[]" => Ok(()),
+        degraded => Err(degraded),
+    });
+}
+
+/// Though nothing changes on this side, the router is asked whether it has what it was told.
+fn forgetful() {
+    let mut site = Site::new("prefixes = [\"192.0.2.0/24\"]");
+    site.daemon.ok("add-prefix 192.0.2.0/24");
+    site.upstream.wait_for(&["192.0.2.0/24"]);
+    // It dies, and comes back with a configuration that some other program has made.
+    site.node = None;
+    wait_for_degraded(&site.daemon, "BIRD at ");
+    let directory = site.directory.path().join("node");
+    let without = documented(site.directory.path()).replace("include", "# include").replace("if proto", "# if proto");
+    site.node = Some(Bird::start(&site.topology.host, &directory, &without));
+    wait_for_degraded(&site.daemon, "its configuration has to include");
+    drop(site.node.take());
+    site.start_bird();
+    site.upstream.wait_for(&["192.0.2.0/24"]);
+    wait_until_well(&site.daemon);
+    // It has the prefix, and an export filter keeps it.
+    let filtered = documented(site.directory.path()).replace("then accept", "then reject");
+    fs::write(directory.join("bird.conf"), &filtered).expect("another filter");
+    let node = site.node.as_ref().expect("the router");
+    assert!(node.ask("configure").stdout.contains("Reconfigured"));
+    site.upstream.wait_for(&[]);
+    wait_for_degraded(&site.daemon, "BIRD exports 0 of 1 prefixes of IPv4 to each of its sessions at most (upstream4");
+    fs::write(directory.join("bird.conf"), documented(site.directory.path())).expect("the configuration");
+    node.ask("configure");
+    site.upstream.wait_for(&["192.0.2.0/24"]);
+    wait_until_well(&site.daemon);
+    // Nobody is there to tell.
+    node.ask("disable upstream4");
+    node.ask("disable upstream6");
+    wait_for_degraded(&site.daemon, "no session with another router that is up: upstream4, upstream6");
+    // Who can't withdraw says so before he goes.
+    site.node = None;
+    site.daemon.stop();
+    let log = site.daemon.log();
+    assert!(log.contains("stopping although the router may announce what is not served any more"), "{log}");
+}
+
+fn shared() {
+    let site = Site::new("prefixes = [\"192.0.2.0/25\"]");
+    site.daemon.ok("add-prefix 192.0.2.0/25");
+    site.upstream.wait_for(&["192.0.2.0/25"]);
+    let path = site.directory.path();
+    let second = |name: &str, protocol: &str| {
+        let config = format!(
+            "[announce]\nfile = \"{0}/announced-{name}.conf\"\nreload = \"{0}/node/bird.ctl\"\nhold-down = \"1s\"\n\
+             prefixes = [\"192.0.2.128/25\"]\n{protocol}",
+            path.display()
+        );
+        let file = path.join(format!("{name}.toml"));
+        fs::write(&file, config).expect("a configuration");
+        let neighbour = Netns::new();
+        let daemon = Setup::new(&neighbour, "sk-lookup").config(file).start();
+        daemon.ok("add-prefix 192.0.2.128/25");
+        (neighbour, daemon)
+    };
+    let (_namespace, same_name) = second("same", "");
+    wait_for_degraded(&same_name, "already defined");
+    wait_for_degraded(&same_name, "announce.protocol");
+    drop(same_name);
+    fs::remove_file(path.join("announced-same.conf")).expect("the file that is one too many");
+    let (_namespace, other_name) = second("other", "protocol = \"edge_\"\n");
+    // The filter of the documentation names the first one's alone.
+    wait_for_degraded(&other_name, "export filters have to accept edge_4");
+    let config = documented(path).replace("proto = \"anyport4\"", "proto = \"anyport4\" || proto = \"edge_4\"");
+    fs::write(path.join("node/bird.conf"), config).expect("a filter for both");
+    site.node.as_ref().expect("the router").ask("configure");
+    site.upstream.wait_for(&["192.0.2.0/25", "192.0.2.128/25"]);
+    wait_until_well(&other_name);
+    wait_until_well(&site.daemon);
+    drop(other_name);
+    site.daemon.ok("remove-prefix 192.0.2.0/25");
+    wait_for("withdrawal", LIMIT, || {
+        let routes = site.upstream.routes();
+        if site.upstream.knows("192.0.2.0/25") { Err(routes.join("\n")) } else { Ok(()) }
+    });
 }
 
 fn crash() {

@@ -17,7 +17,9 @@ use tokio::{
 use tracing::{info, warn};
 
 use super::{
-    Announce, Judgement, bird, file,
+    Announce, Judgement,
+    bird::{Doubt, Router},
+    file,
     holds::{Hold, Holds},
 };
 use crate::{
@@ -29,7 +31,7 @@ use crate::{
 /// Before another try where the file could not be written or the router not told. It is doubled each time.
 const FIRST_PAUSE: Duration = Duration::from_millis(500);
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
-/// How often the file is looked at where nothing happens.
+/// How often file and router are looked at where nothing happens.
 const INTERVAL: Duration = Duration::from_secs(5);
 /// How long the end of the daemon waits for the withdrawal.
 const PATIENCE: Duration = Duration::from_secs(8);
@@ -51,6 +53,8 @@ struct Progress {
     tried: u64,
     /// Why it is not that of the last one.
     complaint: Option<String>,
+    /// Why other routers do not learn of what the router has.
+    not_passed_on: Option<String>,
     prefixes: Vec<AnnouncedPrefix>,
     announcements: u64,
     withdrawals: u64,
@@ -72,6 +76,8 @@ impl Announcer {
             is_told: false,
             retry: None,
             pause: FIRST_PAUSE,
+            next_look: Instant::now() + INTERVAL,
+            is_doubted: false,
             progress: Arc::clone(&progress),
             progressed,
         };
@@ -95,9 +101,10 @@ impl Announcer {
         lock(&self.progress).done >= number
     }
 
-    /// Why the router is not told what it should be.
+    /// Why the router is not told what it should be, or does not pass it on.
     pub fn complaint(&self) -> Option<String> {
-        lock(&self.progress).complaint.clone()
+        let progress = lock(&self.progress);
+        progress.complaint.clone().or_else(|| progress.not_passed_on.clone())
     }
 
     /// All of it.
@@ -143,10 +150,10 @@ impl Announcer {
 /// # Errors
 /// The file can't be written, or the router not be told.
 pub fn withdraw_all(announce: &Announce) -> anyhow::Result<()> {
-    write(announce, &file::text(announce.format, &[]))?;
-    let Some(socket) = &announce.reload else { return Ok(()) };
+    write(announce, &file::text(announce, &[]))?;
+    let Some(router) = Router::of(announce, [0; 2]) else { return Ok(()) };
     let runtime = Builder::new_current_thread().enable_all().build().context("start a runtime")?;
-    runtime.block_on(bird::configure(socket, &announce.file))
+    runtime.block_on(router.configure())
 }
 
 /// Whether a service manager says that the service has ended well: then it has withdrawn everything itself, or is restarted.
@@ -175,6 +182,10 @@ struct Task {
     /// When to try again.
     retry: Option<Instant>,
     pause: Duration,
+    /// When the router is asked again whether it has what it was told.
+    next_look: Instant,
+    /// Whether it passed nothing on when it was asked last. Sessions take a while to begin.
+    is_doubted: bool,
     progress: Arc<Mutex<Progress>>,
     progressed: Arc<Notify>,
 }
@@ -186,6 +197,7 @@ impl Task {
             loop {
                 let judgement = judgements.borrow_and_update().clone();
                 let due = self.holds.judge(&judgement, Instant::now());
+                self.look().await;
                 self.announce().await;
                 self.note(&judgement);
                 let at = [due, self.retry].into_iter().flatten().fold(Instant::now() + INTERVAL, Instant::min);
@@ -197,11 +209,48 @@ impl Task {
         }
     }
 
+    /// Asks the router whether it has what it was told, and passes it on: it may have been restarted with another configuration.
+    async fn look(&mut self) {
+        if !self.is_told || self.next_look > Instant::now() {
+            return;
+        }
+        self.next_look = Instant::now() + INTERVAL;
+        let Some(router) = self.router(&self.written) else { return };
+        let seen = router.look().await;
+        let was_doubted = std::mem::take(&mut self.is_doubted);
+        let not_passed_on = match seen {
+            Ok(()) => None,
+            Err(Doubt::Missing(error)) => {
+                warn!("the router does not have what it was told, and is told again: {error:#}");
+                self.is_told = false;
+                return;
+            }
+            Err(Doubt::NotPassedOn(why)) => {
+                self.is_doubted = true;
+                Some(why).filter(|_| was_doubted)
+            }
+        };
+        let mut progress = lock(&self.progress);
+        if let Some(why) = not_passed_on.as_ref().filter(|it| progress.not_passed_on.as_ref() != Some(it)) {
+            warn!("announcing: {why}");
+        }
+        progress.not_passed_on = not_passed_on;
+    }
+
+    /// Whom to tell of a file with this text.
+    fn router(&self, text: &str) -> Option<Router<'_>> {
+        let mut wanted = [0; 2];
+        for prefix in file::announced(text) {
+            wanted[usize::from(!prefix.is_ipv4())] += 1;
+        }
+        Router::of(&self.config, wanted)
+    }
+
     /// Makes file and router equal to what is to be announced, unless that has just failed.
     async fn announce(&mut self) {
         // Meanwhile the keeper may have withdrawn everything, or another program may have edited the file.
         self.written = fs::read_to_string(&self.config.file).unwrap_or_default();
-        let text = file::text(self.config.format, &self.holds.announced().collect::<Vec<_>>());
+        let text = file::text(&self.config, &self.holds.announced().collect::<Vec<_>>());
         if text != self.wanted {
             // What is new is tried at once.
             self.retry = None;
@@ -235,8 +284,8 @@ impl Task {
             write(&self.config, text)?;
             self.log_changes(text);
         }
-        match &self.config.reload {
-            Some(socket) => bird::configure(socket, &self.config.file).await,
+        match self.router(text) {
+            Some(router) => router.configure().await,
             None => Ok(()),
         }
     }

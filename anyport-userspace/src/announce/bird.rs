@@ -9,8 +9,11 @@ use anyhow::{Context as _, bail};
 use tokio::{
     io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader, Take},
     net::UnixStream,
-    time::timeout,
+    time::{Instant, sleep, timeout},
 };
+
+use super::Announce;
+use crate::text::{list_of, remark};
 
 /// How long BIRD may take to read its configuration.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -18,54 +21,190 @@ const PATIENCE: Duration = Duration::from_secs(5);
 const LONGEST: u64 = 64 << 10;
 const ERRORS: u16 = 8000;
 
-/// Has BIRD read its configuration again, of which `file` is to be a part.
-///
-/// # Errors
-/// It does not answer, does not take its configuration, or does not read the file.
-pub(super) async fn configure(socket: &Path, file: &Path) -> anyhow::Result<()> {
-    let attempt = || format!("have BIRD at {} read its configuration", socket.display());
-    match timeout(PATIENCE, converse(socket, file)).await {
-        Ok(done) => done.with_context(attempt),
-        Err(_) => bail!("{}: no answer for {} s", attempt(), PATIENCE.as_secs()),
+/// How long the routes may take that it has read.
+const SETTLING: Duration = Duration::from_secs(2);
+const PAUSE: Duration = Duration::from_millis(50);
+/// Sessions that are asked what they export.
+const MOST_SESSIONS: usize = 64;
+
+/// A BIRD, and what it is to have.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Router<'a> {
+    socket: &'a Path,
+    /// The file that is to be a part of its configuration.
+    file: &'a Path,
+    /// What its protocols begin with.
+    name: &'a str,
+    /// Prefixes of IPv4 and of IPv6.
+    wanted: [u64; 2],
+}
+
+/// Why what was told does not have its effect.
+#[derive(Debug)]
+pub(super) enum Doubt {
+    /// The router does not have it.
+    Missing(anyhow::Error),
+    /// It has it, and tells no other router.
+    NotPassedOn(String),
+}
+
+impl<'a> Router<'a> {
+    /// The one that is to be told, if one is.
+    pub(super) fn of(announce: &'a Announce, wanted: [u64; 2]) -> Option<Self> {
+        let Announce { file, reload, protocol, .. } = announce;
+        reload.as_ref().map(|socket| Self { socket, file, name: protocol, wanted })
+    }
+
+    /// Has BIRD read its configuration again, and waits until it has the prefixes of the file and no others.
+    ///
+    /// # Errors
+    /// It does not answer, does not take its configuration, or does not read the file.
+    pub(super) async fn configure(&self) -> anyhow::Result<()> {
+        let attempt = || format!("have BIRD at {} read its configuration", self.socket.display());
+        let done = async {
+            let mut bird = self.connect().await?;
+            if let Err(error) = bird.ask("configure").await {
+                let is_twice = error.to_string().contains("already defined");
+                return Err(if is_twice { error.context(self.twice()) } else { error });
+            }
+            let end = Instant::now() + SETTLING;
+            loop {
+                match self.expect_routes(&mut bird).await {
+                    Err(_) if Instant::now() < end => sleep(PAUSE).await,
+                    done => return done,
+                }
+            }
+        };
+        within(done).await.with_context(attempt)
+    }
+
+    fn twice(&self) -> String {
+        format!(
+            "{}4 or {}6 is there twice: does another anyportd write them, or is the file included twice? announce.protocol gives \
+             this one's another name",
+            self.name, self.name
+        )
+    }
+
+    /// Asks whether it has the prefixes, and exports them.
+    ///
+    /// # Errors
+    /// What is not so.
+    pub(super) async fn look(&self) -> Result<(), Doubt> {
+        let attempt = || format!("ask BIRD at {} for what it was told", self.socket.display());
+        let done = async {
+            let mut bird = self.connect().await?;
+            self.expect_routes(&mut bird).await?;
+            self.exports(&mut bird).await
+        };
+        match within(done).await.with_context(attempt) {
+            Ok(None) => Ok(()),
+            Ok(Some(why)) => Err(Doubt::NotPassedOn(why)),
+            Err(error) => Err(Doubt::Missing(error)),
+        }
+    }
+
+    async fn connect(&self) -> anyhow::Result<Conversation> {
+        let stream = match UnixStream::connect(self.socket).await {
+            Err(error) if error.kind() == ErrorKind::PermissionDenied => {
+                return Err(error).context("anyportd's user has to be a member of the socket's group, mostly bird");
+            }
+            connected => connected?,
+        };
+        let mut bird = Conversation(BufReader::new(stream.take(0)));
+        bird.answer().await?;
+        Ok(bird)
+    }
+
+    async fn expect_routes(&self, bird: &mut Conversation) -> anyhow::Result<()> {
+        for (family, wanted) in [4, 6].into_iter().zip(self.wanted) {
+            let name = format!("{}{family}", self.name);
+            let answer = bird.ask(&format!("show route protocol {name} count")).await;
+            let answer = answer.with_context(|| format!("its configuration has to include {}", self.file.display()))?;
+            let found = counted(&answer);
+            if found != wanted {
+                bail!(
+                    "{name} has {found} routes, and {} has {wanted} of them: does it include that file?",
+                    self.file.display()
+                );
+            }
+        }
+        Ok(())
+    }
+
+    /// Why others do not learn of the prefixes, if so.
+    async fn exports(&self, bird: &mut Conversation) -> anyhow::Result<Option<String>> {
+        if self.wanted == [0; 2] {
+            return Ok(None);
+        }
+        let protocols = bird.ask("show protocols").await?;
+        let sessions: Vec<(&str, bool)> = protocols.iter().filter_map(|line| session(line)).collect();
+        let up: Vec<&str> = sessions.iter().filter(|it| it.1).map(|it| it.0).take(MOST_SESSIONS).collect();
+        if up.is_empty() {
+            let names: Vec<&str> = sessions.iter().map(|it| it.0).collect();
+            let what = if names.is_empty() { "it has none".to_owned() } else { list_of(&names) };
+            return Ok(Some(format!("BIRD has the prefixes, and no session with another router that is up: {what}")));
+        }
+        for (family, wanted) in [4, 6].into_iter().zip(self.wanted) {
+            let mut most = 0;
+            for name in &up {
+                let question = format!("show route export {name} protocol {}{family} count", self.name);
+                // A session without a table of the family has nothing to say.
+                most = most.max(bird.ask(&question).await.map_or(0, |answer| counted(&answer)));
+            }
+            if most < wanted {
+                return Ok(Some(format!(
+                    "BIRD exports {most} of {wanted} prefixes of IPv{family} to each of its sessions at most ({}): their export \
+                     filters have to accept {}{family}",
+                    list_of(&up),
+                    self.name
+                )));
+            }
+        }
+        Ok(None)
     }
 }
 
-async fn converse(socket: &Path, file: &Path) -> anyhow::Result<()> {
-    let connected = UnixStream::connect(socket).await;
-    if connected.as_ref().is_err_and(|error| error.kind() == ErrorKind::PermissionDenied) {
-        return connected.map(drop).context("anyportd's user has to be a member of the socket's group, mostly bird");
-    }
-    let mut bird = Conversation(BufReader::new(connected?.take(0)));
-    bird.answer().await?;
-    bird.ask("configure").await?;
-    if let Err(error) = bird.ask("show protocols anyport4").await {
-        return Err(error).with_context(|| format!("its configuration has to include {}", file.display()));
-    }
-    Ok(())
+async fn within<T>(done: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
+    timeout(PATIENCE, done).await.unwrap_or_else(|_| bail!("no answer for {} s", PATIENCE.as_secs()))
+}
+
+/// How many routes an answer of `show route … count` speaks of: `1007-2 of 3 routes for 2 networks in table master4`.
+fn counted(answer: &[String]) -> u64 {
+    let count = |line: &String| line.get(5..)?.split_once(" of ")?.0.parse::<u64>().ok();
+    answer.iter().filter_map(count).sum()
+}
+
+/// The name of a protocol that speaks with other routers, and whether it does at the moment, from a line of `show protocols`.
+fn session(line: &str) -> Option<(&str, bool)> {
+    let line = line.strip_prefix("1002-").unwrap_or(line);
+    let mut words = line.split_whitespace();
+    let (name, kind, _, state) = (words.next()?, words.next()?, words.next()?, words.next()?);
+    ["BGP", "OSPF", "RIP", "Babel"].contains(&kind).then_some((name, state == "up"))
 }
 
 struct Conversation(BufReader<Take<UnixStream>>);
 
 impl Conversation {
-    async fn ask(&mut self, command: &str) -> anyhow::Result<()> {
+    async fn ask(&mut self, command: &str) -> anyhow::Result<Vec<String>> {
         self.0.get_mut().get_mut().write_all(format!("{command}\n").as_bytes()).await?;
         self.answer().await
     }
 
-    /// Waits for an answer that is no error.
-    async fn answer(&mut self) -> anyhow::Result<()> {
+    /// Waits for an answer that is no error, and returns its lines but for the last.
+    async fn answer(&mut self) -> anyhow::Result<Vec<String>> {
         self.0.get_mut().set_limit(LONGEST);
-        let mut line = String::new();
+        let mut lines = Vec::new();
         loop {
-            line.clear();
+            let mut line = String::new();
             if self.0.read_line(&mut line).await? == 0 {
                 bail!("it has closed the connection");
             }
-            let Some((code, text)) = last_of(&line) else { continue };
-            if code >= ERRORS {
-                bail!("it says: {text}");
+            match last_of(&line) {
+                Some((code, text)) if code >= ERRORS => bail!("it says: {}", remark(text)),
+                Some(_) => return Ok(lines),
+                None => lines.push(line),
             }
-            return Ok(());
         }
     }
 }
@@ -82,7 +221,29 @@ mod tests {
 
     use tokio::runtime::Builder;
 
-    use super::{configure, last_of};
+    use super::{Announce, Router, counted, last_of, session};
+
+    #[test]
+    fn answers_are_read() {
+        let lines = [
+            "1007-2 of 3 routes for 2 networks in table master4\n",
+            "1007-5 of 5 routes for 5 networks in table t\n",
+            "x\n",
+        ];
+        assert_eq!(counted(&lines.map(str::to_owned)), 7);
+        assert_eq!(
+            session(" upstream4  BGP        ---        start  21:20:27.670  Idle  \n"),
+            Some(("upstream4", false))
+        );
+        assert_eq!(session("1002-o1   OSPF  master4    up     21:20:27.670  Alone\n"), Some(("o1", true)));
+        for line in [
+            "2002-Name       Proto      Table      State  Since         Info\n",
+            " anyport4   Static     master4    up\n",
+            "",
+        ] {
+            assert_eq!(session(line), None, "{line:?}");
+        }
+    }
 
     #[test]
     fn the_last_line_of_an_answer_is_known() {
@@ -99,17 +260,23 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let socket = directory.path().join("bird.ctl");
         let file = directory.path().join("announced.conf");
+        let announce = Announce { file, reload: Some(socket.clone()), ..Announce::default() };
         let ask = || {
             let runtime = Builder::new_current_thread().enable_all().build().unwrap();
-            runtime.block_on(configure(&socket, &file)).map_err(|error| format!("{error:#}"))
+            let router = Router::of(&announce, [2, 0]).unwrap();
+            runtime.block_on(router.configure()).map_err(|error| format!("{error:#}"))
         };
         assert!(ask().unwrap_err().contains("No such file"));
         let listener = UnixListener::bind(&socket).unwrap();
         let long = vec![b'x'; 100_000];
         for (answers, expected) in [
-            (&b"0001 BIRD ready.\n0002-Reading\n0003 Reconfigured\n2002-Name\n anyport4\n0000 \n"[..], None),
+            (
+                &b"0001 BIRD ready.\n0002-Reading\n0003 Reconfigured\n1007-2 of 2 routes\n0000 \n1007-0 of 0 routes\n0000 \n"[..],
+                None,
+            ),
             (b"0001 BIRD ready.\n0002-Reading\n8002 a:1:2 syntax error\n", Some("it says: a:1:2 syntax error")),
-            (b"0001 BIRD ready.\n0003 Reconfigured\n8003 No protocols match\n", Some("has to include")),
+            (b"0001 BIRD ready.\n0003 Reconfigured\n9001 syntax error\n", Some("closed the connection")),
+            (b"0001 BIRD ready.\n0002-Reading\n8002 a:1:2 Symbol 'anyport4' already defined\n", Some("announce.protocol")),
             (b"0001 BIRD ready.\n", Some("closed the connection")),
             (&long, Some("closed the connection")),
             (b"\xff\xff\n", Some("utf-8")),

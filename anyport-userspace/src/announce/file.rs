@@ -7,7 +7,7 @@ use std::{
     path::Path,
 };
 
-use super::Format;
+use super::{Announce, Format};
 use crate::{rules::Prefix, store::create_new};
 
 const HEAD: &str = "# What this node serves at the moment. anyportd writes this file again whenever that changes.\n";
@@ -15,9 +15,9 @@ const HEAD: &str = "# What this node serves at the moment. anyportd writes this 
 const BLACKHOLE: &str = " blackhole;";
 
 /// The file that announces these.
-pub(super) fn text(format: Format, announced: &[Prefix]) -> String {
+pub(super) fn text(announce: &Announce, announced: &[Prefix]) -> String {
     let mut text = HEAD.to_owned();
-    match format {
+    match announce.format {
         Format::List => {
             for prefix in announced {
                 // Writing to a string does not fail.
@@ -25,8 +25,8 @@ pub(super) fn text(format: Format, announced: &[Prefix]) -> String {
             }
         }
         Format::Bird => {
-            for (name, channel, is_ipv4) in [("anyport4", "ipv4", true), ("anyport6", "ipv6", false)] {
-                write!(text, "protocol static {name} {{\n\t{channel};\n").ok();
+            for (family, channel, is_ipv4) in [(4, "ipv4", true), (6, "ipv6", false)] {
+                write!(text, "protocol static {}{family} {{\n\t{channel};\n", announce.protocol).ok();
                 for prefix in announced.iter().filter(|prefix| prefix.is_ipv4() == is_ipv4) {
                     writeln!(text, "\troute {prefix}{BLACKHOLE}").ok();
                 }
@@ -66,8 +66,12 @@ pub(super) fn replace(path: &Path, text: &str) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use super::{Format, announced, replace, text};
+    use super::{Announce, Format, announced, replace, text};
     use crate::rules::Prefix;
+
+    fn in_format(format: Format) -> Announce {
+        Announce { format, ..Announce::default() }
+    }
 
     #[test]
     fn what_is_written_is_read_again() {
@@ -76,10 +80,10 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("announced.conf");
         for format in [Format::Bird, Format::List] {
-            replace(&path, &text(format, &prefixes)).unwrap();
+            replace(&path, &text(&in_format(format), &prefixes)).unwrap();
             let written = std::fs::read_to_string(&path).unwrap();
             assert_eq!(announced(&written).collect::<Vec<_>>(), prefixes, "{written}");
-            assert_eq!(announced(&text(format, &[])).count(), 0);
+            assert_eq!(announced(&text(&in_format(format), &[])).count(), 0);
         }
         assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 1, "nothing is left beside it");
         replace(&directory.path().join("none/there"), "").unwrap_err();
@@ -88,7 +92,7 @@ mod tests {
     #[test]
     fn each_family_has_its_protocol() {
         let prefixes: Vec<Prefix> = ["192.0.2.0/24", "2001:db8:a::/48"].map(|it| it.parse().unwrap()).to_vec();
-        let text = text(Format::Bird, &prefixes);
+        let text = text(&in_format(Format::Bird), &prefixes);
         let (_, protocols) = text.split_once('\n').unwrap();
         assert_eq!(
             protocols,

@@ -35,7 +35,8 @@ announce! {{
         sample: r#""/run/anyport/announced.conf""#,
     }
 
-    /// How it is written: `bird`, two static protocols, `anyport4` and `anyport6`, or `list`, a prefix a line
+    /// How it is written: `bird`, two static protocols with the name that `protocol` gives and 4 or 6 behind it, or `list`, a prefix
+    /// a line
     format: Format {
         default: Format::Bird,
         changes_by: Restart,
@@ -49,6 +50,14 @@ announce! {{
         empty: "nothing",
         changes_by: Restart,
         sample: r#""/run/bird/bird.ctl""#,
+    }
+
+    /// What the protocols are called in BIRD: `anyport4` and `anyport6` unless given. Two daemons beside one BIRD need two names
+    protocol: String {
+        default: "anyport".to_owned(),
+        changes_by: Restart,
+        check: |name| expect_symbol(name),
+        sample: r#""anyport""#,
     }
 
     /// Announced as they stand here, whatever rules they are divided into
@@ -83,6 +92,15 @@ announce! {{
         sample: r#""10s""#,
     }
 }}
+
+/// A name that BIRD's configuration takes as it is, with a digit behind it.
+fn expect_symbol(name: &str) -> Result<(), String> {
+    const LONGEST: usize = 60;
+    let is_symbol = name.len() <= LONGEST
+        && name.starts_with(|it: char| it.is_ascii_alphabetic() || it == '_')
+        && name.chars().all(|it| it.is_ascii_alphanumeric() || it == '_');
+    if is_symbol { Ok(()) } else { Err(format!("use a letter, then up to {LONGEST} letters, digits and _")) }
+}
 
 impl Announce {
     /// What is wrong with it, if something is.
