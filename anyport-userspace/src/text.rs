@@ -35,6 +35,28 @@ fn is_visible(it: char) -> bool {
     }
 }
 
+/// The beginning of a text that somebody else has made, in quotes, on one line and with every character seen: what is quoted in a
+/// message must not fill a log or a terminal.
+pub(crate) fn excerpt(text: &str) -> String {
+    const MOST: usize = 100;
+    let (shown, rest) = text.split_at(text.char_indices().nth(MOST).map_or(text.len(), |(at, _)| at));
+    let quoted = format!("\"{}\"", one_line(shown));
+    if rest.is_empty() { quoted } else { format!("{quoted} and {} more bytes", rest.len()) }
+}
+
+/// What somebody else says, on one line, at most so long, and with every character seen.
+pub(crate) fn remark(text: &str) -> String {
+    const MOST: usize = 1_000;
+    match text.char_indices().nth(MOST) {
+        None => one_line(text),
+        Some((at, _)) => format!("{}… and {} more bytes", one_line(&text[..at]), text.len() - at),
+    }
+}
+
+fn one_line(text: &str) -> String {
+    visible(text).replace('\n', "\\n").replace('\t', "\\t")
+}
+
 /// The first few of many.
 pub(crate) fn list_of(items: &[impl Display]) -> String {
     const SHOWN: usize = 3;
@@ -85,7 +107,16 @@ impl<'a> Positions<'a> {
 
 #[cfg(test)]
 mod tests {
-    use super::visible;
+    use super::{excerpt, remark, visible};
+
+    #[test]
+    fn what_others_say_stays_short_and_on_its_line() {
+        assert_eq!(excerpt("a\nb\u{1b}[2J"), "\"a\\nb\\u001b[2J\"");
+        let long = "é".repeat(1_001);
+        assert!(excerpt(&long).ends_with("é\" and 1802 more bytes"), "{}", excerpt(&long));
+        assert!(remark(&long).ends_with("é… and 2 more bytes"), "{}", remark(&long));
+        assert_eq!(remark("a\tb"), "a\\tb");
+    }
 
     #[test]
     fn what_is_not_seen_is_written_out() {

@@ -3,6 +3,7 @@
 mod changes;
 mod clusters;
 mod faults;
+mod hostile;
 mod nodes;
 mod real;
 mod secured;
@@ -15,6 +16,7 @@ pub(crate) fn trials() -> Vec<Trial> {
     trials.extend(changes::trials());
     trials.extend(clusters::trials());
     trials.extend(faults::trials());
+    trials.extend(hostile::trials());
     trials.extend(nodes::trials());
     trials.extend(real::trials());
     trials.extend(secured::trials());

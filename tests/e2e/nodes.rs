@@ -81,10 +81,14 @@ impl Fleet {
     }
 
     fn publish(&self, text: &str) {
+        self.publish_as(text, &[]);
+    }
+
+    fn publish_as(&self, text: &str, options: &[&str]) {
         let set = self.file("set", text);
         let mut command = Command::new(program("anyportctl").expect("anyportctl"));
         command.env("ANYPORT_CONFIG", "/dev/null").args(["fleet", "publish"]).arg(set).args(["--ring", "main"]);
-        command.args(["--force", "--etcd", &self.etcd.urls()]);
+        command.args(["--force", "--etcd", &self.etcd.urls()]).args(options);
         let outcome = self.backbone.router.output(&mut command);
         assert!(outcome.status == 0, "publish: {outcome}");
     }
@@ -448,7 +452,7 @@ fn backwards() {
         let report = fleet.report(0);
         if report["seen"] == 3 && report["refused"]["sequence"] == 1 { Ok(()) } else { Err(report.to_string()) }
     });
-    fleet.publish("192.0.2.192/26\n");
+    fleet.publish_as("192.0.2.192/26\n", &["--sequence", "4"]);
     assert_eq!(fleet.pointer()["sequence"], 4, "behind what nodes have seen");
     fleet.wait_until_current(0, &daemon);
     steers(&host, "192.0.2.193");
@@ -457,7 +461,7 @@ fn backwards() {
     assert!(daemon.json("status")["degraded"].to_string().contains("no pointer"));
     steers(&host, "192.0.2.193");
     wait_for("report", LIMIT, || if fleet.report(0)["seen"] == 4 { Ok(()) } else { Err(fleet.report(0).to_string()) });
-    fleet.publish("192.0.2.0/26\n");
+    fleet.publish_as("192.0.2.0/26\n", &["--sequence", "5"]);
     assert_eq!(fleet.pointer()["sequence"], 5);
     fleet.wait_until_current(0, &daemon);
     steers(&host, "192.0.2.3");

@@ -68,9 +68,14 @@ impl Driver {
         outcome.stderr
     }
 
-    /// The ring as `status` tells it.
+    /// The ring as `status` tells it; null where there is none.
     pub fn ring(&self, ring: &str) -> Value {
-        self.json(&format!("status --ring {ring}"))[0].clone()
+        let outcome = self.run(&format!("status --ring {ring} --json"));
+        if outcome.status == 1 && outcome.stderr.contains("there is no ring") {
+            return Value::Null;
+        }
+        assert!(outcome.status == 0, "fleet status --ring {ring}: {outcome}");
+        serde_json::from_str::<Value>(&outcome.stdout).expect("JSON of fleet status")[0].clone()
     }
 
     /// The sequence of a ring's pointer.

@@ -55,6 +55,11 @@ impl Etcd {
         Self::start(&[(namespace.clone(), IpAddr::from([127, 0, 0, 1]))])
     }
 
+    /// The same with further options of the server.
+    pub fn with_options(namespace: &Netns, options: &[&str]) -> Self {
+        Self::launch(&[(namespace.clone(), IpAddr::from([127, 0, 0, 1]))], "http", options, &[])
+    }
+
     /// Three members on loopback addresses of a namespace.
     pub fn three(namespace: &Netns) -> Self {
         let members = [1, 2, 3].map(|last| (namespace.clone(), IpAddr::from([127, 0, 0, last])));

@@ -2,7 +2,7 @@
 
 use std::{
     env, fmt,
-    process::{Command, Stdio},
+    process::{Command, Output, Stdio},
     sync::LazyLock,
     thread::sleep,
     time::{Duration, Instant},
@@ -22,9 +22,14 @@ pub struct Outcome {
 impl Outcome {
     /// Runs `command` to its end in the calling thread's namespaces.
     pub fn of(command: &mut Command) -> Self {
-        use std::os::unix::process::ExitStatusExt as _;
         let output = command.stdin(Stdio::null()).output();
-        let output = output.unwrap_or_else(|error| panic!("can't run {command:?}: {error}"));
+        output.unwrap_or_else(|error| panic!("can't run {command:?}: {error}")).into()
+    }
+}
+
+impl From<Output> for Outcome {
+    fn from(output: Output) -> Self {
+        use std::os::unix::process::ExitStatusExt as _;
         Self {
             status: output.status.code().unwrap_or_else(|| 128 + output.status.signal().unwrap_or(0)),
             stdout: String::from_utf8_lossy(&output.stdout).into_owned(),

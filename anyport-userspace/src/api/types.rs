@@ -355,6 +355,9 @@ pub struct FleetView {
     /// What keeps it from answering.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
+    /// Why this node's report does not stand in etcd, or not as it should.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub report_error: Option<String>,
     /// The sequence of the active pointer; 0 before the first.
     pub sequence: u64,
     /// The active set, by its hash.

@@ -1,16 +1,12 @@
 //! A daemon as a node of a fleet: a thread that communicates with etcd, and may do nothing else.
 
-use std::{
-    future::pending,
-    sync::Arc,
-    thread::JoinHandle,
-    time::{Duration, Instant},
-};
+use std::{future::pending, sync::Arc, thread::JoinHandle, time::Duration};
 
 use anyhow::Context as _;
 use tokio::{
     runtime::{Builder, Handle},
     sync::watch,
+    task::block_in_place,
 };
 use tracing::error;
 
@@ -23,8 +19,10 @@ use crate::{
         agent::{Agent, Identity, Target},
         delta::Delta,
         etcd::Etcd,
-        layout::{Hash, Name, Pointer, Report, Seen},
+        layout::{Hash, Name, Pointer, Seen},
+        report::Report,
         settings::ConnectionSettings,
+        signing::NodeKey,
         source::{Error, Source},
         watch::EtcdSource,
     },
@@ -51,7 +49,7 @@ impl Node {
     pub async fn start(fleet: &Fleet, engine: Shared) -> anyhow::Result<Self> {
         let begun = engine.lock().await.as_ref().and_then(|it| Some((it.fleet_board()?, it.fleet_state().clone())));
         let (board, state) = begun.context("join the fleet: there is no engine")?;
-        let agent = agent(fleet, Daemon { control: Handle::current(), engine }, board, state);
+        let agent = agent(fleet, Daemon { control: Handle::current(), engine }, board, state)?;
         let (stop, mut stopped) = watch::channel(());
         let work = move || {
             // Made here: where it is dropped, tokio takes no blocking, as there is in async code.
@@ -83,15 +81,24 @@ impl Drop for Node {
 }
 
 /// Who follows the ring that is configured, for a target that stands where `state` says.
+///
+/// # Errors
+/// There is no key for its reports, since the kernel gives no randomness.
 pub fn agent<T: Target>(
     fleet: &Fleet,
     target: T,
     board: Arc<FleetBoard>,
     state: FleetState,
-) -> Agent<impl Source + use<T>, T> {
+) -> anyhow::Result<Agent<impl Source + use<T>, T>> {
     let Fleet { connection, ring, node, public_keys, .. } = fleet.clone();
-    let source = Connection { settings: connection, ring: ring.clone(), source: None };
-    Agent::new(Identity { ring, node, keys: public_keys }, source, target, board, state)
+    let key = match state.key.as_deref().and_then(NodeKey::kept) {
+        Some(key) => key,
+        None => NodeKey::random().context("make a key for the reports of this node")?,
+    };
+    let key = Arc::new(key);
+    let (told, of_node) = (Arc::clone(&board), Arc::clone(&key));
+    let source = Connection { settings: connection, ring: ring.clone(), key: of_node, board: told, source: None };
+    Ok(Agent::new(Identity { ring, node, keys: public_keys, key }, source, target, board, state))
 }
 
 /// The engine, asked by threads that have the capabilities which that takes. What it has begun it does to its end. When the daemon
@@ -121,6 +128,20 @@ impl Target for Daemon {
         }
     }
 
+    async fn compare(&mut self, set: &Hash) -> Result<(), String> {
+        let (engine, set) = (Arc::clone(&self.engine), *set);
+        let is_right = move |text: &str| {
+            set.expect(text).map_err(|found| format!("what is kept as the set {set} is another one, {found}"))
+        };
+        let compared = self.control.spawn(async move {
+            match engine.lock().await.as_mut() {
+                Some(engine) => block_in_place(|| engine.compare_set(is_right)),
+                None => pending().await,
+            }
+        });
+        compared.await.unwrap_or_else(|error| Err(format!("compare it: {error}")))
+    }
+
     async fn condition(&mut self) -> Condition {
         match self.engine.lock().await.as_ref() {
             Some(engine) => engine.condition(),
@@ -134,6 +155,9 @@ impl Target for Daemon {
 struct Connection {
     settings: ConnectionSettings,
     ring: Name,
+    key: Arc<NodeKey>,
+    /// Told how reporting goes.
+    board: Arc<FleetBoard>,
     source: Option<EtcdSource>,
 }
 
@@ -144,7 +168,7 @@ impl Connection {
         } else {
             let endpoints = self.settings.read().map_err(away)?;
             let etcd = Etcd::connect(&endpoints, PATIENCE).await.map_err(away)?;
-            EtcdSource::new(etcd, self.ring.clone())
+            EtcdSource::new(etcd, self.ring.clone(), Arc::clone(&self.key), Arc::clone(&self.board))
         };
         Ok(self.source.insert(source))
     }
@@ -190,9 +214,5 @@ impl Source for Connection {
         if let Some(source) = &mut self.source {
             source.report(report.clone());
         }
-    }
-
-    fn answered(&self) -> Option<Instant> {
-        self.source.as_ref()?.answered()
     }
 }

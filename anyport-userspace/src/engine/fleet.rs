@@ -91,6 +91,21 @@ impl Engine {
         Some(intent)
     }
 
+    /// Compares the fleet's rules and services that are in force with the set on the disk, once that is known to be the right one.
+    ///
+    /// # Errors
+    /// How they differ, or why the set can't be read.
+    pub fn compare_set(&mut self, is_right: impl FnOnce(&str) -> Result<(), String>) -> Result<(), String> {
+        let text = self.kept.fleet_set().map_err(|error| format!("{error:#}"))?.ok_or("no set is kept")?;
+        is_right(&text)?;
+        let intent = self.intent(&text, Origin::Fleet, &Apply::default()).map_err(|problem| problem.error)?;
+        if intent.change.is_empty() && intent.opened.is_empty() && intent.closed.is_empty() {
+            return Ok(());
+        }
+        let Applied { added, removed, .. } = intent.answer;
+        Err(format!("{added} rules are missing and {removed} are too many, or services differ"))
+    }
+
     /// Keeps how far the pointer was seen to go; the active set stays.
     ///
     /// # Errors

@@ -100,6 +100,11 @@ impl Kept {
         Ok(())
     }
 
+    /// The text of the fleet's set on the disk, if there is one.
+    pub(super) fn fleet_set(&self) -> anyhow::Result<Option<String>> {
+        self.store.fleet_set()
+    }
+
     /// Where this node stands in its fleet.
     pub(super) fn fleet(&self) -> &FleetState {
         &self.fleet

@@ -220,8 +220,8 @@ fn came(origin: Origin) -> &'static str {
 fn kept_of_fleet(config: &Config, kept: Option<KeptFleet>) -> KeptFleet {
     let (Some(view), Some(mut kept)) = (config.fleet_view(), kept) else { return KeptFleet::default() };
     if kept.state.ring != view.ring {
-        let FleetState { set, since, .. } = kept.state;
-        kept.state = FleetState { ring: view.ring, set, since, ..FleetState::default() };
+        let FleetState { set, since, key, .. } = kept.state;
+        kept.state = FleetState { ring: view.ring, set, since, key, ..FleetState::default() };
     }
     kept
 }

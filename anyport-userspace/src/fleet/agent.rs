@@ -3,6 +3,7 @@
 
 use std::{
     convert::Infallible,
+    fmt,
     future::Future,
     pin::pin,
     sync::Arc,
@@ -15,8 +16,9 @@ use tokio::time::{Instant, sleep, timeout};
 use tracing::{error, info, warn};
 
 use super::{
-    layout::{Hash, Health, Name, Pointer, Refused, Report, Seen, Time},
-    signing::PublicKeys,
+    layout::{Hash, Name, Pointer, STEP, Seen, Time},
+    report::{Health, Refused, Report},
+    signing::{NodeKey, PublicKeys},
     source::{Error, Source},
 };
 use crate::{
@@ -36,8 +38,8 @@ const LOOK: Duration = Duration::from_secs(2);
 /// it makes no sense.
 const RESYNC: Duration = Duration::from_mins(5);
 const UNREADABLE: Duration = Duration::from_secs(10);
-/// How often it is asked when the source has answered last.
-const NEWS: Duration = Duration::from_secs(20);
+/// How often what is in force is compared with the active set.
+const COMPARE: Duration = Duration::from_mins(30);
 /// Pauses between attempts to reach the source, and between those with what may work later; both grow.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(15));
 const LATER: (Duration, Duration) = (Duration::from_secs(5), Duration::from_mins(5));
@@ -57,6 +59,12 @@ pub trait Target {
     /// It could not be written.
     async fn note(&mut self, state: &FleetState) -> anyhow::Result<()>;
 
+    /// Compares what is in force with the set that is kept, whose hash has to be this one.
+    ///
+    /// # Errors
+    /// The two differ, or the set can't be read: how.
+    async fn compare(&mut self, set: &Hash) -> Result<(), String>;
+
     /// How the daemon is.
     async fn condition(&mut self) -> Condition;
 }
@@ -70,6 +78,8 @@ pub struct Identity {
     pub node: Name,
     /// Keys of which one has to have signed a pointer, if any has to.
     pub keys: Option<PublicKeys>,
+    /// By which its reports are known.
+    pub key: Arc<NodeKey>,
 }
 
 /// Follows a source, and has a target do what that says.
@@ -88,8 +98,10 @@ pub struct Agent<S, T> {
     since: Time,
     /// What was reported last.
     reported: Option<Report>,
-    /// How the target was then.
-    condition: Option<Condition>,
+    /// How the target and reporting were then.
+    condition: Option<(Condition, Option<String>)>,
+    /// When what is in force is compared next.
+    next_comparison: Instant,
     /// The next pause while the source is away.
     pause: Duration,
 }
@@ -117,6 +129,15 @@ enum Failure {
     Refused { error: String, may_pass: bool, text: Option<Arc<str>> },
 }
 
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Lost(error) => write!(f, "{error:#}"),
+            Self::Refused { error, .. } => f.write_str(error),
+        }
+    }
+}
+
 impl Failure {
     fn refused(error: String) -> Self {
         Self::Refused { error, may_pass: false, text: None }
@@ -132,12 +153,27 @@ impl<S: Source, T: Target> Agent<S, T> {
         let state = FleetState { ring: identity.ring.to_string(), ..state };
         let since = state.since.as_ref().and_then(|it| it.parse().ok()).unwrap_or_else(Time::now);
         let (text, latest, refusal, reported, condition) = (None, None, None, None, None);
-        let pause = PAUSES.0;
-        Self { identity, source, target, board, state, text, latest, refusal, since, reported, condition, pause }
+        let (pause, next_comparison) = (PAUSES.0, Instant::now() + some_of(COMPARE));
+        Self {
+            identity,
+            source,
+            target,
+            board,
+            state,
+            text,
+            latest,
+            refusal,
+            since,
+            reported,
+            condition,
+            next_comparison,
+            pause,
+        }
     }
 
     /// Runs until it is dropped. Whatever the source does, the target keeps what it has.
     pub async fn run(mut self) -> Infallible {
+        self.keep_key().await;
         loop {
             let Err(error) = self.follow().await;
             if self.board.view().error.is_none() {
@@ -146,6 +182,17 @@ impl<S: Source, T: Target> Agent<S, T> {
             self.board.lost(format!("{error:#}"));
             sleep(some_of(self.pause)).await;
             self.pause = (self.pause * 2).min(PAUSES.1);
+        }
+    }
+
+    /// The next process is to be known by the same key.
+    async fn keep_key(&mut self) {
+        let seed = Some(self.identity.key.seed());
+        if self.state.key != seed {
+            self.state.key = seed;
+            if let Err(error) = self.target.note(&self.state).await {
+                warn!("keep the key of this node: {error:#}");
+            }
         }
     }
 
@@ -170,10 +217,10 @@ impl<S: Source, T: Target> Agent<S, T> {
                     self.look().await?;
                     next_look = self.next_look();
                 }
-                None => {
-                    self.source.answered().inspect(|at| self.board.heard(*at));
-                    self.try_again().await?;
-                }
+                None => self.try_again().await?,
+            }
+            if self.next_comparison <= Instant::now() {
+                self.compare().await;
             }
         }
     }
@@ -182,8 +229,8 @@ impl<S: Source, T: Target> Agent<S, T> {
     async fn wait(&mut self, next_look: Instant) -> Option<Result<Option<Seen<Pointer>>, Error>> {
         let is_readable = self.is_readable();
         let again = self.refusal.as_ref().and_then(|it| Some(it.again?.0));
-        let end = [Some(next_look), again, Some(Instant::now() + NEWS)].into_iter().flatten().min()?;
-        let Self { source, target, condition, .. } = self;
+        let end = [Some(next_look), Some(self.next_comparison), again].into_iter().flatten().min()?;
+        let Self { source, target, condition, board, .. } = self;
         // A call that was dropped starts over, so it must not be dropped at every check.
         let mut changed = pin!(source.changed());
         loop {
@@ -191,7 +238,8 @@ impl<S: Source, T: Target> Agent<S, T> {
                 seen = &mut changed, if is_readable => return Some(seen),
                 () = sleep(LOOK.min(end.saturating_duration_since(Instant::now()))) => {}
             }
-            if end <= Instant::now() || *condition != Some(target.condition().await) {
+            let now = (target.condition().await, board.view().report_error);
+            if end <= Instant::now() || *condition != Some(now) {
                 return None;
             }
         }
@@ -231,6 +279,21 @@ impl<S: Source, T: Target> Agent<S, T> {
             Err(error) => self.refuse(None, error, None, None).await,
         }
         Ok(())
+    }
+
+    /// Whatever may have gone wrong in this process: what is in force is what the set says, or it is made so.
+    async fn compare(&mut self) {
+        self.next_comparison = Instant::now() + some_of(COMPARE);
+        let Some(set) = self.state.set.as_ref().and_then(|it| it.parse().ok()) else { return };
+        let Err(difference) = self.target.compare(&set).await else { return };
+        error!("what is in force is not the active set {}, which is taken again: {difference}", set.short());
+        let taken = async {
+            let text = self.fetch(&set).await.map_err(|failure| failure.to_string())?;
+            self.target.take(text, None, &self.state).await.map_err(|problem| problem.error)
+        };
+        if let Err(error) = taken.await {
+            error!("the set {} can't be taken again: {error}", set.short());
+        }
     }
 
     /// What was refused is tried again when the node has changed, or after a while where it may have passed.
@@ -286,7 +349,6 @@ impl<S: Source, T: Target> Agent<S, T> {
     async fn attempt(&mut self, pointer: &Pointer, text: Option<Arc<str>>) -> Result<(), Failure> {
         self.expect_trusted(pointer).map_err(|error| Failure::refused(format!("{error:#}")))?;
         self.expect_next(pointer).map_err(|error| Failure::refused(format!("{error:#}")))?;
-        (self.state.seen, self.state.seen_set) = (pointer.sequence, Some(pointer.set.to_string()));
         let (text, edits) = match text {
             Some(text) => (text, None),
             None => match self.derive(pointer).await? {
@@ -294,6 +356,8 @@ impl<S: Source, T: Target> Agent<S, T> {
                 None => (self.fetch(&pointer.set).await?, None),
             },
         };
+        // Not before its set is there: a pointer to nothing must not keep a later one of the same sequence out.
+        (self.state.seen, self.state.seen_set) = (pointer.sequence, Some(pointer.set.to_string()));
         let now = Time::now();
         let state = FleetState {
             sequence: pointer.sequence,
@@ -366,6 +430,12 @@ impl<S: Source, T: Target> Agent<S, T> {
                 pointer.sequence
             );
         }
+        if *seen > 0 && pointer.sequence > seen.saturating_add(STEP) {
+            bail!(
+                "its sequence {} is more than {STEP} beyond {seen}, the last one: no command makes such steps; publish again",
+                pointer.sequence
+            );
+        }
         if pointer.sequence == *seen && *seen_set != Some(pointer.set.to_string()) {
             bail!("the sequence {seen} led to another set before, and none is used twice: publish again");
         }
@@ -418,9 +488,10 @@ impl<S: Source, T: Target> Agent<S, T> {
     }
 
     async fn make_report(&mut self) -> Report {
-        let condition = self.target.condition().await;
-        self.condition = Some(condition.clone());
+        let (condition, report_error) = (self.target.condition().await, self.board.view().report_error);
+        self.condition = Some((condition.clone(), report_error.clone()));
         let Condition { back_end, generation, mut degraded, .. } = condition;
+        degraded.extend(report_error);
         let refused = self.refusal.as_ref().and_then(|it| {
             let Pointer { sequence, set, .. } = *it.pointer.as_ref()?;
             Some(Refused { sequence, set, error: it.error.clone() })

@@ -84,6 +84,15 @@ impl FleetBoard {
         (told.view.connected, told.view.error) = (false, Some(error));
     }
 
+    /// Whether this node's report stands in etcd, or why not. Returns whether that is new.
+    pub fn reports(&self, outcome: Result<(), String>) -> bool {
+        let error = outcome.err();
+        let view = &mut self.told().view;
+        let is_new = view.report_error != error;
+        view.report_error = error;
+        is_new
+    }
+
     /// Whether etcd has no pointer of the ring.
     pub fn missing(&self, is_missing: bool) {
         self.told().view.missing = is_missing;
@@ -104,7 +113,7 @@ impl FleetBoard {
     /// What does not work as it should.
     pub fn degraded(&self) -> Vec<String> {
         let told = self.told();
-        let FleetView { ring, sequence, seen, refused, error, .. } = &told.view;
+        let FleetView { ring, sequence, seen, refused, error, report_error, .. } = &told.view;
         let mut degraded = Vec::new();
         if let Some(RefusedView { sequence: wanted, error, .. }) = refused {
             let wanted = wanted.map_or_else(String::new, |it| format!(" with the sequence {it}"));
@@ -117,6 +126,7 @@ impl FleetBoard {
                  active set stays"
             ));
         }
+        degraded.extend(report_error.iter().map(|why| format!("can't report to the fleet: {why}")));
         let (since, at) = told.silent;
         if !told.view.connected && at.elapsed() >= SILENCE {
             let since = humantime::format_rfc3339_seconds(since);

@@ -15,12 +15,15 @@ use ring::digest::{SHA256, digest};
 use serde::{Deserialize, Serialize};
 
 use super::signing::Signature;
-use crate::{as_text::as_text, rules::InvalidText};
+use crate::{as_text::as_text, rules::InvalidText, text::excerpt};
 
 /// The prefix of all keys, if the configuration names no other one.
 pub const DEFAULT_PREFIX: &str = "/anyport/";
 /// Records of the history that each ring keeps.
 pub const HISTORY: u64 = 100;
+/// How far a ring's sequence may go with one change. It goes by one, and further only where an operator says so after etcd was
+/// restored; so whatever etcd is made to say, a ring never gets to the end of its sequences.
+pub const STEP: u64 = 1_000_000;
 const LONGEST_NAME: usize = 63;
 
 /// The content of a set, by which it is found: SHA-256 of its text.
@@ -71,7 +74,9 @@ impl FromStr for Hash {
     type Err = InvalidText;
 
     fn from_str(text: &str) -> Result<Self, InvalidText> {
-        from_hex(text).map(Self).ok_or_else(|| InvalidText(format!("hash {text:?}: use 64 hexadecimal digits")))
+        from_hex(text)
+            .map(Self)
+            .ok_or_else(|| InvalidText(format!("hash {}: use 64 hexadecimal digits", excerpt(text))))
     }
 }
 
@@ -105,7 +110,8 @@ impl FromStr for Name {
             Ok(Self(text.to_owned()))
         } else {
             Err(InvalidText(format!(
-                "name {text:?} of a ring or node: use a letter or digit, then up to 62 of those and . _ -"
+                "name {} of a ring or node: use a letter or digit, then up to 62 of those and . _ -",
+                excerpt(text)
             )))
         }
     }
@@ -141,7 +147,8 @@ impl FromStr for Time {
 
     fn from_str(text: &str) -> Result<Self, InvalidText> {
         let time = humantime::parse_rfc3339(text);
-        time.map(Self).map_err(|error| InvalidText(format!("time {text:?}: {error}; use 2026-01-31T23:59:59Z")))
+        time.map(Self)
+            .map_err(|error| InvalidText(format!("time {}: {error}; use 2026-01-31T23:59:59Z", excerpt(text))))
     }
 }
 
@@ -200,136 +207,6 @@ pub enum Compression {
     None,
     /// gzip, RFC 1952.
     Gzip,
-}
-
-/// What a node says of itself, under a lease that ends with it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Report {
-    /// The node.
-    pub node: Name,
-    /// Its ring.
-    pub ring: Name,
-    /// The sequence of the active pointer; 0 before the first.
-    pub sequence: u64,
-    /// The highest sequence that it has seen, which it keeps on its disk: none below is followed any more.
-    #[serde(default)]
-    pub seen: u64,
-    /// The active set.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub set: Option<Hash>,
-    /// etcd's revision of the last pointer that it has seen.
-    pub revision: i64,
-    /// The generation that its kernel holds.
-    pub generation: u64,
-    /// Its back end.
-    pub backend: String,
-    /// How it is.
-    pub health: Health,
-    /// What does not work as it should.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub degraded: Vec<String>,
-    /// Of anyportd.
-    pub version: String,
-    /// The last pointer that it did not follow, unless it has followed a later one.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub refused: Option<Refused>,
-    /// Since when the set is active.
-    pub since: Time,
-    /// When this was written.
-    pub reported: Time,
-}
-
-/// How a node is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Health {
-    /// All is well.
-    Good,
-    /// Something does not work as it should.
-    Degraded,
-}
-
-impl fmt::Display for Health {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(match self {
-            Self::Good => "good",
-            Self::Degraded => "degraded",
-        })
-    }
-}
-
-/// A pointer that a node did not follow.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Refused {
-    /// Its sequence.
-    pub sequence: u64,
-    /// Its set.
-    pub set: Hash,
-    /// Why not.
-    pub error: String,
-}
-
-/// That there is such a node, which stays when its report goes.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Member {
-    /// The node.
-    pub node: Name,
-    /// Its ring.
-    pub ring: Name,
-    /// When it reported first.
-    pub since: Time,
-}
-
-/// What a node makes of its ring's pointer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum NodeState {
-    /// The set is active on it.
-    Current,
-    /// Not yet.
-    Behind,
-    /// It does not follow the pointer.
-    Refused,
-    /// It has followed a later pointer: etcd has lost something.
-    Ahead,
-    /// It was there and does not report any more.
-    Missing,
-}
-
-impl fmt::Display for NodeState {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(match self {
-            Self::Current => "current",
-            Self::Behind => "behind",
-            Self::Refused => "refused",
-            Self::Ahead => "ahead",
-            Self::Missing => "missing",
-        })
-    }
-}
-
-impl NodeState {
-    /// What a report says, if there is one, about the pointer, if there is one.
-    pub fn of(pointer: Option<&Pointer>, report: Option<&Report>) -> Self {
-        let Some(report) = report else { return Self::Missing };
-        let (sequence, set) = pointer.map_or((0, None), |it| (it.sequence, Some(it.set)));
-        if report.refused.as_ref().is_some_and(|it| it.sequence == sequence) {
-            Self::Refused
-        } else if report.sequence == sequence && report.set == set {
-            Self::Current
-        } else if report.sequence > sequence {
-            Self::Ahead
-        } else {
-            Self::Behind
-        }
-    }
-}
-
-impl Report {
-    /// The highest sequence that the node has seen.
-    pub fn seen(&self) -> u64 {
-        self.refused.as_ref().map_or(0, |it| it.sequence).max(self.sequence).max(self.seen)
-    }
 }
 
 /// Where everything is.

@@ -14,6 +14,10 @@ pub mod layout;
 #[cfg(feature = "fleet")]
 pub mod pack;
 #[cfg(feature = "fleet")]
+pub mod report;
+#[cfg(feature = "fleet")]
+pub mod reporter;
+#[cfg(feature = "fleet")]
 pub mod settings;
 #[cfg(feature = "fleet")]
 pub mod signing;

@@ -3,16 +3,19 @@
 //! Ed25519 over ring, sequence and hash of the set. So neither a set nor an old pointer can be given to another ring, or
 //! again later. Keys are PEM as `openssl genpkey -algorithm ed25519` and `openssl pkey -pubout` write them.
 
-use std::{fmt, str::FromStr};
+use std::{fmt, io, str::FromStr};
 
-use ring::signature::{ED25519, Ed25519KeyPair, UnparsedPublicKey};
+use ring::signature::{ED25519, Ed25519KeyPair, KeyPair as _, UnparsedPublicKey};
+use rustix::rand::{GetRandomFlags, getrandom};
 use rustls_pki_types::{PrivatePkcs8KeyDer, SubjectPublicKeyInfoDer, pem::PemObject as _};
 
 use super::layout::{Hash, Name, Pointer, from_hex, hex};
-use crate::{as_text::as_text, rules::InvalidText};
+use crate::{as_text::as_text, rules::InvalidText, text::excerpt};
 
 /// What is signed begins with this, so that no signature over anything else can be taken for one.
 const DOMAIN: &[u8] = b"anyport fleet pointer 1\0";
+/// The same of a node's report.
+const REPORT_DOMAIN: &[u8] = b"anyport fleet report 1\0";
 /// How a public key of Ed25519 begins in DER (RFC 8410): algorithm, and 32 bytes to come.
 const ED25519_INFO: &[u8] = b"\x30\x2a\x30\x05\x06\x03\x2b\x65\x70\x03\x21\x00";
 
@@ -36,7 +39,9 @@ impl FromStr for Signature {
     type Err = InvalidText;
 
     fn from_str(text: &str) -> Result<Self, InvalidText> {
-        from_hex(text).map(Self).ok_or_else(|| InvalidText(format!("signature {text:?}: use 128 hexadecimal digits")))
+        from_hex(text)
+            .map(Self)
+            .ok_or_else(|| InvalidText(format!("signature {}: use 128 hexadecimal digits", excerpt(text))))
     }
 }
 
@@ -119,6 +124,102 @@ impl PublicKeys {
         }
     }
 }
+
+/// By which a node's reports are known: the node keeps a seed of it on its disk.
+pub struct NodeKey {
+    seed: [u8; 32],
+    pair: Ed25519KeyPair,
+}
+
+impl NodeKey {
+    /// A new one.
+    ///
+    /// # Errors
+    /// The kernel gives no randomness.
+    pub fn random() -> io::Result<Self> {
+        let mut seed = [0; 32];
+        // So few bytes come whole.
+        getrandom(&mut seed, GetRandomFlags::empty())?;
+        Ok(Self::from_seed(seed))
+    }
+
+    /// The key of a seed.
+    ///
+    /// # Panics
+    /// Never: every 32 bytes are a seed of Ed25519.
+    #[expect(clippy::expect_used, reason = "the length is right by its type, which is all that is checked")]
+    pub fn from_seed(seed: [u8; 32]) -> Self {
+        Self { seed, pair: Ed25519KeyPair::from_seed_unchecked(&seed).expect("32 bytes") }
+    }
+
+    /// One that was kept by [`Self::seed`]; nothing if the text is none.
+    pub fn kept(seed: &str) -> Option<Self> {
+        from_hex(seed).map(Self::from_seed)
+    }
+
+    /// What has to be kept of it, and from others.
+    pub fn seed(&self) -> String {
+        hex(&self.seed)
+    }
+
+    /// What others know it by.
+    pub fn public(&self) -> PublicKey {
+        let mut key = [0; 32];
+        key.copy_from_slice(self.pair.public_key().as_ref());
+        PublicKey(key)
+    }
+
+    /// Signs a report.
+    pub fn sign(&self, report: &[u8]) -> Signature {
+        let mut signature = [0; 64];
+        signature.copy_from_slice(self.pair.sign(&[REPORT_DOMAIN, report].concat()).as_ref());
+        Signature(signature)
+    }
+}
+
+impl fmt::Debug for NodeKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "NodeKey({})", self.public())
+    }
+}
+
+/// What a node's reports are checked by, in hexadecimal digits.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct PublicKey([u8; 32]);
+
+impl PublicKey {
+    /// Whether its owner has signed a report.
+    pub fn has_signed(&self, report: &[u8], Signature(signature): Signature) -> bool {
+        UnparsedPublicKey::new(&ED25519, self.0).verify(&[REPORT_DOMAIN, report].concat(), &signature).is_ok()
+    }
+
+    /// Enough of it for people to distinguish keys.
+    pub fn short(&self) -> String {
+        hex(&self.0[..6])
+    }
+}
+
+impl fmt::Display for PublicKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&hex(&self.0))
+    }
+}
+
+impl fmt::Debug for PublicKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "PublicKey({self})")
+    }
+}
+
+impl FromStr for PublicKey {
+    type Err = InvalidText;
+
+    fn from_str(text: &str) -> Result<Self, InvalidText> {
+        from_hex(text).map(Self).ok_or_else(|| InvalidText(format!("key {}: use 64 hexadecimal digits", excerpt(text))))
+    }
+}
+
+as_text!(PublicKey);
 
 /// What is signed. Every part has one length or says it, so that no two pointers make the same bytes.
 fn message(ring: &Name, sequence: u64, set: &Hash) -> Vec<u8> {

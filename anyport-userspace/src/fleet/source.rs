@@ -1,10 +1,11 @@
 //! Where rule sets come from.
 
-use std::{error::Error as StdError, fmt, time::Instant};
+use std::{error::Error as StdError, fmt};
 
 use super::{
     delta::Delta,
-    layout::{Hash, Pointer, Report, Seen},
+    layout::{Hash, Pointer, Seen},
+    report::Report,
 };
 
 /// Why a source did not give what was asked for.
@@ -45,7 +46,4 @@ pub trait Source {
 
     /// Has a report stand at the node's place soon, for as long as the node is there.
     fn report(&mut self, report: &Report);
-
-    /// When reporting has been answered last, if it ever was.
-    fn answered(&self) -> Option<Instant>;
 }

@@ -1,42 +1,34 @@
 //! What a node has of etcd: its ring's pointer as it changes, sets, and a place for its report.
 
-use std::time::{Duration, Instant};
+use std::{sync::Arc, time::Duration};
 
-use tokio::{
-    sync::watch,
-    task::JoinHandle,
-    time::{Instant as TokioInstant, interval_at, sleep, timeout},
-};
+use futures_util::FutureExt as _;
+use tokio::time::{sleep, timeout};
 use tonic::{Status, Streaming};
 use tracing::debug;
 
 use super::{
+    FleetBoard,
     delta::Delta,
     etcd::{
         Etcd, causes,
         client::Error,
         is_transient,
-        messages::{
-            Compare, CompareResult, EventType, LeaseGrantRequest, LeaseKeepAliveRequest, LeaseKeepAliveResponse,
-            PutRequest, RequestOp, TxnRequest, WatchRequest, WatchResponse,
-        },
-        read_pointer, to_json,
+        messages::{Event, EventType, WatchRequest, WatchResponse},
+        read_pointer,
     },
-    layout::{Hash, Member, Name, Pointer, Report, Seen, Time},
+    layout::{Hash, Name, Pointer, Seen},
+    report::Report,
+    reporter::Reporter,
+    signing::NodeKey,
 };
 use crate::api::{Problem, ProblemKind};
 
-/// Seconds after which a node that says nothing is missing.
-pub const LEASE: i64 = 30;
-/// How often a node says that it is there. Ten nodes make one such message a second.
-const KEEP_ALIVE: Duration = Duration::from_secs(10);
 /// After a watch has ended. What ends every watch at once would otherwise be asked for without end.
 const RESYNC_PAUSE: Duration = Duration::from_millis(200);
 /// How long one member may take with a report or to begin a watch, and how long all of them may.
 const ATTEMPT: Duration = Duration::from_secs(2);
 const PATIENCE: Duration = Duration::from_secs(5);
-/// How long after a failure reporting is tried again.
-const PAUSE: Duration = Duration::from_secs(2);
 
 /// A ring's pointer in etcd, and the sets that it points to.
 #[derive(Debug)]
@@ -54,9 +46,10 @@ pub struct EtcdSource {
 }
 
 impl EtcdSource {
-    /// Of a ring, for one of its nodes. To be called within a runtime.
-    pub fn new(etcd: Etcd, ring: Name) -> Self {
-        let reporter = Reporter::start(etcd.clone());
+    /// Of a ring, for one of its nodes, which signs its reports with the key. How reporting goes is told to the board. To be called
+    /// within a runtime.
+    pub fn new(etcd: Etcd, ring: Name, key: Arc<NodeKey>, board: Arc<FleetBoard>) -> Self {
+        let reporter = Reporter::start(etcd.clone(), key, board);
         Self { etcd, ring, watch: None, known: 0, told: None, has_told: false, reporter }
     }
 
@@ -88,20 +81,30 @@ impl EtcdSource {
                 self.watch = Some(self.begin().await?);
                 continue;
             };
-            let answer = match stream.message().await {
-                Ok(Some(answer)) if !answer.canceled => answer,
-                ended => {
-                    debug!("the watch of the ring {} has ended: {}", self.ring, why_ended(ended));
-                    self.watch = None;
-                    sleep(RESYNC_PAUSE).await;
-                    continue;
+            let (news, end) = news(stream, self.known).await;
+            if let Some(why) = end {
+                debug!("the watch of the ring {} has ended: {why}", self.ring);
+                self.watch = None;
+                sleep(RESYNC_PAUSE).await;
+            }
+            let pointer = match news.as_slice() {
+                [] => continue,
+                [event] if self.watch.is_some() => {
+                    let Some(entry) = &event.kv else { continue };
+                    self.known = entry.mod_revision;
+                    if event.r#type() == EventType::Put { Some(read_pointer(entry)?) } else { None }
+                }
+                // There may be more to come, of which only the last is of use.
+                _ => {
+                    let (pointer, revision) = self.etcd.pointer(&self.ring).await?;
+                    self.known = revision;
+                    pointer
                 }
             };
-            let Some(event) = answer.events.last() else { continue };
-            let Some(entry) = &event.kv else { continue };
-            let pointer = if event.r#type() == EventType::Put { Some(read_pointer(entry)?) } else { None };
-            self.tell(pointer.as_ref());
-            return Ok(pointer);
+            if self.told != pointer {
+                self.tell(pointer.as_ref());
+                return Ok(pointer);
+            }
         }
     }
 
@@ -135,14 +138,26 @@ impl EtcdSource {
         self.etcd.delta(from, to).await
     }
 
-    /// When etcd has answered a report or a sign of life last.
-    pub fn answered(&self) -> Option<Instant> {
-        *self.reporter.answered.borrow()
-    }
-
     /// Has this report stand in etcd, for as long as the source lives, as soon as etcd answers.
     pub fn report(&mut self, report: Report) {
-        self.reporter.latest.send_replace(Some(report));
+        self.reporter.report(report);
+    }
+}
+
+/// Waits for changes behind a revision, and returns all that have come by then; and why there will be no more, if so.
+async fn news(stream: &mut Streaming<WatchResponse>, known: i64) -> (Vec<Event>, Option<String>) {
+    let mut news = Vec::new();
+    let mut answer = stream.message().await;
+    loop {
+        match answer {
+            Ok(Some(answer)) if !answer.canceled => news.extend(answer.events),
+            ended => return (news, Some(why_ended(ended))),
+        }
+        news.retain(|it: &Event| it.kv.as_ref().is_some_and(|entry| entry.mod_revision > known));
+        match stream.message().now_or_never() {
+            Some(more) => answer = more,
+            None => return (news, None),
+        }
     }
 }
 
@@ -155,100 +170,9 @@ fn why_ended(answer: Result<Option<WatchResponse>, Status>) -> String {
     }
 }
 
-/// Keeps the last report in etcd, under a lease.
-#[derive(Debug)]
-struct Reporter {
-    latest: watch::Sender<Option<Report>>,
-    /// When etcd has answered last.
-    answered: watch::Receiver<Option<Instant>>,
-    task: JoinHandle<()>,
-}
-
-impl Drop for Reporter {
-    fn drop(&mut self) {
-        self.task.abort();
-    }
-}
-
-impl Reporter {
-    fn start(etcd: Etcd) -> Self {
-        let (latest, mut reports) = watch::channel(None);
-        let (heard, answered) = watch::channel(None);
-        let task = tokio::spawn(async move {
-            // Nothing is granted before there is something to report.
-            while reports.wait_for(Option::is_some).await.is_ok() {
-                if let Err(error) = keep(&etcd, &mut reports, &heard).await {
-                    debug!("report to etcd: {}", causes(&error));
-                }
-                sleep(PAUSE).await;
-            }
-        });
-        Self { latest, answered, task }
-    }
-}
-
-/// Writes each report under one lease, for as long as that can be kept alive.
-async fn keep(
-    etcd: &Etcd,
-    reports: &mut watch::Receiver<Option<Report>>,
-    heard: &watch::Sender<Option<Instant>>,
-) -> Result<(), Error> {
-    let lease = soon(|| etcd.client.grant_lease(LeaseGrantRequest { ttl: LEASE })).await?.id;
-    let extend = LeaseKeepAliveRequest { id: lease };
-    let (keeper, mut kept) = soon(|| etcd.client.keep_lease(extend)).await?;
-    extended(&mut kept).await?;
-    let mut ticks = interval_at(TokioInstant::now() + KEEP_ALIVE, KEEP_ALIVE);
-    reports.mark_changed();
-    loop {
-        tokio::select! {
-            changed = reports.changed() => {
-                if changed.is_err() {
-                    return Ok(());
-                }
-                let report = reports.borrow_and_update().clone();
-                if let Some(report) = report {
-                    soon(|| write(etcd, &report, lease)).await?;
-                }
-            }
-            _ = ticks.tick() => {
-                keeper.send(extend).await.map_err(|_| lease_ended())?;
-                extended(&mut kept).await?;
-            }
-        }
-        heard.send_replace(Some(Instant::now()));
-    }
-}
-
-/// Waits until etcd has extended the lease.
-async fn extended(kept: &mut Streaming<LeaseKeepAliveResponse>) -> Result<(), Error> {
-    match within(async { Ok(kept.message().await?) }).await? {
-        Some(answer) if answer.ttl > 0 => Ok(()),
-        _ => Err(lease_ended()),
-    }
-}
-
-fn lease_ended() -> Error {
-    Error::Ended("the lease has ended".into())
-}
-
-async fn write(etcd: &Etcd, report: &Report, lease: i64) -> Result<(), Error> {
-    let Report { ring, node, .. } = report;
-    let json = |written: Result<String, Problem>| written.map_err(|error| Error::Ended(error.to_string()));
-    let member = Member { node: node.clone(), ring: ring.clone(), since: Time::now() };
-    let (key, member) = (etcd.keys.member(ring, node), json(to_json(&member))?);
-    let put: RequestOp =
-        PutRequest { lease, ..PutRequest::new(&etcd.keys.node(ring, node), json(to_json(report))?) }.into();
-    let txn = TxnRequest {
-        compare: vec![Compare::create_revision(&key, CompareResult::Greater, 0)],
-        success: vec![put.clone()],
-        failure: vec![put, PutRequest::new(&key, member).into()],
-    };
-    etcd.client.txn(txn).await.map(drop)
-}
-
 /// Asks again, since another member may know what the one that was asked does not: one that has no leader says so at once
 /// and is asked most often for that. Fails soon, so that the caller starts over.
-async fn soon<T, F: Future<Output = Result<T, Error>>>(request: impl Fn() -> F) -> Result<T, Error> {
+pub(super) async fn soon<T, F: Future<Output = Result<T, Error>>>(request: impl Fn() -> F) -> Result<T, Error> {
     const AGAIN: Duration = Duration::from_millis(100);
     within(async {
         loop {
@@ -262,7 +186,7 @@ async fn soon<T, F: Future<Output = Result<T, Error>>>(request: impl Fn() -> F) 
     .await
 }
 
-async fn within<T>(request: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
+pub(super) async fn within<T>(request: impl Future<Output = Result<T, Error>>) -> Result<T, Error> {
     timeout(PATIENCE, request).await.unwrap_or_else(|_| Err(Error::Ended("no answer in time".into())))
 }
 

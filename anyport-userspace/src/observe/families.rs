@@ -100,6 +100,12 @@ pub(super) static FAMILIES: &[Family] = &[
     ),
     gauge("anyport_fleet_connected", &[], "Whether etcd answers", Values::One(|it| Some(fleet(it)?.connected.into()))),
     gauge(
+        "anyport_fleet_reports",
+        &[],
+        "Whether this node's report stands in etcd; `anyportctl status` says why not",
+        Values::One(|it| Some(fleet(it)?.report_error.is_none().into())),
+    ),
+    gauge(
         "anyport_fleet_contact_age_seconds",
         &[],
         "How long ago etcd has answered last, if it has since the process began to serve",

@@ -38,6 +38,9 @@ pub struct FleetState {
     /// The set that this one pointed to.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub seen_set: Option<String>,
+    /// The seed of the key that signs this node's reports, in hexadecimal digits. Others must not read it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub key: Option<String>,
 }
 
 /// What is kept of a fleet.
@@ -87,6 +90,14 @@ impl Store {
         self.set.previous = std::mem::replace(&mut self.set.now, now).map(|it| it.name);
         self.remove_unused();
         Ok(())
+    }
+
+    /// The text of the set that is kept, as it was written; nothing if there is none.
+    ///
+    /// # Errors
+    /// It can't be read, or is spoilt.
+    pub fn fleet_set(&self) -> anyhow::Result<Option<String>> {
+        self.set.now.as_ref().map(|set| self.read_named(SET, set)).transpose()
     }
 
     /// As `read`, of this file and the one that it names.

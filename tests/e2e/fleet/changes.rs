@@ -17,6 +17,7 @@ pub(super) fn trials() -> Vec<Trial> {
         trial("fleet::publish, promote, roll back, and the history of it", verbs),
         trial("fleet::what is wrong is refused and changes nothing", refused),
         trial("fleet::a sequence never comes again", sequences),
+        trial("fleet::publishing what is there mends what etcd has lost", mended),
         trial("fleet::200,000 rules come in chunks", chunked),
         trial("fleet::sets go when nothing speaks of them", unused),
         trial("fleet::no etcd", no_etcd),
@@ -96,20 +97,66 @@ fn sequences() {
     let (one, two) = (driver.file("one", ONE), driver.file("two", TWO));
     driver.ok(&format!("publish {one} --ring canary"));
     let first = etcd.record("/anyport/rings/canary");
-    // A node that has seen more than etcd knows of, since etcd was restored from a backup.
-    let mut ahead = report("n1", &first);
-    ahead["sequence"] = 40.into();
-    put_report(&etcd, &ahead);
-    contains(&driver.ok("status"), &["1 ahead", "n1 has seen sequence 40: etcd has lost something"]);
-    let published = driver.json(&format!("publish {one} --ring canary"));
-    assert_eq!(published["sequence"], 41, "the same set has to be published again: {published}");
-    contains(&published["notes"].to_string(), &["etcd has lost something"]);
-    // A pointer that is gone.
+    for node in ["n1", "n2", "n3"] {
+        put_report(&etcd, &report(node, &first));
+    }
+    // One node that says it has seen more is named, and has no say in what comes next.
+    let claim = |node: &str, seen: u64| {
+        let mut claim = report(node, &first);
+        claim["seen"] = seen.into();
+        put_report(&etcd, &claim);
+    };
+    claim("n1", u64::MAX - 1);
+    let published = driver.json(&format!("publish {two} --ring canary"));
+    assert_eq!(published["sequence"], 2, "{published}");
+    contains(&published["notes"].to_string(), &["n1 (18446744073709551614)", "of which etcd does not know"]);
+    // Where most of them say so, etcd was restored from a backup or they lie: the operator decides.
+    for node in ["n2", "n3"] {
+        claim(node, 40);
+    }
+    contains(
+        &driver.refused(&format!("publish {one} --ring canary"), 5),
+        &["n2 (40)", "n3 (40)", "--sequence", "--force"],
+    );
+    contains(&driver.refused(&format!("publish {two} --ring canary"), 5), &["n2 (40)"]);
+    for sequence in ["2", "1000003", "18446744073709551615"] {
+        let complaint = driver.refused(&format!("publish {one} --ring canary --sequence {sequence}"), 2);
+        contains(&complaint, &["has had 2", "the next one is 3 to 1000002"]);
+    }
+    assert_eq!(driver.json(&format!("publish {two} --ring canary --sequence 41"))["sequence"], 41, "the same set");
+    // A pointer that is gone, and one that no command has made.
     etcd.ctl("del /anyport/rings/canary");
-    assert_eq!(driver.json(&format!("publish {two} --ring canary"))["sequence"], 42);
-    ahead["refused"] = json!({ "sequence": u64::MAX, "set": first["set"], "error": "why" });
-    put_report(&etcd, &ahead);
-    contains(&driver.refused(&format!("publish {one} --ring canary --force"), 1), &["no sequence left"]);
+    assert_eq!(driver.json(&format!("publish {one} --ring canary"))["sequence"], 42);
+    let mut forged = etcd.record("/anyport/rings/canary");
+    forged["sequence"] = u64::MAX.into();
+    etcd.put("/anyport/rings/canary", &forged.to_string());
+    assert_eq!(driver.json(&format!("publish {two} --ring canary --force"))["sequence"], 43);
+    // Where nothing else is known of a ring, there is no way on, but to another ring.
+    etcd.put("/anyport/rings/main", &forged.to_string().replace("canary", "main"));
+    let complaint = driver.refused(&format!("publish {two} --ring main --force"), 1);
+    contains(&complaint, &["no sequence left after 18446744073709551615", "another ring"]);
+}
+
+/// What is there is looked at, also where there seems to be nothing to do; and what can't be read is taken for the worst.
+fn mended() {
+    let (etcd, driver) = alone();
+    let (one, few) = (driver.file("one", TWO), driver.file("few", ONE));
+    let published = driver.json(&format!("publish {one} --ring canary"));
+    let set = format!("/anyport/sets/{}", text(&published["set"]));
+    for spoil in ["del --prefix", "put"] {
+        match spoil {
+            "put" => etcd.put(&format!("{set}/0000"), "nonsense"),
+            _ => drop(etcd.ctl(&format!("{spoil} {set}"))),
+        }
+        contains(&driver.refused(&format!("publish {few} --ring canary"), 5), &["can't be read", "--force"]);
+        let plan = driver.json(&format!("publish {one} --ring canary --dry-run"));
+        assert_eq!((&plan["changed"], &plan["stored_again"]), (&json!(false), &json!(true)), "{plan}");
+        contains(&driver.ok(&format!("publish {one} --ring canary")), &["stored again", "its pointer stays"]);
+        let again = driver.json(&format!("publish {one} --ring canary"));
+        assert_eq!((&again["sequence"], &again["stored_again"]), (&json!(1), &json!(false)), "{again}");
+    }
+    // A file of which nobody knows whether it takes everything away.
+    driver.ok(&format!("publish {few} --ring canary"));
 }
 
 fn chunked() {

@@ -192,7 +192,7 @@ fn given_up() {
 }
 
 /// Runs in a namespace, with a client of its own.
-fn with_client<T: Send>(
+pub(super) fn with_client<T: Send>(
     namespace: &Netns,
     etcd: &Etcd,
     patience: Duration,
@@ -291,7 +291,7 @@ fn source() {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
         runtime.expect("a runtime").block_on(async {
             let client = Client::connect(&settings.read().expect("settings"), PATIENCE).await.expect("a connection");
-            let mut source = EtcdSource::new(client, "canary".parse().expect("a name"));
+            let mut source = super::nodes::source(client, &"canary".parse().expect("a name"));
             assert!(source.pointer().await.expect("an answer").is_none());
             nothing(&mut source).await;
             assert_eq!(publish(1), Some(1));

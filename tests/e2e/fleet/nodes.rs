@@ -9,11 +9,18 @@ use std::{
     time::Duration,
 };
 
-use anyport::fleet::{
-    etcd::Etcd as Client,
-    layout::{Health, Name, Refused, Report, Time},
-    settings::ConnectionSettings,
-    watch::EtcdSource,
+use anyport::{
+    api::FleetView,
+    fleet::{
+        FleetBoard,
+        etcd::Etcd as Client,
+        layout::{Name, Time},
+        report::{Health, Refused, Report},
+        settings::ConnectionSettings,
+        signing::NodeKey,
+        watch::EtcdSource,
+    },
+    store::FleetState,
 };
 use anyport_tests::{driver::Driver, etcd::Etcd, host::wait_for, netns::Netns};
 use libtest_mimic::Trial;
@@ -43,7 +50,7 @@ pub(super) struct Node {
 }
 
 impl Node {
-    fn start(namespace: &Netns, etcd: &Etcd, ring: &str, node: &str) -> Self {
+    pub(super) fn start(namespace: &Netns, etcd: &Etcd, ring: &str, node: &str) -> Self {
         let settings = ConnectionSettings { etcd: vec![etcd.urls()], ..ConnectionSettings::default() };
         Self::start_as(namespace, ring, node, settings)
     }
@@ -71,9 +78,15 @@ impl Drop for Node {
     }
 }
 
+/// What a ring's node has of etcd, with a key of its own.
+pub(super) fn source(client: Client, ring: &Name) -> EtcdSource {
+    let board = Arc::new(FleetBoard::new(FleetView::default(), &FleetState::default()));
+    EtcdSource::new(client, ring.clone(), Arc::new(NodeKey::random().expect("a key")), board)
+}
+
 async fn follow(settings: &ConnectionSettings, ring: Name, node: Name, ended: &AtomicBool) {
     let client = Client::connect(&settings.read().expect("settings"), Duration::from_secs(5)).await.expect("etcd");
-    let mut source = EtcdSource::new(client, ring.clone());
+    let mut source = source(client, &ring);
     let mut report = Report {
         node,
         ring,

@@ -46,11 +46,17 @@ pub enum Fault {
     Nonsense,
     /// The pointer leads to a set that is not there.
     NoSuchSet,
+    /// A node reports that it has seen far higher sequences, or refuses what nobody has published.
+    ForgedClaim,
+    /// One writes its own words, or nonsense, where another one's report stands.
+    ReportOverwritten,
+    /// One removes another one's report.
+    ReportRemoved,
 }
 
 impl Fault {
     /// Each with what it is called.
-    pub const ALL: [(Self, &str); 15] = [
+    pub const ALL: [(Self, &str); 18] = [
         (Self::MemberKilled, "etcd member killed"),
         (Self::MemberRestarted, "etcd member restarted"),
         (Self::MemberFrozen, "etcd member frozen"),
@@ -66,6 +72,9 @@ impl Fault {
         (Self::BadForOne, "set published that one node must refuse"),
         (Self::Nonsense, "pointer overwritten with nonsense"),
         (Self::NoSuchSet, "pointer overwritten with one to no set"),
+        (Self::ForgedClaim, "claim of sequences that were never there"),
+        (Self::ReportOverwritten, "report overwritten by another node"),
+        (Self::ReportRemoved, "report removed by another node"),
     ];
 }
 

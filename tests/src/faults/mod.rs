@@ -2,6 +2,7 @@
 //! in what administrators publish. Clients dial on every node all the while.
 
 mod end;
+mod hostile;
 mod ledger;
 mod members;
 mod nodes;
@@ -90,6 +91,7 @@ fn trouble(
     publisher: &mut Publisher<'_>,
     ledger: &Ledger,
 ) {
+    let client = etcd.lock().expect("a cluster").client();
     scope(|scope| {
         for member in 0..MEMBERS.into() {
             scope.spawn(move || members::trouble(etcd, member, ledger));
@@ -98,6 +100,7 @@ fn trouble(
             scope.spawn(|| node.trouble(versions, ledger));
             scope.spawn(|| nodes::trouble_cable(backbone, node.number, ledger));
         }
+        scope.spawn(|| hostile::trouble(&client, nodes.len(), ledger));
         publisher.trouble(ledger);
     });
 }

@@ -11,11 +11,11 @@ use crate::{
     fleet::{
         difference::{Content, Difference},
         etcd::{Etcd, Ring, Swapped},
-        layout::{Hash, Name, Pointer, Seen, Time},
+        layout::{Hash, Name, Pointer, STEP, Seen, Time},
         pack::Packed,
         signing::SigningKey,
     },
-    text::list_of,
+    text::{list_of, remark},
 };
 
 /// Lines of the difference that people get to see, unless they asked for it.
@@ -35,6 +35,9 @@ pub(super) struct How {
     /// Private key of Ed25519 to sign with, in PEM
     #[arg(long, env = "ANYPORT_SIGNING_KEY", value_name = "FILE")]
     signing_key: Option<PathBuf>,
+    /// Give the change this sequence, after etcd was restored or wiped: nodes refuse those behind what they have seen
+    #[arg(long, value_name = "SEQUENCE")]
+    sequence: Option<u64>,
     /// Go on although most rules would go, a signature would be missing, or nodes are not well
     #[arg(long)]
     pub(super) force: bool,
@@ -47,6 +50,8 @@ pub(super) struct RingChanged {
     pub(super) dry_run: bool,
     /// Whether the ring has another pointer now.
     pub(super) changed: bool,
+    /// Whether its set was gone from etcd or spoilt, and was stored again.
+    stored_again: bool,
     ring: Name,
     /// Of the pointer that the ring has now, or would have.
     pub(super) sequence: u64,
@@ -74,6 +79,10 @@ impl Prepared {
         let content = Content::parse(text)?;
         let packed = Packed::new(text).map_err(|error| Problem::new(ProblemKind::TooLarge, error.to_string()))?;
         Ok(Self { packed, content })
+    }
+
+    pub(super) fn hash(&self) -> Hash {
+        self.packed.hash
     }
 }
 
@@ -107,7 +116,7 @@ impl Change<'_> {
         let Prepared { packed, content } = set;
         let mut notes = Vec::new();
         let before = present(etcd, ring, &mut notes).await?;
-        let difference = content.since(&before);
+        let difference = content.since(before.as_ref().unwrap_or(&Content::default()));
         let foreign = content.foreign_services();
         if !foreign.is_empty() {
             notes.push(format!(
@@ -115,35 +124,41 @@ impl Change<'_> {
                 list_of(&foreign)
             ));
         }
-        let (behind, ahead) = (ring.pointer.as_ref().map_or(0, |it| it.value.sequence), ring.highest());
-        if ahead > behind && behind > 0 {
-            notes.push(format!(
-                "etcd has lost something: the pointer's sequence is {behind}, and {ahead} has been there; the next one is {}",
-                ahead.saturating_add(1)
-            ));
+        if ring.pointer.is_none() && ring.nodes.is_empty() {
+            notes.push(no_nodes(etcd, &ring.name).await?);
         }
-        let is_there = self.is_there(ring, &packed.hash);
-        let sequence = if is_there { behind } else { next(ring)? };
-        let answer = |changed, notes| {
-            RingChanged::new(self.how.dry_run, changed, ring, sequence, packed, difference.clone(), notes)
+        let highest = ring.highest();
+        let is_there = self.is_there(ring, &packed.hash, highest);
+        let sequence = if is_there { highest } else { next(ring, self.how.sequence)? };
+        let beyond = beyond(ring, sequence.saturating_add(u64::from(is_there)));
+        notes.extend(beyond.as_ref().map(|it| it.what.clone()));
+        let answer = |changed, stored_again, notes| RingChanged {
+            stored_again,
+            ..RingChanged::new(self.how.dry_run, changed, ring, sequence, packed, difference.clone(), notes)
         };
-        if is_there {
-            return Ok(answer(false, notes));
-        }
-        let unsafe_because = self.danger(ring, &before, content);
+        let unsafe_because = beyond.and_then(Beyond::danger);
+        let unsafe_because =
+            if is_there { unsafe_because } else { unsafe_because.or(self.danger(ring, before.as_ref(), content)) };
         if self.how.dry_run {
             notes.extend(unsafe_because.map(|it| format!("without --force it would be refused: {}", it.error)));
-            return Ok(answer(true, notes));
+            return Ok(answer(!is_there, is_there && !etcd.has(&packed.hash).await?, notes));
         }
         if let Some(problem) = unsafe_because.filter(|_| !self.how.force) {
             return Err(problem);
+        }
+        if is_there {
+            let is_lost = !etcd.has(&packed.hash).await?;
+            if is_lost {
+                store(etcd, packed).await?;
+            }
+            return Ok(answer(false, is_lost, notes));
         }
         let note = match (what, &self.how.note) {
             (Some(what), Some(note)) => Some(format!("{what}: {note}")),
             (what, note) => what.or_else(|| note.clone()),
         };
         self.write(etcd, ring, packed, sequence, note).await?;
-        Ok(answer(true, notes))
+        Ok(answer(true, false, notes))
     }
 
     /// Gives a ring back a set that it had, unless anybody has changed the ring since it got this sequence. Returns the new one.
@@ -160,22 +175,29 @@ impl Change<'_> {
         if ring.pointer.as_ref().is_none_or(|it| it.value.sequence != since) {
             return Err(lost(name, ring.pointer));
         }
-        let sequence = next(&ring)?;
+        let sequence = next(&ring, None)?;
         self.write(etcd, &ring, &packed, sequence, Some(note)).await?;
         Ok(sequence)
     }
 
-    /// Whether there is nothing to do. Where nodes are ahead, they don't follow the pointer that is there.
-    fn is_there(&self, ring: &Ring, hash: &Hash) -> bool {
+    /// Whether there is nothing to do.
+    fn is_there(&self, ring: &Ring, hash: &Hash, highest: u64) -> bool {
         ring.pointer.as_ref().is_some_and(|Seen { value, .. }| {
-            value.set == *hash && value.sequence >= ring.highest() && (self.key.is_none() || value.signature.is_some())
+            let is_last = value.sequence == highest && self.how.sequence.is_none_or(|it| it == highest);
+            value.set == *hash && is_last && (self.key.is_none() || value.signature.is_some())
         })
     }
 
     /// Why this should not be done.
-    fn danger(&self, ring: &Ring, before: &Content, after: &Content) -> Option<Problem> {
+    fn danger(&self, ring: &Ring, before: Option<&Content>, after: &Content) -> Option<Problem> {
         let name = &ring.name;
         let refuse = |why: String, hint: &str| Some(Problem::new(ProblemKind::Unsafe, why).hint(hint));
+        let Some(before) = before else {
+            return refuse(
+                format!("what the ring {name} has now can't be read, so nobody knows how many rules would go"),
+                "publish the file that the ring has, which stores its set again; or go on by --force",
+            );
+        };
         let (was, is) = (before.rules(), after.rules());
         if is * 2 < was {
             return refuse(
@@ -206,11 +228,8 @@ impl Change<'_> {
         let signature = self.key.as_ref().map(|key| key.sign(&name, sequence, &set));
         let (by, from) = (whoami(), None);
         let mut pointer = Pointer { ring: name, sequence, set, published: Time::now(), by, note, from, signature };
-        let mut bar = Bar::new();
         for _ in 0..ATTEMPTS {
-            let manifest = etcd.store(packed, &mut |done, of| bar.show(done, of, "chunks stored")).await;
-            bar.clear();
-            let manifest = manifest?;
+            let manifest = store(etcd, packed).await?;
             pointer.from = etcd.store_delta(ring, packed).await;
             match etcd.swap(ring, &pointer, manifest).await? {
                 Swapped::Done(_) => {
@@ -229,23 +248,82 @@ impl Change<'_> {
     }
 }
 
-/// The next sequence, which no node has ever seen.
-fn next(ring: &Ring) -> Result<u64, Problem> {
-    ring.highest().checked_add(1).ok_or_else(|| {
-        Problem::new(ProblemKind::Failed, format!("the ring {} has no sequence left", ring.name))
-            .hint("a node reports the highest one that there is; look for it with fleet status")
-    })
+async fn store(etcd: &Etcd, packed: &Packed) -> Result<i64, Problem> {
+    let mut bar = Bar::new();
+    let manifest = etcd.store(packed, &mut |done, of| bar.show(done, of, "chunks stored")).await;
+    bar.clear();
+    manifest
 }
 
-/// What a ring has now.
-async fn present(etcd: &Etcd, ring: &Ring, notes: &mut Vec<String>) -> Result<Content, Problem> {
-    let Some(Seen { value, .. }) = &ring.pointer else { return Ok(Content::default()) };
+/// The sequence of the next change: the one that was asked for, or else one more than the ring has had. What nodes say has no part in
+/// it, since any of them can say anything.
+fn next(ring: &Ring, asked: Option<u64>) -> Result<u64, Problem> {
+    let (name, highest) = (&ring.name, ring.highest());
+    let first = highest.checked_add(1).ok_or_else(|| {
+        Problem::new(ProblemKind::Failed, format!("the ring {name} has no sequence left after {highest}"))
+            .hint("give its nodes another ring (`ring` in their section [fleet], and a restart), and publish to that")
+    })?;
+    let Some(asked) = asked else { return Ok(first) };
+    let last = highest.saturating_add(STEP);
+    if (first..=last).contains(&asked) {
+        return Ok(asked);
+    }
+    Err(Problem::new(
+        ProblemKind::Invalid,
+        format!("--sequence {asked}: the ring {name} has had {highest}, so the next one is {first} to {last}"),
+    ))
+}
+
+/// Nodes that report to have seen a sequence or a higher one.
+struct Beyond {
+    what: String,
+    /// Whether they are most of those that report.
+    are_most: bool,
+    remedy: String,
+}
+
+impl Beyond {
+    /// One node that says so must not keep the ring from being changed; most of them will not follow.
+    fn danger(self) -> Option<Problem> {
+        self.are_most.then(|| Problem::new(ProblemKind::Unsafe, self.what).hint(self.remedy))
+    }
+}
+
+/// Who would not follow a pointer with this sequence.
+fn beyond(ring: &Ring, sequence: u64) -> Option<Beyond> {
+    let beyond = ring.beyond(sequence);
+    let highest = beyond.iter().map(|it| it.1).max()?;
+    let nodes: Vec<String> = beyond.iter().map(|(node, seen)| format!("{node} ({seen})")).collect();
+    let what = format!(
+        "these nodes of the ring {} report to have seen the sequence {sequence} or a later one, of which etcd does not know: {}",
+        ring.name,
+        list_of(&nodes)
+    );
+    let remedy = format!(
+        "if etcd was restored or wiped, --sequence {} goes on behind them; if only some say so, they may lie, and --force \
+         goes on without them",
+        highest.saturating_add(1)
+    );
+    Some(Beyond { what, are_most: beyond.len() * 2 > ring.reports().count(), remedy })
+}
+
+/// A ring that nobody has heard of may be a slip.
+async fn no_nodes(etcd: &Etcd, ring: &Name) -> Result<String, Problem> {
+    let others = etcd.ring_names().await?;
+    let there_are =
+        if others.is_empty() { "there are no rings yet".into() } else { format!("there are {}", list_of(&others)) };
+    Ok(format!("the ring {ring} is new, and no node of it has reported; {there_are}"))
+}
+
+/// What a ring has now; nothing if that can't be read.
+async fn present(etcd: &Etcd, ring: &Ring, notes: &mut Vec<String>) -> Result<Option<Content>, Problem> {
+    let Some(Seen { value, .. }) = &ring.pointer else { return Ok(Some(Content::default())) };
     match etcd.set(&value.set).await.and_then(|text| Content::parse(&text)) {
         Err(problem) if problem.kind != ProblemKind::NoDaemon => {
             notes.push(format!("the ring's present set can't be compared with: {}", problem.error));
-            Ok(Content::default())
+            Ok(None)
         }
-        content => content,
+        content => content.map(Some),
     }
 }
 
@@ -254,7 +332,8 @@ fn lost(ring: &Name, other: Option<Seen<Pointer>>) -> Problem {
     let what = match other {
         None => "its pointer was removed".to_owned(),
         Some(Seen { value: Pointer { sequence, set, published, by, note, .. }, .. }) => {
-            let note = note.map(|note| format!(" ({note})")).unwrap_or_default();
+            let note = note.map(|note| format!(" ({})", remark(&note))).unwrap_or_default();
+            let by = remark(&by);
             format!("{by} gave it the set {} as sequence {sequence} at {published}{note}", set.short())
         }
     };
@@ -287,7 +366,21 @@ impl RingChanged {
         let Difference { added, removed, unchanged, services, rules } = difference;
         let (ring, set) = (ring.name.clone(), packed.hash);
         let (difference, lines) = if dry_run { (Some(rules), Vec::new()) } else { (None, rules) };
-        Self { dry_run, changed, ring, sequence, set, added, removed, unchanged, services, difference, notes, lines }
+        Self {
+            dry_run,
+            changed,
+            stored_again: false,
+            ring,
+            sequence,
+            set,
+            added,
+            removed,
+            unchanged,
+            services,
+            difference,
+            notes,
+            lines,
+        }
     }
 
     /// For people.
@@ -301,7 +394,11 @@ impl RingChanged {
             lines.push(format!("  and {more} more"));
         }
         let what = format!("set {}, sequence {sequence}", set.short());
-        lines.push(if !self.changed {
+        lines.push(if self.stored_again && self.dry_run {
+            format!("plan for the ring {ring}: it has the set already, which is gone from etcd or spoilt, and would be stored again ({what})")
+        } else if self.stored_again {
+            format!("ring {ring}: its set was gone from etcd or spoilt, and was stored again; its pointer stays ({what})")
+        } else if !self.changed {
             format!("nothing to do, the ring {ring} has it already ({what})")
         } else if self.dry_run {
             format!("plan for the ring {ring}: {added} to add, {removed} to remove, {unchanged} unchanged; nothing was changed")

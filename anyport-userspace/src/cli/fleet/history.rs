@@ -9,6 +9,7 @@ use crate::{
         etcd::Etcd,
         layout::{Name, Pointer},
     },
+    text::remark,
 };
 
 /// Shows what a ring had over time, the newest first.
@@ -53,9 +54,9 @@ fn text(ring: &Name, entries: &[Entry<'_>]) -> String {
             sequence.to_string().into(),
             set.short().into(),
             published.to_string().into(),
-            by.as_str().into(),
+            remark(by).into(),
             if signature.is_some() { "yes" } else { "no" }.into(),
-            note.as_deref().unwrap_or("-").into(),
+            note.as_deref().map_or_else(|| "-".into(), |note| remark(note).into()),
         ]
     });
     table(["", "SEQUENCE", "SET", "PUBLISHED", "BY", "SIGNED", "NOTE"], rows)

@@ -3,6 +3,7 @@
 mod bar;
 mod change;
 mod history;
+mod metrics;
 mod nodes;
 mod publish;
 mod rollout;
@@ -59,6 +60,8 @@ enum Verb {
     History(history::History),
     /// Do not miss nodes any more that are gone for good
     Forget(nodes::Forget),
+    /// Remove a ring that has no nodes any more
+    Remove(nodes::Remove),
 }
 
 impl Fleet {
@@ -75,6 +78,7 @@ impl Fleet {
             Verb::Status(status) => status.run(&connect().await?, out).await,
             Verb::History(history) => history.run(&connect().await?, out).await,
             Verb::Forget(forget) => forget.run(&connect().await?, out).await,
+            Verb::Remove(remove) => remove.run(&connect().await?, out).await,
         }
     }
 }

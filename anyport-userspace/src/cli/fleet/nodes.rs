@@ -1,19 +1,23 @@
-//! `anyportctl fleet status` and `forget`: the state of each node of a ring.
+//! `anyportctl fleet status`, `forget` and `remove`: the state of each node of a ring.
 
-use std::fmt::Write as _;
+use std::{fmt::Write as _, time::Duration};
 
 use serde::Serialize;
+use tokio::time::sleep;
 
+use super::metrics;
 use crate::{
     api::{Problem, ProblemKind},
     cli::{
-        Output,
+        Output, Reader,
         show::{ago, table},
     },
     fleet::{
-        etcd::{Etcd, Node, Ring},
-        layout::{Health, Name, NodeState, Pointer, Report},
+        etcd::{Etcd, Node, Ring, Skipped},
+        layout::{Name, Pointer},
+        report::{Health, NodeState, Report},
     },
+    text::{list_of, remark},
 };
 
 /// Shows what each node has, and which are behind, refuse or are missing.
@@ -22,32 +26,44 @@ pub(super) struct Status {
     /// Only this ring
     #[arg(long, value_name = "RING")]
     ring: Option<Name>,
+    /// Show it again and again, every 2 seconds or at this interval
+    #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration, num_args = 0..=1, default_missing_value = "2s")]
+    watch: Option<Duration>,
+    /// Print metrics in the text format of Prometheus, for a collector that reads files
+    #[arg(long, conflicts_with = "watch")]
+    metrics: bool,
 }
+
+/// Records that were left out which people get to see; JSON has all of them.
+const SHOWN: usize = 10;
 
 /// A ring and its nodes.
 #[derive(Debug, Serialize)]
-struct RingView {
-    ring: Name,
+pub(super) struct RingView {
+    pub(super) ring: Name,
     /// What the nodes are to have.
-    pointer: Option<Pointer>,
+    pub(super) pointer: Option<Pointer>,
+    /// Why that can't be read.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) error: Option<String>,
     /// How many nodes are in which state.
-    summary: Summary,
+    pub(super) summary: Summary,
     nodes: Vec<NodeView>,
-    /// Keys that hold no record that can be read.
+    /// What was not taken for a record of the ring.
     #[serde(skip_serializing_if = "Vec::is_empty")]
-    unreadable: Vec<String>,
+    pub(super) skipped: Vec<Skipped>,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
-struct Summary {
+pub(super) struct Summary {
     nodes: usize,
-    current: usize,
-    behind: usize,
-    refused: usize,
-    ahead: usize,
-    missing: usize,
+    pub(super) current: usize,
+    pub(super) behind: usize,
+    pub(super) refused: usize,
+    pub(super) ahead: usize,
+    pub(super) missing: usize,
     /// In whatever state they are.
-    degraded: usize,
+    pub(super) degraded: usize,
 }
 
 #[derive(Debug, Serialize)]
@@ -64,20 +80,48 @@ struct NodeView {
 
 impl Status {
     pub(super) async fn run(self, etcd: &Etcd, out: &mut Output<'_>) -> Result<(), Problem> {
-        let names = match self.ring {
-            Some(ring) => vec![ring],
+        let Some(interval) = self.watch else {
+            let (rings, problem) = self.look(etcd).await?;
+            if self.metrics {
+                out.print_text(&metrics::text(&rings))?;
+            } else {
+                out.print(&rings, |rings| text(rings))?;
+            }
+            return problem.map_or(Ok(()), Err);
+        };
+        loop {
+            let (rings, _) = self.look(etcd).await?;
+            if out.print_one(&rings, |rings| text(rings) + "\n")? == Reader::Gone {
+                return Ok(());
+            }
+            sleep(interval).await;
+        }
+    }
+
+    /// All rings that were asked for; and what is wrong with the first one that can't be read.
+    async fn look(&self, etcd: &Etcd) -> Result<(Vec<RingView>, Option<Problem>), Problem> {
+        let names = match &self.ring {
+            Some(ring) => vec![ring.clone()],
             None => etcd.ring_names().await?,
         };
-        let mut rings = Vec::with_capacity(names.len());
+        let (mut rings, mut first) = (Vec::with_capacity(names.len()), None);
         for name in &names {
-            rings.push(view(etcd.ring(name).await?));
+            let (ring, problem) = etcd.ring_as_it_is(name).await?;
+            if self.ring.is_some() && problem.is_none() && ring.pointer.is_none() && ring.nodes.is_empty() {
+                let others = list_of(&etcd.ring_names().await?);
+                let what = format!("there is no ring {name}, and no node of it has reported");
+                let hint = if others.is_empty() { String::new() } else { format!("there are {others}") };
+                return Err(Problem::new(ProblemKind::NotFound, what).hint(hint));
+            }
+            rings.push(view(ring, problem.as_ref()));
+            first = first.or(problem);
         }
-        out.print(&rings, |rings| text(rings))
+        Ok((rings, first))
     }
 }
 
-fn view(ring: Ring) -> RingView {
-    let Ring { name, pointer, nodes, unreadable, .. } = ring;
+fn view(ring: Ring, problem: Option<&Problem>) -> RingView {
+    let Ring { name, pointer, nodes, skipped, .. } = ring;
     let pointer = pointer.map(|it| it.value);
     let nodes: Vec<NodeView> = nodes
         .into_iter()
@@ -100,7 +144,8 @@ fn view(ring: Ring) -> RingView {
         *count += 1;
         summary.degraded += usize::from(report.as_ref().is_some_and(|it| it.health == Health::Degraded));
     }
-    RingView { ring: name, pointer, summary, nodes, unreadable }
+    let error = problem.map(|it| it.error.clone());
+    RingView { ring: name, pointer, error, summary, nodes, skipped }
 }
 
 fn text(rings: &[RingView]) -> String {
@@ -112,11 +157,12 @@ fn text(rings: &[RingView]) -> String {
 }
 
 fn ring_text(view: &RingView) -> String {
-    let RingView { ring, pointer, summary, nodes, unreadable } = view;
-    let has = match pointer {
-        None => "has no set".to_owned(),
-        Some(Pointer { sequence, set, published, by, .. }) => {
-            format!("sequence {sequence}, set {}, published {published} by {by}", set.short())
+    let RingView { ring, pointer, error, summary, nodes, skipped } = view;
+    let has = match (pointer, error) {
+        (_, Some(error)) => error.clone(),
+        (None, None) => "has no set".to_owned(),
+        (Some(Pointer { sequence, set, published, by, .. }), None) => {
+            format!("sequence {sequence}, set {}, published {published} by {}", set.short(), remark(by))
         }
     };
     let mut text = format!("ring {ring}: {has}\n{}", summary.text());
@@ -124,9 +170,10 @@ fn ring_text(view: &RingView) -> String {
         let header = ["NODE", "STATE", "SEQUENCE", "SET", "BACK END", "HEALTH", "AGE", "VERSION"];
         text = format!("{text}\n{}", table(header, nodes.iter().map(row)));
     }
-    let troubles = nodes.iter().filter_map(|it| trouble(&it.node, it.state, it.report.as_ref()));
-    let unreadable = unreadable.iter().map(|key| format!("what is under {key} can't be read"));
-    for what in troubles.chain(unreadable) {
+    let troubles = nodes.iter().filter_map(|it| trouble(ring, &it.node, it.state, it.report.as_ref()));
+    let shown = skipped.iter().take(SHOWN).map(|Skipped { key, why }| format!("left out: {key}: {why}"));
+    let more = skipped.len().checked_sub(SHOWN).filter(|more| *more > 0).map(|more| format!("left out: {more} more"));
+    for what in troubles.chain(shown).chain(more) {
         // Writing to a string does not fail.
         write!(text, "\n{what}").ok();
     }
@@ -146,7 +193,8 @@ impl Summary {
         ];
         let counts = counts.into_iter().filter(|(count, _)| *count > 0).map(|(count, what)| format!("{count} {what}"));
         let counts: Vec<String> = counts.collect();
-        format!("{nodes} nodes{}{}", if counts.is_empty() { "" } else { ": " }, counts.join(", "))
+        let nodes = if nodes == 0 { "no node has reported".to_owned() } else { format!("{nodes} nodes") };
+        format!("{nodes}{}{}", if counts.is_empty() { "" } else { ": " }, counts.join(", "))
     }
 }
 
@@ -162,31 +210,32 @@ fn row(view: &NodeView) -> [std::borrow::Cow<'_, str>; 8] {
         state.to_string().into(),
         report.sequence.to_string().into(),
         report.set.map_or_else(|| "-".to_owned(), |it| it.short()).into(),
-        report.backend.as_str().into(),
+        remark(&report.backend).into(),
         report.health.to_string().into(),
         age.map_or_else(|| "-".to_owned(), ago).into(),
-        report.version.as_str().into(),
+        remark(&report.version).into(),
     ]
 }
 
 /// What is wrong with a node, in words.
-fn trouble(node: &Name, state: NodeState, report: Option<&Report>) -> Option<String> {
+fn trouble(ring: &Name, node: &Name, state: NodeState, report: Option<&Report>) -> Option<String> {
     let reason = match (state, report) {
         (NodeState::Missing, _) => {
             return Some(format!(
-                "{node} does not report; if it is gone for good: anyportctl fleet forget {node} --ring RING"
+                "{node} does not report; if it is gone for good: anyportctl fleet forget {node} --ring {ring}"
             ));
         }
         (NodeState::Refused, Some(report)) => {
-            report.refused.as_ref().map(|it| format!("refuses sequence {}: {}", it.sequence, it.error))
+            report.refused.as_ref().map(|it| format!("refuses sequence {}: {}", it.sequence, remark(&it.error)))
         }
-        (NodeState::Ahead, Some(report)) => {
-            Some(format!("has seen sequence {}: etcd has lost something", report.sequence))
-        }
+        (NodeState::Ahead, Some(report)) => Some(format!(
+            "says that it has seen sequence {}: etcd was restored or wiped, or it is wrong; see docs/fleet.md",
+            report.sequence
+        )),
         _ => None,
     };
-    let degraded =
-        report.filter(|it| it.health == Health::Degraded).map(|it| format!("degraded: {}", it.degraded.join("; ")));
+    let degraded = report.filter(|it| it.health == Health::Degraded);
+    let degraded = degraded.map(|it| format!("degraded: {}", remark(&it.degraded.join("; "))));
     let reasons: Vec<String> = reason.into_iter().chain(degraded).collect();
     (!reasons.is_empty()).then(|| format!("{node} {}", reasons.join("; ")))
 }
@@ -197,7 +246,8 @@ pub(super) fn unwell(ring: &Ring) -> Vec<String> {
     let unwell = ring.nodes.iter().filter_map(|Node { name, report, .. }| {
         let state = NodeState::of(pointer, report.as_ref());
         let is_well = state == NodeState::Current && report.as_ref().is_some_and(|it| it.health == Health::Good);
-        (!is_well).then(|| trouble(name, state, report.as_ref()).unwrap_or_else(|| format!("{name} is {state}")))
+        (!is_well)
+            .then(|| trouble(&ring.name, name, state, report.as_ref()).unwrap_or_else(|| format!("{name} is {state}")))
     });
     unwell.collect()
 }
@@ -211,6 +261,9 @@ pub(super) struct Forget {
     /// Their ring
     #[arg(long, value_name = "RING")]
     ring: Name,
+    /// Go on although they report: a report that somebody else has written goes, too
+    #[arg(long)]
+    force: bool,
 }
 
 /// Answer of forget.
@@ -222,14 +275,53 @@ struct Forgotten {
 
 impl Forget {
     pub(super) async fn run(self, etcd: &Etcd, out: &mut Output<'_>) -> Result<(), Problem> {
-        let Self { nodes, ring } = self;
+        let Self { nodes, ring, force } = self;
         for node in &nodes {
-            if !etcd.forget(&ring, node).await? {
+            if !etcd.forget(&ring, node, force).await? {
                 return Err(Problem::new(ProblemKind::NotFound, format!("the ring {ring} has no node {node}")));
             }
         }
-        out.print(&Forgotten { ring, forgotten: nodes }, |answer| {
-            format!("forgot {}", crate::text::list_of(&answer.forgotten))
-        })
+        out.print(&Forgotten { ring, forgotten: nodes }, |answer| format!("forgot {}", list_of(&answer.forgotten)))
+    }
+}
+
+/// Removes a ring, with its history and what is known of its nodes.
+#[derive(Debug, clap::Args)]
+pub(super) struct Remove {
+    /// The ring
+    #[arg(value_name = "RING")]
+    ring: Name,
+    /// Go on although nodes of the ring report: they keep what they have
+    #[arg(long)]
+    force: bool,
+}
+
+/// Answer of remove.
+#[derive(Serialize)]
+struct Removed {
+    ring: Name,
+    removed: bool,
+}
+
+impl Remove {
+    pub(super) async fn run(self, etcd: &Etcd, out: &mut Output<'_>) -> Result<(), Problem> {
+        let Self { ring: name, force } = self;
+        let (ring, problem) = etcd.ring_as_it_is(&name).await?;
+        if problem.is_none() && ring.pointer.is_none() && ring.nodes.is_empty() && ring.history.is_empty() {
+            return Err(Problem::new(ProblemKind::NotFound, format!("there is no ring {name}")));
+        }
+        let reporting: Vec<&Name> = ring.reports().map(|it| &it.node).collect();
+        if !reporting.is_empty() && !force {
+            return Err(Problem::new(
+                ProblemKind::Unsafe,
+                format!("nodes of the ring {name} report: {}", list_of(&reporting)),
+            )
+            .hint("give them another ring first, or go on by --force: they keep the set that they have"));
+        }
+        match problem {
+            Some(problem) => return Err(problem),
+            None => etcd.remove_ring(&ring).await?,
+        }
+        out.print(&Removed { ring: name, removed: true }, |answer| format!("removed the ring {}", answer.ring))
     }
 }

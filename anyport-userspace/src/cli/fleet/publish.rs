@@ -7,7 +7,7 @@ use crate::{
     api::{Problem, ProblemKind},
     cli::{Output, apply},
     fleet::{
-        etcd::{Etcd, Ring},
+        etcd::{Etcd, Ring, Skipped},
         layout::{Name, Pointer},
     },
 };
@@ -93,6 +93,9 @@ fn expect_proven(ring: &Ring) -> Result<(), Problem> {
         Err(Problem::new(ProblemKind::Unsafe, why)
             .hint(format!("see anyportctl fleet status --ring {name}; --force promotes it all the same")))
     };
+    if let Some(Skipped { key, why }) = ring.skipped.first() {
+        return refuse(format!("not all that is said of the ring {name} can be read: {key}: {why}"));
+    }
     let unwell = super::nodes::unwell(ring);
     match unwell.as_slice() {
         [] if ring.nodes.is_empty() => refuse(format!("no node of the ring {name} has tried its set")),

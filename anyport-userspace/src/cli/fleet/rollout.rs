@@ -1,9 +1,12 @@
 //! `anyportctl fleet rollout`: gives rings a rule set one by one, and takes it back if nodes fail.
 
-use std::{collections::BTreeMap, path::PathBuf, time::Duration};
+use std::{cell::Cell, collections::BTreeMap, path::PathBuf, time::Duration};
 
 use serde::Serialize;
-use tokio::time::{Instant, sleep};
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    time::{Instant, sleep},
+};
 
 use super::{
     bar::Bar,
@@ -14,10 +17,11 @@ use crate::{
     api::{Problem, ProblemKind},
     cli::Output,
     fleet::{
-        etcd::{Etcd, Node, Ring},
-        layout::{Hash, Health, Name, NodeState, Pointer},
+        etcd::{Etcd, Node, Ring, Skipped},
+        layout::{Hash, Name, Pointer},
+        report::{Health, NodeState},
     },
-    text::list_of,
+    text::{list_of, remark},
 };
 
 /// How often the nodes' reports are read.
@@ -27,7 +31,8 @@ const INTERVAL: Duration = Duration::from_millis(500);
 ///
 /// Each ring gets the set once the previous ring has proven it: all of its nodes that report have it active within the time that
 /// --within gives, and then for the time that --gate gives none of them refuses it, gets degraded or goes. Otherwise the ring gets back
-/// what it had, and the rings behind it are not touched. If this command is ended meanwhile, the ring keeps what it has.
+/// what it had, and the rings behind it are not touched. If this command is interrupted meanwhile, the ring keeps what it has, and the
+/// command says which ring has what.
 #[derive(Debug, clap::Args)]
 pub(super) struct Rollout {
     /// The file, as for publish; - for standard input [default: what the first ring has]
@@ -84,6 +89,37 @@ enum RingHealth {
     Overtaken,
 }
 
+/// How far a rollout has come.
+#[derive(Clone, Copy, Default)]
+struct Reached {
+    /// Which of the rings it is at.
+    ring: usize,
+    step: Reaching,
+}
+
+#[derive(Clone, Copy, Default)]
+enum Reaching {
+    #[default]
+    Before,
+    Changing,
+    Watching {
+        sequence: u64,
+    },
+}
+
+/// Ends when the operator has enough, by Ctrl-C or a signal of a program.
+fn interrupted() -> Result<impl Future<Output = ()>, Problem> {
+    let failed = |error| Problem::new(ProblemKind::Failed, format!("wait for signals: {error}"));
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(failed)?;
+    let mut terminate = signal(SignalKind::terminate()).map_err(failed)?;
+    Ok(async move {
+        tokio::select! {
+            _ = interrupt.recv() => {}
+            _ = terminate.recv() => {}
+        }
+    })
+}
+
 /// Why a ring is not followed by the next one.
 enum Stop {
     /// It should not have the set.
@@ -111,9 +147,26 @@ impl Rollout {
             Some(set) => set,
             None => Prepared::new(&etcd.set(&pointer_of(&etcd.ring(&self.rings[0]).await?)?.set).await?)?,
         };
+        let reached = Cell::new(Reached::default());
+        let interrupted = interrupted()?;
+        tokio::select! {
+            done = self.all_rings(&etcd, &set, &change, &reached, out) => done,
+            () = interrupted => Err(self.leave(&reached.get(), &set.hash())),
+        }
+    }
+
+    async fn all_rings(
+        &self,
+        etcd: &Etcd,
+        set: &Prepared,
+        change: &Change<'_>,
+        reached: &Cell<Reached>,
+        out: &mut Output<'_>,
+    ) -> Result<(), Problem> {
         for (at, name) in self.rings.iter().enumerate() {
+            reached.set(Reached { ring: at, step: Reaching::Before });
             let untouched = &self.rings[at + 1..];
-            self.ring(&etcd, name, &set, &change, out).await.map_err(|problem| Problem {
+            self.ring(etcd, name, set, change, reached, out).await.map_err(|problem| Problem {
                 error: match untouched {
                     [] => problem.error,
                     rest => format!("{}; not touched: {}", problem.error, list_of(rest)),
@@ -122,6 +175,37 @@ impl Rollout {
             })?;
         }
         Ok(())
+    }
+
+    /// Says which ring has what where the operator has interrupted the command.
+    fn leave(&self, reached: &Reached, set: &Hash) -> Problem {
+        let (passed, rest) = self.rings.split_at(reached.ring);
+        let [name, untouched @ ..] = rest else { return Problem::new(ProblemKind::Failed, "interrupted") };
+        let set = set.short();
+        let mut parts = vec!["interrupted".to_owned()];
+        if !passed.is_empty() {
+            parts.push(format!("passed, with the set {set}: {}", list_of(passed)));
+        }
+        let (what, hint) = match reached.step {
+            Reaching::Before => (format!("the ring {name} was not changed"), String::new()),
+            Reaching::Changing => (
+                format!("the ring {name} was about to be changed, which may have been done"),
+                format!("see anyportctl fleet history --ring {name}"),
+            ),
+            Reaching::Watching { sequence } => (
+                format!(
+                    "the ring {name} has the set {set} as sequence {sequence} and keeps it, but has not passed the gate"
+                ),
+                format!(
+                    "anyportctl fleet status --ring {name} shows how it does, and anyportctl fleet rollback --ring {name} takes the set back"
+                ),
+            ),
+        };
+        parts.push(what);
+        if !untouched.is_empty() {
+            parts.push(format!("not touched: {}", list_of(untouched)));
+        }
+        Problem::new(ProblemKind::Failed, parts.join("; ")).hint(hint)
     }
 
     fn validate(&self) -> Result<(), Problem> {
@@ -141,10 +225,18 @@ impl Rollout {
         name: &Name,
         set: &Prepared,
         change: &Change<'_>,
+        reached: &Cell<Reached>,
         out: &mut Output<'_>,
     ) -> Result<(), Problem> {
         let before = etcd.ring(name).await?;
         let watched = watched(&before);
+        if let Some(Skipped { key, why }) = before.skipped.first().filter(|_| !self.how.force && !self.how.dry_run) {
+            return Err(Problem::new(
+                ProblemKind::Unsafe,
+                format!("not all that is said of the ring {name} can be read, so nobody knows of all its nodes: {key}: {why}"),
+            )
+            .hint(format!("see anyportctl fleet status --ring {name}; --force goes on with the nodes that report")));
+        }
         if watched.is_empty() && !self.how.force && !self.how.dry_run {
             return Err(Problem::new(
                 ProblemKind::Unsafe,
@@ -152,7 +244,9 @@ impl Rollout {
             )
             .hint("--force goes on without"));
         }
+        reached.set(Reached { step: Reaching::Changing, ..reached.get() });
         let changed = change.make(etcd, &before, set, Some("rollout".into())).await?;
+        reached.set(Reached { step: Reaching::Watching { sequence: changed.sequence }, ..reached.get() });
         out.print_one(&changed, RingChanged::text)?;
         if changed.dry_run {
             return Ok(());
@@ -298,7 +392,7 @@ fn judge(watched: &Watched, ring: &Ring, sequence: u64) -> RingHealth {
     // Also those that came later. A node that refuses is degraded for that, and this says why.
     let mut refusals = ring.nodes.iter().filter_map(|Node { name, report, .. }| {
         let refused = report.as_ref()?.refused.as_ref().filter(|it| it.sequence == sequence)?;
-        Some(format!("the node {name} refuses it: {}", refused.error))
+        Some(format!("the node {name} refuses it: {}", remark(&refused.error)))
     });
     if let Some(refusal) = refusals.next() {
         return RingHealth::Worse(refusal);
@@ -310,7 +404,7 @@ fn judge(watched: &Watched, ring: &Ring, sequence: u64) -> RingHealth {
             return RingHealth::Worse(format!("the node {name} does not report any more"));
         };
         if *health == Health::Good && report.health == Health::Degraded {
-            return RingHealth::Worse(format!("the node {name} is degraded: {}", report.degraded.join("; ")));
+            return RingHealth::Worse(format!("the node {name} is degraded: {}", remark(&report.degraded.join("; "))));
         }
         applied += usize::from(NodeState::of(pointer, Some(report)) == NodeState::Current);
     }
@@ -322,7 +416,8 @@ mod tests {
     use super::{RingHealth, judge, watched};
     use crate::fleet::{
         etcd::{Node, Ring},
-        layout::{Hash, Health, Name, Pointer, Refused, Report, Seen, Time},
+        layout::{Hash, Name, Pointer, Seen, Time},
+        report::{Health, Refused, Report},
     };
 
     fn report(node: &str, sequence: u64) -> Report {
@@ -359,7 +454,7 @@ mod tests {
         };
         let node = |(number, report)| Node { name: format!("n{number}").parse().unwrap(), report, since: None };
         let nodes = reports.into_iter().enumerate().map(node).collect();
-        Ring { name, pointer: Some(Seen { value, revision: 1 }), history: Vec::new(), nodes, unreadable: Vec::new() }
+        Ring { name, pointer: Some(Seen { value, revision: 1 }), history: Vec::new(), nodes, skipped: Vec::new() }
     }
 
     #[test]

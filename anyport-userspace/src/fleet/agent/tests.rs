@@ -5,7 +5,7 @@ use std::{
     future::pending,
     mem,
     sync::{Arc, Mutex, MutexGuard},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use anyhow::anyhow;
@@ -18,8 +18,9 @@ use crate::{
     fleet::{Condition, FleetBoard, LineEdits},
     fleet::{
         delta::Delta,
-        layout::{Hash, Health, Pointer, Report, Seen, Time},
-        signing::{PublicKeys, SigningKey},
+        layout::{Hash, Pointer, STEP, Seen, Time},
+        report::{Health, Report},
+        signing::{NodeKey, PublicKeys, SigningKey},
     },
     store::FleetState,
 };
@@ -155,10 +156,6 @@ impl Source for Following {
     fn report(&mut self, report: &Report) {
         self.etcd.world().reports.push(report.clone());
     }
-
-    fn answered(&self) -> Option<Instant> {
-        None
-    }
 }
 
 /// A daemon that takes every set but those that start with the word `bad`, and fails at `later`.
@@ -173,6 +170,8 @@ struct Host {
     state: FleetState,
     basis: u64,
     is_broken: bool,
+    /// Whether what is in force is not what was taken.
+    is_spoilt: bool,
 }
 
 #[derive(Clone, Debug, Default)]
@@ -205,6 +204,12 @@ impl Target for Daemon {
         Ok(())
     }
 
+    async fn compare(&mut self, set: &Hash) -> Result<(), String> {
+        let mut host = self.host();
+        set.expect(host.text.as_deref().unwrap()).unwrap();
+        if mem::take(&mut host.is_spoilt) { Err("1 rules are missing".into()) } else { Ok(()) }
+    }
+
     async fn condition(&mut self) -> Condition {
         let basis = self.host().basis;
         Condition { back_end: BackEnd::Tc, generation: 7, degraded: Vec::new(), basis }
@@ -232,7 +237,10 @@ impl Scene {
         let state = self.daemon.host().state.clone();
         let view = FleetView { ring: "main".into(), ..FleetView::default() };
         self.board = Arc::new(FleetBoard::new(view, &state));
-        let identity = Identity { ring: "main".parse().unwrap(), node: "n".parse().unwrap(), keys: self.keys.clone() };
+        let key = state.key.as_deref().and_then(NodeKey::kept).unwrap_or_else(|| NodeKey::random().unwrap());
+        let key = Arc::new(key);
+        let identity =
+            Identity { ring: "main".parse().unwrap(), node: "n".parse().unwrap(), keys: self.keys.clone(), key };
         let source = Following { etcd: self.etcd.clone(), told: -1 };
         let agent = Agent::new(identity, source, self.daemon.clone(), Arc::clone(&self.board), state);
         self.agent = Some(tokio::spawn(async move { match agent.run().await {} }));
@@ -431,6 +439,45 @@ async fn a_sequence_that_goes_backwards_is_refused() {
     scene.etcd.publish(10, "ten");
     scene.soon().await;
     assert_eq!((scene.text().as_deref(), scene.refused()), (Some("ten"), None));
+}
+
+/// Neither a step that no command makes nor a pointer to nothing has a say in which sequences come next.
+#[tokio::test(start_paused = true)]
+async fn a_ring_does_not_come_to_the_end_of_its_sequences() {
+    let mut scene = Scene::new();
+    scene.etcd.publish(5, "five");
+    scene.start().await;
+    for far in [6 + STEP, u64::MAX] {
+        scene.etcd.publish(far, "far");
+        scene.soon().await;
+        scene.expect_refused("no command makes such steps", "five");
+    }
+    let lost = scene.etcd.publish(6, "lost");
+    scene.etcd.change(|world| world.sets.remove(&lost.set));
+    scene.soon().await;
+    scene.expect_refused("there is no set", "five");
+    assert_eq!((scene.board.view().seen, scene.daemon.host().state.seen), (5, 5));
+    scene.etcd.publish(6, "six");
+    scene.soon().await;
+    assert_eq!((scene.text().as_deref(), scene.refused()), (Some("six"), None));
+    scene.etcd.publish(6 + STEP, "the farthest");
+    scene.soon().await;
+    assert_eq!((scene.text().as_deref(), scene.refused()), (Some("the farthest"), None));
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_in_force_is_compared_and_made_right() {
+    let mut scene = Scene::new();
+    scene.etcd.publish(1, "one");
+    scene.start().await;
+    let key = scene.daemon.host().state.key.clone();
+    sleep(Duration::from_hours(2)).await;
+    assert_eq!(scene.tried(), 1);
+    scene.daemon.host().is_spoilt = true;
+    sleep(Duration::from_hours(1)).await;
+    assert_eq!((scene.tried(), scene.daemon.host().is_spoilt, scene.refused()), (2, false, None));
+    scene.start().await;
+    assert!(key.is_some() && scene.daemon.host().state.key == key, "its reports are signed by one key");
 }
 
 #[tokio::test(start_paused = true)]

@@ -22,6 +22,9 @@ pub(crate) struct KeyValue {
     pub(crate) mod_revision: i64,
     #[prost(bytes = "vec", tag = "5")]
     pub(crate) value: Vec<u8>,
+    /// The lease with which it goes; 0 for none.
+    #[prost(int64, tag = "6")]
+    pub(crate) lease: i64,
 }
 
 impl KeyValue {
@@ -54,6 +57,9 @@ pub(crate) struct RangeRequest {
     /// Greatest number of keys to return; 0 for all.
     #[prost(int64, tag = "3")]
     pub(crate) limit: i64,
+    /// As of which revision; 0 for the present one.
+    #[prost(int64, tag = "4")]
+    pub(crate) revision: i64,
     #[prost(bool, tag = "8")]
     pub(crate) keys_only: bool,
 }

@@ -7,13 +7,17 @@
 
 pub(super) mod client;
 pub(super) mod messages;
+mod records;
 
 use std::{collections::HashSet, error::Error as _, future::Future, time::Duration};
 
-use serde::{Serialize, de::DeserializeOwned};
+use serde::Serialize;
 use tokio::time::{Instant, sleep, timeout};
 use tonic::Code;
 
+pub(super) use self::records::read_pointer;
+pub use self::records::{Node, Ring, Skipped};
+use self::records::{nodes_of, read_all, read_record};
 use self::{
     client::{Client, Error},
     messages::{
@@ -23,11 +27,14 @@ use self::{
 };
 use super::{
     delta::Delta,
-    layout::{HISTORY, Hash, Keys, Manifest, Member, Name, Pointer, Report, Seen},
+    layout::{HISTORY, Hash, Keys, Manifest, Name, Pointer, Seen},
     pack::{CHUNK, Packed},
     settings::Endpoints,
 };
-use crate::api::{Problem, ProblemKind};
+use crate::{
+    api::{Problem, ProblemKind},
+    text::remark,
+};
 
 /// A member of etcd that takes longer is asked again, or another one is.
 const ATTEMPT: Duration = Duration::from_secs(3);
@@ -36,8 +43,21 @@ const PAUSE: Duration = Duration::from_millis(100);
 const PAGE: i64 = 3;
 /// How many times smaller than a set has to be what makes it out of another one.
 const WORTH: usize = 4;
+/// Records that are read at once, and by what that is divided while they are too large.
+const PAGES: (i64, i64) = (1_000, 32);
+/// Bytes of the largest record that is read: a report has some hundred.
+const LARGEST_RECORD: usize = 64 << 10;
+/// Records, and bytes of them, that are read below one prefix: twice as many nodes as docs/fleet.md speaks of.
+const MOST_RECORDS: usize = 20_000;
+const MOST_BYTES: usize = 64 << 20;
+/// How often a ring is read that is compacted meanwhile.
+const READ_ATTEMPTS: usize = 3;
 /// How often a set is stored again that others have removed meanwhile.
 const STORE_ATTEMPTS: usize = 5;
+
+/// What helps where etcd is full.
+const FULL: &str = "etcd is full, and nodes go on with what they have: `etcdctl compact REVISION` with the revision that `etcdctl \
+                    endpoint status -w json` shows, `etcdctl defrag` for each member, then `etcdctl alarm disarm`";
 
 /// A connection to etcd.
 #[derive(Clone)]
@@ -52,46 +72,6 @@ pub struct Etcd {
 impl std::fmt::Debug for Etcd {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Etcd").field("urls", &self.urls).field("keys", &self.keys).finish_non_exhaustive()
-    }
-}
-
-/// A node of a ring.
-#[derive(Clone, Debug)]
-pub struct Node {
-    /// Its name.
-    pub name: Name,
-    /// What it reports; nothing if it is missing.
-    pub report: Option<Report>,
-    /// When it reported first.
-    pub since: Option<super::layout::Time>,
-}
-
-/// A ring as it was at one moment.
-#[derive(Clone, Debug)]
-pub struct Ring {
-    /// Its name.
-    pub name: Name,
-    /// What its nodes are to have.
-    pub pointer: Option<Seen<Pointer>>,
-    /// What that was before, by sequence; the present one, too.
-    pub history: Vec<Pointer>,
-    /// Its nodes, by name.
-    pub nodes: Vec<Node>,
-    /// Keys that hold no such record.
-    pub unreadable: Vec<String>,
-}
-
-impl Ring {
-    /// The highest sequence that was ever seen: by etcd as it is now, or by a node.
-    pub fn highest(&self) -> u64 {
-        let pointer = self.pointer.iter().map(|it| it.value.sequence);
-        let history = self.history.iter().map(|it| it.sequence);
-        pointer.chain(history).max().unwrap_or_default().max(self.highest_of_nodes())
-    }
-
-    /// The highest sequence that a node has seen.
-    pub fn highest_of_nodes(&self) -> u64 {
-        self.nodes.iter().filter_map(|it| it.report.as_ref()).map(Report::seen).max().unwrap_or_default()
     }
 }
 
@@ -156,24 +136,113 @@ impl Etcd {
         Ok((answer.kvs.first().map(read_pointer).transpose()?, revision(answer.header.as_ref())))
     }
 
-    /// A ring, all of it at one moment.
+    /// A ring, all of it at one moment. What nodes and others have written there can't keep it from being read: what is no record
+    /// or too much is skipped, and named.
     ///
     /// # Errors
     /// etcd does not answer; or what is there is no pointer.
     pub async fn ring(&self, name: &Name) -> Result<Ring, Problem> {
-        let keys = &self.keys;
-        let gets = [
-            RangeRequest::key(&keys.ring(name)),
-            RangeRequest::prefix(&keys.history(name)),
-            RangeRequest::prefix(&keys.nodes_of(name)),
-            RangeRequest::prefix(&keys.members_of(name)),
-        ];
-        let [pointer, history, reports, members] = parts(self.get_all(&format!("read the ring {name}"), gets).await?);
-        let mut unreadable = Vec::new();
-        let pointer = pointer.first().map(read_pointer).transpose()?;
-        let history = read_all(&history, &mut unreadable);
-        let nodes = nodes_of(read_all(&reports, &mut unreadable), read_all(&members, &mut unreadable));
-        Ok(Ring { name: name.clone(), pointer, history, nodes, unreadable })
+        match self.ring_as_it_is(name).await? {
+            (_, Some(problem)) => Err(problem),
+            (ring, None) => Ok(ring),
+        }
+    }
+
+    /// The same, where what is there may be no pointer: why not.
+    ///
+    /// # Errors
+    /// etcd does not answer.
+    pub async fn ring_as_it_is(&self, name: &Name) -> Result<(Ring, Option<Problem>), Problem> {
+        for _ in 1..READ_ATTEMPTS {
+            match self.read_ring(name).await {
+                Err(problem) if problem.error.contains("compacted") => {}
+                ring => return ring,
+            }
+        }
+        self.read_ring(name).await
+    }
+
+    /// Fails if etcd is compacted meanwhile.
+    async fn read_ring(&self, name: &Name) -> Result<(Ring, Option<Problem>), Problem> {
+        let (keys, what) = (&self.keys, format!("read the ring {name}"));
+        let answer = self.get(&what, RangeRequest::key(&keys.ring(name))).await?;
+        let revision = revision(answer.header.as_ref());
+        let (pointer, problem) = match answer.kvs.first().map(read_pointer).transpose() {
+            Ok(pointer) => (pointer, None),
+            Err(problem) => (None, Some(problem)),
+        };
+        let mut skipped = Vec::new();
+        let history = self.read_below(&what, &keys.history(name), revision, &mut skipped).await?;
+        let reports = self.read_below(&what, &keys.nodes_of(name), revision, &mut skipped).await?;
+        let members = self.read_below(&what, &keys.members_of(name), revision, &mut skipped).await?;
+        let history = read_all(&history, &mut skipped);
+        let nodes = nodes_of(keys, name, &reports, &members, &mut skipped);
+        Ok((Ring { name: name.clone(), pointer, history, nodes, skipped }, problem))
+    }
+
+    /// All records below a prefix as of a revision, up to a number and a size.
+    async fn read_below(
+        &self,
+        what: &str,
+        prefix: &str,
+        revision: i64,
+        skipped: &mut Vec<Skipped>,
+    ) -> Result<Vec<KeyValue>, Problem> {
+        let mut records = Vec::new();
+        let (mut bytes, mut page) = (0, PAGES.0);
+        let mut request = RangeRequest { revision, ..RangeRequest::prefix(prefix) };
+        loop {
+            request.limit = page;
+            let RangeResponse { kvs, more, .. } = match self.get_unless_too_large(what, &request).await? {
+                Some(answer) => answer,
+                None if page > 1 => {
+                    page = (page / PAGES.1).max(1);
+                    continue;
+                }
+                // Without its value.
+                None => self.get(what, request.clone().keys_only()).await?,
+            };
+            let Some(last) = kvs.last() else { return Ok(records) };
+            // The least key behind this one.
+            request.key = [last.key.as_slice(), b"\0"].concat();
+            for entry in kvs {
+                let length = entry.key.len() + entry.value.len();
+                bytes += length;
+                let why = match () {
+                    () if entry.value.is_empty() => "it is empty, or too large to be read".to_owned(),
+                    () if length > LARGEST_RECORD => {
+                        format!("it has {length} bytes, and a record has {LARGEST_RECORD} at most")
+                    }
+                    () => {
+                        records.push(entry);
+                        continue;
+                    }
+                };
+                skipped.push(Skipped::new(&entry.key, &why));
+            }
+            if !more {
+                return Ok(records);
+            }
+            if records.len() + skipped.len() >= MOST_RECORDS || bytes >= MOST_BYTES {
+                skipped.push(Skipped::new(
+                    &request.key,
+                    &format!("it and what is behind it: {MOST_RECORDS} records or {MOST_BYTES} bytes are read at most"),
+                ));
+                return Ok(records);
+            }
+            page = PAGES.0;
+        }
+    }
+
+    /// Nothing if the answer would be larger than what is taken.
+    async fn get_unless_too_large(&self, what: &str, request: &RangeRequest) -> Result<Option<RangeResponse>, Problem> {
+        self.ask(what, || async {
+            match self.client.range(request.clone()).await {
+                Err(Error::Status(status)) if status.code() == Code::OutOfRange && is_of_client(&status) => Ok(None),
+                answer => answer.map(Some),
+            }
+        })
+        .await
     }
 
     /// The names of all rings that have a pointer or nodes.
@@ -181,17 +250,29 @@ impl Etcd {
     /// # Errors
     /// etcd does not answer.
     pub async fn ring_names(&self) -> Result<Vec<Name>, Problem> {
-        let keys = [self.keys.rings(), self.keys.members(), self.keys.nodes()];
-        let gets = keys.each_ref().map(|key| RangeRequest::prefix(key).keys_only());
-        let found: [Vec<KeyValue>; 3] = parts(self.get_all("list the rings", gets).await?);
-        let names = found.iter().zip(&keys).flat_map(|(found, prefix)| {
-            let names = found.iter().filter_map(move |it| it.key_str()?.strip_prefix(prefix)?.split('/').next());
-            names.filter_map(|name| name.parse().ok())
-        });
-        let mut names: Vec<Name> = names.collect();
+        let mut names = Vec::new();
+        for prefix in [self.keys.rings(), self.keys.members(), self.keys.nodes()] {
+            self.ring_names_below(&prefix, &mut names).await?;
+        }
         names.sort();
         names.dedup();
         Ok(names)
+    }
+
+    /// Goes from ring to ring, however many keys each has.
+    async fn ring_names_below(&self, prefix: &str, names: &mut Vec<Name>) -> Result<(), Problem> {
+        let mut request = RangeRequest { limit: 1, ..RangeRequest::prefix(prefix).keys_only() };
+        for _ in 0..MOST_RECORDS {
+            let answer = self.get("list the rings", request.clone()).await?;
+            let Some(entry) = answer.kvs.first() else { break };
+            let rest = entry.key.strip_prefix(prefix.as_bytes()).unwrap_or_default();
+            let end = rest.iter().position(|it| *it == b'/').unwrap_or(rest.len());
+            names.extend(std::str::from_utf8(&rest[..end]).ok().and_then(|name| name.parse::<Name>().ok()));
+            // Behind all that begins with the same name and a slash, or behind the key.
+            let next = if end < rest.len() { b'/' + 1 } else { 0 };
+            request.key = [prefix.as_bytes(), &rest[..end], &[next]].concat();
+        }
+        Ok(())
     }
 
     /// The text of a set.
@@ -229,6 +310,18 @@ impl Etcd {
                 chunks.truncate(manifest.chunks);
                 return manifest.unpack(hash, &chunks).map_err(|why| spoilt(&why));
             }
+        }
+    }
+
+    /// Whether a set is there, as it should be.
+    ///
+    /// # Errors
+    /// etcd does not answer.
+    pub async fn has(&self, hash: &Hash) -> Result<bool, Problem> {
+        match self.set(hash).await {
+            Ok(_) => Ok(true),
+            Err(problem) if problem.kind == ProblemKind::NoDaemon => Err(problem),
+            Err(_) => Ok(false),
         }
     }
 
@@ -409,26 +502,48 @@ impl Etcd {
         Ok(self.transact("remove an unused set", &txn).await?.succeeded)
     }
 
-    /// Forgets that a node is one of a ring's. Returns whether it was.
+    /// Removes a ring: its pointer, its history and what is known of its nodes. Sets that only it had go with the next change.
+    ///
+    /// # Errors
+    /// etcd does not answer; or the pointer was changed since the ring was read.
+    pub async fn remove_ring(&self, ring: &Ring) -> Result<(), Problem> {
+        let (keys, name) = (&self.keys, &ring.name);
+        let before = ring.pointer.as_ref().map_or(0, |it| it.revision);
+        let below = [keys.history(name), keys.nodes_of(name), keys.members_of(name)];
+        let mut success: Vec<RequestOp> = vec![DeleteRangeRequest::key(&keys.ring(name)).into()];
+        success.extend(below.iter().map(|prefix| RequestOp::from(DeleteRangeRequest::prefix(prefix))));
+        let compare = vec![Compare::mod_revision(&keys.ring(name), CompareResult::Equal, before)];
+        let txn = TxnRequest { compare, success, failure: Vec::new() };
+        if self.transact(&format!("remove the ring {name}"), &txn).await?.succeeded {
+            return Ok(());
+        }
+        Err(Problem::new(ProblemKind::Conflict, format!("the ring {name} was changed meanwhile"))
+            .hint(format!("see anyportctl fleet history --ring {name}, and repeat the command if it is still right")))
+    }
+
+    /// Forgets that a node is one of a ring's. Returns whether it was. By force also what it reports.
     ///
     /// # Errors
     /// etcd does not answer; or the node lives.
-    pub async fn forget(&self, ring: &Name, node: &Name) -> Result<bool, Problem> {
+    pub async fn forget(&self, ring: &Name, node: &Name, by_force: bool) -> Result<bool, Problem> {
         let (member, report) = (self.keys.member(ring, node), self.keys.node(ring, node));
+        let mut compare = vec![Compare::create_revision(&member, CompareResult::Greater, 0)];
+        if !by_force {
+            compare.push(Compare::create_revision(&report, CompareResult::Equal, 0));
+        }
         let txn = TxnRequest {
-            compare: vec![
-                Compare::create_revision(&report, CompareResult::Equal, 0),
-                Compare::create_revision(&member, CompareResult::Greater, 0),
-            ],
-            success: vec![DeleteRangeRequest::key(&member).into()],
+            compare,
+            success: vec![DeleteRangeRequest::key(&member).into(), DeleteRangeRequest::key(&report).into()],
             failure: vec![RangeRequest::key(&member).into()],
         };
         let answer = self.transact(&format!("forget the node {node}"), &txn).await?;
         let forgotten = answer.succeeded;
         let [found] = if forgotten { [Vec::new()] } else { parts(answer) };
         if !found.is_empty() {
-            return Err(Problem::new(ProblemKind::Conflict, format!("the node {node} of the ring {ring} reports"))
-                .hint("stop it or give it another ring first; it would be back at its next report"));
+            return Err(Problem::new(ProblemKind::Conflict, format!("the node {node} of the ring {ring} reports")).hint(
+                "stop it or give it another ring first; it would be back at its next report. Where somebody else has written that \
+                 report, --force removes it",
+            ));
         }
         Ok(forgotten)
     }
@@ -471,6 +586,11 @@ pub(super) fn is_transient(error: &Error) -> bool {
     }
 }
 
+/// Whether the status was made here and not by etcd, which gives this code for revisions.
+fn is_of_client(status: &tonic::Status) -> bool {
+    status.message().contains("message length too large")
+}
+
 fn refusal(urls: &str, what: &str, error: &Error) -> Problem {
     let text = format!("etcd at {urls}: {what}: {}", causes(error));
     let Error::Status(status) = error else { return Problem::new(ProblemKind::Failed, text) };
@@ -479,6 +599,9 @@ fn refusal(urls: &str, what: &str, error: &Error) -> Problem {
             .hint("see the roles of the user that --user and --password-file name"),
         Code::InvalidArgument if status.message().contains("auth") => {
             Problem::new(ProblemKind::NotPermitted, text).hint("see --user and --password-file")
+        }
+        Code::ResourceExhausted if status.message().contains("space exceeded") => {
+            Problem::new(ProblemKind::Failed, text).hint(FULL)
         }
         _ => Problem::new(ProblemKind::Failed, text),
     }
@@ -494,11 +617,11 @@ pub(super) fn causes(error: &Error) -> String {
         }
         source = cause.source();
     }
-    text
+    remark(&text)
 }
 
 /// What the gets of a transaction have found, in order.
-fn parts<const N: usize>(answer: TxnResponse) -> [Vec<KeyValue>; N] {
+pub(super) fn parts<const N: usize>(answer: TxnResponse) -> [Vec<KeyValue>; N] {
     let mut found = answer.responses.into_iter().map(|it| match it.response {
         Some(OperationResponse::Range(range)) => range.kvs,
         _ => Vec::new(),
@@ -506,46 +629,8 @@ fn parts<const N: usize>(answer: TxnResponse) -> [Vec<KeyValue>; N] {
     std::array::from_fn(|_| found.next().unwrap_or_default())
 }
 
-fn revision(header: Option<&ResponseHeader>) -> i64 {
+pub(super) fn revision(header: Option<&ResponseHeader>) -> i64 {
     header.map_or(0, |it| it.revision)
-}
-
-fn read_record<T: DeserializeOwned>(entry: &KeyValue) -> Result<T, String> {
-    let key = String::from_utf8_lossy(&entry.key);
-    serde_json::from_slice(&entry.value).map_err(|error| format!("what etcd has under {key} can't be read: {error}"))
-}
-
-pub(super) fn read_pointer(entry: &KeyValue) -> Result<Seen<Pointer>, Problem> {
-    let value = read_record(entry).map_err(|why| {
-        let key = String::from_utf8_lossy(&entry.key);
-        Problem::new(ProblemKind::Failed, why)
-            .hint(format!("nodes go on with what they have; `etcdctl del {key}` lets the ring be published again"))
-    })?;
-    Ok(Seen { value, revision: entry.mod_revision })
-}
-
-fn read_all<T: DeserializeOwned>(entries: &[KeyValue], unreadable: &mut Vec<String>) -> Vec<T> {
-    let mut records = Vec::with_capacity(entries.len());
-    for entry in entries {
-        match read_record(entry) {
-            Ok(record) => records.push(record),
-            Err(_) => unreadable.push(String::from_utf8_lossy(&entry.key).into_owned()),
-        }
-    }
-    records
-}
-
-fn nodes_of(reports: Vec<Report>, members: Vec<Member>) -> Vec<Node> {
-    let mut nodes: std::collections::BTreeMap<Name, Node> = members
-        .into_iter()
-        .map(|Member { node, since, .. }| (node.clone(), Node { name: node, report: None, since: Some(since) }))
-        .collect();
-    for report in reports {
-        let name = report.node.clone();
-        let node = nodes.entry(name.clone()).or_insert(Node { name, report: None, since: None });
-        node.report = Some(report);
-    }
-    nodes.into_values().collect()
 }
 
 pub(super) fn to_json(record: &impl Serialize) -> Result<String, Problem> {

@@ -205,6 +205,7 @@ fn fleet(sequence: u8) -> (KeptFleet, String) {
         since: Some("2026-01-31T23:59:59Z".into()),
         seen: sequence.into(),
         seen_set: None,
+        key: None,
     };
     let service = serde_json::from_str(r#"{"name": "edge", "handler": "echo"}"#).unwrap();
     let rule = format!(r#"{{"prefix": "203.0.113.{sequence}/32", "service": "edge"}}"#);

@@ -17,7 +17,7 @@ use anyport::{
     config::{self, Config},
     daemon::fleet_node::agent,
     engine::Engine,
-    fleet::{Condition, LineEdits, agent::Target},
+    fleet::{Condition, LineEdits, agent::Target, layout::Hash},
     service::{WorkerHandles, Workers},
     store::{FleetState, Store},
 };
@@ -131,7 +131,7 @@ async fn live(config: &Config, workers: WorkerHandles, applied: Applied) -> Resu
     let engine = Engine::simulated(config, kept, crate::kernel::kernel(), workers).await?;
     let (board, state) = (engine.fleet_board().context("no fleet")?, engine.fleet_state().clone());
     let fleet = config.fleet.as_ref().context("no fleet")?;
-    match Box::pin(agent(fleet, Node { engine, applied }, board, state).run()).await {}
+    match Box::pin(agent(fleet, Node { engine, applied }, board, state)?.run()).await {}
 }
 
 /// What an agent has do what etcd says.
@@ -150,6 +150,10 @@ impl Target for Node {
 
     async fn note(&mut self, state: &FleetState) -> Result<()> {
         self.engine.note_fleet(state.clone())
+    }
+
+    async fn compare(&mut self, set: &Hash) -> Result<(), String> {
+        self.engine.compare_set(|text| set.expect(text).map_err(|found| format!("another set, {found}")))
     }
 
     async fn condition(&mut self) -> Condition {
