@@ -27,7 +27,7 @@ use nix::{
 };
 use socket2::{Domain, SockAddr, Socket, Type};
 use tokio::task::JoinHandle;
-use tracing::warn;
+use tracing::{info, warn};
 
 use crate::{closing, paths::RUN_DIRECTORY, sys};
 
@@ -36,6 +36,8 @@ use crate::{closing, paths::RUN_DIRECTORY, sys};
 const NAME: &str = "anyportd";
 const ATTEMPTS: u32 = 40;
 const PAUSE: Duration = Duration::from_millis(50);
+/// Attempts while a server whose keeper was killed ends: it withdraws what is announced, for up to 8 s, and takes steering down.
+const ENDING: u32 = 300;
 
 /// What shows that this is the only daemon of its network namespace, for as long as it is held.
 #[derive(Debug)]
@@ -70,7 +72,7 @@ impl Lock {
     fn take_namespace() -> anyhow::Result<Self> {
         let address = SocketAddr::from_abstract_name(NAME).context("name the lock")?;
         let is_daemon = |it: &UnixCredentials| it.uid() == 0 || it.uid() == Uid::effective().as_raw();
-        for _ in 0..ATTEMPTS {
+        for attempt in 0..ENDING {
             match UnixListener::bind_addr(&address) {
                 Ok(lock) => {
                     sys::refuse_descriptors(&lock).context("set the lock of this network namespace up")?;
@@ -81,7 +83,15 @@ impl Lock {
             }
             match holder_of_lock().filter(is_daemon) {
                 // A daemon was killed, and is not quite gone; or a tool that it was starting has its descriptors for a moment more.
-                Some(holder) if is_gone(holder.pid()) => thread::sleep(PAUSE),
+                Some(holder) if is_gone(holder.pid()) => {
+                    if attempt == ATTEMPTS {
+                        info!(
+                            "waiting for the server of the daemon with pid {}, which was killed, to end",
+                            holder.pid()
+                        );
+                    }
+                    thread::sleep(PAUSE);
+                }
                 Some(holder) => return Err(already_running(&holder.pid().to_string())),
                 None => {
                     warn!("another user's process holds the socket name @{NAME}; locking a file instead");

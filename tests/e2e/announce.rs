@@ -4,7 +4,10 @@ use std::{
     fs,
     io::{Read as _, Write as _},
     net::{SocketAddr, TcpListener, TcpStream},
-    os::unix::fs::{PermissionsExt as _, chown},
+    os::unix::{
+        fs::{PermissionsExt as _, chown},
+        net::UnixListener,
+    },
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     thread::{scope, sleep},
@@ -47,6 +50,7 @@ pub(crate) fn trials() -> Vec<Trial> {
         trial("announce::a router that can't be told harms nothing", deaf),
         trial("announce::a router that has forgotten, or passes nothing on, is told of", forgetful),
         trial("announce::two daemons beside one router", shared),
+        trial("announce::a start waits for the server of a killed keeper", ending),
         trial("announce::a crash that lasts withdraws", crash),
         trial("announce::a queue that does not move", queue),
     ];
@@ -442,6 +446,27 @@ fn shared() {
         let routes = site.upstream.routes();
         if site.upstream.knows("192.0.2.0/25") { Err(routes.join("\n")) } else { Ok(()) }
     });
+}
+
+/// Its server ends by itself, and takes its time: the router does not answer.
+fn ending() {
+    let (namespace, directory) = (Netns::new(), scratch());
+    let path = directory.path();
+    chown(path, Some(USER), Some(GROUP)).expect("a directory of the daemon's own");
+    let _mute = UnixListener::bind(path.join("bird.ctl")).expect("a socket");
+    fs::set_permissions(path.join("bird.ctl"), fs::Permissions::from_mode(0o666)).expect("a socket for all");
+    let config = format!(
+        "[announce]\nfile = \"{0}/announced.conf\"\nreload = \"{0}/bird.ctl\"\nprefixes = [\"192.0.2.0/24\"]\n",
+        path.display()
+    );
+    fs::write(path.join("anyport.toml"), config).expect("a configuration");
+    let first = Setup::new(&namespace, "sk-lookup").config(path.join("anyport.toml")).start();
+    let begin = Instant::now();
+    kill(first.keeper(), Signal::SIGKILL).expect("SIGKILL to the keeper");
+    let second = Daemon::start(&namespace, "sk-lookup");
+    assert!(begin.elapsed() > Duration::from_secs(2), "the server had ended before the start");
+    second.ok("add-prefix 192.0.2.0/24");
+    assert!(second.log().contains("which was killed, to end"), "{}", second.log());
 }
 
 fn crash() {

@@ -10,7 +10,7 @@ use anyhow::{Context as _, Result};
 
 use crate::process::{self, exec};
 
-const TARGETS: [&str; 4] = ["packet", "api", "file", "header"];
+const TARGETS: [&str; 5] = ["packet", "api", "file", "header", "delta"];
 
 /// What makes rustc count which paths are taken and what is compared, as `cargo fuzz` sets it.
 const COVERAGE: [&str; 6] = [
@@ -28,6 +28,9 @@ pub(crate) struct Options {
     /// How often each target is executed.
     #[arg(long, default_value_t = 1_000_000)]
     runs: u64,
+    /// Only this target.
+    #[arg(value_parser = TARGETS)]
+    target: Option<String>,
 }
 
 /// Fuzzes every target and keeps in its corpus the fewest inputs that reach all code that was reached.
@@ -35,7 +38,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let root = process::workspace()?;
     let work = process::target_dir(&root).join("fuzz");
     let binaries = build(&root, &work)?;
-    for target in TARGETS {
+    for target in TARGETS.into_iter().filter(|name| options.target.as_ref().is_none_or(|it| it == name)) {
         println!("\n=== {target}: {} executions", options.runs);
         let corpus = root.join("tests/fuzz/corpus").join(target);
         let found = empty(&work.join(target).join("found"))?;

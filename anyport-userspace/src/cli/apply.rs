@@ -9,19 +9,23 @@ use std::{
 
 use indicatif::{ProgressBar, ProgressStyle};
 
-use super::{Output, path};
+use super::{
+    Output,
+    lists::{Reading, Source},
+    path,
+};
 use crate::api::{self, Applied, Changed, Client, Problem, ProblemKind, ProgressView};
 
 /// Makes the applied rules equal to a file. Rules of the configuration and rules that were added by hand stay.
 ///
 /// The file has the tables `[[service]]` and `[[rule]]` of the configuration, or a rule a line:
 /// PREFIX [tcp|udp|both] [PORTS] [except=PORTS] [source=CIDR] [service=NAME] [route=no]
+/// Lists as others publish them are read, too: ranges, netmasks, ipset save, nft list, ip route, JSON, gzip.
 #[expect(rustdoc::broken_intra_doc_links, reason = "it is the text of --help, in which brackets are no links")]
 #[derive(Debug, clap::Args)]
 pub(super) struct Apply {
-    /// The file; - for standard input
-    #[arg(value_name = "FILE")]
-    file: PathBuf,
+    #[command(flatten)]
+    source: Source,
     /// Print the difference and change nothing
     #[arg(long)]
     dry_run: bool,
@@ -38,16 +42,17 @@ pub(super) struct Apply {
 
 impl Apply {
     pub(super) async fn run(self, client: &Client, out: &mut Output<'_>) -> Result<(), Problem> {
-        let Self { file, dry_run, confirm, prune, force } = self;
-        let text = read(&file)?;
+        let Self { source, dry_run, confirm, prune, force } = self;
+        let Reading { text, notes } = source.read()?;
         let confirm = confirm.map(|it| it.as_secs());
         let options = api::Apply { dry_run, confirm, prune, force };
         let path = path("/v1/apply", &options)?;
-        let request = client.post_file(&path, text);
-        let answer: Applied = tokio::select! {
+        let request = client.post_file(&path, text.into_bytes());
+        let mut answer: Applied = tokio::select! {
             answer = request => answer?,
             never = show_progress(client) => match never {},
         };
+        answer.notes.splice(0..0, notes);
         out.print(&answer, |answer| describe(answer, prune))
     }
 }

@@ -7,6 +7,7 @@ mod events;
 mod explain;
 #[cfg(feature = "fleet")]
 mod fleet;
+mod lists;
 mod prefixes;
 mod register;
 mod reload;

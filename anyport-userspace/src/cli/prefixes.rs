@@ -1,13 +1,13 @@
 //! `anyportctl add-prefix`, `remove-prefix` and `prefixes`: the rules.
 
-use std::{borrow::Cow, num::NonZeroU16};
+use std::{borrow::Cow, num::NonZeroU16, str::FromStr};
 
 use serde_json::value::RawValue;
 
-use super::{Output, path, show::table};
+use super::{Output, lists::Source, path, show::table};
 use crate::{
     api::{AddPrefixes, Changed, Client, ListPrefixes, PrefixView, Problem, ProblemKind, RemovePrefixes},
-    rules::{PortSet, Prefix, Protocol, RuleSpec, ServiceName},
+    rules::{InvalidText, PortSet, Prefix, Protocol, RuleSpec, ServiceName},
     text::list_of,
 };
 
@@ -18,9 +18,10 @@ pub(super) struct Add {
     #[arg(
         required = true,
         value_name = "PREFIX",
-        help = "Prefixes such as 192.0.2.0/24 or 2001:db8::/32; a bare address is a prefix of its own"
+        help = "Prefixes such as 192.0.2.0/24 or 2001:db8::/32; a bare address is a prefix of its own; - for a list of them on \
+                standard input, in any format of apply"
     )]
-    prefixes: Vec<Prefix>,
+    prefixes: Vec<Wanted>,
     /// Transports to steer
     #[arg(long, value_enum, default_value_t)]
     protocol: Protocol,
@@ -44,9 +45,32 @@ pub(super) struct Add {
     force: bool,
 }
 
+/// A prefix, or those on standard input.
+#[derive(Clone, Debug)]
+enum Wanted {
+    Prefix(Prefix),
+    Listed,
+}
+
+impl FromStr for Wanted {
+    type Err = InvalidText;
+
+    fn from_str(text: &str) -> Result<Self, InvalidText> {
+        if text == "-" { Ok(Self::Listed) } else { text.parse().map(Self::Prefix) }
+    }
+}
+
 impl Add {
     pub(super) async fn run(self, client: &Client, out: &mut Output<'_>) -> Result<(), Problem> {
         let Self { prefixes, protocol, ports, except, source, service, no_route, force } = self;
+        let mut all = Vec::with_capacity(prefixes.len());
+        for wanted in prefixes {
+            match wanted {
+                Wanted::Prefix(prefix) => all.push(prefix),
+                Wanted::Listed => all.extend(Source::of("-".into()).prefixes()?),
+            }
+        }
+        let prefixes = all;
         let done = format!("steering {} to {service}", list_of(&prefixes));
         let terms = RuleSpec { protocol, ports, except, source, service, route: !no_route };
         let request = AddPrefixes::of(prefixes, terms, force);

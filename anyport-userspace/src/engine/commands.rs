@@ -4,7 +4,7 @@ use super::{Engine, difference::conflict_problem, kept::Keep, services::expect_f
 use crate::{
     api::{AddPrefixes, Changed, Problem, ProblemKind, RemovePrefixes},
     host,
-    rules::{Change, Draft, Origin, Prefix, Rule, RuleSpec, ServiceName},
+    rules::{Change, Draft, Origin, Prefix, Rule, RuleSpec, ServiceName, special},
     service::ServiceConfig,
 };
 
@@ -184,11 +184,12 @@ impl Engine {
     }
 }
 
-/// The new rules whose prefixes contain one of these addresses, or everything.
+/// The new rules whose prefixes contain one of these addresses, or everything, or addresses that any host needs.
 fn concerned(change: &Change, addresses: impl Iterator<Item = std::net::IpAddr>) -> Vec<Rule> {
     let everything = [true, false].map(|is_ipv4| Prefix::from_bits(is_ipv4, 0, 0));
     let around = addresses.map(Prefix::host).flat_map(|host| (0..=host.len()).map(move |len| host.truncated(len)));
-    let mut prefixes: Vec<Prefix> = around.chain(everything).collect();
+    let needed = change.added.iter().map(|(prefix, _)| *prefix).filter(|it| !special::broken(it, true).is_empty());
+    let mut prefixes: Vec<Prefix> = around.chain(everything).chain(needed).collect();
     prefixes.sort_unstable();
     prefixes.dedup();
     let mut concerned = Vec::new();

@@ -58,7 +58,12 @@ impl Delta {
         if text.len() > LARGEST {
             return Err(spoilt(format!("it has more than {LARGEST} bytes")));
         }
-        String::from_utf8(text).map(Self).map_err(|error| spoilt(error.to_string()))
+        String::from_utf8(text).map(Self::of_steps).map_err(|error| spoilt(error.to_string()))
+    }
+
+    /// One with these steps, whatever they are.
+    pub fn of_steps(steps: String) -> Self {
+        Self(steps)
     }
 
     /// The text that it makes out of another one, and the lines by which they differ.

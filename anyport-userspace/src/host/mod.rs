@@ -16,7 +16,7 @@ use anyport_common::flow::Transport;
 
 pub use self::links::{Link, links};
 pub use self::sockets::{connected_addresses, for_each_connection, listeners, listeners_of};
-use crate::rules::Rule;
+use crate::rules::{Rule, special};
 
 /// A socket that waits for any client: a listening TCP socket or an unconnected UDP socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -93,6 +93,7 @@ fn describe(rule: &Rule, host: &Host, shadowed: &[Listener], owners: &HashMap<u6
     if rule.terms.route && prefix.is_everything() {
         lines.push(format!("a local route to {prefix} would replace the default route and cut the host off"));
     }
+    lines.extend(special::broken(prefix, rule.terms.route));
     let gateways = host.gateways.iter().filter(|gateway| prefix.contains(**gateway));
     let gateways: Vec<_> = gateways.map(ToString::to_string).collect();
     if rule.terms.route && !gateways.is_empty() {

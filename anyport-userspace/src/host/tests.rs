@@ -104,7 +104,14 @@ fn harm_is_described() {
             &["these sockets would be reached no more at addresses of 198.51.100.0/24: \
                tcp 198.51.100.9:8080"],
         ),
-        (rule("fe80::/10", "1", ""), &["fe80::/10 contains fe80::1, the way to the host's gateway"]),
+        (
+            rule("fe80::/10", "1", ""),
+            &[
+                "fe80::/10 concerns addresses that the host needs: fe80::/10 are link-local addresses, by which IPv6 finds \
+                 neighbours and routers",
+                "fe80::/10 contains fe80::1, the way to the host's gateway",
+            ],
+        ),
     ] {
         let host = host();
         let shadowed = shadowed(&rule, &host);

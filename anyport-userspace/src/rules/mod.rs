@@ -22,6 +22,8 @@ mod set;
 mod shared_map;
 #[cfg(feature = "daemon")]
 mod sources;
+#[cfg(feature = "daemon")]
+pub mod special;
 #[cfg(test)]
 #[cfg(feature = "daemon")]
 pub(crate) mod tests {

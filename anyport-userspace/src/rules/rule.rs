@@ -4,7 +4,7 @@ use std::{fmt, net::IpAddr, sync::Arc};
 
 use serde::{Deserialize, Serialize};
 
-use super::{InvalidText, PortSet, Prefix, Protocol, ServiceName};
+use super::{InvalidText, PortSet, Prefix, Protocol, ServiceName, special::expect_steerable};
 
 /// Where a rule or a service came from.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -140,8 +140,9 @@ impl RuleSpec {
     /// Checks what the types leave open.
     ///
     /// # Errors
-    /// There is no port to steer, or prefix and source are of different families.
+    /// There is no port to steer, no packet can come for the prefix, or prefix and source are of different families.
     pub fn validate(&self, prefix: &Prefix) -> Result<(), InvalidText> {
+        expect_steerable(prefix)?;
         if self.ports.is_empty() {
             return Err(InvalidText(format!(
                 "{prefix}: there are no ports to steer; leave ports away for all of them"

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use anyport::{
     api::{AddPrefixes, Apply, Explain, ListPrefixes, Listen, Problem, Reload, RemovePrefixes, TakeOver, parse},
+    fleet::{LineEdits, delta::Delta},
     register,
     rule_file::RuleFile,
     rules::lines,
@@ -71,6 +72,21 @@ pub fn file(input: &[u8]) {
     for service in file.services.into_iter().flatten() {
         body::<ServiceConfig>(&serde_json::to_vec(&service).expect("a service can be written"));
     }
+}
+
+/// Takes the input for a text, and behind the first zero byte for what makes another text out of it. Whatever that is: the lines that go
+/// and come are those by which the two texts differ, so that what a node makes active by them is what the text says that has the
+/// signed hash.
+pub fn delta(input: &[u8]) {
+    let Ok(text) = str::from_utf8(input) else { return };
+    let Some((before, steps)) = text.split_once('\0') else { return };
+    let Ok((after, LineEdits { removed, added })) = Delta::of_steps(steps.to_owned()).apply(before) else { return };
+    let sorted = |texts: [&str; 2]| {
+        let mut lines: Vec<String> = texts.iter().flat_map(|text| text.lines().map(str::to_owned)).collect();
+        lines.sort_unstable();
+        lines
+    };
+    assert_eq!(sorted([before, &added]), sorted([&after, &removed]), "{steps:?}");
 }
 
 /// Reads the input as the beginning of a connection. A header is none before its last byte has come, is no other one with
@@ -159,5 +175,10 @@ mod tests {
     #[test]
     fn file_corpus() {
         replay("file", super::file);
+    }
+
+    #[test]
+    fn delta_corpus() {
+        replay("delta", super::delta);
     }
 }

@@ -195,10 +195,8 @@ mod tests {
 
     #[test]
     fn what_was_seen_on_other_kernels_stays() {
-        let before = [
-            seen("6.1", &[("sk-lookup::a b", true), ("takeover", true)]),
-            seen("newest", &[("tc::a b", true)]),
-        ];
+        let before =
+            [seen("6.1", &[("sk-lookup::a b", true), ("takeover", true)]), seen("newest", &[("tc::a b", true)])];
         let before = update(&page(""), &before, true, "2026-01-02").unwrap();
         let now = [seen("6.1", &[("tproxy::a b", true)]), seen("5.10", &[("tc is refused", true)])];
         let expected = page(

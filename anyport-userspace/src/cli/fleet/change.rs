@@ -72,13 +72,20 @@ pub(super) struct RingChanged {
 pub(super) struct Prepared {
     packed: Packed,
     content: Content,
+    /// What there is to say of how it was read.
+    notes: Vec<String>,
 }
 
 impl Prepared {
     pub(super) fn new(text: &str) -> Result<Self, Problem> {
         let content = Content::parse(text)?;
         let packed = Packed::new(text).map_err(|error| Problem::new(ProblemKind::TooLarge, error.to_string()))?;
-        Ok(Self { packed, content })
+        Ok(Self { packed, content, notes: Vec::new() })
+    }
+
+    /// The same with what there is to say of it.
+    pub(super) fn with_notes(self, notes: Vec<String>) -> Self {
+        Self { notes, ..self }
     }
 
     pub(super) fn hash(&self) -> Hash {
@@ -113,8 +120,8 @@ impl Change<'_> {
         set: &Prepared,
         what: Option<String>,
     ) -> Result<RingChanged, Problem> {
-        let Prepared { packed, content } = set;
-        let mut notes = Vec::new();
+        let Prepared { packed, content, notes } = set;
+        let mut notes = notes.clone();
         let before = present(etcd, ring, &mut notes).await?;
         let difference = content.since(before.as_ref().unwrap_or(&Content::default()));
         let foreign = content.foreign_services();

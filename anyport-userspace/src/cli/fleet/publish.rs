@@ -1,11 +1,12 @@
 //! `anyportctl fleet publish`, `promote` and `rollback`: give a ring another rule set.
 
-use std::path::PathBuf;
-
 use super::change::{How, Prepared, RingChanged};
 use crate::{
     api::{Problem, ProblemKind},
-    cli::{Output, apply},
+    cli::{
+        Output,
+        lists::{Reading, Source},
+    },
     fleet::{
         etcd::{Etcd, Ring, Skipped},
         layout::{Name, Pointer},
@@ -17,9 +18,8 @@ use crate::{
 /// The file is one for `anyportctl apply`: the tables `[[service]]` and `[[rule]]`, or a rule a line.
 #[derive(Debug, clap::Args)]
 pub(super) struct Publish {
-    /// The file; - for standard input
-    #[arg(value_name = "FILE")]
-    file: PathBuf,
+    #[command(flatten)]
+    source: Source,
     /// The ring
     #[arg(long, value_name = "RING")]
     ring: Name,
@@ -33,8 +33,8 @@ impl Publish {
         connect: impl AsyncFnOnce() -> Result<Etcd, Problem>,
         out: &mut Output<'_>,
     ) -> Result<(), Problem> {
-        let Self { file, ring, how } = self;
-        let set = read(&file)?;
+        let Self { source, ring, how } = self;
+        let set = read(&source)?;
         let change = how.read()?;
         let etcd = connect().await?;
         let answer = change.make(&etcd, &etcd.ring(&ring).await?, &set, None).await?;
@@ -43,11 +43,12 @@ impl Publish {
 }
 
 /// Reads and checks a file.
-pub(super) fn read(file: &PathBuf) -> Result<Prepared, Problem> {
-    let name = file.display();
-    let text = String::from_utf8(apply::read(file)?)
-        .map_err(|error| Problem::new(ProblemKind::Invalid, format!("read {name}: {error}")))?;
-    Prepared::new(&text).map_err(|problem| Problem { error: format!("{name}: {}", problem.error), ..problem })
+pub(super) fn read(source: &Source) -> Result<Prepared, Problem> {
+    let name = source.name().display();
+    let Reading { text, notes } = source.read()?;
+    let set =
+        Prepared::new(&text).map_err(|problem| Problem { error: format!("{name}: {}", problem.error), ..problem })?;
+    Ok(set.with_notes(notes))
 }
 
 /// Gives a ring the set that another one has now.

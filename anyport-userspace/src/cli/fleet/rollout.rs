@@ -15,7 +15,7 @@ use super::{
 };
 use crate::{
     api::{Problem, ProblemKind},
-    cli::Output,
+    cli::{Output, lists::Source},
     fleet::{
         etcd::{Etcd, Node, Ring, Skipped},
         layout::{Hash, Name, Pointer},
@@ -140,7 +140,7 @@ impl Rollout {
         out: &mut Output<'_>,
     ) -> Result<(), Problem> {
         self.validate()?;
-        let of_file = self.file.as_ref().map(read).transpose()?;
+        let of_file = self.file.clone().map(|file| read(&Source::of(file))).transpose()?;
         let change = self.how.read()?;
         let etcd = connect().await?;
         let set = match of_file {
