@@ -6,7 +6,7 @@ use std::{
     os::{
         linux::net::SocketAddrExt as _,
         unix::{
-            fs::MetadataExt as _,
+            fs::{MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _},
             net::{SocketAddr, UnixListener},
         },
     },
@@ -18,7 +18,7 @@ use std::{
 use anyhow::{Context as _, anyhow};
 use nix::{
     errno::Errno,
-    fcntl::{Flock, FlockArg},
+    fcntl::{Flock, FlockArg, OFlag},
     sys::{
         signal::kill,
         socket::{UnixCredentials, getsockopt, sockopt::PeerCredentials},
@@ -29,13 +29,19 @@ use socket2::{Domain, SockAddr, Socket, Type};
 use tokio::task::JoinHandle;
 use tracing::{info, warn};
 
-use crate::{closing, paths::RUN_DIRECTORY, sys};
+use crate::{
+    closing,
+    paths::{RUN_DIRECTORY, make_private},
+    sys,
+};
 
 /// Held by the daemon of a network namespace: names that begin with a NUL byte are the namespace's own, and go with
 /// the process however it ends (unix(7), since Linux 2.2; by namespace since 2.6.29).
 const NAME: &str = "anyportd";
 const ATTEMPTS: u32 = 40;
 const PAUSE: Duration = Duration::from_millis(50);
+/// In the state directory.
+const LOCK_FILE: &str = "lock";
 /// Attempts while a server whose keeper was killed ends: it withdraws what is announced, for up to 8 s, and takes steering down.
 const ENDING: u32 = 300;
 
@@ -64,7 +70,7 @@ impl Lock {
     /// A daemon has one of them: names its pid, or the directory.
     pub fn take(state_dir: &Path) -> anyhow::Result<Self> {
         let mut lock = Self::take_namespace()?;
-        fs::create_dir_all(state_dir).with_context(|| format!("make {}", state_dir.display()))?;
+        make_private(state_dir).with_context(|| format!("make {}", state_dir.display()))?;
         lock.state = Some(lock_directory(state_dir)?);
         Ok(lock)
     }
@@ -83,7 +89,7 @@ impl Lock {
             }
             match holder_of_lock().filter(is_daemon) {
                 // A daemon was killed, and is not quite gone; or a tool that it was starting has its descriptors for a moment more.
-                Some(holder) if is_gone(holder.pid()) => {
+                Some(holder) if is_gone(holder.pid()) || is_orphan(holder.pid()) => {
                     if attempt == ATTEMPTS {
                         info!(
                             "waiting for the server of the daemon with pid {}, which was killed, to end",
@@ -143,6 +149,14 @@ fn is_gone(pid: i32) -> bool {
     pid != 0 && (kill(Pid::from_raw(pid), None) == Err(Errno::ESRCH) || is_ending(pid))
 }
 
+/// Whether it is a server whose keeper was killed, which ends by itself.
+fn is_orphan(pid: i32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    let parent = stat.rsplit_once(") ").and_then(|(_, rest)| rest.split(' ').nth(1)?.parse::<i32>().ok());
+    let name = |pid: i32| fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+    name(pid).starts_with(NAME) && parent.is_some_and(|parent| !name(parent).starts_with(NAME))
+}
+
 /// Whether it will run no more, by `proc_pid_stat(5)`: its first thread may be a zombie while others are still about to end.
 fn is_ending(pid: i32) -> bool {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
@@ -154,13 +168,21 @@ fn lock_file() -> anyhow::Result<Lock> {
     let path = Path::new(RUN_DIRECTORY).join(format!("netns-{namespace}.lock"));
     let attempt = || format!("take the lock {}", path.display());
     fs::create_dir_all(RUN_DIRECTORY).with_context(attempt)?;
-    let file = File::options().read(true).write(true).create(true).truncate(false).open(&path).with_context(attempt)?;
+    let file = open_to_lock(&path).with_context(attempt)?;
     let mut lock = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
         Ok(lock) => lock,
         Err((mut file, Errno::EWOULDBLOCK)) => {
             let mut pid = String::new();
             file.read_to_string(&mut pid).with_context(attempt)?;
-            return Err(already_running(pid.trim()));
+            // It may be of a daemon that is gone, where another process holds the lock.
+            let is_daemon =
+                |pid: &str| fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|it| it.starts_with("anyportd"));
+            let pid = pid.trim();
+            return Err(if is_daemon(pid) {
+                already_running(pid)
+            } else {
+                anyhow!("{}: a process that is no anyportd holds it; fuser {} names it", attempt(), path.display())
+            });
         }
         Err((_, errno)) => return Err(io::Error::from(errno)).with_context(attempt),
     };
@@ -168,10 +190,41 @@ fn lock_file() -> anyhow::Result<Lock> {
     Ok(Lock::of(Held::File(lock)))
 }
 
-/// Locks a directory that no two daemons may share. One that was killed may not be quite gone.
+/// A file that only root and its owner can open, so that no other user can hold a lock on it: anybody who may read a file can.
+fn open_to_lock(path: &Path) -> io::Result<File> {
+    let flags = OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK;
+    let mut options = File::options();
+    options.read(true).write(true).create(true).truncate(false).mode(0o600).custom_flags(flags.bits());
+    let file = options.open(path)?;
+    let found = file.metadata()?;
+    if !found.is_file() {
+        return Err(io::Error::other("it is no regular file"));
+    }
+    if found.mode() & 0o077 != 0 {
+        file.set_permissions(fs::Permissions::from_mode(0o600))?;
+    }
+    Ok(file)
+}
+
+/// Locks a directory that no two daemons may share, by a file in it. One that was killed may not be quite gone.
 fn lock_directory(path: &Path) -> anyhow::Result<Flock<File>> {
     let attempt = || format!("lock the directory {}", path.display());
-    let mut directory = File::open(path).with_context(attempt)?;
+    let opened = open_to_lock(&path.join(LOCK_FILE)).and_then(|file| {
+        let owner = fs::metadata(path)?;
+        // The daemon that comes next may run as the directory's owner from its beginning.
+        if Uid::effective().is_root() {
+            std::os::unix::fs::fchown(&file, Some(owner.uid()), Some(owner.gid()))?;
+        }
+        Ok(file)
+    });
+    let mut directory = match opened {
+        Ok(file) => file,
+        // A disk that is full or can't be written is no reason not to steer.
+        Err(error) => {
+            warn!("{}: make the file {LOCK_FILE} in it: {error}; locking the directory itself", attempt());
+            File::open(path).with_context(attempt)?
+        }
+    };
     for _ in 0..ATTEMPTS {
         match Flock::lock(directory, FlockArg::LockExclusiveNonblock) {
             Ok(lock) => return Ok(lock),

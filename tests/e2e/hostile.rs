@@ -7,6 +7,7 @@ use std::{
     os::unix::fs::{PermissionsExt as _, chown, symlink},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
+    thread::sleep,
     time::{Duration, Instant},
 };
 
@@ -51,6 +52,7 @@ pub(crate) fn trials() -> Vec<Trial> {
     trials.push(trial("hostile::lines of the log that others cause", flood_of_lines));
     trials.push(trial("hostile::names that are not what they seem", names));
     trials.push(trial("hostile::directories of another daemon", shared_directories));
+    trials.push(trial("hostile::locks that a local user holds, and files that he reads", locks));
     trials.push(trial("hostile::programs that others could have written", programs));
     trials.push(trial("hostile::a server that is not itself", impostor));
     trials.push(trial("hostile::descriptors for clients and for control", descriptors));
@@ -213,6 +215,34 @@ fn shared_directories() {
         outcome.stderr.contains("another anyportd uses the directory") && outcome.stderr.contains("--state-dir");
     assert!(outcome.status == 1 && is_named, "{outcome}");
     first.ok("add-prefix 192.0.2.0/24");
+}
+
+/// Anybody who can open a file can lock it: nobody can open what a daemon locks, or read what it keeps.
+fn locks() {
+    let mut daemon = Setup::new(&Netns::new(), "sk-lookup").start();
+    daemon.ok("add-prefix 192.0.2.0/24");
+    let state = daemon.state();
+    let mode = |path: &Path| fs::metadata(path).expect("a file of the daemon").permissions().mode() & 0o777;
+    for path in [&state, &daemon.bpffs().to_owned()] {
+        assert_eq!(mode(path) & 0o007, 0, "{}", path.display());
+    }
+    for entry in fs::read_dir(&state).expect("the state").flatten() {
+        assert_eq!(mode(&entry.path()) & 0o077, 0, "{}", entry.path().display());
+    }
+    // Also where an administrator, or a version of before, has opened the directory to all.
+    fs::set_permissions(&state, fs::Permissions::from_mode(0o755)).expect("an open directory");
+    daemon.stop();
+    let lock = |path: &Path| {
+        let mut command = Command::new("setpriv");
+        command.args(["--reuid=65534", "--regid=65534", "--clear-groups", "--"]);
+        command.args(["flock", "--nonblock"]).arg(path).args(["sleep", "20"]);
+        Running(command.stderr(Stdio::null()).spawn().expect("a process of a local user"))
+    };
+    let held = [state.clone(), state.join("lock"), state.join("state.json")].map(|path| lock(&path));
+    sleep(Duration::from_millis(500));
+    daemon.restart();
+    assert!(daemon.ok("prefixes").contains("192.0.2.0/24"));
+    drop(held);
 }
 
 /// A program that is started with the daemon's privileges shows that by a file.

@@ -13,7 +13,7 @@ use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, apply_filter, apply_
 
 use crate::{
     back_end::{BackEnd, Choice},
-    paths::{Paths, RUN_DIRECTORY},
+    paths::{Paths, RUN_DIRECTORY, make_private},
 };
 
 /// What tproxy starts.
@@ -102,7 +102,8 @@ fn restrict_files(
     // What is not there yet can't be allowed. The code that needs the directory reports why it can't be made.
     let has_pins = choice != Choice::Tproxy;
     for path in own.iter().filter(|path| has_pins || **path != bpffs) {
-        fs::create_dir_all(path).ok();
+        let is_private = **path == *state_dir || **path == *bpffs;
+        if is_private { make_private(path) } else { fs::create_dir_all(path) }.ok();
     }
     let restricted = Ruleset::default()
         .handle_access(writing | AccessFs::Execute)?

@@ -14,7 +14,7 @@ use super::ALL;
 use crate::{
     as_text::as_text,
     back_end::Choice,
-    paths::{DEFAULT_SOCKET, DEFAULT_STATE_DIR, Paths},
+    paths::{DEFAULT_SOCKET, DEFAULT_STATE_DIR, Paths, make_private},
 };
 use anyhow::{Context as _, bail};
 use nix::{
@@ -156,9 +156,9 @@ fn switch(Account { uid, gid }: Account) -> anyhow::Result<()> {
 fn prepare(paths: Paths<'_>, choice: Choice, pins: Option<&Path>, account: Account) -> anyhow::Result<()> {
     // The lock of a network namespace may be a file there, wherever the sockets are.
     for directory in [Some(usual_parent()), paths.socket.parent()].into_iter().flatten() {
-        give_directory(directory, directory == usual_parent(), account)?;
+        give_directory(directory, |it| fs::create_dir_all(it), directory == usual_parent(), account)?;
     }
-    give_directory(paths.state_dir, paths.state_dir == Path::new(DEFAULT_STATE_DIR), account)?;
+    give_directory(paths.state_dir, make_private, paths.state_dir == Path::new(DEFAULT_STATE_DIR), account)?;
     if !matches!(choice, Choice::SkLookup | Choice::Tc) {
         // Without the lock the older kind of iptables does not work; it will say so.
         give_lock(account).ok();
@@ -175,12 +175,17 @@ fn usual_parent() -> &'static Path {
 }
 
 /// Makes a directory, and gives it to the user if it was not there or is the usual one. Any other one keeps its owner.
-fn give_directory(path: &Path, is_usual: bool, account: Account) -> anyhow::Result<()> {
+fn give_directory(
+    path: &Path,
+    make: impl FnOnce(&Path) -> io::Result<()>,
+    is_usual: bool,
+    account: Account,
+) -> anyhow::Result<()> {
     let attempt = || format!("make the directory {}", path.display());
     if path.is_dir() && !is_usual {
         return Ok(());
     }
-    fs::create_dir_all(path).with_context(attempt)?;
+    make(path).with_context(attempt)?;
     give_tree(path, account)
 }
 

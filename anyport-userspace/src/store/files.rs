@@ -10,6 +10,8 @@ use std::{
 
 use nix::fcntl::OFlag;
 
+use crate::paths::make_private;
+
 /// Bytes of the largest file that is read: many times what a million rules take.
 const LARGEST: u64 = 1 << 30;
 
@@ -54,7 +56,8 @@ pub(crate) fn create_new(path: &Path) -> io::Result<File> {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => {}
     }
-    File::options().write(true).create_new(true).open(path)
+    // Rules, and the key of a node's reports, are for the daemon's user alone.
+    File::options().write(true).create_new(true).mode(0o600).open(path)
 }
 
 /// A directory of a file system.
@@ -70,7 +73,7 @@ impl Directory {
     /// Makes the directory where it is missing, and sees to it that it is on the disk.
     pub(super) fn create(path: &Path) -> io::Result<Self> {
         if !path.exists() {
-            fs::create_dir_all(path)?;
+            make_private(path)?;
             path.ancestors().skip(1).take(1).try_for_each(|parent| File::open(parent)?.sync_all())?;
         }
         Ok(Self::at(path))

@@ -17,6 +17,8 @@ use nix::{
     sys::statfs::{BPF_FS_MAGIC, statfs},
 };
 
+use crate::paths::make_private;
+
 /// Where distributions mount the BPF file system.
 const USUAL_MOUNT_POINT: &str = "/sys/fs/bpf";
 /// Beginning of the names of pinned links.
@@ -189,8 +191,8 @@ pub fn make_pin_directory(path: &Path) -> anyhow::Result<()> {
     if path.starts_with(USUAL_MOUNT_POINT) && !is_bpffs(Path::new(USUAL_MOUNT_POINT)) {
         mount_bpffs(Path::new(USUAL_MOUNT_POINT), None)?;
     }
-    fs::create_dir_all(path)
-        .with_context(|| format!("create the directory {} for pinned maps and links", path.display()))?;
+    // A local user who can open it could lock it, and keep a daemon from starting.
+    make_private(path).with_context(|| format!("create the directory {} for pinned maps and links", path.display()))?;
     if !is_bpffs(path)
         && let Err(error) = mount_bpffs(path, Some(OUR_OPTIONS))
     {
