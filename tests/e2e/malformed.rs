@@ -31,7 +31,7 @@ const COMMANDS: &[(&[&str], i32, &str)] = &[
     (&["add-prefix", "::ffff:192.0.2.0/120"], 2, "192.0.2.0/24"),
     (&["add-prefix", "example.org"], 2, "example.org"),
     (&["add-prefix", "224.0.0.0/4", "--force"], 2, "multicast"),
-    (&["add-prefix", "192.0.2.0/24", "ff02::1"], 2, "multicast"),
+    (&["add-prefix", "198.51.100.128/25", "ff02::1"], 2, "multicast"),
     (&["add-prefix", "255.255.255.255", "--no-route"], 2, "broadcast"),
     (&["add-prefix", "0.0.0.0/8"], 2, "martian"),
     (&["add-prefix", "169.254.0.0/16", "--no-route"], 5, "metadata"),

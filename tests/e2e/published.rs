@@ -44,7 +44,7 @@ fn kinds() {
     let ipset: &[u8] = b"create x hash:net family inet\nadd x 192.0.2.0/25\nadd x 192.0.2.128/25 timeout 0\n";
     let cloud: &[u8] =
         br#"{"prefixes": [{"ip_prefix": "192.0.2.0/25", "region": "a"}, {"ip_prefix": "192.0.2.128/25", "region": "a"},
-        {"ip_prefix": "203.0.113.0/24", "region": "b"}]}"#;
+        {"ip_prefix": "203.0.113.128/25", "region": "b"}]}"#;
     for (name, content, options, said) in [
         ("ranges", &b"192.0.2.0 - 192.0.2.127\n192.0.2.128-192.0.2.255\n"[..], "", ""),
         ("masks", b"\xef\xbb\xbf192.0.2.0 255.255.255.128\r\n192.0.2.128 255.255.255.128\r\n", "", ""),
@@ -66,7 +66,7 @@ fn kinds() {
         ("json", br#"["192.0.2.0/25", "192.0.2.128/25"]"#, "", "was read as JSON"),
         ("cloud", cloud, "--select region=a", "was read as JSON, with 2 prefixes"),
     ] {
-        apply("none", b"198.51.100.0/24\n", "");
+        apply("none", b"198.51.100.128/25\n", "");
         let out = apply(name, content, options);
         contains(&out, &[said]);
         assert_eq!(rules(), wanted, "{name}: {out}");
@@ -77,7 +77,7 @@ fn kinds() {
 fn piped() {
     let lab = Lab::new("sk-lookup");
     let add = |list: &str| {
-        let mut command = lab.daemon.ctl_command(&[], &["add-prefix", "-", "203.0.113.0/24", "--protocol", "both"]);
+        let mut command = lab.daemon.ctl_command(&[], &["add-prefix", "-", "203.0.113.128/25", "--protocol", "both"]);
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut process = lab.topology.host.spawn(command);
         process.stdin.take().expect("its input").write_all(list.as_bytes()).expect("a list");
@@ -85,9 +85,9 @@ fn piped() {
     };
     let outcome = add("add x 192.0.2.0/25\nadd x 192.0.2.200\n");
     assert_eq!(outcome.status, 0, "{outcome}");
-    contains(&outcome.stdout, &["192.0.2.0/25", "203.0.113.0/24"]);
+    contains(&outcome.stdout, &["192.0.2.0/25", "203.0.113.128/25"]);
     assert_eq!(lab.daemon.rules().len(), 3);
-    let outcome = add("198.51.100.0/24 tcp 80\n");
+    let outcome = add("198.51.100.128/25 tcp 80\n");
     assert_eq!(outcome.status, 2, "{outcome}");
     contains(&outcome.stderr, &["-: line 1, column 1", "anyportctl apply"]);
     assert_eq!(lab.daemon.rules().len(), 3);

@@ -39,17 +39,16 @@ pub(super) fn prefixes(text: &str, select: &[Selector]) -> Result<String, Vec<Mi
         let what = if select.is_empty() { "no prefixes in it" } else { "no prefixes in what --select names" };
         return Err(at(1, 1, format!("there are {what}")));
     }
-    Ok(found.iter().map(|prefix| format!("{prefix}\n")).collect())
+    let lines: Vec<String> = found.iter().map(ToString::to_string).collect();
+    Ok(lines.join("\n") + "\n")
 }
 
 /// `met` says which selectors an object around the value meets.
 fn collect(value: &Value, select: &[Selector], met: &mut Vec<bool>, found: &mut BTreeSet<Prefix>) {
     match value {
-        Value::String(text) if met.iter().all(|it| *it) => {
-            // Other texts stand there too: names, times, versions.
-            if text.contains(['.', ':']) {
-                found.extend(lines::prefix(text));
-            }
+        // Other texts stand there too: names, times, versions.
+        Value::String(text) if met.iter().all(|it| *it) && text.contains(['.', ':']) => {
+            found.extend(lines::prefix(text));
         }
         Value::Array(values) => values.iter().for_each(|it| collect(it, select, met, found)),
         Value::Object(fields) => {

@@ -69,8 +69,8 @@ fn rules(line: &str) -> Result<Vec<String>, (usize, String)> {
         },
     };
     // Capitals of protocols and names of settings; names of services have none.
-    let rest: String = rest.iter().map(|word| format!(" {}", word.to_ascii_lowercase())).collect();
-    Ok(prefixes.iter().map(|prefix| format!("{prefix}{rest}")).collect())
+    let rest = rest.join(" ").to_ascii_lowercase();
+    Ok(prefixes.iter().map(|prefix| format!("{prefix} {rest}").trim_end().to_owned()).collect())
 }
 
 /// The length of a netmask of IPv4, such as 255.255.255.0.
@@ -112,7 +112,7 @@ pub(super) fn range(first: &str, last: &str) -> Result<Vec<Prefix>, String> {
     loop {
         // As large as the alignment of its beginning and what is left allow.
         let aligned = from.trailing_zeros().min(width);
-        let left = (to - from).checked_add(1).map_or(128, |count| 127 - count.leading_zeros());
+        let left = (to - from).checked_add(1).map_or(128, |count| count.ilog2());
         let bits = aligned.min(left);
         prefixes.push(Prefix::from_bits(is_ipv4, from, u8::try_from(width - bits).unwrap_or(u8::MAX)));
         let next = 1_u128.checked_shl(bits).and_then(|step| from.checked_add(step));

@@ -4,10 +4,9 @@ mod json;
 mod lines;
 mod others;
 
-use std::{
-    io::Read as _,
-    path::{Path, PathBuf},
-};
+#[cfg(feature = "fleet")]
+use std::path::Path;
+use std::{io::Read as _, path::PathBuf};
 
 use super::apply::read;
 use crate::{
@@ -104,6 +103,7 @@ impl Source {
     }
 
     /// Its name, for messages.
+    #[cfg(feature = "fleet")]
     pub(super) fn name(&self) -> &Path {
         &self.file
     }
@@ -172,7 +172,7 @@ fn text_of(bytes: Vec<u8>) -> Result<String, InvalidText> {
     String::from_utf8(bytes).map_err(|error| {
         let at = error.utf8_error().valid_up_to();
         let before = &error.as_bytes()[..at];
-        let line = before.iter().filter(|byte| **byte == b'\n').count() + 1;
+        let line = String::from_utf8_lossy(before).matches('\n').count() + 1;
         InvalidText(format!("line {line}: it is no text in UTF-8 from its byte {at} on"))
     })
 }
