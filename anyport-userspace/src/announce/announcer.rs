@@ -77,6 +77,7 @@ impl Announcer {
             retry: None,
             pause: FIRST_PAUSE,
             next_look: Instant::now() + INTERVAL,
+            next_exports: Instant::now() + INTERVAL,
             is_doubted: false,
             progress: Arc::clone(&progress),
             progressed,
@@ -184,6 +185,8 @@ struct Task {
     pause: Duration,
     /// When the router is asked again whether it has what it was told.
     next_look: Instant,
+    /// When it is asked what it exports, for which it goes through whole tables.
+    next_exports: Instant,
     /// Whether it passed nothing on when it was asked last. Sessions take a while to begin.
     is_doubted: bool,
     progress: Arc<Mutex<Progress>>,
@@ -197,7 +200,17 @@ impl Task {
             loop {
                 let judgement = judgements.borrow_and_update().clone();
                 let due = self.holds.judge(&judgement, Instant::now());
-                self.look().await;
+                // What was judged meanwhile does not wait for the router's answer.
+                let is_new = tokio::select! {
+                    () = self.look() => false,
+                    changed = judgements.changed() => match changed {
+                        Ok(()) => true,
+                        Err(_) => return,
+                    },
+                };
+                if is_new {
+                    judgements.mark_changed();
+                }
                 self.announce().await;
                 self.note(&judgement);
                 let at = [due, self.retry].into_iter().flatten().fold(Instant::now() + INTERVAL, Instant::min);
@@ -216,7 +229,14 @@ impl Task {
         }
         self.next_look = Instant::now() + INTERVAL;
         let Some(router) = self.router(&self.written) else { return };
-        let seen = router.look().await;
+        let begun = Instant::now();
+        let with_exports = self.next_exports <= begun;
+        let seen = router.look(with_exports).await;
+        if !with_exports && seen.is_ok() {
+            return;
+        }
+        // At most a twentieth of its time is spent on that.
+        self.next_exports = Instant::now() + (begun.elapsed() * 20).max(INTERVAL);
         let was_doubted = std::mem::take(&mut self.is_doubted);
         let not_passed_on = match seen {
             Ok(()) => None,
@@ -237,7 +257,7 @@ impl Task {
         progress.not_passed_on = not_passed_on;
     }
 
-    /// Whom to tell of a file with this text.
+    /// The router that is told of a file with this text.
     fn router(&self, text: &str) -> Option<Router<'_>> {
         let mut wanted = [0; 2];
         for prefix in file::announced(text) {
@@ -283,6 +303,7 @@ impl Task {
         if text != self.written {
             write(&self.config, text)?;
             self.log_changes(text);
+            text.clone_into(&mut self.written);
         }
         match self.router(text) {
             Some(router) => router.configure().await,
