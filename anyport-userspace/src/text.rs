@@ -35,7 +35,7 @@ fn is_visible(it: char) -> bool {
     }
 }
 
-/// The beginning of a text that somebody else has made, in quotes, on one line and with every character seen: what is quoted in a
+/// The beginning of a text that another process has made, in quotes, on one line and with every character seen: what is quoted in a
 /// message must not fill a log or a terminal.
 pub(crate) fn excerpt(text: &str) -> String {
     const MOST: usize = 100;
@@ -44,7 +44,7 @@ pub(crate) fn excerpt(text: &str) -> String {
     if rest.is_empty() { quoted } else { format!("{quoted} and {} more bytes", rest.len()) }
 }
 
-/// What somebody else says, on one line, at most so long, and with every character seen.
+/// What another process says, on one line, at most so long, and with every character seen.
 pub(crate) fn remark(text: &str) -> String {
     const MOST: usize = 1_000;
     match text.char_indices().nth(MOST) {

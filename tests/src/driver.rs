@@ -2,6 +2,7 @@
 
 use std::{fs, path::PathBuf, process::Command};
 
+use anyport::fleet::layout::Time;
 use serde_json::{Value, json};
 
 use crate::{
@@ -86,10 +87,11 @@ impl Driver {
 
 /// The report of a node at which this pointer is active.
 pub fn report(node: &str, pointer: &Value) -> Value {
+    let now = Time::now().to_string();
     json!({
         "node": node, "ring": pointer["ring"], "sequence": pointer["sequence"], "set": pointer["set"], "revision": 1,
         "generation": 1, "backend": "sk-lookup", "health": "good", "version": "0.1.0",
-        "since": "2026-01-31T23:59:59Z", "reported": "2026-01-31T23:59:59Z",
+        "since": now, "reported": now,
     })
 }
 

@@ -91,7 +91,7 @@ impl Engine {
         Some(intent)
     }
 
-    /// Compares the fleet's rules and services that are in force with the set on the disk, once that is known to be the right one.
+    /// Compares the fleet's rules and services that are active with the set on the disk, once that is known to be the right one.
     ///
     /// # Errors
     /// How they differ, or why the set can't be read.

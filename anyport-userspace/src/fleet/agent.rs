@@ -38,7 +38,7 @@ const LOOK: Duration = Duration::from_secs(2);
 /// it makes no sense.
 const RESYNC: Duration = Duration::from_mins(5);
 const UNREADABLE: Duration = Duration::from_secs(10);
-/// How often what is in force is compared with the active set.
+/// How often the active rules are compared with the active set.
 const COMPARE: Duration = Duration::from_mins(30);
 /// Pauses between attempts to reach the source, and between those with what may work later; both grow.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(500), Duration::from_secs(15));
@@ -59,7 +59,7 @@ pub trait Target {
     /// It could not be written.
     async fn note(&mut self, state: &FleetState) -> anyhow::Result<()>;
 
-    /// Compares what is in force with the set that is kept, whose hash has to be this one.
+    /// Compares the active rules with the set that is kept, whose hash has to be this one.
     ///
     /// # Errors
     /// The two differ, or the set can't be read: how.
@@ -98,9 +98,9 @@ pub struct Agent<S, T> {
     since: Time,
     /// What was reported last.
     reported: Option<Report>,
-    /// How the target and reporting were then.
+    /// How the target was then, and whether another process writes this node's report.
     condition: Option<(Condition, Option<String>)>,
-    /// When what is in force is compared next.
+    /// When the active rules are compared next.
     next_comparison: Instant,
     /// The next pause while the source is away.
     pause: Duration,
@@ -238,7 +238,7 @@ impl<S: Source, T: Target> Agent<S, T> {
                 seen = &mut changed, if is_readable => return Some(seen),
                 () = sleep(LOOK.min(end.saturating_duration_since(Instant::now()))) => {}
             }
-            let now = (target.condition().await, board.view().report_error);
+            let now = (target.condition().await, board.twin());
             if end <= Instant::now() || *condition != Some(now) {
                 return None;
             }
@@ -281,18 +281,20 @@ impl<S: Source, T: Target> Agent<S, T> {
         Ok(())
     }
 
-    /// Whatever may have gone wrong in this process: what is in force is what the set says, or it is made so.
+    /// Whatever may have gone wrong in this process: the active rules are those of the set, or are made so.
     async fn compare(&mut self) {
         self.next_comparison = Instant::now() + some_of(COMPARE);
         let Some(set) = self.state.set.as_ref().and_then(|it| it.parse().ok()) else { return };
         let Err(difference) = self.target.compare(&set).await else { return };
-        error!("what is in force is not the active set {}, which is taken again: {difference}", set.short());
+        error!("the active rules are not those of the set {}, which is taken again: {difference}", set.short());
         let taken = async {
             let text = self.fetch(&set).await.map_err(|failure| failure.to_string())?;
             self.target.take(text, None, &self.state).await.map_err(|problem| problem.error)
         };
         if let Err(error) = taken.await {
             error!("the set {} can't be taken again: {error}", set.short());
+            // The connection may have gone with that, and what was reported there.
+            self.reported = None;
         }
     }
 
@@ -488,10 +490,10 @@ impl<S: Source, T: Target> Agent<S, T> {
     }
 
     async fn make_report(&mut self) -> Report {
-        let (condition, report_error) = (self.target.condition().await, self.board.view().report_error);
-        self.condition = Some((condition.clone(), report_error.clone()));
+        let (condition, twin) = (self.target.condition().await, self.board.twin());
+        self.condition = Some((condition.clone(), twin.clone()));
         let Condition { back_end, generation, mut degraded, .. } = condition;
-        degraded.extend(report_error);
+        degraded.extend(twin);
         let refused = self.refusal.as_ref().and_then(|it| {
             let Pointer { sequence, set, .. } = *it.pointer.as_ref()?;
             Some(Refused { sequence, set, error: it.error.clone() })

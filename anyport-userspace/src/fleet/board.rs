@@ -44,6 +44,7 @@ pub struct FleetBoard(Mutex<Standing>);
 struct Standing {
     view: FleetView,
     heard: Option<Instant>,
+    twin: Option<String>,
     /// When it became silent, for people and for this process.
     silent: (SystemTime, Instant),
 }
@@ -51,7 +52,8 @@ struct Standing {
 impl FleetBoard {
     /// Before etcd was asked for the first time.
     pub fn new(view: FleetView, state: &FleetState) -> Self {
-        let board = Self(Mutex::new(Standing { view, heard: None, silent: (SystemTime::now(), Instant::now()) }));
+        let board =
+            Self(Mutex::new(Standing { view, heard: None, twin: None, silent: (SystemTime::now(), Instant::now()) }));
         board.stands(state);
         board
     }
@@ -93,6 +95,19 @@ impl FleetBoard {
         is_new
     }
 
+    /// Another process writes this node's report, or not any more. Returns whether that is new.
+    pub fn has_twin(&self, complaint: Option<String>) -> bool {
+        let told = &mut self.told();
+        let is_new = told.twin != complaint;
+        told.twin = complaint;
+        is_new
+    }
+
+    /// What is to be said of a process that writes this node's report.
+    pub fn twin(&self) -> Option<String> {
+        self.told().twin.clone()
+    }
+
     /// Whether etcd has no pointer of the ring.
     pub fn missing(&self, is_missing: bool) {
         self.told().view.missing = is_missing;
@@ -127,6 +142,7 @@ impl FleetBoard {
             ));
         }
         degraded.extend(report_error.iter().map(|why| format!("can't report to the fleet: {why}")));
+        degraded.extend(told.twin.clone());
         let (since, at) = told.silent;
         if !told.view.connected && at.elapsed() >= SILENCE {
             let since = humantime::format_rfc3339_seconds(since);

@@ -1,10 +1,10 @@
 //! What nodes say of themselves. Pure.
 //!
-//! Each node signs its reports with a key of its own, and its member record has the public key: so that a report which somebody else
+//! Each node signs its reports with a key of its own, and its member record has the public key: so that a report which another client
 //! has written in its place is told apart. Who may write both records can take a node's name all the same; etcd's roles keep
 //! others from that.
 
-use std::fmt;
+use std::{fmt, time::Duration};
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -13,6 +13,9 @@ use super::{
     layout::{Hash, Name, Pointer, Time},
     signing::{NodeKey, PublicKey, Signature},
 };
+/// A report is written again every 5 minutes. Clocks may differ by some minutes, too.
+const STALE: Duration = Duration::from_mins(15);
+
 /// What a node says of itself, under a lease that ends with it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Report {
@@ -183,9 +186,14 @@ impl NodeState {
 }
 
 impl Report {
-    /// The highest sequence that the node has seen.
+    /// The highest sequence that the node will not go below. One that it refuses as forged is none.
     pub fn seen(&self) -> u64 {
-        self.refused.as_ref().map_or(0, |it| it.sequence).max(self.sequence).max(self.seen)
+        self.sequence.max(self.seen)
+    }
+
+    /// Whether it was written long ago, though its lease lives: any client of etcd can keep a lease alive.
+    pub fn is_stale(&self) -> bool {
+        self.reported.age() > STALE
     }
 }
 

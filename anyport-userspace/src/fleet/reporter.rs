@@ -42,6 +42,9 @@ const PASSING: Duration = Duration::from_secs(LEASE as u64 + 5);
 const AGAIN: Duration = Duration::from_mins(5);
 /// How long another process that reports as this node is complained about after it was seen. It writes only when something changes.
 const TWIN: Duration = Duration::from_mins(10);
+const TWIN_COMPLAINT: &str = "another process writes this node's report: a machine of the same name, perhaps a copy of this one with its \
+                              state directory (give it another name and remove its fleet.json), or a client with this node's rights in \
+                              etcd";
 
 /// Keeps the last report in etcd, under a lease.
 #[derive(Debug)]
@@ -100,14 +103,20 @@ fn complain(board: &FleetBoard, why: &str) {
 enum Failure {
     /// It is tried again, and may well work.
     Passing(String),
-    /// Somebody has to do something.
+    /// The operator has to do something.
     Lasting(String),
 }
 
 impl From<Error> for Failure {
     fn from(error: Error) -> Self {
         let why = causes(&error);
-        if matches!(error, Error::Ended(_)) || is_transient(&error) { Self::Passing(why) } else { Self::Lasting(why) }
+        // A lease can end before it is used: the process was frozen, or another client of etcd has revoked it.
+        let is_of_lease = why.contains("lease not found");
+        if matches!(error, Error::Ended(_)) || is_of_lease || is_transient(&error) {
+            Self::Passing(why)
+        } else {
+            Self::Lasting(why)
+        }
     }
 }
 
@@ -129,12 +138,11 @@ impl Place<'_> {
     /// also says whether any was written.
     async fn keep(&self, first: &Report, reports: &mut watch::Receiver<Option<Report>>) -> Result<(), (Failure, bool)> {
         let held = async {
-            let lease = soon(|| self.etcd.client.grant_lease(LeaseGrantRequest { ttl: LEASE })).await?.id;
+            let latest = reports.borrow_and_update().clone();
+            let (lease, taken) = self.take(latest.as_ref().unwrap_or(first)).await?;
             let extend = LeaseKeepAliveRequest { id: lease };
             let (keeper, mut kept) = soon(|| self.etcd.client.keep_lease(extend)).await?;
             extended(&mut kept).await?;
-            let latest = reports.borrow_and_update().clone();
-            let taken = self.take(latest.as_ref().unwrap_or(first), lease).await?;
             let request = WatchRequest::new(&self.etcd.keys.node(&first.ring, &first.node), taken + 1);
             let own = soon(|| self.etcd.client.watch(request.clone())).await?;
             Ok((Held { lease, member: taken, twin: None, again: Instant::now() + AGAIN }, keeper, kept, own))
@@ -185,13 +193,14 @@ impl Place<'_> {
     /// etcd has taken what was to be written.
     fn well(&self, held: &Held) {
         self.board.heard(std::time::Instant::now());
+        self.board.reports(Ok(()));
         if held.twin.is_none() {
-            self.board.reports(Ok(()));
+            self.board.has_twin(None);
         }
     }
 
-    /// Writes the first report and the member record, unless another node of this name is there. Returns the revision.
-    async fn take(&self, report: &Report, lease: i64) -> Result<i64, Failure> {
+    /// Writes the first report and the member record, unless another node of this name is there. Returns the lease and the revision.
+    async fn take(&self, report: &Report) -> Result<(i64, i64), Failure> {
         let Report { ring, node, .. } = report;
         let keys = [self.etcd.keys.member(ring, node), self.etcd.keys.node(ring, node)];
         let look = TxnRequest {
@@ -216,13 +225,15 @@ impl Place<'_> {
         let unchanged = |key: &str, entry: Option<&KeyValue>| {
             Compare::mod_revision(key, CompareResult::Equal, entry.map_or(0, |it| it.mod_revision))
         };
+        // Right before it is used: every client of etcd may revoke a lease that nothing is under.
+        let lease = soon(|| self.etcd.client.grant_lease(LeaseGrantRequest { ttl: LEASE })).await?.id;
         let txn = TxnRequest {
             compare: vec![unchanged(&keys[0], member), unchanged(&keys[1], there)],
             success: vec![PutRequest::new(&keys[0], to_json(&record)?).into(), self.put(report, lease)?],
             failure: Vec::new(),
         };
         let answer = soon(|| self.etcd.client.txn(txn.clone())).await?;
-        if answer.succeeded { Ok(revision(answer.header.as_ref())) } else { Err(taken()) }
+        if answer.succeeded { Ok((lease, revision(answer.header.as_ref()))) } else { Err(taken()) }
     }
 
     fn is_own(&self, entry: &KeyValue) -> bool {
@@ -251,15 +262,14 @@ impl Place<'_> {
     fn look_at(&self, answer: WatchResponse, held: &mut Held, reports: &mut watch::Receiver<Option<Report>>) {
         for event in answer.events {
             match event.kv {
-                Some(entry) if event.r#type() == EventType::Put && entry.lease != held.lease => {
+                Some(entry)
+                    if event.r#type() == EventType::Put && (entry.lease != held.lease || !self.is_own(&entry)) =>
+                {
                     // Not at once: the other one may do the same.
                     (held.twin, held.again) = (Some(Instant::now()), Instant::now());
-                    complain(
-                        self.board,
-                        "another process writes this node's report: a machine of the same name, perhaps a copy of this one with its \
-                         state directory (give it another name and remove its fleet.json), or somebody with this node's \
-                         rights in etcd",
-                    );
+                    if self.board.has_twin(Some(TWIN_COMPLAINT.into())) {
+                        warn!("{TWIN_COMPLAINT}");
+                    }
                 }
                 // It is to stand there all the same.
                 _ if event.r#type() == EventType::Delete => reports.mark_changed(),

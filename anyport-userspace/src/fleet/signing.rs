@@ -68,6 +68,14 @@ impl SigningKey {
         pair.map(Self).map_err(|error| wrong(&error))
     }
 
+    /// The keys by which others know what it has signed.
+    pub fn public(&self) -> PublicKeys {
+        let Self(pair) = self;
+        let mut key = [0; 32];
+        key.copy_from_slice(pair.public_key().as_ref());
+        PublicKeys(vec![key])
+    }
+
     /// Signs a pointer to this set.
     pub fn sign(&self, ring: &Name, sequence: u64, set: &Hash) -> Signature {
         let Self(pair) = self;
@@ -82,6 +90,12 @@ impl SigningKey {
 pub struct PublicKeys(Vec<[u8; 32]>);
 
 impl PublicKeys {
+    /// These and others.
+    #[must_use]
+    pub fn and(self, others: Self) -> Self {
+        Self([self.0, others.0].concat())
+    }
+
     /// Reads all public keys of a file.
     ///
     /// # Errors

@@ -96,8 +96,10 @@ impl EtcdSource {
                 }
                 // There may be more to come, of which only the last is of use.
                 _ => {
+                    // Should the caller lose patience here, the next call starts over and misses nothing.
+                    let watch = self.watch.take();
                     let (pointer, revision) = self.etcd.pointer(&self.ring).await?;
-                    self.known = revision;
+                    (self.known, self.watch) = (revision, watch);
                     pointer
                 }
             };

@@ -135,6 +135,7 @@ fn sequences() {
     etcd.put("/anyport/rings/main", &forged.to_string().replace("canary", "main"));
     let complaint = driver.refused(&format!("publish {two} --ring main --force"), 1);
     contains(&complaint, &["no sequence left after 18446744073709551615", "another ring"]);
+    assert_eq!(driver.json(&format!("publish {two} --ring main --sequence 7 --force"))["sequence"], 7);
 }
 
 /// What is there is looked at, also where there seems to be nothing to do; and what can't be read is taken for the worst.

@@ -1,7 +1,8 @@
-//! Who has a node's rights in etcd, or makes trouble there, harms nobody else; and whoever can't report says so.
+//! Clients with a node's rights in etcd, or that make trouble there, harm no other node; and a node that can't report says so.
 
 use std::{
     fs,
+    os::unix::fs::chown,
     process::Stdio,
     thread::sleep,
     time::{Duration, Instant},
@@ -20,13 +21,14 @@ use anyport_tests::{
     exposition::Scrape,
     host::{Outcome, wait_for},
     netns::Netns,
-    prerequisites::scratch,
+    prerequisites::{GROUP, USER, scratch},
 };
 use libtest_mimic::Trial;
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
+use rcgen::{KeyPair, PKCS_ED25519};
 use serde_json::{Value, json};
 
 use super::{
@@ -45,6 +47,8 @@ pub(super) fn trials() -> Vec<Trial> {
     vec![
         trial("fleet::reports are by their nodes", forged),
         trial("fleet::large and many records hide nothing", bounded),
+        trial("fleet::what etcd names is not signed unseen", laundered),
+        trial("fleet::what others have written is no obstacle", obstacles),
         trial("fleet::of a storm of pointers the last one counts", storm),
         trial("fleet::a node that can't report says so", mute),
         trial("fleet::two nodes of one name are told", twins),
@@ -102,7 +106,7 @@ fn forged() {
     let shown = driver.ok("status");
     contains(&shown, &["\\u001b[31mred\\nn8", "n9 degraded: a\\nbxxx", "more bytes"]);
     assert!(!shown.contains('\u{1b}') && shown.lines().all(|line| line.len() < 1_500), "{shown}");
-    // A place that somebody else has taken for good.
+    // A place that another client has taken for good.
     driver.refused("forget n9 --ring main", 1);
     driver.ok("forget n9 --ring main --force");
     assert!(etcd.keys("/anyport").iter().all(|key| !key.ends_with("/n9")));
@@ -134,6 +138,88 @@ fn bounded() {
     namespace.run("sh", ["-c", &format!("export ETCDCTL_API=3; {script}"), &etcd.urls()]);
     let complaint = driver.refused(&format!("publish {set} --ring main"), 1);
     assert!(complaint.contains("can't be read") && complaint.len() < 3_000, "{} bytes", complaint.len());
+}
+
+fn three_sets(driver: &Driver) -> [String; 3] {
+    let sets = [("a", "192.0.2.0/24\n"), ("b", "192.0.2.0/25\n"), ("c", "192.0.2.128/25\n")];
+    sets.map(|(name, text)| driver.file(name, text))
+}
+
+/// A client that may write to etcd, and has no key, can't have an operator sign what it has put there.
+fn laundered() {
+    let (_namespace, etcd, driver) = alone();
+    let new_key = || KeyPair::generate_for(&PKCS_ED25519).expect("a key");
+    let (pair, former) = (new_key(), new_key());
+    let key = driver.file("key", &pair.serialize_pem());
+    let former_key = driver.file("former", &former.serialize_pem());
+    let former_public = driver.file("former.pub", &former.public_key_pem());
+    let sets = three_sets(&driver);
+    driver.ok(&format!("publish {} --ring main --signing-key {key}", sets[0]));
+    driver.ok(&format!("publish {} --ring main --signing-key {key}", sets[1]));
+    // A set of the attacker, under a name that it has in the history and in the pointer.
+    let evil = driver.file("evil", "203.0.113.0/24\n");
+    let evil = text(&driver.json(&format!("publish {evil} --ring evil"))["set"]).to_owned();
+    for key in ["rings/main", "history/main/00000000000000000001"] {
+        let mut record = etcd.record(&format!("/anyport/{key}"));
+        record["set"] = evil.clone().into();
+        etcd.put(&format!("/anyport/{key}"), &record.to_string());
+    }
+    for verb in
+        ["rollback --ring main --to 1", "promote --from main --to other", "rollout --rings main,other --gate 0s"]
+    {
+        let outcome = driver.run(&format!("{verb} --signing-key {key}"));
+        assert_eq!(outcome.status, 5, "{verb}: {outcome}");
+    }
+    contains(
+        &driver.refused(&format!("rollback --ring main --to 1 --signing-key {key}"), 5),
+        &["would be signed because etcd names it", "not by a key", "--former-keys"],
+    );
+    // What an operator gives is signed, whatever stands there.
+    driver.ok(&format!("publish {} --ring main --signing-key {key} --force", sets[2]));
+    assert_eq!(driver.sequence("main"), 3);
+    // Keys are replaced.
+    driver.ok(&format!("publish {} --ring keys --signing-key {former_key}", sets[0]));
+    driver.ok(&format!("publish {} --ring keys --signing-key {key}", sets[1]));
+    driver.refused(&format!("rollback --ring keys --signing-key {key}"), 5);
+    driver.ok(&format!("rollback --ring keys --signing-key {key} --former-keys {former_public}"));
+}
+
+/// Records that a client of etcd has put where the commands look.
+fn obstacles() {
+    let (namespace, etcd, driver) = alone();
+    let _node = daemon(&namespace, &etcd, &driver, "n1", "").start();
+    let sets = three_sets(&driver);
+    let hash = text(&driver.json(&format!("publish {} --ring main", sets[0]))["set"]).to_owned();
+    // A key below the set that is no chunk of it.
+    for junk in ["/0", "/0000x", "/junk", "/zzzz"] {
+        etcd.put(&format!("/anyport/sets/{hash}{junk}"), "junk");
+    }
+    assert_eq!(driver.json(&format!("publish {} --ring main", sets[0]))["stored_again"], false);
+    // A history that others have filled, with sequences that were never there.
+    let pointer = etcd.record("/anyport/rings/main");
+    for sequence in 900_000_000..900_000_120_u64 {
+        let mut record = pointer.clone();
+        record["sequence"] = sequence.into();
+        etcd.put(&format!("/anyport/history/main/{sequence:020}"), &record.to_string());
+    }
+    driver.ok(&format!("publish {} --ring main --sequence 2 --force", sets[1]));
+    wait_for_ring(&driver, "main", "node that follows", |it| it["nodes"][0]["report"]["sequence"] == 2);
+    etcd.ctl("del --prefix /anyport/history/main/000000000009");
+    // A pointer that all nodes refuse says nothing of what they have seen.
+    let mut forged = etcd.record("/anyport/rings/main");
+    (forged["sequence"], forged["set"]) = (u64::MAX.into(), "ab".repeat(32).into());
+    etcd.put("/anyport/rings/main", &forged.to_string());
+    sleep(Duration::from_secs(1));
+    assert_eq!(driver.json(&format!("publish {} --ring main --force", sets[2]))["sequence"], 3);
+    wait_for_ring(&driver, "main", "node that is current", |it| it["summary"]["current"] == 1);
+    // What is left of a ring can be removed.
+    etcd.put("/anyport/nodes/ghost/x", "nonsense");
+    contains(&driver.ok("status --ring ghost"), &["left out: /anyport/nodes/ghost/x"]);
+    driver.ok("remove ghost");
+    etcd.put("/anyport/rings/broken", "nonsense");
+    driver.refused("remove broken", 1);
+    driver.ok("remove broken --force");
+    assert!(etcd.keys("/anyport/rings/").iter().all(|key| key.ends_with("/main")));
 }
 
 fn storm() {
@@ -261,15 +347,11 @@ fn twins() {
     drop(second);
     let mut copy = start(2);
     copy.stop();
-    for name in ["fleet.json", "fleet.json.former"] {
-        let file = first.state().join(name);
-        if file.exists() {
-            fs::copy(file, copy.state().join(name)).expect("a copy");
-        }
-    }
     for entry in fs::read_dir(first.state()).expect("files").flatten() {
-        if entry.file_name().to_string_lossy().starts_with("fleet-") {
-            fs::copy(entry.path(), copy.state().join(entry.file_name())).expect("a copy");
+        if entry.file_name().to_string_lossy().starts_with("fleet") {
+            let there = copy.state().join(entry.file_name());
+            fs::copy(entry.path(), &there).expect("a copy");
+            chown(&there, Some(USER), Some(GROUP)).expect("a file of the daemon's user");
         }
     }
     copy.restart();
@@ -286,7 +368,7 @@ fn twins() {
     wait_until_well(&heir);
 }
 
-/// Whoever has made a node take a sequence that leaves no other: the ring gets another name.
+/// A node has taken a sequence that leaves no other: the ring gets another name.
 fn way_back() {
     let (namespace, etcd, driver) = alone();
     let set = driver.file("set", "192.0.2.0/25\n");

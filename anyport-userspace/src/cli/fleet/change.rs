@@ -1,6 +1,9 @@
 //! What every change of a ring has in common, be it published, promoted or rolled back.
 
-use std::{fs, path::PathBuf};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
 
 use nix::unistd::{Uid, User};
 use serde::Serialize;
@@ -13,8 +16,9 @@ use crate::{
         etcd::{Etcd, Ring, Swapped},
         layout::{Hash, Name, Pointer, STEP, Seen, Time},
         pack::Packed,
-        signing::SigningKey,
+        signing::{PublicKeys, SigningKey},
     },
+    rules::InvalidText,
     text::{list_of, remark},
 };
 
@@ -35,6 +39,10 @@ pub(super) struct How {
     /// Private key of Ed25519 to sign with, in PEM
     #[arg(long, env = "ANYPORT_SIGNING_KEY", value_name = "FILE")]
     signing_key: Option<PathBuf>,
+    /// Public keys by which sets were signed before, while a key is replaced; a set that etcd names is signed again only if one of
+    /// them, or the signing key, has signed it
+    #[arg(long, value_name = "FILE")]
+    former_keys: Option<PathBuf>,
     /// Give the change this sequence, after etcd was restored or wiped: nodes refuse those behind what they have seen
     #[arg(long, value_name = "SEQUENCE")]
     sequence: Option<u64>,
@@ -97,21 +105,41 @@ impl Prepared {
 pub(super) struct Change<'a> {
     pub(super) how: &'a How,
     key: Option<SigningKey>,
+    /// By which a pointer has to be signed for its set to be signed again.
+    trusted: Option<PublicKeys>,
 }
 
 impl How {
     /// Reads the key.
     pub(super) fn read(&self) -> Result<Change<'_>, Problem> {
-        let key = self.signing_key.as_ref().map(|file| {
-            let invalid = |why: String| Problem::new(ProblemKind::Invalid, format!("read {}: {why}", file.display()));
-            let pem = fs::read(file).map_err(|error| invalid(error.to_string()))?;
-            SigningKey::from_pem(&pem).map_err(|error| invalid(error.to_string()))
+        let key = self.signing_key.as_ref().map(|file| read_key(file, SigningKey::from_pem)).transpose()?;
+        let former = self.former_keys.as_ref().map(|file| read_key(file, PublicKeys::from_pem)).transpose()?;
+        let trusted = key.as_ref().map(|key| match former {
+            Some(former) => key.public().and(former),
+            None => key.public(),
         });
-        Ok(Change { how: self, key: key.transpose()? })
+        Ok(Change { how: self, key, trusted })
     }
 }
 
+fn read_key<T>(file: &Path, parse: impl FnOnce(&[u8]) -> Result<T, InvalidText>) -> Result<T, Problem> {
+    let invalid = |why: String| Problem::new(ProblemKind::Invalid, format!("read {}: {why}", file.display()));
+    let pem = fs::read(file).map_err(|error| invalid(error.to_string()))?;
+    parse(&pem).map_err(|error| invalid(error.to_string()))
+}
+
 impl Change<'_> {
+    /// Checks that a set may be signed which etcd names and this command was not given: any client that writes to etcd may have put it
+    /// there.
+    pub(super) fn expect_trusted(&self, pointer: &Pointer) -> Result<(), Problem> {
+        let Some(trusted) = self.trusted.as_ref().filter(|_| !self.how.force) else { return Ok(()) };
+        trusted.verify(pointer).map_err(|error| {
+            Problem::new(ProblemKind::Unsafe, format!("the set would be signed because etcd names it, and {error}")).hint(
+                "publish the file instead; --former-keys FILE names keys that were replaced; --force signs what is there",
+            )
+        })
+    }
+
     /// Has a ring point to a set. What the change is by itself stands before the operator's note.
     pub(super) async fn make(
         &self,
@@ -136,7 +164,7 @@ impl Change<'_> {
         }
         let highest = ring.highest();
         let is_there = self.is_there(ring, &packed.hash, highest);
-        let sequence = if is_there { highest } else { next(ring, self.how.sequence)? };
+        let sequence = if is_there { highest } else { next(ring, self.how.sequence, self.how.force)? };
         let beyond = beyond(ring, sequence.saturating_add(u64::from(is_there)));
         notes.extend(beyond.as_ref().map(|it| it.what.clone()));
         let answer = |changed, stored_again, notes| RingChanged {
@@ -174,15 +202,16 @@ impl Change<'_> {
         etcd: &Etcd,
         name: &Name,
         since: u64,
-        set: &Hash,
+        before: &Pointer,
         note: String,
     ) -> Result<u64, Problem> {
-        let Prepared { packed, .. } = Prepared::new(&etcd.set(set).await?)?;
+        let Prepared { packed, .. } = Prepared::new(&etcd.set(&before.set).await?)?;
+        self.expect_trusted(before)?;
         let ring = etcd.ring(name).await?;
         if ring.pointer.as_ref().is_none_or(|it| it.value.sequence != since) {
             return Err(lost(name, ring.pointer));
         }
-        let sequence = next(&ring, None)?;
+        let sequence = next(&ring, None, false)?;
         self.write(etcd, &ring, &packed, sequence, Some(note)).await?;
         Ok(sequence)
     }
@@ -264,21 +293,24 @@ async fn store(etcd: &Etcd, packed: &Packed) -> Result<i64, Problem> {
 
 /// The sequence of the next change: the one that was asked for, or else one more than the ring has had. What nodes say has no part in
 /// it, since any of them can say anything.
-fn next(ring: &Ring, asked: Option<u64>) -> Result<u64, Problem> {
+fn next(ring: &Ring, asked: Option<u64>, by_force: bool) -> Result<u64, Problem> {
     let (name, highest) = (&ring.name, ring.highest());
-    let first = highest.checked_add(1).ok_or_else(|| {
-        Problem::new(ProblemKind::Failed, format!("the ring {name} has no sequence left after {highest}"))
-            .hint("give its nodes another ring (`ring` in their section [fleet], and a restart), and publish to that")
-    })?;
-    let Some(asked) = asked else { return Ok(first) };
-    let last = highest.saturating_add(STEP);
-    if (first..=last).contains(&asked) {
-        return Ok(asked);
+    let (first, last) = (highest.saturating_add(1), highest.saturating_add(STEP));
+    match asked {
+        // Nodes refuse what is too far for them.
+        Some(asked) if by_force || (first..=last).contains(&asked) => Ok(asked),
+        Some(asked) => Err(Problem::new(
+            ProblemKind::Invalid,
+            format!("--sequence {asked}: the ring {name} has had {highest}, so the next one is {first} to {last}"),
+        )
+        .hint("--force takes any; nodes refuse one behind what they have seen, or far beyond it")),
+        None if highest < u64::MAX => Ok(first),
+        None => Err(Problem::new(ProblemKind::Failed, format!("the ring {name} has no sequence left after {highest}"))
+            .hint(
+                "if its nodes have not followed that one, --sequence SEQUENCE --force goes on behind what they have seen; else give \
+                 them another ring (`ring` in their section [fleet], and a restart), and publish to that",
+            )),
     }
-    Err(Problem::new(
-        ProblemKind::Invalid,
-        format!("--sequence {asked}: the ring {name} has had {highest}, so the next one is {first} to {last}"),
-    ))
 }
 
 /// Nodes that report to have seen a sequence or a higher one.
@@ -307,9 +339,10 @@ fn beyond(ring: &Ring, sequence: u64) -> Option<Beyond> {
         list_of(&nodes)
     );
     let remedy = format!(
-        "if etcd was restored or wiped, --sequence {} goes on behind them; if only some say so, they may lie, and --force \
+        "if etcd was restored or wiped, --sequence {}{} goes on behind them; if only some say so, they may lie, and --force \
          goes on without them",
-        highest.saturating_add(1)
+        highest.saturating_add(1),
+        if highest >= ring.highest().saturating_add(STEP) { " --force" } else { "" }
     );
     Some(Beyond { what, are_most: beyond.len() * 2 > ring.reports().count(), remedy })
 }

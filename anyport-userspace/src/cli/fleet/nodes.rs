@@ -107,7 +107,7 @@ impl Status {
         let (mut rings, mut first) = (Vec::with_capacity(names.len()), None);
         for name in &names {
             let (ring, problem) = etcd.ring_as_it_is(name).await?;
-            if self.ring.is_some() && problem.is_none() && ring.pointer.is_none() && ring.nodes.is_empty() {
+            if self.ring.is_some() && problem.is_none() && ring.is_unknown() {
                 let others = list_of(&etcd.ring_names().await?);
                 let what = format!("there is no ring {name}, and no node of it has reported");
                 let hint = if others.is_empty() { String::new() } else { format!("there are {others}") };
@@ -198,6 +198,15 @@ impl Summary {
     }
 }
 
+/// What a node says, in a table in which others stand, too.
+fn cell(text: &str) -> String {
+    const MOST: usize = 20;
+    match text.char_indices().nth(MOST) {
+        Some((at, _)) => format!("{}…", remark(&text[..at])),
+        None => remark(text),
+    }
+}
+
 fn row(view: &NodeView) -> [std::borrow::Cow<'_, str>; 8] {
     let NodeView { node, state, age, report } = view;
     let Some(report) = report else {
@@ -210,10 +219,10 @@ fn row(view: &NodeView) -> [std::borrow::Cow<'_, str>; 8] {
         state.to_string().into(),
         report.sequence.to_string().into(),
         report.set.map_or_else(|| "-".to_owned(), |it| it.short()).into(),
-        remark(&report.backend).into(),
+        cell(&report.backend).into(),
         report.health.to_string().into(),
         age.map_or_else(|| "-".to_owned(), ago).into(),
-        remark(&report.version).into(),
+        cell(&report.version).into(),
     ]
 }
 
@@ -234,9 +243,14 @@ fn trouble(ring: &Name, node: &Name, state: NodeState, report: Option<&Report>) 
         )),
         _ => None,
     };
-    let degraded = report.filter(|it| it.health == Health::Degraded);
+    // Of one that refuses, that is said.
+    let degraded = report.filter(|it| it.health == Health::Degraded && !it.degraded.is_empty());
     let degraded = degraded.map(|it| format!("degraded: {}", remark(&it.degraded.join("; "))));
-    let reasons: Vec<String> = reason.into_iter().chain(degraded).collect();
+    let stale = report.filter(|it| it.is_stale());
+    let stale = stale.map(|it| {
+        format!("has written its report at {} and not since: it is gone and another client of etcd keeps its lease alive, or its clock is wrong", it.reported)
+    });
+    let reasons: Vec<String> = reason.into_iter().chain(degraded).chain(stale).collect();
     (!reasons.is_empty()).then(|| format!("{node} {}", reasons.join("; ")))
 }
 
@@ -245,7 +259,8 @@ pub(super) fn unwell(ring: &Ring) -> Vec<String> {
     let pointer = ring.pointer.as_ref().map(|it| &it.value);
     let unwell = ring.nodes.iter().filter_map(|Node { name, report, .. }| {
         let state = NodeState::of(pointer, report.as_ref());
-        let is_well = state == NodeState::Current && report.as_ref().is_some_and(|it| it.health == Health::Good);
+        let is_good = |it: &Report| it.health == Health::Good && !it.is_stale();
+        let is_well = state == NodeState::Current && report.as_ref().is_some_and(is_good);
         (!is_well)
             .then(|| trouble(&ring.name, name, state, report.as_ref()).unwrap_or_else(|| format!("{name} is {state}")))
     });
@@ -261,7 +276,7 @@ pub(super) struct Forget {
     /// Their ring
     #[arg(long, value_name = "RING")]
     ring: Name,
-    /// Go on although they report: a report that somebody else has written goes, too
+    /// Go on although they report: a report that another client has written goes, too
     #[arg(long)]
     force: bool,
 }
@@ -307,7 +322,7 @@ impl Remove {
     pub(super) async fn run(self, etcd: &Etcd, out: &mut Output<'_>) -> Result<(), Problem> {
         let Self { ring: name, force } = self;
         let (ring, problem) = etcd.ring_as_it_is(&name).await?;
-        if problem.is_none() && ring.pointer.is_none() && ring.nodes.is_empty() && ring.history.is_empty() {
+        if problem.is_none() && ring.is_unknown() {
             return Err(Problem::new(ProblemKind::NotFound, format!("there is no ring {name}")));
         }
         let reporting: Vec<&Name> = ring.reports().map(|it| &it.node).collect();
@@ -319,8 +334,8 @@ impl Remove {
             .hint("give them another ring first, or go on by --force: they keep the set that they have"));
         }
         match problem {
-            Some(problem) => return Err(problem),
-            None => etcd.remove_ring(&ring).await?,
+            Some(problem) if !force => return Err(problem),
+            _ => etcd.remove_ring(&ring).await?,
         }
         out.print(&Removed { ring: name, removed: true }, |answer| format!("removed the ring {}", answer.ring))
     }

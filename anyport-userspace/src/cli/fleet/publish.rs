@@ -72,9 +72,11 @@ impl Promote {
         if !how.force {
             expect_proven(&source)?;
         }
+        let change = how.read()?;
+        change.expect_trusted(pointer)?;
         let set = Prepared::new(&etcd.set(&pointer.set).await?)?;
         let what = format!("promoted from {from} {}", pointer.sequence);
-        let answer = how.read()?.make(etcd, &etcd.ring(&to).await?, &set, Some(what)).await?;
+        let answer = change.make(etcd, &etcd.ring(&to).await?, &set, Some(what)).await?;
         out.print(&answer, RingChanged::text)
     }
 }
@@ -123,9 +125,11 @@ impl Rollback {
         let Self { ring, to, how } = self;
         let ring = etcd.ring(&ring).await?;
         let target = target(&ring, to)?;
+        let change = how.read()?;
+        change.expect_trusted(target)?;
         let set = Prepared::new(&etcd.set(&target.set).await?)?;
         let what = format!("rolled back to {}", target.sequence);
-        let answer = how.read()?.make(etcd, &ring, &set, Some(what)).await?;
+        let answer = change.make(etcd, &ring, &set, Some(what)).await?;
         out.print(&answer, RingChanged::text)
     }
 }

@@ -143,9 +143,13 @@ impl Rollout {
         let of_file = self.file.clone().map(|file| read(&Source::of(file))).transpose()?;
         let change = self.how.read()?;
         let etcd = connect().await?;
-        let set = match of_file {
-            Some(set) => set,
-            None => Prepared::new(&etcd.set(&pointer_of(&etcd.ring(&self.rings[0]).await?)?.set).await?)?,
+        let set = if let Some(set) = of_file {
+            set
+        } else {
+            let first = etcd.ring(&self.rings[0]).await?;
+            let pointer = pointer_of(&first)?;
+            change.expect_trusted(pointer)?;
+            Prepared::new(&etcd.set(&pointer.set).await?)?
         };
         let reached = Cell::new(Reached::default());
         let interrupted = interrupted()?;
@@ -341,7 +345,7 @@ impl Trial<'_> {
             return Err(Problem::new(ProblemKind::Failed, stopped).hint(hint));
         };
         let note = format!("rolled back to {}, since the rollout has stopped: {reason}", back.sequence);
-        match change.put_back(etcd, name, self.sequence, &back.set, note).await {
+        match change.put_back(etcd, name, self.sequence, back, note).await {
             Ok(sequence) => {
                 Self { sequence, set: back.set, watched: self.watched.clone(), ..*self }.tell(
                     Step::RolledBack,
@@ -403,6 +407,9 @@ fn judge(watched: &Watched, ring: &Ring, sequence: u64) -> RingHealth {
         let Some(report) = report else {
             return RingHealth::Worse(format!("the node {name} does not report any more"));
         };
+        if report.is_stale() {
+            return RingHealth::Worse(format!("the node {name} has not written a report since {}", report.reported));
+        }
         if *health == Health::Good && report.health == Health::Degraded {
             return RingHealth::Worse(format!("the node {name} is degraded: {}", remark(&report.degraded.join("; "))));
         }

@@ -170,7 +170,7 @@ struct Host {
     state: FleetState,
     basis: u64,
     is_broken: bool,
-    /// Whether what is in force is not what was taken.
+    /// Whether the active rules are not those that were taken.
     is_spoilt: bool,
 }
 

@@ -17,7 +17,7 @@ use tonic::Code;
 
 pub(super) use self::records::read_pointer;
 pub use self::records::{Node, Ring, Skipped};
-use self::records::{nodes_of, read_all, read_record};
+use self::records::{history_of, nodes_of, read_record};
 use self::{
     client::{Client, Error},
     messages::{
@@ -47,11 +47,9 @@ const WORTH: usize = 4;
 const PAGES: (i64, i64) = (1_000, 32);
 /// Bytes of the largest record that is read: a report has some hundred.
 const LARGEST_RECORD: usize = 64 << 10;
-/// Records, and bytes of them, that are read below one prefix: twice as many nodes as docs/fleet.md speaks of.
+/// Records, and bytes of them, that are read below one prefix: twice as many nodes as docs/fleet.md considers.
 const MOST_RECORDS: usize = 20_000;
 const MOST_BYTES: usize = 64 << 20;
-/// How often a ring is read that is compacted meanwhile.
-const READ_ATTEMPTS: usize = 3;
 /// How often a set is stored again that others have removed meanwhile.
 const STORE_ATTEMPTS: usize = 5;
 
@@ -153,16 +151,9 @@ impl Etcd {
     /// # Errors
     /// etcd does not answer.
     pub async fn ring_as_it_is(&self, name: &Name) -> Result<(Ring, Option<Problem>), Problem> {
-        for _ in 1..READ_ATTEMPTS {
-            match self.read_ring(name).await {
-                Err(problem) if problem.error.contains("compacted") => {}
-                ring => return ring,
-            }
-        }
         self.read_ring(name).await
     }
 
-    /// Fails if etcd is compacted meanwhile.
     async fn read_ring(&self, name: &Name) -> Result<(Ring, Option<Problem>), Problem> {
         let (keys, what) = (&self.keys, format!("read the ring {name}"));
         let answer = self.get(&what, RangeRequest::key(&keys.ring(name))).await?;
@@ -175,12 +166,13 @@ impl Etcd {
         let history = self.read_below(&what, &keys.history(name), revision, &mut skipped).await?;
         let reports = self.read_below(&what, &keys.nodes_of(name), revision, &mut skipped).await?;
         let members = self.read_below(&what, &keys.members_of(name), revision, &mut skipped).await?;
-        let history = read_all(&history, &mut skipped);
+        let history = history_of(keys, name, &history, &mut skipped);
         let nodes = nodes_of(keys, name, &reports, &members, &mut skipped);
         Ok((Ring { name: name.clone(), pointer, history, nodes, skipped }, problem))
     }
 
-    /// All records below a prefix as of a revision, up to a number and a size.
+    /// All records below a prefix as of a revision, up to a number and a size. Where that is compacted meanwhile, which any client of
+    /// etcd can do, as of the present one.
     async fn read_below(
         &self,
         what: &str,
@@ -193,7 +185,14 @@ impl Etcd {
         let mut request = RangeRequest { revision, ..RangeRequest::prefix(prefix) };
         loop {
             request.limit = page;
-            let RangeResponse { kvs, more, .. } = match self.get_unless_too_large(what, &request).await? {
+            let answer = match self.get_unless_too_large(what, &request).await {
+                Err(problem) if request.revision != 0 && problem.error.contains("compacted") => {
+                    request.revision = 0;
+                    continue;
+                }
+                answer => answer?,
+            };
+            let RangeResponse { kvs, more, .. } = match answer {
                 Some(answer) => answer,
                 None if page > 1 => {
                     page = (page / PAGES.1).max(1);
@@ -286,20 +285,25 @@ impl Etcd {
         };
         let first = self.keys.set(hash);
         // Right behind the slash that chunks have after it.
-        let (mut from, end) = (first.clone(), format!("{first}0"));
+        let (mut from, end) = (first.clone().into_bytes(), format!("{first}0"));
         let mut manifest: Option<Manifest> = None;
         let mut chunks: Vec<Vec<u8>> = Vec::new();
         loop {
-            let request = RangeRequest { range_end: end.clone().into(), limit: PAGE, ..RangeRequest::key(&from) };
+            let request = RangeRequest {
+                key: from.clone(),
+                range_end: end.clone().into(),
+                limit: PAGE,
+                ..RangeRequest::default()
+            };
             let RangeResponse { kvs, more, .. } = self.get(&format!("read the set {}", hash.short()), request).await?;
             for entry in kvs {
+                // The least key behind this one.
+                from = [entry.key.as_slice(), b"\0"].concat();
                 if entry.key == first.as_bytes() {
                     let read: Manifest = read_record(&entry).map_err(|why| spoilt(&why))?;
                     read.validate().map_err(|why| spoilt(&why))?;
                     manifest = Some(read);
-                } else {
-                    // The least key behind this one.
-                    from = format!("{}\0", entry.key_str().unwrap_or_default());
+                } else if entry.key == self.keys.chunk(hash, chunks.len()).as_bytes() {
                     chunks.push(entry.value);
                 }
             }
@@ -422,7 +426,8 @@ impl Etcd {
         if let Some(oldest) =
             history.len().checked_sub(kept).filter(|surplus| *surplus > 0).and_then(|at| history.get(at))
         {
-            let end = self.keys.history_at(name, oldest.sequence);
+            // A record of a sequence that nobody has published must not take the new one along.
+            let end = self.keys.history_at(name, oldest.sequence.min(pointer.sequence));
             changes.push(DeleteRangeRequest::range(&self.keys.history(name), &end).into());
         }
         let look = RangeRequest::key(&key);
@@ -508,11 +513,12 @@ impl Etcd {
     /// etcd does not answer; or the pointer was changed since the ring was read.
     pub async fn remove_ring(&self, ring: &Ring) -> Result<(), Problem> {
         let (keys, name) = (&self.keys, &ring.name);
-        let before = ring.pointer.as_ref().map_or(0, |it| it.revision);
         let below = [keys.history(name), keys.nodes_of(name), keys.members_of(name)];
         let mut success: Vec<RequestOp> = vec![DeleteRangeRequest::key(&keys.ring(name)).into()];
         success.extend(below.iter().map(|prefix| RequestOp::from(DeleteRangeRequest::prefix(prefix))));
-        let compare = vec![Compare::mod_revision(&keys.ring(name), CompareResult::Equal, before)];
+        // What could not be read has no revision that is known.
+        let before = ring.pointer.iter().map(|it| it.revision);
+        let compare = before.map(|it| Compare::mod_revision(&keys.ring(name), CompareResult::Equal, it)).collect();
         let txn = TxnRequest { compare, success, failure: Vec::new() };
         if self.transact(&format!("remove the ring {name}"), &txn).await?.succeeded {
             return Ok(());

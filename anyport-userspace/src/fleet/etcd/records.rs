@@ -41,26 +41,28 @@ pub struct Ring {
 }
 
 impl Ring {
-    /// The highest sequence that the ring has had, by its pointer and its history. One that is farther than [`STEP`] from all below is
-    /// none that a command made: with it the ring would come to the end of its sequences.
+    /// The highest sequence that the ring has had, by its pointer and its history. Sequences that are farther than [`STEP`] from the
+    /// others are none that commands made: with them the ring would come to the end of its sequences, or go back. Most of them count.
     pub fn highest(&self) -> u64 {
         let mut all: Vec<u64> = self.history.iter().map(|it| it.sequence).collect();
         all.extend(self.pointer.iter().map(|it| it.value.sequence));
         all.sort_unstable();
-        let mut highest = all.first().copied().unwrap_or_default();
-        for sequence in all {
-            if sequence <= highest.saturating_add(STEP) {
-                highest = sequence;
-            }
-        }
-        highest
+        let runs = all.chunk_by(|one, next| *next <= one.saturating_add(STEP));
+        // Of two that are as long, the first one.
+        let longest = runs.reduce(|longest, run| if run.len() > longest.len() { run } else { longest });
+        longest.and_then(<[u64]>::last).copied().unwrap_or_default()
     }
 
-    /// The nodes that report to have seen this sequence or a higher one, so that they don't follow it, with what they have seen. Whoever
-    /// has a node's rights in etcd can write that.
+    /// The nodes that report to have seen this sequence or a higher one, so that they don't follow it, with what they have seen. A client
+    /// with a node's rights in etcd can write that.
     pub fn beyond(&self, sequence: u64) -> Vec<(&Name, u64)> {
         let reports = self.reports().map(|it| (&it.node, it.seen()));
         reports.filter(|(_, seen)| *seen >= sequence).collect()
+    }
+
+    /// Whether etcd has nothing of it.
+    pub fn is_unknown(&self) -> bool {
+        self.pointer.is_none() && self.history.is_empty() && self.nodes.is_empty() && self.skipped.is_empty()
     }
 
     /// What its nodes report.
@@ -99,11 +101,15 @@ pub(in crate::fleet) fn read_pointer(entry: &KeyValue) -> Result<Seen<Pointer>, 
     Ok(Seen { value, revision: entry.mod_revision })
 }
 
-pub(super) fn read_all<T: DeserializeOwned>(entries: &[KeyValue], skipped: &mut Vec<Skipped>) -> Vec<T> {
+/// What a ring's pointer was, each at the place of its sequence.
+pub(super) fn history_of(keys: &Keys, ring: &Name, entries: &[KeyValue], skipped: &mut Vec<Skipped>) -> Vec<Pointer> {
     let mut records = Vec::with_capacity(entries.len());
     for entry in entries {
-        match serde_json::from_slice(&entry.value) {
-            Ok(record) => records.push(record),
+        match serde_json::from_slice::<Pointer>(&entry.value) {
+            Ok(pointer) => match expect_place(&keys.history_at(ring, pointer.sequence), &pointer.ring, ring, entry) {
+                Ok(()) => records.push(pointer),
+                Err(why) => skipped.push(Skipped::new(&entry.key, &why)),
+            },
             Err(error) => skipped.push(Skipped::new(&entry.key, &error.to_string())),
         }
     }
@@ -135,7 +141,7 @@ pub(super) fn nodes_of(
             let signer = signers.get(&report.node).ok_or("there is no member record of that node")?;
             match signer {
                 Some(key) if !signed.is_by(key) => Err(format!(
-                    "it is not signed with the key {} of that node: somebody else has written it",
+                    "it is not signed with the key {} of that node: another client has written it",
                     key.short()
                 )),
                 _ => Ok(signed.report),
@@ -165,12 +171,12 @@ fn report_at(keys: &Keys, ring: &Name, entry: &KeyValue) -> Result<SignedReport,
     Ok(signed)
 }
 
-/// A node may write its own records, and those speak of nobody else.
+/// A node may write its own records, and those are about that node alone.
 fn expect_place(place: &str, named: &Name, ring: &Name, entry: &KeyValue) -> Result<(), String> {
     if entry.key == place.as_bytes() && named == ring {
         return Ok(());
     }
-    Err(format!("it speaks of {}, a node of the ring {named}", excerpt(place)))
+    Err(format!("it speaks of {}, of the ring {named}", excerpt(place)))
 }
 
 #[cfg(test)]
@@ -216,6 +222,7 @@ mod tests {
             (Some(3), &[1, 2, 3, u64::MAX - 1], 3),
             (Some(3), &[1, 2, 3, 4, STEP], STEP),
             (Some(3), &[3, 4 + STEP], 3),
+            (Some(7 * STEP), &[1, 7 * STEP, 7 * STEP - 1], 7 * STEP),
             // Alone, it is all that is known.
             (Some(u64::MAX), &[], u64::MAX),
             (None, &[5 * STEP, 5 * STEP + 1], 5 * STEP + 1),
