@@ -424,26 +424,11 @@ mod tests {
     use crate::fleet::{
         etcd::{Node, Ring},
         layout::{Hash, Name, Pointer, Seen, Time},
-        report::{Health, Refused, Report},
+        report::{Health, Refused, Report, sample},
     };
 
     fn report(node: &str, sequence: u64) -> Report {
-        Report {
-            node: node.parse().unwrap(),
-            ring: "canary".parse().unwrap(),
-            sequence,
-            seen: sequence,
-            set: Some(Hash::of(&sequence.to_string())),
-            revision: 1,
-            generation: 1,
-            backend: "sk-lookup".into(),
-            health: Health::Good,
-            degraded: Vec::new(),
-            version: "0".into(),
-            refused: None,
-            since: Time::now(),
-            reported: Time::now(),
-        }
+        sample(node, "canary", sequence)
     }
 
     fn ring(sequence: u64, reports: Vec<Option<Report>>) -> Ring {

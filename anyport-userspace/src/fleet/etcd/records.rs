@@ -185,7 +185,7 @@ mod tests {
     use crate::fleet::{
         etcd::messages::KeyValue,
         layout::{Hash, Keys, Name, Pointer, STEP, Seen, Time},
-        report::{Health, Member, Report, SignedReport},
+        report::{Member, SignedReport, sample},
         signing::NodeKey,
     };
 
@@ -231,25 +231,6 @@ mod tests {
         }
     }
 
-    fn report(node: &str) -> Report {
-        Report {
-            node: node.parse().unwrap(),
-            ring: "main".parse().unwrap(),
-            sequence: 7,
-            seen: 7,
-            set: Some(Hash::of("")),
-            revision: 1,
-            generation: 1,
-            backend: "tc".into(),
-            health: Health::Good,
-            degraded: Vec::new(),
-            version: "0".into(),
-            refused: None,
-            since: Time::now(),
-            reported: Time::now(),
-        }
-    }
-
     fn entry(key: &str, value: impl Into<Vec<u8>>) -> KeyValue {
         KeyValue { key: key.into(), value: value.into(), ..KeyValue::default() }
     }
@@ -268,11 +249,11 @@ mod tests {
             entry(&format!("/a/members/main/{node}"), serde_json::to_vec(&record).unwrap())
         };
         let at = |place: &str, node: &str, key: &NodeKey| {
-            entry(&format!("/a/nodes/main/{place}"), SignedReport::record(&report(node), key).unwrap())
+            entry(&format!("/a/nodes/main/{place}"), SignedReport::record(&sample(node, "main", 7), key).unwrap())
         };
         let members =
             [member("good", Some(&key)), member("old", None), member("forged", Some(&key)), member("gone", Some(&key))];
-        let unsigned = entry("/a/nodes/main/gone", serde_json::to_vec(&report("gone")).unwrap());
+        let unsigned = entry("/a/nodes/main/gone", serde_json::to_vec(&sample("gone", "main", 7)).unwrap());
         let reports = [
             at("good", "good", &key),
             at("old", "old", &other),
