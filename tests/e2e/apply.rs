@@ -216,10 +216,12 @@ fn nonsense() {
         contains(&complaint, &[wanted]);
         assert_eq!(daemon.rules(), before, "{text:?}");
     }
-    let binary = files.0.path().join("binary");
-    fs::write(&binary, [0xff, 0xfe, 0x00]).expect("a file");
+    let (binary, odd) = (files.0.path().join("binary"), files.0.path().join("odd"));
+    fs::write(&binary, [b'a', 0xff]).expect("a file");
+    fs::write(&odd, [0xff, 0xfe, 0x00]).expect("a file");
     for (arguments, wanted) in [
-        (format!("apply {}", binary.display()), "utf-8"),
+        (format!("apply {}", binary.display()), "line 1: it is no text in UTF-8"),
+        (format!("apply {}", odd.display()), "UTF-16"),
         (format!("apply {}/absent", files.0.path().display()), "No such file"),
         ("apply".to_owned(), "FILE"),
         (format!("apply {} --confirm soon", binary.display()), "--confirm"),

@@ -157,6 +157,9 @@ fn decode(mut bytes: Vec<u8>) -> Result<String, InvalidText> {
         bytes = unpacked;
     }
     let utf16 = |rest: &[u8], of: fn([u8; 2]) -> u16| {
+        if !rest.len().is_multiple_of(2) {
+            return Err(InvalidText("it begins as UTF-16 and ends within a character".into()));
+        }
         let units: Vec<u16> = rest.chunks_exact(2).map(|pair| of([pair[0], pair[1]])).collect();
         String::from_utf16(&units).map_err(|error| InvalidText(format!("it begins as UTF-16 and is none: {error}")))
     };
@@ -262,6 +265,7 @@ mod tests {
         ] {
             assert_eq!(decode(bytes).unwrap(), "192.0.2.0/24\n");
         }
+        assert!(decode(b"\xff\xfe\0".to_vec()).unwrap_err().0.contains("UTF-16"));
         assert!(decode(b"a\n\xffb".to_vec()).unwrap_err().0.contains("line 2"));
         assert!(decode(b"\x1f\x8bnonsense".to_vec()).unwrap_err().0.contains("decompress"));
     }
