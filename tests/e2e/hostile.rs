@@ -24,7 +24,7 @@ use libtest_mimic::Trial;
 use nix::unistd::mkfifo;
 use serde_json::{Value, json};
 
-use crate::cases::{Lab, at, trial};
+use crate::cases::{Lab, alone, at, trial};
 
 /// As a user without privileges, passes sockets whose last close lasts long.
 const PASSER: &str = include_str!("hostile/passer.py");
@@ -50,7 +50,7 @@ pub(crate) fn trials() -> Vec<Trial> {
     trials.push(trial("hostile::a server that is stopped does not keep the daemon from ending", stopped_at_end));
     trials.push(trial("hostile::a log that nobody takes", unread_log));
     trials.push(trial("hostile::lines of the log that others cause", flood_of_lines));
-    trials.push(trial("hostile::names that are not what they seem", names));
+    trials.push(alone("hostile::names that are not what they seem", names));
     trials.push(trial("hostile::directories of another daemon", shared_directories));
     trials.push(trial("hostile::locks that a local user holds, and files that he reads", locks));
     trials.push(trial("hostile::programs that others could have written", programs));
