@@ -137,7 +137,7 @@ fn line_of(text: &str, byte: usize) -> usize {
 mod tests {
     use std::path::Path;
 
-    use super::{Documents, line_of, words_of_comments};
+    use super::{Documents, line_of, links, prose, words, words_of_comments};
     use crate::packages;
 
     #[test]
@@ -153,6 +153,16 @@ mod tests {
         for page in Documents::in_repository(root).unwrap().pages.keys() {
             assert!(installed.iter().any(|(from, _)| from == page), "{} is not installed", page.display());
         }
+    }
+
+    #[test]
+    fn documents_have_links_widths_and_words_as_they_should() {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+        let documents = Documents::in_repository(root).unwrap();
+        let none = Vec::<String>::new();
+        assert_eq!(links::broken(&documents), none);
+        assert_eq!(documents.each(prose::too_wide), none);
+        assert_eq!(documents.each(words::in_markdown), none);
     }
 
     #[test]
