@@ -115,7 +115,7 @@ impl Engine {
             return Err(Problem::new(ProblemKind::NotFound, "nothing waits to be confirmed")
                 .hint("if the time was over, the previous rules are active again; apply the file once more"));
         };
-        if let Err(error) = self.save(&unconfirmed.back, unconfirmed.lines.take()) {
+        if let Err(error) = self.keep_applied(&unconfirmed.back, unconfirmed.lines.take()) {
             self.unconfirmed = Some(unconfirmed);
             return Err(error.into());
         }

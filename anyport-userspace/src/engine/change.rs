@@ -1,6 +1,11 @@
-//! The only path from one rule set to the next: forward once, into the kernel and onto the disk, and back once where that fails.
+//! The only path from one rule set to the next: written aside on the disk, forward once into the kernel, and valid on the disk; and
+//! back once where that fails.
 
-use super::{Engine, desired::Transition, kept::Keep};
+use super::{
+    Engine,
+    desired::Transition,
+    kept::{Keep, Written},
+};
 use crate::{api::Problem, rules::Change};
 
 impl Engine {
@@ -8,7 +13,15 @@ impl Engine {
     /// as they are. Returns the change as it was carried out, with the numbers that the rules have got.
     pub(super) async fn change(&mut self, change: Change, keep: Keep) -> Result<Change, Problem> {
         let transition = self.desired.begin(change)?;
-        match self.carry_out(&transition, keep).await {
+        // A disk that is full is found here, while the kernel still serves as before.
+        let written = match self.write(keep, transition.change()) {
+            Ok(written) => written,
+            Err(error) => {
+                self.desired.roll_back(transition);
+                return Err(error.into());
+            }
+        };
+        match self.carry_out(&transition, written).await {
             Ok(()) => {
                 self.services.measure_descriptors();
                 Ok(self.desired.finish(transition))
@@ -22,19 +35,30 @@ impl Engine {
         }
     }
 
-    async fn carry_out(&mut self, transition: &Transition, keep: Keep) -> anyhow::Result<()> {
+    async fn carry_out(&mut self, transition: &Transition, written: Option<Written>) -> anyhow::Result<()> {
         let Self { desired, kernel, services, kept, progress, .. } = self;
-        kernel.activate(desired, services, transition, progress).await?;
-        if !matches!(keep, Keep::InMemory) {
-            progress.begin("writing the rules down", 5);
+        let activated = kernel.activate(desired, services, transition, progress).await;
+        match written {
+            None => activated,
+            Some(written) if activated.is_ok() => kept.activate(written),
+            Some(written) => {
+                kept.discard(written);
+                activated
+            }
         }
-        kept.keep(keep, desired, services, transition.change())
     }
 
-    /// Keeps what has to be there after a restart, which is in the kernel already. See [`super::kept::Kept::save`].
-    pub(super) fn save(&mut self, change: &Change, lines: Option<String>) -> anyhow::Result<()> {
-        self.progress.begin("writing the rules down", 5);
-        self.kept.save(&self.desired, &self.services, change, lines)
+    fn write(&self, keep: Keep, change: &Change) -> anyhow::Result<Option<Written>> {
+        if !matches!(keep, Keep::InMemory) {
+            self.progress.begin("writing the rules down", 2);
+        }
+        self.kept.write(keep, &self.desired, &self.services, change)
+    }
+
+    /// Keeps what has to be there after a restart, which is in the kernel already.
+    pub(super) fn keep_applied(&mut self, change: &Change, lines: Option<String>) -> anyhow::Result<()> {
+        let written = self.write(Keep::AppliedOnDisk(lines), change)?;
+        written.map_or(Ok(()), |it| self.kept.activate(it))
     }
 
     /// Makes the kernel equal to the rules, whatever it holds.

@@ -139,7 +139,7 @@ impl Engine {
     }
 
     fn save_fleet(&mut self, state: FleetState, text: Option<&str>) -> anyhow::Result<()> {
-        self.progress.begin("writing the rules down", 5);
+        self.progress.begin("writing the rules down", 2);
         self.kept.save_fleet(state, text)
     }
 

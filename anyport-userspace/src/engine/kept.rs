@@ -2,6 +2,7 @@
 //! sockets.
 
 use std::{
+    mem,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -16,7 +17,7 @@ use super::{
 use crate::{
     register::KeptSocket,
     rules::{Change, Origin, Prefix, PrefixRules},
-    store::{FleetState, State, Store},
+    store::{self, FleetState, State, Store},
 };
 
 /// How often the counters are kept, for the case that this daemon is killed.
@@ -35,6 +36,15 @@ pub(super) enum Keep {
     },
     /// Not yet: it may be taken back.
     InMemory,
+}
+
+/// What is on the disk and is not read by a later daemon yet.
+#[derive(Debug)]
+#[must_use = "it is to be activated or discarded"]
+pub(super) struct Written {
+    file: store::Written,
+    /// Where this node stands in its fleet then, if that changes.
+    fleet: Option<FleetState>,
 }
 
 /// The state directory, and what is known of it.
@@ -56,30 +66,33 @@ impl Kept {
         Self { store, counters_at: None, fleet, is_fleet_plain: false }
     }
 
-    /// Keeps what has to be there after a restart of rules and services as they are after this change.
-    pub(super) fn keep(
-        &mut self,
+    /// Writes what has to be there after a restart of rules and services as they are after this change, if it is to be kept.
+    pub(super) fn write(
+        &self,
         keep: Keep,
         desired: &Desired,
         services: &Services,
         change: &Change,
-    ) -> anyhow::Result<()> {
+    ) -> anyhow::Result<Option<Written>> {
         match keep {
-            Keep::InMemory => Ok(()),
-            Keep::OnDisk => self.save(desired, services, change, None),
-            Keep::AppliedOnDisk(lines) => self.save(desired, services, change, lines),
-            Keep::SetOnDisk { state, text } => self.save_fleet(state, Some(&text)),
+            Keep::InMemory => Ok(None),
+            Keep::OnDisk => self.write_state(desired, services, change, None).map(Some),
+            Keep::AppliedOnDisk(lines) => self.write_state(desired, services, change, lines).map(Some),
+            Keep::SetOnDisk { state, text } => {
+                let file = self.store.write_fleet(&state, Some(&text))?;
+                Ok(Some(Written { file, fleet: Some(state) }))
+            }
         }
     }
 
     /// The rules that were applied are written again only if they changed; `lines` may say the same as they do.
-    pub(super) fn save(
-        &mut self,
+    fn write_state(
+        &self,
         desired: &Desired,
         services: &Services,
         change: &Change,
         lines: Option<String>,
-    ) -> anyhow::Result<()> {
+    ) -> anyhow::Result<Written> {
         let is_applied =
             |(_, rules): &(Prefix, PrefixRules)| rules.iter().any(|it| it.origins.contains(Origin::Applied));
         let is_written = change.removed.iter().chain(&change.added).any(is_applied);
@@ -90,7 +103,19 @@ impl Kept {
             applied_services: services.configs_of(Origin::Applied),
             ..State::default()
         };
-        self.store.save(&state, applied.as_deref())
+        Ok(Written { file: self.store.write(&state, applied.as_deref())?, fleet: None })
+    }
+
+    /// What was written is what a later daemon starts with.
+    pub(super) fn activate(&mut self, Written { file, fleet }: Written) -> anyhow::Result<()> {
+        self.store.activate(file)?;
+        self.fleet = fleet.unwrap_or_else(|| mem::take(&mut self.fleet));
+        Ok(())
+    }
+
+    /// What was written is not to be.
+    pub(super) fn discard(&self, Written { file, .. }: Written) {
+        self.store.discard(file);
     }
 
     /// Keeps where this node stands in its fleet, and the set if that is another one.
@@ -173,7 +198,7 @@ mod tests {
     use crate::{
         engine::tests::fixtures::{Fixture, adding, rule},
         rules::{Change, Origin},
-        store::{FleetState, State, Store, tests::simulated::Simulated as Disk},
+        store::{Files as _, FleetState, State, Store, tests::simulated::Simulated as Disk},
     };
 
     fn open(disk: &Disk) -> (Kept, State) {
@@ -192,9 +217,14 @@ mod tests {
         ];
         let change = adding(&it.desired, &rules);
         let transition = it.desired.begin(change).unwrap();
-        kept.keep(Keep::InMemory, &it.desired, &it.services, transition.change()).unwrap();
-        assert!(open(&disk).1.rules.is_empty());
-        kept.keep(Keep::OnDisk, &it.desired, &it.services, transition.change()).unwrap();
+        let write = |kept: &Kept, keep| kept.write(keep, &it.desired, &it.services, transition.change()).unwrap();
+        assert!(write(&kept, Keep::InMemory).is_none());
+        let discarded = write(&kept, Keep::OnDisk).unwrap();
+        kept.discard(discarded);
+        assert!(disk.names().unwrap().is_empty());
+        let written = write(&kept, Keep::OnDisk).unwrap();
+        assert!(!disk.names().unwrap().contains(&"state.json".to_owned()));
+        kept.activate(written).unwrap();
         let (_, state) = open(&disk);
         let prefixes = |rules: Vec<crate::rules::Rule>| rules.iter().map(|it| it.prefix).collect::<Vec<_>>();
         assert_eq!(
@@ -209,7 +239,9 @@ mod tests {
         let (mut kept, _) = open(&disk);
         let state = FleetState { ring: "main".into(), sequence: 7, ..FleetState::default() };
         let keep = Keep::SetOnDisk { state: state.clone(), text: "192.0.2.4/30 tcp 80\n".into() };
-        kept.keep(keep, &it.desired, &it.services, &Change::default()).unwrap();
+        let written = kept.write(keep, &it.desired, &it.services, &Change::default()).unwrap().unwrap();
+        assert_eq!(*kept.fleet(), FleetState::default());
+        kept.activate(written).unwrap();
         assert_eq!(*kept.fleet(), state);
         let fleet = open(&disk).1.fleet.unwrap();
         assert_eq!((fleet.state, fleet.rules.len()), (state.clone(), 1));

@@ -141,15 +141,19 @@ impl Engine {
         is_same: bool,
     ) -> Result<(), Problem> {
         self.services.register(service.clone(), after);
-        // While something waits to be confirmed the rules are not to be written down, so sockets have a file of their own.
-        let mut done = if is_same { Ok(()) } else { self.change(Change::default(), Keep::InMemory).await.map(drop) };
-        let is_in_force = done.is_ok();
-        if is_in_force {
-            done = self.keep_registered().map_err(Into::into);
+        // While something waits to be confirmed the rules are not to be written down, so sockets have a file of their own. A disk
+        // that is full is found before the kernel is changed.
+        let mut done = self.keep_registered().map_err(Problem::from);
+        let is_kept = done.is_ok();
+        if is_kept && !is_same {
+            done = self.change(Change::default(), Keep::InMemory).await.map(drop);
         }
         self.services.let_go_of_registered();
         if done.is_err() {
             self.services.register(service.clone(), before);
+            if is_kept && let Err(error) = self.keep_registered() {
+                error!("keep which sockets are registered for the service {service}: {error:#}");
+            }
             self.repair().await;
         }
         done

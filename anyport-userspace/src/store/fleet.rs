@@ -6,8 +6,8 @@ use anyhow::{Context as _, bail};
 use serde::{Deserialize, Serialize};
 
 use super::{
-    Named, SET, Store, VERSION,
-    atomic::{NO_CHECKSUM, expect_checksum},
+    Kind, Named, SET, Store, VERSION,
+    atomic::{NO_CHECKSUM, Written, expect_checksum},
     named,
 };
 use crate::{
@@ -16,9 +16,9 @@ use crate::{
     service::ServiceConfig,
 };
 
-const FILE: &str = "fleet.json";
+pub(super) const FILE: &str = "fleet.json";
 /// The previous file.
-const PREVIOUS: &str = "fleet.json.former";
+pub(super) const PREVIOUS: &str = "fleet.json.former";
 
 /// Where a node stands in its fleet.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -69,12 +69,12 @@ struct FleetFile {
 }
 
 impl Store {
-    /// Replaces what is kept of the fleet, as [`Self::save`] does with the rest: the state, and the text of the set unless
-    /// that stays as it is.
+    /// Writes aside what is to be kept of the fleet, as [`Self::write`] does with the rest: the state, and the text of the set
+    /// unless that stays as it is.
     ///
     /// # Errors
-    /// What could not be written; the old one is still there.
-    pub fn save_fleet(&mut self, state: &FleetState, text: Option<&str>) -> anyhow::Result<()> {
+    /// What could not be written; nothing is left of it.
+    pub fn write_fleet(&self, state: &FleetState, text: Option<&str>) -> anyhow::Result<Written> {
         let now = match text {
             None => self.set.now.clone(),
             Some(text) => Some(self.write_next(SET, self.set.now.as_ref(), text)?),
@@ -86,10 +86,16 @@ impl Store {
             text_checksum: now.as_ref().and_then(Named::checksum_as_text),
             checksum: Some(NO_CHECKSUM.to_owned()),
         };
-        self.replace_keeping(FILE, PREVIOUS, &file)?;
-        self.set.previous = std::mem::replace(&mut self.set.now, now).map(|it| it.name);
-        self.remove_unused();
-        Ok(())
+        self.write_aside(Kind::Fleet, now, &file)
+    }
+
+    /// [`Self::write_fleet`] and [`Self::activate`] in one.
+    ///
+    /// # Errors
+    /// What could not be written; the old state is still there.
+    pub fn save_fleet(&mut self, state: &FleetState, text: Option<&str>) -> anyhow::Result<()> {
+        let written = self.write_fleet(state, text)?;
+        self.activate(written)
     }
 
     /// The text of the set that is kept, as it was written; nothing if there is none.

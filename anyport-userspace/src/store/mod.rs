@@ -7,7 +7,7 @@ mod atomic;
 mod files;
 mod fleet;
 
-use std::{collections::HashMap, fmt::Write as _, io, mem, path::Path, sync::Arc};
+use std::{collections::HashMap, fmt::Write as _, io, path::Path, sync::Arc};
 
 use anyhow::{Context as _, bail};
 use anyport_common::maps::Counters;
@@ -24,7 +24,10 @@ use crate::{
 };
 
 pub(crate) use self::files::{Files, create_new};
-pub use self::fleet::{FleetState, KeptFleet};
+pub use self::{
+    atomic::Written,
+    fleet::{FleetState, KeptFleet},
+};
 use self::{
     atomic::{NO_CHECKSUM, expect_checksum},
     files::Directory,
@@ -69,6 +72,32 @@ impl Series {
     fn after(self, named: Option<&Named>) -> String {
         let number = named.and_then(|it| self.number_of(&it.name)).unwrap_or_default();
         format!("{}{}{}", self.beginning, number.wrapping_add(1), self.end)
+    }
+}
+
+/// The two state files.
+#[derive(Clone, Copy, Debug)]
+enum Kind {
+    /// Of what this node was told.
+    Node,
+    /// Of what the fleet gave.
+    Fleet,
+}
+
+impl Kind {
+    fn file(self) -> &'static str {
+        match self {
+            Self::Node => FILE,
+            Self::Fleet => fleet::FILE,
+        }
+    }
+
+    /// The name of the state before.
+    fn previous(self) -> &'static str {
+        match self {
+            Self::Node => PREVIOUS,
+            Self::Fleet => fleet::PREVIOUS,
+        }
     }
 }
 
@@ -252,13 +281,12 @@ impl Store {
         String::from_utf8(text).with_context(attempt)
     }
 
-    /// Replaces what is kept of the services and of the rules that were added by hand: after a crash or a loss of power
-    /// the old state is there or the new one. The rules that were applied stay as they are kept, unless new lines of
-    /// them are given.
+    /// Writes aside what is to be kept of the services and of the rules that were added by hand. The rules that were applied stay
+    /// as they are kept, unless new lines of them are given.
     ///
     /// # Errors
-    /// What could not be written; the old state is still there.
-    pub fn save(&mut self, state: &State, applied: Option<&str>) -> anyhow::Result<()> {
+    /// What could not be written; nothing is left of it.
+    pub fn write(&self, state: &State, applied: Option<&str>) -> anyhow::Result<Written> {
         let now = match applied {
             None => self.applied.now.clone(),
             Some("") => None,
@@ -273,13 +301,18 @@ impl Store {
             applied_checksum: now.as_ref().and_then(Named::checksum_as_text),
             checksum: Some(NO_CHECKSUM.to_owned()),
         };
-        self.replace_keeping(FILE, PREVIOUS, &file)?;
-        self.applied.previous = mem::replace(&mut self.applied.now, now).map(|it| it.name);
-        self.remove_unused();
-        Ok(())
+        self.write_aside(Kind::Node, now, &file)
     }
 
-    /// Writes the file of a series that comes after this one.
+    /// [`Self::write`] and [`Self::activate`] in one.
+    ///
+    /// # Errors
+    /// What could not be written; the old state is still there.
+    pub fn save(&mut self, state: &State, applied: Option<&str>) -> anyhow::Result<()> {
+        let written = self.write(state, applied)?;
+        self.activate(written)
+    }
+
     /// Keeps what was counted for rules, for a daemon that comes later.
     ///
     /// # Errors
@@ -350,6 +383,13 @@ impl Store {
         serde_json::from_slice(&text).with_context(|| {
             format!("read {path}, which says what is drained; repair it, or serve everything: rm {path}")
         })
+    }
+
+    fn beside(&mut self, kind: Kind) -> &mut Beside {
+        match kind {
+            Kind::Node => &mut self.applied,
+            Kind::Fleet => &mut self.set,
+        }
     }
 
     /// Removes files of the two series that neither the state nor the previous one names.

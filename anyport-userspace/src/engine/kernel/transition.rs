@@ -44,11 +44,11 @@ impl Kernel {
                 Steps { prefixes: steps.prefixes.clone(), freed: steps.freed.clone(), ..Steps::default() };
             rest = &without_numbers;
         }
-        progress.begin("removing routes", 2);
+        progress.begin("removing routes", 3);
         self.routes.apply(&routing.first(&self.coverage)).await?;
-        progress.begin("compiling the rules", 3);
+        progress.begin("compiling the rules", 4);
         self.steer(desired, services, Some(&rest.prefixes), rest)?;
-        progress.begin("adding routes", 4);
+        progress.begin("adding routes", 5);
         let second = routing.finish(&mut self.coverage, change);
         self.foreign_routes = self.routes.apply(&second).await?;
         services.forget_replies();

@@ -14,6 +14,18 @@ impl Scene {
         (is_done, self.engine().desired.patches() - before)
     }
 
+    /// The problem that a command has on a disk on which everything fails after so many steps.
+    async fn with_little_disk<T: std::fmt::Debug>(
+        &mut self,
+        steps: usize,
+        command: impl AsyncFnOnce(&mut super::Engine) -> Result<T, Problem>,
+    ) -> Problem {
+        self.disk.fail_after(Some(steps));
+        let problem = command(self.engine()).await.unwrap_err();
+        self.disk.fail_after(None);
+        problem
+    }
+
     fn services_of_rules(&self) -> Vec<ServiceName> {
         let world = open(&self.world);
         world.rules.values().flatten().map(|(_, terms)| terms.service.clone()).collect()
@@ -89,5 +101,36 @@ fn a_command_changes_the_rules_once_forward_and_once_back() {
         assert_eq!(scene.patches(async |it| it.add_prefixes(added("192.0.2.4/30")).await).await, (false, 2));
         assert_eq!(scene.patches(async |it| it.remove_prefixes(removed("192.0.2.32/30")).await).await, (false, 2));
         scene.converge().await;
+    });
+}
+
+#[test]
+fn a_disk_that_is_full_is_found_before_the_kernel_is_touched() {
+    in_namespace(async {
+        let mut scene = Box::pin(Scene::new(2)).await;
+        let apply = Apply { dry_run: false, confirm: None, prune: false, force: true };
+        scene.engine().add_prefixes(added("192.0.2.4/30")).await.unwrap();
+        let kept = scene.kept();
+        // Whatever would be asked of the kernel fails, and says so.
+        open(&scene.world).fails = Some(1);
+        for steps in 0..2 {
+            let told = [
+                scene.with_little_disk(steps, async |it| it.add_prefixes(added("192.0.2.32/30")).await).await,
+                scene.with_little_disk(steps, async |it| it.remove_prefixes(removed("192.0.2.4/30")).await).await,
+            ];
+            assert!(scene.engine().degraded().is_empty());
+            // With services that were put back, the kernel is repaired for safety's sake.
+            let applied = async |it: &mut super::Engine| it.apply("192.0.2.8/30 tcp 80\n".into(), &apply).await;
+            let told = told.into_iter().chain([scene.with_little_disk(steps, applied).await]);
+            for problem in told {
+                assert!(problem.error.contains("write the state file"), "{problem:?}");
+            }
+            open(&scene.world).fails = None;
+            scene.converge().await;
+            open(&scene.world).fails = Some(1);
+        }
+        open(&scene.world).fails = None;
+        scene.expect_equal("after all that");
+        assert_eq!(scene.kept(), kept);
     });
 }
