@@ -20,6 +20,9 @@ pub(crate) fn trials() -> Vec<Trial> {
     let mut trials = Vec::new();
     trials.extend(on_each_back_end("changed::what others remove is put back", removals));
     trials.extend(on_each_back_end("changed::what can't be put back is said", lo_down));
+    for backend in ["sk-lookup", "tc"] {
+        trials.push(trial(format!("{backend}::changed::the directory of the pins"), move || pin_directory(backend)));
+    }
     trials.push(trial("tproxy::changed::in the legacy tables, too", legacy));
     trials.push(trial("tproxy::changed::nobody is fought", fight));
     trials.push(trial("tc::changed::interfaces that come and go", interfaces));
@@ -131,6 +134,41 @@ fn removals(backend: &'static str) {
     }
     let log = lab.daemon.log();
     assert!(log.contains("another program removed the local route to 192.0.2.0/24: it is put back"), "{log}");
+}
+
+/// Root makes it again. Another user can't, and serves and changes rules all the same.
+fn pin_directory(backend: &'static str) {
+    for (user, is_made_again) in [("root", true), ("anyport", false)] {
+        let mut lab = start(backend, |setup| setup.args(["--user", user]));
+        let pins = lab.daemon.bpffs().to_owned();
+        std::fs::remove_dir_all(&pins).expect("removing the pins");
+        if is_made_again {
+            wait_until_mended(&lab, "pin", 0, "the directory");
+        } else {
+            wait_for("word of the directory", LIMIT, || {
+                let degraded = lab.daemon.json("status")["degraded"].to_string();
+                let is_told = degraded.contains("the directory of the pins")
+                    && degraded.contains("could not be put back")
+                    && degraded.contains("a restart of the daemon makes");
+                if is_told { Ok(()) } else { Err(degraded) }
+            });
+        }
+        assert_eq!(pins.exists(), is_made_again, "{user}");
+        wait_for_traffic(&lab, "the end of the pins");
+        lab.daemon.ok("add-prefix 192.0.2.7 --protocol both --ports 9");
+        lab.daemon.ok("remove-prefix 192.0.2.7");
+        let before = mended(&lab.daemon.json("status"), "route");
+        lab.topology.host.ip("route del local 192.0.2.0/24 dev lo");
+        wait_for("the route", LIMIT, || {
+            let status = lab.daemon.json("status");
+            if mended(&status, "route") > before { Ok(()) } else { Err(status.to_string()) }
+        });
+        wait_for_traffic(&lab, "the end of a route");
+        lab.daemon.stop();
+        let again = start(backend, |setup| setup.bpffs(&pins).args(["--user", user]));
+        expect_traffic(&again);
+        assert!(again.daemon.json("status")["degraded"].as_array().is_some_and(Vec::is_empty), "{user}");
+    }
 }
 
 /// Without `lo` there can be no local routes.

@@ -226,6 +226,9 @@ pub trait Steering: Send + Sync + fmt::Debug {
     /// The kernel can't be asked.
     fn forget_lost(&mut self) -> anyhow::Result<()>;
 
+    /// Why something that was lost could not be put back, though plans are applied without it.
+    fn unrepaired(&self) -> Option<&str>;
+
     /// The interfaces that are watched, where the back end works by interface.
     fn interfaces(&self) -> Vec<String> {
         Vec::new()

@@ -45,6 +45,10 @@ impl Steering for Privileged {
         self.0.forget_lost()
     }
 
+    fn unrepaired(&self) -> Option<&str> {
+        self.0.unrepaired()
+    }
+
     fn interfaces(&self) -> Vec<String> {
         self.0.interfaces()
     }

@@ -306,7 +306,9 @@ impl Kernel {
         }
         match restored {
             Err(error) => self.drift.failed(&format!("{error:#}")),
-            Ok(()) if left.is_none_or(|left| !left.is_empty()) => self.drift.failed("it is gone again at once"),
+            Ok(()) if left.is_none_or(|left| !left.is_empty()) => {
+                self.drift.failed(self.steering.unrepaired().unwrap_or("it is gone again at once"));
+            }
             Ok(()) => {}
         }
     }

@@ -5,7 +5,7 @@ use std::{
     fs,
     net::IpAddr,
     os::fd::{AsFd as _, OwnedFd},
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{Arc, atomic::Ordering},
 };
 
@@ -39,20 +39,10 @@ impl Listing {
         Ok(Self { rules, ports, ranges: HashMap::new(), next_range: 0 })
     }
 
-    /// Where the maps are pinned whenever they are replaced.
-    pub(super) fn pin(&mut self, rules: PathBuf, ports: PathBuf) -> anyhow::Result<()> {
-        self.rules.pin_at(rules)?;
-        self.ports.pin_at(ports)
-    }
-
-    /// Pins those again whose pins another program has removed.
-    pub(super) fn pin_again(&mut self) -> anyhow::Result<()> {
-        for growing in [&mut self.rules, &mut self.ports] {
-            if let Some(path) = growing.path.take_if(|path| !path.exists()) {
-                growing.pin_at(path)?;
-            }
-        }
-        Ok(())
+    /// Pins the maps that are not, or whose pins another program has removed.
+    pub(super) fn pin(&mut self, rules: &Path, ports: &Path) -> anyhow::Result<()> {
+        self.rules.pin(rules)?;
+        self.ports.pin(ports)
     }
 
     /// Makes the maps say what the plan says.
@@ -166,7 +156,7 @@ struct Growing {
     map: OwnedFd,
     words: MappedWords,
     entries: u32,
-    path: Option<PathBuf>,
+    is_pinned: bool,
 }
 
 impl Growing {
@@ -175,7 +165,7 @@ impl Growing {
         let Map::Array(typed) = typed else { anyhow::bail!("the map {name} is no array") };
         let types = sys::bpf::types_of(typed.fd()).with_context(|| format!("look at the type of the map {name}"))?;
         let (map, words) = make(name, value_size, FIRST, &types)?;
-        Ok(Self { name, types, value_size, map, words, entries: FIRST, path: None })
+        Ok(Self { name, types, value_size, map, words, entries: FIRST, is_pinned: false })
     }
 
     /// Replaces a map that can't hold this many entries by an empty one. Returns whether that was so.
@@ -187,9 +177,7 @@ impl Growing {
         let entries = entries + (entries / 16).max(8);
         (self.map, self.words) = make(self.name, self.value_size, entries, &self.types)?;
         self.entries = entries;
-        if let Some(path) = self.path.take() {
-            self.pin_at(path)?;
-        }
+        self.is_pinned = false;
         Ok(true)
     }
 
@@ -221,16 +209,19 @@ impl Growing {
     }
 
     /// Pins the map, in place of the one that is pinned there.
-    fn pin_at(&mut self, path: PathBuf) -> anyhow::Result<()> {
+    fn pin(&mut self, path: &Path) -> anyhow::Result<()> {
+        if self.is_pinned && path.exists() {
+            return Ok(());
+        }
         let attempt = || format!("pin a map as {}", path.display());
-        let mut aside = path.clone().into_os_string();
+        let mut aside = path.as_os_str().to_owned();
         aside.push(NEW);
         let aside = PathBuf::from(aside);
         remove_pin(&aside)?;
         let map = self.map.as_fd().try_clone_to_owned().with_context(attempt)?;
         MapData::from_fd(map).with_context(attempt)?.pin(&aside).with_context(attempt)?;
-        fs::rename(&aside, &path).with_context(attempt)?;
-        self.path = Some(path);
+        fs::rename(&aside, path).with_context(attempt)?;
+        self.is_pinned = true;
         Ok(())
     }
 

@@ -90,6 +90,8 @@ pub struct Bpf {
     maps: Vec<(&'static str, MapData)>,
     /// Whether that was done.
     is_pinned: bool,
+    /// Why pins that others have removed could not be put back.
+    unpinned: Option<String>,
     /// Sockets that a hook needs which can't refuse by itself.
     refuse: Option<RefuseSockets>,
 }
@@ -176,6 +178,7 @@ impl Bpf {
             pins,
             maps,
             is_pinned: false,
+            unpinned: None,
             refuse,
         })
     }
@@ -203,14 +206,14 @@ impl Steering for Bpf {
         self.counts.read().move_all(plan.moved);
         self.remove_sockets(plan)?;
         self.hook.refresh()?;
-        self.pin()?;
-        self.listing.apply(plan)
+        self.listing.apply(plan)?;
+        self.pin()
     }
 
     fn refresh(&mut self) -> anyhow::Result<Vec<Drift>> {
         let mut news = self.hook.refresh()?;
-        if !news.is_empty() {
-            self.hook.pin(&self.pins)?;
+        if !news.is_empty() && self.is_pinned {
+            self.pin()?;
         }
         let sockets = self.put_back_sockets()?;
         if sockets > 0 {
@@ -229,6 +232,7 @@ impl Steering for Bpf {
         let gone = names.map(|name| self.pins.map(name)).filter(|path| !path.exists());
         lost.extend(gone.map(|path| Drift::new(ObjectKind::Pin, format!("the pin {}", path.display()))));
         if !self.pins.is_in_place() {
+            lost.retain(|loss| loss.kind != ObjectKind::Pin);
             lost.push(Drift::new(ObjectKind::Pin, "the directory of the pins"));
         }
         Ok(lost)
@@ -237,6 +241,10 @@ impl Steering for Bpf {
     fn forget_lost(&mut self) -> anyhow::Result<()> {
         self.table.forget_lost();
         self.hook.forget_lost()
+    }
+
+    fn unrepaired(&self) -> Option<&str> {
+        self.unpinned.as_deref()
     }
 
     fn interfaces(&self) -> Vec<String> {
@@ -382,8 +390,24 @@ impl Bpf {
         self.sockets.clear(index)
     }
 
-    /// Puts this daemon's pins in the place of those of an earlier one, and where others have removed them.
+    /// Has everything pinned. Pins keep the program attached beyond this process, and clients are served without them: where others
+    /// have removed them and they can't be put back, rules change all the same.
     fn pin(&mut self) -> anyhow::Result<()> {
+        let was_pinned = self.is_pinned;
+        match self.try_to_pin() {
+            Err(error) if was_pinned => {
+                self.unpinned = Some(format!("{error:#}"));
+                Ok(())
+            }
+            pinned => {
+                self.unpinned = None;
+                pinned
+            }
+        }
+    }
+
+    /// Puts this daemon's pins in the place of those of an earlier one, and where others have removed them.
+    fn try_to_pin(&mut self) -> anyhow::Result<()> {
         self.pins.put_back()?;
         if !self.is_pinned {
             self.pins.clear()?;
@@ -394,13 +418,9 @@ impl Bpf {
                 map.pin(&path).with_context(|| format!("pin a map as {}", path.display()))?;
             }
         }
-        if self.is_pinned {
-            self.listing.pin_again()?;
-        } else {
-            self.listing.pin(self.pins.map("rules"), self.pins.map("ports"))?;
-            self.is_pinned = true;
-            self.previous = None;
-        }
+        self.listing.pin(&self.pins.map("rules"), &self.pins.map("ports"))?;
+        self.is_pinned = true;
+        self.previous = None;
         self.hook.pin(&self.pins)
     }
 }

@@ -92,9 +92,10 @@ impl PinDirectory {
     /// Makes the directory again where another program has removed or replaced it.
     pub(super) fn put_back(&mut self) -> anyhow::Result<()> {
         if !self.is_in_place() {
-            let anew = Self::open(&self.path)?;
+            let again =
+                Self::open(&self.path).context("a restart of the daemon makes the directory of the pins again")?;
             // What is dropped is not the directory that is there now.
-            mem::replace(self, anew).lock = None;
+            mem::replace(self, again).lock = None;
         }
         Ok(())
     }
@@ -135,6 +136,11 @@ impl PinDirectory {
 
     /// Removes the pins, and the directory where nothing else is in it.
     pub(super) fn remove(mut self) -> anyhow::Result<()> {
+        if !self.is_in_place() {
+            // Others have removed it, and may have put something in its place.
+            self.lock = None;
+            return Ok(());
+        }
         self.clear()?;
         self.close().with_context(|| format!("unmount the BPF file system from {}", self.path.display()))
     }

@@ -113,6 +113,10 @@ impl Steering for Tproxy {
         std::iter::once(&mut self.v4).chain(&mut self.v6).try_for_each(Chains::forget_lost)
     }
 
+    fn unrepaired(&self) -> Option<&str> {
+        None
+    }
+
     fn degraded(&self) -> Vec<String> {
         self.v6.as_ref().err().map(|error| format!("tproxy can't steer IPv6: {error}")).into_iter().collect()
     }

@@ -220,6 +220,10 @@ impl Steering for Simulated {
         Ok(())
     }
 
+    fn unrepaired(&self) -> Option<&str> {
+        None
+    }
+
     fn counters(&self) -> anyhow::Result<Box<dyn Fn(u32) -> Counters + '_>> {
         self.fallibly(|| Box::new(|_| Counters::default()) as _)
     }
