@@ -99,6 +99,8 @@ pub(super) fn upstream(options: &TcpOptions, to: SocketAddr, source: Option<IpAd
         set_transparent(&socket, family_of(source))?;
         // The port is chosen when the destination is known, so that as many connections as ports can go to each.
         setsockopt(&socket, sockopt::IpBindAddressNoPort, &true)?;
+        // A server of the host may want the same port of the wildcard address.
+        socket.set_reuse_address(true)?;
         socket.bind(&SocketAddr::new(source, 0).into())?;
     }
     if options.nodelay {

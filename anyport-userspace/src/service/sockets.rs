@@ -102,6 +102,9 @@ impl Group {
         }
         if self.transport == Transport::Tcp {
             for socket in &self.sockets {
+                // What it accepts inherits this, and would otherwise keep a server of the host from being bound to the wildcard
+                // address and the port that a client has dialled, here and after the end of the connection (TIME_WAIT).
+                socket.set_reuse_address(true)?;
                 // The kernel takes as much as net.core.somaxconn allows.
                 socket.listen(i32::MAX)?;
             }
@@ -174,6 +177,7 @@ mod tests {
                     assert_eq!(socket.local_addr().unwrap().as_socket(), Some(group.bound));
                     assert!(socket.reuse_port().unwrap() && socket.nonblocking().unwrap());
                     assert_eq!(socket.is_listener().unwrap(), transport == Transport::Tcp);
+                    assert_eq!(socket.reuse_address().unwrap(), transport == Transport::Tcp);
                     match family {
                         Family::Ipv4 => assert!(socket.ip_transparent_v4().unwrap()),
                         Family::Ipv6 => assert!(socket.ip_transparent_v6().unwrap() && socket.only_v6().unwrap()),

@@ -46,6 +46,10 @@ impl Steering for Idle {
         Ok(())
     }
 
+    fn unrepaired(&self) -> Option<&str> {
+        None
+    }
+
     fn counters(&self) -> Result<Box<dyn Fn(u32) -> Counters + '_>> {
         Ok(Box::new(|_| Counters::default()))
     }
