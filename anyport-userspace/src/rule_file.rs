@@ -11,7 +11,7 @@ use crate::{
         lines::{self, LineRule},
     },
     service::ServiceConfig,
-    text::{Position, Positions},
+    text::{Position, Positions, from_toml},
 };
 
 /// What a file says.
@@ -41,7 +41,7 @@ impl RuleFile {
         if !first.is_some_and(|line| line.starts_with('[')) {
             return Ok(Self { services: None, rules: lines::parse(text, share)? });
         }
-        let tables: Tables = toml::from_str(text).map_err(|error| InvalidText(error.to_string()))?;
+        let tables: Tables = from_toml(text).map_err(InvalidText)?;
         let mut problems = Vec::new();
         let services = services(tables.service, text, &mut problems);
         let mut rules = Vec::with_capacity(tables.rule.len());

@@ -5,6 +5,8 @@ use std::{
     fmt::{self, Display, Write as _},
 };
 
+use serde::de::DeserializeOwned;
+
 /// A text in which every character is seen: others may have put in some that give a terminal orders, that are invisible or that change the
 /// direction of what follows (such as U+202E). These are written as in JSON, `\u202e`. Line feeds and tabs stay.
 pub(crate) fn visible(text: &str) -> Cow<'_, str> {
@@ -57,6 +59,19 @@ fn one_line(text: &str) -> String {
     visible(text).replace('\n', "\\n").replace('\t', "\\t")
 }
 
+/// Reads TOML. What is wrong is said with its line as it stands there, unless that would fill a log or a terminal.
+pub(crate) fn from_toml<T: DeserializeOwned>(text: &str) -> Result<T, String> {
+    const WIDEST: usize = 200;
+    toml::from_str(text).map_err(|error| {
+        let shown = error.to_string();
+        if shown.lines().all(|line| line.chars().count() <= WIDEST) {
+            return visible(&shown).into_owned();
+        }
+        let place = Positions::of(text).at(error.span().unwrap_or_default().start);
+        format!("{place}: {}", remark(error.message()))
+    })
+}
+
 /// The first few of many.
 pub(crate) fn list_of(items: &[impl Display]) -> String {
     const SHOWN: usize = 3;
@@ -107,7 +122,16 @@ impl<'a> Positions<'a> {
 
 #[cfg(test)]
 mod tests {
-    use super::{excerpt, remark, visible};
+    use super::{excerpt, from_toml, remark, visible};
+
+    #[test]
+    fn what_is_wrong_in_a_file_is_said_in_few_words() {
+        let complaint = |text: &str| from_toml::<toml::Table>(text).unwrap_err();
+        let shown = complaint("one = 1\ntwo = \u{1b}[2J\n");
+        assert!(shown.contains("line 2, column 7") && shown.contains("two = \\u001b[2J"), "{shown}");
+        let long = complaint(&format!("one = 1\n{} = ?\n", "x".repeat(3_000_000)));
+        assert!(long.starts_with("line 2, column 3000004: ") && long.len() < 300, "{long}");
+    }
 
     #[test]
     fn what_others_say_stays_short_and_on_its_line() {

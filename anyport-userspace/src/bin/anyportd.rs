@@ -1,7 +1,7 @@
 //! The daemon.
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "without the log, there is the terminal")]
 
-use std::{process::ExitCode, time::Duration};
+use std::{io, process::ExitCode, time::Duration};
 
 use anyhow::Context as _;
 use anyport::{
@@ -36,9 +36,7 @@ fn main() -> ExitCode {
         }
     };
     if check {
-        let Config { services, rules, .. } = &config;
-        println!("the configuration is right: {} services, {} rules", services.len(), rules.len());
-        return ExitCode::SUCCESS;
+        return tell(&config);
     }
     let Some(link) = link else {
         let done = match (takeover, withdraw) {
@@ -60,6 +58,35 @@ fn main() -> ExitCode {
     };
     logging::flush(LAST_LINES);
     code
+}
+
+/// What `--check` says of a configuration that could be read.
+fn tell(config: &Config) -> ExitCode {
+    if let Err(error) = privileges::expect_user(config.user.as_ref()) {
+        eprintln!("anyportd: {error:#}");
+        return ExitCode::from(2);
+    }
+    for what in config.absent() {
+        eprintln!("anyportd: warning: {what}");
+    }
+    // What was added and applied is the daemon's and root's to read.
+    match engine::Engine::check(config) {
+        Err(error) if is_not_permitted(&error) => {
+            eprintln!("anyportd: warning: not compared with what was added and applied: {error:#}");
+        }
+        Err(error) => {
+            eprintln!("anyportd: {error:#}");
+            return ExitCode::from(2);
+        }
+        Ok(()) => {}
+    }
+    println!("the configuration is right: {} services, {} rules", config.services.len(), config.rules.len());
+    ExitCode::SUCCESS
+}
+
+fn is_not_permitted(error: &anyhow::Error) -> bool {
+    let kinds = error.chain().filter_map(|it| it.downcast_ref::<io::Error>()).map(io::Error::kind);
+    kinds.into_iter().any(|kind| kind == io::ErrorKind::PermissionDenied)
 }
 
 fn keep(config: Config) -> anyhow::Result<ExitCode> {

@@ -6,6 +6,7 @@
 //! of the documents: `ANYPORT_WRITE_DOCS=1 cargo test -p anyport-userspace --lib config::documents` writes them. How to reach etcd is
 //! an option of `anyportctl fleet`, too; such a setting also stands in `fleet/settings.rs`.
 
+mod absent;
 mod announce;
 mod declare;
 #[cfg(test)]
@@ -47,7 +48,7 @@ use crate::{
     paths::Paths,
     rules::{RuleSet, RuleText},
     service::ServiceConfig,
-    text::Positions,
+    text::{Positions, from_toml},
 };
 
 /// The configuration file, unless told otherwise.
@@ -129,7 +130,7 @@ impl Config {
             announce: Option<Announce>,
         }
         let config = Self::read(file, |text| {
-            let DaemonTable { daemon, announce } = toml::from_str(text)?;
+            let DaemonTable { daemon, announce } = from_toml(text).map_err(anyhow::Error::msg)?;
             Ok(Self { daemon: settled(&options, daemon, text)?, announce, ..Self::default() })
         })?;
         Ok(Self { source: Source { options, file: file.map(Path::to_owned) }, ..config })
@@ -177,7 +178,7 @@ impl Config {
     }
 
     fn parse(options: &Settings, text: &str) -> anyhow::Result<Self> {
-        let file: ConfigFile = toml::from_str(text)?;
+        let file: ConfigFile = from_toml(text).map_err(anyhow::Error::msg)?;
         let mut problems = Vec::new();
         let services = tables::services(file.service, text, &mut problems);
         let rules = tables::rules(file.rule, &services, text, &mut problems);

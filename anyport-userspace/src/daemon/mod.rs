@@ -61,6 +61,9 @@ pub fn run(config: &Config, keeper: &Link) -> anyhow::Result<()> {
     if let Some(lack) = privileges::confine(config.paths(), config.steering)? {
         warn!("{lack}");
     }
+    for what in config.absent() {
+        warn!("{what}");
+    }
     // Confined as this thread is.
     logging::write_aside()?;
     Engine::check(config)?;

@@ -109,6 +109,14 @@ pub fn become_user(
     Ok(why)
 }
 
+/// Makes sure that there is the user that [`become_user`] is to become.
+///
+/// # Errors
+/// There is none of that name.
+pub fn expect_user(wanted: Option<&User>) -> anyhow::Result<()> {
+    account(wanted).map(drop)
+}
+
 impl fmt::Display for Account {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "user {}, group {}", self.uid, self.gid)

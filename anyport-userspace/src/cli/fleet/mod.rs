@@ -23,6 +23,7 @@ use crate::{
     api::{Problem, ProblemKind},
     config::DEFAULT_FILE,
     fleet::{etcd::Etcd, settings::ConnectionSettings},
+    text::from_toml,
 };
 
 /// Publishes rule sets to many machines through etcd, and shows what they make of them.
@@ -101,6 +102,6 @@ fn of_file(file: Option<&Path>) -> Result<ConnectionSettings, Problem> {
         }
         Err(error) => return Err(invalid(error.to_string())),
     };
-    let File { fleet } = toml::from_str(&text).map_err(|error| invalid(error.to_string()))?;
+    let File { fleet } = from_toml(&text).map_err(invalid)?;
     Ok(fleet)
 }

@@ -4,7 +4,7 @@ use std::{
     collections::{HashMap, hash_map::RandomState},
     hash::BuildHasher as _,
     iter,
-    net::IpAddr,
+    net::{IpAddr, Ipv4Addr},
     sync::{LazyLock, Mutex},
     time::Instant,
 };
@@ -17,7 +17,8 @@ const SHARDS: usize = 64;
 /// How many sources a part remembers for their rate alone, about.
 const IDLE: usize = 1024;
 
-/// Who is taken for one: an IPv4 address, or the /64 of an IPv6 address, out of which a host may choose as it likes.
+/// Who is taken for one: an IPv4 address, or the /64 of an IPv6 address, out of which a host may choose as it likes. Any local
+/// process may choose out of 127.0.0.0/8, so that is one source, too.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Source {
     V4(u32),
@@ -28,6 +29,7 @@ impl Source {
     /// Of an address, which is canonical.
     pub(super) fn of(address: IpAddr) -> Self {
         match address {
+            IpAddr::V4(address) if address.is_loopback() => Self::V4(Ipv4Addr::LOCALHOST.to_bits()),
             IpAddr::V4(address) => Self::V4(address.to_bits()),
             IpAddr::V6(address) => Self::V6(to_address(address.into()).high),
         }
@@ -233,9 +235,10 @@ mod tests {
     }
 
     #[test]
-    fn a_source_is_an_address_or_a_network_of_ipv6() {
+    fn a_source_is_an_address_or_all_that_a_host_may_choose_of() {
         let of = |address: &str| Source::of(address.parse().unwrap());
         assert_ne!(of("198.51.100.1"), of("198.51.100.2"));
+        assert_eq!(of("127.0.0.1"), of("127.255.0.7"));
         assert_eq!(of("2001:db8:0:1::1"), of("2001:db8:0:1:ffff::2"));
         assert_ne!(of("2001:db8:0:1::1"), of("2001:db8:0:2::1"));
     }
