@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use crate::{
     doctor::{
         Finding, Host, Severity, Steered,
-        firewall::{How, Packet, Ruleset, Stopped, Tool},
+        firewall::{Doubt, How, Packet, Ruleset, Stopped, Tool},
         host::known,
     },
     rules::{Prefix, Protocol},
@@ -62,7 +62,7 @@ fn push_new<T: PartialEq>(items: &mut Vec<T>, item: T) {
 }
 
 fn describe(stopped: &Stopped, victims: &Victims) -> Finding {
-    let Stopped { how, by, tool, table, chain } = stopped;
+    let Stopped { how, by, tool, table, chain, doubts } = stopped;
     let becomes = match how {
         How::Dropped => "is dropped",
         How::Translated => "gets another destination",
@@ -75,9 +75,13 @@ fn describe(stopped: &Stopped, victims: &Victims) -> Finding {
         Tool::Ip6tables => "ip6tables",
         Tool::Nft => "nft",
     };
+    let unless = unless(doubts);
     let finding =
-        format!("{what}{ports} {becomes} by the firewall: {by} in {chain} of the table {table} ({tool_name})");
+        format!("{what}{ports} {becomes} by the firewall{unless}: {by} in {chain} of the table {table} ({tool_name})");
     let why = match how {
+        _ if !doubts.is_empty() => {
+            "Whether the rule lets a packet pass depends on the client or its interface, or is more than doctor understands."
+        }
         How::Dropped => "Steered packets pass the chains PREROUTING and INPUT like any others that are for this host.",
         How::Translated => {
             "A destination that is translated is no steered one any more. Docker does so to the ports that it \
@@ -85,10 +89,25 @@ fn describe(stopped: &Stopped, victims: &Victims) -> Finding {
         }
         How::Taken => "A TPROXY rule of another program gives the packet another socket.",
     };
-    // A rule about one port may well be meant so, and all others are steered.
-    let severity = if victims.all { Severity::Broken } else { Severity::Warning };
+    let severity = match victims.all {
+        _ if !doubts.is_empty() => Severity::Note,
+        true => Severity::Broken,
+        // A rule about one port may well be meant so, and all others are steered.
+        false => Severity::Warning,
+    };
     let steps = victims.prefixes.iter().map(|prefix| allow(*tool, table, chain, prefix));
     steps.fold(Finding::new(severity, finding, why), Finding::by_hand)
+}
+
+/// What could let the packets pass.
+fn unless(doubts: &[Doubt]) -> String {
+    let shown = |Doubt { rule, chain, table }: &Doubt| format!("{rule} in {chain} of the table {table}");
+    match doubts {
+        [] => String::new(),
+        doubts => {
+            format!(", unless a rule lets it pass before ({})", list_of(&doubts.iter().map(shown).collect::<Vec<_>>()))
+        }
+    }
 }
 
 /// What lets packets to a prefix pass a chain, before anything else in it.

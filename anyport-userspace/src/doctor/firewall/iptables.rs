@@ -46,7 +46,7 @@ fn parse(rule: &str) -> Rule {
     let mut rule = Rule { text: String::new(), matches: Vec::new(), action: Action::Continue }.with(rule);
     // Our own chain lets pass or takes, and nobody after it sees what it takes.
     if rule.action == Action::Jump("ANYPORT".to_owned()) {
-        rule.action = Action::MayAccept;
+        rule.action = Action::Accept;
     }
     rule
 }
@@ -62,15 +62,22 @@ impl Rule {
             }
             let mut value = || words.next().unwrap_or_default();
             let what = match word {
-                "-d" | "--destination" => Some(addresses(value())),
+                "-d" | "--destination" => Some(addresses(value(), What::Destination)),
+                "-s" | "--source" => Some(addresses(value(), What::Source)),
                 "-p" | "--protocol" => Some(What::Protocol(vec![value().to_owned()])),
                 "--dport" | "--dports" | "--destination-port" => Some(ports(value())),
                 "-i" | "--in-interface" => Some(What::Interface(value().to_owned())),
-                "--dst-type" => Some(if value() == "LOCAL" { What::ToLocal } else { What::Unknown }),
-                "--ctstate" | "--state" => Some(states(value())),
+                "--dst-type" => Some(What::ToType(list(value()))),
+                "--src-type" => Some(What::FromType(list(value()))),
+                "--pkt-type" => Some(What::PacketType(list(value()))),
+                "--tcp-flags" => Some(What::TcpFlags { of: list(value()), set: flags(value()) }),
+                "--ctstatus" => Some(What::Status),
+                // DNAT and SNAT are what was done to a connection before.
+                "--ctstate" | "--state" => Some(What::States(list(value()))),
                 "-m" | "--match" => match value() {
                     // What these ask stands in the options behind.
-                    "tcp" | "udp" | "addrtype" | "conntrack" | "state" | "multiport" | "comment" => None,
+                    "tcp" | "udp" | "icmp" | "icmp6" | "addrtype" | "conntrack" | "state" | "multiport" | "pkttype"
+                    | "comment" => None,
                     _ => Some(What::Unknown),
                 },
                 "--comment" => {
@@ -120,8 +127,8 @@ fn skip_quoted(first: &str, words: &mut SplitAsciiWhitespace<'_>) {
     }
 }
 
-fn addresses(text: &str) -> What {
-    text.parse::<Prefix>().map_or(What::Unknown, |prefix| What::Destination(vec![prefix]))
+fn addresses(text: &str, what: impl Fn(Vec<Prefix>) -> What) -> What {
+    text.parse::<Prefix>().map_or(What::Unknown, |prefix| what(vec![prefix]))
 }
 
 fn ports(text: &str) -> What {
@@ -132,7 +139,11 @@ fn ports(text: &str) -> What {
     text.split(',').map(range).collect::<Option<_>>().map_or(What::Unknown, What::Ports)
 }
 
-fn states(text: &str) -> What {
-    // DNAT and SNAT are what was done to a connection before.
-    What::States(text.split(',').map(str::to_owned).collect())
+fn list(text: &str) -> Vec<String> {
+    text.split(',').map(str::to_lowercase).collect()
+}
+
+/// The flags that are set; `NONE` is none.
+fn flags(text: &str) -> Vec<String> {
+    list(text).into_iter().filter(|flag| flag != "none").collect()
 }

@@ -1,8 +1,8 @@
 //! What the host's firewall does with the first packet of a client that is new to it.
 //!
 //! The chains are gone through as the kernel does, as far as they can be understood: what a match says that is not
-//! understood, or that depends on the client, is left open. So a packet is only ever said to be stopped if nothing that is
-//! left open could have let it pass.
+//! understood, or that depends on the client, is left open. What is left open and could let a packet pass goes with what stops it
+//! otherwise, so that people can judge it; a packet is only said to be stopped for certain if there is nothing of the kind.
 
 mod iptables;
 mod nftables;
@@ -28,6 +28,17 @@ pub(super) struct Packet {
     pub(super) port: u16,
 }
 
+/// A rule of which it is open whether it lets a packet pass.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) struct Doubt {
+    /// The rule, as its tool shows it.
+    pub(super) rule: String,
+    /// Its chain.
+    pub(super) chain: String,
+    /// The table of that.
+    pub(super) table: String,
+}
+
 /// What becomes of a packet that is not let pass.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Stopped {
@@ -41,6 +52,8 @@ pub(super) struct Stopped {
     pub(super) table: String,
     /// The chain.
     pub(super) chain: String,
+    /// What could let it pass before.
+    pub(super) doubts: Vec<Doubt>,
 }
 
 /// How a packet is kept from its socket.
@@ -112,12 +125,24 @@ struct Match {
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum What {
     Destination(Vec<Prefix>),
+    Source(Vec<Prefix>),
     Protocol(Vec<String>),
     Ports(Vec<(u16, u16)>),
     /// By which interface it comes in.
     Interface(String),
-    /// Whether the destination is local.
-    ToLocal,
+    /// By the type of the destination, which is `LOCAL`.
+    ToType(Vec<String>),
+    /// By the type of the source, which is `UNICAST` and not of this host.
+    FromType(Vec<String>),
+    /// By what it is on its link, which is `host` or `unicast`: meant for this host alone.
+    PacketType(Vec<String>),
+    /// These flags of TCP, and those of them that are set. The first packet has `SYN` alone.
+    TcpFlags {
+        of: Vec<String>,
+        set: Vec<String>,
+    },
+    /// What connection tracking has done to it: nothing yet.
+    Status,
     /// The states of connection tracking.
     States(Vec<String>),
     Ipv4(bool),
@@ -171,15 +196,17 @@ impl Ruleset {
         Ok(ruleset)
     }
 
-    /// Everything by which a packet is kept from its socket for certain.
+    /// Everything by which a packet is kept from its socket, with what could let it pass before.
     pub(super) fn stops<'a>(&'a self, packet: &'a Packet) -> impl Iterator<Item = Stopped> + 'a {
         let chains = self.hooks.iter().map(|hook| &self.chains[hook.chain]);
         chains.filter(|chain| chain.families.has(packet.to)).filter_map(|chain| {
-            match self.walk(chain, packet, DEEPEST) {
-                WalkEnd::Stopped(stopped) => Some(*stopped),
-                WalkEnd::Back if chain.drops_by_policy => Some(chain.stopped(How::Dropped, "its policy")),
-                WalkEnd::Back | WalkEnd::Passed => None,
-            }
+            let mut doubts = Vec::new();
+            let stopped = match self.walk(chain, packet, DEEPEST, &mut doubts) {
+                WalkEnd::Stopped(stopped) => *stopped,
+                WalkEnd::Back if chain.drops_by_policy => chain.stopped(How::Dropped, "its policy"),
+                WalkEnd::Back | WalkEnd::Passed => return None,
+            };
+            Some(Stopped { doubts, ..stopped })
         })
     }
 
@@ -201,18 +228,20 @@ impl Ruleset {
         self.tools.contains(&tool).then_some(has)
     }
 
-    fn walk(&self, chain: &Chain, packet: &Packet, deepest: u8) -> WalkEnd {
-        for rule in &chain.rules {
+    /// Follows a packet through a chain. What is left open is taken not to match; rules that would have let it pass are doubts then.
+    fn walk(&self, chain: &Chain, packet: &Packet, deepest: u8, doubts: &mut Vec<Doubt>) -> WalkEnd {
+        for (place, rule) in chain.rules.iter().enumerate() {
             let answer = rule.matches.iter().map(|it| it.answer(packet)).min().unwrap_or(Answer::Yes);
             if answer == Answer::No {
                 continue;
             }
             let is_certain = answer == Answer::Yes;
             match &rule.action {
-                Action::Accept | Action::MayAccept => return WalkEnd::Passed,
+                Action::Accept if is_certain => return WalkEnd::Passed,
+                Action::Accept | Action::MayAccept => doubts.push(chain.doubt(rule)),
                 Action::Return if is_certain => return WalkEnd::Back,
                 // What comes next may be passed over, and then what is after the chain decides: too much to follow.
-                Action::Return => return self.back_or(chain, packet, deepest, rule),
+                Action::Return => return self.back_or(chain, packet, deepest, place, doubts),
                 Action::Stop(how) if is_certain => {
                     return WalkEnd::Stopped(Box::new(chain.stopped(*how, &rule.text)));
                 }
@@ -220,11 +249,12 @@ impl Ruleset {
                 Action::Jump(name) | Action::Goto(name) => {
                     let is_goto = matches!(rule.action, Action::Goto(_));
                     let end = match self.chain(chain, name) {
-                        Some(next) if deepest > 0 => self.walk(next, packet, deepest - 1),
+                        Some(next) if deepest > 0 => self.walk(next, packet, deepest - 1, doubts),
                         _ => WalkEnd::Passed,
                     };
                     match end {
-                        WalkEnd::Passed => return WalkEnd::Passed,
+                        WalkEnd::Passed if is_certain => return WalkEnd::Passed,
+                        WalkEnd::Passed => doubts.push(chain.doubt(rule)),
                         WalkEnd::Stopped(stopped) if is_certain => return WalkEnd::Stopped(stopped),
                         WalkEnd::Back if is_goto && is_certain => return WalkEnd::Back,
                         WalkEnd::Stopped(_) | WalkEnd::Back => {}
@@ -237,10 +267,13 @@ impl Ruleset {
 
     /// The end after a return of which it is open whether it happens: a stop only counts if the chain's rest does not let
     /// the packet pass, and as an end of the chain, since the caller may let it pass as well.
-    fn back_or(&self, chain: &Chain, packet: &Packet, deepest: u8, after: &Rule) -> WalkEnd {
-        let rest = chain.rules.iter().skip_while(|rule| !std::ptr::eq(*rule, after)).skip(1).cloned().collect();
-        match self.walk(&Chain { rules: rest, ..chain.clone() }, packet, deepest) {
-            WalkEnd::Passed => WalkEnd::Passed,
+    fn back_or(&self, chain: &Chain, packet: &Packet, deepest: u8, after: usize, doubts: &mut Vec<Doubt>) -> WalkEnd {
+        let rest = Chain { rules: chain.rules[after + 1..].to_vec(), ..chain.clone() };
+        match self.walk(&rest, packet, deepest, doubts) {
+            WalkEnd::Passed => {
+                doubts.push(chain.doubt(&chain.rules[after]));
+                WalkEnd::Back
+            }
             WalkEnd::Back | WalkEnd::Stopped(_) => WalkEnd::Back,
         }
     }
@@ -254,14 +287,23 @@ impl Ruleset {
 
 impl Chain {
     fn stopped(&self, how: How, by: &str) -> Stopped {
-        let Self { tool, families, table, name, .. } = self;
-        let table = match (tool, families) {
+        let (table, chain) = (self.table_shown(), self.name.clone());
+        Stopped { how, by: by.to_owned(), tool: self.tool, table, chain, doubts: Vec::new() }
+    }
+
+    fn doubt(&self, rule: &Rule) -> Doubt {
+        Doubt { rule: rule.text.clone(), chain: self.name.clone(), table: self.table_shown() }
+    }
+
+    /// The table, for nftables with its family.
+    fn table_shown(&self) -> String {
+        let Self { tool, families, table, .. } = self;
+        match (tool, families) {
             (Tool::Iptables | Tool::Ip6tables, _) => table.clone(),
             (Tool::Nft, Families::V4) => format!("ip {table}"),
             (Tool::Nft, Families::V6) => format!("ip6 {table}"),
             (Tool::Nft, Families::Both) => format!("inet {table}"),
-        };
-        Stopped { how, by: by.to_owned(), tool: *tool, table, chain: name.clone() }
+        }
     }
 }
 
@@ -288,15 +330,36 @@ impl Match {
     }
 
     fn answer(&self, packet: &Packet) -> Answer {
+        let has = |names: &[String], one: &str| names.iter().any(|name| name.eq_ignore_ascii_case(one));
         let holds = match &self.what {
             What::Destination(prefixes) => prefixes.iter().any(|prefix| prefix.contains(packet.to)),
-            What::Protocol(names) => names.iter().any(|name| name == packet.protocol),
+            What::Source(prefixes) => return self.answer_of_source(prefixes, packet),
+            What::Protocol(names) => has(names, packet.protocol),
             What::Ports(ranges) => ranges.iter().any(|(first, last)| (*first..=*last).contains(&packet.port)),
             What::Interface(name) if name == "lo" => false,
-            What::ToLocal => true,
-            What::States(states) => states.iter().any(|state| state.eq_ignore_ascii_case("new")),
+            What::ToType(types) => has(types, "local"),
+            What::FromType(types) => has(types, "unicast"),
+            What::PacketType(types) => has(types, "host") || has(types, "unicast"),
+            What::TcpFlags { of, set } => {
+                packet.protocol == "tcp" && has(of, "syn") == has(set, "syn") && set.iter().all(|it| it == "syn")
+            }
+            What::Status => false,
+            What::States(states) => has(states, "new"),
             What::Ipv4(is_ipv4) => packet.to.is_ipv4() == *is_ipv4,
             What::Interface(_) | What::Unknown => return Answer::Maybe,
+        };
+        if holds == self.negated { Answer::No } else { Answer::Yes }
+    }
+
+    /// A client may have any address but those of loopback.
+    fn answer_of_source(&self, prefixes: &[Prefix], packet: &Packet) -> Answer {
+        let mut own = prefixes.iter().filter(|prefix| prefix.is_ipv4() == packet.to.is_ipv4());
+        let holds = if own.clone().any(Prefix::is_everything) {
+            true
+        } else if own.all(|prefix| prefix.address().is_loopback()) {
+            false
+        } else {
+            return Answer::Maybe;
         };
         if holds == self.negated { Answer::No } else { Answer::Yes }
     }

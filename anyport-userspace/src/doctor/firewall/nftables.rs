@@ -5,6 +5,8 @@ use serde_json::Value;
 use super::{Action, Chain, Families, Hook, How, Match, Rule, Ruleset, Tool, What};
 use crate::rules::Prefix;
 
+/// Protocols of which a field in a match says that the packet is one of theirs, and so of no other.
+const TRANSPORTS: [&str; 10] = ["tcp", "udp", "icmp", "icmpv6", "igmp", "sctp", "dccp", "udplite", "esp", "ah"];
 const TABLES_OF_IPTABLES: [&str; 5] = ["raw", "mangle", "nat", "filter", "security"];
 
 /// Adds the chains that `json` shows; without those of iptables, which are known, if `by_iptables`.
@@ -26,9 +28,27 @@ pub(super) fn read(json: &Value, by_iptables: bool, ruleset: &mut Ruleset) {
         let Some(families) = families(rule) else { continue };
         let here = |it: &&mut Chain| rule["table"] == it.table && rule["chain"] == it.name && it.families == families;
         if let Some(chain) = ruleset.chains[first..].iter_mut().find(here) {
-            chain.rules.extend(rules(rule));
+            chain.rules.extend(rules(&resolved(rule, json)));
         }
     }
+}
+
+/// A rule with what is in named sets in the place of their names.
+fn resolved(rule: &Value, json: &Value) -> Value {
+    let mut rule = rule.clone();
+    let (family, table) = (rule["family"].clone(), rule["table"].clone());
+    let sets = json["nftables"].as_array().into_iter().flatten().filter_map(|item| item.get("set"));
+    let here: Vec<&Value> = sets.filter(|set| set["family"] == family && set["table"] == table).collect();
+    for expression in rule["expr"].as_array_mut().into_iter().flatten() {
+        let Some(right) = expression.get_mut("match").and_then(|it| it.get_mut("right")) else { continue };
+        let name = right.as_str().and_then(|it| it.strip_prefix('@'));
+        // What comes and goes with time is left open.
+        let set = here.iter().find(|set| name.is_some_and(|name| set["name"] == name) && set.get("timeout").is_none());
+        if let Some(set) = set {
+            *right = serde_json::json!({"set": set.get("elem").cloned().unwrap_or_else(|| serde_json::json!([]))});
+        }
+    }
+    rule
 }
 
 fn families(item: &Value) -> Option<Families> {
@@ -68,9 +88,10 @@ fn rules(rule: &Value) -> Vec<Rule> {
                 }
             }
             "vmap" => push(&matches, Action::MayAccept),
-            "counter" | "log" | "mangle" | "notrack" | "ct helper" | "meta" | "comment" => {}
+            "counter" | "log" | "mangle" | "notrack" | "ct helper" | "ct timeout" | "ct expectation" | "meta"
+            | "comment" | "set" | "map" | "secmark" | "dup" | "last" | "flow" => {}
             // With `xt`, what iptables has put there and only it understands.
-            "xt" | "limit" | "quota" | "ct count" => matches.push(Match::yes(What::Unknown)),
+            "xt" | "limit" | "quota" | "ct count" | "meter" | "connlimit" => matches.push(Match::yes(What::Unknown)),
             _ => push(&matches, action(expression)),
         }
     }
@@ -108,9 +129,11 @@ fn conditions(content: &Value) -> Vec<Match> {
         (Some("==" | "in" | "!="), Some(what)) => what,
         _ => What::Unknown,
     };
-    let implied = match left["payload"]["protocol"].as_str() {
-        Some(protocol @ ("tcp" | "udp")) => Some(What::Protocol(vec![protocol.to_owned()])),
+    // Of `tcp flags & (fin | syn) == syn`, too.
+    let payload = left.get("payload").or_else(|| left["&"].get(0)?.get("payload"));
+    let implied = match payload.and_then(|it| it["protocol"].as_str()) {
         Some(version @ ("ip" | "ip6")) => Some(What::Ipv4(version == "ip")),
+        Some(protocol) if TRANSPORTS.contains(&protocol) => Some(What::Protocol(vec![protocol.to_owned()])),
         _ => None,
     };
     implied.map(Match::yes).into_iter().chain([Match { what, negated: content["op"] == "!=" }]).collect()
@@ -120,21 +143,33 @@ fn what(left: &Value, right: &Value) -> Option<What> {
     if let Some(payload) = left.get("payload") {
         return match (payload["protocol"].as_str()?, payload["field"].as_str()?) {
             ("ip" | "ip6", "daddr") => all(right, prefix).map(What::Destination),
+            ("ip" | "ip6", "saddr") => all(right, prefix).map(What::Source),
             ("tcp" | "udp" | "th", "dport") => all(right, ports).map(What::Ports),
             ("ip", "protocol") | ("ip6", "nexthdr") => Some(What::Protocol(strings(right))),
             _ => None,
         };
     }
-    if left["ct"]["key"] == "state" {
-        return Some(What::States(strings(right)));
+    match left["ct"]["key"].as_str() {
+        Some("state") => return Some(What::States(strings(right))),
+        Some("status") => return Some(What::Status),
+        _ => {}
     }
     if let Some(fib) = left.get("fib") {
-        let is_of_destination = fib["flags"] == "daddr" || fib["flags"] == serde_json::json!(["daddr"]);
-        return (fib["result"] == "type" && is_of_destination && right == "local").then_some(What::ToLocal);
+        let is_of = |flag: &str| fib["flags"] == flag || fib["flags"] == serde_json::json!([flag]);
+        return match fib["result"].as_str()? {
+            "type" if is_of("daddr") => Some(What::ToType(strings(right))),
+            "type" if is_of("saddr") => Some(What::FromType(strings(right))),
+            _ => None,
+        };
+    }
+    if let Some([masked, mask]) = left["&"].as_array().map(Vec::as_slice) {
+        let is_of_tcp = masked["payload"]["protocol"] == "tcp" && masked["payload"]["field"] == "flags";
+        return is_of_tcp.then(|| What::TcpFlags { of: flags(mask), set: flags(right) });
     }
     match left["meta"]["key"].as_str()? {
         "iifname" | "iif" => right.as_str().map(|name| What::Interface(name.to_owned())),
         "l4proto" => Some(What::Protocol(strings(right))),
+        "pkttype" => Some(What::PacketType(strings(right))),
         "nfproto" if right == "ipv4" || right == "ipv6" => Some(What::Ipv4(right == "ipv4")),
         _ => None,
     }
@@ -151,6 +186,14 @@ fn all<T>(right: &Value, one: impl Fn(&Value) -> Option<T>) -> Option<Vec<T>> {
 fn strings(right: &Value) -> Vec<String> {
     let items = right["set"].as_array().or(right.as_array()).map_or(std::slice::from_ref(right), Vec::as_slice);
     items.iter().filter_map(|it| it.as_str().map(str::to_owned)).collect()
+}
+
+/// Flags of TCP: one, or several by `|`.
+fn flags(value: &Value) -> Vec<String> {
+    match value.get("|") {
+        Some(all) => all.as_array().into_iter().flatten().flat_map(flags).collect(),
+        None => strings(value),
+    }
 }
 
 fn prefix(value: &Value) -> Option<Prefix> {
