@@ -4,11 +4,11 @@ use std::{fs, os::unix::fs::PermissionsExt as _, process::Command};
 
 use anyport_tests::{
     daemon::Daemon,
-    dial::{expect_tcp_hello, tcp_server},
+    dial::{expect_tcp_hello, tcp, tcp_server},
     host::Outcome,
     netns::Netns,
     prerequisites::{GROUP, program, public_copy, scratch},
-    topology::Topology,
+    topology::{SECOND, SERVER, Topology},
 };
 use libtest_mimic::Trial;
 use serde_json::Value;
@@ -42,6 +42,7 @@ pub(crate) fn trials() -> Vec<Trial> {
         trial("control::selectors of remove-prefix", narrowing),
         trial("control::services in use stay", services),
         trial("control::refused for safety", safety),
+        trial("control::peers of the host are not cut off", peers),
     ]
 }
 
@@ -292,4 +293,27 @@ fn safety() {
     topology.host.enter(|| expect_tcp_hello(at("198.51.100.1", 80)));
     let text = topology.host.enter(|| anyport_tests::dial::tcp_text(at("198.51.100.1", 2222)));
     assert_eq!(text.expect("the host's listener beside the rule"), "the way in\n");
+}
+
+/// A server that the host talks to, and an upstream that it is to talk to.
+fn peers() {
+    let topology = Topology::new();
+    let daemon = Daemon::start(&topology.host, "sk-lookup");
+    for (server, upstream) in SERVER.into_iter().zip(SECOND) {
+        let address = topology.server.enter(|| tcp_server(at(server, 2222), "here\n"));
+        let held = topology.host.enter(|| tcp(address).expect("a connection of the host"));
+        let connection = format!("the other end of the connection tcp {address}");
+        contains(&daemon.refused(&format!("add-prefix {server}"), 5), &[server, &connection, "--force"]);
+        contains(&daemon.refused(&format!("add-prefix {server}"), 5), &[&format!("the neighbour {server} on ")]);
+        drop(held);
+        let service = if server.contains(':') { "six" } else { "four" };
+        let to = at(upstream, 80);
+        daemon.ok(&format!("add-service {service} --handler forward --upstream {to}"));
+        let named = format!("the upstream of the service {service} {upstream}");
+        contains(&daemon.refused(&format!("add-prefix {upstream}"), 5), &[&named]);
+        // Without a route the host still reaches all of them.
+        daemon.ok(&format!("add-prefix {server} {upstream} --no-route"));
+        daemon.ok(&format!("remove-prefix {server} {upstream}"));
+        daemon.ok(&format!("add-prefix {server} --force"));
+    }
 }

@@ -122,9 +122,9 @@ fn detours(backend: &'static str) {
     for (prefix, service) in
         [("192.0.2.0/26", "self"), ("192.0.2.64/26", "there"), ("192.0.2.128/26", "back"), ("192.0.2.224/27", "chain")]
     {
-        lab.daemon.ok(&format!("add-prefix {prefix} --protocol both --service {service}"));
+        lab.daemon.ok(&format!("add-prefix {prefix} --protocol both --service {service} --force"));
     }
-    lab.daemon.ok("add-prefix 192.0.2.192/27 --protocol both");
+    lab.daemon.ok("add-prefix 192.0.2.192/27 --protocol both --force");
     let before = descriptors();
     for client in ["remote", "local"] {
         for dialled in ["192.0.2.2", "192.0.2.1", "192.0.2.66", "192.0.2.130"] {

@@ -84,6 +84,7 @@ const LAYERS: &[Layers] = &[
             "decisions",
             "served",
             "dropping",
+            "safety",
             "reload",
             "change",
             "register",

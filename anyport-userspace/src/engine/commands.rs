@@ -3,8 +3,7 @@
 use super::{Engine, difference::conflict_problem, kept::Keep, services::expect_fallbacks};
 use crate::{
     api::{AddPrefixes, Changed, Problem, ProblemKind, RemovePrefixes},
-    host,
-    rules::{Change, Draft, Origin, Prefix, Rule, RuleSpec, ServiceName, special},
+    rules::{Change, Draft, Origin, Prefix, Rule, RuleSpec, ServiceName},
     service::ServiceConfig,
 };
 
@@ -165,44 +164,6 @@ impl Engine {
         Err(Problem::new(ProblemKind::Failed, format!("there would be {rules} rules; the limit is {limit}"))
             .hint("use shorter prefixes or fewer, or raise max-rules in the section [daemon] of the configuration"))
     }
-
-    /// Refuses what would cut the host off, or take from it what it serves itself.
-    pub(super) async fn expect_safe(&self, change: &Change) -> Result<(), Problem> {
-        let mut host = self.kernel.host().await?;
-        let own = host.addresses.iter().map(|(address, _)| *address);
-        let concerned = concerned(change, own.chain(host.gateways.iter().copied()));
-        // Listing the listening sockets is the expensive part, and only matters where an address of the host is concerned.
-        if !concerned.is_empty() {
-            host.listeners = host::listeners()?;
-        }
-        let objections = host::objections(&concerned, &host);
-        if objections.is_empty() {
-            return Ok(());
-        }
-        Err(Problem::new(ProblemKind::Unsafe, format!("refused for safety: {}", objections.join("; ")))
-            .hint("--force does it anyway"))
-    }
-}
-
-/// The new rules whose prefixes contain one of these addresses, or everything, or addresses that any host needs.
-fn concerned(change: &Change, addresses: impl Iterator<Item = std::net::IpAddr>) -> Vec<Rule> {
-    let everything = [true, false].map(|is_ipv4| Prefix::from_bits(is_ipv4, 0, 0));
-    let around = addresses.map(Prefix::host).flat_map(|host| (0..=host.len()).map(move |len| host.truncated(len)));
-    let needed = change.added.iter().map(|(prefix, _)| *prefix).filter(|it| !special::broken(it, true).is_empty());
-    let mut prefixes: Vec<Prefix> = around.chain(everything).chain(needed).collect();
-    prefixes.sort_unstable();
-    prefixes.dedup();
-    let mut concerned = Vec::new();
-    for prefix in prefixes {
-        let Ok(at) = change.added.binary_search_by_key(&prefix, |(it, _)| *it) else { continue };
-        let before = change.removed.binary_search_by_key(&prefix, |(it, _)| *it).map(|at| &change.removed[at].1);
-        for rule in change.added[at].1.numbered(prefix) {
-            if !before.as_ref().is_ok_and(|before| before.iter().any(|held| held.terms == *rule.terms)) {
-                concerned.push(rule.to_rule());
-            }
-        }
-    }
-    concerned
 }
 
 /// What the fleet holds goes with the fleet alone: a node that says that it has a set has all of it.

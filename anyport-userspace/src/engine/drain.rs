@@ -137,7 +137,7 @@ pub(super) fn with_connections(
 ) -> Result<Vec<DrainView>, Problem> {
     let mut counts: Vec<u64> = vec![0; drains.len()];
     if !counts.is_empty() {
-        host::for_each_connection(|host::Connection { transport, local, remote }| {
+        host::for_each_connection(|host::Connection { transport, local, remote, .. }| {
             if let Decision::Steer(rule) = decide(rules, local.ip(), transport, local.port(), remote.ip()) {
                 drains.count(&rule.prefix, rule.terms, &mut counts);
             }

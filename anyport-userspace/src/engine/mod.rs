@@ -25,6 +25,7 @@ mod progress;
 mod published;
 mod register;
 mod reload;
+mod safety;
 mod served;
 mod services;
 mod shared;

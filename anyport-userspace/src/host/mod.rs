@@ -2,6 +2,7 @@
 
 mod dump;
 mod links;
+mod peers;
 mod sockets;
 
 use std::{
@@ -14,9 +15,15 @@ use std::{
 use anyhow::Context as _;
 use anyport_common::flow::Transport;
 
-pub use self::links::{Link, links};
-pub use self::sockets::{connected_addresses, for_each_connection, listeners, listeners_of};
-use crate::rules::{Rule, special};
+pub use self::{
+    links::{Link, links},
+    peers::{Peer, Role, peers},
+    sockets::{connected_addresses, for_each_connection, listeners, listeners_of},
+};
+use crate::{
+    rules::{Rule, special},
+    text::list_of,
+};
 
 /// A socket that waits for any client: a listening TCP socket or an unconnected UDP socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,6 +49,8 @@ pub struct Connection {
     pub local: SocketAddr,
     /// The other end.
     pub remote: SocketAddr,
+    /// Its inode, by which processes hold it; 0 before it is accepted.
+    pub inode: u64,
 }
 
 /// What this network namespace has of its own.
@@ -53,6 +62,8 @@ pub struct Host {
     pub gateways: Vec<IpAddr>,
     /// The sockets that wait for any client.
     pub listeners: Vec<Listener>,
+    /// Others that it talks to.
+    pub peers: Vec<Peer>,
 }
 
 /// The process that holds a socket.
@@ -83,7 +94,12 @@ pub(crate) fn process_name(pid: u32) -> Option<String> {
 /// Why rules would harm the host; one line each, nothing if they do no harm.
 pub fn objections(rules: &[Rule], host: &Host) -> Vec<String> {
     let shadowed: Vec<_> = rules.iter().map(|rule| (rule, shadowed(rule, host))).collect();
-    let owners = owners(&shadowed.iter().flat_map(|(_, listeners)| listeners).map(|it| it.inode).collect());
+    let listeners = shadowed.iter().flat_map(|(_, listeners)| listeners).map(|it| it.inode);
+    let cut_off = rules.iter().flat_map(|rule| cut_off(rule, host)).filter_map(|peer| match &peer.role {
+        Role::Connected(connection) => Some(connection.inode),
+        _ => None,
+    });
+    let owners = owners(&listeners.chain(cut_off).collect());
     shadowed.iter().flat_map(|(rule, listeners)| describe(rule, host, listeners, &owners)).collect()
 }
 
@@ -98,6 +114,11 @@ fn describe(rule: &Rule, host: &Host, shadowed: &[Listener], owners: &HashMap<u6
     let gateways: Vec<_> = gateways.map(ToString::to_string).collect();
     if rule.terms.route && !gateways.is_empty() {
         lines.push(format!("{prefix} contains {}, the way to the host's gateway", gateways.join(", ")));
+    }
+    let peers: BTreeSet<String> = cut_off(rule, host).map(|peer| show_peer(peer, owners)).collect();
+    if !peers.is_empty() {
+        let peers: Vec<String> = peers.into_iter().collect();
+        lines.push(format!("this host could not reach these any more, which {prefix} contains: {}", list_of(&peers)));
     }
     let addresses = host.addresses.iter().filter(|(address, _)| prefix.contains(*address));
     let addresses: Vec<_> = addresses.map(|(address, interface)| format!("{address} on {interface}")).collect();
@@ -160,14 +181,33 @@ pub(crate) fn is_own(listener: &Listener, owner: Option<&Owner>) -> bool {
 }
 
 fn show(listener: &Listener, owner: Option<&Owner>) -> String {
-    let transport = match listener.transport {
+    show_socket(listener.transport, listener.local, owner)
+}
+
+fn show_socket(transport: Transport, address: SocketAddr, owner: Option<&Owner>) -> String {
+    let transport = match transport {
         Transport::Tcp => "tcp",
         Transport::Udp => "udp",
     };
-    let local = listener.local;
     match owner {
-        Some(Owner { pid, name }) => format!("{transport} {local} of {name} (pid {pid})"),
-        None => format!("{transport} {local}"),
+        Some(Owner { pid, name }) => format!("{transport} {address} of {name} (pid {pid})"),
+        None => format!("{transport} {address}"),
+    }
+}
+
+/// The peers that a local route to the rule's prefix would cut off.
+fn cut_off<'a>(rule: &'a Rule, host: &'a Host) -> impl Iterator<Item = &'a Peer> {
+    host.peers.iter().filter(|peer| rule.terms.route && rule.prefix.contains(peer.address))
+}
+
+fn show_peer(Peer { address, role }: &Peer, owners: &HashMap<u64, Owner>) -> String {
+    match role {
+        Role::Connected(Connection { transport, remote, inode, .. }) => {
+            format!("the other end of the connection {}", show_socket(*transport, *remote, owners.get(inode)))
+        }
+        Role::Resolver => format!("the resolver {address}"),
+        Role::Neighbour(interface) => format!("the neighbour {address} on {interface}"),
+        Role::Needed(what) => format!("{what} {address}"),
     }
 }
 

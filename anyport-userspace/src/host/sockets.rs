@@ -77,7 +77,8 @@ pub fn for_each_connection(mut see: impl FnMut(Connection)) -> anyhow::Result<()
         list(transport, &states, |socket| {
             let id = &socket.header.socket_id;
             let remote = SocketAddr::new(id.destination_address.to_canonical(), id.destination_port);
-            see(Connection { transport, local: SocketAddr::new(local(socket), id.source_port), remote });
+            let (local, inode) = (SocketAddr::new(local(socket), id.source_port), socket.header.inode.into());
+            see(Connection { transport, local, remote, inode });
         })?;
     }
     Ok(())

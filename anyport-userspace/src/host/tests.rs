@@ -9,7 +9,8 @@ use std::{
 use anyport_common::flow::Transport;
 
 use super::{
-    Host, Listener, Owner, addresses, describe, listeners, objections, owners, process_name, reached, shadowed,
+    Connection, Host, Listener, Owner, Peer, Role, addresses, describe, listeners, objections, owners, process_name,
+    reached, shadowed,
 };
 use crate::rules::{Origin, PortSet, Rule, RuleSpec};
 
@@ -21,6 +22,21 @@ fn rule(prefix: &str, ports: &str, except: &str) -> Rule {
 
 fn listener(transport: Transport, local: &str, inode: u64) -> Listener {
     Listener { transport, local: local.parse().unwrap(), is_ipv6_only: false, inode, waiting: 0 }
+}
+
+fn peers() -> Vec<Peer> {
+    let connection = |remote: &str, inode| {
+        let (local, remote) = ("192.0.2.1:22".parse().unwrap(), remote.parse().unwrap());
+        Role::Connected(Connection { transport: Transport::Tcp, local, remote, inode })
+    };
+    let roles = [
+        ("198.18.0.7", connection("198.18.0.7:50000", 20)),
+        ("198.18.0.7", connection("198.18.0.7:50001", 21)),
+        ("198.18.1.53", Role::Resolver),
+        ("198.18.2.3", Role::Neighbour("eth0".into())),
+        ("198.18.3.4", Role::Needed("the upstream of service web".into())),
+    ];
+    roles.map(|(address, role)| Peer { address: address.parse().unwrap(), role }).into()
 }
 
 fn host() -> Host {
@@ -37,6 +53,7 @@ fn host() -> Host {
             listener(Transport::Tcp, "127.0.0.1:9464", 5),
             listener(Transport::Tcp, "198.51.100.9:8080", 6),
         ],
+        peers: peers(),
     }
 }
 
@@ -65,6 +82,8 @@ fn harmless_rules_pass() {
         rule("203.0.113.0/24", "all", ""),
         rule("192.0.2.128/26", "all", ""),
         rule("2001:db8:1::/64", "all", ""),
+        // What is only steered leaves the way to peers as it is.
+        Rule { terms: Arc::clone(&without_route.terms), ..rule("198.18.0.0/15", "all", "") },
         without_route,
     ] {
         assert_eq!(objections(std::slice::from_ref(&rule), &host()), [""; 0], "{rule}");
@@ -105,6 +124,23 @@ fn harm_is_described() {
                tcp 198.51.100.9:8080"],
         ),
         (
+            rule("198.18.0.0/24", "all", ""),
+            &["this host could not reach these any more, which 198.18.0.0/24 contains: \
+               the other end of the connection tcp 198.18.0.7:50000 of sshd (pid 7), \
+               the other end of the connection tcp 198.18.0.7:50001"],
+        ),
+        (
+            rule("198.18.1.53", "53", ""),
+            &["this host could not reach these any more, which 198.18.1.53/32 contains: the resolver 198.18.1.53"],
+        ),
+        (
+            rule("198.18.0.0/15", "all", ""),
+            &["this host could not reach these any more, which 198.18.0.0/15 contains: \
+               the neighbour 198.18.2.3 on eth0, \
+               the other end of the connection tcp 198.18.0.7:50000 of sshd (pid 7), \
+               the other end of the connection tcp 198.18.0.7:50001 and 2 more"],
+        ),
+        (
             rule("fe80::/10", "1", ""),
             &[
                 "fe80::/10 concerns addresses that the host needs: fe80::/10 are link-local addresses, by which IPv6 finds \
@@ -115,7 +151,8 @@ fn harm_is_described() {
     ] {
         let host = host();
         let shadowed = shadowed(&rule, &host);
-        assert_eq!(describe(&rule, &host, &shadowed, &HashMap::new()), expected);
+        let owners = HashMap::from([(20, Owner { pid: 7, name: "sshd".into() })]);
+        assert_eq!(describe(&rule, &host, &shadowed, &owners), expected);
     }
     let mut host = host();
     host.listeners = vec![Listener { is_ipv6_only: true, ..listener(Transport::Tcp, "[::]:80", 7) }];

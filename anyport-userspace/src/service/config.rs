@@ -1,12 +1,12 @@
 //! What a service is called and what it does with what it gets.
 
-use std::{fmt, num::NonZeroU32, sync::Arc};
+use std::{fmt, net::IpAddr, num::NonZeroU32, sync::Arc};
 
 use anyport_common::flow::Transport;
 use serde::{Deserialize, Serialize};
 
 use super::forward::config::{
-    Balance, Ejection, ForwardConfig, HealthCheck, ProxyVersion, TcpOptions, UdpOptions, UpstreamAddress,
+    Balance, Ejection, ForwardConfig, HealthCheck, Host, ProxyVersion, TcpOptions, UdpOptions, UpstreamAddress,
     table_of_words,
 };
 use super::{Limits, Rate, Registrant};
@@ -71,6 +71,15 @@ pub struct ServiceConfig {
 }
 
 impl ServiceConfig {
+    /// The upstreams that are named by address.
+    pub fn upstream_addresses(&self) -> impl Iterator<Item = IpAddr> {
+        let upstreams = self.forward.iter().flat_map(|forward| &forward.upstreams);
+        upstreams.filter_map(|upstream| match upstream.host {
+            Host::Address(address) => Some(address),
+            Host::Name(_) => None,
+        })
+    }
+
     /// A service without settings.
     pub fn new(name: ServiceName, handler: HandlerKind) -> Self {
         Self {

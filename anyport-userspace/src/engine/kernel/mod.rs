@@ -299,7 +299,7 @@ impl Kernel {
 
     /// The host's addresses and gateways.
     pub(super) async fn host(&self) -> anyhow::Result<Host> {
-        Ok(Host { addresses: host::addresses()?, gateways: self.routes.gateways().await?, listeners: Vec::new() })
+        Ok(Host { addresses: host::addresses()?, gateways: self.routes.gateways().await?, ..Host::default() })
     }
 
     /// What the last change left as it was found.

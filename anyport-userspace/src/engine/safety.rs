@@ -1,0 +1,77 @@
+//! Whether rules would cut the host off, or take from it what it serves itself.
+
+use std::{collections::BTreeSet, net::IpAddr};
+
+use super::Engine;
+use crate::{
+    api::{Problem, ProblemKind},
+    host::{self, Peer, Role},
+    rules::{Change, Prefix, PrefixRules, Rule, special},
+};
+
+impl Engine {
+    /// Refuses what would cut the host off, or take from it what it serves itself.
+    pub(super) async fn expect_safe(&self, change: &Change) -> Result<(), Problem> {
+        let mut host = self.kernel.host().await?;
+        let own: BTreeSet<IpAddr> = host.addresses.iter().map(|(address, _)| *address).collect();
+        // Only a local route keeps from others what this host sends them.
+        if change.added.iter().any(|(_, rules)| rules.is_routed()) {
+            host.peers = host::peers(&own)?;
+            host.peers.extend(self.needed());
+        }
+        let peers = host.peers.iter().map(|peer| peer.address);
+        let addresses = own.iter().copied().chain(host.gateways.iter().copied()).chain(peers).collect();
+        let concerned = concerned(change, &addresses);
+        // Listing the listening sockets is expensive, and only matters where an address of the host is concerned.
+        if !concerned.is_empty() {
+            host.listeners = host::listeners()?;
+        }
+        let objections = host::objections(&concerned, &host);
+        if objections.is_empty() {
+            return Ok(());
+        }
+        Err(Problem::new(ProblemKind::Unsafe, format!("refused for safety: {}", objections.join("; ")))
+            .hint("--force does it anyway"))
+    }
+
+    /// What the daemon itself is configured to reach.
+    fn needed(&self) -> impl Iterator<Item = Peer> {
+        let etcd = self.config().fleet_view().map(|fleet| fleet.etcd).unwrap_or_default();
+        let etcd = etcd.into_iter().filter_map(|url| {
+            let address = url.parse::<hyper::Uri>().ok()?.host()?.trim_matches(['[', ']']).parse().ok()?;
+            Some(Peer { address, role: Role::Needed("etcd at".to_owned()) })
+        });
+        let upstreams = self.services.configs().flat_map(|service| {
+            let role = Role::Needed(format!("the upstream of the service {}", service.name));
+            service.upstream_addresses().map(move |address| Peer { address, role: role.clone() })
+        });
+        upstreams.chain(etcd)
+    }
+}
+
+/// The new rules whose prefixes contain one of these addresses, or everything, or addresses that any host needs.
+fn concerned(change: &Change, addresses: &BTreeSet<IpAddr>) -> Vec<Rule> {
+    let lens: BTreeSet<(bool, u8)> = change.added.iter().map(|(prefix, _)| (prefix.is_ipv4(), prefix.len())).collect();
+    let around = addresses.iter().copied().map(Prefix::host).flat_map(|host| {
+        let lens = lens.iter().filter(move |(is_ipv4, _)| *is_ipv4 == host.is_ipv4());
+        lens.map(move |(_, len)| host.truncated(*len))
+    });
+    let everything = [true, false].map(|is_ipv4| Prefix::from_bits(is_ipv4, 0, 0));
+    let needed = change.added.iter().map(|(prefix, _)| *prefix).filter(|it| !special::broken(it, true).is_empty());
+    let prefixes: BTreeSet<Prefix> = around.chain(everything).chain(needed).collect();
+    let mut concerned = Vec::new();
+    for prefix in prefixes {
+        let Some(added) = rules_of(&change.added, prefix) else { continue };
+        let before = rules_of(&change.removed, prefix);
+        for rule in added.numbered(prefix) {
+            if !before.is_some_and(|before| before.iter().any(|held| held.terms == *rule.terms)) {
+                concerned.push(rule.to_rule());
+            }
+        }
+    }
+    concerned
+}
+
+fn rules_of(changed: &[(Prefix, PrefixRules)], prefix: Prefix) -> Option<&PrefixRules> {
+    changed.binary_search_by_key(&prefix, |(it, _)| *it).ok().map(|at| &changed[at].1)
+}

@@ -1,0 +1,142 @@
+//! Others that the host talks to. A local route to them would end that: what it sends them would stay here.
+
+use std::{collections::BTreeSet, fs, net::IpAddr};
+
+use anyhow::Context as _;
+use netlink_packet_route::{
+    RouteNetlinkMessage,
+    neighbour::{NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState},
+};
+use netlink_sys::protocols::NETLINK_ROUTE;
+
+use super::{Connection, dump::dump, for_each_connection, links};
+
+/// Where the host's resolver finds the servers that it asks, see `resolv.conf(5)`.
+const RESOLVERS: &str = "/etc/resolv.conf";
+
+/// Another host, or one of this host's peers in general.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Peer {
+    /// Its address.
+    pub address: IpAddr,
+    /// What it is to this host.
+    pub role: Role,
+}
+
+/// What a peer is to this host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// The other end of a connection of one of the host's own addresses.
+    Connected(Connection),
+    /// It answers for names.
+    Resolver,
+    /// It is on the same link, and was seen there lately.
+    Neighbour(String),
+    /// Something that the daemon is configured to reach.
+    Needed(String),
+}
+
+/// The peers of the thread's network namespace: of connections from one of these addresses, resolvers, and neighbours.
+///
+/// # Errors
+/// The kernel does not list them.
+pub fn peers(own: &BTreeSet<IpAddr>) -> anyhow::Result<Vec<Peer>> {
+    let mut peers = neighbours()?;
+    let resolvers = fs::read_to_string(RESOLVERS).unwrap_or_default();
+    peers.extend(resolvers_of(&resolvers).map(|address| Peer { address, role: Role::Resolver }));
+    for_each_connection(|connection| {
+        if own.contains(&connection.local.ip()) {
+            peers.push(Peer { address: connection.remote.ip(), role: Role::Connected(connection) });
+        }
+    })?;
+    peers.retain(|peer| !peer.address.is_loopback() && !own.contains(&peer.address));
+    Ok(peers)
+}
+
+fn resolvers_of(text: &str) -> impl Iterator<Item = IpAddr> {
+    let servers = text.lines().filter_map(|line| line.trim().strip_prefix("nameserver"));
+    servers.filter_map(|rest| rest.split_whitespace().next()?.split('%').next()?.parse().ok())
+}
+
+/// Who is on the host's links and has answered lately, or was put down by hand.
+fn neighbours() -> anyhow::Result<Vec<Peer>> {
+    let names = links()?;
+    let mut peers = Vec::new();
+    dump(NETLINK_ROUTE, RouteNetlinkMessage::GetNeighbour(NeighbourMessage::default()), |message| {
+        let RouteNetlinkMessage::NewNeighbour(NeighbourMessage { header, attributes, .. }) = message else { return };
+        let is_live = matches!(
+            header.state,
+            NeighbourState::Reachable
+                | NeighbourState::Stale
+                | NeighbourState::Delay
+                | NeighbourState::Probe
+                | NeighbourState::Permanent
+        );
+        let address = attributes.into_iter().find_map(|it| match it {
+            NeighbourAttribute::Destination(NeighbourAddress::Inet(address)) => Some(IpAddr::V4(address)),
+            NeighbourAttribute::Destination(NeighbourAddress::Inet6(address)) => Some(IpAddr::V6(address)),
+            _ => None,
+        });
+        if let Some(address) = address.filter(|it| is_live && !it.is_multicast()) {
+            let interface = names.iter().find(|link| link.index == header.ifindex);
+            let role = Role::Neighbour(interface.map(|link| link.name.clone()).unwrap_or_default());
+            peers.push(Peer { address, role });
+        }
+    })
+    .context("list the neighbours")?;
+    Ok(peers)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        net::{IpAddr, TcpListener, TcpStream},
+        process::Command,
+        thread,
+    };
+
+    use nix::sched::{CloneFlags, unshare};
+
+    use super::{Peer, Role, peers, resolvers_of};
+
+    #[test]
+    fn resolvers_are_read_as_libc_does() {
+        let text = "# nameserver 192.0.2.1\nsearch example\nnameserver 192.0.2.53\n nameserver\t2001:db8::53%eth0 x\noptions rotate\n";
+        let found: Vec<String> = resolvers_of(text).map(|it| it.to_string()).collect();
+        assert_eq!(found, ["192.0.2.53", "2001:db8::53"]);
+    }
+
+    #[test]
+    fn peers_are_neighbours_and_ends_of_own_connections() {
+        let in_namespace = || {
+            unshare(CloneFlags::CLONE_NEWNET).unwrap();
+            for line in [
+                "link set lo up",
+                "link add eth0 type veth peer name eth1",
+                "link set eth0 up",
+                "address add 203.0.113.1/24 dev eth0",
+                "address add 203.0.113.9/24 dev eth0",
+                "neigh add 203.0.113.7 lladdr 02:00:00:00:00:07 dev eth0 nud reachable",
+                "neigh add 203.0.113.8 lladdr 02:00:00:00:00:08 dev eth0 nud failed",
+            ] {
+                assert!(Command::new("ip").args(line.split(' ')).status().unwrap().success(), "{line}");
+            }
+            // Both ends are here; without the second address, the host would have that of another one.
+            let listener = TcpListener::bind("203.0.113.9:0").unwrap();
+            let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+            let [first, second] = ["203.0.113.1", "203.0.113.9"].map(|it| it.parse::<IpAddr>().unwrap());
+            assert_eq!(client.local_addr().unwrap().ip(), first);
+            let found = |own: &[IpAddr]| {
+                let peers = peers(&own.iter().copied().collect()).unwrap().into_iter();
+                peers.filter(|it| it.role != Role::Resolver).collect::<Vec<Peer>>()
+            };
+            let neighbour = Peer { address: "203.0.113.7".parse().unwrap(), role: Role::Neighbour("eth0".into()) };
+            assert_eq!(found(&[first, second]), std::slice::from_ref(&neighbour));
+            let all = found(&[first]);
+            assert_eq!((all.len(), &all[0]), (2, &neighbour));
+            let Role::Connected(connection) = &all[1].role else { panic!("{all:?}") };
+            assert_eq!((connection.remote, connection.inode == 0), (listener.local_addr().unwrap(), false));
+        };
+        thread::spawn(in_namespace).join().unwrap();
+    }
+}
