@@ -17,24 +17,25 @@ use super::{
     place_of_setting,
 };
 use crate::{
-    fleet::{layout::Name, settings::ConnectionSettings, signing::PublicKeys},
+    fleet::{
+        layout::Name,
+        settings::{ConnectionSettings, connection_settings},
+        signing::PublicKeys,
+    },
     text::Positions,
 };
 
 shown_as_text!(Name);
 
-table! {
-    /// `[fleet]` as it stands in the file. What may be left out is none.
-    #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
-    #[serde(deny_unknown_fields, rename_all = "kebab-case")]
-    pub struct FleetSettings ("fleet.", "none") {
-        /// Client URLs of etcd, all with `https://` or all with `http://`
-        etcd: Vec<String> {
-            in_words: "none; needed",
-            changes_by: Restart,
-            sample: r#"["https://192.0.2.11:2379", "https://192.0.2.12:2379", "https://192.0.2.13:2379"]"#,
-        }
-
+connection_settings!(
+    table,
+    [
+        /// `[fleet]` as it stands in the file. What may be left out is none.
+        #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+        #[serde(deny_unknown_fields, rename_all = "kebab-case")]
+        pub struct FleetSettings ("fleet.", "none")
+    ],
+    [
         /// The ring whose pointer is followed
         ring: Name {
             in_words: "none; needed",
@@ -48,54 +49,6 @@ table! {
             empty: "none",
             changes_by: Restart,
             sample: r#""edge-1""#,
-        }
-
-        /// What all keys begin with
-        prefix: Option<String> {
-            in_words: "/anyport/",
-            empty: "/anyport/",
-            changes_by: Restart,
-            sample: r#""/anyport/""#,
-        }
-
-        /// Certificates by which to know etcd, in PEM
-        ca: Option<PathBuf> {
-            in_words: "those that the system trusts",
-            empty: "none",
-            changes_by: Restart,
-            sample: r#""/etc/anyport/etcd-ca.pem""#,
-        }
-
-        /// Certificate that this node shows to etcd, in PEM
-        certificate: Option<PathBuf> {
-            in_words: "none",
-            empty: "none",
-            changes_by: Restart,
-            sample: r#""/etc/anyport/node.pem""#,
-        }
-
-        /// Private key of that certificate, in PEM
-        key: Option<PathBuf> {
-            in_words: "none",
-            empty: "none",
-            changes_by: Restart,
-            sample: r#""/etc/anyport/node.key""#,
-        }
-
-        /// User of etcd
-        user: Option<String> {
-            in_words: "none",
-            empty: "none",
-            changes_by: Restart,
-            sample: r#""node""#,
-        }
-
-        /// File with the password of that user
-        password_file: Option<PathBuf> {
-            in_words: "none",
-            empty: "none",
-            changes_by: Restart,
-            sample: r#""/etc/anyport/etcd-password""#,
         }
 
         /// Follow only what one of the keys in this file, in PEM, has signed
@@ -117,8 +70,19 @@ table! {
             },
             sample: "50",
         }
-    }
+    ]
+);
+
+macro_rules! connection_of_table {
+    ({ $($(#[doc = $help:literal])+ $name:ident: $type:ty { $($more:tt)* })+ }) => {
+        impl FleetSettings {
+            fn connection(&self) -> ConnectionSettings {
+                ConnectionSettings { $($name: self.$name.clone(),)+ }
+            }
+        }
+    };
 }
+connection_settings!(connection_of_table, [], []);
 
 /// To which fleet this node belongs.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -164,13 +128,6 @@ impl Fleet {
         settings.node = Some(node.clone());
         let ring = settings.ring.clone();
         (problems.len() == before).then_some(Self { settings, connection, ring, node, public_keys })
-    }
-}
-
-impl FleetSettings {
-    fn connection(&self) -> ConnectionSettings {
-        let Self { etcd, prefix, ca, certificate, key, user, password_file, .. } = self.clone();
-        ConnectionSettings { etcd, prefix, ca, certificate, key, user, password_file }
     }
 }
 

@@ -1,10 +1,10 @@
 //! The configuration of the daemon, from the command line, the environment and the configuration file.
 //!
 //! Each setting is declared in one place: those of `[daemon]` in `settings.rs`, of `[announce]` in `announce.rs`, of `[fleet]` in
-//! `fleet.rs`. To add one, declare it there and use it. The rest is made of the declaration (`declare.rs` says how): option, environment
-//! variable, key of the file, merging, the check, what reload changes and shows, and, by a test, `docs/anyport.toml` and the tables
-//! of the documents: `ANYPORT_WRITE_DOCS=1 cargo test -p anyport-userspace --lib config::documents` writes them. How to reach etcd is
-//! an option of `anyportctl fleet`, too; such a setting also stands in `fleet/settings.rs`.
+//! `fleet.rs`, and those of them by which etcd is reached, which are options of `anyportctl fleet`, too, in `fleet/settings.rs`. To add
+//! one, declare it there and use it. The rest is made of the declaration (`declare.rs` says how): option, environment variable, key
+//! of the file, merging, the check, what reload changes and shows, and, by a test, `docs/anyport.toml` and the tables of the
+//! documents: `ANYPORT_WRITE_DOCS=1 cargo test -p anyport-userspace --lib config::documents` writes them.
 
 mod absent;
 mod announce;

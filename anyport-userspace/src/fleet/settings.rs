@@ -17,48 +17,131 @@ use crate::{
     rules::InvalidText,
 };
 
-/// How to reach etcd, from options of the client or the table `[fleet]`.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, clap::Args)]
-#[serde(rename_all = "kebab-case", default)]
-pub struct ConnectionSettings {
-    /// Client URL of etcd; may be repeated
-    #[arg(long, global = true, env = "ANYPORT_ETCD", value_name = "URL", value_delimiter = ',')]
-    pub etcd: Vec<String>,
-    /// Under which all keys are [default: /anyport/]
-    #[arg(long, global = true, env = "ANYPORT_ETCD_PREFIX", value_name = "KEY")]
-    pub prefix: Option<String>,
-    /// Certificates by which to know etcd, in PEM [default: those that the system trusts]
-    #[arg(long, global = true, env = "ANYPORT_ETCD_CA", value_name = "FILE")]
-    pub ca: Option<PathBuf>,
-    /// Certificate to show to etcd, in PEM
-    #[arg(long, global = true, env = "ANYPORT_ETCD_CERTIFICATE", value_name = "FILE")]
-    pub certificate: Option<PathBuf>,
-    /// Private key of that certificate, in PEM
-    #[arg(long, global = true, env = "ANYPORT_ETCD_KEY", value_name = "FILE")]
-    pub key: Option<PathBuf>,
-    /// User of etcd
-    #[arg(long, global = true, env = "ANYPORT_ETCD_USER", value_name = "NAME")]
-    pub user: Option<String>,
-    /// File with the password of that user
-    #[arg(long, global = true, env = "ANYPORT_ETCD_PASSWORD_FILE", value_name = "FILE")]
-    pub password_file: Option<PathBuf>,
+/// Declares the settings by which etcd is reached, once: hands them, in the form that `config/declare.rs` describes, to the macro `$then`,
+/// between other tokens.
+macro_rules! connection_settings {
+    ($then:ident, [$($before:tt)*], [$($behind:tt)*]) => {
+        $then! { $($before)* {
+            /// Client URLs of etcd, all with https:// or all with http://
+            etcd: Vec<String> {
+                value: "URL",
+                in_words: "none; needed",
+                changes_by: Restart,
+                sample: r#"["https://192.0.2.11:2379", "https://192.0.2.12:2379", "https://192.0.2.13:2379"]"#,
+                arg: [env = "ANYPORT_ETCD", value_delimiter = ','],
+            }
+
+            /// What all keys begin with
+            prefix: Option<String> {
+                value: "KEY",
+                in_words: "/anyport/",
+                empty: "/anyport/",
+                changes_by: Restart,
+                sample: r#""/anyport/""#,
+                arg: [env = "ANYPORT_ETCD_PREFIX"],
+            }
+
+            /// Certificates by which to know etcd, in PEM
+            ca: Option<PathBuf> {
+                value: "FILE",
+                in_words: "those that the system trusts",
+                empty: "none",
+                changes_by: Restart,
+                sample: r#""/etc/anyport/etcd-ca.pem""#,
+                arg: [env = "ANYPORT_ETCD_CA"],
+            }
+
+            /// Certificate to show to etcd, in PEM
+            certificate: Option<PathBuf> {
+                value: "FILE",
+                in_words: "none",
+                empty: "none",
+                changes_by: Restart,
+                sample: r#""/etc/anyport/node.pem""#,
+                arg: [env = "ANYPORT_ETCD_CERTIFICATE"],
+            }
+
+            /// Private key of that certificate, in PEM
+            key: Option<PathBuf> {
+                value: "FILE",
+                in_words: "none",
+                empty: "none",
+                changes_by: Restart,
+                sample: r#""/etc/anyport/node.key""#,
+                arg: [env = "ANYPORT_ETCD_KEY"],
+            }
+
+            /// User of etcd
+            user: Option<String> {
+                value: "NAME",
+                in_words: "none",
+                empty: "none",
+                changes_by: Restart,
+                sample: r#""node""#,
+                arg: [env = "ANYPORT_ETCD_USER"],
+            }
+
+            /// File with the password of that user
+            password_file: Option<PathBuf> {
+                value: "FILE",
+                in_words: "none",
+                empty: "none",
+                changes_by: Restart,
+                sample: r#""/etc/anyport/etcd-password""#,
+                arg: [env = "ANYPORT_ETCD_PASSWORD_FILE"],
+            }
+
+            $($behind)*
+        } }
+    };
+}
+pub(crate) use connection_settings;
+
+/// Makes the options of the client, which may stand in the table `[fleet]`, too.
+macro_rules! options {
+    ({
+        $(
+            $(#[doc = $help:literal])+
+            $name:ident: $type:ty {
+                value: $value:literal,
+                in_words: $words:literal,
+                $(empty: $empty:literal,)?
+                changes_by: $changes_by:ident,
+                sample: $sample:literal,
+                arg: [$($arg:tt)*],
+            }
+        )+
+    }) => {
+        /// How to reach etcd, from options of the client or the table `[fleet]`.
+        #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, clap::Args)]
+        #[serde(rename_all = "kebab-case", default)]
+        pub struct ConnectionSettings {
+            $(
+                $(#[doc = $help])+
+                #[arg(long, global = true, value_name = $value, help = help_text(concat!($($help),+), $words), $($arg)*)]
+                pub $name: $type,
+            )+
+        }
+
+        impl ConnectionSettings {
+            /// What is given here, and else what is given there.
+            #[must_use]
+            pub fn or(self, other: Self) -> Self {
+                let none = Self::default();
+                Self { $($name: if self.$name == none.$name { other.$name } else { self.$name },)+ }
+            }
+        }
+    };
+}
+
+connection_settings!(options, [], []);
+
+fn help_text(help: &str, default: &str) -> String {
+    let help = help.trim_start();
+    if default.starts_with("none") { help.to_owned() } else { format!("{help} [default: {default}]") }
 }
 
 impl ConnectionSettings {
-    /// What is given here, and else what is given there.
-    #[must_use]
-    pub fn or(self, other: Self) -> Self {
-        Self {
-            etcd: if self.etcd.is_empty() { other.etcd } else { self.etcd },
-            prefix: self.prefix.or(other.prefix),
-            ca: self.ca.or(other.ca),
-            certificate: self.certificate.or(other.certificate),
-            key: self.key.or(other.key),
-            user: self.user.or(other.user),
-            password_file: self.password_file.or(other.password_file),
-        }
-    }
-
     /// Checks what the types leave open, and reads no file.
     ///
     /// # Errors
