@@ -132,7 +132,8 @@ impl Client {
             return Err(refused(io::ErrorKind::TimedOut.into()));
         }
         loop {
-            match self.stream.read(&mut cx.buffer[..LONGEST_READ - heard.len()]).map_err(refused)? {
+            let most = (LONGEST_READ - heard.len()).min(cx.buffer.len());
+            match self.stream.read(&mut cx.buffer[..most]).map_err(refused)? {
                 None => return Ok(Next::Wait),
                 Some(0) => return Err(refused(io::ErrorKind::UnexpectedEof.into())),
                 Some(length) => heard.extend_from_slice(&cx.buffer[..length]),

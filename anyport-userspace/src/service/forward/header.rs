@@ -14,8 +14,9 @@ use crate::service::datagram::Ends;
 
 /// Bytes of the longest header that is written: a line about two IPv6 addresses.
 pub(super) const LONGEST_WRITTEN: usize = LONGEST_LINE;
-/// Bytes of the longest header that is read. Version 2 allows for 64 KiB of extensions; a few hundred bytes are usual.
-pub(super) const LONGEST_READ: usize = 4096;
+/// Bytes of the longest header that is read: as many as version 2 has numbers for. A few hundred are usual, and only peers that
+/// are trusted to send one may.
+pub(super) const LONGEST_READ: usize = FIXED + u16::MAX as usize;
 
 /// Bytes of the longest line of version 1, end of line included.
 const LONGEST_LINE: usize = 107;
@@ -27,10 +28,13 @@ const FIXED: usize = 16;
 const VERSION_2: u8 = 0x20;
 const LOCAL: u8 = 0;
 const PROXY: u8 = 1;
-const UNSPECIFIED: u8 = 0x00;
 const TCP_OVER_IPV4: u8 = 0x11;
 const TCP_OVER_IPV6: u8 = 0x21;
-const UNIX_STREAM: u8 = 0x31;
+/// The highest family (`AF_UNIX`) and transport (`DGRAM`) that there is.
+const LAST_FAMILY: u8 = 0x30;
+const LAST_TRANSPORT: u8 = 0x02;
+/// The type of the extension with a checksum of the header (`PP2_TYPE_CRC32C`), whose value has four bytes.
+const CHECKSUM: u8 = 0x03;
 
 /// A version of the protocol.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
@@ -125,14 +129,13 @@ fn parse_binary(bytes: &[u8]) -> Result<Parsed, Malformed> {
         return Err(Malformed("not version 2 behind the signature of version 2"));
     }
     let length = usize::from(u16::from_be_bytes([high, low]));
-    if FIXED + length > LONGEST_READ {
-        return Err(Malformed("the header is longer than 4096 bytes"));
-    }
     let wants = match (command & 0x0f, family) {
-        (LOCAL, _) | (PROXY, UNSPECIFIED | UNIX_STREAM) => 0,
+        (LOCAL, _) => 0,
         (PROXY, TCP_OVER_IPV4) => 12,
         (PROXY, TCP_OVER_IPV6) => 36,
-        (PROXY, _) => return Err(Malformed("neither TCP over IPv4 nor over IPv6")),
+        // Whatever the proxy took, this connection is one of TCP: its own ends are the best that is known.
+        (PROXY, _) if family & 0xf0 <= LAST_FAMILY && family & 0x0f <= LAST_TRANSPORT => 0,
+        (PROXY, _) => return Err(Malformed("a family that there is not")),
         _ => return Err(Malformed("neither LOCAL nor PROXY")),
     };
     if length < wants {
@@ -144,10 +147,42 @@ fn parse_binary(bytes: &[u8]) -> Result<Parsed, Malformed> {
         36 => binary_ends::<16>(addresses),
         _ => None,
     };
+    if ends.is_some() {
+        check_extensions(&bytes[..FIXED + length], FIXED + wants)?;
+    }
     Ok(Parsed::Header { ends, length: FIXED + length })
 }
 
-/// Source, destination, source port, destination port. What follows are extensions, which nothing here asks for.
+/// Checks that extensions fill what is behind the addresses, and their checksum of the whole header where there is one: each has a
+/// type, a length of two bytes, and as many bytes.
+fn check_extensions(header: &[u8], mut at: usize) -> Result<(), Malformed> {
+    while at < header.len() {
+        let [kind, high, low, ..] = header[at..] else { return Err(Malformed("an extension is cut off")) };
+        let value = at + 3;
+        at = value + usize::from(u16::from_be_bytes([high, low]));
+        let Some(content) = header.get(value..at) else {
+            return Err(Malformed("an extension is longer than the header"));
+        };
+        if kind == CHECKSUM {
+            let Ok(checksum) = <[u8; 4]>::try_from(content) else { return Err(Malformed("a checksum has four bytes")) };
+            if u32::from_be_bytes(checksum) != crc32c([&header[..value], &[0; 4], &header[at..]]) {
+                return Err(Malformed("the checksum is wrong"));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The CRC-32C (Castagnoli) of these bytes, one bit after the other: headers are short, and few have a checksum.
+fn crc32c(parts: [&[u8]; 3]) -> u32 {
+    const REVERSED_POLYNOMIAL: u32 = 0x82f6_3b78;
+    let of_byte = |sum: u32, byte: &u8| {
+        (0..8).fold(sum ^ u32::from(*byte), |sum, _| (sum >> 1) ^ if sum & 1 == 1 { REVERSED_POLYNOMIAL } else { 0 })
+    };
+    !parts.into_iter().flatten().fold(!0, of_byte)
+}
+
+/// Source, destination, source port, destination port.
 fn binary_ends<const N: usize>(bytes: &[u8]) -> Option<Ends>
 where
     IpAddr: From<[u8; N]>,
@@ -224,7 +259,9 @@ mod tests {
     use anyport_common::flow::Transport;
     use proptest::prelude::*;
 
-    use super::{Ends, LONGEST_READ, LONGEST_WRITTEN, Malformed, Parsed, ProxyVersion, SIGNATURE, parse, write};
+    use super::{
+        Ends, LONGEST_READ, LONGEST_WRITTEN, Malformed, Parsed, ProxyVersion, SIGNATURE, crc32c, parse, write,
+    };
 
     fn ends(client: &str, dialled: &str) -> Ends {
         Ends { client: client.parse().unwrap(), dialled: dialled.parse().unwrap() }
@@ -290,20 +327,31 @@ mod tests {
         let v4 = ends("198.51.100.1:40000", "192.0.2.77:443");
         let plain = written(ProxyVersion::V2, v4);
         let addresses = &plain[16..];
-        let extended = [addresses, &[0x03, 0, 4, 1, 2, 3, 4], &[0xea, 0, 0]].concat();
+        let extended = |checksum: [u8; 4]| [addresses, &[0x03, 0, 4], &checksum, &[0xea, 0, 0]].concat();
+        let checksum = crc32c([&binary(0x21, 0x11, &extended([0; 4])), &[], &[]]).to_be_bytes();
+        let extension =
+            |length: u16, bytes: usize| [addresses, &[0xee], &length.to_be_bytes(), &vec![7; bytes]].concat();
         for (bytes, expected) in [
             (plain.clone(), Ok(Some(v4))),
-            (binary(0x21, 0x11, &extended), Ok(Some(v4))),
+            (binary(0x21, 0x11, &extended(checksum)), Ok(Some(v4))),
+            (binary(0x21, 0x11, &extended(checksum.map(|byte| byte ^ 1))), Err("checksum is wrong")),
+            (binary(0x21, 0x11, &[addresses, &[0x03, 0, 2, 1, 2]].concat()), Err("four bytes")),
+            (binary(0x21, 0x11, &extension(5_000, 5_000)), Ok(Some(v4))),
+            (binary(0x21, 0x11, &extension(5, 4)), Err("longer than the header")),
+            (binary(0x21, 0x11, &[addresses, &[0xee, 0]].concat()), Err("cut off")),
             (binary(0x20, 0x11, addresses), Ok(None)),
             (binary(0x20, 0x00, &[]), Ok(None)),
-            (binary(0x21, 0x00, &extended), Ok(None)),
+            (binary(0x21, 0x00, &extended([0; 4])), Ok(None)),
             (binary(0x21, 0x31, &[0; 216]), Ok(None)),
-            (binary(0x21, 0x12, addresses), Err("neither TCP")),
+            (binary(0x21, 0x32, &[0; 216]), Ok(None)),
+            (binary(0x21, 0x12, addresses), Ok(None)),
+            (binary(0x21, 0x22, &[0; 36]), Ok(None)),
+            (binary(0x21, 0x41, addresses), Err("a family that there is not")),
+            (binary(0x21, 0x13, addresses), Err("a family that there is not")),
             (binary(0x21, 0x11, &addresses[1..]), Err("too short")),
             (binary(0x21, 0x21, addresses), Err("too short")),
             (binary(0x22, 0x11, addresses), Err("neither LOCAL")),
             (binary(0x11, 0x11, addresses), Err("not version 2")),
-            (binary(0x21, 0x11, &[0; LONGEST_READ - 15]), Err("longer than")),
         ] {
             match (parse(&bytes), expected) {
                 (Ok(parsed), Ok(ends)) => assert_eq!(parsed, Parsed::Header { ends, length: bytes.len() }),
@@ -311,7 +359,9 @@ mod tests {
                 (parsed, expected) => panic!("{bytes:?}: {parsed:?} instead of {expected:?}"),
             }
         }
-        assert_eq!(parse(&binary(0x21, 0x21, &[1; LONGEST_READ - 16])).map(drop), Ok(()));
+        assert_eq!(parse(&binary(0x21, 0x00, &vec![1; LONGEST_READ - 16])).map(drop), Ok(()));
+        // The check value of this CRC.
+        assert_eq!(crc32c([b"1234", b"56789", b""]), 0xe306_9283);
     }
 
     fn address() -> impl Strategy<Value = SocketAddr> {

@@ -51,7 +51,7 @@ pub(super) struct Forwarder {
     upstreams: ArcSwap<Vec<Arc<Upstream>>>,
     balancer: Balancer,
     names: Mutex<Names>,
-    /// Whether every name has been asked for once.
+    /// Whether some upstream was known, or every name has been asked for once.
     is_resolved: AtomicBool,
     resolved: Notify,
     returns: Returns,
@@ -97,12 +97,13 @@ impl Drop for Connected {
 
 impl Forwarder {
     pub(super) fn new(name: String, config: ForwardConfig, guard: ForwardGuard) -> Self {
-        let names = Names::of(&config.upstreams);
+        let mut names = Names::of(&config.upstreams);
+        let upstreams = names.upstreams(&config.upstreams, &[]);
         Self {
             name,
-            upstreams: ArcSwap::from_pointee(names::upstreams(&config.upstreams, &names, &[])),
             balancer: Balancer::default(),
-            is_resolved: AtomicBool::new(names.is_empty()),
+            is_resolved: AtomicBool::new(names.is_empty() || !upstreams.is_empty()),
+            upstreams: ArcSwap::from_pointee(upstreams),
             names: Mutex::new(names),
             resolved: Notify::new(),
             returns: Returns::default(),
@@ -148,7 +149,15 @@ impl Forwarder {
         }
     }
 
-    /// Whether every name has been asked for once.
+    /// Takes into account that a name has been asked for.
+    fn note_resolved(&self) {
+        if !self.upstreams.load().is_empty() || super::lock(&self.names).are_answered() {
+            self.is_resolved.store(true, Relaxed);
+            self.resolved.notify_waiters();
+        }
+    }
+
+    /// Whether some upstream is known, or every name has been asked for once.
     pub(super) fn is_resolved(&self) -> bool {
         self.is_resolved.load(Relaxed)
     }

@@ -4,7 +4,7 @@ use std::{
     io,
     net::{IpAddr, SocketAddr},
     num::NonZeroU16,
-    sync::{Arc, atomic::Ordering::Relaxed},
+    sync::Arc,
     time::Duration,
 };
 
@@ -17,7 +17,6 @@ use tokio::{
 use super::{
     Forwarder,
     config::HealthCheck,
-    names,
     upstream::{Upstream, UpstreamState},
 };
 use crate::service::{event_loop::reset, lock};
@@ -75,21 +74,20 @@ async fn try_out(upstream: &Upstream, check: &HealthCheck) -> io::Result<()> {
     }
 }
 
+/// Each name by itself, so that one that does not resolve holds back no other.
 async fn resolve_names(forwarder: &Forwarder) {
     let names: Vec<String> = lock(&forwarder.names).iter().cloned().collect();
-    if names.is_empty() {
-        return;
-    }
+    join_all(names.iter().map(|name| resolve_name(forwarder, name))).await;
+}
+
+async fn resolve_name(forwarder: &Forwarder, name: &str) {
     let mut timer = interval(forwarder.config.resolve_interval.0);
     timer.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         timer.tick().await;
-        let answers = join_all(names.iter().map(|name| resolve(name))).await;
-        for (name, answer) in names.iter().zip(answers) {
-            take_answer(forwarder, name, answer);
-        }
-        forwarder.is_resolved.store(true, Relaxed);
-        forwarder.resolved.notify_waiters();
+        let answer = resolve(name).await;
+        take_answer(forwarder, name, answer);
+        forwarder.note_resolved();
     }
 }
 
@@ -99,8 +97,7 @@ fn take_answer(forwarder: &Forwarder, name: &str, answer: Result<Vec<IpAddr>, St
     }
     let mut names = lock(&forwarder.names);
     if names.answered(name, answer) {
-        let before = forwarder.upstreams.load();
-        let upstreams = names::upstreams(&forwarder.config.upstreams, &names, &before);
+        let upstreams = names.upstreams(&forwarder.config.upstreams, &forwarder.upstreams.load());
         let shown: Vec<String> = upstreams.iter().map(ToString::to_string).collect();
         tracing::info!("service {}: the upstreams are {}", forwarder.name, shown.join(", "));
         forwarder.upstreams.store(Arc::new(upstreams));

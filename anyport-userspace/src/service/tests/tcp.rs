@@ -4,10 +4,12 @@ use std::{
     io::{Read as _, Write as _},
     net::{Shutdown, SocketAddr, TcpStream},
     os::fd::AsFd as _,
+    process::Command,
     thread,
     time::Duration,
 };
 
+use nix::sched::{CloneFlags, unshare};
 use socket2::{Domain, SockRef, Socket, Type};
 
 use super::{DescriptorPool, HandlerKind, Scene, TCP, eventually, rest};
@@ -98,30 +100,38 @@ fn accepted_connections_are_set_up_by_their_listener() {
 
 #[test]
 fn who_finds_no_descriptor_is_refused() {
-    let scene = Scene::with(HandlerKind::Echo, None, DescriptorPool::new(2), |_, _| false);
-    // Each from a source of its own, of which none takes more than its share.
-    let dial = |source: u8| {
-        let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
-        socket.bind(&SocketAddr::from(([127, 0, 0, source], 0)).into()).unwrap();
-        socket.connect(&scene.address(0).into()).unwrap();
-        TcpStream::from(socket)
+    let in_namespace = || {
+        unshare(CloneFlags::CLONE_NEWNET).unwrap();
+        // All of a network at the loopback interface is local.
+        for line in ["link set lo up", "address add 198.51.100.1/24 dev lo"] {
+            assert!(Command::new("ip").args(line.split(' ')).status().unwrap().success(), "{line}");
+        }
+        let scene = Scene::with(HandlerKind::Echo, None, DescriptorPool::new(2), |_, _| false);
+        // Each from a source of its own, of which none takes more than its share.
+        let dial = |source: u8| {
+            let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+            socket.bind(&SocketAddr::from(([198, 51, 100, source], 0)).into()).unwrap();
+            socket.connect(&scene.address(0).into()).unwrap();
+            TcpStream::from(socket)
+        };
+        let served = |mut stream: TcpStream| {
+            stream.write_all(b"my turn")?;
+            stream.shutdown(Shutdown::Write)?;
+            let mut heard = String::new();
+            stream.read_to_string(&mut heard).map(|_| heard)
+        };
+        let held = [dial(1), dial(2)];
+        eventually("two are served", || scene.service.stats().active == 2);
+        for source in 3..6 {
+            assert!(served(dial(source)).is_err(), "it is reset");
+        }
+        let stats = scene.service.stats();
+        assert_eq!((stats.accepted, stats.active, stats.refused_total), (5, 2, 3));
+        for stream in held {
+            assert_eq!(served(stream).unwrap(), "my turn");
+        }
+        eventually("both have ended", || scene.service.stats().active == 0);
+        assert_eq!(served(dial(3)).unwrap(), "my turn");
     };
-    let served = |mut stream: TcpStream| {
-        stream.write_all(b"my turn")?;
-        stream.shutdown(Shutdown::Write)?;
-        let mut heard = String::new();
-        stream.read_to_string(&mut heard).map(|_| heard)
-    };
-    let held = [dial(1), dial(2)];
-    eventually("two are served", || scene.service.stats().active == 2);
-    for source in 3..6 {
-        assert!(served(dial(source)).is_err(), "it is reset");
-    }
-    let stats = scene.service.stats();
-    assert_eq!((stats.accepted, stats.active, stats.refused_total), (5, 2, 3));
-    for stream in held {
-        assert_eq!(served(stream).unwrap(), "my turn");
-    }
-    eventually("both have ended", || scene.service.stats().active == 0);
-    assert_eq!(served(dial(3)).unwrap(), "my turn");
+    thread::spawn(in_namespace).join().unwrap();
 }
