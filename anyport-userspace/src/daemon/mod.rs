@@ -79,7 +79,7 @@ pub fn run(config: &Config, keeper: &Link) -> anyhow::Result<()> {
     // While a long command keeps one of them busy, another one answers.
     let control = runtime::Builder::new_multi_thread()
         .worker_threads(2)
-        .thread_name("anyport-control")
+        .thread_name(keeper::CONTROL_THREADS)
         // Such a thread may start while the thread that starts it has capabilities raised.
         .on_thread_start(|| privileges::for_control().unwrap_or_else(|error| error!("{error}")))
         .enable_all()

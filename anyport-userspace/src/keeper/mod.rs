@@ -32,6 +32,9 @@ pub const CONTROL: &str = "@control";
 const VARIABLE: &str = "ANYPORT_KEEPER";
 const AT_STDIN: &str = "stdin";
 
+/// What the threads of a server are called that carry out commands.
+pub const CONTROL_THREADS: &str = "anyport-control";
+
 /// What a server says.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]

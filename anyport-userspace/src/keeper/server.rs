@@ -2,7 +2,8 @@
 
 use std::{
     ffi::OsString,
-    io,
+    fs, io,
+    ops::Range,
     os::fd::{AsFd as _, BorrowedFd, OwnedFd},
     path::Path,
     process::ExitStatus,
@@ -23,7 +24,7 @@ use rustix::{
 };
 use tokio::{process::Command, sync::mpsc::Sender, task::spawn_blocking, time::Instant};
 
-use super::{AT_STDIN, Order, Report, VARIABLE};
+use super::{AT_STDIN, CONTROL_THREADS, Order, Report, VARIABLE};
 use crate::{
     closing::{Message, PassedFd, receive},
     scm_rights::{MAX_DESCRIPTORS, put},
@@ -31,8 +32,10 @@ use crate::{
 
 /// How long a server may take nothing that it is told.
 const PATIENCE: Duration = Duration::from_secs(5);
-/// Seconds without a sign of life after which a server that gives them is killed.
+/// Seconds without a sign of life after which a server that gives them is killed, if its control does not work meanwhile.
 const SILENCE: u32 = 15;
+/// And if it does: no step of a command takes so long, however slow the machine.
+const LONGEST_WORK: u32 = 600;
 /// And one that gives none, after it was told to end.
 const LONGEST_STOP: u32 = 60;
 
@@ -70,6 +73,11 @@ pub(super) struct Server {
     is_stopping: bool,
     /// For how many seconds of the keeper's it has not said that it goes on, since it does or was told to end.
     silent: u32,
+    /// For how many of them its control has not worked either, and what that had taken of the CPUs before.
+    idle: u32,
+    worked: u64,
+    /// For how many it has not ended though it was killed.
+    killed: u32,
     /// Why it ends, by its own words.
     pub(super) failure: Option<String>,
     socket: Arc<OwnedFd>,
@@ -101,6 +109,9 @@ impl Server {
             reports_alive: false,
             is_stopping: false,
             silent: 0,
+            idle: 0,
+            worked: 0,
+            killed: 0,
             failure: None,
             socket,
         })
@@ -130,30 +141,42 @@ impl Server {
 
     /// Has it end. One that does not is killed after a while.
     pub(super) fn stop(&mut self) {
-        (self.is_stopping, self.silent) = (true, 0);
+        (self.is_stopping, self.silent, self.idle) = (true, 0, 0);
         self.signal(Signal::SIGTERM);
     }
 
     /// It goes on.
     pub(super) fn note_alive(&mut self) {
-        (self.reports_alive, self.silent) = (true, 0);
+        (self.reports_alive, self.silent, self.idle) = (true, 0, 0);
     }
 
     /// It serves the connections that it has, and says nothing any more.
     pub(super) fn note_left(&mut self) {
-        (self.reports_alive, self.silent) = (false, 0);
+        (self.reports_alive, self.silent, self.idle) = (false, 0, 0);
     }
 
     /// A second is over. A server that is stopped or stuck is killed: another one goes on with what it had. Seconds in which the keeper did
     /// not run either, such as those of a host that sleeps, do not count.
     pub(super) fn tick(&mut self) {
-        let limit = if self.reports_alive { SILENCE } else { LONGEST_STOP };
         if !self.reports_alive && !self.is_stopping {
             return;
         }
         self.silent = self.silent.saturating_add(1);
-        if self.silent == limit {
-            let why = format!("it did not answer for {limit} s and was killed");
+        let worked = work_of_control(self.pid);
+        // What it has done while it answered does not count.
+        let works = self.silent > 1 && worked != self.worked;
+        self.idle = if works { 0 } else { self.idle.saturating_add(1) };
+        self.worked = worked;
+        let is_over = if self.reports_alive {
+            self.idle >= SILENCE || self.silent >= LONGEST_WORK
+        } else {
+            self.silent >= LONGEST_STOP
+        };
+        if self.killed > 0 {
+            self.killed = self.killed.saturating_add(1);
+        } else if is_over {
+            self.killed = 1;
+            let why = format!("it did not answer for {} s and was killed", self.silent);
             self.failure.get_or_insert(why);
             self.signal(Signal::SIGKILL);
         }
@@ -161,13 +184,37 @@ impl Server {
 
     /// Whether it does not answer, and does not end either.
     pub(super) fn is_stuck(&self) -> bool {
-        self.silent > SILENCE
+        self.killed > 1
     }
 
     pub(super) fn signal(&self, signal: Signal) {
         // It may have ended already.
         kill(self.pid, signal).ok();
     }
+}
+
+/// What the threads of a server's control and the tools that they have started have taken of the CPUs, in clock ticks. While rules are
+/// compiled or iptables works on a slow machine, control does not answer, and a deadlock takes nothing.
+fn work_of_control(server: Pid) -> u64 {
+    let tasks = fs::read_dir(format!("/proc/{server}/task")).into_iter().flatten().flatten().map(|task| task.path());
+    let control =
+        tasks.filter(|task| fs::read_to_string(task.join("comm")).is_ok_and(|name| name.trim() == CONTROL_THREADS));
+    let with_tools = control.map(|task| {
+        let tools = fs::read_to_string(task.join("children")).unwrap_or_default();
+        let of_tools = tools.split_whitespace().map(|pid| time_of(Path::new(&format!("/proc/{pid}"))));
+        time_of(&task) + of_tools.sum::<u64>()
+    });
+    with_tools.sum()
+}
+
+/// What a process or a thread has taken of the CPUs, by `proc_pid_stat(5)`; nothing if it has ended.
+fn time_of(directory: &Path) -> u64 {
+    /// Behind the name, which may have blanks and parentheses.
+    const USER_AND_SYSTEM: Range<usize> = 11..13;
+    let stat = fs::read_to_string(directory.join("stat")).unwrap_or_default();
+    let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
+    let times = fields.get(USER_AND_SYSTEM).unwrap_or_default();
+    times.iter().filter_map(|it| it.parse::<u64>().ok()).sum()
 }
 
 /// Passes on what a server says until it closes its end.
@@ -182,5 +229,52 @@ fn listen(socket: &OwnedFd, pid: Pid, news: &Sender<(Pid, News)>) {
         if news.blocking_send((pid, News::Said(report, descriptors.pop()))).is_err() {
             return;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{process::Command, sync::mpsc, thread, time::Instant};
+
+    use nix::unistd::Pid;
+
+    use super::{CONTROL_THREADS, work_of_control};
+
+    #[test]
+    fn control_works_or_has_its_tools_work() {
+        let (go, told) = mpsc::channel::<bool>();
+        let (done, is_done) = mpsc::channel();
+        let control = move || {
+            for by_tool in told {
+                if by_tool {
+                    let mut tool = Command::new("sh").args(["-c", "while :; do :; done"]).spawn().unwrap();
+                    thread::sleep(std::time::Duration::from_millis(300));
+                    done.send(()).unwrap();
+                    thread::sleep(std::time::Duration::from_millis(300));
+                    tool.kill().unwrap();
+                    tool.wait().unwrap();
+                } else {
+                    let begun = Instant::now();
+                    while begun.elapsed().as_millis() < 300 {}
+                }
+                done.send(()).unwrap();
+            }
+        };
+        let control = thread::Builder::new().name(CONTROL_THREADS.into()).spawn(control).unwrap();
+        let worked = || work_of_control(Pid::this());
+        let before = worked();
+        let begun = Instant::now();
+        while begun.elapsed().as_millis() < 300 {}
+        assert_eq!(worked(), before, "another thread worked");
+        go.send(false).unwrap();
+        is_done.recv().unwrap();
+        let by_itself = worked();
+        assert!(by_itself > before);
+        go.send(true).unwrap();
+        is_done.recv().unwrap();
+        assert!(worked() > by_itself, "a tool works");
+        is_done.recv().unwrap();
+        drop(go);
+        control.join().unwrap();
     }
 }
