@@ -53,7 +53,16 @@ fn removals_of(backend: &str, pins: &Path) -> Vec<Removal> {
             ("chain", in_each("-F")),
             ("chain", "nft delete table ip mangle; nft delete table ip6 mangle".to_owned()),
             ("set", "for set in $(ipset list -name); do ipset flush $set; done".to_owned()),
-            ("set", format!("{}; for set in $(ipset list -name); do ipset destroy $set; done", in_each("-F"))),
+            // A set that is in use again, since the chains were put back meanwhile, can't be destroyed.
+            (
+                "set",
+                format!(
+                    "for try in 1 2 3 4 5 6 7 8 9; do {}; done=yes; \
+                     for set in $(ipset list -name); do ipset destroy $set || done=no; done; \
+                     if [ $done = yes ]; then break; fi; done",
+                    in_each("-F")
+                ),
+            ),
         ]);
     } else {
         removals.extend([

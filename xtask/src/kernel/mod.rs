@@ -47,8 +47,8 @@ pub(crate) struct KernelOptions {
     /// Only a few cases of each back end.
     #[arg(long, requires = "kernels")]
     brief: bool,
-    /// Write what was seen into docs/kernels.md; what it says of other kernels stays.
-    #[arg(long, requires = "kernels", conflicts_with = "filter")]
+    /// Write what was seen into docs/kernels.md; what it says of other kernels, and with a filter of other cases, stays.
+    #[arg(long, requires = "kernels")]
     record: bool,
 }
 
@@ -93,7 +93,12 @@ pub(crate) fn run(session: &mut Session, root: &Path, options: &KernelOptions, f
             if seen.len() < versions::named(&options.kernels).len() {
                 bail!("not all kernels were run, so docs/kernels.md stays as it is");
             }
-            record::write(root, &seen, options.brief)
+            let extent = match (filter, options.brief) {
+                (Some(_), _) => record::Extent::Some,
+                (None, true) => record::Extent::Brief,
+                (None, false) => record::Extent::Whole,
+            };
+            record::write(root, &seen, extent)
         });
     }
     Ok(())
