@@ -9,7 +9,7 @@ use std::{
 };
 
 use anyport_tests::{
-    dial::{SILENCE, any, first_words, tcp, tcp_server, tcp_text, udp_over},
+    dial::{SILENCE, any, first_words, tcp, tcp_server, tcp_text, udp_over, udp_server},
     host::wait_for,
     netns::Netns,
     prerequisites::scratch,
@@ -25,10 +25,12 @@ use crate::cases::{Lab, at, on_each_back_end, trial};
 
 const PREFIX: &str = "192.0.2.0/24";
 const ONE: &str = "192.0.2.77";
+const ONE6: &str = "2001:db8:0:a::77";
 
 pub(crate) fn trials() -> Vec<Trial> {
     let mut trials = vec![trial("upstreams::a name whose addresses change", names)];
     trials.extend(on_each_back_end("upstreams::no client comes back for ever", detours));
+    trials.push(trial("upstreams::one that answers no datagrams gets no more of them", silent));
     trials
 }
 
@@ -151,4 +153,33 @@ fn detours(backend: &'static str) {
         assert_eq!(lab.daemon.log().matches(&complaint).count(), 1, "one line in a minute");
     }
     assert!(!degraded.contains("chain"), "{degraded}");
+}
+
+/// Of two upstreams one has its port closed. What opens a flow there is lost, until so many failures have put it out.
+fn silent() {
+    /// As in the default settings.
+    const FAILURES: usize = 3;
+    const QUESTIONS: usize = 60;
+    let lab = Lab::new("sk-lookup");
+    for ((upstream, closed), (address, service)) in SERVER.into_iter().zip(SECOND).zip([(ONE, "v4"), (ONE6, "v6")]) {
+        let [upstream, closed] = [upstream, closed].map(|it| at(it, 5_353));
+        lab.topology.server.enter(|| udp_server(UdpSocket::bind(upstream).expect("a server"), "answer"));
+        lab.daemon.ok(&format!("add-service {service} --handler forward --upstream {upstream} --upstream {closed}"));
+        lab.daemon.ok(&format!("add-prefix {address} --protocol udp --service {service}"));
+        let lost = lab.topology.client.enter(|| {
+            let asked = (0..QUESTIONS).map(|_| {
+                let socket = UdpSocket::bind(any(address.parse().expect("an address"))).expect("a client");
+                socket.connect(at(address, 53)).expect("a client");
+                udp_over(&socket, b"question", SILENCE)
+            });
+            asked.filter(Result::is_err).count()
+        });
+        assert!((1..=FAILURES).contains(&lost), "{lost} of {QUESTIONS} questions were lost");
+        let services = lab.daemon.json("services");
+        let shown =
+            services.as_array().expect("services").iter().find(|it| it["name"] == service).expect("the service");
+        let states: Vec<_> =
+            shown["upstreams"].as_array().expect("upstreams").iter().map(|it| it["state"].to_string()).collect();
+        assert_eq!(states, ["\"up\"", "\"ejected\""], "{shown}");
+    }
 }

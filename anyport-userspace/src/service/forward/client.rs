@@ -242,6 +242,7 @@ impl Client {
             Limits { idle: config.idle_timeout.0, end: config.max_duration.map(|longest| Instant::now() + longest.0) };
         let relay = Relay::new(first, limits);
         cx.wake_at(relay.next_look());
+        upstream.succeeded();
         self.phase = Phase::Connected(Connected::to(upstream), relay);
         self.relay((pool, traffic), cx, Event::Rescheduled)
     }

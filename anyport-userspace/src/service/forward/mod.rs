@@ -84,7 +84,7 @@ struct Connected(Arc<Upstream>);
 
 impl Connected {
     fn to(upstream: Arc<Upstream>) -> Self {
-        upstream.connected();
+        upstream.opened();
         Self(upstream)
     }
 }
@@ -127,7 +127,11 @@ impl Forwarder {
         self.balancer.choose(self.config.balance, ends.client.ip(), &upstreams, is_allowed).cloned()
     }
 
+    /// Notes that an upstream did not take a client. What this host lacks is no fault of the upstream's.
     fn note_failure(&self, upstream: &Upstream, error: &io::Error) {
+        if is_shortage(error) {
+            return;
+        }
         if upstream.failed(error, self.config.ejection) {
             let time = self.config.ejection.time;
             tracing::warn!("service {}: the upstream {upstream} gets no clients for {time}: {error}", self.name);
@@ -179,4 +183,11 @@ impl Forwarder {
         let all = upstreams.chain(names).chain(returns).chain(self.detours.complaint());
         all.map(|what| format!("service {}: {what}", self.name)).collect()
     }
+}
+
+/// Whether this host has no more ports, descriptors or memory.
+fn is_shortage(error: &io::Error) -> bool {
+    const SHORTAGES: [i32; 7] =
+        [libc::EAGAIN, libc::EADDRINUSE, libc::EADDRNOTAVAIL, libc::EMFILE, libc::ENFILE, libc::ENOBUFS, libc::ENOMEM];
+    error.raw_os_error().is_some_and(|code| SHORTAGES.contains(&code))
 }

@@ -31,7 +31,8 @@ use super::{
     Connected, Forwarder,
     config::ProxyVersion,
     flows::{Flows, Used},
-    header,
+    header, is_shortage,
+    upstream::Upstream,
 };
 use crate::{
     datagram::Ends,
@@ -188,6 +189,7 @@ async fn sweep(shared: Weak<Shared>, idle: Duration) {
         let expired = lock(&shared.flows).expire(moment().saturating_sub(idle));
         let is_empty = lock(&shared.flows).len() == 0;
         for flow in expired {
+            shared.note_silence(&flow);
             shared.ended(&flow, &"closed as idle");
         }
         if is_empty {
@@ -202,19 +204,39 @@ async fn sweep(shared: Weak<Shared>, idle: Duration) {
     }
 }
 
+impl Forwarder {
+    /// A socket that is connected to the upstream that the balancing chooses, or to another one where this host has no way there.
+    fn open_flow(&self, ends: Ends) -> io::Result<(Arc<Upstream>, UdpSocket)> {
+        let source = self.config.transparent_source.then_some(ends.client);
+        let mut tried = Vec::new();
+        let mut last = io::Error::other("no upstream is up");
+        while tried.len() <= self.config.retries as usize {
+            let Some(chosen) = self.choose(Transport::Udp, ends, &tried) else { break };
+            let to = chosen.target(ends.dialled.port());
+            match connected(to, source) {
+                Ok(upstream) => return Ok((chosen, upstream)),
+                Err(error) => {
+                    self.note_failure(&chosen, &error);
+                    last = io::Error::new(error.kind(), format!("connect to {to}: {error}"));
+                    // Another upstream would not change that.
+                    if is_shortage(&error) {
+                        break;
+                    }
+                }
+            }
+            tried.push(chosen);
+        }
+        Err(last)
+    }
+}
+
 impl Shared {
     fn open(self: &Arc<Self>, ends: Ends, pass: Pass) -> io::Result<Arc<Flow>> {
         if ends.dialled == self.bound {
             return Err(io::Error::other("dialled the service's own socket"));
         }
         let forwarder = &self.forwarder;
-        let chosen =
-            forwarder.choose(Transport::Udp, ends, &[]).ok_or_else(|| io::Error::other("no upstream is up"))?;
-        let to = chosen.target(ends.dialled.port());
-        let source = forwarder.config.transparent_source.then_some(ends.client);
-        let upstream = connected(to, source)
-            .inspect_err(|error| forwarder.note_failure(&chosen, error))
-            .map_err(|error| io::Error::new(error.kind(), format!("connect to {to}: {error}")))?;
+        let (chosen, upstream) = forwarder.open_flow(ends)?;
         let flow = Arc::new(Flow {
             ends,
             upstream,
@@ -330,7 +352,11 @@ impl Shared {
         self.worker.counts.answered.add(sent.datagrams);
         self.worker.counts.unsent.add(sent.lost);
         let arrived = sent.datagrams + sent.lost;
-        let answers = flow.answers.fetch_add(arrived, Relaxed) + arrived;
+        let before = flow.answers.fetch_add(arrived, Relaxed);
+        let answers = before + arrived;
+        if before == 0 && arrived > 0 {
+            flow.chosen.0.succeeded();
+        }
         let is_answered = |responses| answers >= flow.questions.load(Relaxed).saturating_mul(responses);
         if self.forwarder.config.udp.responses.map(|it| u64::from(it.get())).is_some_and(is_answered) {
             self.end(flow, &"answered");
@@ -341,6 +367,15 @@ impl Shared {
     fn fail(&self, flow: &Arc<Flow>, error: &io::Error) {
         self.forwarder.note_failure(&flow.chosen.0, error);
         self.end(flow, &format_args!("the upstream's side broke ({error})"));
+    }
+
+    /// Where answers are expected, none at all is a failure of the upstream.
+    fn note_silence(&self, flow: &Flow) {
+        let is_silent = flow.answers.load(Relaxed) == 0 && flow.questions.load(Relaxed) > 0;
+        if is_silent && self.forwarder.config.udp.responses.is_some() {
+            let error = io::Error::new(io::ErrorKind::TimedOut, "no answer over UDP");
+            self.forwarder.note_failure(&flow.chosen.0, &error);
+        }
     }
 
     fn end(&self, flow: &Arc<Flow>, reason: &dyn Display) {

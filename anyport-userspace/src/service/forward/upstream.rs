@@ -30,7 +30,7 @@ pub(in crate::service) struct Upstream {
     open: AtomicU64,
     total: AtomicU64,
     failures: AtomicU64,
-    /// Failures since a client was last connected.
+    /// Failures since a client was last connected, or answered.
     failures_in_a_row: AtomicU32,
     /// By [`now`]; 0 if it never was.
     ejected_until: AtomicU64,
@@ -134,10 +134,14 @@ impl Upstream {
         if until > 0 && until > now() { UpstreamState::Ejected } else { UpstreamState::Up }
     }
 
-    /// A client is connected.
-    pub(super) fn connected(&self) {
+    /// A connection or a flow has begun.
+    pub(super) fn opened(&self) {
         self.open.fetch_add(1, Relaxed);
         self.total.fetch_add(1, Relaxed);
+    }
+
+    /// It takes connections, or answers.
+    pub(super) fn succeeded(&self) {
         if self.failures_in_a_row.load(Relaxed) > 0 {
             self.failures_in_a_row.store(0, Relaxed);
             self.ejected_until.store(0, Relaxed);
@@ -321,12 +325,12 @@ mod tests {
     #[test]
     fn least_connections_fills_up() {
         let (balancer, upstreams) = (Balancer::default(), upstreams(3));
-        upstreams[0].connected();
-        upstreams[0].connected();
-        upstreams[2].connected();
+        upstreams[0].opened();
+        upstreams[0].opened();
+        upstreams[2].opened();
         for _ in 0..6 {
             let found = balancer.choose(Balance::LeastConnections, client(0), &upstreams, |_| true).unwrap();
-            found.connected();
+            found.opened();
         }
         assert_eq!(upstreams.iter().map(|it| it.view().active).collect::<Vec<_>>(), [3, 3, 3]);
         upstreams[1].closed();
@@ -358,7 +362,7 @@ mod tests {
     fn failures_in_a_row_eject_for_a_while() {
         let (balancer, upstreams) = (Balancer::default(), upstreams(2));
         assert!(!upstreams[0].failed(&"refused", EJECTION));
-        upstreams[0].connected();
+        upstreams[0].succeeded();
         assert!(!upstreams[0].failed(&"refused", EJECTION));
         assert!(upstreams[0].failed(&"refused", EJECTION));
         let view = upstreams[0].view();
