@@ -9,7 +9,7 @@ use std::{
 };
 
 use anyport_tests::{
-    dial::{SILENCE, any, first_words, tcp, tcp_server, tcp_text, udp_over, udp_server},
+    dial::{SILENCE, any, expect_udp_text, first_words, tcp, tcp_server, tcp_text, udp_over, udp_server},
     host::wait_for,
     netns::Netns,
     prerequisites::scratch,
@@ -31,6 +31,7 @@ pub(crate) fn trials() -> Vec<Trial> {
     let mut trials = vec![trial("upstreams::a name whose addresses change", names)];
     trials.extend(on_each_back_end("upstreams::no client comes back for ever", detours));
     trials.push(trial("upstreams::one that answers no datagrams gets no more of them", silent));
+    trials.push(trial("upstreams::one without a route costs no datagram", unreachable));
     trials
 }
 
@@ -181,5 +182,25 @@ fn silent() {
         let states: Vec<_> =
             shown["upstreams"].as_array().expect("upstreams").iter().map(|it| it["state"].to_string()).collect();
         assert_eq!(states, ["\"up\"", "\"ejected\""], "{shown}");
+    }
+}
+
+/// The kernel says at once that there is no way to one of two upstreams.
+fn unreachable() {
+    let lab = Lab::new("sk-lookup");
+    lab.topology.host.ip("route add unreachable 198.18.0.1/32");
+    lab.topology.host.ip("-6 route add unreachable 2001:db8:ffff::1/128");
+    for ((upstream, away), (address, service)) in
+        SERVER.into_iter().zip(["198.18.0.1", "2001:db8:ffff::1"]).zip([(ONE, "v4"), (ONE6, "v6")])
+    {
+        let [upstream, away] = [upstream, away].map(|it| at(it, 5_353));
+        lab.topology.server.enter(|| udp_server(UdpSocket::bind(upstream).expect("a server"), "answer"));
+        lab.daemon.ok(&format!("add-service {service} --handler forward --upstream {away} --upstream {upstream}"));
+        lab.daemon.ok(&format!("add-prefix {address} --protocol udp --service {service}"));
+        lab.topology.client.enter(|| {
+            for _ in 0..20 {
+                expect_udp_text(at(address, 53), "answer");
+            }
+        });
     }
 }
