@@ -263,7 +263,7 @@ fn intercept(backend: &'static str) {
     for client in ["remote", "local"] {
         lab.at(client).enter(|| SERVER.into_iter().chain(SECOND).for_each(ask_server));
     }
-    lab.daemon.ok(&format!("add-prefix {} --protocol both --ports 8080", SERVER.join(" ")));
+    lab.daemon.ok(&format!("add-prefix {} --protocol both --ports 8080 --force", SERVER.join(" ")));
     for client in ["remote", "local"] {
         lab.at(client).enter(|| {
             for address in SERVER {

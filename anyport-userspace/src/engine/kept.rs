@@ -2,7 +2,6 @@
 //! sockets.
 
 use std::{
-    mem,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -109,7 +108,9 @@ impl Kept {
     /// What was written is what a later daemon starts with.
     pub(super) fn activate(&mut self, Written { file, fleet }: Written) -> anyhow::Result<()> {
         self.store.activate(file)?;
-        self.fleet = fleet.unwrap_or_else(|| mem::take(&mut self.fleet));
+        if let Some(fleet) = fleet {
+            self.fleet = fleet;
+        }
         Ok(())
     }
 

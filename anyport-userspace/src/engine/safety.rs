@@ -18,6 +18,8 @@ impl Engine {
         if change.added.iter().any(|(_, rules)| rules.is_routed()) {
             host.peers = host::peers(&own)?;
             host.peers.extend(self.needed());
+            // What is steered to this host already is not cut off by more of the same.
+            host.peers.retain(|peer| !self.kernel.covers(&Prefix::host(peer.address)));
         }
         let peers = host.peers.iter().map(|peer| peer.address);
         let addresses = own.iter().copied().chain(host.gateways.iter().copied()).chain(peers).collect();
