@@ -14,8 +14,8 @@ impl Engine {
     pub(super) async fn expect_safe(&self, change: &Change) -> Result<(), Problem> {
         let mut host = self.kernel.host().await?;
         let own: BTreeSet<IpAddr> = host.addresses.iter().map(|(address, _)| *address).collect();
-        // Only a local route keeps from others what this host sends them.
-        if change.added.iter().any(|(_, rules)| rules.is_routed()) {
+        // Only a new local route keeps from others what this host sends them. To list connections takes tens of milliseconds.
+        if change.added.iter().any(|(prefix, rules)| rules.is_routed() && !self.kernel.covers(prefix)) {
             host.peers = host::peers(&own)?;
             host.peers.extend(self.needed());
             // What is steered to this host already is not cut off by more of the same.
