@@ -38,14 +38,12 @@ impl Engine {
     async fn carry_out(&mut self, transition: &Transition, written: Option<Written>) -> anyhow::Result<()> {
         let Self { desired, kernel, services, kept, progress, .. } = self;
         let activated = kernel.activate(desired, services, transition, progress).await;
-        match written {
-            None => activated,
-            Some(written) if activated.is_ok() => kept.activate(written),
-            Some(written) => {
-                kept.discard(written);
-                activated
-            }
+        let Some(written) = written else { return activated };
+        if activated.is_err() {
+            kept.discard(written);
+            return activated;
         }
+        kept.activate(written)
     }
 
     fn write(&self, keep: Keep, change: &Change) -> anyhow::Result<Option<Written>> {

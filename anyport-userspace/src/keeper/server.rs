@@ -2,7 +2,7 @@
 
 use std::{
     ffi::OsString,
-    fs, io,
+    fs, io, mem,
     ops::Range,
     os::fd::{AsFd as _, BorrowedFd, OwnedFd},
     path::Path,
@@ -162,11 +162,7 @@ impl Server {
             return;
         }
         self.silent = self.silent.saturating_add(1);
-        let worked = work_of_control(self.pid);
-        // What it has done while it answered does not count.
-        let works = self.silent > 1 && worked != self.worked;
-        self.idle = if works { 0 } else { self.idle.saturating_add(1) };
-        self.worked = worked;
+        self.idle = if self.has_worked() { 0 } else { self.idle.saturating_add(1) };
         let is_over = if self.reports_alive {
             self.idle >= SILENCE || self.silent >= LONGEST_WORK
         } else {
@@ -180,6 +176,16 @@ impl Server {
             self.failure.get_or_insert(why);
             self.signal(Signal::SIGKILL);
         }
+    }
+
+    /// Whether its control has worked since the last second. Nothing is read of a server that answers, and what it did while it
+    /// answered does not count.
+    fn has_worked(&mut self) -> bool {
+        if self.silent < 2 {
+            return false;
+        }
+        let before = mem::replace(&mut self.worked, work_of_control(self.pid));
+        self.silent > 2 && self.worked != before
     }
 
     /// Whether it does not answer, and does not end either.
