@@ -43,7 +43,8 @@ impl ObservedService {
         if sockets.is_empty() && fallback.is_none() {
             return Some(format!("service {name} has no live socket"));
         }
-        let is_lost = *handler == HandlerKind::Forward && upstreams.iter().all(|it| it.state == UpstreamState::Down);
+        let is_lost = *handler == HandlerKind::Forward
+            && upstreams.iter().all(|it| matches!(it.state, UpstreamState::Down | UpstreamState::Gone));
         is_lost.then(|| format!("service {name} has no upstream that is up"))
     }
 }

@@ -129,7 +129,7 @@ impl Engine {
     /// See [`ProblemKind`].
     pub fn answer_for(&mut self, service: &ServiceName, peer: &Peer, connection: PassedFd) -> Result<Changed, Problem> {
         self.expect_registrant(service, peer)?;
-        self.services.answer_for(service, connection, self.kernel.published())?;
+        self.services.answer_for(service, connection)?;
         Ok(self.changed(0, Vec::new()))
     }
 

@@ -391,7 +391,7 @@ pub(super) static FAMILIES: &[Family] = &[
     gauge(
         "anyport_upstream_up",
         UPSTREAM,
-        "Whether clients are connected to the upstream: it is neither down nor ejected",
+        "Whether clients are connected to the upstream: it is neither down, ejected nor gone",
         Values::Upstream(|it| (it.state == UpstreamState::Up).into()),
     ),
     gauge(

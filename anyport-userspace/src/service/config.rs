@@ -6,7 +6,7 @@ use anyport_common::flow::Transport;
 use serde::{Deserialize, Serialize};
 
 use super::forward::config::{
-    Balance, Ejection, ForwardConfig, HealthCheck, Host, ProxyVersion, TcpOptions, UdpOptions, UpstreamAddress,
+    Balance, Ejection, ForwardConfig, HealthCheck, Host, OnDown, ProxyVersion, TcpOptions, UdpOptions, UpstreamAddress,
     table_of_words,
 };
 use super::{Limits, Rate, Registrant};
@@ -231,6 +231,10 @@ pub(crate) struct ServiceTable {
     #[arg(long, value_name = "TIME")]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     max_duration: Option<HumanDuration>,
+    /// What becomes of connections whose upstream is down or taken out [default: keep]
+    #[arg(long, value_enum)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    on_down: Option<OnDown>,
     /// Try upstreams by connecting to them; interval=2s,timeout=1s,rise=2,fall=3 and port=N if given without a value
     #[arg(
         long, value_name = "KEY=VALUE,...", num_args = 0..=1, require_equals = true, default_missing_value = "",
@@ -250,7 +254,8 @@ pub(crate) struct ServiceTable {
     #[arg(long, value_name = "KEY=VALUE,...", value_parser = table_of_words::<TcpOptions>)]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     tcp: Option<TcpOptions>,
-    /// How datagrams are forwarded [default: idle-timeout=30s,max-flows=16384; also responses=N]
+    /// How datagrams are forwarded [default: idle-timeout=2m,dns-idle-timeout=10s,on-down=move,max-flows=16384; also
+    /// responses=N]
     #[arg(long, value_name = "KEY=VALUE,...", value_parser = table_of_words::<UdpOptions>)]
     #[serde(default, skip_serializing_if = "Option::is_none")]
     udp: Option<UdpOptions>,
@@ -269,6 +274,7 @@ impl From<ServiceTable> for ServiceConfig {
             retries: table.retries.unwrap_or(default.retries),
             idle_timeout: table.idle_timeout.unwrap_or(default.idle_timeout),
             max_duration: table.max_duration,
+            on_down: table.on_down.unwrap_or(default.on_down),
             health_check: table.health_check,
             ejection: table.ejection.unwrap_or(default.ejection),
             resolve_interval: table.resolve_interval.unwrap_or(default.resolve_interval),
@@ -325,6 +331,7 @@ impl From<ServiceConfig> for ServiceTable {
             retries: unless(forward.retries, &default.retries),
             idle_timeout: unless(forward.idle_timeout, &default.idle_timeout),
             max_duration: forward.max_duration,
+            on_down: unless(forward.on_down, &default.on_down),
             health_check: forward.health_check,
             ejection: unless(forward.ejection, &default.ejection),
             resolve_interval: unless(forward.resolve_interval, &default.resolve_interval),
@@ -394,7 +401,7 @@ mod tests {
         let text = concat!(
             r#"{"name":"edge","handler":"forward","upstreams":["198.51.100.5:*","origin.example:8080"],"#,
             r#""balance":"least-connections","proxy-protocol":"v2","accept-proxy":["198.51.100.0/24"],"#,
-            r#""transparent-source":true,"connect-timeout":"1s","retries":0,"idle-timeout":"1m","max-duration":"1h","#,
+            r#""transparent-source":true,"connect-timeout":"1s","retries":0,"idle-timeout":"1m","max-duration":"1h","on-down":"close","#,
             r#""health-check":{"interval":"1s","timeout":"1s","rise":2,"fall":3,"port":80},"#,
             r#""ejection":{"failures":1,"time":"1s"},"resolve-interval":"5s","#,
             r#""tcp":{"nodelay":false,"keepalive":"30s","fast-open":true,"send-buffer":65536,"receive-buffer":65536}}"#,

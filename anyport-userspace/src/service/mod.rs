@@ -39,7 +39,7 @@ use tokio::{net::UdpSocket, runtime::Handle, sync::Notify, task::JoinSet};
 pub(crate) use config::ServiceTable;
 pub use config::{HandlerKind, ServiceConfig};
 pub use descriptors::DescriptorPool;
-pub use forward::{UpstreamState, UpstreamView};
+pub use forward::{Lineages, UpstreamState, UpstreamView};
 pub use histogram::{ConnectionTimes, Distribution};
 pub use limits::{Capacity, Limits, Rate};
 pub use registrant::Registrant;
@@ -78,7 +78,8 @@ pub type LoopGuard = Arc<dyn Fn(SocketAddr, SocketAddr) -> bool + Send + Sync>;
 /// Asked for each connection and each flow that is forwarded.
 pub type ForwardGuard = Arc<dyn Fn(Transport, IpAddr, SocketAddr) -> bool + Send + Sync>;
 
-/// Whether the original destination is steered to the service that answers. Asked for each answer of an owner.
+/// Whether the original destination is steered to the service that answers. Asked for each answer of an owner, and for each
+/// flow that is forwarded when rules change.
 pub type AnswerGuard = Arc<dyn Fn(Ends) -> bool + Send + Sync>;
 
 /// The queue of a listening socket.
@@ -109,6 +110,8 @@ pub struct SharedContext {
     pub loop_guard: LoopGuard,
     /// Tells which upstreams are steered to `forward`.
     pub forward_guard: ForwardGuard,
+    /// Services of `forward` and those that they replace.
+    pub lineages: Lineages,
     /// Publishes events of what arrives, where the back end does not.
     pub publisher: Option<EventPublisher>,
     /// Knows the clients of registered sockets.
@@ -235,12 +238,15 @@ impl Service {
         Ok(())
     }
 
-    /// Closes the sockets that answers were sent from, so that they are in nobody's way. To be called whenever
-    /// the kernel has new rules.
-    pub fn forget_replies(&self) {
+    /// Closes the sockets that answers were sent from, so that they are in nobody's way, and ends flows that `is_ours` does
+    /// not recognize. To be called whenever the kernel has new rules.
+    pub fn rules_changed(&self, is_ours: &AnswerGuard) {
         for worker in &self.udp {
             let retired = lock(&worker.replies).forget();
             drop(retired);
+        }
+        if let Some(forwarder) = &self.forwarder {
+            forwarder.rules_changed(is_ours);
         }
     }
 
@@ -283,7 +289,8 @@ impl<'a> Start<'a> {
     fn new(config: ServiceConfig, commons: &'a SharedContext) -> Self {
         let forward = config.forward.as_deref();
         let forwarder = forward.map(|forward| {
-            Arc::new(Forwarder::new(config.name.to_string(), forward.clone(), Arc::clone(&commons.forward_guard)))
+            let guard = Arc::clone(&commons.forward_guard);
+            Forwarder::start(config.name.to_string(), forward.clone(), guard, &commons.lineages)
         });
         let [gate, flow_gate] = gates(&config, commons).map(Arc::new);
         Self {

@@ -187,6 +187,15 @@ pub(super) fn flow(to: SocketAddr, from: Option<SocketAddr>) -> io::Result<Socke
     Ok(socket)
 }
 
+/// As [`flow`], from this host's address and a port that other flows may have, too.
+pub(super) fn shared_flow(to: SocketAddr, port: SocketAddr) -> io::Result<Socket> {
+    let socket = Socket::new(Domain::for_address(to), Type::DGRAM.nonblocking(), None)?;
+    socket.set_reuse_address(true)?;
+    socket.bind(&port.into())?;
+    socket.connect(&to.into())?;
+    Ok(socket)
+}
+
 /// For a flow in both directions: datagrams of one size come and go in one piece, and more of them may wait.
 pub(super) fn set_up_large_flow(socket: &impl AsFd) -> io::Result<()> {
     setsockopt(socket, sockopt::UdpGroSegment, &true)?;

@@ -29,7 +29,7 @@ use super::{
     datagram::Ends,
     descriptors::DescriptorPool,
     event_loop::{self, Context, Event, EventLoop, Machine, Next},
-    forward::{Client, Finished, Forwarder, Outcome, Refusal, RelayEnd},
+    forward::{self, Client, Finished, Forwarder, Outcome, Refusal, RelayEnd},
     histogram::Sampler,
     limits::{Gate, Pass, Refused},
     log::{ConnectionLog, Entry},
@@ -286,6 +286,19 @@ impl Connections {
                 sooner.notify_one();
             }
         });
+    }
+
+    /// Tells the connections of this thread when upstreams have left since `seen`, which counts them.
+    pub(super) fn tell_of_departures(seen: &mut u64) {
+        let departures = forward::departures();
+        if *seen != departures {
+            *seen = departures;
+            CONNECTIONS.with_borrow_mut(|connections| {
+                if let Some(Self { events, .. }) = connections {
+                    events.tell_all(Event::UpstreamLeft);
+                }
+            });
+        }
     }
 
     /// Serves the connections that this thread starts, for ever.

@@ -70,13 +70,14 @@ impl Drop for Workers {
 async fn work(connections: Connections, mut stopped: watch::Receiver<()>) {
     let mut serving = pin!(connections.serve());
     let mut tick = interval(TICK);
+    let mut departures = 0;
     loop {
         tokio::select! {
             end = &mut serving => {
                 tracing::error!("connections can't be served any more: {end:?}");
                 break;
             }
-            _ = tick.tick() => {}
+            _ = tick.tick() => Connections::tell_of_departures(&mut departures),
             // An error says that the sender is gone, which is what is waited for.
             _ = stopped.changed() => break,
         }

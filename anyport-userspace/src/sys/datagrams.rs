@@ -3,6 +3,7 @@
 
 use std::{
     fmt, io, mem,
+    net::{Ipv4Addr, Ipv6Addr, SocketAddr},
     os::fd::{AsFd, AsRawFd as _, BorrowedFd},
     ptr,
 };
@@ -23,6 +24,10 @@ struct Control([u8; CONTROL]);
 
 /// Twice `CMSG_SPACE(sizeof(int))` on all 64-bit machines.
 const CONTROL: usize = 48;
+
+/// Bytes of an address of any family.
+#[expect(clippy::cast_possible_truncation, reason = "it has 128 bytes")]
+const ADDRESS: libc::socklen_t = size_of::<libc::sockaddr_storage>() as libc::socklen_t;
 
 /// The hop limit where the kernel does not tell.
 const UNTOLD: u8 = u8::MAX;
@@ -89,12 +94,64 @@ impl Sent {
     }
 }
 
+/// A datagram that came to a socket that is connected to another peer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Stray {
+    /// Where it came from.
+    pub source: SocketAddr,
+    /// What it says.
+    pub bytes: Vec<u8>,
+    /// The hop limit, as far as the kernel tells.
+    pub hops: u8,
+}
+
 impl Batch {
+    /// Receives what is there on a socket that is connected to `peer`, without waiting; `WouldBlock` if there is nothing. Returns
+    /// how much there was.
+    ///
+    /// What others have sent goes into `strays`. Where many sockets are bound to one address and port, the kernel takes
+    /// microseconds to look through them. It may choose one that is not connected yet, and when it has seen all of them that one is
+    /// connected, and counts as found (`__udp4_lib_lookup`, net/ipv4/udp.c, Linux 6.18; seen with thousands of sockets).
+    ///
+    /// # Errors
+    /// As [`Self::receive`].
+    pub fn receive_from(&mut self, socket: impl AsFd, peer: SocketAddr, strays: &mut Vec<Stray>) -> io::Result<usize> {
+        // SAFETY: an address of zeros is one of no family.
+        let mut names: [libc::sockaddr_storage; BATCH] = unsafe { mem::zeroed() };
+        let count = self.receive_named(socket, Some(&mut names))?;
+        for at in (0..count).rev() {
+            let Some(source) = address(&names[at]) else { continue };
+            if (source.ip(), source.port()) != (peer.ip(), peer.port()) {
+                let hops = self.hops[at];
+                strays.extend(self.datagrams_of(at, at + 1).map(|it| Stray { source, bytes: it.to_vec(), hops }));
+                self.leave_out(at);
+            }
+        }
+        Ok(count)
+    }
+
+    /// Puts what is in the last place into this one.
+    fn leave_out(&mut self, at: usize) {
+        self.count -= 1;
+        let last = self.count;
+        let length = self.lengths[last].0;
+        self.memory.copy_within(last * PLACE..last * PLACE + length, at * PLACE);
+        (self.lengths[at], self.hops[at]) = (self.lengths[last], self.hops[last]);
+    }
+
     /// Receives what is there on a socket, without waiting; `WouldBlock` if there is nothing.
     ///
     /// # Errors
     /// The kernel's, such as `ECONNREFUSED` where the peer of a connected socket has answered by ICMP.
     pub fn receive(&mut self, socket: impl AsFd) -> io::Result<usize> {
+        self.receive_named(socket, None)
+    }
+
+    fn receive_named(
+        &mut self,
+        socket: impl AsFd,
+        names: Option<&mut [libc::sockaddr_storage; BATCH]>,
+    ) -> io::Result<usize> {
         let mut controls = [Control([0; CONTROL]); BATCH];
         let mut parts = [libc::iovec { iov_base: ptr::null_mut(), iov_len: LARGEST }; BATCH];
         // SAFETY: a header of zeros says that there is no name, no buffer and no control message.
@@ -106,6 +163,10 @@ impl Batch {
             header.msg_hdr.msg_iovlen = 1;
             header.msg_hdr.msg_control = control.0.as_mut_ptr().cast();
             header.msg_hdr.msg_controllen = CONTROL;
+        }
+        for (header, name) in headers.iter_mut().zip(names.into_iter().flatten()) {
+            header.msg_hdr.msg_name = ptr::from_mut(name).cast();
+            header.msg_hdr.msg_namelen = ADDRESS;
         }
         self.count = 0;
         // SAFETY: every header points to buffers that are as long as it says and outlive the call.
@@ -285,6 +346,25 @@ struct Told {
     hops: Option<u8>,
 }
 
+/// The address that the kernel has written there, if it has.
+fn address(name: &libc::sockaddr_storage) -> Option<SocketAddr> {
+    let name = ptr::from_ref(name);
+    // SAFETY: the place is as long as an address of any family and aligned for it, and each consists of numbers only.
+    unsafe {
+        match libc::c_int::from((*name).ss_family) {
+            libc::AF_INET => {
+                let v4 = name.cast::<libc::sockaddr_in>().read();
+                Some((Ipv4Addr::from_bits(u32::from_be(v4.sin_addr.s_addr)), u16::from_be(v4.sin_port)).into())
+            }
+            libc::AF_INET6 => {
+                let v6 = name.cast::<libc::sockaddr_in6>().read();
+                Some((Ipv6Addr::from(v6.sin6_addr.s6_addr), u16::from_be(v6.sin6_port)).into())
+            }
+            _ => None,
+        }
+    }
+}
+
 fn told(header: &libc::msghdr) -> Told {
     let mut told = Told::default();
     // SAFETY: the header is one that `recvmmsg` has filled in, and its buffer of control messages is still there.
@@ -368,6 +448,29 @@ mod tests {
     }
 
     /// What one side joins the other one divides again.
+    #[test]
+    fn what_others_have_sent_comes_apart() {
+        for local in ["127.0.0.1:0", "[::1]:0"] {
+            let socket = UdpSocket::bind(local).unwrap();
+            let to = socket.local_addr().unwrap();
+            let [peer, other] = [(); 2].map(|()| UdpSocket::bind(local).unwrap());
+            // As if it had been connected after they had come.
+            for (number, sender) in [&other, &peer, &peer, &other, &peer].into_iter().enumerate() {
+                sender.send_to(&[u8::try_from(number).unwrap()], to).unwrap();
+            }
+            let (peer, other) = (peer.local_addr().unwrap(), other.local_addr().unwrap());
+            socket.connect(peer).unwrap();
+            let (mut batch, mut strays) = (Batch::default(), Vec::new());
+            assert_eq!(batch.receive_from(&socket, peer, &mut strays).unwrap(), 5);
+            let mut received: Vec<u8> = batch.datagrams().map(|it| it[0]).collect();
+            received.sort_unstable();
+            assert_eq!(received, [1, 2, 4]);
+            let mut apart: Vec<u8> = strays.iter().map(|it| it.bytes[0]).collect();
+            apart.sort_unstable();
+            assert!(apart == [0, 3] && strays.iter().all(|it| it.source == other), "{strays:?}");
+        }
+    }
+
     #[test]
     fn joined_ones_stay_joined() {
         let (client, here) = pair("127.0.0.1:0");

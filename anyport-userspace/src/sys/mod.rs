@@ -264,6 +264,18 @@ pub fn netns_cookie(socket: impl AsFd) -> io::Result<u64> {
     if failed == 0 { Ok(cookie) } else { Err(io::Error::last_os_error()) }
 }
 
+/// Bytes that were written to a TCP socket and that the peer has not acknowledged; the end of the stream counts as one
+/// (`SIOCOUTQ`, tcp(7)).
+///
+/// # Errors
+/// The kernel's error, such as `EINVAL` for a socket that listens.
+pub fn unacknowledged(socket: impl AsFd) -> io::Result<usize> {
+    let mut bytes: libc::c_int = 0;
+    // SAFETY: the kernel writes one int to where the pointer leads, which is ours for the whole call.
+    let failed = unsafe { libc::ioctl(socket.as_fd().as_raw_fd(), libc::TIOCOUTQ, &raw mut bytes) };
+    if failed == 0 { Ok(usize::try_from(bytes).unwrap_or(0)) } else { Err(io::Error::last_os_error()) }
+}
+
 /// The network namespace that a socket belongs to, as a descriptor (`SIOCGSKNS`, Linux 4.10).
 ///
 /// # Errors

@@ -51,7 +51,7 @@ impl Kernel {
         progress.begin("adding routes", 5);
         let second = routing.finish(&mut self.coverage, change);
         self.foreign_routes = self.routes.apply(&second).await?;
-        services.forget_replies();
+        services.rules_changed();
         if let Some(left_out) = ACTIVATED.next() {
             info!("generation {}: {} rules{left_out}", self.generation, desired.rules().len());
         }

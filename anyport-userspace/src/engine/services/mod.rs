@@ -31,7 +31,7 @@ use crate::{
     keeper::Link,
     rules::{Origin, ServiceName, SourceLists, to_address},
     service::{
-        AnswerGuard, Capacity, DescriptorPool, ForwardGuard, HandlerKind, LoopGuard, OwnedGuard, Service,
+        AnswerGuard, Capacity, DescriptorPool, ForwardGuard, HandlerKind, Lineages, LoopGuard, OwnedGuard, Service,
         ServiceConfig, SharedContext, Witness, WorkerHandles,
     },
     steering::{BackEnd, ServiceSockets},
@@ -50,6 +50,8 @@ pub(super) struct Services {
     context: SharedContext,
     /// What steers to them.
     back_end: BackEnd,
+    /// To which of them.
+    published: Arc<Published>,
     /// By slot: whether its service is one of the handler `forward`.
     forwarding: Arc<[AtomicBool]>,
     /// How many services there were when it was measured what they need.
@@ -120,6 +122,7 @@ impl Services {
             descriptors,
             loop_guard: loop_guard(published),
             forward_guard: forward_guard(published, &forwarding),
+            lineages: Lineages::default(),
             publisher: (!events.is_connected()).then(|| EventPublisher::new(Arc::clone(events), Arc::clone(published))),
             witness: Witness::new(owned_guard(published, &owned)),
             keeper,
@@ -130,6 +133,7 @@ impl Services {
             owner_exits: Arc::default(),
             context,
             back_end,
+            published: Arc::clone(published),
             forwarding,
             measured: 0,
             owned,
@@ -253,20 +257,18 @@ impl Services {
     }
 
     /// Sends what comes over this connection from what is steered to a service, until the service is closed.
-    pub(super) fn answer_for(
-        &mut self,
-        name: &ServiceName,
-        connection: PassedFd,
-        published: &Arc<Published>,
-    ) -> anyhow::Result<()> {
+    pub(super) fn answer_for(&mut self, name: &ServiceName, connection: PassedFd) -> anyhow::Result<()> {
         let Some(running) = self.running.get_mut(name) else { return Ok(()) };
-        let is_ours = steered_to(published, running.slot);
+        let is_ours = steered_to(&self.published, [running.slot; 2]);
         running.service.answer_for(connection, is_ours, &self.context)
     }
 
-    /// Has the sockets go that answer from addresses, since those may be steered no more.
-    pub(super) fn forget_replies(&self) {
-        self.running.values().for_each(|running| running.service.forget_replies());
+    /// Has the sockets go that answer from addresses, and flows that are forwarded, since those may be steered no more.
+    pub(super) fn rules_changed(&self) {
+        for running in self.running.values() {
+            // What is being drained takes no new flows, and keeps those that it has.
+            running.service.rules_changed(&steered_to(&self.published, [running.slot, DRAINED_SLOT]));
+        }
     }
 
     /// Leaves the sockets with the keeper. Connections go on in this process; they are over when what is returned is whole again.
@@ -329,12 +331,12 @@ fn flow_of(Ends { client, dialled }: Ends) -> Flow {
     }
 }
 
-/// Recognizes answers to what is steered to a service.
-fn steered_to(published: &Arc<Published>, slot: u16) -> AnswerGuard {
+/// Recognizes what is steered to one of these.
+fn steered_to(published: &Arc<Published>, slots: [u16; 2]) -> AnswerGuard {
     let published = Arc::clone(published);
     Arc::new(move |ends| {
         let verdict = published.read(|reader| reader.lookup(&flow_of(ends)));
-        matches!(verdict, Verdict::Steer { service, .. } if service == slot)
+        matches!(verdict, Verdict::Steer { service, .. } if slots.contains(&service))
     })
 }
 

@@ -41,6 +41,8 @@ pub(in crate::service) enum Event {
     Rescheduled,
     /// The time has come that it has asked for.
     TimerExpired,
+    /// Upstreams have left: they are down, or were taken out.
+    UpstreamLeft,
 }
 
 /// What a connection wants next.
@@ -150,6 +152,14 @@ impl<M: Machine> EventLoop<M> {
         Ok(count == BATCH || self.wants_turn())
     }
 
+    /// Tells all connections.
+    pub(in crate::service) fn tell_all(&mut self, event: Event) {
+        let keys: Vec<Key> = self.connections.keys().collect();
+        for key in keys {
+            self.advance(key, event);
+        }
+    }
+
     /// Whether a connection has asked to be rescheduled.
     pub(in crate::service) fn wants_turn(&self) -> bool {
         !self.turns.is_empty()
@@ -222,6 +232,7 @@ mod tests {
                     return Next::Wait;
                 }
                 Event::Ready(..) => "ready",
+                Event::UpstreamLeft => "left",
                 Event::Rescheduled => "turn",
                 Event::TimerExpired => "due",
             };

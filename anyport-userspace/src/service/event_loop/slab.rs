@@ -68,6 +68,15 @@ impl<T> Slab<T> {
         Some(value)
     }
 
+    /// Of all values.
+    pub(super) fn keys(&self) -> impl Iterator<Item = Key> {
+        let key = |(place, slot): (usize, &Slot<T>)| {
+            let place = u32::try_from(place).ok()?;
+            slot.value.is_some().then_some(Key { place, generation: slot.generation })
+        };
+        self.slots.iter().enumerate().filter_map(key)
+    }
+
     #[cfg(test)]
     pub(super) fn is_empty(&self) -> bool {
         self.slots.len() == self.free.len()

@@ -2,6 +2,7 @@
 
 use std::{
     io::{self, Read as _},
+    mem::MaybeUninit,
     net::{Shutdown, SocketAddr},
     os::fd::{AsFd, BorrowedFd},
     time::Duration,
@@ -11,6 +12,7 @@ use nix::sys::epoll::{Epoll, EpollEvent, EpollFlags};
 use socket2::{SockRef, Socket};
 
 use super::slab::Key;
+use crate::sys;
 
 /// Which of a connection's sockets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -162,6 +164,24 @@ impl Stream {
             Err(error) if error.kind() == io::ErrorKind::NotConnected => Ok(()),
             result => result,
         }
+    }
+
+    /// Why the connection has failed, if the kernel has told so and no call has.
+    pub(in crate::service) fn take_failure(&mut self) -> Option<io::Error> {
+        let is_told = self.ready.contains(EpollFlags::EPOLLERR);
+        self.ready.remove(EpollFlags::EPOLLERR);
+        if is_told { self.error() } else { None }
+    }
+
+    /// Bytes that were written and that the peer's kernel has not acknowledged.
+    pub(in crate::service) fn under_way(&self) -> usize {
+        // Of a socket that the kernel does not tell of, nothing can be waited for.
+        sys::unacknowledged(&self.socket).unwrap_or(0)
+    }
+
+    /// Whether the peer has said something that is still to be read, which a connection that it has reset since keeps.
+    pub(in crate::service) fn has_words(&self) -> bool {
+        self.socket.peek(&mut [MaybeUninit::uninit()]).is_ok_and(|length| length > 0)
     }
 
     /// Why it is broken, if it is.

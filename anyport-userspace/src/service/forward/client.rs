@@ -30,7 +30,7 @@ const HEADER_TIMEOUT: Duration = Duration::from_secs(3);
 /// Most bytes of a client that are kept while its upstream is connected.
 const EARLY: usize = 16 << 10;
 
-/// One client. If one side breaks, the other one is reset, so that nobody takes a part for the whole.
+/// One client. What does not end by the word of both sides is reset on both, so that nobody takes a part for the whole.
 #[derive(Debug)]
 pub(in crate::service) struct Client {
     ends: Ends,
@@ -46,6 +46,7 @@ enum Phase {
     /// The upstream is being connected.
     Dialling(Dialling),
     Connected(Connected, Relay),
+    /// Both sides have ended it; or nothing was done yet.
     Over,
 }
 
@@ -75,15 +76,14 @@ impl Client {
     /// Goes as far as it can; what became of it if that is its end.
     pub(in crate::service) fn advance(
         &mut self,
-        forwarder: &Forwarder,
+        forwarder: &Arc<Forwarder>,
         (pool, traffic): (&DescriptorPool, &Traffic),
         cx: &mut Context<'_>,
         event: Event,
     ) -> Result<Next, Finished> {
         self.try_advance(forwarder, (pool, traffic), cx, event).map_err(|(upstream, end)| {
-            if !matches!(end, Ok(Outcome { end: RelayEnd::Closed | RelayEnd::Idle | RelayEnd::TooLong, .. })) {
-                reset(&self.stream);
-                self.upstream.iter().for_each(reset);
+            if matches!(end, Ok(Outcome { end: RelayEnd::Closed, .. })) {
+                self.phase = Phase::Over;
             }
             Finished { ends: self.ends, upstream, end }
         })
@@ -91,13 +91,14 @@ impl Client {
 
     fn try_advance(
         &mut self,
-        forwarder: &Forwarder,
+        forwarder: &Arc<Forwarder>,
         (pool, traffic): (&DescriptorPool, &Traffic),
         cx: &mut Context<'_>,
         event: Event,
     ) -> Result<Next, Ended> {
         match (event, &mut self.upstream) {
             (Event::Start, _) => return self.start(forwarder, cx),
+            (Event::UpstreamLeft, _) => return self.look_for_upstream(forwarder),
             (Event::Ready(Side::Client, flags), _) => self.stream.note(flags),
             (Event::Ready(Side::Upstream, flags), Some(upstream)) => upstream.note(flags),
             (Event::Ready(..) | Event::Rescheduled | Event::TimerExpired, _) => {}
@@ -107,6 +108,16 @@ impl Client {
             Phase::Dialling(_) => self.dial_on(forwarder, (pool, traffic), cx, event),
             Phase::Connected(..) => self.relay((pool, traffic), cx, event),
             Phase::Over => Ok(Next::Close),
+        }
+    }
+
+    /// Some upstream gets no clients any more. Whether it was this client's, and that matters.
+    fn look_for_upstream(&mut self, forwarder: &Arc<Forwarder>) -> Result<Next, Ended> {
+        match &self.phase {
+            Phase::Connected(connected, relay) if forwarder.closes(&connected.0) => {
+                Err((Some(Arc::clone(&connected.0)), Ok(relay.outcome(RelayEnd::UpstreamLeft))))
+            }
+            _ => Ok(Next::Wait),
         }
     }
 
@@ -162,7 +173,7 @@ impl Client {
     fn dial_next(&mut self, forwarder: &Forwarder, cx: &mut Context<'_>) -> Result<Next, Ended> {
         let Phase::Dialling(dialling) = &mut self.phase else { return Ok(Next::Close) };
         self.upstream = None;
-        while dialling.tried.len() <= forwarder.config.retries as usize {
+        while dialling.may_try(forwarder) {
             let Some(upstream) = forwarder.choose(Transport::Tcp, self.ends, &dialling.tried) else { break };
             let to = upstream.target(self.ends.dialled.port());
             dialling.tried.push(upstream);
@@ -194,9 +205,13 @@ impl Client {
             Event::Ready(Side::Upstream, flags) => {
                 let is_broken = flags.intersects(EpollFlags::EPOLLERR | EpollFlags::EPOLLHUP);
                 match is_broken.then(|| upstream.error()).flatten() {
+                    // It was connected, and its words are for the client.
+                    Some(error) if upstream.has_words() => {
+                        return self.connected(forwarder, (pool, traffic), cx, Some(error));
+                    }
                     Some(error) => error,
                     None if flags.contains(EpollFlags::EPOLLOUT) => {
-                        return self.connected(forwarder, (pool, traffic), cx);
+                        return self.connected(forwarder, (pool, traffic), cx, None);
                     }
                     None => return Ok(Next::Wait),
                 }
@@ -205,7 +220,7 @@ impl Client {
                 io::ErrorKind::TimedOut,
                 format!("no answer within connect-timeout = {}", forwarder.config.connect_timeout),
             ),
-            Event::Ready(Side::Client, _) | Event::Start | Event::Rescheduled => {
+            Event::Ready(Side::Client, _) | Event::Start | Event::Rescheduled | Event::UpstreamLeft => {
                 if dialling.first.bytes.is_empty() {
                     dialling.hear(&mut self.stream, cx).map_err(broken)?;
                     if !dialling.first.bytes.is_empty() {
@@ -219,11 +234,13 @@ impl Client {
         self.dial_next(forwarder, cx)
     }
 
+    /// There is a connection to an upstream, which the upstream may have reset since.
     fn connected(
         &mut self,
         forwarder: &Forwarder,
         (pool, traffic): (&DescriptorPool, &Traffic),
         cx: &mut Context<'_>,
+        reset: Option<io::Error>,
     ) -> Result<Next, Ended> {
         let Phase::Dialling(Dialling { mut first, mut tried, .. }) = std::mem::replace(&mut self.phase, Phase::Over)
         else {
@@ -240,7 +257,10 @@ impl Client {
         }
         let limits =
             Limits { idle: config.idle_timeout.0, end: config.max_duration.map(|longest| Instant::now() + longest.0) };
-        let relay = Relay::new(first, limits);
+        let mut relay = Relay::new(first, limits);
+        if let Some(error) = reset {
+            relay.broke(RelayEnd::Upstream(error));
+        }
         cx.wake_at(relay.next_look());
         upstream.succeeded();
         self.phase = Phase::Connected(Connected::to(upstream), relay);
@@ -259,10 +279,7 @@ impl Client {
         };
         let traffic = [&connected.0.traffic, traffic];
         let next = if matches!(event, Event::TimerExpired) {
-            relay.look(traffic).map(|()| {
-                cx.wake_at(relay.next_look());
-                Next::Wait
-            })
+            relay.look(cx, &mut self.stream, upstream, pool, traffic)
         } else {
             relay.advance(cx, &mut self.stream, upstream, pool, traffic)
         };
@@ -270,14 +287,30 @@ impl Client {
     }
 }
 
+impl Drop for Client {
+    fn drop(&mut self) {
+        if !matches!(self.phase, Phase::Over) {
+            reset(&self.stream);
+            self.upstream.iter().for_each(reset);
+        }
+    }
+}
+
 impl Dialling {
-    /// Reads what the client has said by now, so that it leaves with the first packet that can carry it.
+    /// Reads what the client has said by now, so that it leaves with the first packet that can carry it. One that has said
+    /// nothing and has reset the connection is an error.
     fn hear(&mut self, client: &mut Stream, cx: &mut Context<'_>) -> io::Result<()> {
-        let InitialData { bytes, has_ended, .. } = &mut self.first;
+        let InitialData { bytes, has_ended, reset, .. } = &mut self.first;
         while !*has_ended && bytes.len() < EARLY {
-            let Some(length) = client.read(&mut cx.buffer[..EARLY - bytes.len()])? else { break };
-            bytes.extend_from_slice(&cx.buffer[..length]);
-            *has_ended = length == 0;
+            match client.read(&mut cx.buffer[..EARLY - bytes.len()]) {
+                Ok(None) => break,
+                Ok(Some(length)) => {
+                    bytes.extend_from_slice(&cx.buffer[..length]);
+                    *has_ended = length == 0;
+                }
+                Err(error) if bytes.is_empty() => return Err(error),
+                Err(error) => (*reset, *has_ended) = (Some(error), true),
+            }
         }
         Ok(())
     }
@@ -289,6 +322,11 @@ impl Dialling {
         let mut stream = connect::begin(&config.tcp, to, source, has_words)?;
         stream.watch(cx.watcher)?;
         Ok(stream)
+    }
+
+    /// Whether to try an upstream, or another one.
+    fn may_try(&self, forwarder: &Forwarder) -> bool {
+        self.tried.len() <= forwarder.config.retries as usize && !forwarder.keeps_affinity_after(&self.last)
     }
 
     /// The upstream that is being tried does not do.

@@ -115,6 +115,29 @@ pub enum Balance {
     SourceHash,
 }
 
+/// What becomes of connections to an upstream that is down, or that is not among the upstreams any more.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnDown {
+    /// They go on for as long as both sides do.
+    #[default]
+    Keep,
+    /// They are reset.
+    Close,
+}
+
+/// What becomes of flows to an upstream that is down, or that is not among the upstreams any more, and of flows that are
+/// not steered here any more.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnDownUdp {
+    /// They end, and the client's next datagram goes where new ones go.
+    #[default]
+    Move,
+    /// They go on until they are idle.
+    Keep,
+}
+
 /// How upstreams are tried when nobody dials them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
@@ -165,8 +188,12 @@ impl Default for Ejection {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
 pub struct UdpOptions {
-    /// A flow over which nothing was said for this long is forgotten.
+    /// A flow over which nothing was said for this long is forgotten. Two minutes are the least for NATs (RFC 4787, REQ-5).
     pub idle_timeout: HumanDuration,
+    /// The same for flows to port 53, which may be shorter (REQ-5a).
+    pub dns_idle_timeout: HumanDuration,
+    /// What becomes of those that have no place any more.
+    pub on_down: OnDownUdp,
     /// Most flows at a time; the least recently used go first.
     pub max_flows: NonZeroU32,
     /// A flow is over when so many datagrams have come for each one that was sent to the upstream; without, only when it is idle.
@@ -177,7 +204,13 @@ pub struct UdpOptions {
 impl Default for UdpOptions {
     fn default() -> Self {
         let max_flows = NonZeroU32::MIN.saturating_add((1 << 14) - 1);
-        Self { idle_timeout: HumanDuration::seconds(30), max_flows, responses: None }
+        Self {
+            idle_timeout: HumanDuration::seconds(2 * 60),
+            dns_idle_timeout: HumanDuration::seconds(10),
+            on_down: OnDownUdp::default(),
+            max_flows,
+            responses: None,
+        }
     }
 }
 
@@ -202,6 +235,8 @@ pub struct ForwardConfig {
     pub idle_timeout: HumanDuration,
     /// A connection is closed after this time.
     pub max_duration: Option<HumanDuration>,
+    /// What becomes of connections to an upstream that gets no more of them.
+    pub on_down: OnDown,
     /// How upstreams are tried when nobody dials them; not at all if absent.
     pub health_check: Option<HealthCheck>,
     /// When an upstream gets no clients for a while.
@@ -226,6 +261,7 @@ impl Default for ForwardConfig {
             retries: 2,
             idle_timeout: HumanDuration::seconds(5 * 60),
             max_duration: None,
+            on_down: OnDown::default(),
             health_check: None,
             ejection: Ejection::default(),
             resolve_interval: HumanDuration::seconds(30),

@@ -6,8 +6,10 @@ mod connect;
 mod detour;
 mod flows;
 pub mod header;
+mod lineage;
 mod names;
 mod pipe;
+mod ports;
 mod relay;
 mod transparent;
 mod udp;
@@ -26,21 +28,26 @@ use anyport_common::flow::Transport;
 use arc_swap::ArcSwap;
 use tokio::{sync::Notify, time::timeout};
 
-pub use self::upstream::{UpstreamState, UpstreamView};
 pub(super) use self::{
     client::Client,
+    lineage::departures,
     relay::{Outcome, RelayEnd},
     udp::UdpForwarder,
     upkeep::keep_up,
 };
 use self::{
-    config::ForwardConfig,
+    config::{Balance, ForwardConfig, OnDown},
     detour::Detours,
+    lineage::Lineage,
     names::Names,
     transparent::Returns,
     upstream::{Balancer, Upstream},
 };
-use super::{ForwardGuard, datagram::Ends};
+pub use self::{
+    lineage::Lineages,
+    upstream::{UpstreamState, UpstreamView},
+};
+use super::{AnswerGuard, ForwardGuard, datagram::Ends};
 
 /// What all workers of one service share.
 #[derive(Debug)]
@@ -56,6 +63,7 @@ pub(super) struct Forwarder {
     resolved: Notify,
     returns: Returns,
     detours: Detours,
+    lineage: Arc<Lineage>,
 }
 
 /// Why a client was not connected.
@@ -96,10 +104,20 @@ impl Drop for Connected {
 }
 
 impl Forwarder {
-    pub(super) fn new(name: String, config: ForwardConfig, guard: ForwardGuard) -> Self {
-        let mut names = Names::of(&config.upstreams);
-        let upstreams = names.upstreams(&config.upstreams, &[]);
-        Self {
+    /// For a service of this name, which may replace another one.
+    pub(super) fn start(name: String, config: ForwardConfig, guard: ForwardGuard, lineages: &Lineages) -> Arc<Self> {
+        let lineage = lineages.of(&name);
+        let predecessor = lineage.current();
+        let before = predecessor.as_ref().map(|it| it.upstreams.load_full()).unwrap_or_default();
+        let mut names = match &predecessor {
+            Some(predecessor) => super::lock(&predecessor.names).succeeded_by(&config.upstreams),
+            None => Names::of(&config.upstreams),
+        };
+        let upstreams = names.upstreams(&config.upstreams, &before);
+        for upstream in &upstreams {
+            upstream.adopt(config.health_check.is_some(), config.ejection);
+        }
+        let forwarder = Arc::new(Self {
             name,
             balancer: Balancer::default(),
             is_resolved: AtomicBool::new(names.is_empty() || !upstreams.is_empty()),
@@ -108,7 +126,41 @@ impl Forwarder {
             resolved: Notify::new(),
             returns: Returns::default(),
             detours: Detours::new(guard),
+            lineage: Arc::clone(&lineage),
             config,
+        });
+        lineage.add(&forwarder);
+        lineage::note_departure();
+        forwarder
+    }
+
+    /// The service of this name that is there now.
+    fn current(self: &Arc<Self>) -> Arc<Self> {
+        self.lineage.current().unwrap_or_else(|| Arc::clone(self))
+    }
+
+    /// Whether an upstream that this service or one before it had gets no clients any more: it is down and another one is
+    /// not, or it is not among the upstreams.
+    fn has_left(&self, upstream: &Arc<Upstream>) -> bool {
+        if !self.is_resolved() {
+            return false;
+        }
+        let upstreams = self.upstreams.load();
+        let is_here = upstreams.iter().any(|it| Arc::ptr_eq(it, upstream));
+        let is_down = |it: &Upstream| it.state() == UpstreamState::Down;
+        !is_here || (is_down(upstream) && !upstreams.iter().all(|it| is_down(it)))
+    }
+
+    /// Whether connections to this upstream are to be closed.
+    fn closes(self: &Arc<Self>, upstream: &Arc<Upstream>) -> bool {
+        let current = self.current();
+        current.config.on_down == OnDown::Close && current.has_left(upstream)
+    }
+
+    /// Takes into account that rules have changed: `is_ours` says which flows are still steered to this service.
+    pub(super) fn rules_changed(&self, is_ours: &AnswerGuard) {
+        for flows in self.lineage.flows() {
+            flows.end_those_not_steered(is_ours);
         }
     }
 
@@ -129,13 +181,21 @@ impl Forwarder {
 
     /// Notes that an upstream did not take a client. What this host lacks is no fault of the upstream's.
     fn note_failure(&self, upstream: &Upstream, error: &io::Error) {
-        if is_shortage(error) {
+        // Nor is a port of it that is closed, where clients choose the port and have been promised this upstream.
+        let is_of_port = self.keeps_affinity_after(error) && upstream.port.is_none();
+        if is_shortage(error) || is_of_port {
             return;
         }
         if upstream.failed(error, self.config.ejection) {
             let time = self.config.ejection.time;
             tracing::warn!("service {}: the upstream {upstream} gets no clients for {time}: {error}", self.name);
         }
+    }
+
+    /// Whether another upstream would be the wrong one: a client has always the same one, and that host is there.
+    fn keeps_affinity_after(&self, error: &io::Error) -> bool {
+        self.config.balance == Balance::SourceHash
+            && matches!(error.kind(), io::ErrorKind::ConnectionRefused | io::ErrorKind::ConnectionReset)
     }
 
     /// A daemon that has just started may not have asked for the names yet.
@@ -166,9 +226,11 @@ impl Forwarder {
         self.is_resolved.load(Relaxed)
     }
 
-    /// What is known of the upstreams.
+    /// What is known of the upstreams, and of those that are gone and still have connections.
     pub(super) fn views(&self) -> Vec<UpstreamView> {
-        self.upstreams.load().iter().map(|upstream| upstream.view()).collect()
+        let here = self.upstreams.load();
+        let gone = super::lock(&self.names).gone().filter_map(|upstream| upstream.view_as_gone()).collect::<Vec<_>>();
+        here.iter().map(|upstream| upstream.view()).chain(gone).collect()
     }
 
     /// What does not work as it should.
@@ -185,9 +247,14 @@ impl Forwarder {
     }
 }
 
+/// Whether this host has no port left towards one upstream.
+fn is_shortage_of_ports(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::AddrNotAvailable | io::ErrorKind::AddrInUse)
+}
+
 /// Whether this host has no more ports, descriptors or memory.
 fn is_shortage(error: &io::Error) -> bool {
     const SHORTAGES: [i32; 7] =
         [libc::EAGAIN, libc::EADDRINUSE, libc::EADDRNOTAVAIL, libc::EMFILE, libc::ENFILE, libc::ENOBUFS, libc::ENOMEM];
-    error.raw_os_error().is_some_and(|code| SHORTAGES.contains(&code))
+    is_shortage_of_ports(error) || error.raw_os_error().is_some_and(|code| SHORTAGES.contains(&code))
 }

@@ -14,11 +14,12 @@ const MOST_GONE: usize = 64;
 #[derive(Debug, Default)]
 pub(super) struct Names {
     answers: BTreeMap<String, Answer>,
-    /// Upstreams that no name leads to any more, the latest last: one that comes back is as it was, down where checks failed.
+    /// Upstreams that were taken out, or that no name leads to any more, the latest last: one that comes back is as it was,
+    /// down where checks failed.
     gone: Vec<Arc<Upstream>>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 struct Answer {
     /// Whether it has been asked for.
     was_asked: bool,
@@ -36,6 +37,23 @@ impl Names {
             Host::Address(_) => None,
         });
         Self { answers: names.collect(), gone: Vec::new() }
+    }
+
+    /// The names among these for a service that replaces this one, which takes over what is known.
+    pub(super) fn succeeded_by(&self, upstreams: &[UpstreamAddress]) -> Self {
+        let mut names = Self::of(upstreams);
+        for (name, answer) in &mut names.answers {
+            if let Some(known) = self.answers.get(name) {
+                answer.clone_from(known);
+            }
+        }
+        names.gone.clone_from(&self.gone);
+        names
+    }
+
+    /// Upstreams that were taken out, or that no name leads to any more.
+    pub(super) fn gone(&self) -> impl Iterator<Item = &Arc<Upstream>> {
+        self.gone.iter()
     }
 
     pub(super) fn is_empty(&self) -> bool {
@@ -95,7 +113,8 @@ impl Names {
             for address in addresses {
                 let is_it = |it: &&Arc<Upstream>| it.address == *address && it.port == *port;
                 if !upstreams.iter().any(|it| is_it(&it)) {
-                    let known = before.iter().chain(&self.gone).find(is_it).cloned();
+                    let known =
+                        before.iter().chain(&self.gone).find(|it| is_it(it) && it.name.as_ref() == name).cloned();
                     upstreams.push(known.unwrap_or_else(|| Arc::new(Upstream::new(*address, *port, name.cloned()))));
                 }
             }

@@ -56,6 +56,11 @@ impl Pipe {
         });
     }
 
+    /// Bytes that are in it.
+    pub(super) fn len(&self) -> usize {
+        self.length
+    }
+
     /// Whether nothing is in it.
     pub(super) fn is_empty(&self) -> bool {
         self.length == 0

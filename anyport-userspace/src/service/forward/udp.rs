@@ -29,9 +29,10 @@ use tokio::{
 
 use super::{
     Connected, Forwarder,
-    config::ProxyVersion,
-    flows::{Flows, Used},
-    header, is_shortage,
+    config::{Balance, OnDownUdp, ProxyVersion},
+    flows::{Flows, Idle, Used},
+    header, is_shortage, is_shortage_of_ports,
+    ports::{self, LocalEnd},
     upstream::Upstream,
 };
 use crate::{
@@ -39,13 +40,14 @@ use crate::{
     hops::{Hops, next_hops, tell_hop_limits},
     rules::Family,
     service::{
+        AnswerGuard,
         limits::{self, Gate, Pass, Refused},
         lock,
         log::{ConnectionLog, Entry},
         reply::UdpWorker,
         socket_options,
     },
-    sys::datagrams::{Batch, Part, Sent},
+    sys::datagrams::{BATCH as BATCH_SIZE, Batch, Part, Sent, Stray},
 };
 
 /// How often it is looked for flows that are idle.
@@ -62,8 +64,9 @@ pub(in crate::service) struct UdpForwarder {
     shared: Arc<Shared>,
 }
 
+/// What the flows of a UDP socket share.
 #[derive(Debug)]
-struct Shared {
+pub(super) struct Shared {
     forwarder: Arc<Forwarder>,
     worker: Arc<UdpWorker>,
     gate: Arc<Gate>,
@@ -79,6 +82,8 @@ struct Shared {
 struct Flow {
     ends: Ends,
     upstream: UdpSocket,
+    /// Of that socket, which is closed before.
+    _local: LocalEnd,
     /// Towards the client; nothing in it if there can't be one.
     client: OnceLock<Option<UdpSocket>>,
     chosen: Connected,
@@ -135,17 +140,26 @@ impl UdpForwarder {
         log: ConnectionLog,
     ) -> Self {
         let limit = forwarder.config.udp.max_flows.get() as usize / workers;
-        let flows = Mutex::new(Flows::new(limit));
+        let options = &forwarder.config.udp;
+        let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+        let idle = Idle { dns: micros(options.dns_idle_timeout.0), others: micros(options.idle_timeout.0) };
+        let flows = Mutex::new(Flows::new(limit, idle));
         let shared = Arc::new(Shared { forwarder, worker, gate, flows, changed: Notify::new(), bound, log });
-        let this = Self { shared: Arc::clone(&shared) };
-        let idle = shared.forwarder.config.udp.idle_timeout.0;
-        tokio::spawn(sweep(Arc::downgrade(&shared), idle));
-        this
+        shared.forwarder.lineage.add_flows(&shared);
+        tokio::spawn(sweep(Arc::downgrade(&shared)));
+        Self { shared }
     }
 
     /// Sends on what a client said, with one hop less than it came with.
     pub(in crate::service) fn take(&self, ends: Ends, datagram: &[u8], hops: u8) {
-        let shared = &self.shared;
+        self.shared.take(ends, datagram, hops);
+    }
+}
+
+impl Shared {
+    /// See [`UdpForwarder::take`].
+    fn take(self: &Arc<Self>, ends: Ends, datagram: &[u8], hops: u8) {
+        let shared = self;
         let taken = BATCH.with_borrow_mut(|batch| {
             batch.put(datagram, hops);
             let known = lock(&shared.flows).get(&ends).cloned();
@@ -182,15 +196,19 @@ fn moment() -> u64 {
     u64::try_from(START.elapsed().as_micros()).unwrap_or(u64::MAX)
 }
 
-/// Ends the flows that are idle for as long, until there will be no more.
-async fn sweep(shared: Weak<Shared>, idle: Duration) {
-    let idle = u64::try_from(idle.as_micros()).unwrap_or(u64::MAX);
+/// Ends the flows that are idle, and those whose upstream has left, until there will be no more.
+async fn sweep(shared: Weak<Shared>) {
+    let mut departures = 0;
     while let Some(shared) = shared.upgrade() {
-        let expired = lock(&shared.flows).expire(moment().saturating_sub(idle));
+        let expired = lock(&shared.flows).expire(moment());
         let is_empty = lock(&shared.flows).len() == 0;
         for flow in expired {
             shared.note_silence(&flow);
             shared.ended(&flow, &"closed as idle");
+        }
+        if departures != super::departures() {
+            departures = super::departures();
+            shared.end_those_left();
         }
         if is_empty {
             // Only flows and their worker's socket hold it apart from this.
@@ -206,20 +224,21 @@ async fn sweep(shared: Weak<Shared>, idle: Duration) {
 
 impl Forwarder {
     /// A socket that is connected to the upstream that the balancing chooses, or to another one where this host has no way there.
-    fn open_flow(&self, ends: Ends) -> io::Result<(Arc<Upstream>, UdpSocket)> {
+    fn open_flow(&self, ends: Ends) -> io::Result<(Arc<Upstream>, UdpSocket, LocalEnd)> {
         let source = self.config.transparent_source.then_some(ends.client);
         let mut tried = Vec::new();
         let mut last = io::Error::other("no upstream is up");
         while tried.len() <= self.config.retries as usize {
             let Some(chosen) = self.choose(Transport::Udp, ends, &tried) else { break };
             let to = chosen.target(ends.dialled.port());
-            match connected(to, source) {
-                Ok(upstream) => return Ok((chosen, upstream)),
+            match ports::open(to, source) {
+                Ok((socket, local)) => return Ok((chosen, socket, local)),
                 Err(error) => {
                     self.note_failure(&chosen, &error);
                     last = io::Error::new(error.kind(), format!("connect to {to}: {error}"));
-                    // Another upstream would not change that.
-                    if is_shortage(&error) {
+                    // Towards another upstream ports may be left; nothing else would be there that is not here.
+                    let is_of_upstream = is_shortage_of_ports(&error) && self.config.balance != Balance::SourceHash;
+                    if is_shortage(&error) && !is_of_upstream {
                         break;
                     }
                 }
@@ -236,10 +255,11 @@ impl Shared {
             return Err(io::Error::other("dialled the service's own socket"));
         }
         let forwarder = &self.forwarder;
-        let (chosen, upstream) = forwarder.open_flow(ends)?;
+        let (chosen, upstream, local) = forwarder.open_flow(ends)?;
         let flow = Arc::new(Flow {
             ends,
             upstream,
+            _local: local,
             client: OnceLock::new(),
             chosen: Connected::to(chosen),
             hops: AtomicU8::new(0),
@@ -378,6 +398,31 @@ impl Shared {
         }
     }
 
+    /// Ends flows to upstreams that get no clients any more: the clients' next datagrams go elsewhere.
+    fn end_those_left(&self) {
+        let current = self.forwarder.current();
+        if current.config.udp.on_down == OnDownUdp::Move {
+            self.end_if(|_, flow| current.has_left(&flow.chosen.0), "its upstream is down or taken out");
+        }
+    }
+
+    /// Ends flows that are not steered to the service any more: the clients' next datagrams go where the rules say.
+    pub(super) fn end_those_not_steered(&self, is_ours: &AnswerGuard) {
+        if self.forwarder.current().config.udp.on_down == OnDownUdp::Move {
+            self.end_if(|ends, _| !is_ours(*ends), "its rule was removed");
+        }
+    }
+
+    fn end_if(&self, is_over: impl Fn(&Ends, &Flow) -> bool, reason: &str) {
+        // Looked at without the lock, which datagrams wait for.
+        let all: Vec<_> = lock(&self.flows).iter().map(|(ends, flow)| (*ends, Arc::clone(flow))).collect();
+        for (ends, flow) in all {
+            if is_over(&ends, &flow) {
+                self.end(&flow, &reason);
+            }
+        }
+    }
+
     fn end(&self, flow: &Arc<Flow>, reason: &dyn Display) {
         // The task that removed it from the table has reported its end.
         if lock(&self.flows).remove(&flow.ends, flow) {
@@ -419,7 +464,9 @@ fn send_with_header(flow: &Flow, version: ProxyVersion, part: Part<'_>) -> Sent 
 
 /// Moves what the upstream says, until it refuses.
 async fn answers(shared: Arc<Shared>, flow: Arc<Flow>) {
-    let error = relay(&flow.upstream, |batch| shared.send_to_client(&flow, batch)).await;
+    let peer = flow.chosen.0.target(flow.ends.dialled.port());
+    // What is another flow's answer is not this one's client's.
+    let error = relay((&flow.upstream, peer), |batch| shared.send_to_client(&flow, batch), drop).await;
     shared.fail(&flow, &error);
 }
 
@@ -427,30 +474,39 @@ async fn answers(shared: Arc<Shared>, flow: Arc<Flow>) {
 async fn questions(shared: Arc<Shared>, flow: Arc<Flow>) {
     let Some(Some(client)) = flow.client.get() else { return };
     let counts = &shared.worker.counts;
-    let error = relay(client, |batch| {
+    let hand_on = |batch: &Batch| {
         counts.datagrams.add(batch.datagrams().count() as u64);
         if let Err(error) = shared.send_to_upstream(&flow, batch) {
             tracing::debug!("service {}: {:?}: {error}", shared.forwarder.name, flow.ends);
         }
-    })
-    .await;
+    };
+    // The flow's client is one of many at the same original destination, of whom each has a socket there.
+    let reroute = |Stray { source, bytes, hops }| {
+        counts.datagrams.raise();
+        if shared.gate.allows(source.ip()) {
+            shared.take(Ends { client: source, ..flow.ends }, &bytes, hops);
+        }
+    };
+    let error = relay((client, flow.ends.client), hand_on, reroute).await;
     shared.end(&flow, &format_args!("the client's side broke ({error})"));
 }
 
-/// Hands on what arrives at a connected socket, batch by batch, until there is an error.
-async fn relay(from: &UdpSocket, hand_on: impl Fn(&Batch)) -> io::Error {
+/// Hands on what arrives at a connected socket, batch by batch, until there is an error. What is not from the peer comes apart.
+async fn relay((from, peer): (&UdpSocket, SocketAddr), hand_on: impl Fn(&Batch), stray: impl Fn(Stray)) -> io::Error {
     loop {
         // An ICMP error comes alone, without anything to read.
         if let Err(error) = from.ready(Interest::READABLE | Interest::ERROR).await {
             return error;
         }
+        let mut strays = Vec::new();
         let received = BATCH.with_borrow_mut(|batch| {
-            let received = batch.receive(from);
+            let received = batch.receive_from(from, peer, &mut strays);
             if received.is_ok() {
                 hand_on(batch);
             }
-            received.map(|_| batch.is_full())
+            received.map(|count| count == BATCH_SIZE)
         });
+        strays.into_iter().for_each(&stray);
         match received {
             // Other tasks run before what may still be there is read.
             Ok(true) => yield_now().await,

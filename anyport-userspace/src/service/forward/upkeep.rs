@@ -17,6 +17,7 @@ use tokio::{
 use super::{
     Forwarder,
     config::HealthCheck,
+    lineage::note_departure,
     upstream::{Upstream, UpstreamState},
 };
 use crate::service::{event_loop::reset, lock};
@@ -54,7 +55,12 @@ async fn check_health(forwarder: &Forwarder) {
 async fn check_one(service: &str, upstream: &Upstream, check: &HealthCheck) {
     let outcome = try_out(upstream, check).await.map_err(|error| format!("health check: {error}"));
     let why = outcome.as_ref().err().cloned().unwrap_or_default();
-    match upstream.checked(outcome, check) {
+    let changed = upstream.checked(outcome, check);
+    if changed.is_some() {
+        // To leave one that is down takes another one that is not, so each matters.
+        note_departure();
+    }
+    match changed {
         Some(UpstreamState::Down) => tracing::warn!("service {service}: the upstream {upstream} is down: {why}"),
         Some(_) => tracing::info!("service {service}: the upstream {upstream} is up again"),
         None => {}
@@ -101,6 +107,7 @@ fn take_answer(forwarder: &Forwarder, name: &str, answer: Result<Vec<IpAddr>, St
         let shown: Vec<String> = upstreams.iter().map(ToString::to_string).collect();
         tracing::info!("service {}: the upstreams are {}", forwarder.name, shown.join(", "));
         forwarder.upstreams.store(Arc::new(upstreams));
+        note_departure();
     }
 }
 

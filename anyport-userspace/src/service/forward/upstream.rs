@@ -58,6 +58,8 @@ pub enum UpstreamState {
     Down,
     /// Not for a while, since clients could not be connected; only if there is no other.
     Ejected,
+    /// No: it is not among the upstreams any more.
+    Gone,
 }
 
 impl fmt::Display for UpstreamState {
@@ -66,6 +68,7 @@ impl fmt::Display for UpstreamState {
             Self::Up => "up",
             Self::Down => "down",
             Self::Ejected => "ejected",
+            Self::Gone => "gone",
         })
     }
 }
@@ -132,6 +135,16 @@ impl Upstream {
         }
         let until = self.ejected_until.load(Relaxed);
         if until > 0 && until > now() { UpstreamState::Ejected } else { UpstreamState::Up }
+    }
+
+    /// It belongs to a service with these settings from now on: what they do not look at does not last.
+    pub(super) fn adopt(&self, is_checked: bool, ejection: Ejection) {
+        if !is_checked {
+            self.is_down.store(false, Relaxed);
+        }
+        if ejection.failures == 0 {
+            self.ejected_until.store(0, Relaxed);
+        }
     }
 
     /// A connection or a flow has begun.
@@ -206,6 +219,12 @@ impl Upstream {
             bytes_to: self.traffic.from_client.get(),
             bytes_from: self.traffic.to_client.get(),
         }
+    }
+
+    /// Of one that is not among the upstreams any more, if it still has connections.
+    pub(super) fn view_as_gone(&self) -> Option<UpstreamView> {
+        let view = UpstreamView { state: UpstreamState::Gone, since: None, why: None, ..self.view() };
+        (view.active > 0).then_some(view)
     }
 }
 

@@ -99,6 +99,7 @@ impl BuiltinHandler {
         match event {
             Event::Ready(_, flags) => self.stream.note(flags),
             Event::TimerExpired => self.look(kind, cx)?,
+            Event::UpstreamLeft => return Ok(Next::Wait),
             Event::Start | Event::Rescheduled => {}
         }
         let next = self.speak(kind, cx)?;

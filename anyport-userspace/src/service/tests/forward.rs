@@ -8,8 +8,8 @@ use std::{
 };
 
 use super::{DescriptorPool, Scene, ServiceConfig, TCP, UDP, eventually, rest};
-use crate::service::UpstreamState;
-use socket2::{Domain, Socket, Type};
+use crate::{service::UpstreamState, sys};
+use socket2::{Domain, SockRef, Socket, Type};
 
 /// Sends each client `name` and then what the client sent until its end.
 fn upstream(address: &str, name: &'static str) -> SocketAddr {
@@ -110,6 +110,51 @@ fn what_the_client_has_said_leaves_with_the_header() {
     let length = stream.read(&mut packet).unwrap();
     let packet = str::from_utf8(&packet[..length]).unwrap();
     assert!(packet.starts_with("PROXY ") && packet.ends_with("\r\nearly words"), "{packet:?}");
+}
+
+/// A client that has reset the connection before there was an upstream.
+#[test]
+fn what_a_client_that_is_gone_has_said_arrives() {
+    for header in ["", "proxy-protocol = \"v1\""] {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let scene = scene(&[listener.local_addr().unwrap().to_string()], header);
+        for worker in scene.workers.handles().iter() {
+            worker.spawn(async { thread::sleep(Duration::from_millis(300)) });
+        }
+        thread::sleep(Duration::from_millis(50));
+        let mut client = scene.dial(0);
+        client.write_all(b"last words").unwrap();
+        while sys::unacknowledged(&client).unwrap() > 0 {
+            thread::sleep(Duration::from_millis(1));
+        }
+        SockRef::from(&client).set_linger(Some(Duration::ZERO)).unwrap();
+        drop(client);
+        let (mut stream, _) = listener.accept().unwrap();
+        let mut heard = Vec::new();
+        let end = stream.read_to_end(&mut heard).map_err(|error| error.kind());
+        assert_eq!(end, Err(std::io::ErrorKind::ConnectionReset));
+        assert!(heard.ends_with(b"last words") && heard.starts_with(b"PROXY") != header.is_empty(), "{heard:?}");
+    }
+}
+
+/// The host of the client's upstream is there, so another one would be the wrong one.
+#[test]
+fn a_refused_connection_goes_nowhere_else_by_source_hash() {
+    let mut refused = 0;
+    for _ in 0..16 {
+        let (_closed, one) = refusing();
+        let upstreams = [one.to_string(), upstream("127.0.0.1:0", "other").to_string()];
+        let scene = scene(&upstreams, "balance = \"source-hash\"\nejection = { failures = 0 }");
+        let mut stream = scene.dial(0);
+        stream.write_all(b"abc").ok();
+        stream.shutdown(Shutdown::Write).ok();
+        let mut text = String::new();
+        let is_answered = stream.read_to_string(&mut text).is_ok() && text == "other heard abc";
+        let failures = scene.service.upstreams()[0].failures;
+        assert_eq!(failures, u64::from(!is_answered), "{text:?}");
+        refused += failures;
+    }
+    assert!((1..16).contains(&refused), "{refused} of 16 were the other one's");
 }
 
 #[test]
@@ -216,7 +261,8 @@ fn time_limits_are_those_of_the_settings() {
     for limit in ["idle-timeout", "max-duration"] {
         let scene = scene(&upstreams, &format!("{limit} = \"100ms\""));
         let mut stream = scene.dial(0);
-        assert_eq!(rest(&mut stream), "");
+        let end = stream.read(&mut [0]).map_err(|error| error.kind());
+        assert_eq!(end, Err(std::io::ErrorKind::ConnectionReset), "nobody takes that for the end");
         eventually("it is closed", || scene.service.stats().active == 0);
     }
 }

@@ -16,7 +16,9 @@ use std::{
 
 use tokio::runtime::Runtime;
 
-use super::{Capacity, DescriptorPool, HandlerKind, Limits, Service, ServiceConfig, SharedContext, Witness, Workers};
+use super::{
+    Capacity, DescriptorPool, HandlerKind, Limits, Lineages, Service, ServiceConfig, SharedContext, Witness, Workers,
+};
 use crate::keeper::Link;
 
 const TIMEOUT: Duration = Duration::from_secs(5);
@@ -55,6 +57,7 @@ impl Scene {
             descriptors,
             loop_guard: Arc::new(loop_guard),
             forward_guard: Arc::new(|_, _, _| false),
+            lineages: Lineages::default(),
             publisher: None,
             witness: Witness::new(Arc::new(|_| false)),
             keeper: Link::default(),
