@@ -12,6 +12,7 @@ use super::{firewall, modules::Modules, sysctl::Sysctl};
 use crate::{
     api::StatusView,
     back_end::BackEnd,
+    host::InterfaceAddress,
     routes::{LocalTable, Route},
     rules::{PortSet, Prefix, Protocol},
 };
@@ -95,6 +96,8 @@ pub struct Host {
     pub(super) tcx: Fact<BTreeMap<String, Vec<String>>>,
     /// What came of trying the back ends, up to the first that works, where no daemon tells.
     pub(super) back_ends: Fact<Vec<Tried>>,
+    /// The addresses of interfaces.
+    pub(super) addresses: Fact<Vec<InterfaceAddress>>,
     /// Where releases of the kernel have their modules.
     pub(super) modules: PathBuf,
     pub(super) firewall: Fact<firewall::Ruleset>,
@@ -203,6 +206,7 @@ impl Host {
             sk_lookup: Err(unknown()),
             tcx: Err(unknown()),
             back_ends: Err(unknown()),
+            addresses: Err(unknown()),
             modules: proc.join("lib/modules"),
             firewall: Err(unknown()),
             path: Vec::new(),

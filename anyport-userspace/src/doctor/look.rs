@@ -23,6 +23,7 @@ use super::{
 };
 use crate::{
     api::{Client, PrefixView, Problem, ProblemKind, StatusView},
+    host::interface_addresses,
     privileges,
     routes::{Route, Routes},
     rules::Prefix,
@@ -55,6 +56,7 @@ impl Host {
             sk_lookup: fact(sk_lookup()),
             tcx: fact(tcx(&names)),
             back_ends: fact(if daemon.is_ok() { Err(anyhow!("the daemon tells")) } else { back_ends() }),
+            addresses: fact(interface_addresses()),
             modules: "/lib/modules".into(),
             firewall: fact(firewall::Ruleset::read()),
             path: env::split_paths(&env::var_os("PATH").unwrap_or_default()).collect(),

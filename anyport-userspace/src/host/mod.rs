@@ -14,6 +14,7 @@ use std::{
 
 use anyhow::Context as _;
 use anyport_common::flow::Transport;
+use nix::{net::if_::InterfaceFlags, sys::socket::SockaddrStorage};
 
 pub use self::{
     links::{Link, links},
@@ -21,7 +22,7 @@ pub use self::{
     sockets::{connected_addresses, for_each_connection, listeners, listeners_of},
 };
 use crate::{
-    rules::{Rule, special},
+    rules::{Prefix, Rule, special},
     text::list_of,
 };
 
@@ -206,6 +207,7 @@ fn show_peer(Peer { address, role }: &Peer, owners: &HashMap<u64, Owner>) -> Str
             format!("the other end of the connection {}", show_socket(*transport, *remote, owners.get(inode)))
         }
         Role::Resolver => format!("the resolver {address}"),
+        Role::Broadcast(interface) => format!("all hosts of a network of {interface} by {address}"),
         Role::Neighbour(interface) => format!("the neighbour {address} on {interface}"),
         Role::Needed(what) => format!("{what} {address}"),
     }
@@ -213,15 +215,43 @@ fn show_peer(Peer { address, role }: &Peer, owners: &HashMap<u64, Owner>) -> Str
 
 /// The configured addresses of the thread's network namespace, each with its interface.
 pub fn addresses() -> anyhow::Result<Vec<(IpAddr, String)>> {
+    Ok(interface_addresses()?.into_iter().map(|it| (it.address, it.interface)).collect())
+}
+
+/// A configured address.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct InterfaceAddress {
+    /// The address.
+    pub address: IpAddr,
+    /// The network that is on the interface's link by it: the address alone if there is none.
+    pub network: Prefix,
+    /// The interface.
+    pub interface: String,
+    /// Whether all hosts of the link can be reached by one packet.
+    pub has_broadcast: bool,
+}
+
+/// The configured addresses of the thread's network namespace.
+pub fn interface_addresses() -> anyhow::Result<Vec<InterfaceAddress>> {
     let interfaces = nix::ifaddrs::getifaddrs().context("listing the addresses of the host")?;
+    let ip = |address: Option<SockaddrStorage>| {
+        let address = address?;
+        let v4 = address.as_sockaddr_in().map(|it| IpAddr::V4(it.ip()));
+        v4.or_else(|| Some(IpAddr::V6(address.as_sockaddr_in6()?.ip())))
+    };
     let addresses = interfaces.filter_map(|interface| {
-        let address = interface.address?;
-        let address = match (address.as_sockaddr_in(), address.as_sockaddr_in6()) {
-            (Some(address), _) => IpAddr::V4(address.ip()),
-            (_, Some(address)) => IpAddr::V6(address.ip()),
-            _ => return None,
+        let address = ip(interface.address)?;
+        let len = match ip(interface.netmask) {
+            Some(IpAddr::V4(mask)) => mask.to_bits().leading_ones(),
+            Some(IpAddr::V6(mask)) => mask.to_bits().leading_ones(),
+            None => u128::BITS,
         };
-        Some((address, interface.interface_name))
+        Some(InterfaceAddress {
+            address,
+            network: Prefix::host(address).truncated(u8::try_from(len).unwrap_or(u8::MAX)),
+            interface: interface.interface_name,
+            has_broadcast: interface.flags.contains(InterfaceFlags::IFF_BROADCAST),
+        })
     });
     Ok(addresses.collect())
 }

@@ -1,6 +1,10 @@
 //! Others that the host talks to. A local route to them would end that: what it sends them would stay here.
 
-use std::{collections::BTreeSet, fs, net::IpAddr};
+use std::{
+    collections::BTreeSet,
+    fs,
+    net::{IpAddr, Ipv4Addr},
+};
 
 use anyhow::Context as _;
 use netlink_packet_route::{
@@ -9,7 +13,7 @@ use netlink_packet_route::{
 };
 use netlink_sys::protocols::NETLINK_ROUTE;
 
-use super::{Connection, dump::dump, for_each_connection, links};
+use super::{Connection, InterfaceAddress, dump::dump, for_each_connection, interface_addresses, links};
 
 /// Where the host's resolver finds the servers that it asks, see `resolv.conf(5)`.
 const RESOLVERS: &str = "/etc/resolv.conf";
@@ -32,16 +36,20 @@ pub enum Role {
     Resolver,
     /// It is on the same link, and was seen there lately.
     Neighbour(String),
+    /// All hosts of a network that an interface is in.
+    Broadcast(String),
     /// Something that the daemon is configured to reach.
     Needed(String),
 }
 
-/// The peers of the thread's network namespace: of connections from one of these addresses, resolvers, and neighbours.
+/// The peers of the thread's network namespace: of connections from one of these addresses, resolvers, and neighbours, each
+/// by itself and all of a network.
 ///
 /// # Errors
 /// The kernel does not list them.
 pub fn peers(own: &BTreeSet<IpAddr>) -> anyhow::Result<Vec<Peer>> {
     let mut peers = neighbours()?;
+    peers.extend(broadcasts()?);
     let resolvers = fs::read_to_string(RESOLVERS).unwrap_or_default();
     peers.extend(resolvers_of(&resolvers).map(|address| Peer { address, role: Role::Resolver }));
     for_each_connection(|connection| {
@@ -87,6 +95,18 @@ fn neighbours() -> anyhow::Result<Vec<Peer>> {
     Ok(peers)
 }
 
+/// The broadcast addresses of the networks that interfaces are in. The kernel has routes to them (`fib_add_ifaddr` in
+/// net/ipv4/fib_frontend.c), also where no such address is configured; networks of two addresses have none (RFC 3021).
+fn broadcasts() -> anyhow::Result<impl Iterator<Item = Peer>> {
+    let addresses = interface_addresses()?.into_iter().filter(|it| it.has_broadcast);
+    Ok(addresses.filter_map(|InterfaceAddress { address, network, interface, .. }| {
+        let IpAddr::V4(address) = address else { return None };
+        let hosts = u32::MAX.checked_shr(network.len().into()).filter(|hosts| *hosts > 1)?;
+        let address = IpAddr::V4(Ipv4Addr::from_bits(address.to_bits() | hosts));
+        Some(Peer { address, role: Role::Broadcast(interface) })
+    }))
+}
+
 #[cfg(test)]
 mod tests {
     use std::{
@@ -116,6 +136,7 @@ mod tests {
                 "link set eth0 up",
                 "address add 203.0.113.1/24 dev eth0",
                 "address add 203.0.113.9/24 dev eth0",
+                "address add 198.51.100.1/31 dev eth0",
                 "neigh add 203.0.113.7 lladdr 02:00:00:00:00:07 dev eth0 nud reachable",
                 "neigh add 203.0.113.8 lladdr 02:00:00:00:00:08 dev eth0 nud failed",
             ] {
@@ -130,11 +151,13 @@ mod tests {
                 let peers = peers(&own.iter().copied().collect()).unwrap().into_iter();
                 peers.filter(|it| it.role != Role::Resolver).collect::<Vec<Peer>>()
             };
+            let broadcast = Peer { address: "203.0.113.255".parse().unwrap(), role: Role::Broadcast("eth0".into()) };
             let neighbour = Peer { address: "203.0.113.7".parse().unwrap(), role: Role::Neighbour("eth0".into()) };
-            assert_eq!(found(&[first, second]), std::slice::from_ref(&neighbour));
+            let before = [&neighbour, &broadcast, &broadcast];
+            assert_eq!(found(&[first, second]).iter().collect::<Vec<_>>(), before);
             let all = found(&[first]);
-            assert_eq!((all.len(), &all[0]), (2, &neighbour));
-            let Role::Connected(connection) = &all[1].role else { panic!("{all:?}") };
+            assert_eq!((all.len(), all[..3].iter().collect::<Vec<_>>()), (4, before.to_vec()));
+            let Role::Connected(connection) = &all[3].role else { panic!("{all:?}") };
             assert_eq!((connection.remote, connection.inode == 0), (listener.local_addr().unwrap(), false));
         };
         thread::spawn(in_namespace).join().unwrap();

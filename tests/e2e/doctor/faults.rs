@@ -1,8 +1,11 @@
 //! Faults that keep packets from their socket.
 
+use std::time::Duration;
+
 use anyport_tests::{
     daemon::Daemon,
     dial::{SILENCE, expect_tcp_hello, tcp_within},
+    host::wait_for,
     netns::Netns,
 };
 use libtest_mimic::Trial;
@@ -21,6 +24,7 @@ pub(super) fn trials() -> Vec<Trial> {
     trials.extend(on_each_back_end("doctor::bridge-nf-call-iptables", bridge_netfilter));
     trials.push(trial("doctor::--no-route and nobody else routes", no_route));
     trials.push(trial("doctor::a blackhole inside of a steered prefix", blackhole));
+    trials.push(trial("doctor::an address inside of a link's network", on_link));
     trials
 }
 
@@ -48,6 +52,25 @@ fn missing_routes(backend: &'static str) {
     expect_not_steered(&lab, V4);
     let again = Report::with(&lab.daemon, &["--undo"]);
     assert_eq!(again.0["changed"], json!([]));
+}
+
+/// The client asks for the address on its own link, by neighbour solicitation.
+fn on_link() {
+    const ADDRESS: &str = "2001:db8:c::77";
+    let lab = Lab::new("sk-lookup");
+    Report::of(&lab.daemon).expect_fine("on-link");
+    lab.daemon.ok(&format!("add-prefix {ADDRESS}"));
+    let is_answered = || lab.topology.client.enter(|| tcp_within(at(ADDRESS, 80), SILENCE).is_ok());
+    assert!(!is_answered());
+    let report = Report::of(&lab.daemon);
+    let finding = report.expect("on-link", "warning", "2001:db8:c::77/128 is inside of 2001:db8:c::/64 of client");
+    let steps = finding["fix"].as_array().expect("steps");
+    // What the second one says behind its condition.
+    let (_, commands) = steps[1].as_str().and_then(|step| step.split_once(": ")).expect("commands");
+    lab.topology.host.run("sh", ["-ec", commands]);
+    wait_for("answer for the address", Duration::from_secs(10), || {
+        if is_answered() { Ok(()) } else { Err("none comes".to_owned()) }
+    });
 }
 
 fn no_route() {

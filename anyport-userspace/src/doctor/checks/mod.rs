@@ -14,6 +14,7 @@ mod loopback;
 mod modules;
 mod netkit;
 mod nonlocal_bind;
+mod on_link;
 mod policy_routing;
 mod rp_filter;
 mod sk_lookup_programs;
@@ -36,6 +37,7 @@ pub(super) const ALL: &[Check] = &[
     Check { name: "loopback", look: loopback::look },
     Check { name: "ipv6", look: ipv6::look },
     Check { name: "local-routes", look: local_routes::look },
+    Check { name: "on-link", look: on_link::look },
     Check { name: "policy-routing", look: policy_routing::look },
     Check { name: "rp-filter", look: rp_filter::look },
     Check { name: "src-valid-mark", look: src_valid_mark::look },

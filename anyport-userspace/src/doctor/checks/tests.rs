@@ -4,10 +4,11 @@ use std::fs;
 
 use serde_json::json;
 
-use super::{back_ends, conntrack, modules, netkit, sk_lookup_programs};
+use super::{back_ends, conntrack, modules, netkit, on_link, sk_lookup_programs};
 use crate::{
     back_end::BackEnd,
     doctor::{Daemon, Finding, Host, Link, Severity, Steered, host::Tried},
+    host::InterfaceAddress,
 };
 
 /// A host with these files below `/proc`.
@@ -59,6 +60,40 @@ fn netkit_matters_to_tc_alone() {
             }
         }
     });
+}
+
+#[test]
+fn prefixes_inside_of_a_link_s_network() {
+    let arp = |value| [("sys/net/ipv4/conf/all/arp_ignore", "0"), ("sys/net/ipv4/conf/eth0/arp_ignore", value)];
+    for (address, network, steered, arp_ignore, expected) in [
+        ("2001:db8::1", "2001:db8::/64", "2001:db8::/96", "0", Some("neighbour solicitations")),
+        ("2001:db8::1", "2001:db8::/64", "2001:db8::77/128", "0", Some("neighbour solicitations")),
+        ("2001:db8::1", "2001:db8::/64", "2001:db8:1::/96", "0", None),
+        ("2001:db8::1", "2001:db8::/64", "2001:db8::/48", "0", None),
+        ("192.0.2.1", "192.0.2.0/24", "192.0.2.64/26", "0", None),
+        ("192.0.2.1", "192.0.2.0/24", "192.0.2.64/26", "1", Some("arp_ignore")),
+        ("192.0.2.1", "192.0.2.0/24", "198.51.100.0/24", "1", None),
+    ] {
+        with_files(&arp(arp_ignore), |mut host| {
+            let own = InterfaceAddress {
+                address: address.parse().unwrap(),
+                network: network.parse().unwrap(),
+                interface: "eth0".to_owned(),
+                has_broadcast: true,
+            };
+            let mut daemon = daemon("sk-lookup", 1);
+            daemon.steered[0].prefix = steered.parse().unwrap();
+            host.daemon = Ok(daemon);
+            host.addresses = Ok(vec![own]);
+            let found = on_link::look(&host).unwrap();
+            match expected {
+                None => assert_eq!(found, [], "{steered}"),
+                Some(part) => expect(&found, Severity::Warning, part),
+            }
+            let is_single = steered.ends_with("/128");
+            assert_eq!(found.iter().any(|it| it.fix.iter().any(|step| step.contains("neigh add proxy"))), is_single);
+        });
+    }
 }
 
 #[test]
