@@ -221,13 +221,12 @@ async fn control_loop(
     tokio::time::timeout(LAST_ANSWERS, server).await.ok();
     lock.release().await;
     if end == Exit::Stop {
-        left.context("leave everything in the kernel")?;
         info!("stopped; steering stays in the kernel, where the next start takes it over");
         return Ok(());
     }
     drop(alive);
     keeper.left();
-    drain(&left?, drain_timeout, &mut ends).await;
+    drain(&left, drain_timeout, &mut ends).await;
     Ok(())
 }
 

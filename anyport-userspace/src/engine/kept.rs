@@ -6,7 +6,9 @@ use std::{
     time::{Duration, Instant},
 };
 
+use anyhow::Context as _;
 use anyport_common::maps::Counters;
+use tracing::warn;
 
 use super::{
     desired::{Desired, Drains},
@@ -52,6 +54,8 @@ pub(super) struct Kept {
     store: Store,
     /// When the counters were kept last; nothing while they do not go on from those of an earlier daemon yet.
     counters_at: Option<Instant>,
+    /// Why the state directory could not be written, at the last attempt.
+    failure: Option<String>,
     /// Where this node stands in its fleet.
     fleet: FleetState,
     /// Whether the active set has each of its rules once, and nothing else.
@@ -62,7 +66,7 @@ impl Kept {
     /// Continues from a state directory that has been read.
     pub(super) fn new(store: Store, fleet: FleetState) -> Self {
         // Until a set is read that says so, it is not plain.
-        Self { store, counters_at: None, fleet, is_fleet_plain: false }
+        Self { store, counters_at: None, failure: None, fleet, is_fleet_plain: false }
     }
 
     /// Writes what has to be there after a restart of rules and services as they are after this change, if it is to be kept.
@@ -156,12 +160,40 @@ impl Kept {
         self.counters_at.is_some_and(|at| at.elapsed() >= COUNTERS_INTERVAL)
     }
 
-    /// Keeps what was counted, unless what an earlier daemon counted is not part of it yet.
-    pub(super) fn save_counters(&mut self, desired: &Desired, kernel: &Kernel) -> anyhow::Result<()> {
+    /// Keeps what was counted, unless what an earlier daemon counted is not part of it yet. What does not go is a complaint, and no
+    /// reason to do anything else: the rules are there.
+    pub(super) fn save_counters(&mut self, desired: &Desired, kernel: &Kernel) {
         if self.counters_at.is_none() {
-            return Ok(());
+            return;
         }
         self.counters_at = Some(Instant::now());
+        let saved = self.try_save_counters(desired, kernel).context("keep the counters");
+        self.note(saved);
+    }
+
+    /// Sees whether the state directory can be written, before something is to be kept.
+    pub(super) fn try_out(&mut self) {
+        let tried = self.store.try_out();
+        self.note(tried);
+    }
+
+    fn note(&mut self, outcome: anyhow::Result<()>) {
+        let failure = outcome.err().map(|error| format!("{error:#}"));
+        if let Some(failure) = &failure
+            && self.failure.is_none()
+        {
+            warn!("the state directory can't be written: {failure}");
+        }
+        self.failure = failure;
+    }
+
+    /// What does not work as it should.
+    pub(super) fn complaint(&self) -> Option<String> {
+        let failure = self.failure.as_ref()?;
+        Some(format!("the state directory can't be written, so changes are refused and counts will be lost: {failure}"))
+    }
+
+    fn try_save_counters(&self, desired: &Desired, kernel: &Kernel) -> anyhow::Result<()> {
         let counters = kernel.counters()?;
         let counted = desired.rules().iter().map(|rule| (rule.prefix, Arc::clone(rule.terms), counters(rule.number)));
         self.store.save_counters(counted.filter(|(_, _, it)| *it != Counters::default()))
@@ -256,9 +288,16 @@ mod tests {
     async fn counters_are_kept_only_once_earlier_ones_are_part_of_them() {
         let (disk, mut it) = (Disk::default(), Fixture::new().await);
         let (mut kept, _) = open(&disk);
-        kept.save_counters(&it.desired, &it.kernel).unwrap();
-        assert!(kept.counters_at.is_none());
+        kept.save_counters(&it.desired, &it.kernel);
+        assert!(kept.counters_at.is_none() && disk.names().unwrap().is_empty());
         kept.restore_counters(&it.desired, &mut it.kernel).unwrap();
         assert!(kept.counters_at.is_some() && !kept.are_counters_due());
+        // A disk that does not write is told of, until it does again.
+        disk.fail_after(Some(0));
+        kept.save_counters(&it.desired, &it.kernel);
+        assert!(kept.complaint().unwrap().contains("can't be written"));
+        disk.fail_after(None);
+        kept.save_counters(&it.desired, &it.kernel);
+        assert_eq!(kept.complaint(), None);
     }
 }

@@ -139,10 +139,10 @@ impl Engine {
         if let Err(error) = self.kernel.trim() {
             error!("give memory of the lookup table back: {error:#}");
         }
-        if self.kept.are_counters_due()
-            && let Err(error) = self.keep_counters()
-        {
-            error!("keep the counters: {error:#}");
+        if self.kept.are_counters_due() {
+            self.keep_counters();
+        } else if self.kept.complaint().is_some() {
+            self.kept.try_out();
         }
     }
 
@@ -170,21 +170,18 @@ impl Engine {
         served.judge(settings.config().announce.as_ref()?, Facts { desired, services, kernel })
     }
 
-    fn keep_counters(&mut self) -> anyhow::Result<()> {
-        self.kept.save_counters(&self.desired, &self.kernel)
+    fn keep_counters(&mut self) {
+        self.kept.save_counters(&self.desired, &self.kernel);
     }
 
     /// Leaves steering in the kernel and the sockets with the keeper, for another process to go on with. Connections go on in this
     /// one; they are over when what is returned is whole again.
-    ///
-    /// # Errors
-    /// The counters could not be kept.
-    pub async fn leave(mut self) -> anyhow::Result<DescriptorPool> {
+    pub async fn leave(mut self) -> DescriptorPool {
         self.served.leave().await;
-        let counters = self.keep_counters();
+        self.keep_counters();
         let descriptors = self.services.leave().await;
         self.kernel.leave();
-        counters.map(|()| descriptors)
+        descriptors
     }
 
     /// Takes everything out of the kernel. The state file stays.
@@ -192,9 +189,9 @@ impl Engine {
     /// # Errors
     /// What could not be removed; the rest is.
     pub async fn stop(mut self) -> anyhow::Result<()> {
-        let counters = self.keep_counters();
+        self.keep_counters();
         let kernel = self.kernel.detach().await;
         self.services.stop().await;
-        kernel.and(counters)
+        kernel
     }
 }

@@ -120,8 +120,9 @@ impl Engine {
         match engine.bring_up(services, rules).await {
             Ok(()) => Ok(engine),
             Err(error) => {
-                let cleaned = if is_successor { engine.leave().await.map(drop) } else { engine.stop().await };
-                if let Err(second) = cleaned {
+                if is_successor {
+                    engine.leave().await;
+                } else if let Err(second) = engine.stop().await {
                     error!("clean up after a start that failed: {second:#}");
                 }
                 Err(error)
@@ -148,6 +149,7 @@ impl Engine {
         self.kernel.begin(&self.desired, &self.services, transition.steps()).await?;
         self.services.let_go_of_registered();
         self.services.context().keeper.forget_rest();
+        self.kept.try_out();
         self.kept.restore_counters(&self.desired, &mut self.kernel)
     }
 

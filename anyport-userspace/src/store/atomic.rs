@@ -78,6 +78,17 @@ impl Store {
         self.remove_unused();
     }
 
+    /// Writes a little and removes it, to see whether that goes.
+    ///
+    /// # Errors
+    /// The kernel's.
+    pub fn try_out(&self) -> anyhow::Result<()> {
+        const NAME: &str = "trial";
+        let written = self.files.write(&aside(NAME), b"the state directory can be written\n");
+        self.files.remove(&aside(NAME)).ok();
+        written.with_context(|| self.attempt(NAME))
+    }
+
     /// Gives the state that is about to be replaced a second name. Not to be able to is no reason to change nothing.
     fn keep_previous(&self, name: &str, previous: &str) {
         let kept = match self.files.remove(previous) {
