@@ -4,14 +4,15 @@ use std::{fs, process::Command};
 
 use anyport_tests::{
     daemon::Daemon,
-    dial::{expect_tcp_hello, tcp_server},
+    dial::{SILENCE, expect_tcp_hello, read_text, tcp_server, tcp_within},
     netns::Netns,
+    topology::SERVER,
 };
 use libtest_mimic::Trial;
 use serde_json::{Value, json};
 
 use crate::{
-    cases::{at, on_each_back_end, trial},
+    cases::{Lab, at, on_each_back_end, trial},
     control::{contains, start},
     rules::services,
 };
@@ -27,6 +28,7 @@ pub(crate) fn trials() -> Vec<Trial> {
     trials.extend(on_each_back_end("explain::what is left to the host", host));
     trials.extend(on_each_back_end("explain::clients decide too", clients));
     trials.extend(on_each_back_end("explain::local routes", routes));
+    trials.extend(on_each_back_end("explain::a router and --no-route", on_a_router));
     trials.extend(on_each_back_end("explain::nothing is counted", uncounted));
     for backend in ["sk-lookup", "tc"] {
         trials.push(trial(format!("{backend}::explain::no live socket"), move || no_socket(backend)));
@@ -186,6 +188,29 @@ fn routes(backend: &'static str) {
     // Takes the route along, which can't be put back meanwhile.
     daemon.namespace().ip("link set lo down");
     contains(&daemon.ok("explain [2001:db8::7]:80"), &["another program removed anyport's own"]);
+}
+
+/// What is said of packets to a server behind this host is what becomes of them.
+fn on_a_router(backend: &'static str) {
+    let lab = Lab::new(backend);
+    for (server, block) in SERVER.into_iter().zip(["203.0.113.0/28", "2001:db8:d::/64"]) {
+        let to = at(server, 8_080);
+        lab.topology.server.enter(|| tcp_server(to, "server"));
+        let dial =
+            || lab.topology.client.enter(|| tcp_within(to, SILENCE).and_then(|mut stream| read_text(&mut stream)));
+        assert_eq!(dial().expect("an answer"), "server");
+        lab.daemon.ok(&format!("add-prefix {server} --no-route"));
+        let explained = lab.daemon.json(&format!("explain {to}"));
+        assert_eq!((&explained["verdict"], &explained["route"]["local"]), (&json!("steer"), &json!(false)));
+        let text = explained["route"]["text"].as_str().expect("text");
+        if backend == "sk-lookup" {
+            assert_eq!(dial().expect("an answer"), "server");
+            assert!(text.contains(&format!("go on by the route to {block}")), "{text}");
+        } else {
+            assert!(dial().is_err(), "{text}");
+            assert!(text.contains("they are dropped instead of going on"), "{text}");
+        }
+    }
 }
 
 fn uncounted(backend: &'static str) {

@@ -12,7 +12,7 @@ use crate::{
     routes::{ROUTE_PROTOCOL, Route},
     rules::{self, Decision, Prefix, Protocol, RuleRef, ServiceName, SourceLists, decide, to_address},
     service::Family,
-    steering::{Decided, Fate},
+    steering::{BackEnd, Decided, Fate},
 };
 
 /// An ephemeral port, for a packet that comes from nowhere in particular.
@@ -179,7 +179,14 @@ impl Engine {
                 format!("{block} is local by a route that is not anyport's (protocol {protocol})")
             }
             _ => {
+                // The kernel drops what has a socket and is not for this host (`ip_forward` in net/ipv4/ip_forward.c).
+                let back_end = self.kernel.back_end();
+                let has_socket = rule.is_some() && back_end != BackEnd::SkLookup;
                 let instead = match route {
+                    Some(Route { block, .. }) if has_socket => format!(
+                        "no local route: {back_end} counts such packets and gives them a socket, and then they are dropped \
+                         instead of going on by the route to {block}"
+                    ),
                     Some(Route { block, .. }) => format!("no local route: such packets go on by the route to {block}"),
                     None => "no local route, nor any other".to_owned(),
                 };
