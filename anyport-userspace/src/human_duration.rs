@@ -22,13 +22,24 @@ impl FromStr for HumanDuration {
     type Err = InvalidText;
 
     fn from_str(text: &str) -> Result<Self, InvalidText> {
-        let wrong = |why: String| InvalidText(format!("{text:?} is not a time such as 3s, 500ms or 5m: {why}"));
-        let span = humantime::parse_duration(text).map_err(|error| wrong(error.to_string()))?;
+        let span = parse(text)?;
         if span < SHORTEST || span > LONGEST {
-            return Err(wrong("it must lie between 10ms and 1year".into()));
+            return Err(wrong(text, &"it must lie between 10ms and 1year"));
         }
         Ok(Self(span))
     }
+}
+
+/// Reads a time of any length.
+///
+/// # Errors
+/// What is wrong with it.
+pub(crate) fn parse(text: &str) -> Result<Duration, InvalidText> {
+    humantime::parse_duration(text).map_err(|error| wrong(text, &error))
+}
+
+fn wrong(text: &str, why: &dyn fmt::Display) -> InvalidText {
+    InvalidText(format!("{text:?} is not a time such as 3s, 500ms or 5m: {why}"))
 }
 
 as_text!(HumanDuration);

@@ -27,7 +27,7 @@ pub(super) struct Status {
     #[arg(long, value_name = "RING")]
     ring: Option<Name>,
     /// Show it again and again, every 2 seconds or at this interval
-    #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration, num_args = 0..=1, default_missing_value = "2s")]
+    #[arg(long, value_name = "TIME", value_parser = crate::human_duration::parse, num_args = 0..=1, default_missing_value = "2s")]
     watch: Option<Duration>,
     /// Print metrics in the text format of Prometheus, for a collector that reads files
     #[arg(long, conflicts_with = "watch")]

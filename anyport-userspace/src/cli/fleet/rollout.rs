@@ -42,10 +42,10 @@ pub(super) struct Rollout {
     #[arg(long, required = true, value_name = "RINGS", value_delimiter = ',')]
     rings: Vec<Name>,
     /// How long a ring has to stay well before the next one
-    #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration, default_value = "5m")]
+    #[arg(long, value_name = "TIME", value_parser = crate::human_duration::parse, default_value = "5m")]
     gate: Duration,
     /// How long nodes may take to have the set active
-    #[arg(long, value_name = "TIME", value_parser = humantime::parse_duration, default_value = "2m")]
+    #[arg(long, value_name = "TIME", value_parser = crate::human_duration::parse, default_value = "2m")]
     within: Duration,
     #[command(flatten)]
     how: How,
