@@ -1,6 +1,6 @@
 //! The main job: any address, any port, over TCP and UDP, from near and far, and nothing else.
 
-use std::net::SocketAddr;
+use std::net::{SocketAddr, UdpSocket};
 
 use anyport_tests::{
     daemon::{Daemon, LogOnPanic},
@@ -9,7 +9,7 @@ use anyport_tests::{
         expect_udp_text, tcp, tcp_server, tcp_text, transparent_udp, udp_server,
     },
     random::Random,
-    topology::{HOST, SERVER, Topology},
+    topology::{CLIENT, HOST, SERVER, Topology},
 };
 use libtest_mimic::Trial;
 
@@ -33,6 +33,7 @@ pub(crate) fn trials() -> Vec<Trial> {
     }
     trials.extend(on_each_back_end("other traffic stays as it was", untouched));
     trials.extend(on_each_back_end("--except 22 leaves the host's listener", excepted));
+    trials.extend(on_each_back_end("the host's only address", only_address));
     trials.extend(on_each_back_end("established connections survive remove-prefix", survives_removal));
     trials.extend(on_each_back_end("established connections survive changes of other rules", survives_churn));
     trials.extend(on_each_back_end("steering wins over the host's listener", shadows));
@@ -163,6 +164,26 @@ fn excepted(backend: &'static str) {
                     expect_udp_hello(at(address, port));
                 }
             }
+        });
+    }
+}
+
+/// All ports but one of the address by which the host itself is reached, and from which it dials.
+fn only_address(backend: &'static str) {
+    let lab = Lab::new(backend);
+    lab.daemon.ok(&format!("add-prefix {} --protocol both --except 22 --no-route --force", HOST.join(" ")));
+    lab.topology.host.enter(|| tcp_server(at("::", 22), "the host's own\n"));
+    for (own, client) in HOST.into_iter().zip(CLIENT) {
+        lab.topology.client.enter(|| {
+            assert_eq!(tcp_text(at(own, 22)).expect("the real listener"), "the host's own\n");
+            expect_tcp_hello(at(own, 80));
+            expect_udp_hello(at(own, 80));
+            tcp_server(at(client, 8_080), "outside");
+            udp_server(UdpSocket::bind(at(client, 8_080)).expect("a UDP socket"), "outside");
+        });
+        lab.topology.host.enter(|| {
+            assert_eq!(tcp_text(at(client, 8_080)).expect("what the host dials"), "outside");
+            expect_udp_text(at(client, 8_080), "outside");
         });
     }
 }
