@@ -71,7 +71,7 @@ pub(crate) fn run(session: &mut Session, root: &Path, options: &KernelOptions, f
     }
     let mut lab = None;
     session.check("tests and the root file system", || {
-        lab = Some(Lab::build(root, &store, options.brief)?);
+        lab = Some(Lab::build(root, &store)?);
         Ok(())
     });
     let Some(lab) = lab else { return Ok(()) };
@@ -120,13 +120,10 @@ struct Lab {
 }
 
 impl Lab {
-    /// A whole pass takes programs that are optimized a little: building those takes minutes, and in an emulation they are several times
-    /// as fast.
-    fn build(root: &Path, store: &Path, is_brief: bool) -> Result<Self> {
-        let (profile, directory) = if is_brief { ("dev", "debug") } else { ("emulated", "emulated") };
-        exec(test::host_crates(root, "build").args(["--profile", profile, "--bins", "--examples"]))?;
-        let tests = image::test_program(process::cargo(root, "test").args(["--profile", profile]))?;
-        let programs = image::programs(store, &process::target_dir(root).join(directory), &tests)?;
+    fn build(root: &Path, store: &Path) -> Result<Self> {
+        exec(test::host_crates(root, "build").args(["--bins", "--examples"]))?;
+        let tests = image::test_program(&mut process::cargo(root, "test"))?;
+        let programs = image::programs(store, &process::target_dir(root).join("debug"), &tests)?;
         Ok(Self { root: image::root(store)?, programs, store: store.to_owned() })
     }
 
