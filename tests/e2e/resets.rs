@@ -311,7 +311,7 @@ fn dial_eager(to: SocketAddr) -> Result<(), String> {
     if is_right { Ok(()) } else { Err(format!("eager: {} bytes, reset: {is_reset}", got.len())) }
 }
 
-/// Answers after the first words, and closes though more comes: the kernel resets the connection behind the answer.
+/// Answers after some of an upload, and closes though more comes: the kernel resets the connection behind the answer.
 fn answer_early(mut stream: TcpStream) -> Result<(), String> {
     let mut buffer = [0; 1_000];
     stream.read_exact(&mut buffer).map_err(|error| format!("no upload: {error}"))?;

@@ -480,7 +480,7 @@ async fn questions(shared: Arc<Shared>, flow: Arc<Flow>) {
             tracing::debug!("service {}: {:?}: {error}", shared.forwarder.name, flow.ends);
         }
     };
-    // The flow's client is one of many at the same original destination, of whom each has a socket there.
+    // The flow's client is one of many at the same original destination, and each of them has a socket there.
     let reroute = |Stray { source, bytes, hops }| {
         counts.datagrams.raise();
         if shared.gate.allows(source.ip()) {
