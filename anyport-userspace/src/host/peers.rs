@@ -96,7 +96,7 @@ fn neighbours() -> anyhow::Result<Vec<Peer>> {
 }
 
 /// The broadcast addresses of the networks that interfaces are in. The kernel has routes to them (`fib_add_ifaddr` in
-/// net/ipv4/fib_frontend.c), also where no such address is configured; networks of two addresses have none (RFC 3021).
+/// `net/ipv4/fib_frontend.c`), also where no such address is configured; networks of two addresses have none (RFC 3021).
 fn broadcasts() -> anyhow::Result<impl Iterator<Item = Peer>> {
     let addresses = interface_addresses()?.into_iter().filter(|it| it.has_broadcast);
     Ok(addresses.filter_map(|InterfaceAddress { address, network, interface, .. }| {
