@@ -199,11 +199,6 @@ impl Batch {
         self.count = 1;
     }
 
-    /// Whether it has no room for more, so that more may be there.
-    pub fn is_full(&self) -> bool {
-        self.count == BATCH
-    }
-
     /// Each datagram of the batch.
     pub fn datagrams(&self) -> impl Iterator<Item = &[u8]> {
         self.datagrams_of(0, self.count)
