@@ -1,6 +1,6 @@
 //! `cargo xtask dist`: everything that a package is made of.
 
-use std::{fs, path::Path};
+use std::{fs, path::Path, process::Command};
 
 use anyhow::{Context as _, Result};
 
@@ -23,7 +23,9 @@ pub(crate) struct Options {
 pub(crate) fn run(options: &Options) -> Result<()> {
     let root = process::workspace()?;
     let dist = process::target_dir(&root).join("dist");
-    fill(&root, &dist)?;
+    let mut pages = process::cargo(&root, "run");
+    pages.args(["--package", "anyport-userspace", "--example", "pages", "--"]);
+    fill(&root, &dist, &mut pages)?;
     if !options.without_programs {
         let programs = Programs::build(&root, PACKAGED)?;
         for program in [programs.daemon(), programs.client()] {
@@ -36,8 +38,8 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     Ok(())
 }
 
-/// Everything but the programs.
-pub(crate) fn fill(root: &Path, dist: &Path) -> Result<()> {
+/// Everything but the programs. `pages` writes the manual pages and completions into the directory that it is given.
+pub(crate) fn fill(root: &Path, dist: &Path, pages: &mut Command) -> Result<()> {
     if dist.exists() {
         fs::remove_dir_all(dist).with_context(|| format!("empty {}", dist.display()))?;
     }
@@ -50,8 +52,7 @@ pub(crate) fn fill(root: &Path, dist: &Path) -> Result<()> {
         copy(&root.join(from), &dist.join(to))?;
     }
     fs::write(dist.join(licences::NOTICES), licences::notices(root)?).context("write the notices of other crates")?;
-    let mut pages = process::cargo(root, "run");
-    exec(pages.args(["--package", "anyport-userspace", "--example", "pages", "--"]).arg(dist))
+    exec(pages.arg(dist))
 }
 
 /// Copies a file, into a directory that is made if need be.

@@ -124,7 +124,7 @@ fn packaging(session: &mut Session, root: &Path) {
     let dist = process::target_dir(root).join("dist-of-tests");
     session.check("the systemd unit", || packages::check_unit(root, &programs, &dist));
     session.check("packages", || {
-        dist::fill(root, &dist)?;
+        dist::fill(root, &dist, &mut Command::new(programs.directory.join("examples/pages")))?;
         packages::build(root, &dist, &programs, Effort::Least)?;
         packages::check(root, &dist)
     });

@@ -86,13 +86,9 @@ pub(crate) fn programs(store: &Path, built: &Path, tests: &Path) -> Result<PathB
     Ok(image)
 }
 
-/// The test program that cargo has built.
+/// The test program, as `cargo`, a `cargo test` on the crates that are built anyway, builds it.
 pub(crate) fn test_program(cargo: &mut Command) -> Result<PathBuf> {
-    let messages = stdout(cargo.args(["--package", "anyport-tests", "--test", "e2e", "--no-run"]).args([
-        "--message-format",
-        "json",
-        "--quiet",
-    ]))?;
+    let messages = stdout(cargo.args(["--test", "e2e", "--no-run", "--message-format", "json", "--quiet"]))?;
     // Programs that the tests use are named, too, in any order.
     let tests = messages.lines().filter(|line| line.contains("\"kind\":[\"test\"]"));
     let executables = tests.filter_map(|line| line.split_once("\"executable\":\""));

@@ -122,7 +122,8 @@ struct Lab {
 impl Lab {
     fn build(root: &Path, store: &Path) -> Result<Self> {
         exec(test::host_crates(root, "build").args(["--bins", "--examples"]))?;
-        let tests = image::test_program(&mut process::cargo(root, "test"))?;
+        // Of the same crates: with a package alone, the features of what it uses differ, and all is built once more.
+        let tests = image::test_program(&mut test::host_crates(root, "test"))?;
         let programs = image::programs(store, &process::target_dir(root).join("debug"), &tests)?;
         Ok(Self { root: image::root(store)?, programs, store: store.to_owned() })
     }
