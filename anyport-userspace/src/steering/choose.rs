@@ -1,6 +1,9 @@
 //! Finding the back end that works here, by trying.
 
+use std::io;
+
 use anyhow::{Context as _, bail};
+use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 use tracing::{info, warn};
 
@@ -30,6 +33,9 @@ pub struct Outcome {
     pub usable: Option<bool>,
     /// Why.
     pub reason: String,
+    /// Whether it failed for want of something that may be there the next time, such as memory.
+    #[serde(default)]
+    pub is_passing: bool,
 }
 
 /// What a server of this executable found out about the back ends. The keeper hands it to the next one, which need not wait for a
@@ -48,12 +54,12 @@ impl Remembered {
         Self { settings: settings(wanted, options), outcomes: outcomes.to_vec() }
     }
 
-    /// Those that did not work with the same settings.
+    /// Those that can't work with the same settings.
     fn unusable(&self, wanted: Option<BackEnd>, options: &bpf::Options) -> Vec<Outcome> {
         if self.settings != settings(wanted, options) {
             return Vec::new();
         }
-        self.outcomes.iter().filter(|it| it.usable == Some(false)).cloned().collect()
+        self.outcomes.iter().filter(|it| it.usable == Some(false) && !it.is_passing).cloned().collect()
     }
 }
 
@@ -93,6 +99,7 @@ fn try_all(
             outcomes.push(known.clone());
             continue;
         }
+        let mut is_passing = false;
         let (usable, reason) = match (&steering, wanted) {
             (_, Some(wanted)) if wanted != back_end => (None, format!("not tried: {wanted} was asked for")),
             (Some(first), _) => (None, format!("not tried: {} works and comes first", first.back_end())),
@@ -104,16 +111,19 @@ fn try_all(
                 Err(error) if wanted.is_some() => {
                     return Err(error).with_context(|| format!("the back end {back_end} does not work here"));
                 }
-                Err(error) => (Some(false), format!("{error:#}")),
+                Err(error) => {
+                    is_passing = is_shortage(&error);
+                    (Some(false), format!("{error:#}"))
+                }
             },
         };
-        outcomes.push(Outcome { back_end, usable, reason });
+        outcomes.push(Outcome { back_end, usable, reason, is_passing });
     }
     let Some(steering) = steering else {
         let reasons: Vec<String> = outcomes.iter().map(|it| format!("\n  {}: {}", it.back_end, it.reason)).collect();
         bail!("no back end works here:{}", reasons.concat());
     };
-    for Outcome { back_end, usable, reason } in &outcomes {
+    for Outcome { back_end, usable, reason, .. } in &outcomes {
         match usable {
             Some(true) => info!("steering by {back_end}: {reason}"),
             Some(false) => warn!("passed over {back_end}: {reason}"),
@@ -121,6 +131,19 @@ fn try_all(
         }
     }
     Ok(Chosen { steering, outcomes })
+}
+
+/// Whether the kernel was short of something, or asked to be tried again.
+fn is_shortage(error: &anyhow::Error) -> bool {
+    let code = |cause: &(dyn std::error::Error + 'static)| {
+        let by_io = || cause.downcast_ref::<io::Error>().and_then(io::Error::raw_os_error);
+        let by_program = || cause.downcast_ref::<bpf::load::NotTaken>().and_then(|it| it.code);
+        let errno = cause.downcast_ref::<Errno>().copied();
+        errno.or_else(|| by_io().or_else(by_program).map(Errno::from_raw))
+    };
+    let codes =
+        [Errno::ENOMEM, Errno::ENOBUFS, Errno::EMFILE, Errno::ENFILE, Errno::EAGAIN, Errno::EINTR, Errno::EBUSY];
+    error.chain().filter_map(code).any(|it| codes.contains(&it))
 }
 
 fn reason_to_use(wanted: Option<BackEnd>) -> String {
@@ -157,7 +180,7 @@ mod tests {
 
     use anyhow::bail;
 
-    use super::{BackEnd, Outcome, Remembered, bpf::Options, try_all};
+    use super::{BackEnd, Errno, Outcome, Remembered, bpf::Options, io, is_shortage, try_all};
 
     fn options(interface: &str) -> Options {
         Options {
@@ -172,8 +195,8 @@ mod tests {
     /// As it comes back from the keeper.
     #[test]
     fn what_was_refused_is_not_tried_again_with_the_same_settings() {
-        let refused = |back_end| Outcome { back_end, usable: Some(false), reason: "no".into() };
-        let last = Outcome { back_end: BackEnd::Tproxy, usable: Some(true), reason: String::new() };
+        let refused = |back_end| Outcome { back_end, usable: Some(false), reason: "no".into(), is_passing: false };
+        let last = Outcome { back_end: BackEnd::Tproxy, usable: Some(true), reason: String::new(), is_passing: false };
         let outcomes = [refused(BackEnd::SkLookup), refused(BackEnd::Tc), last];
         let text = serde_json::to_string(&Remembered::new(None, &options("lo"), &outcomes)).unwrap();
         let remembered: Remembered = serde_json::from_str(&text).unwrap();
@@ -192,5 +215,27 @@ mod tests {
         assert_eq!(*tried.borrow(), [BackEnd::Tproxy]);
         let error = format!("{:#}", error.unwrap_err());
         assert!(error.contains("sk-lookup: no") && error.contains("tproxy: not any more"), "{error}");
+    }
+
+    #[test]
+    fn a_shortage_is_no_verdict() {
+        for (error, is_passing) in [
+            (anyhow::Error::from(io::Error::from_raw_os_error(libc::ENOMEM)).context("load the programs"), true),
+            (anyhow::Error::from(Errno::EMFILE).context("open the maps"), true),
+            (anyhow::Error::from(Errno::EINVAL), false),
+            (anyhow::anyhow!("the kernel is too old"), false),
+        ] {
+            assert_eq!(is_shortage(&error), is_passing, "{error:#}");
+        }
+        let outcome = |is_passing| Outcome {
+            back_end: BackEnd::SkLookup,
+            usable: Some(false),
+            reason: String::new(),
+            is_passing,
+        };
+        for is_passing in [true, false] {
+            let remembered = Remembered::new(None, &options("lo"), &[outcome(is_passing)]);
+            assert_eq!(remembered.unusable(None, &options("lo")).is_empty(), is_passing);
+        }
     }
 }

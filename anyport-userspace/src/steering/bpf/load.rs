@@ -2,7 +2,6 @@
 
 use std::{fs, io};
 
-use anyhow::anyhow;
 use aya::programs::ProgramError;
 use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit};
 use tracing::debug;
@@ -12,6 +11,15 @@ use crate::back_end::BackEnd;
 /// Of the verifier's words to people. The debug log has all of them.
 const LONGEST_LINE: usize = 200;
 
+/// The kernel does not take a program.
+#[derive(Debug, thiserror::Error)]
+#[error("{said}")]
+pub(in crate::steering) struct NotTaken {
+    said: String,
+    /// What the kernel returned, if it was asked.
+    pub(in crate::steering) code: Option<i32>,
+}
+
 /// Loads a program of a back end. What the verifier writes goes to the debug log, where it may be hundreds of kilobytes; its
 /// verdict, which is its last line but for statistics, goes to people.
 pub(super) fn load_program(
@@ -20,12 +28,15 @@ pub(super) fn load_program(
     load: impl FnOnce() -> Result<(), ProgramError>,
 ) -> anyhow::Result<()> {
     load().map_err(|error| {
-        let said = match &error {
-            ProgramError::LoadError { io_error, verifier_log } => refusal(name, io_error, &verifier_log.to_string()),
-            other => other.to_string(),
+        let (said, code) = match &error {
+            ProgramError::LoadError { io_error, verifier_log } => {
+                (refusal(name, io_error, &verifier_log.to_string()), io_error.raw_os_error())
+            }
+            other => (other.to_string(), None),
         };
         let limit = named_limit(&anyhow::Error::new(error)).map(|it| format!("; {it}")).unwrap_or_default();
-        anyhow!("the kernel does not take the BPF program {name}: {said}; {}{limit}", needs(back_end))
+        let said = format!("the kernel does not take the BPF program {name}: {said}; {}{limit}", needs(back_end));
+        NotTaken { said, code }.into()
     })
 }
 

@@ -4,7 +4,7 @@ mod counts;
 mod explain;
 mod hooks;
 mod listing;
-mod load;
+pub(super) mod load;
 mod pins;
 mod refuse;
 mod ring_buffer;
