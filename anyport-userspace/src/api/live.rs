@@ -91,8 +91,20 @@ pub struct LivePrefix {
 pub struct ServiceCounts<T> {
     /// Packets that its rules handed to it: the first of each connection, and each datagram.
     pub steered: T,
-    /// Packets of its rules that were dropped.
+    /// Packets of its rules that were dropped, for whichever of the following three reasons.
     pub dropped: T,
+    /// Dropped since it had no live socket.
+    #[serde(default)]
+    pub no_socket: T,
+    /// Dropped since the kernel would not assign its socket.
+    #[serde(default)]
+    pub assign_error: T,
+    /// Dropped since it does not take their source.
+    #[serde(default)]
+    pub denied: T,
+    /// Attempts to connect and datagrams that the kernel dropped since the queue of its socket was full.
+    #[serde(default)]
+    pub full_queues: T,
     /// Connections accepted, those that were then refused included.
     pub accepted: T,
     /// Connections and flows refused: over a limit, or of a source that it does not take.
@@ -121,6 +133,10 @@ impl ServiceCounts<u64> {
         ServiceCounts {
             steered: rate(|it| it.steered),
             dropped: rate(|it| it.dropped),
+            no_socket: rate(|it| it.no_socket),
+            assign_error: rate(|it| it.assign_error),
+            denied: rate(|it| it.denied),
+            full_queues: rate(|it| it.full_queues),
             accepted: rate(|it| it.accepted),
             refused: rate(|it| it.refused),
             datagrams: rate(|it| it.datagrams),

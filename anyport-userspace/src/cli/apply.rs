@@ -30,7 +30,7 @@ pub(super) struct Apply {
     #[arg(long)]
     dry_run: bool,
     /// Go back to the rules before by itself unless `anyportctl confirm` follows within this time, such as 60s or 5m
-    #[arg(long, value_name = "DURATION", value_parser = crate::human_duration::parse, conflicts_with = "dry_run")]
+    #[arg(long, value_name = "TIME", value_parser = crate::human_duration::parse, conflicts_with = "dry_run")]
     confirm: Option<Duration>,
     /// Remove the rules that were added by hand, too
     #[arg(long)]

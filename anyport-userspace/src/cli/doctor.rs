@@ -21,7 +21,6 @@ const WIDTH: usize = 110;
 
 /// Checks this host for everything that silently breaks steering.
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Exit status: 1 if something is broken.")]
 pub(super) struct Doctor {
     /// Do what is safe, and write down what was before
     #[arg(long)]
@@ -67,7 +66,7 @@ impl Doctor {
             }
         }
         let answer = Answer { report, changed };
-        out.print(&answer, |answer| text(answer, verbose))?;
+        out.print(&answer, |answer| text(answer, verbose, nothing_done(fix, undo)))?;
         match answer.report.broken() {
             0 => Ok(()),
             1 => Err(broken("one thing is broken")),
@@ -84,9 +83,21 @@ fn journal(client: &Client) -> PathBuf {
     client.socket().with_file_name(JOURNAL)
 }
 
-fn text(answer: &Answer, verbose: bool) -> String {
+/// What is said where something was to be done and nothing was.
+fn nothing_done(fix: bool, undo: bool) -> Option<&'static str> {
+    match (fix, undo) {
+        (true, _) => Some("nothing was changed: no finding has a remedy that --fix may carry out"),
+        (_, true) => {
+            Some("nothing was put back: --fix has changed nothing since the last boot, or all of it was put back")
+        }
+        (false, false) => None,
+    }
+}
+
+fn text(answer: &Answer, verbose: bool, nothing_done: Option<&str>) -> String {
     let Answer { report, changed } = answer;
     let mut lines: Vec<String> = changed.iter().map(|change| format!("done     {change}")).collect();
+    lines.extend(nothing_done.filter(|_| changed.is_empty()).map(ToOwned::to_owned));
     lines.push(match (&report.daemon, &report.no_daemon) {
         (Some(it), _) => {
             format!("anyportd {}, pid {}, steers by {} with {} rules", it.version, it.pid, it.backend, it.rules)

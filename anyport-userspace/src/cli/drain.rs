@@ -28,7 +28,7 @@ pub(super) struct Drain {
     #[arg(long, value_name = "NAME")]
     service: Option<ServiceName>,
     /// From the withdrawal to the first new connection that is refused, such as 30s or 2m. With 0s the router is not waited for either
-    #[arg(long, value_name = "DURATION", value_parser = crate::human_duration::parse, default_value = "30s")]
+    #[arg(long, value_name = "TIME", value_parser = crate::human_duration::parse, default_value = "30s")]
     wait: Duration,
 }
 

@@ -49,7 +49,7 @@ impl Events {
         let mut left = count.map(NonZeroU64::get);
         let hear = |line: EventLine| {
             let reader = match &line {
-                EventLine::Missed { .. } | EventLine::Note { .. } if !out.json => {
+                EventLine::Missed { .. } | EventLine::Note { .. } if out.is_for_people() => {
                     // Beside the events, where nobody who counts lines counts it.
                     writeln!(io::stderr(), "{}", text(&line)).ok();
                     Reader::There

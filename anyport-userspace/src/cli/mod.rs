@@ -4,16 +4,20 @@ mod apply;
 mod doctor;
 mod drain;
 mod events;
+mod examples;
 mod explain;
 #[cfg(feature = "fleet")]
 mod fleet;
 mod lists;
+mod output;
 mod prefixes;
 mod register;
 mod reload;
 mod services;
 mod show;
 mod status;
+mod table;
+mod tone;
 mod top;
 
 use std::{io::Write, path::PathBuf};
@@ -21,27 +25,39 @@ use std::{io::Write, path::PathBuf};
 use clap::{Parser, Subcommand};
 use serde::Serialize;
 
+use self::output::{Format, Output, Reader, When};
 use crate::{
-    api::{Changed, Client, Problem, ProblemKind},
+    api::{Client, Problem, ProblemKind},
     paths::DEFAULT_SOCKET,
     text::visible,
 };
+
+/// What the options of all verbs stand under in the help.
+const GLOBAL: &str = "Global options";
 
 /// Controls anyportd, which steers whole prefixes to one socket.
 #[derive(Debug, Parser)]
 #[command(
     name = "anyportctl",
     version,
-    after_help = "Exit status: 0 done; 1 failed; 2 wrong usage or invalid input; 3 no daemon answers; \
-                  4 not permitted; 5 refused for safety (the message names the flag that overrides)."
+    after_help = examples::EXIT_STATUS
 )]
 pub struct Cli {
     /// Control socket of the daemon
-    #[arg(long, global = true, env = "ANYPORT_SOCKET", value_name = "PATH", default_value = DEFAULT_SOCKET)]
+    #[arg(long, global = true, env = "ANYPORT_SOCKET", value_name = "PATH", default_value = DEFAULT_SOCKET, help_heading = GLOBAL)]
     socket: PathBuf,
-    /// Print JSON, errors included
-    #[arg(long, global = true)]
-    pub json: bool,
+    /// Print JSON, errors included: the same as -o json
+    #[arg(long, global = true, help_heading = GLOBAL)]
+    json: bool,
+    /// How answers are printed
+    #[arg(long, short = 'o', global = true, value_enum, value_name = "FORMAT", default_value_t, help_heading = GLOBAL)]
+    output: Format,
+    /// Whether what is wrong is shown in colours
+    #[arg(long, global = true, value_enum, value_name = "WHEN", default_value_t, help_heading = GLOBAL)]
+    color: When,
+    /// Print long lists at once, rather than through $PAGER
+    #[arg(long, global = true, help_heading = GLOBAL)]
+    no_pager: bool,
     #[command(subcommand)]
     verb: Verb,
 }
@@ -49,43 +65,61 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 enum Verb {
     /// Steer prefixes to a service
+    #[command(visible_aliases = ["add"], after_help = examples::ADD_PREFIX)]
     AddPrefix(prefixes::Add),
     /// Stop steering prefixes; established connections go on
+    #[command(visible_aliases = ["rm", "del", "remove"], after_help = examples::REMOVE_PREFIX)]
     RemovePrefix(prefixes::Remove),
     /// List the rules in order of precedence, with counters
+    #[command(visible_aliases = ["ls", "list", "show"], after_help = examples::PREFIXES)]
     Prefixes(prefixes::List),
     /// Make the applied rules equal to a file, in one step
+    #[command(after_help = examples::APPLY)]
     Apply(apply::Apply),
     /// Keep what was applied with --confirm
+    #[command(after_help = examples::CONFIRM)]
     Confirm,
     /// Have the daemon read its configuration file again
+    #[command(after_help = examples::RELOAD)]
     Reload(reload::Reload),
     /// Open a new service
+    #[command(after_help = examples::ADD_SERVICE)]
     AddService(Box<services::Add>),
     /// Close a service that no rule steers to
+    #[command(after_help = examples::REMOVE_SERVICE)]
     RemoveService(services::Remove),
     /// List the services with their sockets and counters
+    #[command(after_help = examples::SERVICES)]
     Services,
     /// Hand a process's sockets to a service
+    #[command(after_help = examples::REGISTER)]
     Register(register::Add),
     /// Give up sockets that were registered; they stay open
+    #[command(after_help = examples::UNREGISTER)]
     Unregister(register::Remove),
     /// Take this node out of service, or a part of it; established connections go on
+    #[command(after_help = examples::DRAIN)]
     Drain(drain::Drain),
     /// End a drain
+    #[command(after_help = examples::UNDRAIN)]
     Undrain(drain::UndrainOptions),
     /// Say what becomes of a packet, and why
+    #[command(after_help = examples::EXPLAIN)]
     Explain(explain::Explain),
     /// Print connections and flows as they begin
+    #[command(after_help = examples::EVENTS)]
     Events(events::Events),
     /// Show the back end, the generation, totals, and what is degraded
+    #[command(after_help = examples::STATUS)]
     Status,
     /// Show rates by service and prefix, live
+    #[command(after_help = examples::TOP)]
     Top(top::Top),
     /// Check this host for what silently breaks steering
     ///
     /// Works without a daemon, and then names what any back end would need. It looks at the network namespace that
     /// it is run in, and needs root to see everything.
+    #[command(after_help = examples::DOCTOR)]
     Doctor(doctor::Doctor),
     /// Publish rules to many machines, and see what they make of them
     #[cfg(feature = "fleet")]
@@ -93,14 +127,20 @@ enum Verb {
 }
 
 impl Cli {
+    /// Whether answers and errors are printed as JSON.
+    pub fn is_json(&self) -> bool {
+        self.json || self.output == Format::Json
+    }
+
     /// Carries the verb out and prints to `out`.
     ///
     /// # Errors
     /// Why it was not carried out.
     pub async fn run(self, out: &mut dyn Write) -> Result<(), Problem> {
-        let Self { socket, json, verb } = self;
+        let Self { socket, json, output, color, no_pager, verb } = self;
         let client = Client::new(socket);
-        let out = &mut Output { out, json };
+        let format = if json { Format::Json } else { output };
+        let out = &mut Output::new(out, format, color, !no_pager);
         match verb {
             Verb::AddPrefix(add) => add.run(&client, out).await,
             Verb::RemovePrefix(remove) => remove.run(&client, out).await,
@@ -133,14 +173,6 @@ fn path(path: &str, query: &impl Serialize) -> Result<String, Problem> {
     Ok(format!("{path}?{query}"))
 }
 
-/// Whether a program or a user reads what is printed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Reader {
-    There,
-    /// Such as head, which has had enough.
-    Gone,
-}
-
 /// A problem as it is printed: as JSON, or as text for people.
 pub fn text_of(problem: &Problem, is_json: bool) -> String {
     let Problem { error, hint, .. } = problem;
@@ -150,57 +182,4 @@ pub fn text_of(problem: &Problem, is_json: bool) -> String {
         (false, hint) => format!("anyportctl: {error}\nhint: {hint}"),
     };
     visible(&text).into_owned()
-}
-
-/// Where answers are printed, and how.
-struct Output<'a> {
-    out: &'a mut dyn Write,
-    json: bool,
-}
-
-impl Output<'_> {
-    /// Prints the answer as JSON, or as the text that `human` makes of it.
-    fn print<T: Serialize>(&mut self, answer: &T, human: impl FnOnce(&T) -> String) -> Result<(), Problem> {
-        let text = if self.json {
-            serde_json::to_string_pretty(answer)
-                .map_err(|error| Problem::new(ProblemKind::Failed, format!("write the answer as JSON: {error}")))?
-        } else {
-            human(answer)
-        };
-        self.print_text(&text)
-    }
-
-    /// Prints one of several answers, as a line of JSON or as text.
-    fn print_one<T: Serialize>(&mut self, answer: &T, human: impl FnOnce(&T) -> String) -> Result<Reader, Problem> {
-        let text = if self.json {
-            serde_json::to_string(answer)
-                .map_err(|error| Problem::new(ProblemKind::Failed, format!("write the answer as JSON: {error}")))?
-        } else {
-            human(answer)
-        };
-        self.print_line(&text)
-    }
-
-    fn print_text(&mut self, text: &str) -> Result<(), Problem> {
-        self.print_line(text).map(drop)
-    }
-
-    /// Prints one of several texts.
-    fn print_line(&mut self, text: &str) -> Result<Reader, Problem> {
-        match writeln!(self.out, "{}", visible(text)).and_then(|()| self.out.flush()) {
-            Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(Reader::Gone),
-            written => {
-                written.map_err(|error| Problem::new(ProblemKind::Failed, format!("print the answer: {error}")))?;
-                Ok(Reader::There)
-            }
-        }
-    }
-
-    fn print_change(&mut self, answer: &Changed, done: String) -> Result<(), Problem> {
-        self.print(answer, |answer| {
-            let what = if answer.changed == 0 { "nothing to do, it is so already".into() } else { done };
-            let notes = answer.notes.iter().map(|note| format!("\nnote: {note}"));
-            format!("{what} (generation {}){}", answer.generation, notes.collect::<String>())
-        })
-    }
 }

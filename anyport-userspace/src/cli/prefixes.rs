@@ -4,7 +4,13 @@ use std::{borrow::Cow, num::NonZeroU16, str::FromStr};
 
 use serde_json::value::RawValue;
 
-use super::{Output, lists::Source, path, show::table};
+use super::{
+    Output,
+    lists::Source,
+    path,
+    show::count,
+    table::{Column, number, table, text},
+};
 use crate::{
     api::{AddPrefixes, Changed, Client, ListPrefixes, PrefixView, Problem, ProblemKind, RemovePrefixes},
     rules::{InvalidText, PortSet, Prefix, Protocol, RuleSpec, ServiceName},
@@ -32,7 +38,7 @@ pub(super) struct Add {
     #[arg(long, default_value = "", hide_default_value = true, value_name = "PORTS")]
     except: PortSet,
     /// Only clients of this prefix
-    #[arg(long, value_name = "CIDR")]
+    #[arg(long, value_name = "PREFIX")]
     source: Option<Prefix>,
     /// Who receives
     #[arg(long, default_value = "default", value_name = "NAME")]
@@ -55,8 +61,8 @@ enum Wanted {
 impl FromStr for Wanted {
     type Err = InvalidText;
 
-    fn from_str(text: &str) -> Result<Self, InvalidText> {
-        if text == "-" { Ok(Self::Listed) } else { text.parse().map(Self::Prefix) }
+    fn from_str(given: &str) -> Result<Self, InvalidText> {
+        if given == "-" { Ok(Self::Listed) } else { given.parse().map(Self::Prefix) }
     }
 }
 
@@ -95,7 +101,7 @@ pub(super) struct Remove {
     #[arg(long, value_name = "PORTS")]
     except: Option<PortSet>,
     /// Only rules about the clients of exactly this prefix
-    #[arg(long, value_name = "CIDR")]
+    #[arg(long, value_name = "PREFIX")]
     source: Option<Prefix>,
     /// Only rules that steer to this service
     #[arg(long, value_name = "NAME")]
@@ -108,8 +114,7 @@ impl Remove {
         let prefixes_given = list_of(&prefixes);
         let request = RemovePrefixes { prefixes, protocol, ports, except, source, service };
         let answer: Changed = client.delete("/v1/prefixes", &request).await?;
-        let rules = if answer.changed == 1 { "1 rule".into() } else { format!("{} rules", answer.changed) };
-        out.print_change(&answer, format!("removed {rules} of {prefixes_given}"))
+        out.print_change(&answer, format!("removed {} of {prefixes_given}", count(answer.changed, "rule")))
     }
 }
 
@@ -117,7 +122,7 @@ impl Remove {
 #[derive(Debug, clap::Args)]
 pub(super) struct List {
     /// Only rules of prefixes inside of this one, itself included
-    #[arg(long, value_name = "CIDR")]
+    #[arg(long, value_name = "PREFIX")]
     within: Option<Prefix>,
     /// Only rules that steer to this service
     #[arg(long, value_name = "NAME")]
@@ -135,16 +140,16 @@ pub(super) struct List {
 
 impl List {
     pub(super) async fn run(self, client: &Client, out: &mut Output<'_>) -> Result<(), Problem> {
-        if out.json {
-            // As the daemon wrote it: there may be a million rules.
+        if !out.is_for_people() {
             let body: Box<RawValue> = client.get(&self.path(self.limit)?).await?;
-            return out.print_text(body.get());
+            // As the daemon wrote it: there may be a million rules.
+            return if out.is_json() { out.print_text(body.get()) } else { out.print(&body, |_| String::new()) };
         }
         // One more tells whether there are more.
         let body: Box<RawValue> = client.get(&self.path(self.limit.map(|it| it.saturating_add(1)))?).await?;
         let views: Vec<PrefixView<'_>> = serde_json::from_str(body.get())
             .map_err(|error| Problem::new(ProblemKind::Failed, format!("read the rules: {error}")))?;
-        out.print_text(&self.text(&views))
+        out.print_text(&self.text(&views, out.width()))
     }
 
     /// What to ask the daemon for.
@@ -155,7 +160,7 @@ impl List {
     }
 
     /// For people. `views` may hold one more than they asked for.
-    fn text(&self, views: &[PrefixView<'_>]) -> String {
+    fn text(&self, views: &[PrefixView<'_>], width: Option<usize>) -> String {
         let Self { within, service, port, after, limit } = self;
         if views.is_empty() {
             let is_narrowed = within.is_some() || service.is_some() || port.is_some() || after.is_some();
@@ -166,9 +171,7 @@ impl List {
             };
         }
         let (shown, more) = views.split_at(limit.unwrap_or(usize::MAX).min(views.len()));
-        let header =
-            ["PREFIX", "PROTOCOL", "PORTS", "EXCEPT", "SOURCE", "SERVICE", "ROUTE", "ORIGIN", "STEERED", "DROPPED"];
-        let text = table(header, shown.iter().map(row));
+        let text = table(&COLUMNS, shown.iter().map(row), width);
         let Some(next) = more.first() else { return text };
         // Rules of one prefix that the limit separates are shown once more, rather than never.
         match shown.iter().rev().find(|it| it.prefix != next.prefix) {
@@ -177,6 +180,19 @@ impl List {
         }
     }
 }
+
+const COLUMNS: [Column; 10] = [
+    text("PREFIX"),
+    text("PROTOCOL").rank(4),
+    text("PORTS").rank(1),
+    text("EXCEPT").rank(3),
+    text("SOURCE").rank(5),
+    text("SERVICE"),
+    text("ROUTE").rank(7),
+    text("ORIGIN").rank(6),
+    number("STEERED"),
+    number("DROPPED").rank(2),
+];
 
 fn row<'a>(view: &PrefixView<'a>) -> [Cow<'a, str>; 10] {
     let PrefixView {

@@ -1,15 +1,17 @@
 //! `anyportctl services`, `add-service` and `remove-service`.
 
-use std::collections::BTreeSet;
+use std::{borrow::Cow, collections::BTreeSet};
 
 use super::{
     Output,
-    show::{ago, table},
+    show::ago,
+    table::{Column, Row, number, table, text},
+    tone::Tone,
 };
 use crate::{
     api::{Changed, Client, Problem, ServiceView},
     rules::ServiceName,
-    service::{ServiceConfig, ServiceTable, UpstreamView},
+    service::{ServiceConfig, ServiceTable, UpstreamState, UpstreamView},
 };
 
 /// Opens a new service, to which add-prefix --service can steer.
@@ -44,37 +46,50 @@ impl Remove {
 
 pub(super) async fn list(client: &Client, out: &mut Output<'_>) -> Result<(), Problem> {
     let views: Vec<ServiceView> = client.get("/v1/services").await?;
+    let width = out.width();
     out.print(&views, |views| {
-        let header = [
-            "NAME",
-            "HANDLER",
-            "ORIGIN",
-            "RULES",
-            "SOCKETS",
-            "STEERED",
-            "NO-SOCKET",
-            "UNASSIGNED",
-            "DENIED",
-            "ACTIVE",
-            "ACCEPTED",
-            "REFUSED",
-            "DATAGRAMS",
-            "ANSWERED",
-            "PID",
-        ];
-        let mut text = table(header, views.iter().map(|view| row(view).map(Into::into)));
+        let mut text = table(&COLUMNS, views.iter().map(row), width);
         let upstreams = || views.iter().flat_map(|view| view.upstreams.iter().map(move |it| (view, it)));
         if upstreams().next().is_some() {
-            let header = ["SERVICE", "UPSTREAM", "STATE", "OPEN", "TOTAL", "FAILED", "TO", "FROM", "NOTE"];
             text.push_str("\n\n");
-            text.push_str(&table(header, upstreams().map(|(view, it)| upstream_row(view, it).map(Into::into))));
+            text.push_str(&table(&UPSTREAMS, upstreams().map(|(view, it)| upstream_row(view, it)), width));
         }
         text
     })
 }
 
-fn row(view: &ServiceView) -> [String; 15] {
-    [
+const COLUMNS: [Column; 15] = [
+    text("NAME"),
+    text("HANDLER").rank(1),
+    text("ORIGIN").rank(11),
+    number("RULES").rank(9),
+    number("SOCKETS").rank(10),
+    number("STEERED"),
+    number("NO-SOCKET").rank(6),
+    number("UNASSIGNED").rank(8),
+    number("DENIED").rank(7),
+    number("ACTIVE"),
+    number("ACCEPTED").rank(2),
+    number("REFUSED").rank(3),
+    number("DATAGRAMS").rank(4),
+    number("ANSWERED").rank(5),
+    text("PID").rank(12),
+];
+
+const UPSTREAMS: [Column; 9] = [
+    text("SERVICE").rank(5),
+    text("UPSTREAM"),
+    text("STATE"),
+    number("OPEN"),
+    number("TOTAL").rank(2),
+    number("FAILED").rank(1),
+    number("TO").rank(3),
+    number("FROM").rank(4),
+    text("NOTE").rank(6),
+];
+
+fn row(view: &ServiceView) -> Row<'_, 15> {
+    let cells = [
         view.name.to_string(),
         view.handler.to_string(),
         view.origin.to_string(),
@@ -90,13 +105,19 @@ fn row(view: &ServiceView) -> [String; 15] {
         view.stats.datagrams.to_string(),
         view.stats.answered.to_string(),
         pids(view),
-    ]
+    ];
+    cells.map(Cow::from).into()
 }
 
-fn upstream_row(service: &ServiceView, view: &UpstreamView) -> [String; 9] {
+fn upstream_row<'a>(service: &ServiceView, view: &UpstreamView) -> Row<'a, 9> {
     let since = view.since.map(|since| format!("since {}", ago(since)));
     let note: Vec<String> = view.name.clone().into_iter().chain(since).chain(view.why.clone()).collect();
-    [
+    let tone = match view.state {
+        UpstreamState::Up => Tone::Plain,
+        UpstreamState::Down | UpstreamState::Ejected => Tone::Bad,
+        UpstreamState::Gone => Tone::Doubtful,
+    };
+    let cells = [
         service.name.to_string(),
         view.address.clone(),
         view.state.to_string(),
@@ -106,7 +127,8 @@ fn upstream_row(service: &ServiceView, view: &UpstreamView) -> [String; 9] {
         view.bytes_to.to_string(),
         view.bytes_from.to_string(),
         note.join(": "),
-    ]
+    ];
+    Row { cells: cells.map(Cow::from), tone }
 }
 
 /// The processes that serve it.

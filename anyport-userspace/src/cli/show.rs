@@ -1,44 +1,66 @@
 //! What several verbs need for printing.
 
-use std::{borrow::Cow, time::Duration};
-
-/// Columns under their headers, without lines, so that `awk` and `grep` can work on it. There may be very many rows.
-pub(super) fn table<'a, const N: usize>(header: [&'a str; N], rows: impl Iterator<Item = [Cow<'a, str>; N]>) -> String {
-    let rows: Vec<[Cow<'a, str>; N]> = [header.map(Cow::from)].into_iter().chain(rows).collect();
-    let mut widths = [0; N];
-    for row in &rows {
-        for (width, cell) in widths.iter_mut().zip(row) {
-            *width = cell.len().max(*width);
-        }
-    }
-    let mut text = String::with_capacity(rows.len() * widths.iter().map(|width| width + 2).sum::<usize>());
-    for row in &rows {
-        let mut padding = 0;
-        for (width, cell) in widths.iter().zip(row) {
-            text.extend(std::iter::repeat_n(' ', padding));
-            text.push_str(cell);
-            padding = width - cell.len() + 2;
-        }
-        text.push('\n');
-    }
-    // The caller that prints the text ends its last line.
-    text.pop();
-    text
+/// How long something has been so, in its two largest units.
+pub(super) fn ago(seconds: u64) -> String {
+    const UNITS: [(u64, &str); 4] = [(86_400, "d"), (3_600, "h"), (60, "min"), (1, "s")];
+    let mut left = seconds;
+    let parts: Vec<String> = UNITS
+        .iter()
+        .filter_map(|(unit, name)| {
+            let count = left / unit;
+            left %= unit;
+            (count > 0).then(|| format!("{count} {name}"))
+        })
+        .collect();
+    if parts.is_empty() { "0 s".into() } else { parts[..parts.len().min(2)].join(" ") }
 }
 
-/// How long something has been so.
-pub(super) fn ago(seconds: u64) -> String {
-    humantime::format_duration(Duration::from_secs(seconds)).to_string()
+/// So many of something.
+pub(super) fn count(number: usize, what: &str) -> String {
+    if number == 1 { format!("1 {what}") } else { format!("{} {what}s", thousands(number as u64)) }
+}
+
+/// A number with its thousands set apart.
+pub(super) fn thousands(number: u64) -> String {
+    let digits = number.to_string();
+    let mut shown = String::with_capacity(digits.len() + digits.len() / 3);
+    for (at, digit) in digits.char_indices() {
+        if at > 0 && (digits.len() - at).is_multiple_of(3) {
+            shown.push(',');
+        }
+        shown.push(digit);
+    }
+    shown
+}
+
+/// Bytes, in the unit that suits them.
+pub(super) fn bytes(number: u64) -> String {
+    const UNITS: [&str; 4] = ["KiB", "MiB", "GiB", "TiB"];
+    if number < 1024 {
+        return count(usize::try_from(number).unwrap_or(usize::MAX), "byte");
+    }
+    // Tenths, without the limits of floating point.
+    let (mut tenths, mut unit) = (u128::from(number) * 10 / 1024, 0);
+    while tenths >= 10_240 && unit + 1 < UNITS.len() {
+        tenths /= 1024;
+        unit += 1;
+    }
+    format!("{}.{} {}", tenths / 10, tenths % 10, UNITS[unit])
 }
 
 #[cfg(test)]
 mod tests {
-    use super::table;
+    use super::{ago, bytes, count, thousands};
 
     #[test]
-    fn columns_stand_below_their_headers() {
-        let rows = [["192.0.2.0/24", "tcp"], ["::/0", "both"]].map(|row| row.map(Into::into));
-        let text = table(["PREFIX", "PROTOCOL"], rows.into_iter());
-        assert_eq!(text, "PREFIX        PROTOCOL\n192.0.2.0/24  tcp\n::/0          both");
+    fn numbers_are_for_people() {
+        assert_eq!([ago(0), ago(59), ago(1_140), ago(90_061)], ["0 s", "59 s", "19 min", "1 d 1 h"]);
+        assert_eq!([count(0, "rule"), count(1, "rule"), count(1_000, "rule")], ["0 rules", "1 rule", "1,000 rules"]);
+        assert_eq!([thousands(0), thousands(999), thousands(1_234_567)], ["0", "999", "1,234,567"]);
+        assert_eq!(
+            [bytes(1), bytes(1_023), bytes(1_536), bytes(5 << 20)],
+            ["1 byte", "1,023 bytes", "1.5 KiB", "5.0 MiB"]
+        );
+        assert_eq!(bytes(u64::MAX), "16777215.9 TiB");
     }
 }

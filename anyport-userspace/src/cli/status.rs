@@ -1,8 +1,11 @@
 //! `anyportctl status`: the daemon's state on one page.
 
-use std::fmt::Write as _;
-
-use super::{Output, drain::subject};
+use super::{
+    Output,
+    drain::subject,
+    show::{bytes, count, thousands},
+    tone::Tone,
+};
 use crate::{
     api::AnnounceState,
     api::{
@@ -25,10 +28,13 @@ fn text(view: &StatusView) -> String {
         lines.push(format!("interfaces  {}", view.interfaces.join(", ")));
     }
     lines.push(format!(
-        "generation  {}: {} rules of at most {}, {} services",
-        view.generation, view.rules, view.max_rules, view.services
+        "generation  {}: {} of at most {}, {}",
+        view.generation,
+        count(view.rules, "rule"),
+        thousands(view.max_rules as u64),
+        count(view.services, "service")
     ));
-    lines.push(format!("memory      {} bytes of the kernel's for rules and counters", view.bytes));
+    lines.push(format!("memory      {} of the kernel's for rules and counters", bytes(view.bytes)));
     lines.push(format!("workers     {}", view.workers));
     lines.push(format!(
         "descriptors {} of {} for clients in use",
@@ -37,7 +43,10 @@ fn text(view: &StatusView) -> String {
     let totals = view.totals;
     lines.push(format!(
         "totals      {} steered, {} dropped, {} unmatched, {} connections open",
-        totals.steered, totals.dropped, totals.unmatched, totals.active
+        thousands(totals.steered),
+        thousands(totals.dropped),
+        thousands(totals.unmatched),
+        thousands(totals.active)
     ));
     if totals.denied > 0 {
         lines.push(format!("denied      {} of sources that services do not take", totals.denied));
@@ -67,17 +76,11 @@ fn text(view: &StatusView) -> String {
     if let Some(view) = &view.fleet {
         lines.push(format!("fleet       {}", fleet(view)));
     }
-    let mut text = lines.join("\n");
     match view.degraded.as_slice() {
-        [] => text.push_str("\nall is well"),
-        degraded => {
-            for what in degraded {
-                // Writing to a string does not fail.
-                write!(text, "\nDEGRADED    {what}").ok();
-            }
-        }
+        [] => lines.push(Tone::Good.line("all is well")),
+        degraded => lines.extend(degraded.iter().map(|what| Tone::Bad.line(&format!("DEGRADED    {what}")))),
     }
-    text
+    lines.join("\n")
 }
 
 fn fleet(view: &FleetView) -> String {

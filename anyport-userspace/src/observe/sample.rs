@@ -263,6 +263,10 @@ fn counts(ObservedService { view, counters, denied, .. }: &ObservedService) -> S
     ServiceCounts {
         steered: view.steered,
         dropped: counters.no_socket + counters.assign_error + counters.denied,
+        no_socket: counters.no_socket,
+        assign_error: counters.assign_error,
+        denied: counters.denied,
+        full_queues: stats.listen_drops + stats.receive_drops,
         accepted: stats.accepted,
         refused: stats.refused() + denied,
         datagrams: stats.datagrams,

@@ -188,11 +188,11 @@ pub(crate) struct ServiceTable {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     accept_rate_per_source: Option<Rate>,
     /// Take connections and datagrams from there only; may be repeated
-    #[arg(long, value_name = "CIDR", value_delimiter = ',')]
+    #[arg(long, value_name = "PREFIX", value_delimiter = ',')]
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     source_allow: Vec<Prefix>,
     /// Take none from there; of this and --source-allow the longest prefix decides; may be repeated
-    #[arg(long, value_name = "CIDR", value_delimiter = ',')]
+    #[arg(long, value_name = "PREFIX", value_delimiter = ',')]
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     source_deny: Vec<Prefix>,
     /// Where forward connects to: ADDR:PORT, NAME:PORT, or with * for the port that was dialled; may be repeated
@@ -208,7 +208,7 @@ pub(crate) struct ServiceTable {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     proxy_protocol: Option<ProxyVersion>,
     /// Peers that have to say who dialled what, by the PROXY protocol
-    #[arg(long, value_name = "CIDR", value_delimiter = ',')]
+    #[arg(long, value_name = "PREFIX", value_delimiter = ',')]
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     accept_proxy: Vec<Prefix>,
     /// Dial upstreams from the client's address; their answers must be routed back here

@@ -4,7 +4,10 @@ use serde::Serialize;
 
 use crate::{
     api::Problem,
-    cli::{Output, show::table},
+    cli::{
+        Output,
+        table::{Column, number, table, text},
+    },
     fleet::{
         etcd::Etcd,
         layout::{Name, Pointer},
@@ -39,11 +42,22 @@ impl History {
             .rev()
             .map(|pointer| Entry { present: present == Some(pointer.sequence), pointer })
             .collect();
-        out.print(&entries, |entries| text(&self.ring, entries))
+        let width = out.width();
+        out.print(&entries, |entries| shown(&self.ring, entries, width))
     }
 }
 
-fn text(ring: &Name, entries: &[Entry<'_>]) -> String {
+const COLUMNS: [Column; 7] = [
+    text(""),
+    number("SEQUENCE"),
+    text("SET").rank(2),
+    text("PUBLISHED"),
+    text("BY").rank(1),
+    text("SIGNED").rank(4),
+    text("NOTE").rank(3),
+];
+
+fn shown(ring: &Name, entries: &[Entry<'_>], width: Option<usize>) -> String {
     if entries.is_empty() {
         return format!("the ring {ring} has no history");
     }
@@ -59,5 +73,5 @@ fn text(ring: &Name, entries: &[Entry<'_>]) -> String {
             note.as_deref().map_or_else(|| "-".into(), |note| remark(note).into()),
         ]
     });
-    table(["", "SEQUENCE", "SET", "PUBLISHED", "BY", "SIGNED", "NOTE"], rows)
+    table(&COLUMNS, rows, width)
 }

@@ -18,7 +18,7 @@ use std::{
 use clap::Subcommand;
 use serde::Deserialize;
 
-use super::Output;
+use super::{GLOBAL, Output, examples};
 use crate::{
     api::{Problem, ProblemKind},
     config::DEFAULT_FILE,
@@ -36,10 +36,10 @@ pub(super) struct Fleet {
     #[command(flatten)]
     connection: ConnectionSettings,
     /// Configuration file with the table [fleet] [default: /etc/anyport/anyport.toml, which may be absent]
-    #[arg(long, global = true, env = "ANYPORT_CONFIG", value_name = "FILE")]
+    #[arg(long, global = true, env = "ANYPORT_CONFIG", value_name = "FILE", help_heading = GLOBAL)]
     config: Option<PathBuf>,
     /// How long to wait for etcd
-    #[arg(long, global = true, value_name = "TIME", value_parser = humantime::parse_duration, default_value = "10s")]
+    #[arg(long, global = true, value_name = "TIME", value_parser = crate::human_duration::parse, default_value = "10s", help_heading = GLOBAL)]
     timeout: Duration,
     #[command(subcommand)]
     verb: Verb,
@@ -48,20 +48,28 @@ pub(super) struct Fleet {
 #[derive(Debug, Subcommand)]
 enum Verb {
     /// Give a ring the rules of a file
+    #[command(after_help = examples::PUBLISH)]
     Publish(publish::Publish),
     /// Give a ring the set that another one has
+    #[command(after_help = examples::PROMOTE)]
     Promote(publish::Promote),
     /// Give a ring a set that it had before
+    #[command(after_help = examples::ROLLBACK)]
     Rollback(publish::Rollback),
     /// Give several rings a set, one after the other, for as long as their nodes stay well
+    #[command(after_help = examples::ROLLOUT)]
     Rollout(rollout::Rollout),
     /// Show what each node has, and which are behind, refuse or are missing
+    #[command(after_help = examples::FLEET_STATUS)]
     Status(nodes::Status),
     /// Show what a ring had over time
+    #[command(after_help = examples::HISTORY)]
     History(history::History),
     /// Do not miss nodes any more that are gone for good
+    #[command(after_help = examples::FORGET)]
     Forget(nodes::Forget),
     /// Remove a ring that has no nodes any more
+    #[command(after_help = examples::REMOVE)]
     Remove(nodes::Remove),
 }
 

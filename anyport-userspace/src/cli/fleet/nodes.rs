@@ -1,6 +1,6 @@
 //! `anyportctl fleet status`, `forget` and `remove`: the state of each node of a ring.
 
-use std::{fmt::Write as _, time::Duration};
+use std::{borrow::Cow, fmt::Write as _, time::Duration};
 
 use serde::Serialize;
 use tokio::time::sleep;
@@ -10,7 +10,9 @@ use crate::{
     api::{Problem, ProblemKind},
     cli::{
         Output, Reader,
-        show::{ago, table},
+        show::{ago, count},
+        table::{Column, Row, number, table, text},
+        tone::Tone,
     },
     fleet::{
         etcd::{Etcd, Node, Ring, Skipped},
@@ -83,15 +85,17 @@ impl Status {
         let Some(interval) = self.watch else {
             let (rings, problem) = self.look(etcd).await?;
             if self.metrics {
-                out.print_text(&metrics::text(&rings))?;
+                out.print_line(&metrics::text(&rings))?;
             } else {
-                out.print(&rings, |rings| text(rings))?;
+                let width = out.width();
+                out.print(&rings, |rings| shown(rings, width))?;
             }
             return problem.map_or(Ok(()), Err);
         };
         loop {
             let (rings, _) = self.look(etcd).await?;
-            if out.print_one(&rings, |rings| text(rings) + "\n")? == Reader::Gone {
+            let width = out.width();
+            if out.print_one(&rings, |rings| shown(rings, width) + "\n")? == Reader::Gone {
                 return Ok(());
             }
             sleep(interval).await;
@@ -148,15 +152,26 @@ fn view(ring: Ring, problem: Option<&Problem>) -> RingView {
     RingView { ring: name, pointer, error, summary, nodes, skipped }
 }
 
-fn text(rings: &[RingView]) -> String {
+fn shown(rings: &[RingView], width: Option<usize>) -> String {
     if rings.is_empty() {
         return "there is no ring; anyportctl fleet publish FILE --ring canary makes one".into();
     }
-    let texts: Vec<String> = rings.iter().map(ring_text).collect();
+    let texts: Vec<String> = rings.iter().map(|ring| ring_text(ring, width)).collect();
     texts.join("\n\n")
 }
 
-fn ring_text(view: &RingView) -> String {
+const COLUMNS: [Column; 8] = [
+    text("NODE"),
+    text("STATE"),
+    number("SEQUENCE").rank(2),
+    text("SET").rank(4),
+    text("BACK END").rank(5),
+    text("HEALTH").rank(1),
+    text("AGE").rank(3),
+    text("VERSION").rank(6),
+];
+
+fn ring_text(view: &RingView, width: Option<usize>) -> String {
     let RingView { ring, pointer, error, summary, nodes, skipped } = view;
     let has = match (pointer, error) {
         (_, Some(error)) => error.clone(),
@@ -167,8 +182,7 @@ fn ring_text(view: &RingView) -> String {
     };
     let mut text = format!("ring {ring}: {has}\n{}", summary.text());
     if !nodes.is_empty() {
-        let header = ["NODE", "STATE", "SEQUENCE", "SET", "BACK END", "HEALTH", "AGE", "VERSION"];
-        text = format!("{text}\n{}", table(header, nodes.iter().map(row)));
+        text = format!("{text}\n{}", table(&COLUMNS, nodes.iter().map(row), width));
     }
     let troubles = nodes.iter().filter_map(|it| trouble(ring, &it.node, it.state, it.report.as_ref()));
     let shown = skipped.iter().take(SHOWN).map(|Skipped { key, why }| format!("left out: {key}: {why}"));
@@ -193,7 +207,7 @@ impl Summary {
         ];
         let counts = counts.into_iter().filter(|(count, _)| *count > 0).map(|(count, what)| format!("{count} {what}"));
         let counts: Vec<String> = counts.collect();
-        let nodes = if nodes == 0 { "no node has reported".to_owned() } else { format!("{nodes} nodes") };
+        let nodes = if nodes == 0 { "no node has reported".to_owned() } else { count(nodes, "node") };
         format!("{nodes}{}{}", if counts.is_empty() { "" } else { ": " }, counts.join(", "))
     }
 }
@@ -207,14 +221,19 @@ fn cell(text: &str) -> String {
     }
 }
 
-fn row(view: &NodeView) -> [std::borrow::Cow<'_, str>; 8] {
+fn row(view: &NodeView) -> Row<'_, 8> {
     let NodeView { node, state, age, report } = view;
     let Some(report) = report else {
-        let nothing = || "-".into();
-        let state = state.to_string().into();
-        return [node.as_str().into(), state, nothing(), nothing(), nothing(), nothing(), nothing(), nothing()];
+        let mut cells = [const { Cow::Borrowed("-") }; 8];
+        (cells[0], cells[1]) = (node.as_str().into(), state.to_string().into());
+        return Row { cells, tone: Tone::Bad };
     };
-    [
+    let tone = match (state, report.health) {
+        (NodeState::Missing | NodeState::Refused, _) | (_, Health::Degraded) => Tone::Bad,
+        (NodeState::Behind | NodeState::Ahead, _) => Tone::Doubtful,
+        (NodeState::Current, _) => Tone::Plain,
+    };
+    let cells = [
         node.as_str().into(),
         state.to_string().into(),
         report.sequence.to_string().into(),
@@ -223,7 +242,8 @@ fn row(view: &NodeView) -> [std::borrow::Cow<'_, str>; 8] {
         report.health.to_string().into(),
         age.map_or_else(|| "-".to_owned(), ago).into(),
         cell(&report.version).into(),
-    ]
+    ];
+    Row { cells, tone }
 }
 
 /// What is wrong with a node, in words.
