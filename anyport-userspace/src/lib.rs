@@ -63,6 +63,8 @@ pub mod rule_file;
 #[cfg(feature = "daemon")]
 pub mod service;
 #[cfg(feature = "daemon")]
+pub mod socket_file;
+#[cfg(feature = "daemon")]
 pub mod steering;
 #[cfg(feature = "daemon")]
 pub mod store;
@@ -73,12 +75,15 @@ pub mod table;
 #[cfg(feature = "daemon")]
 mod text;
 #[cfg(feature = "daemon")]
+pub mod usage;
+#[cfg(feature = "daemon")]
 mod write_timeout;
 
 pub mod api;
 mod as_text;
 mod datagram;
 mod owner;
+mod plain_words;
 mod problem;
 pub mod register;
 pub mod rules;

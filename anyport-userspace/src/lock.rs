@@ -23,7 +23,7 @@ use nix::{
         signal::kill,
         socket::{UnixCredentials, getsockopt, sockopt::PeerCredentials},
     },
-    unistd::{Pid, Uid},
+    unistd::{Pid, Uid, User},
 };
 use socket2::{Domain, SockAddr, Socket, Type};
 use tokio::task::JoinHandle;
@@ -32,6 +32,7 @@ use tracing::{info, warn};
 use crate::{
     closing,
     paths::{RUN_DIRECTORY, make_private},
+    privileges::USER,
     sys,
 };
 
@@ -75,9 +76,21 @@ impl Lock {
         Ok(lock)
     }
 
+    /// Finds out whether another daemon is at work in this network namespace, before anything is made for one.
+    ///
+    /// # Errors
+    /// There is one: names its pid.
+    pub fn expect_free() -> anyhow::Result<()> {
+        match holder_of_lock().filter(is_daemon) {
+            Some(holder) if !is_gone(holder.pid()) && !is_orphan(holder.pid()) => {
+                Err(already_running(&holder.pid().to_string()))
+            }
+            _ => Ok(()),
+        }
+    }
+
     fn take_namespace() -> anyhow::Result<Self> {
         let address = SocketAddr::from_abstract_name(NAME).context("name the lock")?;
-        let is_daemon = |it: &UnixCredentials| it.uid() == 0 || it.uid() == Uid::effective().as_raw();
         for attempt in 0..ENDING {
             match UnixListener::bind_addr(&address) {
                 Ok(lock) => {
@@ -142,6 +155,13 @@ impl Lock {
             answering.await.ok();
         }
     }
+}
+
+/// Whether a process that holds the lock may be a daemon: any user's process can take the name.
+fn is_daemon(holder: &UnixCredentials) -> bool {
+    let users =
+        [Some(0), Some(Uid::effective().as_raw()), User::from_name(USER).ok().flatten().map(|it| it.uid.as_raw())];
+    users.contains(&Some(holder.uid()))
 }
 
 fn is_gone(pid: i32) -> bool {

@@ -11,6 +11,8 @@ pub enum ProblemKind {
     NotPermitted,
     /// What the request names is not there. Status 404, exit status 1.
     NotFound,
+    /// The path is there, and does not take this method. Status 405, exit status 2.
+    WrongMethod,
     /// The request contradicts what is there. Status 409, exit status 1.
     Conflict,
     /// The request is larger than requests may be. Status 413, exit status 2.
@@ -26,10 +28,11 @@ pub enum ProblemKind {
 }
 
 impl ProblemKind {
-    const SENT: [Self; 8] = [
+    const SENT: [Self; 9] = [
         Self::Invalid,
         Self::NotPermitted,
         Self::NotFound,
+        Self::WrongMethod,
         Self::Conflict,
         Self::TooLarge,
         Self::Unsafe,
@@ -43,6 +46,7 @@ impl ProblemKind {
             Self::Invalid => 400,
             Self::NotPermitted => 403,
             Self::NotFound => 404,
+            Self::WrongMethod => 405,
             Self::Conflict => 409,
             Self::TooLarge => 413,
             Self::Unsafe => 428,
@@ -60,7 +64,7 @@ impl ProblemKind {
     pub fn exit_status(self) -> u8 {
         match self {
             Self::NotFound | Self::Conflict | Self::Failed => 1,
-            Self::Invalid | Self::TooLarge => 2,
+            Self::Invalid | Self::WrongMethod | Self::TooLarge => 2,
             Self::Stopping | Self::NoDaemon => 3,
             Self::NotPermitted => 4,
             Self::Unsafe => 5,
@@ -77,7 +81,8 @@ pub struct Problem {
     pub kind: ProblemKind,
     /// What was attempted and why it did not work.
     pub error: String,
-    /// What to do next; may be empty.
+    /// What to do next; left out where it is empty.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
     pub hint: String,
 }
 

@@ -7,6 +7,8 @@ use std::{
 
 use serde::de::DeserializeOwned;
 
+use crate::plain_words::plain;
+
 /// A text in which every character is seen: others may have put in some that give a terminal orders, that are invisible or that change the
 /// direction of what follows (such as U+202E). These are written as in JSON, `\u202e`. Line feeds and tabs stay.
 pub(crate) fn visible(text: &str) -> Cow<'_, str> {
@@ -64,11 +66,12 @@ pub(crate) fn from_toml<T: DeserializeOwned>(text: &str) -> Result<T, String> {
     const WIDEST: usize = 200;
     toml::from_str(text).map_err(|error| {
         let shown = error.to_string();
+        let shown = plain(&shown);
         if shown.lines().all(|line| line.chars().count() <= WIDEST) {
             return visible(&shown).into_owned();
         }
         let place = Positions::of(text).at(error.span().unwrap_or_default().start);
-        format!("{place}: {}", remark(error.message()))
+        format!("{place}: {}", remark(&plain(error.message())))
     })
 }
 

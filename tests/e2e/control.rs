@@ -1,11 +1,11 @@
 //! The client's verbs: exit statuses, JSON shapes, what is refused and who may ask.
 
-use std::{fs, os::unix::fs::PermissionsExt as _, process::Command};
+use std::{fs, os::unix::fs::PermissionsExt as _, process::Command, time::Duration};
 
 use anyport_tests::{
     daemon::Daemon,
     dial::{expect_tcp_hello, tcp, tcp_server},
-    host::Outcome,
+    host::{Outcome, wait_for},
     netns::Netns,
     prerequisites::{GROUP, program, public_copy, scratch},
     topology::{SECOND, SERVER, Topology},
@@ -43,6 +43,8 @@ pub(crate) fn trials() -> Vec<Trial> {
         trial("control::services in use stay", services),
         trial("control::refused for safety", safety),
         trial("control::peers of the host are not cut off", peers),
+        trial("control::sockets that others remove come back", removed_sockets),
+        trial("control::wrong values in plain words", plain_words),
     ]
 }
 
@@ -188,7 +190,7 @@ fn json_errors() {
     for (words, status) in [("add-prefix 192.0.2.1/24 --json", 2), ("remove-prefix 192.0.2.0/24 --json", 1)] {
         let text = daemon.refused(words, status);
         let error: Value = serde_json::from_str(&text).unwrap_or_else(|error| panic!("{words}: {text:?}: {error}"));
-        assert!(error["error"].is_string() && !error["hint"].is_null(), "{words}: {error}");
+        assert!(error["error"].is_string() && error["hint"] != "", "{words}: {error}");
     }
 }
 
@@ -315,5 +317,61 @@ fn peers() {
         daemon.ok(&format!("add-prefix {server} {upstream} --no-route"));
         daemon.ok(&format!("remove-prefix {server} {upstream}"));
         daemon.ok(&format!("add-prefix {server} --force"));
+    }
+}
+
+/// One file, and the directory with all of them, which the test's own daemon may make again.
+fn removed_sockets() {
+    let mut daemon = start();
+    let (socket, registering) = (daemon.socket(), daemon.socket().with_extension("register.sock"));
+    assert!(registering.exists(), "the socket for registering is not at {}", registering.display());
+    for path in [&socket, &registering] {
+        fs::remove_file(path).expect("a socket to remove");
+    }
+    let back =
+        || (daemon.ctl(&["status"]).status == 0 && registering.exists()).then_some(()).ok_or_else(|| daemon.log());
+    wait_for("sockets that are put back", Duration::from_secs(10), back);
+    contains(&daemon.log(), &["was removed by others and is put back"]);
+    contains(&daemon.ok("status"), &["all is well"]);
+    // What others put there is left alone, and said to clients that come in another way.
+    fs::remove_file(&registering).expect("a socket to remove");
+    fs::write(&registering, "mine").expect("a file of another's");
+    wait_for("a complaint", Duration::from_secs(10), || {
+        let status = daemon.ok("status");
+        if status.contains("another file has its name") { Ok(()) } else { Err(status) }
+    });
+    daemon.stop();
+    assert_eq!(fs::read_to_string(&registering).expect("another's file"), "mine");
+}
+
+/// No names of types of the programming language, and where a wrong value comes from.
+fn plain_words() {
+    let daemon = || Command::new(program("anyportd").expect("the daemon"));
+    let directory = scratch();
+    let file = directory.path().join("anyport.toml");
+    let of_file = |text: &str| {
+        fs::write(&file, text).expect("a configuration");
+        Outcome::of(daemon().args(["--check", "--config"]).arg(&file))
+    };
+    let wrong = [
+        (Outcome::of(daemon().args(["--workers", "0"])), "'--workers <N>': it must be a whole number from 1 on"),
+        (Outcome::of(daemon().args(["--metrics", "foo"])), "an address and a port, such as 127.0.0.1:9100"),
+        (
+            Outcome::of(daemon().env("ANYPORT_WORKERS", "abc")),
+            "of the environment variable 'ANYPORT_WORKERS': it must be",
+        ),
+        (Outcome::of(daemon().env("ANYPORT_WORKERS", "abc").arg("--workers=0")), "for '--workers <N>'"),
+        (client(&["events", "--port", "0"]), "it must be a whole number from 1 on"),
+        (client(&["prefixes", "--limit", "abc"]), "it must be a whole number"),
+        (of_file("[daemon]\nworkers = 0\n"), "the number `0`, expected a whole number from 1 on"),
+        (of_file("[daemon]\nkeep = \"true\"\n"), "expected true or false, without quotes"),
+        (of_file("[daemon]\nkeep = yes\n"), "true, false and numbers stand without"),
+        (of_file("[daemon]\nmax-connections = -1\n"), "a whole number from 1 to 4294967295"),
+    ];
+    for (outcome, said) in wrong {
+        assert!(outcome.status == 2 && outcome.stderr.contains(said), "{said:?} is missing from: {outcome}");
+        for foreign in ["nonzero", "zero for", "digit", "target type", "usize", "u32", "boolean"] {
+            assert!(!outcome.stderr.contains(foreign), "{foreign:?} is in: {outcome}");
+        }
     }
 }

@@ -13,7 +13,7 @@ use anyport_tests::{
     dial::{expect_tcp_hello, expect_tcp_refused},
     host::wait_for,
     netns::Netns,
-    prerequisites::BPFFS,
+    prerequisites::{BPFFS, scratch},
     random::Random,
 };
 use libtest_mimic::Trial;
@@ -231,9 +231,14 @@ fn second(backend: &'static str) {
     let namespace = Netns::new();
     let mut first = Daemon::start(&namespace, backend);
     first.ok("add-prefix 192.0.2.0/24");
+    let own = scratch();
+    let [state, pins] = ["state", "pins"].map(|name| own.path().join(name));
     for other in BACKENDS {
         for (what, setup) in [
-            ("other directories", Setup::new(&namespace, other)),
+            (
+                "other directories",
+                Setup::new(&namespace, other).args(["--state-dir".into(), state.clone()]).bpffs(&pins),
+            ),
             ("the same bpffs", Setup::new(&namespace, other).bpffs(first.bpffs())),
             ("the same state", Setup::new(&namespace, other).args(["--state-dir".into(), first.state()])),
         ] {
@@ -243,6 +248,7 @@ fn second(backend: &'static str) {
             namespace.enter(|| expect_tcp_hello(at("192.0.2.3", 3)));
         }
     }
+    assert!(!state.exists() && !pins.exists(), "a daemon that was refused leaves its directories");
     assert!(first.rules().len() == 1, "rules of the first daemon: {:?}", first.rules());
     // Another namespace is another host.
     let elsewhere = Daemon::start(&Netns::new(), backend);

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use super::{AnnounceView, DrainView, Problem, ProblemKind};
 use crate::{
+    plain_words::plain,
     rules::{Origin, PortSet, Prefix, Protocol, RuleSpec, ServiceName, with_terms},
     service::{HandlerKind, Limits, Registrant, ServiceStats, SocketInfo, UpstreamView},
     steering::{self, BackEnd},
@@ -40,7 +41,7 @@ pub(crate) fn too_large(error: String, limit: usize) -> Problem {
 /// The body is not JSON of that shape: says where and why.
 pub fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, Problem> {
     serde_json::from_slice(body).map_err(|error| {
-        Problem::new(ProblemKind::Invalid, format!("read the body of the request: {error}"))
+        Problem::new(ProblemKind::Invalid, format!("read the body of the request: {}", plain(&error.to_string())))
             .hint("docs/api.md describes the requests")
     })
 }
@@ -174,7 +175,7 @@ pub struct Reloaded {
     pub notes: Vec<String>,
 }
 
-/// Answer of `GET /v1/progress`: what the last long command is doing, or has done.
+/// Answer of `GET /v1/progress`: what a long command is doing; all empty where none is under way.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct ProgressView {
     /// In words.

@@ -9,17 +9,25 @@ use anyport::{
     config::{Config, Options},
     control, daemon, engine,
     keeper::{self, Link},
+    lock::Lock,
     logging, privileges,
     steering::bpf::make_pin_directory,
+    usage,
 };
-use clap::Parser as _;
+use clap::{CommandFactory as _, Parser as _};
 use tracing::error;
 
 /// How long the last lines of the log may take.
 const LAST_LINES: Duration = Duration::from_secs(1);
 
 fn main() -> ExitCode {
-    let Options { config: file, check, takeover, withdraw, settings } = Options::parse();
+    let Options { config: file, check, takeover, withdraw, settings } = match Options::try_parse() {
+        Ok(options) => options,
+        Err(error) => {
+            usage::show(&error, &Options::command());
+            return ExitCode::from(if usage::is_mistake(&error) { 2 } else { 0 });
+        }
+    };
     // Before there is another thread.
     let link = match Link::of_process() {
         Ok(link) => link,
@@ -90,6 +98,7 @@ fn is_not_permitted(error: &anyhow::Error) -> bool {
 }
 
 fn keep(config: Config) -> anyhow::Result<ExitCode> {
+    Lock::expect_free()?;
     privileges::raise_memory_limit();
     // Root may take them out of their owners.
     let fetched = engine::fetch_registered(&config.state_dir);

@@ -12,5 +12,5 @@ mod stream;
 
 pub use self::{
     handover::{Handover, take_over},
-    server::{adopt, bind, serve},
+    server::{ControlSocket, serve},
 };

@@ -28,6 +28,7 @@ use crate::{
     engine::Shared,
     register::{Answer, Candidate, Process, Register, Request},
     scm_rights,
+    socket_file::SocketFile,
     sys::watch_readable,
 };
 
@@ -50,6 +51,9 @@ pub fn bind(path: &Path) -> anyhow::Result<OwnedFd> {
         Err(error) if error.kind() == ErrorKind::NotFound => {}
         Err(error) => return Err(error).with_context(attempt),
     }
+    if let Some(directory) = path.parent() {
+        fs::create_dir_all(directory).with_context(attempt)?;
+    }
     let open = || {
         let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
         let socket = socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?;
@@ -62,18 +66,24 @@ pub fn bind(path: &Path) -> anyhow::Result<OwnedFd> {
 }
 
 /// Answers requests until dropped. What is under way is carried out all the same.
-pub async fn serve(listener: OwnedFd, engine: Shared) {
-    // Who is not accepted yet may have passed something already.
-    let listener = match watch_readable(PassedFd::new(listener, u32::MAX)) {
+pub async fn serve(listener: OwnedFd, file: Arc<SocketFile>, engine: Shared) {
+    let mut listener = match watch(listener) {
         Ok(listener) => listener,
-        Err(error) => return warn!("watch the socket for registering: {error}"),
+        Err(error) => return warn!("{error:#}"),
     };
     let clients = Clients::default();
     loop {
         while closing::is_full() {
             sleep(PAUSE).await;
         }
-        match next(&listener).await {
+        let accepted = tokio::select! {
+            accepted = next(&listener) => accepted,
+            again = file.put_back(|path| watch(bind(path)?)) => {
+                listener = again;
+                continue;
+            }
+        };
+        match accepted {
             Ok(client) => {
                 let (engine, clients) = (Arc::clone(&engine), clients.clone());
                 tokio::spawn(async move {
@@ -88,6 +98,11 @@ pub async fn serve(listener: OwnedFd, engine: Shared) {
             }
         }
     }
+}
+
+/// Who is not accepted yet may have passed something already.
+fn watch(listener: OwnedFd) -> anyhow::Result<AsyncFd<PassedFd>> {
+    watch_readable(PassedFd::new(listener, u32::MAX)).context("watch the socket for registering")
 }
 
 async fn next(listener: &AsyncFd<PassedFd>) -> io::Result<OwnedFd> {
@@ -114,7 +129,7 @@ async fn converse(client: OwnedFd, engine: Shared, clients: Clients) -> anyhow::
     let answer = match clients.admit(peer.uid) {
         Some(_) if closing::is_clogged(peer.uid.as_raw()) => {
             let error = format!("descriptors that user {} passed before take long to close", peer.uid);
-            Err(Problem::new(ProblemKind::Failed, error).hint("try again when they are closed"))
+            Err(Problem::new(ProblemKind::Stopping, error).hint("try again when they are closed"))
         }
         Some(_admitted) => {
             let request =
@@ -125,7 +140,7 @@ async fn converse(client: OwnedFd, engine: Shared, clients: Clients) -> anyhow::
             carry_out(request, &client, peer, engine).await
         }
         None => {
-            Err(Problem::new(ProblemKind::Failed, format!("user {} has {MAX_CLIENTS} requests under way", peer.uid))
+            Err(Problem::new(ProblemKind::Stopping, format!("user {} has {MAX_CLIENTS} requests under way", peer.uid))
                 .hint("try again when they are done"))
         }
     };

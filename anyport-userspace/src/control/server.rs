@@ -2,7 +2,8 @@
 
 use std::{
     fs,
-    io::ErrorKind,
+    io::{self, ErrorKind},
+    mem,
     os::{
         fd::{AsFd, OwnedFd},
         unix::{
@@ -59,8 +60,10 @@ use crate::{
     engine::{Engine, Listing, Progress, Shared, beside},
     log_limit::LogLimit,
     observe::Observer,
+    plain_words::plain,
     privileges::GROUP,
     rules::{InvalidText, ServiceName},
+    socket_file::SocketFile,
     sys,
 };
 
@@ -75,11 +78,74 @@ const BACKLOG: i32 = 128;
 /// How long to wait where no descriptor is free.
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// Opens the control socket, for root and the group `anyport`; with readers for everybody, since each request is looked at.
-///
-/// # Errors
-/// Another daemon answers there, or the socket can't be made.
-pub fn bind(path: &Path, readers: Option<&Readers>) -> anyhow::Result<UnixListener> {
+/// The control socket, at which clients find the daemon.
+#[derive(Debug)]
+pub struct ControlSocket {
+    listener: UnixListener,
+    file: Arc<SocketFile>,
+    readers: Option<Readers>,
+    /// Whether a service manager made it, which it is left to.
+    is_adopted: bool,
+}
+
+impl ControlSocket {
+    /// Opens it, for root and the group `anyport`; with readers for everybody, since each request is looked at.
+    ///
+    /// # Errors
+    /// Another daemon answers there, or the socket can't be made.
+    pub fn bind(path: &Path, readers: Option<&Readers>) -> anyhow::Result<Self> {
+        let listener = bind(path, readers)?;
+        Ok(Self { listener, file: Arc::new(SocketFile::of(path)), readers: readers.cloned(), is_adopted: false })
+    }
+
+    /// Listens at one that a service manager has bound to this path, and which stays when this process ends.
+    ///
+    /// # Errors
+    /// It is bound to another path, or is no such socket.
+    pub fn adopt(socket: OwnedFd, path: &Path, readers: Option<&Readers>) -> anyhow::Result<Self> {
+        let listener = adopt(socket, path)?;
+        Ok(Self { listener, file: Arc::new(SocketFile::of(path)), readers: readers.cloned(), is_adopted: true })
+    }
+
+    /// Its file.
+    pub fn file(&self) -> Arc<SocketFile> {
+        Arc::clone(&self.file)
+    }
+
+    /// Whether the file goes when this process ends.
+    pub fn is_own(&self) -> bool {
+        !self.is_adopted
+    }
+
+    /// The next client. Where others have removed the file, it is made again.
+    async fn accept(&mut self) -> io::Result<tokio::net::UnixStream> {
+        loop {
+            let again = self.file.put_back(|path| {
+                if self.is_adopted {
+                    bail!("its service manager makes it: systemctl restart anyport.socket");
+                }
+                bind(path, self.readers.as_ref())
+            });
+            tokio::select! {
+                accepted = self.listener.accept() => return accepted.map(|(stream, _)| stream),
+                listener = again => self.replace(listener),
+            }
+        }
+    }
+
+    fn replace(&mut self, listener: UnixListener) {
+        close(mem::replace(&mut self.listener, listener));
+    }
+}
+
+/// Who is not accepted yet may have passed something.
+fn close(listener: UnixListener) {
+    if let Ok(listener) = listener.into_std() {
+        closing::close(u32::MAX, vec![listener.into()]);
+    }
+}
+
+fn bind(path: &Path, readers: Option<&Readers>) -> anyhow::Result<UnixListener> {
     let attempt = || format!("open the control socket {}", path.display());
     match UnixStream::connect(path) {
         Ok(peer) => {
@@ -119,11 +185,7 @@ fn prepare(listener: &impl AsFd) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Listens at a control socket that a service manager has bound to this path, and which stays when this process ends.
-///
-/// # Errors
-/// It is bound to another path, or is no such socket.
-pub fn adopt(socket: OwnedFd, path: &Path) -> anyhow::Result<UnixListener> {
+fn adopt(socket: OwnedFd, path: &Path) -> anyhow::Result<UnixListener> {
     let attempt = || format!("take the control socket {} from the service manager", path.display());
     let listener = net::UnixListener::from(socket);
     let bound = listener.local_addr().with_context(attempt)?;
@@ -148,15 +210,14 @@ static REFUSED: LogLimit = LogLimit::new();
 /// # Errors
 /// The socket fails.
 pub async fn serve(
-    listener: UnixListener,
+    mut socket: ControlSocket,
     engine: Shared,
     observer: Arc<Observer>,
     handover: Handover,
-    readers: Option<Readers>,
     stop: watch::Receiver<bool>,
 ) -> anyhow::Result<()> {
     let access = Access {
-        readers,
+        readers: socket.readers.clone(),
         read_limiter: ReadLimiter::new(),
         explain_limiter: ReadLimiter::new(),
         budget: Budget::default(),
@@ -177,7 +238,7 @@ pub async fn serve(
         .route("/v1/services", get(services).post(add_service))
         .route("/v1/services/{name}", delete(remove_service))
         .fallback(no_such_thing)
-        .method_not_allowed_fallback(no_such_thing)
+        .method_not_allowed_fallback(wrong_method)
         .layer(DefaultBodyLimit::max(MAX_BODY))
         .layer(Extension(Outcomes::new()))
         .layer(Extension(how_far))
@@ -192,8 +253,8 @@ pub async fn serve(
     let mut stopped = pin!(async { drop(told.wait_for(|stop| *stop).await) });
     loop {
         tokio::select! {
-            accepted = listener.accept() => match accepted {
-                Ok((stream, _)) => clients.serve(stream, &api, &stop, &connections),
+            accepted = socket.accept() => match accepted {
+                Ok(stream) => clients.serve(stream, &api, &stop, &connections),
                 Err(error) => {
                     warn!("accept at the control socket: {error}");
                     sleep(PAUSE).await;
@@ -202,10 +263,7 @@ pub async fn serve(
             () = &mut stopped => break,
         }
     }
-    // Who is not accepted yet may have passed something.
-    if let Ok(listener) = listener.into_std() {
-        closing::close(u32::MAX, vec![listener.into()]);
-    }
+    close(socket.listener);
     connections.close();
     connections.wait().await;
     Ok(())
@@ -297,7 +355,11 @@ async fn command<T: serde::Serialize + Send + 'static>(
 ) -> Result<Response, Problem> {
     let carried_out = async move {
         match engine.lock().await.as_mut() {
-            Some(engine) => beside(command(engine)),
+            Some(engine) => {
+                let done = beside(command(engine));
+                engine.progress().end();
+                done
+            }
             None => Err(Problem::stopping()),
         }
     };
@@ -327,6 +389,12 @@ async fn no_such_thing(request: Request) -> Problem {
     .hint("docs/api.md describes the requests")
 }
 
+async fn wrong_method(request: Request) -> Problem {
+    let (method, path) = (request.method(), request.uri().path());
+    Problem::new(ProblemKind::WrongMethod, format!("{path} does not take the method {method}"))
+        .hint("the header Allow of this answer names those that it takes; docs/api.md describes the requests")
+}
+
 async fn take_over(
     ConnectInfo(peer): ConnectInfo<Peer>,
     Extension(handover): Extension<Handover>,
@@ -353,7 +421,7 @@ async fn prefixes(
     Extension(pace): Extension<Pace>,
     query: Result<Query<api::ListPrefixes>, QueryRejection>,
 ) -> Result<Response, Problem> {
-    let Query(query) = query.map_err(|rejection| Problem::new(ProblemKind::Invalid, rejection.body_text()))?;
+    let Query(query) = query.map_err(|rejection| wrong_query(&rejection))?;
     let kind = [(CONTENT_TYPE, "application/json")];
     let begin = async {
         let mut listing = Listing::new(engine.look().await?, query);
@@ -376,12 +444,17 @@ async fn prefixes(
     Ok((kind, axum::body::Body::from_stream(pieces)).into_response())
 }
 
+/// What is wrong with the part of an address that follows its question mark.
+fn wrong_query(rejection: &QueryRejection) -> Problem {
+    Problem::new(ProblemKind::Invalid, plain(&rejection.body_text())).hint("docs/api.md describes the requests")
+}
+
 async fn explain(
     State(engine): State<Shared>,
     Extension(pace): Extension<Pace>,
     query: Result<Query<api::Explain>, QueryRejection>,
 ) -> Answer<api::Explanation> {
-    let Query(query) = query.map_err(|rejection| Problem::new(ProblemKind::Invalid, rejection.body_text()))?;
+    let Query(query) = query.map_err(|rejection| wrong_query(&rejection))?;
     let patience = if pace.0.is_some() { EXPLAIN_TIME } else { Duration::MAX };
     // Dropped with the connection of the client, and so is its place in the row.
     let explain = async {
@@ -396,7 +469,7 @@ async fn events(
     State(engine): State<Shared>,
     query: Result<Query<api::Listen>, QueryRejection>,
 ) -> Result<Response, Problem> {
-    let Query(query) = query.map_err(|rejection| Problem::new(ProblemKind::Invalid, rejection.body_text()))?;
+    let Query(query) = query.map_err(|rejection| wrong_query(&rejection))?;
     super::event_stream::stream(engine, query)
 }
 
@@ -420,7 +493,7 @@ async fn apply(
     query: Result<Query<api::Apply>, QueryRejection>,
     body: Body,
 ) -> Result<Response, Problem> {
-    let Query(options) = query.map_err(|rejection| Problem::new(ProblemKind::Invalid, rejection.body_text()))?;
+    let Query(options) = query.map_err(|rejection| wrong_query(&rejection))?;
     let text = String::from_utf8(bytes(body, MAX_FILE)?.into())
         .map_err(|error| Problem::new(ProblemKind::Invalid, format!("read the file: {error}")))?;
     // What changes nothing need not be remembered, and its answer may be long.
@@ -433,7 +506,7 @@ async fn reload(
     asked: Asked,
     query: Result<Query<api::Reload>, QueryRejection>,
 ) -> Result<Response, Problem> {
-    let Query(options) = query.map_err(|rejection| Problem::new(ProblemKind::Invalid, rejection.body_text()))?;
+    let Query(options) = query.map_err(|rejection| wrong_query(&rejection))?;
     let asked = if options.dry_run { asked.without_id() } else { asked };
     command(engine, asked, move |engine| async move { engine.reload(&options).await }.boxed()).await
 }

@@ -3,7 +3,7 @@
 #[cfg(feature = "fleet")]
 pub mod fleet_node;
 
-use std::{ffi::CStr, fs, future::pending, path::Path, sync::Arc, time::Duration};
+use std::{ffi::CStr, future::pending, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
 use nix::sys::{
@@ -23,7 +23,7 @@ use tracing::{error, info, warn};
 use self::fleet_node::Node;
 use crate::{
     config::{Config, DaemonConfig},
-    control::{self, Handover, registrar},
+    control::{self, ControlSocket, Handover, registrar},
     engine::{Engine, Shared, beside},
     keeper::{self, Begin, Command, Commands, Link},
     lock::Lock,
@@ -32,6 +32,7 @@ use crate::{
     privileges, register,
     routes::News,
     service::{DescriptorPool, WorkerHandles, Workers},
+    socket_file::SocketFile,
     sys,
 };
 
@@ -161,17 +162,21 @@ async fn control_loop(
     lock.answer()?;
     let given = keeper.take(keeper::CONTROL).pop();
     let beside = register::socket_beside(&config.socket);
-    let mut paths: Vec<&Path> = if given.is_some() { Vec::new() } else { vec![&config.socket] };
-    let listener = match given {
-        Some(given) => control::adopt(given, &config.socket)?,
-        None => control::bind(&config.socket, config.readers.as_ref())?,
+    let socket = match given {
+        Some(given) => ControlSocket::adopt(given, &config.socket, config.readers.as_ref())?,
+        None => ControlSocket::bind(&config.socket, config.readers.as_ref())?,
     };
-    let registering = registrar::bind(&beside).inspect_err(|_| remove_sockets(&paths))?;
-    paths.push(&beside);
+    let mut own_files: Vec<_> = socket.is_own().then(|| socket.file()).into_iter().collect();
+    let registering = registrar::bind(&beside).inspect_err(|_| remove(&own_files))?;
+    let registering_file = Arc::new(SocketFile::of(&beside));
+    own_files.push(Arc::clone(&registering_file));
     match Engine::start(config, workers, keeper.clone(), begin).await {
-        Ok(started) => *engine.lock().await = Some(started),
+        Ok(mut started) => {
+            started.tell_of_sockets(vec![socket.file(), Arc::clone(&registering_file)]);
+            *engine.lock().await = Some(started);
+        }
         Err(error) => {
-            remove_sockets(&paths);
+            remove(&own_files);
             return Err(error);
         }
     }
@@ -181,10 +186,9 @@ async fn control_loop(
     }
     let (stop, stopped) = watch::channel(false);
     let handover = Handover::new(keeper.clone());
-    let (shared, readers) = (Arc::clone(&engine), config.readers.clone());
-    let server =
-        tokio::spawn(control::serve(listener, shared, Arc::clone(&observer), handover.clone(), readers, stopped));
-    let registrar = tokio::spawn(registrar::serve(registering, Arc::clone(&engine)));
+    let shared = Arc::clone(&engine);
+    let server = tokio::spawn(control::serve(socket, shared, Arc::clone(&observer), handover.clone(), stopped));
+    let registrar = tokio::spawn(registrar::serve(registering, registering_file, Arc::clone(&engine)));
     let watcher = tokio::spawn(keep_looking(Arc::clone(&engine), hangup));
     #[cfg(feature = "fleet")]
     let node = match &config.fleet {
@@ -196,7 +200,7 @@ async fn control_loop(
     info!("ready at {}; next: anyportctl add-prefix PREFIX", config.socket.display());
 
     let end = ends.wait(&handover).await;
-    remove_sockets(&paths);
+    remove(&own_files);
     stop.send_replace(true);
     #[cfg(feature = "fleet")]
     drop(node);
@@ -305,10 +309,8 @@ fn raise_descriptor_limit() {
     }
 }
 
-fn remove_sockets(paths: &[&Path]) {
-    for path in paths {
-        if let Err(error) = fs::remove_file(path) {
-            warn!("remove the socket {}: {error}", path.display());
-        }
+fn remove(files: &[Arc<SocketFile>]) {
+    for file in files {
+        file.remove();
     }
 }

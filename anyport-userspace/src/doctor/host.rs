@@ -96,6 +96,8 @@ pub struct Host {
     pub(super) tcx: Fact<BTreeMap<String, Vec<String>>>,
     /// What came of trying the back ends, up to the first that works, where no daemon tells.
     pub(super) back_ends: Fact<Vec<Tried>>,
+    /// The prefixes that routes of anyport make local though no daemon answers.
+    pub(super) leftovers: Fact<Vec<Prefix>>,
     /// The addresses of interfaces.
     pub(super) addresses: Fact<Vec<InterfaceAddress>>,
     /// Where releases of the kernel have their modules.
@@ -206,6 +208,7 @@ impl Host {
             sk_lookup: Err(unknown()),
             tcx: Err(unknown()),
             back_ends: Err(unknown()),
+            leftovers: Err(unknown()),
             addresses: Err(unknown()),
             modules: proc.join("lib/modules"),
             firewall: Err(unknown()),

@@ -56,6 +56,7 @@ impl Host {
             sk_lookup: fact(sk_lookup()),
             tcx: fact(tcx(&names)),
             back_ends: fact(if daemon.is_ok() { Err(anyhow!("the daemon tells")) } else { back_ends() }),
+            leftovers: fact(leftovers(daemon.is_ok()).await),
             addresses: fact(interface_addresses()),
             modules: "/lib/modules".into(),
             firewall: fact(firewall::Ruleset::read()),
@@ -203,6 +204,10 @@ fn tcx(interfaces: &[String]) -> anyhow::Result<BTreeMap<String, Vec<String>>> {
         Ok((interface.clone(), names.collect()))
     };
     interfaces.iter().map(programs_of).collect()
+}
+
+async fn leftovers(has_daemon: bool) -> anyhow::Result<Vec<Prefix>> {
+    if has_daemon { Ok(Vec::new()) } else { Routes::open()?.ours().await }
 }
 
 /// Tries the back ends as a daemon does at its start, up to the first that works. Nothing stays behind.

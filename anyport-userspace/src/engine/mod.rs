@@ -56,7 +56,7 @@ pub use self::{
     start::Simulation,
     views::Counted,
 };
-use crate::{fleet::FleetBoard, routes::Watch, service::DescriptorPool, steering::BackEnd};
+use crate::{fleet::FleetBoard, routes::Watch, service::DescriptorPool, socket_file::SocketFile, steering::BackEnd};
 
 /// The daemon's state and its hold on the kernel.
 #[derive(Debug)]
@@ -78,6 +78,8 @@ pub struct Engine {
     fleet: Option<Arc<FleetBoard>>,
     /// How far a long command is.
     progress: Arc<Progress>,
+    /// By which clients find this daemon.
+    socket_files: Vec<Arc<SocketFile>>,
 }
 
 /// By what it is judged whether clients are served.
@@ -92,6 +94,11 @@ impl Engine {
     /// How far a long command is, for clients that can't wait for it.
     pub fn progress(&self) -> Arc<Progress> {
         Arc::clone(&self.progress)
+    }
+
+    /// Has the status say when clients don't find one of these sockets.
+    pub fn tell_of_sockets(&mut self, files: Vec<Arc<SocketFile>>) {
+        self.socket_files = files;
     }
 
     /// Which back end is in use.
@@ -125,6 +132,8 @@ impl Engine {
         if let Err(error) = self.kernel.refresh() {
             error!("look again at interfaces and sockets: {error:#}");
         }
+        // What the fleet gave, and what was rolled back, is done by now.
+        self.progress.end();
         self.check_decisions();
         self.kernel.reconcile(&self.desired, &self.services, self.settings.config().mend).await;
         self.dropping.look(Facts { desired: &self.desired, services: &self.services, kernel: &self.kernel });

@@ -115,6 +115,7 @@ impl Engine {
             decisions: Decisions::default(),
             fleet: config.fleet_view().map(|view| Arc::new(FleetBoard::new(view, &fleet_state))),
             progress: Arc::default(),
+            socket_files: Vec::new(),
             kept: Kept::new(store, fleet_state),
         };
         match engine.bring_up(services, rules).await {

@@ -97,7 +97,12 @@ impl Engine {
             .chain(services)
             .chain(self.services.lost_sockets(self.desired.rules()))
             .chain(dropping);
-        all.chain(self.kept.complaint()).chain(self.shadowed_metrics()).chain(self.served.degraded()).collect()
+        let unreachable = self.socket_files.iter().filter_map(|it| it.complaint());
+        all.chain(self.kept.complaint())
+            .chain(unreachable)
+            .chain(self.shadowed_metrics())
+            .chain(self.served.degraded())
+            .collect()
     }
 
     /// Whether a rule takes what is meant for the address of the metrics.

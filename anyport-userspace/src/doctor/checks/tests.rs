@@ -4,7 +4,7 @@ use std::fs;
 
 use serde_json::json;
 
-use super::{back_ends, conntrack, modules, netkit, on_link, sk_lookup_programs};
+use super::{back_ends, conntrack, daemon as of_daemon, modules, netkit, on_link, sk_lookup_programs};
 use crate::{
     back_end::BackEnd,
     doctor::{Daemon, Finding, Host, Link, Severity, Steered, host::Tried},
@@ -198,5 +198,18 @@ fn the_kernel_takes_64_sk_lookup_programs() {
         }
         host.daemon = Ok(daemon("tc", 1));
         assert_eq!(sk_lookup_programs::look(&host).unwrap(), []);
+    });
+}
+
+#[test]
+fn what_a_killed_daemon_left_behind_is_named() {
+    with_files(&[], |mut host| {
+        host.leftovers = Ok(Vec::new());
+        assert_eq!(of_daemon::look(&host).unwrap(), []);
+        host.leftovers = Ok(vec!["192.0.2.0/24".parse().unwrap()]);
+        let found = of_daemon::look(&host).unwrap();
+        expect(&found, Severity::Broken, "192.0.2.0/24 of anyport is still steered");
+        assert_eq!(found[0].fix.len(), 2, "{found:?}");
+        assert!(found[0].fix[1].ends_with("ip route flush table local proto 165"), "{found:?}");
     });
 }
