@@ -36,11 +36,15 @@ const MANY: usize = 150;
 const CLIENTS: usize = 7_000;
 /// Within this time flows have left an upstream that was taken out.
 const LEAVING: Duration = Duration::from_secs(3);
+/// Within this time flows would have left an upstream that is silent.
+const SETTLING: Duration = Duration::from_secs(12);
 
 pub(crate) fn trials() -> Vec<Trial> {
     vec![
         trial("departures::flows leave an upstream that is taken out, or stay as they are told to", taken_out),
         trial("departures::flows end with their rule", without_rule),
+        trial("departures::flows leave an upstream that has become silent, or stay as they are told to", silent),
+        trial("departures::silence alone moves no flow", silent_as_others),
         trial("departures::a local port serves a flow to each upstream", few_ports),
         trial("departures::flows from one client's port are not mixed", not_mixed),
         // Their sockets are half of those that this process may open.
@@ -162,6 +166,75 @@ fn taken_out() {
                 count => Err(format!("{count:?} upstreams")),
             });
         }
+    }
+}
+
+/// The server's host takes datagrams to this address and says nothing any more, not even by ICMP.
+fn silence(lab: &Lab, address: &str) {
+    lab.topology.server.run("iptables", ["-A", "INPUT", "-d", address, "-p", "udp", "-j", "DROP"]);
+}
+
+/// Asks from each client in turn until `is_enough` says so of who answered each of them last, or for `limit`.
+fn talk(clients: &[UdpSocket], limit: Duration, is_enough: impl Fn(&[Option<String>]) -> bool) -> Vec<Option<String>> {
+    let start = Instant::now();
+    let mut last = vec![None; clients.len()];
+    while start.elapsed() < limit && !is_enough(&last) {
+        for (socket, last) in clients.iter().zip(&mut last) {
+            *last = who(socket, "still there?", SILENCE);
+        }
+    }
+    last
+}
+
+/// One of two upstreams becomes silent. Its clients go on all the time, and so does one of the other upstream.
+fn silent() {
+    for (options, expected) in [
+        ("", Some("second")),
+        ("balance = \"source-hash\"\nudp = { responses = 1 }", Some("second")),
+        ("udp = { on-down = \"keep\" }", None),
+    ] {
+        let file = File::new();
+        let [first, second] = [SERVER[0], SECOND[0]].map(|address| at(address, PORT));
+        file.write(&[first, second], &format!("connect-timeout = \"2s\"\nejection = {{ time = \"1m\" }}\n{options}"));
+        let lab = Lab::with("sk-lookup", |setup| setup.config(&file.path));
+        let _upstreams = [(first, "first"), (second, "second")]
+            .map(|(address, name)| Upstream::start(&lab.topology.server, address, name));
+        let clients = [(); 4].map(|()| client(&lab, at(ONE, 53_000)));
+        let before = talk(&clients, PATIENCE, |last| last.iter().all(Option::is_some));
+        let gone = if before.iter().flatten().any(|name| name == "first") { "first" } else { "second" };
+        let left = if gone == "first" { "second" } else { "first" };
+        silence(&lab, if gone == "first" { SERVER[0] } else { SECOND[0] });
+        let limit = if expected.is_some() { PATIENCE } else { SETTLING };
+        let after = talk(&clients, limit, |last| last.iter().flatten().filter(|name| *name == left).count() == 4);
+        let was_gone = |at: usize| before[at].as_deref() == Some(gone);
+        for (at, name) in after.iter().enumerate() {
+            let expected = if was_gone(at) && expected.is_none() { None } else { Some(left) };
+            assert_eq!(name.as_deref(), expected, "client {at} with {options:?}: {before:?}, {after:?}");
+        }
+        let upstreams = shown_upstreams(&lab);
+        let number = usize::from(gone == "second");
+        assert_eq!(upstreams[number]["state"], "ejected", "{options}: {upstreams}");
+        assert_eq!(upstreams[1 - number]["state"], "up", "{options}: {upstreams}");
+    }
+}
+
+/// Nobody answers, as where datagrams are only collected: that says nothing of an upstream.
+fn silent_as_others() {
+    let file = File::new();
+    let addresses = [SERVER[0], SECOND[0]].map(|address| at(address, PORT));
+    file.write(&addresses, "connect-timeout = \"2s\"");
+    let lab = Lab::with("sk-lookup", |setup| setup.config(&file.path));
+    let _upstreams = addresses.map(|address| Upstream::start(&lab.topology.server, address, "up"));
+    let clients = [(); 4].map(|()| client(&lab, at(ONE, 53_000)));
+    talk(&clients, PATIENCE, |last| last.iter().all(Option::is_some));
+    for address in [SERVER[0], SECOND[0]] {
+        silence(&lab, address);
+    }
+    talk(&clients, SETTLING, |_| false);
+    let upstreams = shown_upstreams(&lab);
+    for upstream in upstreams.as_array().expect("upstreams") {
+        let expected = (&"up".into(), &2.into(), &0.into());
+        assert_eq!((&upstream["state"], &upstream["connections"], &upstream["failures"]), expected, "{upstreams}");
     }
 }
 

@@ -11,6 +11,7 @@ mod names;
 mod pipe;
 mod ports;
 mod relay;
+mod silence;
 mod transparent;
 mod udp;
 mod upkeep;
@@ -149,6 +150,17 @@ impl Forwarder {
         let is_here = upstreams.iter().any(|it| Arc::ptr_eq(it, upstream));
         let is_down = |it: &Upstream| it.state() == UpstreamState::Down;
         !is_here || (is_down(upstream) && !upstreams.iter().all(|it| is_down(it)))
+    }
+
+    /// Whether an upstream gets clients only if there is no other, and there is one.
+    fn avoids(&self, upstream: &Upstream) -> bool {
+        upstream.state() == UpstreamState::Ejected
+            && self.upstreams.load().iter().any(|it| it.state() == UpstreamState::Up)
+    }
+
+    /// Whether another upstream has answered datagrams since that moment.
+    fn others_answer_since(&self, upstream: &Arc<Upstream>, moment: u64) -> bool {
+        self.upstreams.load().iter().any(|it| !Arc::ptr_eq(it, upstream) && it.has_answered_since(moment))
     }
 
     /// Whether connections to this upstream are to be closed.

@@ -33,6 +33,7 @@ use super::{
     flows::{Flows, Idle, Used},
     header, is_shortage, is_shortage_of_ports,
     ports::{self, LocalEnd},
+    silence::{Patience, Silence},
     upstream::Upstream,
 };
 use crate::{
@@ -52,6 +53,8 @@ use crate::{
 
 /// How often it is looked for flows that are idle.
 const SWEEP: Duration = Duration::from_secs(1);
+/// A question without an answer for so long, in microseconds, does not wait for an upstream that others avoid.
+const UNANSWERED: u64 = 1_000_000;
 
 thread_local! {
     /// One for all flows of a worker: what is received is sent on at once.
@@ -101,6 +104,7 @@ struct Flow {
     /// Datagrams.
     questions: AtomicU64,
     answers: AtomicU64,
+    silence: Silence,
     tasks: Mutex<Vec<AbortHandle>>,
     /// Nothing once its place is another's.
     pass: Mutex<Option<Pass>>,
@@ -141,8 +145,8 @@ impl UdpForwarder {
     ) -> Self {
         let limit = forwarder.config.udp.max_flows.get() as usize / workers;
         let options = &forwarder.config.udp;
-        let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
-        let idle = Idle { dns: micros(options.dns_idle_timeout.0), others: micros(options.idle_timeout.0) };
+        let [dns, others] = [options.dns_idle_timeout, options.idle_timeout].map(|time| microseconds(time.0));
+        let idle = Idle { dns, others };
         let flows = Mutex::new(Flows::new(limit, idle));
         let shared = Arc::new(Shared { forwarder, worker, gate, flows, changed: Notify::new(), bound, log });
         shared.forwarder.lineage.add_flows(&shared);
@@ -190,10 +194,14 @@ impl Shared {
     }
 }
 
-/// Microseconds on a clock that began with the process.
+/// Microseconds on a clock that began with the process, from 1 on.
 fn moment() -> u64 {
     static START: LazyLock<Instant> = LazyLock::new(Instant::now);
-    u64::try_from(START.elapsed().as_micros()).unwrap_or(u64::MAX)
+    microseconds(START.elapsed()).saturating_add(1)
+}
+
+fn microseconds(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
 
 /// Ends the flows that are idle, and those whose upstream has left, until there will be no more.
@@ -203,7 +211,10 @@ async fn sweep(shared: Weak<Shared>) {
         let expired = lock(&shared.flows).expire(moment());
         let is_empty = lock(&shared.flows).len() == 0;
         for flow in expired {
-            shared.note_silence(&flow);
+            // Without that setting, what is said last needs no answer.
+            if let Some(since) = flow.silence.since().filter(|_| shared.forwarder.config.udp.responses.is_some()) {
+                shared.note_silence(&flow, since);
+            }
             shared.ended(&flow, &"closed as idle");
         }
         if departures != super::departures() {
@@ -271,6 +282,7 @@ impl Shared {
             to_client: AtomicU64::new(0),
             questions: AtomicU64::new(0),
             answers: AtomicU64::new(0),
+            silence: Silence::default(),
             tasks: Mutex::default(),
             pass: Mutex::new(Some(pass)),
         });
@@ -329,9 +341,9 @@ impl Shared {
         }
     }
 
-    /// Ends the flow if its upstream refuses.
+    /// Ends the flow if its upstream refuses, or is silent and others avoid it.
     fn send_to_upstream(&self, flow: &Arc<Flow>, batch: &Batch) -> io::Result<()> {
-        flow.last_used.store(moment(), Relaxed);
+        self.asked(flow)?;
         let to = flow.chosen.0.target(flow.ends.dialled.port());
         let sent = batch.by_hops(|received, part| {
             let Some(hops) = next_hops(received) else { return part.looped() };
@@ -360,7 +372,10 @@ impl Shared {
     }
 
     fn send_to_client(&self, flow: &Arc<Flow>, batch: &Batch) {
-        flow.last_used.store(moment(), Relaxed);
+        let now = moment();
+        flow.last_used.store(now, Relaxed);
+        flow.chosen.0.answered(now);
+        let was_silent = flow.silence.answered();
         let hops = flow.hops.load(Relaxed);
         let sent = match flow.client.get() {
             Some(Some(client)) if flow.client_hops.set(client, flow.ends.client, hops).is_ok() => batch.send(client),
@@ -374,7 +389,7 @@ impl Shared {
         let arrived = sent.datagrams + sent.lost;
         let before = flow.answers.fetch_add(arrived, Relaxed);
         let answers = before + arrived;
-        if before == 0 && arrived > 0 {
+        if was_silent || (before == 0 && arrived > 0) {
             flow.chosen.0.succeeded();
         }
         let is_answered = |responses| answers >= flow.questions.load(Relaxed).saturating_mul(responses);
@@ -389,12 +404,45 @@ impl Shared {
         self.end(flow, &format_args!("the upstream's side broke ({error})"));
     }
 
-    /// Where answers are expected, none at all is a failure of the upstream.
-    fn note_silence(&self, flow: &Flow) {
-        let is_silent = flow.answers.load(Relaxed) == 0 && flow.questions.load(Relaxed) > 0;
-        if is_silent && self.forwarder.config.udp.responses.is_some() {
+    /// Takes into account that the client says something, and may have waited for an answer.
+    fn asked(&self, flow: &Arc<Flow>) -> io::Result<()> {
+        let now = moment();
+        let before = flow.last_used.swap(now, Relaxed);
+        let config = &self.forwarder.config;
+        let patience =
+            Patience { limit: microseconds(config.connect_timeout.0), has_pauses: config.udp.responses.is_some() };
+        if let Some(since) = flow.silence.asked(before, now, patience) {
+            self.note_silence(flow, since);
+        }
+        if flow.silence.since().is_some_and(|since| now - since >= UNANSWERED) && self.is_avoided(flow) {
+            self.end(flow, &"its upstream is ejected and does not answer");
+            return Err(io::Error::new(io::ErrorKind::TimedOut, "the upstream does not answer"));
+        }
+        Ok(())
+    }
+
+    fn is_avoided(&self, flow: &Flow) -> bool {
+        let upstream = &flow.chosen.0;
+        let current = self.forwarder.current();
+        current.config.udp.on_down == OnDownUdp::Move && current.avoids(upstream)
+    }
+
+    /// Silence since that moment is a failure of the upstream if it has said nothing to others, either, and answers are
+    /// expected: by the settings, or since it gave some to this client before and other upstreams still give some.
+    fn note_silence(&self, flow: &Flow, since: u64) {
+        let Forwarder { config, .. } = &*self.forwarder;
+        let upstream = &flow.chosen.0;
+        let has_answered = flow.answers.load(Relaxed) > 0;
+        // A client that chooses the port may have chosen one where nothing answers, and has been promised this upstream.
+        let is_of_port = config.balance == Balance::SourceHash && upstream.port.is_none();
+        let is_expected = match config.udp.responses {
+            Some(_) => has_answered || !is_of_port,
+            None => has_answered && self.forwarder.current().others_answer_since(upstream, since),
+        };
+        if is_expected && !upstream.has_answered_since(since) {
+            flow.silence.failed();
             let error = io::Error::new(io::ErrorKind::TimedOut, "no answer over UDP");
-            self.forwarder.note_failure(&flow.chosen.0, &error);
+            self.forwarder.note_failure(upstream, &error);
         }
     }
 

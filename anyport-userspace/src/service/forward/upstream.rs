@@ -35,6 +35,8 @@ pub(in crate::service) struct Upstream {
     /// By [`now`]; 0 if it never was.
     ejected_until: AtomicU64,
     is_down: AtomicBool,
+    /// When a datagram came from it, on the clock of flows; 0 if none did.
+    last_answer: AtomicU64,
     story: Mutex<Story>,
 }
 
@@ -120,6 +122,7 @@ impl Upstream {
             failures_in_a_row: AtomicU32::new(0),
             ejected_until: AtomicU64::new(0),
             is_down: AtomicBool::new(false),
+            last_answer: AtomicU64::new(0),
             story: Mutex::default(),
         }
     }
@@ -159,6 +162,15 @@ impl Upstream {
             self.failures_in_a_row.store(0, Relaxed);
             self.ejected_until.store(0, Relaxed);
         }
+    }
+
+    /// A datagram has come from it, for any client.
+    pub(super) fn answered(&self, moment: u64) {
+        self.last_answer.store(moment, Relaxed);
+    }
+
+    pub(super) fn has_answered_since(&self, moment: u64) -> bool {
+        self.last_answer.load(Relaxed) >= moment
     }
 
     /// A client that was connected is not any more.
