@@ -23,6 +23,8 @@ pub mod cli;
 #[cfg(feature = "daemon")]
 pub mod closing;
 #[cfg(feature = "daemon")]
+mod complaint;
+#[cfg(feature = "daemon")]
 pub mod config;
 #[cfg(feature = "daemon")]
 pub mod control;

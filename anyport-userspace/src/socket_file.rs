@@ -12,6 +12,8 @@ use std::{
 use tokio::time::sleep;
 use tracing::warn;
 
+use crate::complaint::Complaint;
+
 /// How often it is looked at.
 const INTERVAL: Duration = Duration::from_secs(1);
 
@@ -19,14 +21,9 @@ const INTERVAL: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 pub struct SocketFile {
     path: PathBuf,
-    known: Mutex<Known>,
-}
-
-#[derive(Debug)]
-struct Known {
     /// Device and inode.
-    file: Option<(u64, u64)>,
-    complaint: Option<String>,
+    file: Mutex<Option<(u64, u64)>>,
+    complaint: Complaint,
 }
 
 /// What stands at the path.
@@ -42,7 +39,7 @@ enum Found {
 impl SocketFile {
     /// The file of a socket that was just bound.
     pub fn of(path: &Path) -> Self {
-        Self { path: path.to_owned(), known: Mutex::new(Known { file: file_at(path), complaint: None }) }
+        Self { path: path.to_owned(), file: Mutex::new(file_at(path)), complaint: Complaint::default() }
     }
 
     /// Where it is.
@@ -56,29 +53,31 @@ impl SocketFile {
             sleep(INTERVAL).await;
             let why = match self.found() {
                 Found::Own => {
-                    self.known().complaint = None;
+                    self.complaint.clear();
                     continue;
                 }
                 Found::Other => "another file has its name; remove that, and it comes back".to_owned(),
                 Found::Nothing => match bind(&self.path) {
                     Ok(socket) => {
-                        *self.known() = Known { file: file_at(&self.path), complaint: None };
+                        *self.file() = file_at(&self.path);
+                        self.complaint.clear();
                         warn!("the socket {} was removed by others and is put back", self.path.display());
                         return socket;
                     }
                     Err(error) => format!("{error:#}; a restart of anyportd puts it back and loses no connection"),
                 },
             };
-            self.complain(format!(
-                "no client reaches the socket {}, which others have removed: {why}",
-                self.path.display()
-            ));
+            let what =
+                format!("no client reaches the socket {}, which others have removed: {why}", self.path.display());
+            if self.complaint.raise(what.clone()) {
+                warn!("{what}");
+            }
         }
     }
 
     /// What keeps clients from finding it.
-    pub fn complaint(&self) -> Option<String> {
-        self.known().complaint.clone()
+    pub fn complaint(&self) -> Complaint {
+        self.complaint.clone()
     }
 
     /// Removes the file, if it is still the socket's own.
@@ -90,24 +89,16 @@ impl SocketFile {
         }
     }
 
-    fn complain(&self, complaint: String) {
-        let mut known = self.known();
-        if known.complaint.as_ref() != Some(&complaint) {
-            warn!("{complaint}");
-        }
-        known.complaint = Some(complaint);
-    }
-
     fn found(&self) -> Found {
         match fs::symlink_metadata(&self.path) {
-            Ok(it) if Some((it.dev(), it.ino())) == self.known().file => Found::Own,
+            Ok(it) if Some((it.dev(), it.ino())) == *self.file() => Found::Own,
             Err(error) if error.kind() == ErrorKind::NotFound => Found::Nothing,
             _ => Found::Other,
         }
     }
 
-    fn known(&self) -> MutexGuard<'_, Known> {
-        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    fn file(&self) -> MutexGuard<'_, Option<(u64, u64)>> {
+        self.file.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -137,24 +128,24 @@ mod tests {
         let looking = Arc::clone(&file);
         let put_back = tokio::spawn(async move { looking.put_back(bind).await });
         sleep(3 * INTERVAL).await;
-        assert!(!put_back.is_finished() && file.complaint().is_none());
+        assert!(!put_back.is_finished() && file.complaint().get().is_none());
         // With its directory, which this `bind` does not make.
         fs::remove_dir_all(&below).unwrap();
         sleep(3 * INTERVAL).await;
         assert!(
-            file.complaint().unwrap().contains("others have removed: bind: No such file"),
+            file.complaint().get().unwrap().contains("others have removed: bind: No such file"),
             "{:?}",
             file.complaint()
         );
         fs::create_dir(&below).unwrap();
         fs::write(&path, "").unwrap();
         sleep(3 * INTERVAL).await;
-        assert!(file.complaint().unwrap().contains("another file has its name"), "{:?}", file.complaint());
+        assert!(file.complaint().get().unwrap().contains("another file has its name"), "{:?}", file.complaint());
         file.remove();
         assert!(path.exists(), "another's file is left alone");
         fs::remove_file(&path).unwrap();
         let second = put_back.await.unwrap();
-        assert!(file.complaint().is_none() && std::os::unix::net::UnixStream::connect(&path).is_ok());
+        assert!(file.complaint().get().is_none() && std::os::unix::net::UnixStream::connect(&path).is_ok());
         file.remove();
         assert!(!path.exists());
         drop((first, second));

@@ -38,7 +38,7 @@ pub(crate) fn trials() -> Vec<Trial> {
         trial("metrics::what drops all packets is not well", dropping),
         trial("metrics::nobody but readers is answered, and nobody waits for slow ones", clients),
         trial("metrics::the page runs nothing but its own", page),
-        trial("metrics::an address that is taken is an error at the first start", taken),
+        trial("metrics::an address that is taken is waited for at the first start", taken),
         trial("metrics::an address that is taken later is waited for", taken_later),
         trial("metrics::a rule that takes their address is told", shadowed),
     ];
@@ -356,11 +356,22 @@ fn page() {
 
 fn taken() {
     let topology = Topology::new();
-    let _holder = topology.host.enter(|| TcpListener::bind(address()).expect("a socket"));
-    let outcome = Setup::new(&topology.host, "sk-lookup").args(["--metrics", ADDRESS]).run_to_end();
-    assert!(outcome.status == 1 && outcome.stderr.contains("listen at 127.0.0.1:9464 for metrics"), "{outcome}");
-    assert!(outcome.stderr.contains("--metrics"), "{outcome}");
-    let outcome = Setup::new(&topology.host, "sk-lookup").args(["--metrics", "nowhere"]).run_to_end();
+    let holder = topology.host.enter(|| TcpListener::bind(address()).expect("a socket"));
+    let setup = Setup::new(&topology.host, "sk-lookup").args(["--metrics", ADDRESS]);
+    let lab = Lab { daemon: setup.start(), topology };
+    lab.daemon.ok("add-prefix 192.0.2.0/24");
+    lab.topology.client.enter(|| expect_tcp_hello(at("192.0.2.7", 80)));
+    let complaints = || lab.daemon.json("status")["degraded"].to_string();
+    let expected = "the metrics are not served, which is tried again each second: listen at 127.0.0.1:9464 for metrics";
+    assert!(complaints().contains(expected), "{}", complaints());
+    drop(holder);
+    wait_for("metrics", Duration::from_secs(10), || match complaints().as_str() {
+        "[]" => Ok(()),
+        complaints => Err(complaints.to_owned()),
+    });
+    assert_eq!(get(&lab, "/healthz").0, 200);
+    assert_eq!(lab.daemon.log().matches(expected).count(), 1, "{}", lab.daemon.log());
+    let outcome = Setup::new(&lab.topology.server, "sk-lookup").args(["--metrics", "nowhere"]).run_to_end();
     assert_eq!(outcome.status, 2, "{outcome}");
 }
 

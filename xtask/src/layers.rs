@@ -26,6 +26,7 @@ const LAYERS: &[Layers] = &[
         order: &[
             "as_text",
             "back_end",
+            "complaint",
             "log_limit",
             "paths",
             "plain_words",

@@ -172,7 +172,9 @@ async fn control_loop(
     own_files.push(Arc::clone(&registering_file));
     match Engine::start(config, workers, keeper.clone(), begin).await {
         Ok(mut started) => {
-            started.tell_of_sockets(vec![socket.file(), Arc::clone(&registering_file)]);
+            let files = [socket.file(), Arc::clone(&registering_file)];
+            let of_sockets = files.iter().map(|file| file.complaint());
+            started.pass_on(of_sockets.chain(metrics.as_ref().map(|it| it.complaint())).collect());
             *engine.lock().await = Some(started);
         }
         Err(error) => {

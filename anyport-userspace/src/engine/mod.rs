@@ -56,7 +56,7 @@ pub use self::{
     start::Simulation,
     views::Counted,
 };
-use crate::{fleet::FleetBoard, routes::Watch, service::DescriptorPool, socket_file::SocketFile, steering::BackEnd};
+use crate::{complaint::Complaint, fleet::FleetBoard, routes::Watch, service::DescriptorPool, steering::BackEnd};
 
 /// The daemon's state and its hold on the kernel.
 #[derive(Debug)]
@@ -78,8 +78,8 @@ pub struct Engine {
     fleet: Option<Arc<FleetBoard>>,
     /// How far a long command is.
     progress: Arc<Progress>,
-    /// By which clients find this daemon.
-    socket_files: Vec<Arc<SocketFile>>,
+    /// What other parts of the daemon complain of: that metrics are not served, or that clients don't find a socket.
+    complaints: Vec<Complaint>,
 }
 
 /// By what it is judged whether clients are served.
@@ -96,9 +96,9 @@ impl Engine {
         Arc::clone(&self.progress)
     }
 
-    /// Has the status say when clients don't find one of these sockets.
-    pub fn tell_of_sockets(&mut self, files: Vec<Arc<SocketFile>>) {
-        self.socket_files = files;
+    /// Says as its own what other parts of the daemon complain of.
+    pub fn pass_on(&mut self, complaints: Vec<Complaint>) {
+        self.complaints = complaints;
     }
 
     /// Which back end is in use.

@@ -114,8 +114,8 @@ impl Engine {
             dropping: Dropping::default(),
             decisions: Decisions::default(),
             fleet: config.fleet_view().map(|view| Arc::new(FleetBoard::new(view, &fleet_state))),
+            complaints: Vec::new(),
             progress: Arc::default(),
-            socket_files: Vec::new(),
             kept: Kept::new(store, fleet_state),
         };
         match engine.bring_up(services, rules).await {

@@ -7,6 +7,7 @@ use anyport_common::{flow::Transport, maps::Counters};
 use super::Engine;
 use crate::{
     api::{BackEndView, ServiceView, StatusView, Totals},
+    complaint::Complaint,
     rules::{Decision, RuleRef, RuleSet, ServiceName, decide},
     service::ServiceStats,
 };
@@ -97,12 +98,8 @@ impl Engine {
             .chain(services)
             .chain(self.services.lost_sockets(self.desired.rules()))
             .chain(dropping);
-        let unreachable = self.socket_files.iter().filter_map(|it| it.complaint());
-        all.chain(self.kept.complaint())
-            .chain(unreachable)
-            .chain(self.shadowed_metrics())
-            .chain(self.served.degraded())
-            .collect()
+        let others = self.complaints.iter().filter_map(Complaint::get).chain(self.shadowed_metrics());
+        all.chain(self.kept.complaint()).chain(others).chain(self.served.degraded()).collect()
     }
 
     /// Whether a rule takes what is meant for the address of the metrics.

@@ -37,7 +37,7 @@ use super::{
     metrics,
     sample::{Observer, Sample},
 };
-use crate::{api::Problem, privileges, write_timeout::WriteTimeout};
+use crate::{api::Problem, complaint::Complaint, privileges, write_timeout::WriteTimeout};
 
 /// Bytes of a request's head; hyper takes no lower limit.
 const MAX_HEAD: usize = 8 << 10;
@@ -64,22 +64,26 @@ pub struct Server {
     /// Closed when the thread is to end.
     stop: Option<watch::Sender<()>>,
     thread: Option<JoinHandle<()>>,
+    complaint: Complaint,
 }
 
 impl Server {
-    /// Serves there. A successor, who must not fail for this, tries on where that is not possible yet.
+    /// Serves there, as soon as that is possible: steering matters more. For a successor it is not yet, since the process that it
+    /// replaces serves there still.
     ///
     /// # Errors
-    /// The kernel does not let us listen there.
+    /// The kernel refuses a thread.
     pub fn start(address: SocketAddr, observer: Arc<Observer>, is_successor: bool) -> anyhow::Result<Self> {
+        let complaint = Complaint::default();
         let listener = match listen(address) {
             Err(error) if is_successor => {
-                warn!("{error:#}; trying again");
+                info!("{error:#}; trying again");
                 None
             }
-            listener => Some(listener?),
+            listener => taken_up(listener, &complaint),
         };
         let (stop, mut stopped) = watch::channel(());
+        let complaint_of_thread = complaint.clone();
         let work = move || {
             // Made here: where it is dropped, tokio takes no blocking, as there is in async code.
             let runtime = match Builder::new_current_thread().enable_all().build() {
@@ -88,14 +92,19 @@ impl Server {
             };
             runtime.block_on(async {
                 tokio::select! {
-                    () = serve(listener, address, observer) => {}
+                    () = serve(listener, address, &complaint_of_thread, observer) => {}
                     // An error says that the sender is gone, which is what is waited for.
                     _ = stopped.changed() => {}
                 }
             });
         };
         let thread = privileges::start_thread("anyport-metrics", privileges::for_others, work);
-        Ok(Self { stop: Some(stop), thread: Some(thread.context("start a thread for metrics")?) })
+        Ok(Self { stop: Some(stop), thread: Some(thread.context("start a thread for metrics")?), complaint })
+    }
+
+    /// What keeps it from serving, if something does.
+    pub fn complaint(&self) -> Complaint {
+        self.complaint.clone()
     }
 }
 
@@ -116,14 +125,31 @@ fn listen(address: SocketAddr) -> anyhow::Result<StdListener> {
     Ok(listener)
 }
 
-async fn serve(mut first: Option<StdListener>, address: SocketAddr, observer: Arc<Observer>) {
+/// What came of an attempt to listen, which is told once.
+fn taken_up(attempt: anyhow::Result<StdListener>, complaint: &Complaint) -> Option<StdListener> {
+    match attempt {
+        Ok(listener) => {
+            complaint.clear();
+            Some(listener)
+        }
+        Err(error) => {
+            let what = format!("the metrics are not served, which is tried again each second: {error:#}");
+            if complaint.raise(what.clone()) {
+                warn!("{what}");
+            }
+            None
+        }
+    }
+}
+
+async fn serve(mut listener: Option<StdListener>, address: SocketAddr, complaint: &Complaint, observer: Arc<Observer>) {
     let listener = loop {
-        let listener = first.take().or_else(|| listen(address).ok()).map(TcpListener::from_std);
-        match listener {
+        match listener.map(TcpListener::from_std) {
             Some(Ok(listener)) => break listener,
             Some(Err(error)) => return warn!("serve metrics: {error}"),
             None => sleep(PAUSE).await,
         }
+        listener = taken_up(listen(address), complaint);
     };
     let connections = Connections::default();
     let is_loopback = listener.local_addr().is_ok_and(|it| it.ip().to_canonical().is_loopback());
