@@ -51,6 +51,8 @@ pub(crate) fn trials() -> Vec<Trial> {
     trials.push(trial("restarts::connections have their time", deadline));
     trials.push(trial("restarts::without keeper it stops", orphan));
     trials.push(trial("restarts::under systemd", systemd));
+    trials.push(trial("restarts::systemd does not give up", systemd_tries_again));
+    trials.push(trial("restarts::a package that goes leaves no unit behind", removed));
     trials
 }
 
@@ -337,10 +339,8 @@ fn orphan() {
     assert!(lab.daemon.log().contains("nothing is left in the kernel"), "{}", lab.daemon.log());
 }
 
-/// The unit as it is shipped, with the programs from where they were built.
-fn systemd() {
-    let topology = Topology::new();
-    let manager = Systemd::start(&topology.host);
+/// Installs the units as they are shipped, with the programs from where they were built. The client's path.
+fn install_units(manager: &Systemd, options: &str) -> String {
     let [daemon, client] =
         ["anyportd", "anyportctl"].map(|name| program(name).expect("a program").display().to_string());
     manager.write("/run/systemd/system/anyport.service", include_str!("../../xtask/packaging/anyport.service"));
@@ -351,15 +351,71 @@ fn systemd() {
     let socket = "/run/systemd/system/anyport.socket";
     manager.write(socket, include_str!("../../xtask/packaging/anyport.socket"));
     manager.write(&format!("{socket}.d/test.conf"), "[Unit]\nDefaultDependencies=no\n");
-    let drop_in = "[Unit]\nDefaultDependencies=no\n\
-        [Service]\nExecPaths=/run/bin\nExecStart=\nExecStart=/run/bin/anyportd --drain-timeout 20s\n\
-        ExecReload=\nExecReload=/run/bin/anyportctl reload\n\
-        ExecStopPost=\nExecStopPost=/run/bin/anyportd --withdraw\n\
-        StandardOutput=append:/run/log\nStandardError=append:/run/log\n";
-    manager.write("/run/systemd/system/anyport.service.d/test.conf", drop_in);
+    let drop_in = format!(
+        "[Unit]\nDefaultDependencies=no\n\
+         [Service]\nExecPaths=/run/bin\nExecStart=\nExecStart=/run/bin/anyportd {options}\n\
+         ExecReload=\nExecReload=/run/bin/anyportctl reload\n\
+         ExecStopPost=\nExecStopPost=/run/bin/anyportd --withdraw\n\
+         StandardOutput=append:/run/log\nStandardError=append:/run/log\n"
+    );
+    manager.write("/run/systemd/system/anyport.service.d/test.conf", &drop_in);
     manager.write("/run/tmpfiles.d/anyport.conf", include_str!("../../xtask/packaging/anyport.tmpfiles"));
     manager.ok(&["systemd-tmpfiles", "--create", "anyport.conf"]);
     manager.ok(&["systemctl", "daemon-reload"]);
+    client
+}
+
+/// What keeps it from starting may go away after any time.
+fn systemd_tries_again() {
+    const CONFIG: &str = "/run/anyport.toml";
+    let topology = Topology::new();
+    let manager = Systemd::start(&topology.host);
+    manager.write(CONFIG, "[[rule]]\nprefix = \"nowhere\"\n");
+    let client = install_units(&manager, &format!("--config {CONFIG}"));
+    assert_ne!(manager.run(&["systemctl", "start", "anyport"]).status, 0);
+    let shown = |what: &str| manager.ok(&["systemctl", "show", "--property", what, "--value", "anyport"]);
+    // More than systemd allows within ten seconds if it is not told otherwise.
+    wait_for("further attempts", Duration::from_secs(60), || {
+        let (restarts, state) = (shown("NRestarts"), shown("ActiveState"));
+        assert_ne!(state.trim(), "failed", "after {restarts}: {}", manager.run(&["cat", "/run/log"]).stdout);
+        if restarts.trim().parse().is_ok_and(|restarts: u32| restarts > 7) { Ok(()) } else { Err(restarts) }
+    });
+    manager.write(CONFIG, "");
+    wait_for("start", Duration::from_secs(60), || {
+        let outcome = manager.run(&[&client, "status"]);
+        if outcome.status == 0 { Ok(()) } else { Err(outcome.to_string()) }
+    });
+}
+
+/// The control socket is left to systemd while the service runs, and then the package is removed.
+fn removed() {
+    const PRERM: &str = include_str!("../../xtask/packaging/debian/prerm");
+    let topology = Topology::new();
+    let manager = Systemd::start(&topology.host);
+    let client = install_units(&manager, "");
+    let is_active = |unit: &str| manager.run(&["systemctl", "is-active", unit]).stdout.trim() == "active";
+    manager.ok(&["systemctl", "enable", "--now", "anyport.service"]);
+    manager.ok(&["systemctl", "enable", "anyport.socket"]);
+    assert!(is_active("anyport.service") && !is_active("anyport.socket"));
+    manager.ok(&["systemctl", "restart", "anyport.service"]);
+    assert!(is_active("anyport.service") && is_active("anyport.socket"));
+    manager.ok(&[&client, "status"]);
+    let links = || manager.run(&["find", "/etc/systemd/system", "-name", "anyport.*", "-type", "l"]).stdout;
+    assert_eq!(links().lines().count(), 3, "{}", links());
+    // Nothing of it goes with an upgrade.
+    manager.write("/run/prerm", PRERM);
+    manager.ok(&["sh", "/run/prerm", "upgrade", "0.2.0"]);
+    assert!(is_active("anyport.service") && is_active("anyport.socket"));
+    manager.ok(&["sh", "/run/prerm", "remove"]);
+    assert!(!is_active("anyport.service") && !is_active("anyport.socket"));
+    assert_eq!(links(), "");
+    assert_ne!(manager.run(&[&client, "status"]).status, 0, "nothing starts it");
+}
+
+fn systemd() {
+    let topology = Topology::new();
+    let manager = Systemd::start(&topology.host);
+    let client = install_units(&manager, "--drain-timeout 20s");
     let log = || manager.run(&["cat", "/run/log"]).stdout;
     manager.ok(&["systemctl", "start", "anyport.socket"]);
     // The first command starts the service.
