@@ -45,6 +45,8 @@ pub mod host;
 #[cfg(feature = "daemon")]
 pub mod human_duration;
 #[cfg(feature = "daemon")]
+pub mod journal;
+#[cfg(feature = "daemon")]
 pub mod keeper;
 #[cfg(feature = "daemon")]
 pub mod lock;

@@ -2,21 +2,29 @@
 
 use std::{
     io::{self, IsTerminal as _, Write, stderr},
+    panic,
     sync::{
         OnceLock,
         atomic::{AtomicU64, Ordering::Relaxed},
         mpsc::{Receiver, SyncSender, sync_channel},
     },
-    thread::sleep,
+    thread::{self, sleep},
     time::{Duration, Instant},
 };
 
 use anyhow::Context as _;
-use tracing::warn;
-use tracing_subscriber::EnvFilter;
+use tracing::{Level, Metadata, warn};
+use tracing_subscriber::{
+    EnvFilter, Layer as _,
+    fmt::{self, MakeWriter},
+    layer::SubscriberExt as _,
+    registry, reload,
+    util::SubscriberInitExt as _,
+};
 
 use crate::{
     config::{LogFormat, LogLevel},
+    journal::{self, Priority},
     privileges,
     text::visible,
 };
@@ -29,31 +37,34 @@ const INTERVAL: Duration = Duration::from_millis(5);
 /// Sets another level, once there is a log.
 static SET_LEVEL: OnceLock<Box<dyn Fn(LogLevel) + Send + Sync>> = OnceLock::new();
 /// To the thread that writes, once there is one.
-static LINES: OnceLock<SyncSender<Vec<u8>>> = OnceLock::new();
+static LINES: OnceLock<SyncSender<String>> = OnceLock::new();
 /// Lines that wait, and lines that were left out since the last one was written.
 static WAITING: AtomicU64 = AtomicU64::new(0);
 static LEFT_OUT: AtomicU64 = AtomicU64::new(0);
 
-/// Begins to log.
+/// Begins to log. What the journal knows by itself is not in lines for people.
 pub fn open(level: LogLevel, format: LogFormat) {
-    let log = tracing_subscriber::fmt()
-        .with_env_filter(filter(level))
-        .with_writer(|| Line)
-        .with_ansi(stderr().is_terminal())
-        .with_target(false);
-    match format {
-        LogFormat::Text => {
-            let log = log.with_filter_reloading();
-            let handle = log.reload_handle();
-            log.init();
-            remember(move |level| handle.reload(filter(level)));
+    let (filtered, handle) = reload::Layer::new(filter(level));
+    let lines = fmt::layer().with_writer(Lines).with_ansi(stderr().is_terminal()).with_target(false);
+    let lines = match format {
+        LogFormat::Json => lines.json().boxed(),
+        LogFormat::Text if journal::is_reader() => lines.without_time().with_level(false).boxed(),
+        LogFormat::Text => lines.boxed(),
+    };
+    registry().with(filtered).with(lines).init();
+    let set_level = move |level| {
+        if let Err(error) = handle.reload(filter(level)) {
+            warn!("log by the level {level}: {error}");
         }
-        LogFormat::Json => {
-            let log = log.json().with_filter_reloading();
-            let handle = log.reload_handle();
-            log.init();
-            remember(move |level| handle.reload(filter(level)));
-        }
+    };
+    // There is one log a process.
+    SET_LEVEL.set(Box::new(set_level)).ok();
+    if journal::is_reader() {
+        panic::set_hook(Box::new(|panic| {
+            let thread = thread::current();
+            let name = thread.name().unwrap_or("without a name");
+            journal::tell(Priority::Error, &format_args!("thread {name} {panic}"));
+        }));
     }
 }
 
@@ -85,32 +96,43 @@ pub fn set_level(level: LogLevel) {
     }
 }
 
-fn remember(set_level: impl Fn(LogLevel) -> Result<(), tracing_subscriber::reload::Error> + Send + Sync + 'static) {
-    let set_level = move |level| {
-        if let Err(error) = set_level(level) {
-            warn!("log by the level {level}: {error}");
-        }
-    };
-    // There is one log a process.
-    SET_LEVEL.set(Box::new(set_level)).ok();
-}
-
 fn filter(level: LogLevel) -> EnvFilter {
     // The netlink library tells of every message from debug on.
     EnvFilter::new(format!("{level},netlink_proto=warn,rtnetlink=warn"))
 }
 
-/// Takes a whole line at a time.
-struct Line;
+/// Where events are written.
+struct Lines;
+
+impl<'a> MakeWriter<'a> for Lines {
+    type Writer = Line;
+
+    fn make_writer(&'a self) -> Line {
+        Line(Priority::Info)
+    }
+
+    fn make_writer_for(&'a self, event: &Metadata<'_>) -> Line {
+        Line(match *event.level() {
+            Level::ERROR => Priority::Error,
+            Level::WARN => Priority::Warning,
+            Level::INFO => Priority::Info,
+            _ => Priority::Debug,
+        })
+    }
+}
+
+/// Takes a whole event at a time.
+struct Line(Priority);
 
 impl Write for Line {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        let text = as_read(self.0, shown(line));
         let Some(lines) = LINES.get() else {
-            stderr().write_all(&shown(line))?;
+            stderr().write_all(text.as_bytes())?;
             return Ok(line.len());
         };
         WAITING.fetch_add(1, Relaxed);
-        if lines.try_send(shown(line)).is_err() {
+        if lines.try_send(text).is_err() {
             WAITING.fetch_sub(1, Relaxed);
             LEFT_OUT.fetch_add(1, Relaxed);
         }
@@ -122,26 +144,25 @@ impl Write for Line {
     }
 }
 
-/// Orders to the terminal are the log's own colours: others are escaped within messages already.
-fn shown(line: &[u8]) -> Vec<u8> {
-    let text = String::from_utf8_lossy(line);
-    text.split_inclusive('\u{1b}')
-        .flat_map(|part| match part.strip_suffix('\u{1b}') {
-            Some(before) => [visible(before).into_owned().into_bytes(), vec![0x1b]].concat(),
-            None => visible(part).into_owned().into_bytes(),
-        })
-        .collect()
+/// A text as those take it who read the log.
+fn as_read(priority: Priority, text: String) -> String {
+    if journal::is_reader() { journal::marked(priority, &text) } else { text }
 }
 
-fn write_all(lines: &Receiver<Vec<u8>>) {
+/// Orders to the terminal are the log's own colours: others are escaped within messages already.
+fn shown(line: &[u8]) -> String {
+    let text = String::from_utf8_lossy(line);
+    text.split('\u{1b}').map(visible).collect::<Vec<_>>().join("\u{1b}")
+}
+
+fn write_all(lines: &Receiver<String>) {
     for line in lines {
-        let mut stderr = stderr().lock();
         // Nobody can be told that it does not work.
-        stderr.write_all(&line).ok();
+        stderr().write_all(line.as_bytes()).ok();
         let left_out = LEFT_OUT.swap(0, Relaxed);
         if left_out > 0 {
-            writeln!(stderr, "anyportd: {left_out} lines of the log were left out, since it was not taken in time")
-                .ok();
+            let what = format_args!("{left_out} lines of the log were left out, since it was not taken in time");
+            journal::tell(Priority::Warning, &what);
         }
         WAITING.fetch_sub(1, Relaxed);
     }

@@ -16,16 +16,19 @@ use std::{
     path::Path,
     process::{Command, Stdio},
     thread,
+    time::Duration,
 };
 
 use anyport_tests::{
     daemon::{Daemon, Setup},
     dial::{expect_tcp_hello, expect_tcp_refused, read_text, tcp, tcp_server, tcp_text},
+    host::wait_for,
     netns::Netns,
     prerequisites::{program, public_copy, scratch},
     topology::Topology,
 };
 use libtest_mimic::Trial;
+use nix::sys::signal::{Signal, kill};
 
 use crate::{
     cases::{at, on_each_back_end, trial},
@@ -45,9 +48,53 @@ pub(crate) fn trials() -> Vec<Trial> {
         trial("starts::a service that added rules miss", service_gone),
         trial("starts::--check without rights", check),
         trial("starts::the sample configuration", sample),
+        trial("starts::the journal gets priorities", journal),
     ];
     trials.extend(on_each_back_end("starts::other users can't keep the daemon from starting", name_taken));
     trials
+}
+
+/// Standard error is what a service manager names, and then it is another file.
+fn journal() {
+    const OWN: &str = "export JOURNAL_STREAM=$(stat --dereference --format=%d:%i /dev/stderr); exec \"$0\" \"$@\"";
+    const OTHER: &str = "export JOURNAL_STREAM=$(stat --dereference --format=%d:%i /dev/null); exec \"$0\" \"$@\"";
+    let directory = scratch();
+    let file = directory.path().join("anyport.toml");
+    for (variable, is_journal) in [(OWN, true), (OTHER, false)] {
+        let topology = Topology::new();
+        let setup = || Setup::new(&topology.host, "sk-lookup").config(&file).through(["sh", "-c", variable]);
+        fs::write(&file, "[daemon]\nlog-level = \"debug\"\n").expect("a configuration");
+        let daemon = setup().start();
+        daemon.ok("add-prefix 192.0.2.0/24");
+        // Of some lines, as it is.
+        fs::write(&file, "[daemon]\nkeep = nothing\n").expect("a configuration");
+        kill(daemon.keeper(), Signal::SIGHUP).expect("SIGHUP to the keeper");
+        wait_for("complaint", Duration::from_secs(10), || {
+            if daemon.log().contains("keep = nothing") { Ok(()) } else { Err(daemon.log()) }
+        });
+        let log = daemon.log();
+        let starts_with = |line: &str, marks: &[&str]| marks.iter().any(|mark| line.starts_with(mark));
+        let marked = log.lines().filter(|line| starts_with(line, &["<3>", "<4>", "<6>", "<7>"])).count();
+        let year_or_level = |line: &&str| starts_with(&line[3..], &["20", "  INFO", " INFO", "INFO", "ERROR"]);
+        let is_of_error = |line: &str| line.contains("keep = nothing") && starts_with(line, &["<3>", "<4>"]);
+        if is_journal {
+            assert_eq!(marked, log.lines().count(), "{log}");
+            assert_eq!(log.lines().find(year_or_level), None, "{log}");
+            assert!(log.lines().any(is_of_error), "{log}");
+            assert!(log.lines().any(|line| line.starts_with("<6>ready at ")), "{log}");
+        } else {
+            assert_eq!(marked, 0, "{log}");
+            assert!(log.contains(" INFO ready at "), "{log}");
+        }
+        drop(daemon);
+        // Processes that have no log say it, too.
+        let outcome = setup().run_to_end();
+        let expected = if is_journal { "<3>" } else { "anyportd: " };
+        assert!(
+            outcome.status == 2 && outcome.stderr.lines().next().is_some_and(|it| it.starts_with(expected)),
+            "{outcome}"
+        );
+    }
 }
 
 /// Right or wrong, nothing is touched, and no privileges are needed.

@@ -27,6 +27,7 @@ const LAYERS: &[Layers] = &[
             "as_text",
             "back_end",
             "complaint",
+            "journal",
             "log_limit",
             "paths",
             "plain_words",

@@ -1,5 +1,5 @@
 //! The daemon.
-#![expect(clippy::print_stdout, clippy::print_stderr, reason = "without the log, there is the terminal")]
+#![expect(clippy::print_stdout, reason = "who checks a configuration is at a terminal")]
 
 use std::{io, process::ExitCode, time::Duration};
 
@@ -8,6 +8,7 @@ use anyport::{
     announce,
     config::{Config, Options},
     control, daemon, engine,
+    journal::{self, Priority},
     keeper::{self, Link},
     lock::Lock,
     logging, privileges,
@@ -38,7 +39,7 @@ fn main() -> ExitCode {
     let config = match read(settings, file.as_deref()) {
         Ok(config) => config,
         Err(error) => {
-            eprintln!("anyportd: {error:#}");
+            tell_error(&error);
             link.inspect(|link| link.failed(&error));
             return ExitCode::from(2);
         }
@@ -71,19 +72,20 @@ fn main() -> ExitCode {
 /// What `--check` says of a configuration that could be read.
 fn tell(config: &Config) -> ExitCode {
     if let Err(error) = privileges::expect_user(config.user.as_ref()) {
-        eprintln!("anyportd: {error:#}");
+        tell_error(&error);
         return ExitCode::from(2);
     }
     for what in config.absent() {
-        eprintln!("anyportd: warning: {what}");
+        journal::tell(Priority::Warning, &format_args!("warning: {what}"));
     }
     // What was added and applied is the daemon's and root's to read.
     match engine::Engine::check(config) {
         Err(error) if is_not_permitted(&error) => {
-            eprintln!("anyportd: warning: not compared with what was added and applied: {error:#}");
+            let what = format_args!("warning: not compared with what was added and applied: {error:#}");
+            journal::tell(Priority::Warning, &what);
         }
         Err(error) => {
-            eprintln!("anyportd: {error:#}");
+            tell_error(&error);
             return ExitCode::from(2);
         }
         Ok(()) => {}
@@ -105,12 +107,12 @@ fn keep(config: Config) -> anyhow::Result<ExitCode> {
     if let Some(why) =
         privileges::become_user(config.user.as_ref(), config.paths(), config.steering, make_pin_directory)?
     {
-        eprintln!("anyportd: running as root with all of its rights: {why}");
+        journal::tell(Priority::Warning, &format_args!("running as root with all of its rights: {why}"));
     }
     let given_up = move || {
-        eprintln!("anyportd: nobody has served since the crash: withdrawing what is announced");
+        journal::tell(Priority::Error, &"nobody has served since the crash: withdrawing what is announced");
         if let Err(error) = withdraw_all(&config) {
-            eprintln!("anyportd: {error:#}");
+            tell_error(&error);
         }
     };
     keeper::keep(fetched, given_up).context("start the server process")
@@ -123,6 +125,10 @@ fn withdraw_all(config: &Config) -> anyhow::Result<()> {
 }
 
 fn fail(error: &anyhow::Error) -> ExitCode {
-    eprintln!("anyportd: {error:#}");
+    tell_error(error);
     ExitCode::FAILURE
+}
+
+fn tell_error(error: &anyhow::Error) {
+    journal::tell(Priority::Error, &format_args!("{error:#}"));
 }

@@ -10,7 +10,11 @@ use std::{
 use sd_notify::NotifyState;
 
 use super::server::OF_SERVERS;
-use crate::{closing::PassedFd, sys};
+use crate::{
+    closing::PassedFd,
+    journal::{Priority, tell},
+    sys,
+};
 
 /// Where `Type=notify` units find the manager's socket (`sd_notify(3)`).
 const SOCKET: &str = "NOTIFY_SOCKET";
@@ -27,7 +31,8 @@ pub(super) fn kept() -> BTreeMap<String, PassedFd> {
     let names = match passed_names(|name| env::var(name).ok()) {
         Ok(names) => names,
         Err(error) => {
-            warn(&format_args!("take the sockets that the service manager kept: {error}"));
+            let what = format_args!("take the sockets that the service manager kept: {error}");
+            tell(Priority::Warning, &what);
             return BTreeMap::new();
         }
     };
@@ -103,16 +108,8 @@ fn own_unit() -> Option<String> {
 
 fn complain(told: io::Result<()>) {
     if let Err(error) = told {
-        warn(&format_args!("tell the service manager: {error}"));
+        tell(Priority::Warning, &format_args!("tell the service manager: {error}"));
     }
-}
-
-#[expect(
-    clippy::print_stderr,
-    reason = "the keeper has no log of its own; a service manager puts this into its journal"
-)]
-fn warn(what: &std::fmt::Arguments<'_>) {
-    eprintln!("anyportd: {what}");
 }
 
 #[cfg(test)]
