@@ -16,7 +16,9 @@ use std::{
 
 use anyport_tests::{
     daemon::{Daemon, LogOnPanic, Setup},
-    dial::{expect_tcp_echo, expect_tcp_hello, expect_tcp_refused, expect_udp_hello, expect_udp_unanswered, tcp},
+    dial::{
+        expect_tcp_echo, expect_tcp_hello, expect_tcp_refused, expect_udp_hello, expect_udp_unanswered, read_text, tcp,
+    },
     host::{Outcome, wait_for},
     netns::Netns,
     owners::Owner,
@@ -28,6 +30,8 @@ use nix::sys::signal::{Signal, kill};
 
 use crate::cases::{Lab, at, on_each_back_end, trial};
 
+/// Where metrics are served in these tests.
+const METRICS: &str = "127.0.0.1:9464";
 /// How long anything may take that takes no time of its own.
 const LIMIT: Duration = Duration::from_secs(15);
 /// What has to happen within a second; the rest is for a machine that has much else to do.
@@ -154,6 +158,7 @@ impl Site {
         );
         fs::write(path.join("anyport.toml"), config).expect("a configuration");
         let setup = Setup::new(&topology.host, "sk-lookup").config(path.join("anyport.toml"));
+        let setup = setup.args(["--metrics", METRICS]);
         let daemon = setup.start();
         Self { topology, daemon, node: Some(node), upstream, directory }
     }
@@ -161,6 +166,19 @@ impl Site {
     fn start_bird(&mut self) {
         let path = self.directory.path();
         self.node = Some(Bird::start(&self.topology.host, &path.join("node"), &documented(path)));
+    }
+
+    /// Waits until the metrics say whether the router has been told.
+    fn wait_for_told(&self, is_told: bool) {
+        let expected = format!("\nanyport_announce_told {}\n", u8::from(is_told));
+        wait_for("metric", LIMIT, || {
+            let text = self.topology.host.enter(|| {
+                let mut stream = tcp(METRICS.parse().expect("an address")).expect("a connection");
+                stream.write_all(b"GET /metrics HTTP/1.0\r\n\r\n").expect("a request");
+                read_text(&mut stream).expect("an answer")
+            });
+            if text.contains(&expected) { Ok(()) } else { Err(text) }
+        });
     }
 
     /// A process that serves `web`.
@@ -378,6 +396,9 @@ fn forgetful() {
     // It dies, and comes back with a configuration that some other program has made.
     site.node = None;
     wait_for_degraded(&site.daemon, "BIRD at ");
+    site.wait_for_told(false);
+    let shown = site.daemon.ok("status");
+    assert!(shown.contains("announced   unknown, 1 of 1 prefixes are to be"), "{shown}");
     let directory = site.directory.path().join("node");
     let without = documented(site.directory.path()).replace("include", "# include").replace("if proto", "# if proto");
     site.node = Some(Bird::start(&site.topology.host, &directory, &without));
@@ -386,6 +407,9 @@ fn forgetful() {
     site.start_bird();
     site.upstream.wait_for(&["192.0.2.0/24"]);
     wait_until_well(&site.daemon);
+    site.wait_for_told(true);
+    let shown = site.daemon.ok("status");
+    assert!(shown.contains("announced   1 of 1 prefixes"), "{shown}");
     // It has the prefix, and an export filter keeps it.
     let filtered = documented(site.directory.path()).replace("then accept", "then reject");
     fs::write(directory.join("bird.conf"), &filtered).expect("another filter");

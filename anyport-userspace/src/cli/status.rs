@@ -94,12 +94,17 @@ fn fleet(view: &FleetView) -> String {
 }
 
 /// What is announced, and the first of those that are not.
-fn announced(AnnounceView { file, reload, prefixes, .. }: &AnnounceView) -> Vec<String> {
+fn announced(AnnounceView { file, reload, told, prefixes, .. }: &AnnounceView) -> Vec<String> {
     const SHOWN: usize = 10;
     let by = reload.as_ref().unwrap_or(file).display();
     let others = || prefixes.iter().filter(|it| it.state != AnnounceState::Announced);
     let (all, left) = (prefixes.len(), others().count());
-    let mut lines = vec![format!("announced   {} of {all} prefixes, by {by}", all - left)];
+    let announced = all - left;
+    let mut lines = vec![if *told {
+        format!("announced   {announced} of {all} prefixes, by {by}")
+    } else {
+        format!("announced   unknown, {announced} of {all} prefixes are to be: {by} can't be told")
+    }];
     lines.extend(others().take(SHOWN).map(|AnnouncedPrefix { prefix, state, since, why }| {
         let what = match state {
             AnnounceState::Announced => "announced",
