@@ -3,9 +3,9 @@
 
 use std::{
     env,
-    fmt::Display,
+    fmt::{Display, Write as _},
     fs::File,
-    io::{Write as _, stderr},
+    io::{self, stderr},
     os::{fd::AsFd as _, unix::fs::MetadataExt as _},
     sync::LazyLock,
 };
@@ -36,14 +36,18 @@ pub(crate) fn is_reader() -> bool {
 
 /// The lines of a text, each with its priority.
 pub(crate) fn marked(priority: Priority, text: &str) -> String {
-    text.lines().map(|line| format!("<{}>{line}\n", priority as u8)).collect()
+    text.lines().fold(String::new(), |mut marked, line| {
+        // Writing to a string does not fail.
+        writeln!(marked, "<{}>{line}", priority as u8).ok();
+        marked
+    })
 }
 
 /// Tells of something on standard error, for processes that have no log of their own.
 pub fn tell(priority: Priority, what: &dyn Display) {
     let text = if is_reader() { marked(priority, &what.to_string()) } else { format!("anyportd: {what}\n") };
     // Nobody can be told that it does not work.
-    stderr().write_all(text.as_bytes()).ok();
+    io::Write::write_all(&mut stderr(), text.as_bytes()).ok();
 }
 
 #[cfg(test)]

@@ -35,6 +35,7 @@ pub(crate) fn trials() -> Vec<Trial> {
         trial("metrics::many rules cost no more than they may", many),
         trial("metrics::readiness has reasons", readiness),
         trial("metrics::what no longer steers is not ready", detached),
+        trial("metrics::what was put back is counted", repaired),
         trial("metrics::what drops all packets is not well", dropping),
         trial("metrics::nobody but readers is answered, and nobody waits for slow ones", clients),
         trial("metrics::the page runs nothing but its own", page),
@@ -215,6 +216,13 @@ fn readiness() {
     assert!(silent.is_err(), "a process that does not run answers nothing");
     lab.daemon.resume();
     assert_eq!(get(&lab, "/healthz").2, "ok\n");
+    // A part of the node is not the node.
+    lab.daemon.ok("drain 192.0.2.0/25 --wait 0s");
+    wait_for_values(&lab, &[("anyport_ready", 1.0), ("anyport_node_drained", 0.0)]);
+    lab.daemon.ok("drain --wait 0s");
+    wait_for_values(&lab, &[("anyport_ready", 0.0), ("anyport_node_drained", 1.0)]);
+    lab.daemon.ok("undrain");
+    wait_for_values(&lab, &[("anyport_ready", 1.0), ("anyport_node_drained", 0.0)]);
 }
 
 /// Waits until `/readyz` answers so.
@@ -232,6 +240,16 @@ fn detached() {
     let pin = lab.daemon.bpffs().join("link-sk-lookup").display().to_string();
     lab.topology.host.run("bpftool", ["link", "detach", "pinned", &pin]);
     wait_for_readiness(&lab, 503, "the link of the sk_lookup program to the network namespace is gone");
+    assert_eq!(scrape(&lab).get("anyport_repairs_total"), Some(0.0));
+}
+
+fn repaired() {
+    let lab = lab("sk-lookup");
+    lab.daemon.ok("add-prefix 192.0.2.0/24");
+    wait_for_values(&lab, &[("anyport_repairs_total", 0.0)]);
+    let pin = lab.daemon.bpffs().join("link-sk-lookup").display().to_string();
+    lab.topology.host.run("bpftool", ["link", "detach", "pinned", &pin]);
+    wait_for_values(&lab, &[("anyport_repairs_total", 1.0), ("anyport_ready", 1.0)]);
 }
 
 /// A registered socket that others take out of the kernel's map can't be put back without its owner.
@@ -464,14 +482,21 @@ fn documents() {
     let alerts = read("alerts.yml");
     let alerted = alerts.lines().filter_map(|line| line.trim().strip_prefix("expr: "));
     let mut used = BTreeSet::new();
+    // Those of a fleet are there where the node belongs to one.
+    let labels_of_metric = |name: &str| {
+        let known = all_metrics()
+            .find(|metric| name.strip_prefix(metric.name).is_some_and(|rest| ["", "_bucket"].contains(&rest)));
+        known.map(|metric| metric.labels)
+    };
     for expression in shown.iter().map(String::as_str).chain(alerted) {
         let names = metrics_of(expression);
-        assert!(!names.is_empty(), "{expression:?} speaks of no metric");
+        assert!(!names.is_empty() || expression.contains("up{"), "{expression:?} speaks of no metric");
         for name in &names {
-            assert!(scrape.names().any(|it| it == name), "{expression:?}: there is no {name}");
+            assert!(labels_of_metric(name).is_some(), "{expression:?}: there is no {name}");
         }
         for label in labels_of(expression) {
-            let is_known = names.iter().any(|name| scrape.labels(name).contains(&label)) || label == "instance";
+            let has_it = |name: &String| labels_of_metric(name).is_some_and(|it| it.contains(&label.as_str()));
+            let is_known = names.iter().any(has_it) || ["instance", "job", "le"].contains(&label.as_str());
             assert!(is_known, "{expression:?}: no metric has the label {label}");
         }
         used.extend(names);

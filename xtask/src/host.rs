@@ -48,30 +48,39 @@ pub(crate) const DPKG_DEB: Tool =
 /// For RPM packages.
 pub(crate) const RPMBUILD: Tool =
     Tool { program: "rpmbuild", debian: "rpm", fedora: "rpm-build", purpose: "RPM packages" };
+/// For the alerts.
+pub(crate) const PROMTOOL: Tool = Tool {
+    program: "promtool",
+    debian: "prometheus",
+    fedora: "golang-github-prometheus",
+    purpose: "tests of the alerts",
+};
 /// The rest of what the tests use.
 pub(crate) const FOR_TESTS: [Tool; 16] = [
-    Tool { program: "bird", debian: "bird2", fedora: "bird", purpose: "tests" },
-    Tool { program: "ss", debian: "iproute2", fedora: "iproute", purpose: "tests" },
+    tests("bird", "bird2", "bird"),
+    tests("ss", "iproute2", "iproute"),
     IPSET,
-    Tool { program: "curl", debian: "curl", fedora: "curl", purpose: "tests" },
-    Tool { program: "dig", debian: "bind9-dnsutils", fedora: "bind-utils", purpose: "tests" },
-    Tool { program: "dnsmasq", debian: "dnsmasq-base", fedora: "dnsmasq", purpose: "tests" },
-    Tool { program: "etcd", debian: "etcd-server", fedora: "etcd", purpose: "tests" },
-    Tool { program: "etcdctl", debian: "etcd-client", fedora: "etcd", purpose: "tests" },
-    Tool { program: "nft", debian: "nftables", fedora: "nftables", purpose: "tests" },
-    Tool { program: "python3", debian: "python3", fedora: "python3", purpose: "tests" },
-    Tool { program: "haproxy", debian: "haproxy", fedora: "haproxy", purpose: "tests" },
-    Tool {
-        program: "nginx",
-        debian: "nginx-core libnginx-mod-stream",
-        fedora: "nginx-core nginx-mod-stream",
-        purpose: "tests",
-    },
-    Tool { program: "dbus-daemon", debian: "dbus", fedora: "dbus-daemon", purpose: "tests" },
-    Tool { program: "systemctl", debian: "systemd", fedora: "systemd", purpose: "tests" },
-    Tool { program: "sysctl", debian: "procps", fedora: "procps-ng", purpose: "tests" },
-    Tool { program: "nsenter", debian: "util-linux", fedora: "util-linux", purpose: "tests" },
+    tests("curl", "curl", "curl"),
+    tests("dig", "bind9-dnsutils", "bind-utils"),
+    tests("dnsmasq", "dnsmasq-base", "dnsmasq"),
+    tests("etcd", "etcd-server", "etcd"),
+    tests("etcdctl", "etcd-client", "etcd"),
+    tests("nft", "nftables", "nftables"),
+    tests("python3", "python3", "python3"),
+    tests("haproxy", "haproxy", "haproxy"),
+    tests("nginx", "nginx-core libnginx-mod-stream", "nginx-core nginx-mod-stream"),
+    tests("dbus-daemon", "dbus", "dbus-daemon"),
+    tests("systemctl", "systemd", "systemd"),
+    tests("sysctl", "procps", "procps-ng"),
+    tests("nsenter", "util-linux", "util-linux"),
 ];
+/// Programs whose Debian packages start a service, of which the tests have no use: its name.
+const SERVICES: [(&str, &str); 5] =
+    [("bird", "bird"), ("etcd", "etcd"), ("haproxy", "haproxy"), ("nginx", "nginx"), ("promtool", "prometheus")];
+
+const fn tests(program: &'static str, debian: &'static str, fedora: &'static str) -> Tool {
+    Tool { program, debian, fedora, purpose: "tests" }
+}
 
 /// What it takes to boot other kernels.
 pub(crate) const FOR_KERNELS: [Tool; 11] = [
@@ -133,16 +142,38 @@ pub(crate) fn require(tools: &[Tool]) -> Result<()> {
         process::exec(apt_get().arg("update"))?;
         process::exec(apt_get().args(["install", "--yes", "--no-install-recommends"]).args(debian.split(' ')))
     };
-    install().with_context(by_hand)
+    without_services(&missing, install).with_context(by_hand)
+}
+
+/// Installs programs without their services: these are masked meanwhile, and not started by the next boot, either.
+fn without_services(programs: &[Tool], install: impl FnOnce() -> Result<()>) -> Result<()> {
+    let is_meant = |(program, _): &&(&str, &str)| programs.iter().any(|it| it.program == *program);
+    let services: Vec<&str> = SERVICES.iter().filter(is_meant).map(|(_, service)| *service).collect();
+    if services.is_empty() || !Path::new("/run/systemd/system").exists() {
+        return install();
+    }
+    let systemctl = |what: &[&str]| process::exec(as_root("systemctl").arg("--quiet").args(what).args(&services));
+    systemctl(&["mask", "--runtime"])?;
+    let installed = install();
+    systemctl(&["unmask", "--runtime"])?;
+    installed?;
+    println!("Their services are installed and disabled: {}.", services.join(", "));
+    systemctl(&["disable"])
 }
 
 /// `apt-get` that asks nothing, as root.
 fn apt_get() -> Command {
-    let mut command = Command::new(if process::is_root() { "env" } else { "sudo" });
-    if !process::is_root() {
-        command.arg("env");
-    }
+    let mut command = as_root("env");
     command.args(["DEBIAN_FRONTEND=noninteractive", "apt-get", "--quiet=2"]);
+    command
+}
+
+fn as_root(program: &str) -> Command {
+    if process::is_root() {
+        return Command::new(program);
+    }
+    let mut command = Command::new("sudo");
+    command.arg(program);
     command
 }
 

@@ -3,6 +3,7 @@
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "this is a program for terminals")]
 
 mod aarch64;
+mod alerts;
 mod btf;
 mod build_ebpf;
 mod dist;

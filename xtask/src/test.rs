@@ -9,7 +9,7 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 
 use crate::{
-    aarch64, build_ebpf, dist, documents, host, kernel, layers, licences, module_docs,
+    aarch64, alerts, build_ebpf, dist, documents, host, kernel, layers, licences, module_docs,
     packages::{self, Effort},
     process::{self, exec},
     programs::Programs,
@@ -34,7 +34,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
         kernel::run(&mut session, &root, &options.kernel, options.filter.as_deref())?;
         return Ok(session.finish());
     }
-    let tools = [host::IP, host::IPTABLES, host::BPFTOOL, host::DPKG_DEB, host::RPMBUILD];
+    let tools = [host::IP, host::IPTABLES, host::BPFTOOL, host::DPKG_DEB, host::RPMBUILD, host::PROMTOOL];
     let packages = [&tools[..], &host::FOR_TESTS].concat();
     if let Err(error) = host::require(&packages) {
         session.check("programs that the tests use", || Err(error));
@@ -59,6 +59,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
 fn checks(session: &mut Session, root: &Path) {
     session.check("layers of the daemon's modules", || layers::check(root));
     documents::checks(session, root);
+    session.check("alerts", || alerts::check(root));
     session.check("licences and sources of crates", || licences::check(root));
     session.check("formatting", || exec(Command::new("cargo").current_dir(root).args(["fmt", "--all", "--check"])));
     session.check("formatting of the end-to-end tests", || formatting_of_end_to_end_tests(root));

@@ -6,7 +6,7 @@ use super::{
 };
 use crate::{
     api::AnnounceState,
-    api::{DrainState, FleetView},
+    api::{DrainState, DrainView, FleetView},
     service::UpstreamState,
 };
 
@@ -159,6 +159,15 @@ pub(super) static FAMILIES: &[Family] = &[
         }),
     ),
     gauge(
+        "anyport_node_drained",
+        &[],
+        "Whether the whole node was drained by a command, for which `/readyz` is not ready",
+        Values::One(|it| {
+            let is_all = |it: &DrainView| it.service.is_none() && it.prefix.is_none();
+            Some(it.sample.observed.status.drained.iter().any(is_all).into())
+        }),
+    ),
+    gauge(
         "anyport_announce_told",
         &[],
         "Whether the router has been told what is to be announced, where something is",
@@ -216,6 +225,12 @@ pub(super) static FAMILIES: &[Family] = &[
         &[],
         "Packets that the back end has seen and no rule matched",
         Values::One(|it| Some(Number::Whole(it.sample.observed.status.totals.unmatched))),
+    ),
+    counter(
+        "anyport_repairs_total",
+        &[],
+        "How often something in the kernel was put back that another program had removed; `anyportctl status` says what",
+        Values::One(|it| Some(Number::Whole(it.sample.observed.status.mended.iter().map(|it| it.times).sum()))),
     ),
     counter(
         "anyport_server_starts_total",
@@ -391,38 +406,39 @@ pub(super) static FAMILIES: &[Family] = &[
     gauge(
         "anyport_upstream_up",
         UPSTREAM,
-        "Whether clients are connected to the upstream: it is neither down, ejected nor gone",
-        Values::Upstream(|it| (it.state == UpstreamState::Up).into()),
+        "Whether clients are connected to the upstream: it is neither down nor ejected; no value for one that is gone",
+        // One that was taken out has nothing to be well for.
+        Values::Upstream(|it| (it.state != UpstreamState::Gone).then(|| (it.state == UpstreamState::Up).into())),
     ),
     gauge(
         "anyport_upstream_connections_active",
         UPSTREAM,
         "Connections and flows that are open",
-        Values::Upstream(|it| it.active),
+        Values::Upstream(|it| Some(it.active)),
     ),
     counter(
         "anyport_upstream_connections_total",
         UPSTREAM,
         "Connections and flows that came to be",
-        Values::Upstream(|it| it.connections),
+        Values::Upstream(|it| Some(it.connections)),
     ),
     counter(
         "anyport_upstream_failures_total",
         UPSTREAM,
         "Connections that did not",
-        Values::Upstream(|it| it.failures),
+        Values::Upstream(|it| Some(it.failures)),
     ),
     counter(
         "anyport_upstream_sent_bytes_total",
         UPSTREAM,
         "Bytes for the upstream",
-        Values::Upstream(|it| it.bytes_to),
+        Values::Upstream(|it| Some(it.bytes_to)),
     ),
     counter(
         "anyport_upstream_received_bytes_total",
         UPSTREAM,
         "Bytes of the upstream",
-        Values::Upstream(|it| it.bytes_from),
+        Values::Upstream(|it| Some(it.bytes_from)),
     ),
     gauge(
         "anyport_prefixes",

@@ -88,7 +88,7 @@ pub(super) enum Values {
     /// A histogram for each service that accepts connections.
     Times(fn(&ConnectionTimes) -> &Distribution),
     /// One for each upstream.
-    Upstream(fn(&UpstreamView) -> u64),
+    Upstream(fn(&UpstreamView) -> Option<u64>),
     /// One for each of the prefixes that are reported by name.
     Prefix(fn(&LivePrefix) -> u64),
 }
@@ -146,7 +146,9 @@ impl Family {
             Values::Upstream(value) => {
                 for ServiceView { name, upstreams, .. } in services.iter().map(|it| &it.view) {
                     for upstream in upstreams {
-                        put(&[name.as_str(), &upstream.address], Number::Whole(value(upstream)));
+                        if let Some(number) = value(upstream) {
+                            put(&[name.as_str(), &upstream.address], Number::Whole(number));
+                        }
                     }
                 }
             }
