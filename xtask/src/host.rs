@@ -55,6 +55,12 @@ pub(crate) const PROMTOOL: Tool = Tool {
     fedora: "golang-github-prometheus",
     purpose: "tests of the alerts",
 };
+/// To judge packages, where they are.
+pub(crate) const LINTIAN: Tool =
+    Tool { program: "lintian", debian: "lintian", fedora: "lintian", purpose: "judging Debian packages" };
+/// The same.
+pub(crate) const RPMLINT: Tool =
+    Tool { program: "rpmlint", debian: "rpmlint", fedora: "rpmlint", purpose: "judging RPM packages" };
 /// The rest of what the tests use.
 pub(crate) const FOR_TESTS: [Tool; 16] = [
     tests("bird", "bird2", "bird"),

@@ -20,9 +20,12 @@ use crate::{
 };
 
 const VERSION: &str = env!("CARGO_PKG_VERSION");
-const SUMMARY: &str = "one Linux socket that answers for every address and port of whole prefixes";
+const SUMMARY: &str = "One Linux socket that answers for every address and port of whole prefixes";
 /// Programs link the C library, whose version they need that was there when they were built.
 const DEBIAN_DEPENDS: &str = "libc6, libgcc-s1, systemd, iproute2";
+/// Packages have to have an address. There is none; see SECURITY.md and the site that hosts the repository.
+const MAINTAINER: &str = "The anyport founders <founders@anyport.example>";
+const DEBIAN: &str = "xtask/packaging/debian";
 const SCRIPTS: [&str; 3] = ["postinst", "prerm", "postrm"];
 
 /// Where a file of `dist` or of the workspace goes.
@@ -31,8 +34,9 @@ const FILES: [(&str, &str); 5] = [
     ("xtask/packaging/anyport.socket", "usr/lib/systemd/system/anyport.socket"),
     ("xtask/packaging/anyport.sysusers", "usr/lib/sysusers.d/anyport.conf"),
     ("xtask/packaging/anyport.tmpfiles", "usr/lib/tmpfiles.d/anyport.conf"),
-    ("LICENSE", "usr/share/doc/anyport/copyright"),
+    ("LICENSE", COPYRIGHT),
 ];
+const COPYRIGHT: &str = "usr/share/doc/anyport/copyright";
 /// Where documents go, laid out as in the repository, so that links between them lead to the same places.
 const DOCUMENTS: &str = "usr/share/doc/anyport";
 const COMPLETIONS: [(&str, &str, &str); 3] = [
@@ -59,13 +63,14 @@ pub(crate) fn build(root: &Path, dist: &Path, programs: &Programs, effort: Effor
         println!("{}", debian(root, dist, &tree, effort)?.display());
     }
     if host::missing(&[RPMBUILD]).is_empty() {
-        println!("{}", rpm(dist, &tree, effort)?.display());
+        println!("{}", rpm(root, dist, &tree, effort)?.display());
     }
     host::recommend(&[DPKG_DEB, RPMBUILD]);
     fs::remove_dir_all(&tree).context("remove the tree of files")
 }
 
-/// Has `dpkg-deb` and `rpm` say what is in the packages of `dist`.
+/// Has `dpkg-deb` and `rpm` say what is in the packages of `dist`, and `lintian` and `rpmlint` what is wrong with them, where
+/// these are.
 pub(crate) fn check(root: &Path, dist: &Path) -> Result<()> {
     let mut expected: Vec<String> = FILES.map(|(_, to)| to.to_owned()).to_vec();
     expected.extend(documents(root)?.into_iter().map(|(_, to)| format!("{DOCUMENTS}/{to}")));
@@ -79,6 +84,13 @@ pub(crate) fn check(root: &Path, dist: &Path) -> Result<()> {
         let listed = stdout(Command::new(list[0]).arg(list[1]).arg(&package))?;
         for file in &expected {
             ensure!(listed.contains(&format!("/{file}")), "{} lacks {file}:\n{listed}", package.display());
+        }
+        let (tool, options) = match extension {
+            "deb" => (host::LINTIAN, ["--no-cfg", "--fail-on=error,warning"]),
+            _ => (host::RPMLINT, ["--config", "xtask/packaging/rpmlint.toml"]),
+        };
+        if host::missing(&[tool]).is_empty() {
+            exec(Command::new(tool.program).current_dir(root).args(options).arg(&package))?;
         }
     }
     Ok(())
@@ -101,7 +113,9 @@ fn lay_out(root: &Path, dist: &Path, programs: &Programs, tree: &Path) -> Result
         fs::set_permissions(&to, fs::Permissions::from_mode(mode)).with_context(attempt)
     };
     for program in PROGRAMS {
-        put(&programs.directory.join(program), &format!("usr/bin/{program}"), 0o755)?;
+        let packaged = format!("usr/bin/{program}");
+        put(&programs.directory.join(program), &packaged, 0o755)?;
+        exec(Command::new("strip").arg("--strip-unneeded").arg(tree.join(packaged)))?;
         for (prefix, suffix, directory) in COMPLETIONS {
             let file = format!("{prefix}{program}{suffix}");
             // bash finds them by the name of the command alone.
@@ -135,17 +149,21 @@ fn debian(root: &Path, dist: &Path, tree: &Path, effort: Effort) -> Result<PathB
         "aarch64" => "arm64",
         other => other,
     };
+    let own = add_debian_files(root, tree)?;
+    let size = stdout(Command::new("du").args(["--summarize", "--apparent-size", "--block-size=1K"]).arg(tree))?;
+    let size = size.split_whitespace().next().unwrap_or_default();
     let control = tree.join("DEBIAN");
     fs::create_dir_all(&control)?;
     let fields = format!(
-        "Package: anyport\nVersion: {VERSION}\nArchitecture: {architecture}\nMaintainer: anyport\nSection: net\n\
-         Priority: optional\nDepends: {DEBIAN_DEPENDS}\nSuggests: iptables, ipset, bpftool\nDescription: {SUMMARY}\n \
-         anyportd lets one transparent socket accept for each address and each port of whole prefixes, by eBPF or TPROXY.\n"
+        "Package: anyport\nVersion: {VERSION}\nArchitecture: {architecture}\nMaintainer: {MAINTAINER}\nSection: net\n\
+         Priority: optional\nInstalled-Size: {size}\nDepends: {DEBIAN_DEPENDS}\nSuggests: iptables, ipset, bpftool\n\
+         Description: {SUMMARY}\n \
+         anyportd lets one transparent socket accept for each address and each port of\n whole prefixes, by eBPF or TPROXY.\n"
     );
     fs::write(control.join("control"), fields)?;
     for script in SCRIPTS {
         let to = control.join(script);
-        fs::copy(root.join("xtask/packaging/debian").join(script), &to)?;
+        fs::copy(root.join(DEBIAN).join(script), &to)?;
         fs::set_permissions(&to, fs::Permissions::from_mode(0o755))?;
     }
     let package = dist.join(format!("anyport_{VERSION}_{architecture}.deb"));
@@ -155,37 +173,69 @@ fn debian(root: &Path, dist: &Path, tree: &Path, effort: Effort) -> Result<PathB
     }
     exec(build.args(["--root-owner-group", "--build"]).args([tree, &package]))?;
     fs::remove_dir_all(control)?;
+    for file in own {
+        fs::remove_file(file)?;
+    }
+    fs::copy(root.join("LICENSE"), tree.join(COPYRIGHT))?;
     Ok(package)
 }
 
-fn rpm(dist: &Path, tree: &Path, effort: Effort) -> Result<PathBuf> {
+/// What Debian's packages alone have in their tree, for as long as they are built. Debian's policy has licences refer to the texts
+/// that each Debian has.
+fn add_debian_files(root: &Path, tree: &Path) -> Result<[PathBuf; 2]> {
+    let changelog = tree.join(DOCUMENTS).join("changelog");
+    let date = date_of_last_change(root, "--rfc-email")?;
+    let text =
+        format!("anyport ({VERSION}) unstable; urgency=medium\n\n  * See CHANGELOG.md.\n\n -- {MAINTAINER}  {date}\n");
+    fs::write(&changelog, text).context("write the changelog")?;
+    exec(Command::new("gzip").args(["-9", "--no-name"]).arg(&changelog))?;
+    let licence = fs::read_to_string(root.join("LICENSE")).context("read LICENSE")?;
+    let text =
+        format!("{licence}\nThe GNU General Public License, version 2, is in /usr/share/common-licenses/GPL-2.\n");
+    fs::write(tree.join(COPYRIGHT), text).context("write the licence")?;
+    let overrides = tree.join("usr/share/lintian/overrides/anyport");
+    fs::create_dir_all(overrides.parent().unwrap_or(tree))?;
+    fs::copy(root.join(DEBIAN).join("lintian-overrides"), &overrides).context("copy the overrides")?;
+    Ok([changelog.with_extension("gz"), overrides])
+}
+
+/// The latest date in CHANGELOG.md, so that the same sources make the same package, as `date` writes it by this option.
+fn date_of_last_change(root: &Path, format: &str) -> Result<String> {
+    let text = fs::read_to_string(root.join("CHANGELOG.md")).context("read CHANGELOG.md")?;
+    let is_date = |word: &&str| word.len() == "2026-11-30".len() && word.matches('-').count() == 2;
+    let dates = text.split(|it: char| !it.is_ascii_digit() && it != '-').filter(is_date);
+    let last = dates.max().context("find a date in CHANGELOG.md")?;
+    let written = stdout(Command::new("date").env("LC_ALL", "C").args(["--utc", format, "--date", last]))?;
+    Ok(written.trim().to_owned())
+}
+
+fn rpm(root: &Path, dist: &Path, tree: &Path, effort: Effort) -> Result<PathBuf> {
+    let mut text = fs::read_to_string(root.join("xtask/packaging/anyport.spec")).context("read the spec file")?;
+    let date = date_of_last_change(root, "+%a %b %d %Y")?;
+    let tree = tree.display().to_string();
+    for (name, value) in [
+        ("@VERSION@", VERSION),
+        ("@MAINTAINER@", MAINTAINER),
+        ("@SUMMARY@", SUMMARY),
+        ("@DATE@", &date),
+        ("@TREE@", &tree),
+    ] {
+        text = text.replace(name, value);
+    }
     let spec = dist.join("anyport.spec");
-    let text = format!(
-        "Name: anyport\nVersion: {VERSION}\nRelease: 1\nSummary: {SUMMARY}\nLicense: MIT\nRequires: systemd, iproute\n\
-         %global debug_package %{{nil}}\n%global __os_install_post %{{nil}}\n%global _build_id_links none\n\
-         %description\nanyportd lets one transparent socket accept for each address and each port of whole prefixes, by eBPF or TPROXY.\n\
-         %install\ncp -a {}/. %{{buildroot}}\n\
-         %post\nsystemd-sysusers anyport.conf || :\n\
-         [ -d /run/systemd/system ] && {{ systemd-tmpfiles --create anyport.conf; systemctl daemon-reload; }} || :\n\
-         %preun\n[ $1 = 0 ] && systemctl disable --now anyport.service || :\n\
-         %postun\n[ $1 = 0 ] || systemctl try-restart anyport.service || :\n\
-         %files\n/usr/bin/*\n/usr/lib/systemd/system/*\n/usr/lib/sysusers.d/*\n/usr/lib/tmpfiles.d/*\n/usr/share/man/man8/*\n\
-         /usr/share/bash-completion/completions/*\n/usr/share/zsh/vendor-completions/*\n/usr/share/fish/vendor_completions.d/*\n\
-         %doc /usr/share/doc/anyport\n%dir /etc/anyport\n",
-        tree.display()
-    );
     fs::write(&spec, text)?;
     let place = |name: &str, value: &Path| format!("{name} {}", value.display());
     let mut build = Command::new("rpmbuild");
     build.args(["-bb", "--quiet", "--define", &place("_topdir", &dist.join("rpmbuild"))]);
-    build.args(["--define", &place("_rpmdir", dist), "--define", "_rpmfilename anyport-%{VERSION}.%{ARCH}.rpm"]);
+    build.args(["--define", &place("_rpmdir", dist)]);
+    build.args(["--define", "_rpmfilename %{NAME}-%{VERSION}-%{RELEASE}.%{ARCH}.rpm"]);
     if effort == Effort::Least {
         build.args(["--define", "_binary_payload w1.gzdio"]);
     }
     exec(build.arg(&spec))?;
     fs::remove_file(&spec)?;
     fs::remove_dir_all(dist.join("rpmbuild")).ok();
-    Ok(dist.join(format!("anyport-{VERSION}.{ARCH}.rpm")))
+    Ok(dist.join(format!("anyport-{VERSION}-1.{ARCH}.rpm")))
 }
 
 /// The most that `systemd-analyze security` may find exposed, in tenths.
