@@ -243,6 +243,8 @@ impl Task {
             Err(Doubt::Missing(error)) => {
                 warn!("the router does not have what it was told, and is told again: {error:#}");
                 self.is_told = false;
+                // To tell it may take long, and until then nobody knows what it announces.
+                lock(&self.progress).complaint = Some(format!("{error:#}"));
                 return;
             }
             Err(Doubt::NotPassedOn(why)) => {
