@@ -1,5 +1,5 @@
-//! Standard error where the journal of systemd reads it: each line begins with its priority, and the journal itself knows
-//! when and of whom it is (sd-daemon(3)).
+//! Standard error where the journal of systemd reads it: each line begins with its priority, and the journal itself
+//! knows its time and its process (sd-daemon(3)).
 
 use std::{
     env,

@@ -375,13 +375,13 @@ fn systemd_tries_again() {
     assert_ne!(manager.run(&["systemctl", "start", "anyport"]).status, 0);
     let shown = |what: &str| manager.ok(&["systemctl", "show", "--property", what, "--value", "anyport"]);
     // More than systemd allows within ten seconds if it is not told otherwise.
-    wait_for("further attempts", Duration::from_secs(60), || {
+    wait_for("further attempts", Duration::from_mins(1), || {
         let (restarts, state) = (shown("NRestarts"), shown("ActiveState"));
         assert_ne!(state.trim(), "failed", "after {restarts}: {}", manager.run(&["cat", "/run/log"]).stdout);
         if restarts.trim().parse().is_ok_and(|restarts: u32| restarts > 7) { Ok(()) } else { Err(restarts) }
     });
     manager.write(CONFIG, "");
-    wait_for("start", Duration::from_secs(60), || {
+    wait_for("start", Duration::from_mins(1), || {
         let outcome = manager.run(&[&client, "status"]);
         if outcome.status == 0 { Ok(()) } else { Err(outcome.to_string()) }
     });

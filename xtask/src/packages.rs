@@ -69,8 +69,8 @@ pub(crate) fn build(root: &Path, dist: &Path, programs: &Programs, effort: Effor
     fs::remove_dir_all(&tree).context("remove the tree of files")
 }
 
-/// Has `dpkg-deb` and `rpm` say what is in the packages of `dist`, and `lintian` and `rpmlint` what is wrong with them, where
-/// these are.
+/// Has `dpkg-deb` and `rpm` say what is in the packages of `dist`, and `lintian` and `rpmlint` what is wrong with them,
+/// where these are.
 pub(crate) fn check(root: &Path, dist: &Path) -> Result<()> {
     let mut expected: Vec<String> = FILES.map(|(_, to)| to.to_owned()).to_vec();
     expected.extend(documents(root)?.into_iter().map(|(_, to)| format!("{DOCUMENTS}/{to}")));
@@ -180,8 +180,8 @@ fn debian(root: &Path, dist: &Path, tree: &Path, effort: Effort) -> Result<PathB
     Ok(package)
 }
 
-/// What Debian's packages alone have in their tree, for as long as they are built. Debian's policy has licences refer to the texts
-/// that each Debian has.
+/// What Debian's packages alone have in their tree, for as long as they are built. Debian's policy has licences refer to
+/// the texts that each Debian has.
 fn add_debian_files(root: &Path, tree: &Path) -> Result<[PathBuf; 2]> {
     let changelog = tree.join(DOCUMENTS).join("changelog");
     let date = date_of_last_change(root, "--rfc-email")?;
@@ -199,7 +199,7 @@ fn add_debian_files(root: &Path, tree: &Path) -> Result<[PathBuf; 2]> {
     Ok([changelog.with_extension("gz"), overrides])
 }
 
-/// The latest date in CHANGELOG.md, so that the same sources make the same package, as `date` writes it by this option.
+/// The latest date in CHANGELOG.md, as `date` writes it by this option: the same sources make the same package.
 fn date_of_last_change(root: &Path, format: &str) -> Result<String> {
     let text = fs::read_to_string(root.join("CHANGELOG.md")).context("read CHANGELOG.md")?;
     let is_date = |word: &&str| word.len() == "2026-11-30".len() && word.matches('-').count() == 2;

@@ -68,8 +68,8 @@ pub struct Server {
 }
 
 impl Server {
-    /// Serves there, as soon as that is possible: steering matters more. For a successor it is not yet, since the process that it
-    /// replaces serves there still.
+    /// Serves there, as soon as that is possible: steering matters more. For a successor it is not yet, since the
+    /// process that it replaces serves there still.
     ///
     /// # Errors
     /// The kernel refuses a thread.

@@ -126,6 +126,23 @@ mod tests {
     }
 
     #[test]
+    fn an_upstream_is_avoided_while_another_one_is_up() {
+        let lineages = Lineages::default();
+        let forwarder = start(&lineages, &["198.51.100.1:80", "198.51.100.2:80"], r#","ejection":{"failures":1}"#);
+        let [one, two] = [0, 1].map(|at| Arc::clone(&forwarder.upstreams.load()[at]));
+        assert!(!forwarder.avoids(&one));
+        assert!(one.failed(&"silent", forwarder.config.ejection));
+        assert!(forwarder.avoids(&one) && !forwarder.avoids(&two));
+        assert!(two.failed(&"silent", forwarder.config.ejection));
+        assert!(!forwarder.avoids(&one) && !forwarder.avoids(&two), "there is none to go to");
+        // Its own answers say nothing of the others.
+        one.answered(5);
+        assert!(!forwarder.others_answer_since(&one, 5));
+        two.answered(5);
+        assert!(forwarder.others_answer_since(&one, 5) && !forwarder.others_answer_since(&one, 6));
+    }
+
+    #[test]
     fn connections_are_closed_where_that_is_wanted() {
         for (settings, closes) in [("", false), (r#","on-down":"close""#, true)] {
             let lineages = Lineages::default();

@@ -17,14 +17,14 @@ pub(super) struct Silence {
 pub(super) struct Patience {
     /// How long it has to last.
     pub(super) limit: u64,
-    /// Whether the client may be silent in between for longer than that, too. Where answers need not come, a client that says
-    /// something now and then, such as to keep a NAT's mapping, expects none.
+    /// Whether the client may be silent in between for longer than that, too. Where answers need not come, a client that
+    /// says something now and then, such as to keep a NAT's mapping, expects none.
     pub(super) has_pauses: bool,
 }
 
 impl Silence {
-    /// The client says something `now`, and said or heard something at `before`. From when on it has waited for an answer
-    /// if that is too long; once per limit.
+    /// The client says something `now`, and said or heard something at `before`. From when on it has waited for an
+    /// answer if that is too long; once per limit.
     pub(super) fn asked(&self, before: u64, now: u64, patience: Patience) -> Option<u64> {
         let Patience { limit, has_pauses } = patience;
         let is_first = self.since.load(Relaxed) == 0;
