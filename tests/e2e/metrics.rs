@@ -4,7 +4,7 @@ use std::{
     collections::BTreeSet,
     fs,
     io::{ErrorKind, Read as _, Write as _},
-    net::{SocketAddr, TcpListener, TcpStream},
+    net::{SocketAddr, TcpListener, TcpStream, UdpSocket},
     os::unix::fs::chown,
     thread::sleep,
     time::{Duration, Instant},
@@ -44,6 +44,7 @@ pub(crate) fn trials() -> Vec<Trial> {
         trial("metrics::a rule that takes their address is told", shadowed),
     ];
     trials.extend(on_each_back_end("metrics::they tell what has happened", counted));
+    trials.extend(on_each_back_end("metrics::no counter falls, whatever goes", unfallen));
     trials.extend(on_each_back_end("metrics::a successor goes on with them", succeeded));
     trials
 }
@@ -90,6 +91,101 @@ fn wait_for_values(lab: &Lab, expected: &[(&str, f64)]) -> Scrape {
         let found: Vec<_> = wrong.iter().map(|(series, _)| scrape.get(series)).collect();
         if wrong.is_empty() { Ok(scrape) } else { Err(format!("{wrong:?}, but {found:?}")) }
     })
+}
+
+/// What was counted, to be compared with what comes later.
+struct Counts {
+    scrape: Scrape,
+    totals: Value,
+}
+
+impl Counts {
+    /// Those of the rules that are active now.
+    fn of(lab: &Lab) -> Self {
+        let status = lab.daemon.json("status");
+        let generation = status["generation"].as_f64().expect("a generation");
+        let scrape = wait_for_values(lab, &[("anyport_generation", generation)]);
+        Self { scrape, totals: status["totals"].clone() }
+    }
+
+    /// No series falls that is still there, and no total falls at all.
+    fn expect_no_fall(&self, before: &Self, why: &str) {
+        for (series, count) in before.scrape.rising() {
+            let now = self.scrape.get(series).unwrap_or(count);
+            assert!(now >= count, "{why}: {series} falls from {count} to {now}");
+        }
+        for (name, count) in before.totals.as_object().expect("totals").iter().filter(|(name, _)| *name != "active") {
+            let now = &self.totals[name];
+            assert!(now.as_u64() >= count.as_u64(), "{why}: {name} falls from {count} to {now}");
+        }
+    }
+}
+
+/// Rules are removed, replaced and moved to another service, and services are replaced, removed and opened again.
+fn unfallen(backend: &'static str) {
+    let mut lab = lab(backend);
+    let directory = scratch();
+    let apply = |name: &str, service: &str, banner: &str, ports: &str| {
+        let text = format!(
+            "[[service]]\nname = \"web\"\nhandler = \"discard\"\nbanner = \"{banner}\"\n\
+             [[rule]]\nprefix = \"203.0.113.128/25\"\nports = \"{ports}\"\nservice = \"{service}\"\n"
+        );
+        let file = directory.path().join(name);
+        fs::write(&file, text).expect("writing the rules");
+        format!("apply --force {}", file.display())
+    };
+    lab.daemon.ok("add-prefix 192.0.2.0/24 --ports 80");
+    lab.daemon.ok("add-prefix 192.0.2.0/24 --ports 443");
+    lab.daemon.ok("add-prefix 192.0.2.128/25 2001:db8:a::/64 --protocol both");
+    lab.daemon.ok(&apply("first", "web", "one", "80,443"));
+    // So many of one kind that tproxy has a set of them.
+    let many: String = (190..210).map(|number| format!(" 203.0.113.{number}")).collect();
+    let commands = [
+        format!("add-prefix {many} --protocol both"),
+        "remove-prefix 203.0.113.200".to_owned(),
+        format!("remove-prefix {}", many.replace(" 203.0.113.200", "")),
+        "remove-prefix 192.0.2.0/24 --ports 443".to_owned(),
+        "add-prefix 192.0.2.0/24 --ports 443".to_owned(),
+        "remove-prefix 192.0.2.0/24".to_owned(),
+        "remove-prefix 192.0.2.128/25".to_owned(),
+        apply("ports", "web", "one", "1-1000"),
+        apply("settings", "web", "two", "1-1000"),
+        apply("moved", "default", "two", "1-1000"),
+        format!("{} --confirm 1s", apply("unconfirmed", "web", "three", "1-1000")),
+        "status".to_owned(),
+        "remove-prefix 2001:db8:a::/64".to_owned(),
+        "add-service late --handler discard".to_owned(),
+        "remove-service late".to_owned(),
+    ];
+    for command in &commands {
+        lab.topology.client.enter(|| {
+            for to in [at("192.0.2.7", 80), at("192.0.2.7", 443), at("203.0.113.200", 80), at("2001:db8:a::7", 53)] {
+                drop(tcp(to));
+            }
+            let socket = UdpSocket::bind("0.0.0.0:0").expect("a UDP socket");
+            socket.send_to(b"?", at("192.0.2.200", 53)).expect("sending");
+        });
+        // The next sample has these.
+        sleep(Duration::from_secs(1));
+        let before = Counts::of(&lab);
+        if command == "status" {
+            // What was not confirmed is taken back.
+            wait_for("the rules before", Duration::from_secs(10), || {
+                let status = lab.daemon.json("status");
+                if status["unconfirmed"].is_null() { Ok(()) } else { Err(status.to_string()) }
+            });
+        } else {
+            lab.daemon.ok(command);
+        }
+        Counts::of(&lab).expect_no_fall(&before, command);
+    }
+    let before = Counts::of(&lab);
+    let steered = |counts: &Counts| counts.totals["steered"].as_u64();
+    assert!(steered(&before) > Some(20), "{:?}", before.totals);
+    // Also what rules counted that are gone is there after a restart.
+    lab.daemon.stop();
+    lab.daemon.restart();
+    assert!(steered(&Counts::of(&lab)) >= steered(&before), "{:?}", before.totals);
 }
 
 fn counted(backend: &'static str) {

@@ -76,6 +76,16 @@ impl Scrape {
         self.values.get(series).copied()
     }
 
+    /// Every series that has to rise for as long as it is there.
+    pub fn rising(&self) -> impl Iterator<Item = (&str, f64)> {
+        let series = self.values.iter().map(|(series, value)| (series.as_str(), *value));
+        series.filter(|(series, _)| {
+            let name = series.split('{').next().unwrap_or_default();
+            let parts = [name].into_iter().chain(["_bucket", "_sum", "_count"].map(|it| name.trim_end_matches(it)));
+            parts.filter_map(|it| self.types.get(it)).any(|kind| kind != "gauge")
+        })
+    }
+
     /// The names and types of all metrics.
     pub fn families(&self) -> impl Iterator<Item = (&str, &str)> {
         self.types.iter().map(|(name, kind)| (name.as_str(), kind.as_str()))

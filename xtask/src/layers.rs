@@ -80,6 +80,7 @@ const LAYERS: &[Layers] = &[
             "progress",
             "difference",
             "desired",
+            "past",
             "services",
             "kernel",
             "kept",

@@ -5,6 +5,7 @@ use super::{
     Engine,
     desired::Transition,
     kept::{Keep, Written},
+    past,
 };
 use crate::{api::Problem, rules::Change};
 
@@ -24,6 +25,7 @@ impl Engine {
         match self.carry_out(&transition, written).await {
             Ok(()) => {
                 self.services.measure_descriptors();
+                self.leave_counters(&transition);
                 Ok(self.desired.finish(transition))
             }
             Err(error) => {
@@ -33,6 +35,12 @@ impl Engine {
                 Err(error.into())
             }
         }
+    }
+
+    /// The rules that are gone leave what they have counted.
+    fn leave_counters(&mut self, transition: &Transition) {
+        let counted = self.kernel.left(&past::gone(transition.steps()));
+        self.services.past_mut().leave_rules(transition.change(), &counted.into_iter().collect());
     }
 
     async fn carry_out(&mut self, transition: &Transition, written: Option<Written>) -> anyhow::Result<()> {

@@ -18,7 +18,7 @@ use super::{
 use crate::{
     register::KeptSocket,
     rules::{Change, Origin, Prefix, PrefixRules},
-    store::{self, FleetState, State, Store},
+    store::{self, FleetState, KeptCounters, State, Store},
 };
 
 /// How often the counters are kept, for the case that this daemon is killed.
@@ -162,12 +162,12 @@ impl Kept {
 
     /// Keeps what was counted, unless what an earlier daemon counted is not part of it yet. What does not go is a complaint, and no
     /// reason to do anything else: the rules are there.
-    pub(super) fn save_counters(&mut self, desired: &Desired, kernel: &Kernel) {
+    pub(super) fn save_counters(&mut self, desired: &Desired, services: &Services, kernel: &Kernel) {
         if self.counters_at.is_none() {
             return;
         }
         self.counters_at = Some(Instant::now());
-        let saved = self.try_save_counters(desired, kernel).context("keep the counters");
+        let saved = self.try_save_counters(desired, services, kernel).context("keep the counters");
         self.note(saved);
     }
 
@@ -193,20 +193,31 @@ impl Kept {
         Some(format!("the state directory can't be written, so changes are refused and counts will be lost: {failure}"))
     }
 
-    fn try_save_counters(&self, desired: &Desired, kernel: &Kernel) -> anyhow::Result<()> {
+    fn try_save_counters(&self, desired: &Desired, services: &Services, kernel: &Kernel) -> anyhow::Result<()> {
         let counters = kernel.counters()?;
         let counted = desired.rules().iter().map(|rule| (rule.prefix, Arc::clone(rule.terms), counters(rule.number)));
-        self.store.save_counters(counted.filter(|(_, _, it)| *it != Counters::default()))
+        let counted = counted.filter(|(_, _, it)| *it != Counters::default());
+        self.store.save_counters(counted, services.past().counters())
     }
 
-    /// Has the kernel go on with what an earlier daemon counted for rules that are still there.
-    pub(super) fn restore_counters(&mut self, desired: &Desired, kernel: &mut Kernel) -> anyhow::Result<()> {
+    /// Has the kernel go on with what an earlier daemon counted for rules that are still there. Those that are not leave it.
+    pub(super) fn restore_counters(
+        &mut self,
+        desired: &Desired,
+        services: &mut Services,
+        kernel: &mut Kernel,
+    ) -> anyhow::Result<()> {
+        let KeptCounters { rules, services: left } = self.store.counters();
+        let past = services.past_mut();
+        for (name, counters) in &left {
+            past.leave_rule(name, counters);
+        }
         let mut counted = Vec::new();
-        for (prefix, rules) in self.store.counters() {
-            let Some(of_prefix) = desired.rules().of_prefix(&prefix) else { continue };
-            for rule in of_prefix.numbered(prefix) {
-                let before = rules.iter().filter(|(terms, _)| terms == rule.terms);
-                counted.extend(before.map(|(_, counters)| (rule.number, *counters)));
+        for (prefix, terms, counters) in rules {
+            let mut of_prefix = desired.rules().of_prefix(&prefix).into_iter().flat_map(|it| it.numbered(prefix));
+            match of_prefix.find(|rule| **rule.terms == *terms) {
+                Some(rule) => counted.push((rule.number, counters)),
+                None => past.leave_rule(&terms.service, &counters),
             }
         }
         kernel.restore_counters(&counted)?;
@@ -288,16 +299,16 @@ mod tests {
     async fn counters_are_kept_only_once_earlier_ones_are_part_of_them() {
         let (disk, mut it) = (Disk::default(), Fixture::new().await);
         let (mut kept, _) = open(&disk);
-        kept.save_counters(&it.desired, &it.kernel);
+        kept.save_counters(&it.desired, &it.services, &it.kernel);
         assert!(kept.counters_at.is_none() && disk.names().unwrap().is_empty());
-        kept.restore_counters(&it.desired, &mut it.kernel).unwrap();
+        kept.restore_counters(&it.desired, &mut it.services, &mut it.kernel).unwrap();
         assert!(kept.counters_at.is_some() && !kept.are_counters_due());
         // A disk that does not write is told of, until it does again.
         disk.fail_after(Some(0));
-        kept.save_counters(&it.desired, &it.kernel);
+        kept.save_counters(&it.desired, &it.services, &it.kernel);
         assert!(kept.complaint().unwrap().contains("can't be written"));
         disk.fail_after(None);
-        kept.save_counters(&it.desired, &it.kernel);
+        kept.save_counters(&it.desired, &it.services, &it.kernel);
         assert_eq!(kept.complaint(), None);
     }
 }

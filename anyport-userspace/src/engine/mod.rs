@@ -21,6 +21,7 @@ mod kept;
 mod kernel;
 mod listing;
 mod observed;
+mod past;
 mod progress;
 mod published;
 mod register;
@@ -180,7 +181,7 @@ impl Engine {
     }
 
     fn keep_counters(&mut self) {
-        self.kept.save_counters(&self.desired, &self.kernel);
+        self.kept.save_counters(&self.desired, &self.services, &self.kernel);
     }
 
     /// Leaves steering in the kernel and the sockets with the keeper, for another process to go on with. Connections go on in this

@@ -55,9 +55,10 @@ impl Engine {
     ///
     /// # Errors
     /// The counters can't be read.
-    pub fn observe<'a>(&'a self, see: impl FnMut(Counted<'a>)) -> Result<Observed, Problem> {
-        let counters = self.kernel.counters()?;
-        let sums = Sums::read(self.desired.rules(), |rule| counters(rule.number), see);
+    pub fn observe<'a>(&'a self, mut see: impl FnMut(Counted<'a>)) -> Result<Observed, Problem> {
+        let (counters, past) = (self.kernel.counters()?, self.services.past());
+        let see = |it: Counted<'a>| see(Counted { past: past.of_row(&it.rule), ..it });
+        let sums = Sums::read(self.desired.rules(), |rule| counters(rule.number), see).with(past.counters());
         let mut views = self.services_themselves();
         let mut status = self.status_itself(self.kernel.unmatched()?, &views);
         sums.add_to_status(&mut status.totals);
@@ -65,7 +66,9 @@ impl Engine {
         let services = views.into_iter().zip(self.services.iter().map(|(_, it)| it)).map(|(view, running)| {
             let (_, counters) = sums.of(&view.name);
             let denied = view.stats.denied.saturating_sub(counters.denied);
-            ObservedService { counters, denied, times: running.service().times(), view }
+            let mut times = running.service().times();
+            times += &past.of(&view.name).times;
+            ObservedService { view, counters, denied, times }
         });
         let services: Vec<_> = services.collect();
         let descriptors = &self.services.context().descriptors;

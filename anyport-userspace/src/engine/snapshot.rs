@@ -13,7 +13,12 @@ use std::{
 
 use anyport_common::maps::Counters;
 
-use super::{Engine, desired::Drains, drain::with_connections, views::Sums};
+use super::{
+    Engine,
+    desired::Drains,
+    drain::with_connections,
+    views::{Counted, Sums},
+};
 use crate::{
     api::{DrainView, Problem, ServiceView, StatusView},
     events::EventBus,
@@ -38,6 +43,8 @@ pub struct Snapshot {
     /// Without what rules counted.
     pub(super) status: StatusView,
     services: Vec<ServiceView>,
+    /// What rules left that are gone.
+    past: HashMap<ServiceName, Counters>,
     pub(super) counts: Counts,
 }
 
@@ -57,13 +64,14 @@ pub(super) struct Counts {
 enum Source {
     /// In memory that the kernel writes.
     Shared(Arc<dyn SharedCounters>),
-    /// As the kernel said when it was asked, about the rules as they were then: numbers may be others' by now.
-    Known(Arc<HashMap<u32, Counters>>, RuleSet),
+    /// As the kernel said when it was asked, about the rules as they were then: numbers may be others' by now, and the sums are those of
+    /// that moment.
+    Known(Arc<HashMap<u32, Counters>>, RuleSet, Arc<Sums>),
 }
 
 impl Default for Counts {
     fn default() -> Self {
-        Self { source: Source::Known(Arc::default(), RuleSet::default()), unmatched: 0, read: None }
+        Self { source: Source::Known(Arc::default(), RuleSet::default(), Arc::default()), unmatched: 0, read: None }
     }
 }
 
@@ -75,7 +83,7 @@ impl Counts {
                 let read = counters.read();
                 Box::new(move |rule| read(rule.number))
             }
-            Source::Known(known, rules) => Box::new(|rule| {
+            Source::Known(known, rules, _) => Box::new(|rule| {
                 let counters = known.get(&rule.number).copied();
                 counters.filter(|_| rules.has_under_its_number(rule)).unwrap_or_default()
             }),
@@ -117,6 +125,7 @@ impl Engine {
             events: Arc::clone(self.kernel.events()),
             status: self.status_itself(counts.unmatched, &services),
             services,
+            past: self.services.past().counters().map(|(name, counters)| (name.clone(), *counters)).collect(),
             counts,
         })
     }
@@ -131,10 +140,16 @@ impl Engine {
         }
         let begun = Instant::now();
         let counters = self.kernel.counters()?;
-        let all = self.desired.rules().iter().map(|rule| (rule.number, counters(rule.number)));
-        let known = all.filter(|(_, counters)| *counters != Counters::default()).collect();
+        let rules = self.desired.rules();
+        let mut known = HashMap::new();
+        let mut note = |Counted { rule, counters, .. }: Counted<'_>| {
+            if counters != Counters::default() {
+                known.insert(rule.number, counters);
+            }
+        };
+        let sums = Sums::read(rules, |rule| counters(rule.number), &mut note).with(self.services.past().counters());
         let unmatched = self.kernel.unmatched()?;
-        let source = Source::Known(Arc::new(known), self.desired.rules().clone());
+        let source = Source::Known(Arc::new(known), rules.clone(), Arc::new(sums));
         Ok(Counts { source, unmatched, read: Some((Instant::now(), begun.elapsed())) })
     }
 }
@@ -142,6 +157,9 @@ impl Engine {
 impl Snapshot {
     /// What all rules have counted. Takes about 0.4 microseconds for each rule.
     pub(super) fn sums(&self) -> Sums {
+        if let Source::Known(.., sums) = &self.counts.source {
+            return Sums::clone(sums);
+        }
         let reader = RefCell::new((0, None));
         let counters = |rule: &RuleRef<'_>| {
             let (reads, reader) = &mut *reader.borrow_mut();
@@ -152,7 +170,7 @@ impl Snapshot {
             *reads += 1;
             reader.get_or_insert_with(|| self.counts.reader())(rule)
         };
-        Sums::read(&self.rules, counters, |_| ())
+        Sums::read(&self.rules, counters, |_| ()).with(&self.past)
     }
 
     /// The state of the whole.

@@ -151,7 +151,7 @@ impl Engine {
         self.services.let_go_of_registered();
         self.services.context().keeper.forget_rest();
         self.kept.try_out();
-        self.kept.restore_counters(&self.desired, &mut self.kernel)
+        self.kept.restore_counters(&self.desired, &mut self.services, &mut self.kernel)
     }
 
     /// Opens the sockets of a service. They receive nothing before the next plan.
@@ -162,6 +162,7 @@ impl Engine {
 
     /// Closes the sockets of a service that is not steered to any more.
     pub(super) async fn close_service(&mut self, running: Running) {
+        self.services.bury(&running);
         self.desired.give_back_slot(running.slot());
         let name = running.config().name.clone();
         running.stop().await;

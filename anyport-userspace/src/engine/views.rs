@@ -4,12 +4,11 @@ use std::collections::HashMap;
 
 use anyport_common::{flow::Transport, maps::Counters};
 
-use super::Engine;
+use super::{Engine, past::add};
 use crate::{
     api::{BackEndView, ServiceView, StatusView, Totals},
     complaint::Complaint,
     rules::{Decision, RuleRef, RuleSet, ServiceName, decide},
-    service::ServiceStats,
 };
 
 impl Engine {
@@ -17,6 +16,8 @@ impl Engine {
     pub(super) fn services_themselves(&self) -> Vec<ServiceView> {
         let views = self.services.iter().map(|(_, it)| it).map(|running| {
             let config = running.config().clone();
+            let mut stats = running.service().stats();
+            stats += self.services.past().of(&config.name).stats;
             ServiceView {
                 rules: 0,
                 steered: 0,
@@ -33,7 +34,7 @@ impl Engine {
                 origin: running.origin(),
                 sockets: self.services.sockets_of(running),
                 upstreams: running.service().upstreams(),
-                stats: running.service().stats(),
+                stats,
             }
         });
         views.collect()
@@ -41,7 +42,10 @@ impl Engine {
 
     /// The state of the whole, without what rules counted: see [`Sums::add_to_status`].
     pub(super) fn status_itself(&self, unmatched: u64, services: &[ServiceView]) -> StatusView {
-        let stats = || services.iter().map(|it| &it.stats);
+        let mut stats = self.services.past().stats_without(|name| self.services.get(name).is_some());
+        for service in services {
+            stats += service.stats;
+        }
         let descriptors = &self.services.context().descriptors;
         StatusView {
             version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -66,12 +70,12 @@ impl Engine {
             totals: Totals {
                 steered: 0,
                 dropped: 0,
-                denied: stats().map(|it| it.denied).sum(),
+                denied: stats.denied,
                 unmatched,
-                active: stats().map(|it| it.active).sum(),
-                refused: stats().map(ServiceStats::refused).sum(),
-                listen_drops: stats().map(|it| it.listen_drops).sum(),
-                receive_drops: stats().map(|it| it.receive_drops).sum(),
+                active: stats.active,
+                refused: stats.refused(),
+                listen_drops: stats.listen_drops,
+                receive_drops: stats.receive_drops,
             },
             unconfirmed: self.unconfirmed_for(),
             mended: self.kernel.repairs(),
@@ -124,10 +128,12 @@ pub struct Counted<'a> {
     pub rule: RuleRef<'a>,
     /// What became of its packets.
     pub counters: Counters,
+    /// What became of those of rules that are gone, of the same prefix, protocol and service.
+    pub past: Counters,
 }
 
-/// For each service that rules steer to, how many do and what they counted.
-#[derive(Debug, Default)]
+/// For each service that rules steer to, how many do and what they and those before them counted.
+#[derive(Clone, Debug, Default)]
 pub(super) struct Sums(HashMap<ServiceName, (usize, Counters)>);
 
 impl Sums {
@@ -141,13 +147,21 @@ impl Sums {
         for (prefix, rules) in rules.prefixes() {
             for rule in rules.numbered(*prefix) {
                 let (rules, sum) = sums.entry(&rule.terms.service).or_default();
-                let counted = Counted { rule, counters: counters(&rule) };
+                let counted = Counted { rule, counters: counters(&rule), past: Counters::default() };
                 *rules += 1;
                 add(sum, &counted.counters);
                 see(counted);
             }
         }
         Self(sums.into_iter().map(|(name, sum)| (name.clone(), sum)).collect())
+    }
+
+    /// With what was left by rules that are gone.
+    pub(super) fn with<'a>(mut self, past: impl IntoIterator<Item = (&'a ServiceName, &'a Counters)>) -> Self {
+        for (name, counters) in past {
+            add(&mut self.0.entry(name.clone()).or_default().1, counters);
+        }
+        self
     }
 
     /// How many rules steer to a service, and what they counted.
@@ -175,11 +189,4 @@ impl Sums {
             view.stats.denied += denied;
         }
     }
-}
-
-fn add(sum: &mut Counters, Counters { steered, no_socket, assign_error, denied }: &Counters) {
-    sum.steered += steered;
-    sum.no_socket += no_socket;
-    sum.assign_error += assign_error;
-    sum.denied += denied;
 }

@@ -72,19 +72,19 @@ impl<'a, 'b> Ranking<'a, 'b> {
         Self { before, expected: 0, places: None, now, rows: Vec::new(), busiest, fastest }
     }
 
-    pub(super) fn see(&mut self, Counted { rule, counters }: Counted<'a>) {
+    pub(super) fn see(&mut self, Counted { rule, counters, past }: Counted<'a>) {
         if self.rows.first().is_some_and(|row| row.prefix != rule.prefix) {
             self.flush();
         }
-        let Counters { steered, no_socket, assign_error, denied } = counters;
         let (protocol, service) = (rule.terms.protocol, &rule.terms.service);
-        let dropped = no_socket + assign_error + denied;
+        let dropped = |Counters { no_socket, assign_error, denied, .. }| no_socket + assign_error + denied;
         if let Some(row) = self.rows.iter_mut().find(|row| row.protocol == protocol && row.service == service) {
-            row.counts.steered += steered;
-            row.counts.dropped += dropped;
+            row.counts.steered += counters.steered;
+            row.counts.dropped += dropped(counters);
             return;
         }
-        let counts = PrefixCounts { steered, dropped };
+        let counts =
+            PrefixCounts { steered: counters.steered + past.steered, dropped: dropped(counters) + dropped(past) };
         let (number, prefix, before) = (rule.number, rule.prefix, PrefixCounts::default());
         self.rows.push(Row { number, prefix, protocol, service, counts, before });
     }
@@ -204,7 +204,8 @@ mod tests {
         let mut ranking = Ranking::new(before);
         for rule in rules.iter() {
             let steered = count(rule.number);
-            ranking.see(Counted { rule, counters: Counters { steered, ..Counters::default() } });
+            let counters = Counters { steered, ..Counters::default() };
+            ranking.see(Counted { rule, counters, past: Counters::default() });
         }
         ranking.finish(Some(2.0))
     }

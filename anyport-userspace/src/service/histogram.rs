@@ -1,6 +1,9 @@
 //! How times are distributed, counted by one task and read by others.
 
-use std::time::{Duration, Instant};
+use std::{
+    ops::AddAssign,
+    time::{Duration, Instant},
+};
 
 use super::counts::Count;
 
@@ -91,6 +94,18 @@ impl Distribution {
     }
 }
 
+impl AddAssign<&Self> for Distribution {
+    fn add_assign(&mut self, Self { buckets, count, sum }: &Self) {
+        if self.buckets.is_empty() {
+            self.buckets.clone_from(buckets);
+        } else {
+            self.buckets.iter_mut().zip(buckets).for_each(|((_, here), (_, more))| *here += more);
+        }
+        self.count += count;
+        self.sum += sum;
+    }
+}
+
 /// The times that connections of a service took.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct ConnectionTimes {
@@ -98,6 +113,13 @@ pub struct ConnectionTimes {
     pub durations: Distribution,
     /// From the end of the handshake to accepting, by samples.
     pub waits: Distribution,
+}
+
+impl AddAssign<&Self> for ConnectionTimes {
+    fn add_assign(&mut self, Self { durations, waits }: &Self) {
+        self.durations += durations;
+        self.waits += waits;
+    }
 }
 
 /// Samples come no faster than twice this many in a second.

@@ -1,5 +1,7 @@
 //! What services count.
 
+use std::ops::AddAssign;
+
 use serde::{Deserialize, Serialize};
 
 use super::{
@@ -63,6 +65,25 @@ pub struct ServiceStats {
     pub listen_drops: u64,
     /// Datagrams that the kernel dropped since the buffer of those that wait was full.
     pub receive_drops: u64,
+}
+
+/// Adds the fields of a structure, all of which are named, to those of another.
+macro_rules! add_all {
+    ($from:expr => $to:ident: $($field:ident),+ $(,)?) => {
+        let Self { $($field),+ } = $from;
+        $($to.$field += $field;)+
+    };
+}
+
+impl AddAssign for ServiceStats {
+    fn add_assign(&mut self, other: Self) {
+        add_all! {
+            other => self: active, accepted, accept_errors, refused_total, refused_service, refused_source, refused_rate, denied,
+            bad_headers, unforwarded, bytes_from_clients, bytes_to_clients, datagrams, answered, refused_loop,
+            refused_conversation, refused_unsolicited, refused_size, unanswerable, unsent, strayed, flows, evicted,
+            listen_drops, receive_drops,
+        }
+    }
 }
 
 /// What a worker counts for one listening socket. Aligned so that workers share no cache line.

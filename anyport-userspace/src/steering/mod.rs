@@ -98,7 +98,7 @@ pub struct Plan<'a> {
     pub changed: Option<&'a [Prefix]>,
     /// Numbers that were no rule's before, or another's: their counters begin at zero.
     pub fresh: &'a [Range<u32>],
-    /// Numbers that are no rule's any more.
+    /// Numbers that are no rule's any more. What was counted under them is kept until they are fresh again.
     pub freed: &'a [Range<u32>],
     /// Rules that stay under another number, the old one first: their counters go on.
     pub moved: &'a [(u32, u32)],
@@ -241,6 +241,9 @@ pub trait Steering: Send + Sync + fmt::Debug {
 
     /// What became of the packets: gives the counters of a rule by its number.
     fn counters(&self) -> anyhow::Result<Box<dyn Fn(u32) -> Counters + '_>>;
+
+    /// What was counted under numbers that the last plan freed, where that is anything. It is known until they are fresh again.
+    fn left(&self, numbers: &[Range<u32>]) -> Vec<(u32, Counters)>;
 
     /// The same for readers that do not wait until a plan is applied, where counters can be read without asking the kernel.
     fn shared_counters(&self) -> Option<Arc<dyn SharedCounters>> {

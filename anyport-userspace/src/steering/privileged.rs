@@ -1,6 +1,6 @@
 //! Raises capabilities around each call of a back end.
 
-use std::sync::Arc;
+use std::{ops::Range, sync::Arc};
 
 use anyport_common::{flow::Flow, maps::Counters};
 
@@ -61,6 +61,10 @@ impl Steering for Privileged {
     fn counters(&self) -> anyhow::Result<Box<dyn Fn(u32) -> Counters + '_>> {
         let _raised = self.raise();
         self.0.counters()
+    }
+
+    fn left(&self, numbers: &[Range<u32>]) -> Vec<(u32, Counters)> {
+        self.0.left(numbers)
     }
 
     fn shared_counters(&self) -> Option<Arc<dyn SharedCounters>> {

@@ -7,7 +7,12 @@ mod atomic;
 mod files;
 mod fleet;
 
-use std::{collections::HashMap, fmt::Write as _, io, path::Path, sync::Arc};
+use std::{
+    fmt::{self, Write as _},
+    io,
+    path::Path,
+    sync::Arc,
+};
 
 use anyhow::{Context as _, bail};
 use anyport_common::maps::Counters;
@@ -42,6 +47,8 @@ const APPLIED: Series = Series { beginning: "applied-", end: ".rules" };
 /// The set of the fleet.
 const SET: Series = Series { beginning: "fleet-", end: ".set" };
 const COUNTERS: &str = "counters";
+/// Stands before the name of a service for which something was counted.
+const OF_SERVICE: &str = "service ";
 const REGISTERED: &str = "registered.json";
 const DRAINS: &str = "drains.json";
 
@@ -152,6 +159,15 @@ pub struct KeptDrain {
     pub wait: u64,
     /// Whether new connections are refused by now.
     pub is_refusing: bool,
+}
+
+/// What an earlier daemon counted.
+#[derive(Debug, Default)]
+pub struct KeptCounters {
+    /// For rules.
+    pub rules: Vec<(Prefix, Arc<RuleSpec>, Counters)>,
+    /// For services, by rules that were gone.
+    pub services: Vec<(ServiceName, Counters)>,
 }
 
 /// The file with the sockets that were registered.
@@ -313,35 +329,39 @@ impl Store {
         self.activate(written)
     }
 
-    /// Keeps what was counted for rules, for a daemon that comes later.
+    /// Keeps what was counted for rules, and for services by rules that are gone, for a daemon that comes later.
     ///
     /// # Errors
     /// What could not be written.
-    pub fn save_counters(
+    pub fn save_counters<'a>(
         &self,
         counted: impl Iterator<Item = (Prefix, Arc<RuleSpec>, Counters)>,
+        left: impl Iterator<Item = (&'a ServiceName, &'a Counters)>,
     ) -> anyhow::Result<()> {
         let mut text = String::new();
-        for (prefix, terms, Counters { steered, no_socket, assign_error, denied }) in counted {
-            let _ = writeln!(text, "{steered} {no_socket} {assign_error} {denied} {}", RuleLine(&prefix, &terms));
+        let mut write = |Counters { steered, no_socket, assign_error, denied }, of: &dyn fmt::Display| {
+            let _ = writeln!(text, "{steered} {no_socket} {assign_error} {denied} {of}");
+        };
+        for (prefix, terms, counters) in counted {
+            write(counters, &RuleLine(&prefix, &terms));
         }
+        left.for_each(|(name, counters)| write(*counters, &format_args!("{OF_SERVICE}{name}")));
         self.replace(COUNTERS, text.as_bytes())
     }
 
-    /// What was counted when that was kept last, by prefix. Counters are no reason not to start, so what can't be read is
-    /// passed over.
-    pub fn counters(&self) -> HashMap<Prefix, Vec<(Arc<RuleSpec>, Counters)>> {
+    /// What was counted when that was kept last. Counters are no reason not to start, so what can't be read is passed over.
+    pub fn counters(&self) -> KeptCounters {
         let text = self.files.read(COUNTERS).unwrap_or_default();
         let text = String::from_utf8_lossy(&text);
-        let mut counted: HashMap<Prefix, Vec<_>> = HashMap::new();
-        for line in text.lines() {
-            let Some((counters, rule)) = read_counters(line) else { continue };
-            let Ok(rules) = lines::parse(rule, Arc::new) else { continue };
-            for ((prefix, terms), _) in rules {
-                counted.entry(prefix).or_default().push((terms, counters));
+        let mut kept = KeptCounters::default();
+        for (counters, of) in text.lines().filter_map(read_counters) {
+            if let Some(name) = of.strip_prefix(OF_SERVICE) {
+                kept.services.extend(name.parse().map(|name| (name, counters)));
+            } else if let Ok(rules) = lines::parse(of, Arc::new) {
+                kept.rules.extend(rules.into_iter().map(|((prefix, terms), _)| (prefix, terms, counters)));
             }
         }
-        counted
+        kept
     }
 
     /// Keeps which sockets were registered, for a daemon that comes later in the same boot.

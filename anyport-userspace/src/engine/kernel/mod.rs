@@ -11,6 +11,7 @@ mod transition;
 use std::{
     collections::{HashMap, HashSet},
     net::IpAddr,
+    ops::Range,
     sync::Arc,
 };
 
@@ -239,6 +240,11 @@ impl Kernel {
     /// What became of the packets: gives the counters of a rule by its number.
     pub(super) fn counters(&self) -> anyhow::Result<Box<dyn Fn(u32) -> Counters + '_>> {
         self.steering.counters()
+    }
+
+    /// What was counted under numbers that the last change freed.
+    pub(super) fn left(&self, numbers: &[Range<u32>]) -> Vec<(u32, Counters)> {
+        self.steering.left(numbers)
     }
 
     /// The same for readers that have no hold on the kernel, where counters can be read without asking it.

@@ -21,7 +21,7 @@ use tokio::{runtime::Handle, sync::Notify};
 
 pub use self::registered::fetch_registered;
 pub(super) use self::registered::{KINDS, Registrations, boot_id, make_group_transparent};
-use super::desired::DRAINED_SLOT;
+use super::{desired::DRAINED_SLOT, past::Past};
 use crate::{
     api::{Problem, ProblemKind},
     closing::PassedFd,
@@ -42,6 +42,8 @@ use crate::{
 #[derive(Debug)]
 pub(super) struct Services {
     running: BTreeMap<ServiceName, Running>,
+    /// What was counted by rules and services that are gone.
+    past: Past,
     /// By service: they outlive a service that is replaced by one of the same name.
     registered: BTreeMap<ServiceName, Registrations>,
     /// Notified when a process has ended that registered a socket.
@@ -129,6 +131,7 @@ impl Services {
         };
         Ok(Self {
             running: BTreeMap::new(),
+            past: Past::default(),
             registered: BTreeMap::new(),
             owner_exits: Arc::default(),
             context,
@@ -232,12 +235,34 @@ impl Services {
 
     /// Takes a service out, which goes on until it is stopped.
     pub(super) fn take(&mut self, name: &ServiceName) -> Option<Running> {
-        self.running.remove(name)
+        let running = self.running.remove(name)?;
+        self.past.take_out(name, running.slot, &running.service);
+        Some(running)
+    }
+
+    /// A service that was taken out is about to be stopped, and leaves what it has counted.
+    pub(super) fn bury(&mut self, running: &Running) {
+        let Self { past, running: all, .. } = self;
+        past.close(&running.config().name, running.slot, &running.service);
+        past.fold(|name| all.contains_key(name));
+    }
+
+    /// What was counted by rules and services that are gone.
+    pub(super) fn past(&self) -> &Past {
+        &self.past
+    }
+
+    /// The same, to be changed.
+    pub(super) fn past_mut(&mut self) -> &mut Past {
+        &mut self.past
     }
 
     /// Puts services back that were taken out.
     pub(super) fn put_back(&mut self, services: impl IntoIterator<Item = (ServiceName, Running)>) {
-        self.running.extend(services);
+        for (name, running) in services {
+            self.past.put_back(running.slot);
+            self.running.insert(name, running);
+        }
     }
 
     /// Has a service come from there from now on. Returns where it came from before.

@@ -69,6 +69,8 @@ struct Scene {
     set_in_force: Option<String>,
     /// How often the rules had been changed when the command began.
     patches: u64,
+    /// What was counted when that was seen last.
+    counted: BTreeMap<String, u64>,
     done: u32,
     failed: u32,
 }
@@ -86,6 +88,7 @@ impl Scene {
             is_robbed: false,
             set_in_force: None,
             patches: 0,
+            counted: BTreeMap::new(),
             done: 0,
             failed: 0,
         };
@@ -107,6 +110,7 @@ impl Scene {
         }
         self.is_robbed = false;
         self.set_in_force = None;
+        self.counted.clear();
         self.expect_equal("after a start");
     }
 
@@ -379,6 +383,8 @@ impl Scene {
     }
 
     async fn step(&mut self) {
+        open(&self.world).steer();
+        self.expect_no_fall();
         match self.random.below(100) {
             0..=69 => self.command().await,
             70..=79 => {
@@ -399,6 +405,31 @@ impl Scene {
             98 if self.random.one_in(10) => self.restart().await,
             _ => self.converge().await,
         }
+    }
+
+    /// No sum falls, whatever becomes of rules and services.
+    fn expect_no_fall(&mut self) {
+        let mut rows: BTreeMap<String, u64> = BTreeMap::new();
+        let observed = self.engine().observe(|it| {
+            let row = format!("{} {} {}", it.rule.prefix, it.rule.terms.protocol, it.rule.terms.service);
+            // Rules that are gone are those of the row, whichever of its rules they are told with.
+            *rows.entry(row).or_insert(it.past.steered) += it.counters.steered;
+        });
+        let Ok(observed) = observed else {
+            // A row may end and come back before the next time.
+            self.counted.retain(|name, _| !name.contains('/'));
+            return;
+        };
+        let services = observed.services.iter().map(|it| (it.view.name.to_string(), it.view.steered));
+        let total = ("in all".to_owned(), observed.status.totals.steered);
+        let now: BTreeMap<String, u64> = rows.into_iter().chain(services).chain([total]).collect();
+        for (name, count) in &now {
+            let before = self.counted.get(name).copied().unwrap_or_default();
+            assert!(*count >= before, "{name}: {before} packets were steered, and then {count}");
+        }
+        // A row that ends begins at zero if it comes back, and a service goes on.
+        self.counted.retain(|name, _| !name.contains('/'));
+        self.counted.extend(now);
     }
 
     /// When nothing fails any more all is well soon.

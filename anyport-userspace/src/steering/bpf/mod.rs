@@ -17,6 +17,7 @@ mod tests;
 use std::{
     collections::{HashMap, HashSet},
     fmt,
+    ops::Range,
     os::fd::{AsFd as _, OwnedFd},
     path::{Path, PathBuf},
     sync::{Arc, Weak},
@@ -257,6 +258,12 @@ impl Steering for Bpf {
 
     fn counters(&self) -> anyhow::Result<Box<dyn Fn(u32) -> Counters + '_>> {
         Ok(SharedCounters::read(&self.counts))
+    }
+
+    fn left(&self, numbers: &[Range<u32>]) -> Vec<(u32, Counters)> {
+        let counters = SharedCounters::read(&self.counts);
+        let all = numbers.iter().cloned().flatten().map(|number| (number, counters(number)));
+        all.filter(|(_, counters)| *counters != Counters::default()).collect()
     }
 
     fn shared_counters(&self) -> Option<Arc<dyn SharedCounters>> {

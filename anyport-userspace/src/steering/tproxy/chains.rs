@@ -1,7 +1,7 @@
 //! Our chains and sets of one family.
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::{BTreeSet, HashMap, HashSet},
     net::SocketAddr,
     time::{Duration, Instant},
 };
@@ -11,7 +11,7 @@ use anyport_common::{flow::Transport, maps::Counters};
 
 use super::{
     chain_rules::{self, Family},
-    change::{self, State, Step, Target, Way},
+    change::{self, Element, State, Step, Target, Way},
     counted::Counted,
     groups::{FEW, Key, Prefixes, Sockets, number},
     mangle_table::{self, MangleTable, RULES_CHAIN, Shown},
@@ -230,7 +230,11 @@ impl Chains {
                         is_renumbered = true;
                     }
                 }),
-                Step::Elements { added, removed } => Sets::change(&added, &removed),
+                Step::Elements { added, removed } => {
+                    let moved = if is_renumbered { plan.moved } else { &[] };
+                    self.note_counts_of(&removed, previous, moved);
+                    Sets::change(&added, &removed)
+                }
                 Step::Wait => {
                     // Lines are gone through under RCU's read lock, as BPF programs are.
                     sys::wait_for_running_programs();
@@ -277,6 +281,32 @@ impl Chains {
         Ok(())
     }
 
+    /// Takes over what elements have counted that are about to go from their sets. The rules are numbered as before, but for those
+    /// that are moved.
+    fn note_counts_of(&mut self, elements: &[Element], rules: &RuleSet, moved: &[(u32, u32)]) {
+        if elements.is_empty() {
+            return;
+        }
+        let elements: HashSet<_> = elements.iter().map(|it| (it.set.as_str(), it.prefix)).collect();
+        let sets: BTreeSet<_> = elements.iter().map(|(set, _)| *set).collect();
+        let keys: HashMap<_, _> =
+            self.state.sets().filter(|(_, set)| sets.contains(set)).map(|(key, set)| (set, key)).collect();
+        let moved: HashMap<u32, u32> = moved.iter().copied().collect();
+        match sets::counts(&sets.into_iter().collect::<Vec<_>>()) {
+            Ok(counts) => {
+                for (set, prefix, packets) in counts {
+                    if elements.contains(&(set.as_str(), prefix))
+                        && let Some(key) = keys.get(set.as_str())
+                        && let Some(number) = number(rules.view(), prefix, key)
+                    {
+                        self.counted.add(moved.get(&number).copied().unwrap_or(number), key.effect, packets);
+                    }
+                }
+            }
+            Err(error) => tracing::warn!("what was counted of late is lost: {error:#}"),
+        }
+    }
+
     /// Takes over what sets have counted that are about to go, and then the new numbers.
     fn renumber(&mut self, is_anew: bool, previous: &RuleSet, plan: &Plan<'_>) {
         if is_anew {
@@ -306,6 +336,11 @@ impl Chains {
         let mut counted = self.counted_by_lines()?;
         counted.add_all(&self.counted_by_sets(rules)?);
         Ok(counted)
+    }
+
+    /// What was counted by lines and sets that are gone.
+    pub(super) fn counted_before(&self) -> &Counted {
+        &self.counted
     }
 
     /// All that was counted up to now but for what the sets of the moment know.

@@ -41,13 +41,12 @@ impl Counted {
         self.unmatched += more.unmatched;
     }
 
-    /// Follows rules to their new numbers, and forgets what was counted under numbers that are another's or nobody's
-    /// now.
+    /// Follows rules to their new numbers, and forgets what was counted under numbers that are another's now. Those that are nobody's
+    /// keep it: it is still asked for, and a plan that fails is taken back.
     pub(super) fn renumber(&mut self, plan: &Plan<'_>) {
-        let moved = plan.moved.iter().filter_map(|(old, new)| Some((*new, self.rules.remove(old)?)));
+        let moved = plan.moved.iter().filter_map(|(old, new)| Some((*new, *self.rules.get(old)?)));
         let moved: Vec<_> = moved.collect();
-        let is_lost = |number: &u32| plan.fresh.iter().chain(plan.freed).any(|range| range.contains(number));
-        self.rules.retain(|number, _| !is_lost(number));
+        self.rules.retain(|number, _| !plan.fresh.iter().any(|range| range.contains(number)));
         self.rules.extend(moved);
     }
 }
@@ -69,12 +68,13 @@ mod tests {
             rules: RuleSet::default().view(),
             changed: None,
             fresh: &[3..5, 20..30],
-            freed: &[8..9, 30..40],
-            moved: &[(1, 2), (2, 1), (10, 9)],
+            freed: &[1..3, 8..9, 30..40],
+            moved: &[(1, 20), (2, 21), (10, 9)],
             services: &[],
         });
         let steered = |number| counted.rules.get(&number).map(|it: &Counters| it.steered);
-        assert_eq!([1, 2, 3, 7, 8, 9].map(steered), [Some(20), Some(10), None, Some(70), None, None]);
+        let now = [1, 2, 3, 7, 8, 9, 20, 21].map(steered);
+        assert_eq!(now, [Some(10), Some(20), None, Some(70), Some(80), None, Some(10), Some(20)]);
         assert_eq!(counted.rules[&7].no_socket, 7);
     }
 }

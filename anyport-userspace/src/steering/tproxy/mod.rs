@@ -16,6 +16,8 @@ mod nftables;
 mod sets;
 mod tool;
 
+use std::ops::Range;
+
 use anyhow::{Context as _, anyhow};
 use anyport_common::{flow::Flow, maps::Counters};
 
@@ -127,6 +129,13 @@ impl Steering for Tproxy {
             counted.add_all(&chains.counted(&self.rules)?);
         }
         Ok(Box::new(move |number| counted.rules.get(&number).copied().unwrap_or_default()))
+    }
+
+    fn left(&self, numbers: &[Range<u32>]) -> Vec<(u32, Counters)> {
+        let mut counted = Counted::default();
+        self.chains().for_each(|chains| counted.add_all(chains.counted_before()));
+        let all = numbers.iter().cloned().flatten();
+        all.filter_map(|number| Some((number, *counted.rules.get(&number)?))).collect()
     }
 
     fn can_adopt(&self, _cookie: u64) -> bool {

@@ -7,7 +7,7 @@ use std::{fmt::Write as _, fs, sync::Arc};
 use anyport_common::maps::Counters;
 
 use self::simulated::Simulated;
-use super::{FleetState, KeptFleet, KeptSocket, RuleLine, State, Store};
+use super::{FleetState, KeptCounters, KeptFleet, KeptSocket, RuleLine, State, Store};
 use crate::rules::{Origin, RuleSpec, RuleText};
 
 #[test]
@@ -53,10 +53,12 @@ fn counters_are_kept() {
     let prefix = "192.0.2.0/24".parse().unwrap();
     let counters = Counters { steered: 7, no_socket: 8, assign_error: 9, denied: 10 };
     let terms = RuleSpec { except: "22".parse().unwrap(), ..RuleSpec::default() };
-    store.save_counters([(prefix, Arc::new(terms.clone()), counters)].into_iter()).unwrap();
-    assert_eq!(store.counters()[&prefix], [(Arc::new(terms), counters)]);
-    store.save_counters(std::iter::empty()).unwrap();
-    assert!(store.counters().is_empty());
+    let (terms, web) = (Arc::new(terms), "web".parse().unwrap());
+    store.save_counters([(prefix, Arc::clone(&terms), counters)].into_iter(), [(&web, &counters)].into_iter()).unwrap();
+    let KeptCounters { rules, services } = store.counters();
+    assert_eq!((rules, services), (vec![(prefix, terms, counters)], vec![(web, counters)]));
+    store.save_counters(std::iter::empty(), std::iter::empty()).unwrap();
+    assert!(store.counters().rules.is_empty());
 }
 
 #[test]

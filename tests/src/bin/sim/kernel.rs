@@ -3,6 +3,7 @@
 use std::{
     collections::{BTreeSet, HashSet},
     net::IpAddr,
+    ops::Range,
     sync::{Arc, Mutex},
 };
 
@@ -52,6 +53,10 @@ impl Steering for Idle {
 
     fn counters(&self) -> Result<Box<dyn Fn(u32) -> Counters + '_>> {
         Ok(Box::new(|_| Counters::default()))
+    }
+
+    fn left(&self, _numbers: &[Range<u32>]) -> Vec<(u32, Counters)> {
+        Vec::new()
     }
 
     fn can_adopt(&self, _cookie: u64) -> bool {

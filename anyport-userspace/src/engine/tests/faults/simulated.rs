@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashSet},
+    ops::Range,
     sync::{Arc, Mutex, MutexGuard},
 };
 
@@ -64,6 +65,8 @@ pub(in crate::engine) struct World {
     pub(super) sockets: BTreeMap<u32, u64>,
     pub(super) is_attached: bool,
     pub(in crate::engine) routes: BTreeSet<Prefix>,
+    /// How many packets were steered, by the number of the rule.
+    steered: BTreeMap<u32, u64>,
 }
 
 impl World {
@@ -76,6 +79,7 @@ impl World {
             sockets: BTreeMap::new(),
             is_attached: false,
             routes: BTreeSet::new(),
+            steered: BTreeMap::new(),
         }
     }
 
@@ -85,6 +89,26 @@ impl World {
             return None;
         }
         self.random.one_of(&[Fault::Before, Fault::HalfWay, Fault::After])
+    }
+
+    /// Packets come.
+    pub(super) fn steer(&mut self) {
+        let Self { random, rules, steered, .. } = self;
+        for (number, _) in rules.values().flatten() {
+            *steered.entry(*number).or_default() += random.number() % 3;
+        }
+    }
+
+    /// Begins, or goes on, to count for rules as back ends do.
+    fn renumber(&mut self, plan: &Plan<'_>) {
+        self.steered.retain(|number, _| !plan.fresh.iter().any(|range| range.contains(number)));
+        for (before, now) in plan.moved {
+            *self.steered.entry(*now).or_default() += self.steered.get(before).copied().unwrap_or_default();
+        }
+    }
+
+    fn counters(&self, number: u32) -> Counters {
+        Counters { steered: self.steered.get(&number).copied().unwrap_or_default(), ..Counters::default() }
     }
 
     /// Another program takes something away. Returns whether that was a route.
@@ -125,6 +149,8 @@ pub(in crate::engine) struct Simulated {
 
 impl Simulated {
     pub(in crate::engine) fn new(world: &Shared) -> Self {
+        // Another daemon counts in memory of its own.
+        open(world).steered.clear();
         Self { world: Arc::clone(world), rules: None, sockets: BTreeMap::new() }
     }
 
@@ -160,6 +186,7 @@ impl Steering for Simulated {
         let mut world = open(&self.world);
         let fault = world.fault();
         ensure!(fault != Some(Fault::Before), "simulated fault before a plan");
+        world.renumber(plan);
         let known = self.rules.take();
         let prefixes: Vec<Prefix> = if let (Some(changed), Some(_)) = (plan.changed, &known) {
             changed.to_vec()
@@ -225,7 +252,12 @@ impl Steering for Simulated {
     }
 
     fn counters(&self) -> anyhow::Result<Box<dyn Fn(u32) -> Counters + '_>> {
-        self.fallibly(|| Box::new(|_| Counters::default()) as _)
+        self.fallibly(|| Box::new(|number| open(&self.world).counters(number)) as _)
+    }
+
+    fn left(&self, numbers: &[Range<u32>]) -> Vec<(u32, Counters)> {
+        let world = open(&self.world);
+        numbers.iter().cloned().flatten().map(|number| (number, world.counters(number))).collect()
     }
 
     fn can_adopt(&self, _cookie: u64) -> bool {
@@ -236,8 +268,13 @@ impl Steering for Simulated {
         Ok(0)
     }
 
-    fn restore_counters(&mut self, _counted: &[(u32, Counters)]) -> anyhow::Result<()> {
-        self.fallibly(|| ())
+    fn restore_counters(&mut self, counted: &[(u32, Counters)]) -> anyhow::Result<()> {
+        self.fallibly(|| {
+            let mut world = open(&self.world);
+            for (number, counters) in counted {
+                *world.steered.entry(*number).or_default() += counters.steered;
+            }
+        })
     }
 
     fn decide(&self, _flow: &Flow) -> anyhow::Result<Decided> {
