@@ -19,13 +19,14 @@ const FILES: [(&str, &str); 4] = [
     ("/sys/fs/bpf/anyport", "The pinned BPF maps and programs, for bpftool(8)."),
 ];
 
-const EXIT_STATUS: [(&str, &str); 6] = [
+const EXIT_STATUS: [(&str, &str); 7] = [
     ("0", "Done."),
     ("1", "It failed, or what was named is not there."),
     ("2", "Wrong usage, or invalid input."),
     ("3", "No daemon answers."),
     ("4", "Not permitted."),
     ("5", "Refused for safety; the message names the flag that overrides."),
+    ("6", "Something is degraded: with `anyportctl status --exit-code` alone."),
 ];
 
 const EXIT_STATUS_OF_DAEMON: [(&str, &str); 3] = [

@@ -19,6 +19,8 @@ pub enum ProblemKind {
     TooLarge,
     /// It would do harm; the hint names the flag that overrides. Status 428, exit status 5.
     Unsafe,
+    /// It is well enough to answer, and something does not work as it should. Exit status 6; never sent.
+    Degraded,
     /// It was tried and did not work. Status 500, exit status 1.
     Failed,
     /// The daemon stops, and nothing was tried. Status 503, after which the client asks the next server.
@@ -50,7 +52,7 @@ impl ProblemKind {
             Self::Conflict => 409,
             Self::TooLarge => 413,
             Self::Unsafe => 428,
-            Self::Failed | Self::NoDaemon => 500,
+            Self::Failed | Self::NoDaemon | Self::Degraded => 500,
             Self::Stopping => 503,
         }
     }
@@ -68,6 +70,7 @@ impl ProblemKind {
             Self::Stopping | Self::NoDaemon => 3,
             Self::NotPermitted => 4,
             Self::Unsafe => 5,
+            Self::Degraded => 6,
         }
     }
 }

@@ -3,7 +3,7 @@
 /// What the program ends with.
 pub(super) const EXIT_STATUS: &str = "\
 Exit status: 0 done; 1 failed; 2 wrong usage or invalid input; 3 no daemon answers; 4 not permitted; 5 refused for safety (the message \
-     names the flag that overrides).";
+     names the flag that overrides); 6 degraded (status --exit-code).";
 
 pub(super) const ADD_PREFIX: &str = "\
 Examples:
@@ -74,6 +74,7 @@ Examples:
 pub(super) const STATUS: &str = "\
 Examples:
   anyportctl status
+  anyportctl status --exit-code > /dev/null
   anyportctl status --json";
 pub(super) const TOP: &str = "\
 Examples:
@@ -123,7 +124,7 @@ mod tests {
 
     /// The words of a line, as a shell splits the ones that are here.
     fn words(line: &str) -> Vec<String> {
-        let line = line.split(" < ").next().unwrap_or_default();
+        let line = line.split(['<', '>']).next().unwrap_or_default();
         let mut words = Vec::new();
         for (at, part) in line.split('\'').enumerate() {
             // Every second part stands in quotes.

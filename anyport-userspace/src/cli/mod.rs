@@ -111,7 +111,7 @@ enum Verb {
     Events(events::Events),
     /// Show the back end, the generation, totals, and what is degraded
     #[command(after_help = examples::STATUS)]
-    Status,
+    Status(status::Status),
     /// Show rates by service and prefix, live
     #[command(after_help = examples::TOP)]
     Top(top::Top),
@@ -157,7 +157,7 @@ impl Cli {
             Verb::Undrain(end) => end.run(&client, out).await,
             Verb::Explain(explain) => explain.run(&client, out).await,
             Verb::Events(events) => events.run(&client, out).await,
-            Verb::Status => status::show(&client, out).await,
+            Verb::Status(status) => status.run(&client, out).await,
             Verb::Top(top) => top.run(&client, out).await,
             Verb::Doctor(doctor) => doctor.run(&client, out).await,
             #[cfg(feature = "fleet")]

@@ -181,20 +181,21 @@ impl List {
     }
 }
 
-const COLUMNS: [Column; 10] = [
+const COLUMNS: [Column; 11] = [
     text("PREFIX"),
     text("PROTOCOL").rank(4),
     text("PORTS").rank(1),
     text("EXCEPT").rank(3),
     text("SOURCE").rank(5),
     text("SERVICE"),
+    text("DRAIN").rank(8),
     text("ROUTE").rank(7),
     text("ORIGIN").rank(6),
     number("STEERED"),
     number("DROPPED").rank(2),
 ];
 
-fn row<'a>(view: &PrefixView<'a>) -> [Cow<'a, str>; 10] {
+fn row<'a>(view: &PrefixView<'a>) -> [Cow<'a, str>; 11] {
     let PrefixView {
         prefix, protocol, ports, except, source, service, route, origin, steered, dropped, drained, ..
     } = *view;
@@ -205,7 +206,8 @@ fn row<'a>(view: &PrefixView<'a>) -> [Cow<'a, str>; 10] {
         or_dash(ports),
         or_dash(except),
         source.unwrap_or("-").into(),
-        if drained { format!("{service} (drained)").into() } else { service.into() },
+        service.into(),
+        if drained { "drained" } else { "-" }.into(),
         if route { "yes" } else { "no" }.into(),
         origin.as_str().into(),
         steered.to_string().into(),

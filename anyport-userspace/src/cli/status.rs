@@ -9,15 +9,32 @@ use super::{
 use crate::{
     api::AnnounceState,
     api::{
-        AnnounceView, AnnouncedPrefix, BackEndView, Client, DrainState, DrainView, FleetView, Problem, RepairView,
-        StatusView,
+        AnnounceView, AnnouncedPrefix, BackEndView, Client, DrainState, DrainView, FleetView, Problem, ProblemKind,
+        RepairView, StatusView,
     },
     text::list_of,
 };
 
-pub(super) async fn show(client: &Client, out: &mut Output<'_>) -> Result<(), Problem> {
-    let view: StatusView = client.get("/v1/status").await?;
-    out.print(&view, text)
+/// Shows the back end, the generation, totals, and what is degraded.
+#[derive(Debug, clap::Args)]
+pub(super) struct Status {
+    /// End with exit status 6 if anything is degraded
+    #[arg(long)]
+    exit_code: bool,
+}
+
+impl Status {
+    pub(super) async fn run(self, client: &Client, out: &mut Output<'_>) -> Result<(), Problem> {
+        let view: StatusView = client.get("/v1/status").await?;
+        out.print(&view, text)?;
+        match view.degraded.len() {
+            count if self.exit_code && count > 0 => Err(Problem::new(
+                ProblemKind::Degraded,
+                format!("degraded: {count} of what status shows does not work as it should"),
+            )),
+            _ => Ok(()),
+        }
+    }
 }
 
 fn text(view: &StatusView) -> String {
