@@ -4,18 +4,21 @@ use std::{
     io::{BufRead as _, BufReader, Write as _},
     net::UdpSocket,
     os::unix::net::UnixStream,
-    process::Stdio,
+    process::{Command, Stdio},
     thread::sleep,
     time::Duration,
 };
 
 use anyport_tests::{
-    daemon::Daemon,
+    daemon::{Daemon, Setup},
     dial::{any, expect_tcp_hello, expect_udp_hello, tcp, udp},
     host::wait_for,
+    netns::Netns,
+    prerequisites::{program, scratch},
     topology::CLIENT,
 };
 use libtest_mimic::Trial;
+use nix::sys::signal::{Signal, kill};
 use serde_json::Value;
 
 use crate::cases::{BACKENDS, Family, Lab, at, on_each_back_end, trial};
@@ -35,6 +38,7 @@ pub(crate) fn trials() -> Vec<Trial> {
     trials.push(trial("events::tproxy says what it does not tell", limits_of_tproxy));
     trials.push(trial("events::listeners come and go", come_and_go));
     trials.push(trial("events::the command", command));
+    trials.push(trial("events::changes and who has made them", changes));
     trials
 }
 
@@ -68,11 +72,21 @@ impl Ear {
         line
     }
 
-    /// The next event that is published, notes aside. Pieces end where lines do, so what else there is are lengths.
+    /// The next event of a connection or flow, notes and changes aside.
     fn next(&mut self) -> Value {
+        self.next_with(|line| !line.contains("\"note\"") && !line.contains("\"verb\""))
+    }
+
+    /// The next change.
+    fn change(&mut self) -> Value {
+        self.next_with(|line| line.contains("\"verb\""))
+    }
+
+    /// The next line that is wanted. Pieces end where lines do, so what else there is are lengths.
+    fn next_with(&mut self, is_wanted: impl Fn(&str) -> bool) -> Value {
         loop {
             let line = self.line();
-            if line.starts_with('{') && !line.contains("\"note\"") {
+            if line.starts_with('{') && is_wanted(&line) {
                 return serde_json::from_str(&line).expect("JSON");
             }
         }
@@ -94,6 +108,70 @@ impl Ear {
             text("prefix")
         )
     }
+}
+
+/// The log is written a moment later.
+fn wait_for_line(daemon: &Daemon, line: &str) {
+    wait_for("a line of the log", Duration::from_secs(10), || {
+        let log = daemon.log();
+        if log.contains(line) { Ok(()) } else { Err(format!("no {line:?} in:\n{log}")) }
+    });
+}
+
+/// Each change is a line of the log and an event, with who has made it and from where.
+fn changes() {
+    let directory = scratch();
+    let (config, rules) = (directory.path().join("anyport.toml"), directory.path().join("rules"));
+    std::fs::write(&config, "").expect("writing the configuration");
+    let lines: String = (0..100).map(|number| format!("192.0.2.{number} tcp 80\n")).collect();
+    std::fs::write(&rules, lines).expect("writing the rules");
+    let daemon = Setup::new(&Netns::new(), "sk-lookup").config(&config).start();
+    let mut ear = Ear::new(&daemon, "");
+    let mut narrow = Ear::new(&daemon, "port=80");
+    let apply = format!("apply {} --confirm 60s", rules.display());
+    for (command, verb, what) in [
+        ("add-service web --handler echo", "add-service", "web with the handler echo: 1 changed"),
+        (
+            "add-prefix 198.51.100.0/24 --service web",
+            "add-prefix",
+            "198.51.100.0/24 tcp ports 1-65535 -> web: 1 changed",
+        ),
+        ("drain --service web --wait 0s", "drain", "service web"),
+        ("undrain --service web", "undrain", "service web: 1 changed"),
+        ("remove-prefix 198.51.100.0/24", "remove-prefix", "198.51.100.0/24: 1 changed"),
+        ("remove-service web", "remove-service", "web: 1 changed"),
+        (&apply, "apply", "100 rules added, 0 removed, rolled back in 60 s unless it is confirmed"),
+        ("confirm", "confirm", "what was applied: 1 changed"),
+    ] {
+        daemon.ok(command);
+        let change = ear.change();
+        assert_eq!((change["verb"].as_str(), change["what"].as_str()), (Some(verb), Some(what)), "{change}");
+        let by = &change["by"];
+        assert_eq!((by["uid"].as_u64(), by["program"].as_str()), (Some(0), Some("anyportctl")), "{change}");
+        let pid = by["pid"].as_u64().expect("a pid");
+        let line = format!("{verb} by uid 0, pid {pid} (anyportctl): {what} (generation {})", change["generation"]);
+        wait_for_line(&daemon, &line);
+    }
+    // What changes nothing is no change.
+    daemon.ok("apply --dry-run --force /dev/null");
+    daemon.ok("add-prefix 192.0.2.1 --ports 80");
+    std::fs::write(&config, "[[rule]]\nprefix = \"203.0.113.0/24\"\n").expect("writing the configuration");
+    kill(daemon.pid(), Signal::SIGHUP).expect("a signal");
+    let change = ear.change();
+    assert_eq!((&change["verb"], &change["by"]["origin"]), (&"reload".into(), &"SIGHUP".into()), "{change}");
+    // A program may call itself what it likes.
+    let named = directory.path().join("a\u{1b}[2Jb\nc");
+    std::fs::copy(program("anyportctl").expect("anyportctl"), &named).expect("a copy");
+    let mut command = Command::new(&named);
+    command.args(["remove-prefix", "192.0.2.1", "--socket"]).arg(daemon.socket());
+    assert_eq!(daemon.namespace().output(&mut command).status, 0);
+    assert_eq!(ear.change()["by"]["program"], "a\\u001b[2Jb\\nc");
+    wait_for_line(&daemon, "(a\\u001b[2Jb\\nc)");
+    // Those who ask for connections of some kind hear of nothing else.
+    narrow.0.get_ref().set_read_timeout(Some(Duration::from_millis(1))).expect("a time limit");
+    let mut told = String::new();
+    while narrow.0.read_line(&mut told).is_ok_and(|read| read > 0) {}
+    assert!(!told.contains("verb"), "{told}");
 }
 
 fn client(family: Family) -> String {

@@ -9,7 +9,10 @@ use anyport_common::event::{ASSIGN_ERROR, DENIED, NO_SOCKET, STEERED};
 use serde::{Deserialize, Serialize};
 
 use super::{Problem, ProblemKind};
-use crate::rules::{Prefix, Protocol, ServiceName};
+use crate::{
+    events::ChangeView,
+    rules::{Prefix, Protocol, ServiceName},
+};
 
 /// Query of `GET /v1/events`: which connections and flows to publish.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -43,6 +46,13 @@ fn both() -> Protocol {
 }
 
 impl Listen {
+    /// Whether it is about everything, so that changes are told, too.
+    pub fn is_about_all(&self) -> bool {
+        let Self { prefix, source, protocol, port, service, outcome, sample: _ } = self;
+        let is_narrowed = prefix.is_some() || source.is_some() || port.is_some() || service.is_some();
+        !is_narrowed && outcome.is_none() && *protocol == Protocol::Both
+    }
+
     /// Checks what the types leave open.
     ///
     /// # Errors
@@ -117,6 +127,8 @@ pub enum Outcome {
 pub enum EventLine {
     /// An event that the request asks for.
     Event(EventView),
+    /// A change of rules or services.
+    Change(ChangeView),
     /// So many events are lost, since they came faster than they were taken.
     Missed {
         /// How many more than those that were reported before.

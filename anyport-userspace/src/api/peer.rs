@@ -2,7 +2,7 @@
 
 use std::{
     collections::BTreeMap,
-    fmt, io,
+    fmt, fs, io,
     os::fd::BorrowedFd,
     str::FromStr,
     sync::{Mutex, PoisonError},
@@ -14,7 +14,7 @@ use nix::{
     unistd::{Group, Uid},
 };
 
-use crate::{as_text::as_text, privileges::GROUP, sys::peer_groups};
+use crate::{as_text::as_text, events::Author, privileges::GROUP, sys::peer_groups, text::remark};
 
 /// Who is at the other end, as the kernel says.
 #[derive(Clone, Debug)]
@@ -38,6 +38,14 @@ impl Peer {
         groups.push(credentials.gid());
         let pid = credentials.pid().try_into().map_err(io::Error::other)?;
         Ok(Self { pid, uid: Uid::from_raw(credentials.uid()), groups })
+    }
+
+    /// It, as the author of a change. What it calls itself is asked of the kernel now.
+    pub fn author(&self) -> Author {
+        let Self { pid, uid, .. } = self;
+        let comm = fs::read(format!("/proc/{pid}/comm")).ok();
+        let program = comm.map(|comm| remark(String::from_utf8_lossy(&comm).trim_end_matches('\n')));
+        Author::Process { uid: uid.as_raw(), pid: *pid, program }
     }
 
     /// Whether it may use the whole API.

@@ -103,7 +103,7 @@ pub struct Apply {
     pub confirm: Option<u64>,
     /// Remove the rules that were added by hand, too.
     pub prune: bool,
-    /// Go on although listening sockets are shadowed or the host may be cut off.
+    /// Go on although most of the rules go, listening sockets are shadowed or the host may be cut off.
     pub force: bool,
 }
 
@@ -145,7 +145,7 @@ pub struct Applied {
 pub struct Reload {
     /// Say what would change, and change nothing.
     pub dry_run: bool,
-    /// Go on although listening sockets are shadowed or the host may be cut off.
+    /// Go on although most of the rules go, listening sockets are shadowed or the host may be cut off.
     pub force: bool,
 }
 

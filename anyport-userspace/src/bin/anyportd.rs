@@ -75,6 +75,9 @@ fn tell(config: &Config) -> ExitCode {
         tell_error(&error);
         return ExitCode::from(2);
     }
+    if let Some(code) = refuse_unknown(config) {
+        return code;
+    }
     for what in config.absent() {
         journal::tell(Priority::Warning, &format_args!("warning: {what}"));
     }
@@ -94,6 +97,13 @@ fn tell(config: &Config) -> ExitCode {
     ExitCode::SUCCESS
 }
 
+/// Names that nobody has are mistakes of the one who starts this or asks; a server that takes over goes on without them.
+fn refuse_unknown(config: &Config) -> Option<ExitCode> {
+    let unknown = config.unknown();
+    unknown.iter().for_each(|what| eprintln!("anyportd: {what}"));
+    (!unknown.is_empty()).then(|| ExitCode::from(2))
+}
+
 fn is_not_permitted(error: &anyhow::Error) -> bool {
     let kinds = error.chain().filter_map(|it| it.downcast_ref::<io::Error>()).map(io::Error::kind);
     kinds.into_iter().any(|kind| kind == io::ErrorKind::PermissionDenied)
@@ -101,6 +111,9 @@ fn is_not_permitted(error: &anyhow::Error) -> bool {
 
 fn keep(config: Config) -> anyhow::Result<ExitCode> {
     Lock::expect_free()?;
+    if let Some(code) = refuse_unknown(&config) {
+        return Ok(code);
+    }
     privileges::raise_memory_limit();
     // Root may take them out of their owners.
     let fetched = engine::fetch_registered(&config.state_dir);

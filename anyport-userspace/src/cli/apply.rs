@@ -35,7 +35,7 @@ pub(super) struct Apply {
     /// Remove the rules that were added by hand, too
     #[arg(long)]
     prune: bool,
-    /// Go on although listening sockets are shadowed or the host may be cut off
+    /// Go on although most of the rules go, listening sockets are shadowed or the host may be cut off
     #[arg(long)]
     force: bool,
 }

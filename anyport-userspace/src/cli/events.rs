@@ -13,6 +13,8 @@ use crate::{
 };
 
 /// Prints a line for each connection and each flow of datagrams that begins, or that is kept from it.
+///
+/// Without options that narrow it down, changes of rules and services are told, too, with those who made them.
 #[derive(Debug, clap::Args)]
 pub(super) struct Events {
     /// Only those to addresses of this prefix
@@ -36,7 +38,7 @@ pub(super) struct Events {
     /// One of so many, chosen at random
     #[arg(long, value_name = "N")]
     sample: Option<NonZeroU32>,
-    /// End after so many
+    /// End after so many connections and flows
     #[arg(long, value_name = "N")]
     count: Option<NonZeroU64>,
 }
@@ -69,6 +71,7 @@ impl Events {
 fn text(line: &EventLine) -> String {
     match line {
         EventLine::Event(event) => sentence(event),
+        EventLine::Change(change) => format!("{} {change}", change.time),
         EventLine::Missed { missed } => format!("{missed} events were missed: they came too fast"),
         EventLine::Note { note } => format!("note: {note}"),
     }

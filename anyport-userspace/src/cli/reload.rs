@@ -12,7 +12,7 @@ pub(super) struct Reload {
     /// Print the difference and change nothing
     #[arg(long)]
     dry_run: bool,
-    /// Go on although listening sockets are shadowed or the host may be cut off
+    /// Go on although most of the rules go, listening sockets are shadowed or the host may be cut off
     #[arg(long)]
     force: bool,
 }

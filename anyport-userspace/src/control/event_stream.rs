@@ -8,12 +8,15 @@ use axum::{
     http::header::CONTENT_TYPE,
     response::{IntoResponse as _, Response},
 };
-use tokio::time::timeout;
+use tokio::{
+    sync::broadcast::{Receiver, error::RecvError},
+    time::timeout,
+};
 
 use crate::{
     api::{EventLine, Listen, Problem},
     engine::{Clock, Shared},
-    events::Subscriber,
+    events::{ChangeView, Subscriber},
 };
 
 /// Events that are sent at once.
@@ -28,7 +31,8 @@ pub(super) fn stream(engine: Shared, request: Listen) -> Result<Response, Proble
     let (listener, note) = (shown.listen(&request)?, shown.note_on_events());
     // At once, so that the client knows that the subscription has begun.
     let first = note.iter().map(line).collect::<String>() + "\n";
-    let events = EventStream { engine, listener, request, first: Some(first) };
+    let changes = request.is_about_all().then(|| shown.changes());
+    let events = EventStream { engine, listener, changes, request, first: Some(first) };
     let lines = futures_util::stream::unfold(events, |mut events| async {
         let lines = events.next().await?;
         Some((Ok::<_, Infallible>(Bytes::from(lines)), events))
@@ -39,6 +43,7 @@ pub(super) fn stream(engine: Shared, request: Listen) -> Result<Response, Proble
 struct EventStream {
     engine: Shared,
     listener: Subscriber,
+    changes: Option<Receiver<ChangeView>>,
     request: Listen,
     first: Option<String>,
 }
@@ -51,9 +56,20 @@ impl EventStream {
         }
         loop {
             let mut events: Vec<Event> = Vec::new();
-            if let Ok(event) = timeout(INTERVAL, self.listener.next()).await {
-                events.push(event?);
-                events.extend(std::iter::from_fn(|| self.listener.try_next()).take(BATCH - 1));
+            let Self { listener, changes, .. } = self;
+            let news = async {
+                tokio::select! {
+                    event = listener.next() => News::Event(event),
+                    change = next(changes) => News::Change(change),
+                }
+            };
+            match timeout(INTERVAL, news).await {
+                Ok(News::Event(event)) => {
+                    events.push(event?);
+                    events.extend(std::iter::from_fn(|| self.listener.try_next()).take(BATCH - 1));
+                }
+                Ok(News::Change(change)) => return Some(line(&change?)),
+                Err(_) => {}
             }
             let missed = Some(self.listener.missed()).filter(|it| *it > 0);
             let mut lines: String = missed.map(|missed| line(&EventLine::Missed { missed })).into_iter().collect();
@@ -65,6 +81,25 @@ impl EventStream {
                 return Some(lines);
             }
         }
+    }
+}
+
+/// What has come.
+enum News {
+    /// Nothing when the daemon ends.
+    Event(Option<Event>),
+    Change(Option<EventLine>),
+}
+
+/// The next change, for those who hear of changes.
+async fn next(changes: &mut Option<Receiver<ChangeView>>) -> Option<EventLine> {
+    match changes {
+        None => std::future::pending().await,
+        Some(changes) => match changes.recv().await {
+            Ok(change) => Some(EventLine::Change(change)),
+            Err(RecvError::Lagged(missed)) => Some(EventLine::Missed { missed }),
+            Err(RecvError::Closed) => None,
+        },
     }
 }
 

@@ -1,5 +1,6 @@
 //! The daemon's side of its sockets: the control API, the handover to another version, and the socket for registering.
 
+mod audit;
 mod budget;
 mod clients;
 mod event_stream;

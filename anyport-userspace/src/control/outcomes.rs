@@ -17,7 +17,10 @@ use nix::unistd::Uid;
 use serde::Serialize;
 use tokio::sync::watch;
 
-use crate::api::{FIRST_HEADER, ID_HEADER, Peer, Problem, ProblemKind, since_boot};
+use crate::{
+    api::{FIRST_HEADER, ID_HEADER, Peer, Problem, ProblemKind, since_boot},
+    events::Author,
+};
 
 /// Commands of a user that are remembered.
 const REMEMBERED: usize = 256;
@@ -60,6 +63,7 @@ struct Command {
 pub(super) struct Asked {
     outcomes: Outcomes,
     uid: Uid,
+    author: Author,
     what: String,
     id: Option<String>,
     /// When it was asked for first, if it is asked for again.
@@ -87,6 +91,7 @@ impl<S: Send + Sync> FromRequestParts<S> for Asked {
         Ok(Self {
             outcomes,
             uid: peer.map_or(Uid::from_raw(u32::MAX), |it| it.0.uid),
+            author: peer.map_or_else(|| Author::other("an unknown process"), |it| it.0.author()),
             what: format!("{} {}", parts.method, parts.uri),
             id: header(&parts.headers, ID_HEADER)?,
             first: first.transpose().map_err(unreadable)?,
@@ -100,6 +105,11 @@ fn header(headers: &HeaderMap, name: &str) -> Result<Option<String>, Problem> {
 }
 
 impl Asked {
+    /// Who has asked.
+    pub(super) fn author(&self) -> Author {
+        self.author.clone()
+    }
+
     /// The same, not to be remembered.
     pub(super) fn without_id(self) -> Self {
         Self { id: None, ..self }
@@ -211,7 +221,8 @@ mod tests {
 
     fn asked(outcomes: &Outcomes, id: &str, age: Option<u64>) -> Asked {
         let (id, first) = (Some(id.to_owned()), age.map(|age| since_boot().saturating_sub(age)));
-        Asked { outcomes: outcomes.clone(), uid: Uid::from_raw(7), what: "POST /".to_owned(), id, first }
+        let (uid, author, what) = (Uid::from_raw(7), super::Author::other("a test"), "POST /".to_owned());
+        Asked { outcomes: outcomes.clone(), uid, author, what, id, first }
     }
 
     #[tokio::test]

@@ -49,6 +49,7 @@ use tracing::{info, warn};
 
 use super::{
     Handover,
+    audit::{self, Done, Verb},
     budget::{Budget, Leaving},
     clients::{Client, Clients},
     outcomes::{Asked, Outcomes},
@@ -63,8 +64,10 @@ use crate::{
     plain_words::plain,
     privileges::GROUP,
     rules::{InvalidText, ServiceName},
+    service::ServiceConfig,
     socket_file::SocketFile,
     sys,
+    text::list_of,
 };
 
 /// How long the body of a request may take to come.
@@ -347,21 +350,24 @@ impl<S: Send + Sync> FromRequest<S> for Body {
     }
 }
 
-/// Has the engine carry out a command, to its end even if the client goes away.
-async fn command<T: serde::Serialize + Send + 'static>(
+/// Has the engine carry out a command, to its end even if the client goes away, and record it.
+async fn command<T: Done + serde::Serialize + Send + 'static>(
     engine: Shared,
     asked: Asked,
+    verb: Verb,
     command: impl for<'a> FnOnce(&'a mut Engine) -> BoxFuture<'a, Result<T, Problem>> + Send + 'static,
 ) -> Result<Response, Problem> {
+    let author = asked.author();
     let carried_out = async move {
-        match engine.lock().await.as_mut() {
-            Some(engine) => {
-                let done = beside(command(engine));
-                engine.progress().end();
-                done
-            }
-            None => Err(Problem::stopping()),
+        let mut engine = engine.lock().await;
+        let engine = engine.as_mut().ok_or_else(Problem::stopping)?;
+        let answer = beside(command(engine));
+        engine.progress().end();
+        let answer = answer?;
+        if let Some(what) = verb.what(&answer) {
+            engine.record(author, verb.name, what);
         }
+        Ok(answer)
     };
     asked.once(carried_out).await
 }
@@ -402,6 +408,7 @@ async fn take_over(
     body: Body,
 ) -> Result<Response, Problem> {
     let TakeOver { executable } = read(body)?;
+    info!("{} is to take over, asked for by {}", executable.display(), peer.author());
     asked.once::<Taken, _>(async move { handover.request(&peer, &executable).await }).await
 }
 
@@ -479,12 +486,14 @@ async fn services(State(engine): State<Shared>, Extension(pace): Extension<Pace>
 
 async fn add_prefixes(State(engine): State<Shared>, asked: Asked, body: Body) -> Result<Response, Problem> {
     let request = read(body)?;
-    command(engine, asked, |engine| engine.add_prefixes(request).boxed()).await
+    let verb = Verb::new("add-prefix", audit::rules(&request));
+    command(engine, asked, verb, |engine| engine.add_prefixes(request).boxed()).await
 }
 
 async fn remove_prefixes(State(engine): State<Shared>, asked: Asked, body: Body) -> Result<Response, Problem> {
-    let request = read(body)?;
-    command(engine, asked, |engine| engine.remove_prefixes(request).boxed()).await
+    let request: api::RemovePrefixes = read(body)?;
+    let verb = Verb::new("remove-prefix", list_of(&request.prefixes));
+    command(engine, asked, verb, |engine| engine.remove_prefixes(request).boxed()).await
 }
 
 async fn apply(
@@ -498,7 +507,8 @@ async fn apply(
         .map_err(|error| Problem::new(ProblemKind::Invalid, format!("read the file: {error}")))?;
     // What changes nothing need not be remembered, and its answer may be long.
     let asked = if options.dry_run { asked.without_id() } else { asked };
-    command(engine, asked, move |engine| async move { engine.apply(text, &options).await }.boxed()).await
+    let verb = Verb::new("apply", "");
+    command(engine, asked, verb, move |engine| async move { engine.apply(text, &options).await }.boxed()).await
 }
 
 async fn reload(
@@ -508,11 +518,12 @@ async fn reload(
 ) -> Result<Response, Problem> {
     let Query(options) = query.map_err(|rejection| wrong_query(&rejection))?;
     let asked = if options.dry_run { asked.without_id() } else { asked };
-    command(engine, asked, move |engine| async move { engine.reload(&options).await }.boxed()).await
+    let verb = Verb::new("reload", "");
+    command(engine, asked, verb, move |engine| async move { engine.reload(&options).await }.boxed()).await
 }
 
 async fn confirm(State(engine): State<Shared>, asked: Asked) -> Result<Response, Problem> {
-    command(engine, asked, |engine| engine.confirm().boxed()).await
+    command(engine, asked, Verb::new("confirm", "what was applied"), |engine| engine.confirm().boxed()).await
 }
 
 async fn drains(State(engine): State<Shared>, Extension(pace): Extension<Pace>) -> Answer<Vec<api::DrainView>> {
@@ -526,13 +537,15 @@ async fn drains(State(engine): State<Shared>, Extension(pace): Extension<Pace>) 
 }
 
 async fn drain(State(engine): State<Shared>, asked: Asked, body: Body) -> Result<Response, Problem> {
-    let request = read(body)?;
-    command(engine, asked, |engine| engine.drain(request).boxed()).await
+    let request: api::DrainRequest = read(body)?;
+    let verb = Verb::new("drain", audit::scope(request.service.as_ref(), &request.prefixes));
+    command(engine, asked, verb, |engine| engine.drain(request).boxed()).await
 }
 
 async fn undrain(State(engine): State<Shared>, asked: Asked, body: Body) -> Result<Response, Problem> {
-    let request = read(body)?;
-    command(engine, asked, |engine| engine.undrain(request).boxed()).await
+    let request: api::Undrain = read(body)?;
+    let verb = Verb::new("undrain", audit::scope(request.service.as_ref(), &request.prefixes));
+    command(engine, asked, verb, |engine| engine.undrain(request).boxed()).await
 }
 
 /// Answered without the engine, which is busy.
@@ -541,8 +554,9 @@ async fn progress(Extension(progress): Extension<Arc<Progress>>) -> Json<api::Pr
 }
 
 async fn add_service(State(engine): State<Shared>, asked: Asked, body: Body) -> Result<Response, Problem> {
-    let request = read(body)?;
-    command(engine, asked, |engine| engine.add_service(request).boxed()).await
+    let request: ServiceConfig = read(body)?;
+    let verb = Verb::new("add-service", format!("{} with the handler {}", request.name, request.handler));
+    command(engine, asked, verb, |engine| engine.add_service(request).boxed()).await
 }
 
 async fn remove_service(
@@ -552,5 +566,6 @@ async fn remove_service(
 ) -> Result<Response, Problem> {
     let name: ServiceName =
         name.parse().map_err(|error: InvalidText| Problem::new(ProblemKind::Invalid, error.to_string()))?;
-    command(engine, asked, |engine| engine.remove_service(name).boxed()).await
+    let verb = Verb::new("remove-service", name.as_str());
+    command(engine, asked, verb, |engine| engine.remove_service(name).boxed()).await
 }

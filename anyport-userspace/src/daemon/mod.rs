@@ -62,7 +62,7 @@ pub fn run(config: &Config, keeper: &Link) -> anyhow::Result<()> {
     if let Some(lack) = privileges::confine(config.paths(), config.steering)? {
         warn!("{lack}");
     }
-    for what in config.absent() {
+    for what in config.unknown().into_iter().chain(config.absent()) {
         warn!("{what}");
     }
     // Confined as this thread is.

@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use tracing::{info, warn};
+use tracing::warn;
 
 use super::{
     Engine,
@@ -16,6 +16,7 @@ use super::{
 };
 use crate::{
     api::{Applied, Apply, Changed, Problem, ProblemKind},
+    events::Author,
     rule_file::RuleFile,
     rules::{Change, Origin, ServiceName},
     service::ServiceConfig,
@@ -70,10 +71,12 @@ impl Engine {
             ));
         }
         self.progress.begin("reading the rules", 1);
-        let intent = self.intent(&text, Origin::Applied, options)?;
+        let mut intent = self.intent(&text, Origin::Applied, options)?;
         self.expect_room_for(&intent.change, self.config().max_rules)?;
         if !options.force {
             self.expect_safe(&intent.change).await?;
+            let origins = if options.prune { &[Origin::Applied, Origin::Added][..] } else { &[Origin::Applied] };
+            self.expect_most_stay(&intent.change, origins, &mut intent.answer)?;
         }
         let Intent { change, opened, closed, has_services, mut answer, .. } = intent;
         if options.dry_run || (change.is_empty() && opened.is_empty() && closed.is_empty()) {
@@ -132,7 +135,10 @@ impl Engine {
         // First the services that the rules before steer to.
         let opened = self.swap_in(services);
         match self.change(back.clone(), Keep::OnDisk).await {
-            Ok(_) => info!("the previous rules are active again"),
+            Ok(_) => {
+                let what = "nobody confirmed what was applied: the previous rules are active again";
+                self.record(Author::other("anyportd"), "rollback", what.to_owned());
+            }
             Err(problem) => {
                 let why = format!("go back to the rules before, which is tried again: {}", problem.error);
                 self.kernel.note_broken(why);

@@ -83,7 +83,10 @@ impl Engine {
     /// # Errors
     /// See [`ProblemKind`]; another service of that name is one.
     pub async fn add_service(&mut self, config: ServiceConfig) -> Result<Changed, Problem> {
-        config.validate().map_err(|error| Problem::new(ProblemKind::Invalid, error.to_string()))?;
+        config
+            .validate()
+            .and_then(|()| config.expect_owners())
+            .map_err(|error| Problem::new(ProblemKind::Invalid, error.to_string()))?;
         if let Some(running) = self.services.get(&config.name) {
             return if *running.config() == config {
                 Ok(self.changed(0, Vec::new()))

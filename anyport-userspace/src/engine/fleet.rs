@@ -9,6 +9,7 @@ use std::{
 use super::{Engine, apply::Intent, kept::Keep};
 use crate::{
     api::{Applied, Apply, Problem, ProblemKind},
+    events::Author,
     fleet::{Condition, FleetBoard, LineEdits},
     rules::{Change, Origin, Prefix, RuleSpec, lines},
     store::FleetState,
@@ -42,6 +43,8 @@ impl Engine {
         if change.is_empty() && opened.is_empty() && closed.is_empty() {
             self.save_fleet(state, Some(&text))?;
         } else {
+            let ring = Author::other(format!("the fleet's ring {}", state.ring));
+            let sequence = state.sequence;
             let services = self.replace_services(opened, &closed, Origin::Fleet).await?;
             if let Err(problem) = self.change(change, Keep::SetOnDisk { state, text }).await {
                 self.put_back(services).await;
@@ -49,6 +52,10 @@ impl Engine {
                 return Err(problem);
             }
             self.close_replaced(services).await;
+            let Applied { added, removed, services, .. } = &answer;
+            let services = services.join(", ");
+            let what = format!("sequence {sequence}: {added} rules added, {removed} removed, services: [{services}]");
+            self.record(ring, "set", what);
         }
         self.kept.note_fleet_plain(is_plain);
         answer.generation = self.kernel.generation();

@@ -24,6 +24,7 @@ mod observed;
 mod past;
 mod progress;
 mod published;
+mod record;
 mod register;
 mod reload;
 mod safety;

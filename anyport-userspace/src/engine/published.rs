@@ -11,11 +11,12 @@ use anyport_common::{
 };
 use bytemuck::Zeroable as _;
 use nix::time::{ClockId, clock_gettime};
+use tokio::sync::broadcast::Receiver;
 
 use super::snapshot::Snapshot;
 use crate::{
     api::{EventLine, EventView, Listen, Outcome, Problem, ProblemKind, Wanted},
-    events::{Subscriber, TooManySubscribers},
+    events::{ChangeView, Subscriber, TooManySubscribers},
     rules::{self, Prefix, Protocol, RuleRef, from_address},
 };
 
@@ -39,6 +40,11 @@ impl Snapshot {
                 problem
             }
         })
+    }
+
+    /// The changes from now on.
+    pub fn changes(&self) -> Receiver<ChangeView> {
+        self.events.changes()
     }
 
     /// What is to be said before all events.

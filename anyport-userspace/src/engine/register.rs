@@ -2,7 +2,7 @@
 
 use std::{collections::HashSet, sync::Arc, time::Instant};
 
-use tracing::{error, info};
+use tracing::error;
 
 use super::{
     Engine,
@@ -90,7 +90,8 @@ impl Engine {
         let is_same = changed == 0 && self.dropping.fault_of(service, self.kernel.back_end()).is_none();
         self.replace_registrations(service, before, after, is_same).await?;
         if !is_same && let Some(left_out) = REGISTERED.next() {
-            info!("service {service}: the process {pid} registered {changed} sockets{left_out}");
+            let what = format!("service {service}: the process {pid} registered {changed} sockets{left_out}");
+            self.record(peer.author(), "register", what);
         }
         Ok(self.changed(changed, Vec::new()))
     }
@@ -120,6 +121,10 @@ impl Engine {
             .hint("anyportctl services --json lists the sockets"));
         }
         self.replace_registrations(service, before, after, false).await?;
+        if let Some(left_out) = REGISTERED.next() {
+            let what = format!("service {service}: {changed} sockets were given up{left_out}");
+            self.record(peer.author(), "unregister", what);
+        }
         Ok(self.changed(changed, Vec::new()))
     }
 

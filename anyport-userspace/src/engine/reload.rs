@@ -2,7 +2,7 @@
 
 use std::time::SystemTime;
 
-use tracing::{error, info, warn};
+use tracing::{error, warn};
 
 use super::{
     Engine,
@@ -13,6 +13,7 @@ use super::{
 use crate::{
     api::{Applied, Problem, ProblemKind, Reload, Reloaded},
     config::{Config, LogLevel},
+    events::Author,
     logging,
     rules::{Origin, RuleSpec, ServiceName, lines::LineRule},
     service::ServiceConfig,
@@ -69,11 +70,12 @@ impl Engine {
     pub async fn reload_on_signal(&mut self) {
         match self.reload(&Reload::default()).await {
             Ok(Reloaded { added, removed, services, settings, takes_restart, .. }) => {
-                info!(
+                let what = format!(
                     "the configuration was read again: {added} rules added, {removed} removed, services: [{}], settings: [{}]",
                     services.join(", "),
                     settings.join(", ")
                 );
+                self.record(Author::other("SIGHUP"), "reload", what);
                 for setting in takes_restart {
                     warn!("takes a restart: {setting}");
                 }
@@ -108,6 +110,7 @@ impl Engine {
         self.expect_room_for(&change, config.max_rules)?;
         if !options.force {
             self.expect_safe(&change).await?;
+            self.expect_most_stay(&change, &[Origin::Config], &mut answer)?;
         }
         let (settings, takes_restart) = config.differences(self.config());
         if crosses_debug(config.log_level, self.config().log_level) {

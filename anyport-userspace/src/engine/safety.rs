@@ -4,10 +4,13 @@ use std::{collections::BTreeSet, net::IpAddr};
 
 use super::Engine;
 use crate::{
-    api::{Problem, ProblemKind},
+    api::{Applied, Problem, ProblemKind},
     host::{self, Peer, Role},
-    rules::{Change, Prefix, PrefixRules, Rule, special},
+    rules::{Change, Origin, Origins, Prefix, PrefixRules, Rule, are_most_gone, special},
 };
+
+/// Up to so many rules may all go at once.
+const FEW: usize = 10;
 
 impl Engine {
     /// Refuses what would cut the host off, or take from it what it serves itself.
@@ -34,6 +37,34 @@ impl Engine {
         }
         Err(Problem::new(ProblemKind::Unsafe, format!("refused for safety: {}", objections.join("; ")))
             .hint("--force does it anyway"))
+    }
+
+    /// Refuses what takes most rules of these origins away, as a file does that is empty or cut off. A dry run notes that.
+    pub(super) fn expect_most_stay(
+        &self,
+        change: &Change,
+        origins: &[Origin],
+        answer: &mut Applied,
+    ) -> Result<(), Problem> {
+        let is_meant = |origins_of: Origins| origins.iter().any(|it| origins_of.contains(*it));
+        let count = |rules: &[(Prefix, PrefixRules)]| {
+            rules.iter().flat_map(|(_, rules)| rules).filter(|it| is_meant(it.origins)).count()
+        };
+        let (gone, come) = (count(&change.removed), count(&change.added));
+        if come >= gone {
+            return Ok(());
+        }
+        let before = self.desired.rules().iter().filter(|it| is_meant(it.origins)).count();
+        let after = before + come - gone;
+        if before <= FEW || !are_most_gone(before, after) {
+            return Ok(());
+        }
+        let why = format!("refused for safety: of {before} rules only {after} would be left");
+        if answer.dry_run {
+            answer.notes.push(format!("without --force this is {why}"));
+            return Ok(());
+        }
+        Err(Problem::new(ProblemKind::Unsafe, why).hint("--dry-run shows the difference, and --force goes on"))
     }
 
     /// What the daemon itself is configured to reach.

@@ -9,13 +9,16 @@ use std::{
 };
 
 use anyport_common::event::{Event, Filter, RECENT, SUBSCRIBERS, goes_on, remembered};
-use tokio::sync::mpsc;
+use tokio::sync::{broadcast, mpsc};
 use tracing::warn;
 
+use super::ChangeView;
 use crate::rules::ServiceName;
 
 /// Events that wait for a subscriber who is busy. The kernel holds as many.
 const WAITING: usize = 4096;
+/// Changes that wait for one who is busy.
+const CHANGES: usize = 256;
 /// The slot of a service that is not there.
 const NO_SLOT: u32 = u32::MAX;
 
@@ -39,6 +42,8 @@ pub struct EventBus {
     taken: AtomicU32,
     /// As the programs have it, for events that this process makes.
     recent: Box<[AtomicU64]>,
+    /// To those who hear of changes, too.
+    changes: broadcast::Sender<ChangeView>,
 }
 
 #[derive(Debug, Default)]
@@ -74,7 +79,7 @@ pub struct Subscriber {
 impl Default for EventBus {
     fn default() -> Self {
         let recent = (0..RECENT).map(|_| AtomicU64::new(0)).collect();
-        Self { inner: Mutex::default(), taken: AtomicU32::new(0), recent }
+        Self { inner: Mutex::default(), taken: AtomicU32::new(0), recent, changes: broadcast::channel(CHANGES).0 }
     }
 }
 
@@ -132,6 +137,17 @@ impl EventBus {
                 }
             }
         }
+    }
+
+    /// Tells of a change.
+    pub fn tell(&self, change: ChangeView) {
+        // An error says that nobody listens.
+        self.changes.send(change).ok();
+    }
+
+    /// The changes from now on.
+    pub fn changes(&self) -> broadcast::Receiver<ChangeView> {
+        self.changes.subscribe()
     }
 
     /// Whether there is a subscriber.

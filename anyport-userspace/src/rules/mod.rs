@@ -36,8 +36,6 @@ mod text;
 mod why;
 
 #[cfg(feature = "daemon")]
-pub(crate) use self::text::with_terms;
-#[cfg(feature = "daemon")]
 pub use self::{
     decide::{Decision, decide},
     overlay::{Overlay, RuleView},
@@ -49,6 +47,8 @@ pub use self::{
     text::RuleText,
     why::{considered, why},
 };
+#[cfg(feature = "daemon")]
+pub(crate) use self::{rule::are_most_gone, text::with_terms};
 pub use name::ServiceName;
 pub use protocol::{Family, Protocol};
 

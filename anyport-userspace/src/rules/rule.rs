@@ -119,6 +119,11 @@ impl Default for RuleSpec {
     }
 }
 
+/// Whether fewer than half of so many rules would be left, as after an empty file: more likely a mistake than not.
+pub(crate) fn are_most_gone(before: usize, after: usize) -> bool {
+    after * 2 < before
+}
+
 /// What a rule does with a port that it matches.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Target<'a> {
@@ -140,12 +145,18 @@ impl RuleSpec {
     /// Checks what the types leave open.
     ///
     /// # Errors
-    /// There is no port to steer, no packet can come for the prefix, or prefix and source are of different families.
+    /// There is no port to steer, all of them are excepted, no packet can come for the prefix, or prefix and source are of different families.
     pub fn validate(&self, prefix: &Prefix) -> Result<(), InvalidText> {
         expect_steerable(prefix)?;
         if self.ports.is_empty() {
             return Err(InvalidText(format!(
                 "{prefix}: there are no ports to steer; leave ports away for all of them"
+            )));
+        }
+        if self.ports.is_subset(&self.except) {
+            return Err(InvalidText(format!(
+                "{prefix}: nothing would be steered, since except={} has all of the ports {}; leave one out of it",
+                self.except, self.ports
             )));
         }
         match &self.source {

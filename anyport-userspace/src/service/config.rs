@@ -107,6 +107,20 @@ impl ServiceConfig {
             && (transport == Transport::Tcp || self.forward.as_deref().is_none_or(speaks_of))
     }
 
+    /// Refuses owners whose name nobody has: nobody could ever register.
+    ///
+    /// # Errors
+    /// Names the first.
+    pub fn expect_owners(&self) -> Result<(), InvalidText> {
+        let Self { name, owners, .. } = self;
+        match owners.iter().find(|it| it.is_unknown()) {
+            None => Ok(()),
+            Some(unknown) => Err(InvalidText(format!(
+                "service {name}: there is no {unknown} to own its sockets; correct the name, make that first, or give a number"
+            ))),
+        }
+    }
+
     /// Whether the settings fit each other.
     pub fn validate(&self) -> Result<(), InvalidText> {
         let Self { name, handler, banner, owners, fallback, connection_log, limits, sources, forward } = self;

@@ -8,7 +8,7 @@ use crate::{as_text::as_text, rules::InvalidText};
 
 /// Who may register sockets for a service: `user:NAME`, `user:UID`, `group:NAME` or `group:GID`.
 ///
-/// Names are looked up when a process registers a socket, so that users may come after the configuration.
+/// Names are looked up when a process registers a socket.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Registrant {
     /// A user, by name or number.
@@ -23,6 +23,14 @@ impl Registrant {
         match self {
             Self::User(name) => name.parse().ok().or_else(|| user(name)) == Some(uid),
             Self::Group(name) => name.parse().ok().or_else(|| group(name)).is_some_and(|gid| groups.contains(&gid)),
+        }
+    }
+
+    /// Whether no user or group has this name now. Numbers need none.
+    pub fn is_unknown(&self) -> bool {
+        match self {
+            Self::User(name) => name.parse::<u32>().is_err() && matches!(User::from_name(name), Ok(None)),
+            Self::Group(name) => name.parse::<u32>().is_err() && matches!(Group::from_name(name), Ok(None)),
         }
     }
 }
@@ -74,6 +82,9 @@ mod tests {
         for text in ["root", "user:", "uid:0", ""] {
             assert!(text.parse::<Registrant>().unwrap_err().to_string().contains("user:NAME"));
         }
+        let is_unknown = |text: &str| text.parse::<Registrant>().unwrap().is_unknown();
+        assert!(is_unknown("user:nobody-of-this-name") && is_unknown("group:nobody-of-this-name"));
+        assert!(!["user:root", "group:root", "user:4711"].into_iter().any(is_unknown));
         expect_same_json::<Registrant>(&["user:www-data", "user:33", "group:web", "group:77"]);
     }
 }

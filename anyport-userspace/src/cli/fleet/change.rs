@@ -18,7 +18,7 @@ use crate::{
         pack::Packed,
         signing::{PublicKeys, SigningKey},
     },
-    rules::InvalidText,
+    rules::{InvalidText, are_most_gone},
     text::{list_of, remark},
 };
 
@@ -235,7 +235,7 @@ impl Change<'_> {
             );
         };
         let (was, is) = (before.rules(), after.rules());
-        if is * 2 < was {
+        if are_most_gone(was, is) {
             return refuse(
                 format!("of the {was} rules of the ring {name} only {is} would be left"),
                 "--dry-run shows the difference, and --force goes on",

@@ -4,7 +4,7 @@ use super::{Running, Services};
 use crate::{
     api::{Applied, Problem, ProblemKind},
     engine::difference::at_line,
-    rules::{Origin, ServiceName, lines::LineRule},
+    rules::{InvalidText, Origin, ServiceName, lines::LineRule},
     service::ServiceConfig,
 };
 
@@ -20,8 +20,16 @@ impl Services {
         let mut opened = Vec::new();
         for service in services {
             self.expect_enforceable(&service)?;
-            match self.get(&service.name) {
-                Some(running) if *running.config() == service => continue,
+            let running = self.get(&service.name);
+            if running.is_some_and(|running| *running.config() == service) {
+                continue;
+            }
+            // A set is for many nodes, some of which may get their users later.
+            if origin != Origin::Fleet {
+                let invalid = |error: InvalidText| Problem::new(ProblemKind::Invalid, error.to_string());
+                service.expect_owners().map_err(invalid)?;
+            }
+            match running {
                 // The one that is there when nobody has made one of its name.
                 Some(running) if running.origin == origin || running.is_preset() => {
                     answer.services.push(format!("~ {}", service.name));

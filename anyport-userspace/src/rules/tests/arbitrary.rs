@@ -52,7 +52,7 @@ pub(crate) fn rule() -> impl Strategy<Value = Rule> {
             RuleText { prefix, protocol, ports, except, source, service, route: true }.into_rule(Origin::Added)
         },
     );
-    rule.prop_filter("there are ports", |rule| !rule.terms.ports.is_empty())
+    rule.prop_filter("something is steered", |rule| !rule.terms.ports.is_subset(&rule.terms.except))
 }
 
 /// A set of up to `count` rules that do not contradict each other.
