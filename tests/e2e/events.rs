@@ -123,7 +123,7 @@ fn changes() {
     let directory = scratch();
     let (config, rules) = (directory.path().join("anyport.toml"), directory.path().join("rules"));
     std::fs::write(&config, "").expect("writing the configuration");
-    let lines: String = (0..100).map(|number| format!("192.0.2.{number} tcp 80\n")).collect();
+    let lines = (0..100).map(|number| format!("192.0.2.{number} tcp 80\n")).collect::<Vec<_>>().concat();
     std::fs::write(&rules, lines).expect("writing the rules");
     let daemon = Setup::new(&Netns::new(), "sk-lookup").config(&config).start();
     let mut ear = Ear::new(&daemon, "");

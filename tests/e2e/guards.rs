@@ -26,11 +26,14 @@ fn write(file: &Path, text: &str) {
 
 /// Rules for so many addresses, a line each.
 fn lines(count: usize) -> String {
-    (1..=count).map(|number| format!("192.0.2.{number} tcp 80\n")).collect()
+    (1..=count).map(|number| format!("192.0.2.{number} tcp 80\n")).collect::<Vec<_>>().concat()
 }
 
 fn tables(count: usize) -> String {
-    (1..=count).map(|number| format!("[[rule]]\nprefix = \"198.51.100.{number}\"\nports = \"80\"\n")).collect()
+    (1..=count)
+        .map(|number| format!("[[rule]]\nprefix = \"198.51.100.{number}\"\nports = \"80\"\n"))
+        .collect::<Vec<_>>()
+        .concat()
 }
 
 /// An empty file, or one that is cut off, does not take the rules away by itself: neither applied nor configured.

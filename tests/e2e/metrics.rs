@@ -139,7 +139,7 @@ fn unfallen(backend: &'static str) {
     lab.daemon.ok("add-prefix 192.0.2.128/25 2001:db8:a::/64 --protocol both");
     lab.daemon.ok(&apply("first", "web", "one", "80,443"));
     // So many of one kind that tproxy has a set of them.
-    let many: String = (190..210).map(|number| format!(" 203.0.113.{number}")).collect();
+    let many = (190..210).map(|number| format!(" 203.0.113.{number}")).collect::<Vec<_>>().concat();
     let commands = [
         format!("add-prefix {many} --protocol both"),
         "remove-prefix 203.0.113.200".to_owned(),

@@ -100,7 +100,9 @@ fn tell(config: &Config) -> ExitCode {
 /// Names that nobody has are mistakes of the one who starts this or asks; a server that takes over goes on without them.
 fn refuse_unknown(config: &Config) -> Option<ExitCode> {
     let unknown = config.unknown();
-    unknown.iter().for_each(|what| eprintln!("anyportd: {what}"));
+    for what in &unknown {
+        eprintln!("anyportd: {what}");
+    }
     (!unknown.is_empty()).then(|| ExitCode::from(2))
 }
 
