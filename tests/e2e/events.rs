@@ -154,7 +154,7 @@ fn changes() {
     }
     // What changes nothing is no change.
     daemon.ok("apply --dry-run --force /dev/null");
-    daemon.ok("add-prefix 192.0.2.1 --ports 80");
+    daemon.ok(&format!("apply {}", rules.display()));
     std::fs::write(&config, "[[rule]]\nprefix = \"203.0.113.0/24\"\n").expect("writing the configuration");
     kill(daemon.pid(), Signal::SIGHUP).expect("a signal");
     let change = ear.change();
