@@ -81,7 +81,7 @@ fn page_of(command: &Command, program: &str) -> anyhow::Result<Vec<u8>> {
     }
     let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
     if let Some(examples) = help.strip_prefix(EXAMPLES) {
-        write!(page, ".SH EXAMPLES\n")?;
+        writeln!(page, ".SH EXAMPLES")?;
         for line in examples.lines() {
             write!(page, ".PP\n.nf\n{}\n.fi\n", escaped(line.trim_start()))?;
         }
@@ -98,7 +98,7 @@ fn page_of(command: &Command, program: &str) -> anyhow::Result<Vec<u8>> {
 fn list<'a>(page: &mut Vec<u8>, title: &str, items: impl Iterator<Item = (&'a str, &'a str)>) -> anyhow::Result<()> {
     for (at, (name, text)) in items.enumerate() {
         if at == 0 {
-            write!(page, ".SH \"{title}\"\n")?;
+            writeln!(page, ".SH \"{title}\"")?;
         }
         write!(page, ".TP\n\\fB{}\\fR\n{}\n", escaped(name), escaped(text))?;
     }

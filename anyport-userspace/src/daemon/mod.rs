@@ -174,7 +174,7 @@ async fn control_loop(
         Ok(mut started) => {
             let files = [socket.file(), Arc::clone(&registering_file)];
             let of_sockets = files.iter().map(|file| file.complaint());
-            started.pass_on(of_sockets.chain(metrics.as_ref().map(|it| it.complaint())).collect());
+            started.pass_on(of_sockets.chain(metrics.as_ref().map(observe::Server::complaint)).collect());
             *engine.lock().await = Some(started);
         }
         Err(error) => {
