@@ -103,8 +103,12 @@ impl Counts {
     /// Those of the rules that are active now.
     fn of(lab: &Lab) -> Self {
         let status = lab.daemon.json("status");
-        let generation = status["generation"].as_f64().expect("a generation");
-        let scrape = wait_for_values(lab, &[("anyport_generation", generation)]);
+        let generation = status["generation"].as_f64();
+        let scrape = wait_for("a sample of these rules", Duration::from_secs(10), || {
+            let scrape = scrape(lab);
+            let found = scrape.get("anyport_generation");
+            if found >= generation { Ok(scrape) } else { Err(format!("generation {found:?}, not {generation:?}")) }
+        });
         Self { scrape, totals: status["totals"].clone() }
     }
 
