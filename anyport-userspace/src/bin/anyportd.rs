@@ -101,7 +101,7 @@ fn tell(config: &Config) -> ExitCode {
 fn refuse_unknown(config: &Config) -> Option<ExitCode> {
     let unknown = config.unknown();
     for what in &unknown {
-        eprintln!("anyportd: {what}");
+        journal::tell(Priority::Error, &format_args!("{what}"));
     }
     (!unknown.is_empty()).then(|| ExitCode::from(2))
 }
