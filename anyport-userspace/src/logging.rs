@@ -27,6 +27,7 @@ use crate::{
     journal::{self, Priority},
     privileges,
     text::visible,
+    usage::When,
 };
 
 /// Lines that wait to be written; further ones are counted and left out.
@@ -43,9 +44,9 @@ static WAITING: AtomicU64 = AtomicU64::new(0);
 static LEFT_OUT: AtomicU64 = AtomicU64::new(0);
 
 /// Begins to log. What the journal knows by itself is not in lines for people.
-pub fn open(level: LogLevel, format: LogFormat) {
+pub fn open(level: LogLevel, format: LogFormat, colours: When) {
     let (filtered, handle) = reload::Layer::new(filter(level));
-    let lines = fmt::layer().with_writer(Lines).with_ansi(stderr().is_terminal()).with_target(false);
+    let lines = fmt::layer().with_writer(Lines).with_ansi(colours.holds(stderr().is_terminal())).with_target(false);
     let lines = match format {
         LogFormat::Json => lines.json().boxed(),
         LogFormat::Text if journal::is_reader() => lines.without_time().with_level(false).boxed(),

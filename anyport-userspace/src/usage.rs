@@ -1,4 +1,4 @@
-//! What the programs say of a wrong command line.
+//! What the programs say of a wrong command line, and when they do so in colours.
 
 use std::{
     env,
@@ -13,6 +13,31 @@ use clap::{
 
 use crate::plain_words::plain;
 
+/// When colours are used.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum When {
+    /// On a terminal, unless `NO_COLOR` is set
+    #[default]
+    Auto,
+    /// Always
+    Always,
+    /// Never
+    Never,
+}
+
+impl When {
+    /// Whether they are, for what goes to a terminal or elsewhere.
+    pub fn holds(self, is_terminal: bool) -> bool {
+        let is_set = |name| env::var_os(name).is_some_and(|it| !it.is_empty());
+        let is_dumb = env::var_os("TERM").is_some_and(|it| it == "dumb");
+        match self {
+            Self::Auto => is_terminal && !is_set("NO_COLOR") && !is_dumb,
+            Self::Always => true,
+            Self::Never => false,
+        }
+    }
+}
+
 /// Whether it is a mistake; otherwise help or the version was asked for.
 pub fn is_mistake(error: &clap::Error) -> bool {
     !matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion)
@@ -22,8 +47,7 @@ pub fn is_mistake(error: &clap::Error) -> bool {
 #[expect(clippy::print_stderr, reason = "mistakes are told there")]
 pub fn show(error: &clap::Error, command: &Command) {
     if is_mistake(error) {
-        let in_colours = stderr().is_terminal() && env::var_os("NO_COLOR").is_none_or(|it| it.is_empty());
-        eprint!("{}", message(error, command, in_colours));
+        eprint!("{}", message(error, command, When::Auto.holds(stderr().is_terminal())));
     } else {
         // Where standard output is closed, nobody reads the help.
         error.print().ok();

@@ -4,6 +4,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
     process::Command,
+    sync::atomic::{AtomicUsize, Ordering::Relaxed},
     thread::{scope, sleep},
     time::Duration,
 };
@@ -17,8 +18,9 @@ use anyport_tests::{
     random::Random,
 };
 use libtest_mimic::Trial;
+use nix::sys::signal::{Signal, kill};
 
-use crate::cases::{BACKENDS, Lab, at, on_each_back_end, trial};
+use crate::cases::{BACKENDS, Lab, alone, at, on_each_back_end, trial};
 
 /// How often a daemon is killed.
 const KILLS: usize = 50;
@@ -28,6 +30,7 @@ pub(crate) fn trials() -> Vec<Trial> {
     trials.extend(on_each_back_end("crash::nothing is left after SIGTERM", traceless));
     trials.extend(on_each_back_end("crash::SIGKILL during changes, then a start that converges", kills));
     trials.extend(on_each_back_end("crash::a second daemon is refused", second));
+    trials.push(alone("crash::what was acknowledged is there, however often the server is killed", acknowledged));
     trials.push(trial("crash::another back end takes over after SIGKILL", || {
         takeover(&["sk-lookup", "tproxy", "sk-lookup", "tproxy", "sk-lookup"]);
     }));
@@ -223,6 +226,71 @@ fn converged(lab: &Lab, expected: &BTreeSet<String>, round: usize) {
     if let Some(prefix) = gone {
         let address = prefix.split('/').next().expect("an address").to_owned();
         lab.topology.host.enter(|| expect_tcp_refused(at(&address, 1_234)));
+    }
+}
+
+/// Eight clients change rules while the server is killed again and again: what was acknowledged is there in the end, after a restart,
+/// too. `ANYPORT_CHANGES` makes as many changes as it says, for releases.
+fn acknowledged() {
+    const CLIENTS: usize = 8;
+    /// A kill for so many changes.
+    const CHANGES_PER_KILL: usize = 190;
+    let changes = std::env::var("ANYPORT_CHANGES").map_or(800, |text| text.parse().expect("a number of changes"));
+    let mut daemon = Daemon::start(&Netns::new(), "sk-lookup");
+    let prefix = |number: usize| format!("198.18.{}.{}/32", number / 256, number % 256);
+    let (next, done) = (AtomicUsize::new(0), AtomicUsize::new(0));
+    let (kills, refused) = (AtomicUsize::new(0), AtomicUsize::new(0));
+    let there: Vec<String> = scope(|scope| {
+        let clients: Vec<_> =
+            (0..CLIENTS).map(|_| scope.spawn(|| change(&daemon, changes, &next, &done, &refused, prefix))).collect();
+        scope.spawn(|| {
+            while done.load(Relaxed) < changes {
+                if done.load(Relaxed) / CHANGES_PER_KILL >= kills.load(Relaxed) {
+                    kill(daemon.pid(), Signal::SIGKILL).expect("a server to kill");
+                    kills.fetch_add(1, Relaxed);
+                    // Who is killed more often than that serves nobody in between.
+                    sleep(Duration::from_millis(500));
+                }
+                sleep(Duration::from_millis(5));
+            }
+        });
+        clients.into_iter().flat_map(|client| client.join().expect("a client")).collect()
+    });
+    let what = format!("{} acknowledged, {refused:?} refused, {kills:?} kills", there.len());
+    assert!(there.len() * 10 > changes * 9 && kills.load(Relaxed) >= changes / CHANGES_PER_KILL, "{what}");
+    let expect = |daemon: &Daemon| {
+        let names: BTreeSet<String> = daemon.ok("prefixes -o name").lines().map(str::to_owned).collect();
+        let missing: Vec<&String> = there.iter().filter(|prefix| !names.contains(*prefix)).collect();
+        assert!(missing.is_empty(), "acknowledged and not there: {missing:?}");
+    };
+    expect(&daemon);
+    daemon.stop();
+    daemon.restart();
+    expect(&daemon);
+}
+
+/// What a client has added, and was told so.
+fn change(
+    daemon: &Daemon,
+    changes: usize,
+    next: &AtomicUsize,
+    done: &AtomicUsize,
+    refused: &AtomicUsize,
+    prefix: impl Fn(usize) -> String,
+) -> Vec<String> {
+    let mut there = Vec::new();
+    loop {
+        let number = next.fetch_add(1, Relaxed);
+        if number >= changes {
+            return there;
+        }
+        let outcome = daemon.ctl(&["add-prefix", &prefix(number), "--no-route"]);
+        if outcome.status == 0 {
+            there.push(prefix(number));
+        } else {
+            refused.fetch_add(1, Relaxed);
+        }
+        done.fetch_add(1, Relaxed);
     }
 }
 

@@ -22,7 +22,7 @@ use tracing::error;
 const LAST_LINES: Duration = Duration::from_secs(1);
 
 fn main() -> ExitCode {
-    let Options { config: file, check, takeover, withdraw, settings } = match Options::try_parse() {
+    let Options { config: file, check, takeover, withdraw, color, settings } = match Options::try_parse() {
         Ok(options) => options,
         Err(error) => {
             usage::show(&error, &Options::command());
@@ -56,7 +56,7 @@ fn main() -> ExitCode {
         };
         return done.unwrap_or_else(|error| fail(&error));
     };
-    logging::open(config.log_level, config.log_format);
+    logging::open(config.log_level, config.log_format, color);
     let code = match daemon::run(&config, &link) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

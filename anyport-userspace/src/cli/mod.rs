@@ -25,11 +25,12 @@ use std::{io::Write, path::PathBuf};
 use clap::{Parser, Subcommand};
 use serde::Serialize;
 
-use self::output::{Format, Output, Reader, When};
+use self::output::{Format, Output, Reader};
 use crate::{
     api::{Client, Problem, ProblemKind},
     paths::DEFAULT_SOCKET,
     text::visible,
+    usage::When,
 };
 
 /// What the options of all verbs stand under in the help.

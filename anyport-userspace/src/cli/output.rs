@@ -11,7 +11,10 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::tone::painted;
-use crate::api::{Changed, Problem, ProblemKind};
+use crate::{
+    api::{Changed, Problem, ProblemKind},
+    usage::When,
+};
 
 /// How answers are printed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
@@ -27,31 +30,6 @@ pub(super) enum Format {
     Json,
     /// YAML
     Yaml,
-}
-
-/// When colours are used.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
-pub(super) enum When {
-    /// On a terminal, unless `NO_COLOR` is set
-    #[default]
-    Auto,
-    /// Always
-    Always,
-    /// Never
-    Never,
-}
-
-impl When {
-    /// Whether they are.
-    fn holds(self, is_terminal: bool) -> bool {
-        let is_set = |name| env::var_os(name).is_some_and(|it| !it.is_empty());
-        let is_dumb = env::var_os("TERM").is_some_and(|it| it == "dumb");
-        match self {
-            Self::Auto => is_terminal && !is_set("NO_COLOR") && !is_dumb,
-            Self::Always => true,
-            Self::Never => false,
-        }
-    }
 }
 
 /// Whether a program or a user reads what is printed.

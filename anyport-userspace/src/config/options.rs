@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::Parser;
 
 use super::Settings;
+use crate::usage::When;
 
 /// Lets one socket answer for every address and every port of whole prefixes.
 ///
@@ -32,6 +33,9 @@ pub struct Options {
     /// systemd says that the service ended well
     #[arg(long, conflicts_with_all = ["check", "takeover"])]
     pub withdraw: bool,
+    /// Whether the log is in colours
+    #[arg(long, value_enum, value_name = "WHEN", default_value_t)]
+    pub color: When,
     /// What may stand in the file, too.
     #[command(flatten)]
     pub settings: Settings,
