@@ -560,12 +560,7 @@ fn queue() {
 fn refused(backend: &'static str) {
     let mut lab = Lab::new(backend);
     let client = lab.topology.client.clone();
-    let refused = |to: SocketAddr| {
-        client.enter(|| match tcp_soon(to, backend) {
-            Err(_) => {}
-            Ok(_) => panic!("{to} is served"),
-        });
-    };
+    let refused = |to: SocketAddr| client.enter(|| expect_tcp_refused(to));
     let served = |to: SocketAddr| client.enter(|| drop(tcp(to).unwrap_or_else(|error| panic!("{to}: {error}"))));
     let owner = Owner::greeter(&lab.topology.host, "web", "127.0.0.1", 0);
     lab.daemon.ok("add-service web --handler registered");
@@ -583,7 +578,7 @@ fn refused(backend: &'static str) {
     assert!(explained["notes"].to_string().contains("is drained") && explained["service"] == "web", "{explained}");
     lab.daemon.ok("drain 192.0.2.128/25 --wait 0s");
     [web, hello].into_iter().for_each(refused);
-    client.enter(|| assert!(expect_udp_unanswered(at("192.0.2.200", 53)) || backend == "tproxy"));
+    client.enter(|| assert!(expect_udp_unanswered(at("192.0.2.200", 53))));
     served(v6);
     assert!(lab.daemon.refused("drain 192.0.2.7 --wait 0s", 1).contains("no rule is about 192.0.2.7/32"));
     let listed = lab.daemon.ok("prefixes");
@@ -611,9 +606,4 @@ fn refused(backend: &'static str) {
     client.enter(|| expect_udp_hello(at("192.0.2.200", 53)));
     assert_eq!(degraded(&lab.daemon), "[]");
     lab.daemon.stop();
-}
-
-/// With tproxy a refusal is silence.
-fn tcp_soon(to: SocketAddr, backend: &str) -> std::io::Result<TcpStream> {
-    if backend == "tproxy" { TcpStream::connect_timeout(&to, Duration::from_millis(300)) } else { tcp(to) }
 }

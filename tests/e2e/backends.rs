@@ -2,6 +2,8 @@
 
 use std::{
     fs::{self, File},
+    io::ErrorKind,
+    net::{TcpStream, UdpSocket},
     path::Path,
     process::Command,
     time::{Duration, Instant},
@@ -9,7 +11,7 @@ use std::{
 
 use anyport_tests::{
     daemon::{Daemon, Setup},
-    dial::{expect_tcp_hello, expect_tcp_refused, expect_udp_hello},
+    dial::{expect_tcp_hello, expect_tcp_refused, expect_udp_hello, expect_udp_unanswered, tcp_server},
     host::{Outcome, wait_for},
     netns::Netns,
     prerequisites::{path_with, program, public_copy, scratch, xtables},
@@ -36,6 +38,7 @@ pub(crate) fn trials() -> Vec<Trial> {
         trial("backends::auto without CAP_BPF takes tproxy", without_bpf),
         trial("backends::auto takes tc where sk_lookup programs are at their limit", sk_lookup_full),
         trial("backends::what was refused is not tried at each restart", remembered),
+        trial("backends::tproxy's refusals reach no listener of the host", refusals_past_listeners),
         trial("backends::a chosen back end that can't work", chosen_but_unusable),
         trial("backends::a bpffs is mounted where there is none", mounts_bpffs),
         trial("tc::backends::interfaces that appear later", later_interfaces),
@@ -333,6 +336,45 @@ fn tproxy(flavour: &str) {
     run("iptables -t mangle -D OTHERS -p tcp --dport 10 -j MARK --set-mark 10");
     daemon.stop();
     assert_eq!(saved(), before, "rules after the end");
+}
+
+/// Where a firewall lets packets pass before they are refused, they get no answer, and no listener of the host gets them.
+fn refusals_past_listeners() {
+    let mut lab = Lab::new("tproxy");
+    let host = lab.topology.host.clone();
+    lab.daemon.ok("add-service web --handler registered");
+    lab.daemon.ok("add-prefix 192.0.2.0/24 2001:db8:0:a::/64 --protocol both --service web");
+    let udp = host.enter(|| {
+        tcp_server(at("::", 80), "the host's own\n");
+        UdpSocket::bind(at("::", 80)).expect("a UDP socket")
+    });
+    let addresses = ["192.0.2.3", "2001:db8:0:a::3"];
+    for client in ["remote", "local"] {
+        for address in addresses {
+            lab.at(client).enter(|| {
+                expect_tcp_refused(at(address, 80));
+                assert!(expect_udp_unanswered(at(address, 80)), "{client} UDP to {address}: silence, not a refusal");
+            });
+        }
+    }
+    host.run("sh", ["-c", "iptables -I INPUT -j ACCEPT; ip6tables -I INPUT -j ACCEPT"]);
+    for address in addresses {
+        lab.topology.client.enter(|| {
+            let tcp = TcpStream::connect_timeout(&at(address, 80), Duration::from_millis(300));
+            assert_eq!(tcp.map(|_| ()).map_err(|it| it.kind()), Err(ErrorKind::TimedOut), "{address}");
+            assert!(!expect_udp_unanswered(at(address, 80)), "{address}");
+        });
+    }
+    udp.set_nonblocking(true).expect("a non-blocking socket");
+    assert!(udp.recv_from(&mut [0; 99]).is_err(), "the host's own UDP socket got something");
+    let rules = lab.daemon.json("prefixes");
+    assert!(rules.as_array().expect("rules").iter().all(|it| it["dropped"].as_u64() >= Some(6)), "{rules}");
+    // A policy that came meanwhile stays, though the chain was there for us alone.
+    host.run("iptables", ["-F", "INPUT"]);
+    host.run("iptables", ["-P", "INPUT", "DROP"]);
+    lab.daemon.stop();
+    let left = lab.topology.host.run("iptables-save", ["-t", "filter"]);
+    assert!(left.contains(":INPUT DROP") && !left.contains("ANYPORT"), "{left}");
 }
 
 /// Where there are sets one stands for all prefixes; where there are none each has a line, up to a limit.

@@ -51,6 +51,8 @@ fn removals_of(backend: &str, pins: &Path) -> Vec<Removal> {
             ("chain", in_each("-D PREROUTING -j ANYPORT")),
             ("chain", in_each("-D ANYPORT-RULES 1")),
             ("chain", in_each("-F")),
+            ("chain", "iptables -F INPUT; ip6tables -F INPUT".to_owned()),
+            ("chain", "iptables -D ANYPORT-REFUSE 1; ip6tables -D ANYPORT-REFUSE 2".to_owned()),
             ("chain", "nft delete table ip mangle; nft delete table ip6 mangle".to_owned()),
             ("set", "for set in $(ipset list -name); do ipset flush $set; done".to_owned()),
             // A set that is in use again, since the chains were put back meanwhile, can't be destroyed.

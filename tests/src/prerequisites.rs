@@ -144,6 +144,8 @@ fn lacking_features() -> Vec<String> {
         ("veth interfaces", "ip link add one type veth peer name two"),
         ("xt_TPROXY for IPv4", "iptables -t mangle -A PREROUTING -p tcp -j TPROXY --on-port 1"),
         ("xt_TPROXY for IPv6", "ip6tables -t mangle -A PREROUTING -p tcp -j TPROXY --on-port 1"),
+        ("REJECT for IPv4", "iptables -A INPUT -m mark --mark 1/1 -p tcp -j REJECT --reject-with tcp-reset"),
+        ("REJECT for IPv6", "ip6tables -A INPUT -m mark --mark 1/1 -p tcp -j REJECT --reject-with tcp-reset"),
         ("sk_lookup programs", "bpftool feature probe kernel | grep -q 'sk_lookup is available'"),
         ("BPF type information (/sys/kernel/btf/vmlinux)", "test -r /sys/kernel/btf/vmlinux"),
     ];

@@ -157,7 +157,7 @@ pub enum ObjectKind {
     Pin,
     /// A service's socket in the map of sockets.
     Socket,
-    /// Our chains of iptables, or the jump to them.
+    /// Our chains of iptables, or a jump to them.
     Chain,
     /// A set of addresses.
     Set,

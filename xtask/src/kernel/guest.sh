@@ -16,7 +16,7 @@ hostname anyport-test
 echo "3 4 1 3" >/proc/sys/kernel/printk
 tr -d '\0' </dev/vdd >/tmp/cases
 # What the kernel does not load by itself when iptables and ipset ask for it.
-modprobe -a xt_TPROXY xt_socket xt_set ip_set_hash_net ip_set_hash_ip nft_compat veth
+modprobe -a xt_TPROXY xt_socket xt_mark ipt_REJECT ip6t_REJECT xt_set ip_set_hash_net ip_set_hash_ip nft_compat veth
 
 echo "anyport: $(uname -r) $(uname -v), up after $(cut -d' ' -f1 /proc/uptime) s"
 { uname -r; uname -v; } >/tmp/results/kernel

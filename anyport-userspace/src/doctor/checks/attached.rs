@@ -37,14 +37,25 @@ fn tc(host: &Host, daemon: &Daemon) -> anyhow::Result<Vec<String>> {
 /// There are chains of a family only while it has rules.
 fn tproxy(host: &Host) -> anyhow::Result<Vec<String>> {
     let firewall = known(&host.firewall)?;
+    // The daemon says so where there can be no such chain, and does without.
+    let daemon = host.daemon.as_ref().ok();
+    let has_refusals = daemon.is_none_or(|it| !it.status.degraded.iter().any(|it| it.contains("does not refuse it")));
     let mut missing = Vec::new();
     for (tool, name, is_ipv4) in [(Tool::Iptables, "iptables", true), (Tool::Ip6tables, "ip6tables", false)] {
         if host.steered().iter().all(|it| it.prefix.is_ipv4() != is_ipv4) {
             continue;
         }
-        let jumps = firewall.has(tool, "mangle", "PREROUTING", "-A PREROUTING -j ANYPORT");
-        if !jumps.with_context(|| format!("{name}-save is not in PATH"))? {
-            missing.push(format!("the chain PREROUTING of {name} -t mangle does not jump to ANYPORT"));
+        for (table, hook, condition, chain) in [
+            ("mangle", "PREROUTING", "", "ANYPORT"),
+            ("filter", "INPUT", "-m mark --mark 0x1000/0x1000 ", "ANYPORT-REFUSE"),
+        ] {
+            if table == "filter" && !has_refusals {
+                continue;
+            }
+            let jumps = firewall.has(tool, table, hook, &format!("-A {hook} {condition}-j {chain}"));
+            if !jumps.with_context(|| format!("{name}-save is not in PATH"))? {
+                missing.push(format!("the chain {hook} of {name} -t {table} does not jump to {chain}"));
+            }
         }
     }
     Ok(missing)

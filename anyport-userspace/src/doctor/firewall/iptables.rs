@@ -44,9 +44,12 @@ pub(super) fn read(text: &str, tool: Tool, ruleset: &mut Ruleset) {
 
 fn parse(rule: &str) -> Rule {
     let mut rule = Rule { text: String::new(), matches: Vec::new(), action: Action::Continue }.with(rule);
-    // Our own chain lets pass or takes, and nobody after it sees what it takes.
-    if rule.action == Action::Jump("ANYPORT".to_owned()) {
-        rule.action = Action::Accept;
+    match &rule.action {
+        // Our own chain lets pass or takes, and nobody after it sees what it takes.
+        Action::Jump(chain) if chain == "ANYPORT" => rule.action = Action::Accept,
+        // This one is for what is refused since its service has no live socket.
+        Action::Jump(chain) if chain == "ANYPORT-REFUSE" => rule.action = Action::Continue,
+        _ => {}
     }
     rule
 }

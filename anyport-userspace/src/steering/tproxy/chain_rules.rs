@@ -49,19 +49,29 @@ pub(super) enum LineTarget {
     Tproxy(SocketAddr),
     /// Drops them, since the service has no socket.
     Drop,
+    /// As [`Self::Drop`], and has them refused by giving them to a socket of ours and a mark, see [`super::refusal`].
+    Refuse(SocketAddr),
 }
+
+/// The bit of the mark by which packets are recognized that are to be refused, with its mask.
+pub(super) const REFUSE_MARK: &str = "0x1000/0x1000";
 
 impl LineTarget {
     /// What becomes of what is steered to this socket.
-    pub(super) fn of(socket: Option<&GroupSocket>, family: Family) -> Self {
+    pub(super) fn of(socket: Option<&GroupSocket>, family: Family, refusal: Option<SocketAddr>) -> Self {
         match socket {
-            None => Self::Drop,
+            None => refusal.map_or(Self::Drop, Self::Refuse),
             // A socket at a wildcard address is found by any address of the packet's family.
             Some(group) if group.bound.ip().is_unspecified() => {
                 Self::Tproxy(SocketAddr::new(family.loopback(), group.bound.port()))
             }
             Some(group) => Self::Tproxy(group.bound),
         }
+    }
+
+    /// Whether no service gets them.
+    pub(super) fn drops(self) -> bool {
+        matches!(self, Self::Drop | Self::Refuse(_))
     }
 }
 
@@ -139,6 +149,10 @@ impl fmt::Display for ChainRule {
             LineTarget::Return => f.write_str(" -j RETURN"),
             LineTarget::Drop => f.write_str(" -j DROP"),
             LineTarget::Tproxy(to) => write!(f, " -j TPROXY --on-ip {} --on-port {}", to.ip(), to.port()),
+            LineTarget::Refuse(at) => {
+                let (ip, port) = (at.ip(), at.port());
+                write!(f, " -j TPROXY --on-ip {ip} --on-port {port} --tproxy-mark {REFUSE_MARK}")
+            }
         }
     }
 }

@@ -14,8 +14,10 @@ use super::{
     change::{self, Element, State, Step, Target, Way},
     counted::Counted,
     groups::{FEW, Key, Prefixes, Sockets, number},
-    mangle_table::{self, MangleTable, RULES_CHAIN, Shown},
+    ip_table::IpTable,
+    mangle_table::{self, MANGLE, RULES_CHAIN, Shown},
     nftables,
+    refusal::Refusal,
     sets::{self, Sets},
 };
 use crate::{
@@ -35,7 +37,9 @@ const MAX_LINES: usize = 16_384;
 #[derive(Debug)]
 pub(super) struct Chains {
     pub(super) family: Family,
-    pub(super) table: MangleTable,
+    pub(super) table: IpTable,
+    /// Or why what has no live socket is dropped and not refused.
+    refusal: Result<Refusal, String>,
     sets: Sets,
     /// What the kernel holds, unless something failed half-way.
     pub(super) state: State,
@@ -68,7 +72,7 @@ impl Chains {
             Family::V4 => ("iptables-restore and iptables-save", "IPv4"),
             Family::V6 => ("ip6tables-restore and ip6tables-save", "IPv6"),
         };
-        let table = MangleTable::find(family)?
+        let table = IpTable::find(family, &MANGLE)?
             .with_context(|| format!("{tools} are not in PATH; `apt-get install iptables`"))?;
         table.probe().with_context(|| {
             format!(
@@ -78,9 +82,11 @@ impl Chains {
         })?;
         let sets = Sets::new(family, &sets::names(family)?);
         let (state, counted) = (State::default(), Counted::default());
+        let refusal = Refusal::open(family).map_err(|error| format!("{error:#}"));
         Ok(Self {
             family,
             table,
+            refusal,
             sets,
             state,
             is_state_certain: false,
@@ -124,12 +130,13 @@ impl Chains {
         changed: Option<&[Prefix]>,
         few: usize,
     ) -> anyhow::Result<Way> {
-        let Self { family, sets, state, .. } = self;
+        let Self { family, sets, state, refusal, .. } = self;
+        let refusal = refusal.as_ref().ok().map(|it| it.at);
         let target = Target {
             family: *family,
             few,
             rules: plan.rules,
-            sockets: Sockets::of(plan.services, *family),
+            sockets: Sockets::of(plan.services, *family, refusal),
             waiting: waiting_sockets(plan.rules, *family)?,
         };
         if let Some(changed) = changed
@@ -174,7 +181,12 @@ impl Chains {
 
     /// Has the next plan rebuild everything if something is lost.
     pub(super) fn forget_lost(&mut self) -> anyhow::Result<()> {
-        self.is_state_certain &= self.lost()?.is_empty();
+        if !self.lost()?.is_empty() {
+            self.is_state_certain = false;
+            if let Ok(refusal) = &mut self.refusal {
+                refusal.forget();
+            }
+        }
         Ok(())
     }
 
@@ -202,10 +214,9 @@ impl Chains {
             self.look.shown = None;
         }
         let family = self.family;
-        let lost = changed
-            .into_iter()
-            .map(|what| Drift::new(ObjectKind::Chain, format!("{what} of {family:?} in the table mangle")));
-        self.look.lost = lost.collect();
+        let of_mangle = changed.into_iter().map(|what| format!("{what} of {family:?} in the table mangle"));
+        let of_filter = self.refusal.as_ref().map_or(Ok(None), Refusal::lost)?;
+        self.look.lost = of_mangle.chain(of_filter).map(|what| Drift::new(ObjectKind::Chain, what)).collect();
         self.look.generation = generation;
         self.look.at = Some(Instant::now());
         Ok(self.look.lost.clone())
@@ -269,7 +280,9 @@ impl Chains {
         self.look = Look::default();
         if lines.is_empty() {
             self.table.remove(&saved)?;
+            self.refusal.as_mut().map_or(Ok(()), Refusal::remove)?;
         } else {
+            self.refusal.as_mut().map_or(Ok(()), Refusal::put_in_place)?;
             let rules: Vec<_> = lines.iter().map(ToString::to_string).collect();
             let guards = chain_rules::guards(lines, waiting, RULES_CHAIN);
             self.table.replace(&saved, &guards, &rules)?;
@@ -367,14 +380,21 @@ impl Chains {
         self.state.sets().map(|(_, set)| sets::bytes(set).unwrap_or_default()).sum()
     }
 
+    /// What does not work, if what has no live socket can't be refused.
+    pub(super) fn cannot_refuse(&self) -> Option<String> {
+        let why = self.refusal.as_ref().err()?;
+        Some(format!("tproxy drops what has no live socket, and does not refuse it, over {:?}: {why}", self.family))
+    }
+
     /// Takes everything out of the kernel.
-    pub(super) fn remove(&self) -> anyhow::Result<()> {
-        remove(&self.table, &self.table.save()?, self.family)
+    pub(super) fn remove(&mut self) -> anyhow::Result<()> {
+        remove(&self.table, &self.table.save()?, self.family)?;
+        self.refusal.as_mut().map_or(Ok(()), Refusal::remove)
     }
 }
 
 /// Removes our chains, given what the table shows, then our sets, which are in use until then.
-pub(super) fn remove(table: &MangleTable, saved: &str, family: Family) -> anyhow::Result<()> {
+pub(super) fn remove(table: &IpTable, saved: &str, family: Family) -> anyhow::Result<()> {
     table.remove(saved)?;
     sets::destroy_all(family)
 }

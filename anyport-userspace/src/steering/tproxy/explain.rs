@@ -7,7 +7,7 @@ use anyport_common::flow::{Flow, Transport, Version};
 
 use super::{
     Tproxy,
-    chain_rules::{self, COMMENT, LineTarget},
+    chain_rules::{self, COMMENT, LineTarget, REFUSE_MARK},
     chains::Chains,
     groups::number,
     mangle_table::{self, UNMATCHED},
@@ -69,7 +69,7 @@ impl LiveLine {
     fn read(text: &str) -> anyhow::Result<Self> {
         let (mut source, mut destination, mut set, mut transport) = (None, None, None, None);
         let (mut ports, mut rule, mut target) = (None, None, None);
-        let (mut to_ip, mut to_port) = (None, None);
+        let (mut to_ip, mut to_port, mut is_refused) = (None, None, false);
         // What is in quotes is one word.
         let mut words = text.split('"').enumerate().flat_map(|(i, part)| match i % 2 {
             0 => part.split_ascii_whitespace().collect::<Vec<_>>(),
@@ -97,11 +97,13 @@ impl LiveLine {
                 "--on-ip" => to_ip = Some(value()?.parse()?),
                 "--on-port" => to_port = Some(value()?.parse()?),
                 "!" if value()? == "--update-counters" => {}
-                "-m" | "--tproxy-mark" => drop(value()?),
+                "--tproxy-mark" => is_refused = value()? == REFUSE_MARK,
+                "-m" => drop(value()?),
                 _ => bail!("{word} is not from us"),
             }
         }
         let verdict = match (target, to_ip.zip(to_port)) {
+            (Some("TPROXY"), Some((ip, port))) if is_refused => LineTarget::Refuse(SocketAddr::new(ip, port)),
             (Some("TPROXY"), Some((ip, port))) => LineTarget::Tproxy(SocketAddr::new(ip, port)),
             (Some("DROP"), _) => LineTarget::Drop,
             (Some("RETURN"), _) => LineTarget::Return,

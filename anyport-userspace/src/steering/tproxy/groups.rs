@@ -4,6 +4,7 @@
 use std::{
     cmp::{Ordering, Reverse},
     collections::{BTreeMap, HashMap},
+    net::SocketAddr,
     sync::Arc,
 };
 
@@ -114,11 +115,13 @@ impl Eq for Key {}
 pub(super) struct Sockets<'a>(HashMap<&'a ServiceName, [LineTarget; 2]>);
 
 impl<'a> Sockets<'a> {
-    pub(super) fn of(services: &'a [ServiceSockets], family: Family) -> Self {
-        let verdict = |service: &ServiceSockets, transport| {
+    /// `refusal`: where what is refused goes, TCP's and UDP's.
+    pub(super) fn of(services: &'a [ServiceSockets], family: Family, refusal: Option<[SocketAddr; 2]>) -> Self {
+        let verdict = |service: &ServiceSockets, transport: Transport| {
             let address = to_address(family.loopback());
             let offset = Flow { source: address, address, transport, port: 0 }.socket_offset();
-            LineTarget::of(service.groups[offset as usize].as_ref(), family)
+            let refusal = refusal.map(|at| at[usize::from(transport == Transport::Udp)]);
+            LineTarget::of(service.groups[offset as usize].as_ref(), family, refusal)
         };
         let verdicts = |service| Transport::ALL.map(|transport| verdict(service, transport));
         Self(services.iter().map(|service| (&service.name, verdicts(service))).collect())
@@ -131,7 +134,7 @@ impl<'a> Sockets<'a> {
         };
         let verdicts = Transport::ALL.into_iter().zip(*by_transport);
         let of_terms = verdicts.filter(|(transport, _)| terms.protocol.transports().contains(transport));
-        Ok(of_terms.filter(|(_, verdict)| (*verdict == LineTarget::Drop) == (effect == Effect::Drop)).collect())
+        Ok(of_terms.filter(|(_, verdict)| verdict.drops() == (effect == Effect::Drop)).collect())
     }
 
     /// The groups to which a rule belongs.

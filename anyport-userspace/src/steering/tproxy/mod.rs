@@ -2,7 +2,7 @@
 //! looks one up.
 //!
 //! The tools of iptables do the work, so it comes out right in the nft flavour and in the legacy one. Our chains
-//! stand in the table mangle; each change is one transaction a family. Where there are many prefixes of which the
+//! stand in the table mangle, and one that refuses in the table filter; each change is one transaction a family. Where there are many prefixes of which the
 //! same is said, a set of the tool `ipset` stands in the place of a line for each.
 
 mod chain_rules;
@@ -11,8 +11,10 @@ mod change;
 mod counted;
 mod explain;
 mod groups;
+mod ip_table;
 mod mangle_table;
 mod nftables;
+mod refusal;
 mod sets;
 mod tool;
 
@@ -26,7 +28,8 @@ use self::{
     chains::Chains,
     counted::Counted,
     explain::Live,
-    mangle_table::MangleTable,
+    ip_table::IpTable,
+    mangle_table::MANGLE,
 };
 use super::{BackEnd, Decided, Drift, Fate, Plan, Steering};
 use crate::rules::{Change, Prefix, RuleSet, RuleView};
@@ -120,7 +123,8 @@ impl Steering for Tproxy {
     }
 
     fn degraded(&self) -> Vec<String> {
-        self.v6.as_ref().err().map(|error| format!("tproxy can't steer IPv6: {error}")).into_iter().collect()
+        let of_v6 = self.v6.as_ref().err().map(|error| format!("tproxy can't steer IPv6: {error}"));
+        of_v6.into_iter().chain(self.chains().filter_map(Chains::cannot_refuse)).collect()
     }
 
     fn counters(&self) -> anyhow::Result<Box<dyn Fn(u32) -> Counters + '_>> {
@@ -159,7 +163,7 @@ impl Steering for Tproxy {
         let (fate, bound) = match verdict {
             Some(LineTarget::Tproxy(bound)) => (Fate::Steer, Some(bound)),
             Some(LineTarget::Return) => (Fate::Host, None),
-            Some(LineTarget::Drop) => (Fate::Drop, None),
+            Some(LineTarget::Drop | LineTarget::Refuse(_)) => (Fate::Drop, None),
             None => (Fate::Unmatched, None),
         };
         Ok(Decided { fate, rule, cookie: None, bound, generation: None })
@@ -175,7 +179,8 @@ impl Steering for Tproxy {
 
     fn detach(self: Box<Self>) -> anyhow::Result<()> {
         // Both families are tried, whatever becomes of the first.
-        let removals: Vec<_> = self.chains().map(Chains::remove).collect();
+        let Self { mut v4, v6, .. } = *self;
+        let removals = [v4.remove(), v6.map_or(Ok(()), |mut v6| v6.remove())];
         removals.into_iter().collect()
     }
 }
@@ -201,10 +206,12 @@ fn difference(before: &RuleSet, after: RuleView<'_>, changed: &[Prefix]) -> Chan
 /// there is no iptables.
 pub fn remove_leftovers() -> anyhow::Result<()> {
     for family in [Family::V4, Family::V6] {
-        let Some(table) = MangleTable::find(family)? else { continue };
+        let Some(table) = IpTable::find(family, &MANGLE)? else { continue };
         match table.save() {
             Ok(saved) => {
-                chains::remove(&table, &saved, family).context("removing what an earlier daemon left in iptables")?;
+                chains::remove(&table, &saved, family)
+                    .and_then(|()| refusal::remove_leftovers(family))
+                    .context("removing what an earlier daemon left in iptables")?;
             }
             // Where iptables does not work, none of ours came to be. That must not keep another back end from work.
             Err(error) => tracing::debug!("looking for leftovers in iptables: {error:#}"),

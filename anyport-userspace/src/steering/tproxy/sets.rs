@@ -10,7 +10,7 @@ use std::{
 
 use anyhow::{Context as _, bail};
 
-use super::{chain_rules::Family, change::Element, mangle_table::MangleTable, tool};
+use super::{chain_rules::Family, change::Element, ip_table::IpTable, tool};
 use crate::rules::Prefix;
 
 const TOOL: &str = "ipset";
@@ -49,7 +49,7 @@ impl Sets {
     ///
     /// # Errors
     /// What is missing and how to get it.
-    pub(super) fn try_out(&mut self, table: &MangleTable) -> anyhow::Result<()> {
+    pub(super) fn try_out(&mut self, table: &IpTable) -> anyhow::Result<()> {
         if self.is_tried_out {
             return Ok(());
         }

@@ -78,7 +78,7 @@ pub(in crate::steering::tproxy) fn target<'a>(
     family: Family,
     few: usize,
 ) -> Target<'a> {
-    Target { family, few, rules: rules.view(), sockets: Sockets::of(services, family), waiting: Vec::new() }
+    Target { family, few, rules: rules.view(), sockets: Sockets::of(services, family, None), waiting: Vec::new() }
 }
 
 /// What the kernel would be like.
@@ -183,7 +183,7 @@ pub(in crate::steering::tproxy) fn expected(
             let service = services.iter().find(|it| it.name == rule.terms.service).unwrap();
             let offset = usize::from(!address.is_ipv4()) * 2 + usize::from(transport == Transport::Udp);
             let family = if address.is_ipv4() { Family::V4 } else { Family::V6 };
-            Some((rule.number, LineTarget::of(service.groups[offset].as_ref(), family)))
+            Some((rule.number, LineTarget::of(service.groups[offset].as_ref(), family, None)))
         }
     }
 }
