@@ -86,6 +86,11 @@ fn servers_start(backend: &'static str) {
         }
         ECHOED.map(|address| tcp(at(address, PORT)).expect("a connection"))
     });
+    // What is in the way of one that does not share is named.
+    for (protocol, part) in [("tcp", "1 connections"), ("udp", "sockets for answers")] {
+        let held = lab.daemon.json(&format!("explain {protocol} {}", at(ECHOED[0], PORT)))["held"].to_string();
+        assert!(held.contains(part) && held.contains("SO_REUSEADDR"), "{protocol}: {held}");
+    }
     // A process that another test starts has this one's sockets for a moment, closed ones too. What is held here stays.
     wait_for("start of all servers", Duration::from_secs(2), || {
         let failures = failures(&lab);

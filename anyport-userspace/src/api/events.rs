@@ -134,7 +134,7 @@ pub enum EventLine {
         /// How many more than those that were reported before.
         missed: u64,
     },
-    /// Something about all events.
+    /// Something about all events, or what rules take from the host itself.
     Note {
         /// In words.
         note: String,

@@ -9,7 +9,7 @@ use crate::{
     as_text::as_text,
     back_end::BackEnd,
     rules::{InvalidText, Origin, PortSet, Prefix, Protocol, RuleRef, RuleSpec, ServiceName},
-    service::Family,
+    service::{Family, Mark},
 };
 
 /// An address and a port as they stand in packets: no port 0, and IPv4 addresses as such.
@@ -46,7 +46,7 @@ impl FromStr for Endpoint {
 as_text!(Endpoint);
 
 /// Query of `GET /v1/explain`: the first packet of a connection, or a datagram.
-#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Explain {
     /// Its transport, `tcp` or `udp`.
@@ -57,6 +57,9 @@ pub struct Explain {
     /// Where it comes from; a loopback address if nothing is given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub from: Option<Endpoint>,
+    /// The interface by which it comes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub via: Option<String>,
 }
 
 impl Explain {
@@ -108,9 +111,15 @@ pub struct Explanation {
     pub left_out: usize,
     /// Whether packets to this address arrive at the host's sockets at all.
     pub route: RouteView,
+    /// How answers leave, if it is known where the packet comes from.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub answer: Option<AnswerView>,
     /// The host's own sockets that get no such packet because of the rule, but would without it; the first one before
     /// the others.
     pub shadowed: Vec<ListenerView>,
+    /// What is held at steered addresses at this port, which a server of the host would meet there; for people.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub held: Option<String>,
     /// The host's own sockets that such a packet is left to; the first one before the others.
     pub listeners: Vec<ListenerView>,
     /// The back end that was asked.
@@ -147,6 +156,10 @@ pub enum Reason {
     NoSocket,
     /// A rule steers it to a service that does not take its source.
     Denied,
+    /// The back end does not watch the interface by which it comes.
+    Unwatched,
+    /// The filter of reverse paths drops it before anybody sees it.
+    Filtered,
 }
 
 /// A rule without its counters.
@@ -227,6 +240,18 @@ pub struct RouteView {
     pub text: String,
 }
 
+/// The way of an answer.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AnswerView {
+    /// The interface by which it leaves; nothing if it does not leave.
+    pub interface: Option<String>,
+    /// The mark of the service, if it has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mark: Option<Mark>,
+    /// The same for people, and what stops it.
+    pub text: String,
+}
+
 /// A socket of the host that waits for strangers.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct ListenerView {
@@ -274,6 +299,7 @@ mod tests {
             protocol,
             to: "192.0.2.7:80".parse().unwrap(),
             from: Some(from.parse().unwrap()),
+            via: None,
         };
         assert!(of("192.0.2.7:80", Protocol::Udp).validate().is_ok());
         assert!(of("192.0.2.7:80", Protocol::Both).validate().unwrap_err().error.contains("not both"));

@@ -21,7 +21,8 @@ pub use self::{
     client::Client,
     events::{EventLine, EventView, Listen, Outcome, Wanted},
     explain::{
-        Considered, Endpoint, Explain, Explanation, ListenerView, Reason, RouteView, RuleView, SocketView, Verdict,
+        AnswerView, Considered, Endpoint, Explain, Explanation, ListenerView, Reason, RouteView, RuleView, SocketView,
+        Verdict,
     },
     live::{LivePrefix, LiveService, LiveUpstream, LiveView, PrefixCounts, ServiceCounts},
     peer::{Peer, Readers},

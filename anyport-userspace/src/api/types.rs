@@ -9,7 +9,7 @@ use super::{AnnounceView, DrainView, Problem, ProblemKind};
 use crate::{
     plain_words::plain,
     rules::{Origin, PortSet, Prefix, Protocol, RuleSpec, ServiceName, with_terms},
-    service::{HandlerKind, Limits, Registrant, ServiceStats, SocketInfo, UpstreamView},
+    service::{HandlerKind, Limits, Mark, Registrant, ServiceStats, SocketInfo, UpstreamView},
     steering::{self, BackEnd},
 };
 
@@ -260,6 +260,9 @@ pub struct ServiceView {
     /// Its limits on connections.
     #[serde(flatten)]
     pub limits: Limits,
+    /// The mark of what it answers.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mark: Option<Mark>,
     /// The sources that it takes, if it does not take all.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub source_allow: Vec<Prefix>,
@@ -419,6 +422,12 @@ pub struct Totals {
     pub listen_drops: u64,
     /// As [`ServiceStats::receive_drops`].
     pub receive_drops: u64,
+    /// Attempts to connect that found a queue full, of any server of the host, since the daemon started.
+    #[serde(default)]
+    pub queue_full: u64,
+    /// Packets of the host, answers among them, to which there was no route, since the daemon started.
+    #[serde(default)]
+    pub no_route: u64,
 }
 
 /// Which program is to serve from now on.

@@ -29,11 +29,14 @@ pub(super) struct Explain {
     /// Where it comes from; a loopback address if nothing is said
     #[arg(long, value_name = "ADDR:PORT")]
     from: Option<Endpoint>,
+    /// The interface by which it comes: tc watches some, and the filter of reverse paths drops packets by them
+    #[arg(long, value_name = "INTERFACE")]
+    via: Option<String>,
 }
 
 impl Explain {
     pub(super) async fn run(self, client: &Client, out: &mut Output<'_>) -> Result<(), Problem> {
-        let Self { packet, from } = self;
+        let Self { packet, from, via } = self;
         let (protocol, to) = match packet.as_slice() {
             [protocol, to] => match Protocol::from_str(protocol, false) {
                 Ok(protocol) => (protocol, to),
@@ -43,7 +46,7 @@ impl Explain {
             _ => return Err(Problem::new(ProblemKind::Invalid, "say ADDR:PORT, with tcp or udp before it")),
         };
         let to: Endpoint = to.parse().map_err(|it: InvalidText| Problem::new(ProblemKind::Invalid, it.0))?;
-        let request = Request { protocol, to, from };
+        let request = Request { protocol, to, from, via };
         request.validate()?;
         let mut answer: Explanation = client.get(&path("/v1/explain", &request)?).await?;
         find_owners(&mut answer);
@@ -77,9 +80,11 @@ fn text(answer: &Explanation) -> String {
     }
     lines.extend(answer.sources.iter().map(|text| format!("sources     {text}")));
     lines.push(format!("route       {}", answer.route.text));
+    lines.extend(answer.answer.iter().map(|it| format!("answers     {}", it.text)));
     lines.extend(answer.listeners.iter().take(1).map(|it| format!("receiver    {}", listener(it))));
     lines.extend(answer.listeners.iter().skip(1).map(|it| format!("behind it   {}", listener(it))));
     lines.extend(answer.shadowed.iter().map(|it| format!("shadowed    {}", listener(it))));
+    lines.extend(answer.held.iter().map(|text| format!("held        {text}")));
     lines.push(format!("decided by  {}, generation {}", answer.backend, answer.generation));
     lines.extend(answer.notes.iter().map(|note| format!("note        {note}")));
     let mut text = lines.join("\n");
@@ -109,6 +114,12 @@ fn sentence(answer: &Explanation) -> String {
         Reason::NoSocket => format!("is refused: the service {service} has no live socket for it"),
         Reason::Denied => format!("is refused: the service {service} does not take {}", answer.from.0.ip()),
         Reason::Excepted => format!("is left to the host: a rule excepts port {port}"),
+        Reason::Unwatched => {
+            format!("is left to the host: {} does not watch the interface by which it comes", answer.backend)
+        }
+        Reason::Filtered => {
+            "is dropped before anybody sees it: no such source is to come by that interface (rp_filter)".into()
+        }
         Reason::Unmatched if answer.considered.is_empty() => {
             "is left to the host: no rule is about that address".into()
         }
@@ -130,6 +141,7 @@ fn origin(rule: &RuleView) -> &'static str {
         Origin::Fleet => "from the fleet",
         Origin::Applied => "applied from a file",
         Origin::Added => "added by hand",
+        Origin::Host => "by which the host keeps an address of its own (own-addresses)",
     }
 }
 

@@ -91,7 +91,7 @@ const UPSTREAMS: [Column; 9] = [
 fn row(view: &ServiceView) -> Row<'_, 15> {
     let cells = [
         view.name.to_string(),
-        view.handler.to_string(),
+        view.mark.map_or_else(|| view.handler.to_string(), |mark| format!("{} ({mark})", view.handler)),
         view.origin.to_string(),
         view.rules.to_string(),
         view.sockets.len().to_string(),

@@ -71,10 +71,19 @@ fn text(view: &StatusView) -> String {
     if totals.refused > 0 {
         lines.push(format!("limits      {} connections and flows refused", totals.refused));
     }
-    if totals.listen_drops + totals.receive_drops > 0 {
+    // The kernel counts all that a listening socket drops as one.
+    let full = totals.listen_drops.min(totals.queue_full);
+    if full + totals.receive_drops > 0 {
+        lines.push(format!("full queues {full} attempts to connect and {} datagrams dropped", totals.receive_drops));
+    }
+    if totals.listen_drops > full {
+        let others = totals.listen_drops - full;
+        lines.push(format!("unanswered  {others} attempts to connect, and not for a full queue: see no route"));
+    }
+    if totals.no_route > 0 {
         lines.push(format!(
-            "full queues {} attempts to connect and {} datagrams dropped",
-            totals.listen_drops, totals.receive_drops
+            "no route    for {} packets of this host, answers among them: `explain --from CLIENT` shows the way of one",
+            totals.no_route
         ));
     }
     if !view.draining.is_empty() {

@@ -40,7 +40,7 @@ pub use self::{
     declare::{ChangesBy, ConfigTable, Setting},
     options::Options,
     settings::{DaemonConfig, Settings},
-    values::{Format, LogFormat, LogLevel, Needs},
+    values::{Format, LogFormat, LogLevel, Needs, Winner},
 };
 pub use crate::back_end::Choice;
 use crate::{

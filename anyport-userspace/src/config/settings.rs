@@ -12,7 +12,7 @@ use anyport_common::maps::MAX_RULES;
 
 use super::{
     declare::{at_most, defaults, overlay, table},
-    values::{LogFormat, LogLevel},
+    values::{LogFormat, LogLevel, Winner},
 };
 use crate::{
     api::Readers,
@@ -187,6 +187,16 @@ daemon! {{
         sample: "true",
         see: "[When others change things](operations.md#when-others-change-things)",
         arg: [num_args = 0..=1, default_missing_value = "true"],
+    }
+
+    /// Who gets packets to addresses of the host's interfaces that lie inside of a steered prefix, also those that come later:
+    /// the rule, or the host, whose addresses then have rules of their own
+    own_addresses: Winner {
+        value: "WINNER",
+        default: Winner::Rule,
+        changes_by: Reload,
+        sample: r#""rule""#,
+        see: "[Addresses that come later](real-hosts.md#addresses-and-servers-that-come-later)",
     }
 
     /// How much to log; from debug on, the BPF programs log too

@@ -53,6 +53,17 @@ pub enum Needs {
     Any,
 }
 
+/// Who gets packets to an address of the host.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Winner {
+    /// The service of the rule.
+    #[default]
+    Rule,
+    /// The host's own servers, unless a rule is about this very address.
+    Host,
+}
+
 /// Displays as its variants are called, in lower case.
 macro_rules! displays_in_lower_case {
     ($($type:ty),+) => { $(
@@ -64,5 +75,5 @@ macro_rules! displays_in_lower_case {
     )+ };
 }
 
-displays_in_lower_case!(Format, LogFormat, LogLevel, Needs);
-shown_as_text!(Choice, Format, LogFormat, LogLevel, Needs);
+displays_in_lower_case!(Format, LogFormat, LogLevel, Needs, Winner);
+shown_as_text!(Choice, Format, LogFormat, LogLevel, Needs, Winner);

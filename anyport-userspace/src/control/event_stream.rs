@@ -1,6 +1,6 @@
 //! `GET /v1/events`: events as they come, a line of JSON each.
 
-use std::{convert::Infallible, time::Duration};
+use std::{collections::HashSet, convert::Infallible, time::Duration};
 
 use anyport_common::event::Event;
 use axum::{
@@ -32,7 +32,7 @@ pub(super) fn stream(engine: Shared, request: Listen) -> Result<Response, Proble
     // At once, so that the client knows that the subscription has begun.
     let first = note.iter().map(line).collect::<String>() + "\n";
     let changes = request.is_about_all().then(|| shown.changes());
-    let events = EventStream { engine, listener, changes, request, first: Some(first) };
+    let events = EventStream { engine, listener, changes, request, first: Some(first), told: HashSet::new() };
     let lines = futures_util::stream::unfold(events, |mut events| async {
         let lines = events.next().await?;
         Some((Ok::<_, Infallible>(Bytes::from(lines)), events))
@@ -46,6 +46,8 @@ struct EventStream {
     changes: Option<Receiver<ChangeView>>,
     request: Listen,
     first: Option<String>,
+    /// What was told of the host.
+    told: HashSet<String>,
 }
 
 impl EventStream {
@@ -75,6 +77,7 @@ impl EventStream {
             let mut lines: String = missed.map(|missed| line(&EventLine::Missed { missed })).into_iter().collect();
             // Without waiting for a command: events come while one is carried out, too.
             let (shown, clock) = (self.engine.shown().ok()?, Clock::now());
+            lines.extend(shown.notes_on_host(&mut self.told).iter().map(line));
             let views = events.iter().filter_map(|event| shown.describe(event, &self.request, &clock));
             lines.extend(views.map(|view| line(&EventLine::Event(view))));
             if !lines.is_empty() {

@@ -12,7 +12,7 @@ use super::{firewall, modules::Modules, sysctl::Sysctl};
 use crate::{
     api::StatusView,
     back_end::BackEnd,
-    host::InterfaceAddress,
+    host::{InterfaceAddress, of_table},
     routes::{LocalTable, Route},
     rules::{PortSet, Prefix, Protocol},
 };
@@ -169,11 +169,7 @@ impl Host {
     /// One of the counters of `/proc/net/netstat`, such as `TcpExt` `ListenOverflows`; 0 where the kernel has none.
     pub(super) fn counter(&self, group: &str, name: &str) -> anyhow::Result<u64> {
         let text = self.read("thread-self/net/netstat")?;
-        let mut lines = text.lines().filter_map(|line| line.strip_prefix(group)?.strip_prefix(':'));
-        let (names, values) = (lines.next().unwrap_or_default(), lines.next().unwrap_or_default());
-        let place = names.split_ascii_whitespace().position(|it| it == name);
-        let value = place.and_then(|place| values.split_ascii_whitespace().nth(place));
-        Ok(value.and_then(|it| it.parse().ok()).unwrap_or_default())
+        Ok(of_table(&text, group, name))
     }
 
     /// The release of the kernel, as `uname -r` has it.

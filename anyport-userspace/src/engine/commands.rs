@@ -141,7 +141,7 @@ impl Engine {
             Origin::Applied => {
                 vec![format!("{name} was applied from a file and comes back when that is applied again")]
             }
-            Origin::Fleet | Origin::Added => Vec::new(),
+            Origin::Fleet | Origin::Added | Origin::Host => Vec::new(),
         };
         if let Err(problem) = self.change(Change::default(), Keep::OnDisk).await {
             self.services.put_back([(name, removed)]);

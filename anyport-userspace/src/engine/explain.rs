@@ -7,11 +7,14 @@ use anyport_common::flow::{Flow, Transport};
 
 use super::Engine;
 use crate::{
-    api::{Considered, Endpoint, Explain, Explanation, ListenerView, Problem, Reason, RouteView, SocketView, Verdict},
+    api::{
+        AnswerView, Considered, Endpoint, Explain, Explanation, ListenerView, Problem, Reason, RouteView, SocketView,
+        Verdict,
+    },
     host::{self, Owner},
-    routes::{ROUTE_PROTOCOL, Route},
+    routes::{AnswerWay, ROUTE_PROTOCOL, Route},
     rules::{self, Decision, Prefix, Protocol, RuleRef, ServiceName, SourceLists, decide, to_address},
-    service::Family,
+    service::{Family, Mark},
     steering::{BackEnd, Decided, Fate},
 };
 
@@ -27,7 +30,7 @@ impl Engine {
     /// See [`crate::api::ProblemKind`].
     pub async fn explain(&self, request: Explain) -> Result<Explanation, Problem> {
         request.validate()?;
-        let Explain { protocol, to: Endpoint(to), from } = request;
+        let Explain { protocol, to: Endpoint(to), from, via } = request;
         let transport = if protocol == Protocol::Udp { Transport::Udp } else { Transport::Tcp };
         let from_assumed = from.is_none();
         let Endpoint(from) = from.unwrap_or_else(|| Endpoint((loopback(to.is_ipv4()), SOURCE_PORT).into()));
@@ -36,7 +39,16 @@ impl Engine {
         let (decided, rule) = self.decided(&flow)?;
         let sources =
             rule.as_ref().map_or(SourceLists::EVERYBODY, |rule| self.services.sources_of(&rule.terms.service));
+        let is_filtered = match &via {
+            Some(via) => !from_assumed && self.kernel.is_filtered(from.ip(), to.ip(), via).await?,
+            None => false,
+        };
+        let is_watched = |via: &String| self.kernel.interfaces().contains(via);
         let (verdict, reason) = match decided.fate {
+            _ if is_filtered => (Verdict::Drop, Reason::Filtered),
+            _ if self.kernel.back_end() == BackEnd::Tc && !via.iter().all(is_watched) => {
+                (Verdict::Host, Reason::Unwatched)
+            }
             // Such as with tproxy, where the service sees to it.
             Fate::Steer if !sources.allows(from.ip()) => (Verdict::Drop, Reason::Denied),
             Fate::Deny => (Verdict::Drop, Reason::Denied),
@@ -76,6 +88,12 @@ impl Engine {
             notes.push("the socket that the kernel holds for the service is none that the service knows of".into());
         }
         let route = self.route(to.ip(), rule.as_ref()).await?;
+        let answered_from = route.local.then_some(to.ip());
+        let answer = if from_assumed {
+            None
+        } else {
+            Some(self.answer(from.ip(), answered_from, service.as_ref(), via.as_deref()).await?)
+        };
         let (shadowed, listeners) = match verdict {
             Verdict::Steer | Verdict::Drop => (listeners(transport, to, true)?, Vec::new()),
             Verdict::Host if route.local => (Vec::new(), listeners(transport, to, false)?),
@@ -95,7 +113,9 @@ impl Engine {
             considered,
             left_out,
             route,
+            answer,
             shadowed,
+            held: if verdict == Verdict::Steer { self.held(transport, to.port())? } else { None },
             listeners,
             backend: self.kernel.back_end(),
             generation: decided.generation.unwrap_or(self.kernel.generation()),
@@ -166,6 +186,53 @@ impl Engine {
             pid: found.map(|it| it.pid),
             process: found.and_then(|it| host::process_name(it.pid)),
         }
+    }
+
+    /// Who is in the way of a server of the host that is bound to the wildcard address and this port.
+    fn held(&self, transport: Transport, port: u16) -> anyhow::Result<Option<String>> {
+        let rules = self.desired.rules();
+        let is_steered = |address| rules.around(Prefix::host(address)).next().is_some();
+        let host::Held { connected, time_wait, unconnected } = host::held(transport, port, is_steered)?;
+        Ok(match transport {
+            _ if connected + time_wait + unconnected == 0 => None,
+            Transport::Tcp => Some(format!(
+                "{connected} connections and {time_wait} in TIME_WAIT at steered addresses: a server of the host that wants \
+                 port {port} of the wildcard address has to set SO_REUSEADDR, as servers do"
+            )),
+            Transport::Udp => Some(format!(
+                "{connected} flows and {unconnected} sockets for answers at steered addresses: a server of the host that wants \
+                 port {port} of the wildcard address has to set SO_REUSEADDR, or come two seconds after the last answer"
+            )),
+        })
+    }
+
+    /// The way of an answer of a service, or of the host.
+    async fn answer(
+        &self,
+        client: IpAddr,
+        from: Option<IpAddr>,
+        service: Option<&ServiceName>,
+        via: Option<&str>,
+    ) -> anyhow::Result<AnswerView> {
+        let mark = service.and_then(|name| self.services.get(name)).and_then(|running| running.config().mark);
+        let way = self.kernel.way_of_answer(client, from, mark.map_or(0, Mark::number)).await?;
+        let marked = mark.map(|mark| format!(", with the mark {mark}")).unwrap_or_default();
+        let (text, interface) = match way {
+            AnswerWay::By { interface, block } => {
+                let name = interface.as_deref().unwrap_or("one of several interfaces");
+                let other = match via {
+                    Some(via) if interface.as_deref() != Some(via) => {
+                        format!("; the packet comes by {via}, so what stands between must take answers another way")
+                    }
+                    _ => String::new(),
+                };
+                (format!("leave by {name}, by the route to {block}{marked}{other}"), interface)
+            }
+            AnswerWay::Stopped(why) => {
+                (format!("don't leave: {why}{marked}; see `ip rule` and `ip route get {client}`"), None)
+            }
+        };
+        Ok(AnswerView { interface, mark, text })
     }
 
     async fn route(&self, address: IpAddr, rule: Option<&RuleRef<'_>>) -> anyhow::Result<RouteView> {

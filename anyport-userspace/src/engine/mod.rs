@@ -30,6 +30,7 @@ mod reload;
 mod safety;
 mod served;
 mod services;
+mod shadow;
 mod shared;
 mod snapshot;
 mod start;
@@ -44,10 +45,10 @@ use tracing::error;
 
 use self::{
     apply::Unconfirmed, decisions::Decisions, desired::Desired, dropping::Dropping, kept::Kept, kernel::Kernel,
-    reload::Settings, served::Served, services::Services,
+    reload::Settings, served::Served, services::Services, shadow::Shadow,
 };
 pub use self::{
-    kernel::Connected,
+    kernel::{Connected, Look},
     listing::Listing,
     observed::{Observed, ObservedService},
     progress::Progress,
@@ -58,7 +59,10 @@ pub use self::{
     start::Simulation,
     views::Counted,
 };
-use crate::{complaint::Complaint, fleet::FleetBoard, routes::Watch, service::DescriptorPool, steering::BackEnd};
+use crate::{
+    complaint::Complaint, fleet::FleetBoard, host::Unanswered, routes::Watch, service::DescriptorPool,
+    steering::BackEnd,
+};
 
 /// The daemon's state and its hold on the kernel.
 #[derive(Debug)]
@@ -74,6 +78,10 @@ pub struct Engine {
     served: Served,
     /// What is dropped that should be served.
     dropping: Dropping,
+    /// What rules take from the host.
+    shadow: Shadow,
+    /// What of the host's packets had got no answer at the start.
+    unanswered_before: Unanswered,
     /// Which rules the programs are asked about next.
     decisions: Decisions,
     /// What the status says of the fleet, if this node belongs to one.
@@ -139,6 +147,7 @@ impl Engine {
         self.check_decisions();
         self.kernel.reconcile(&self.desired, &self.services, self.settings.config().mend).await;
         self.dropping.look(Facts { desired: &self.desired, services: &self.services, kernel: &self.kernel });
+        self.look_for_shadowed().await;
         self.judge();
         self.go_on_draining().await;
         if let Err(error) = self.kernel.end_draining(self.desired.rules()).await {

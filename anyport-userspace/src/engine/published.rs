@@ -1,6 +1,7 @@
 //! Events, as the daemon understands them.
 
 use std::{
+    collections::HashSet,
     num::{NonZeroU16, NonZeroU32},
     time::{Duration, SystemTime},
 };
@@ -56,6 +57,13 @@ impl Snapshot {
                 self.status.backend
             ),
         })
+    }
+
+    /// What rules take from the host, a note each, but for those that `told` has already, which learns of the others.
+    pub fn notes_on_host(&self, told: &mut HashSet<String>) -> Vec<EventLine> {
+        told.retain(|it| self.shadowed.contains(it));
+        let new = self.shadowed.iter().filter(|it| told.insert((*it).clone()));
+        new.map(|note| EventLine::Note { note: note.clone() }).collect()
     }
 
     /// An event with what the daemon knows of it, unless it is not one of the service that was asked for.

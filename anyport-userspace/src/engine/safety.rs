@@ -13,8 +13,8 @@ use crate::{
 const FEW: usize = 10;
 
 impl Engine {
-    /// Refuses what would cut the host off, or take from it what it serves itself.
-    pub(super) async fn expect_safe(&self, change: &Change) -> Result<(), Problem> {
+    /// Why a change would cut the host off, or take from it what it serves itself; nothing if it does neither.
+    pub(super) async fn objections(&self, change: &Change) -> anyhow::Result<Vec<String>> {
         let mut host = self.kernel.host().await?;
         let own: BTreeSet<IpAddr> = host.addresses.iter().map(|(address, _)| *address).collect();
         // Only a new local route keeps from others what this host sends them. To list connections takes tens of milliseconds.
@@ -31,7 +31,12 @@ impl Engine {
         if !concerned.is_empty() {
             host.listeners = host::listeners()?;
         }
-        let objections = host::objections(&concerned, &host);
+        Ok(host::objections(&concerned, &host))
+    }
+
+    /// Refuses what would cut the host off, or take from it what it serves itself.
+    pub(super) async fn expect_safe(&self, change: &Change) -> Result<(), Problem> {
+        let objections = self.objections(change).await?;
         if objections.is_empty() {
             return Ok(());
         }

@@ -16,7 +16,7 @@ use super::{
 use crate::{
     announce::{Announce, Announcer, Judged, Judgement, Needs, Serving},
     api::AnnounceView,
-    rules::{Prefix, PrefixRules, Protocol, ServiceName},
+    rules::{Origin, Prefix, PrefixRules, Protocol, ServiceName},
     service::{HandlerKind, Queue, UpstreamState},
     text::list_of,
 };
@@ -188,7 +188,10 @@ impl Served {
                 .for_each(|(at, rules)| add_needs(at, rules, desired.drains(), needs));
         }
         for (prefix, rules) in rules_within.iter().flat_map(|within| desired.rules().within(*within)) {
-            if let Entry::Vacant(place) = all.entry(prefix) {
+            let is_left = rules.iter().all(|it| it.origins == Origin::Host.into());
+            if let Entry::Vacant(place) = all.entry(prefix)
+                && !is_left
+            {
                 add_needs(prefix, rules, desired.drains(), place.insert(BTreeSet::new()));
             }
         }
@@ -246,7 +249,7 @@ impl Served {
 }
 
 fn add_needs(prefix: Prefix, rules: &PrefixRules, drains: &Drains, needs: &mut BTreeSet<Need>) {
-    for held in rules {
+    for held in rules.iter().filter(|it| it.origins != Origin::Host.into()) {
         let is_drained = drains.include(&prefix, &held.terms);
         for transport in held.terms.protocol.transports() {
             let place = usize::from(*transport == Transport::Udp) + if prefix.is_ipv4() { 0 } else { 2 };

@@ -45,6 +45,8 @@ pub struct Snapshot {
     services: Vec<ServiceView>,
     /// What rules left that are gone.
     past: HashMap<ServiceName, Counters>,
+    /// What rules take from the host.
+    pub(super) shadowed: Vec<String>,
     pub(super) counts: Counts,
 }
 
@@ -126,6 +128,7 @@ impl Engine {
             status: self.status_itself(counts.unmatched, &services),
             services,
             past: self.services.past().counters().map(|(name, counters)| (name.clone(), *counters)).collect(),
+            shadowed: self.shadow.found().map(str::to_owned).collect(),
             counts,
         })
     }

@@ -6,10 +6,10 @@ use std::{
 };
 
 use anyhow::{Context as _, bail};
-use tracing::error;
+use tracing::{error, warn};
 
 use super::{
-    Connected, Engine,
+    Connected, Engine, Look,
     decisions::Decisions,
     desired::{Desired, Drains},
     dropping::Dropping,
@@ -18,12 +18,13 @@ use super::{
     reload::Settings,
     served::Served,
     services::{Running, Services, boot_id, expect_fallbacks},
+    shadow::Shadow,
 };
 use crate::{
     config::Config,
     events::EventBus,
     fleet::FleetBoard,
-    host,
+    host::{self, Unanswered},
     keeper::{Begin, Link},
     routes::{Holder, Routes},
     rules::{Change, Origin, RuleSet},
@@ -45,6 +46,8 @@ pub struct Simulation {
     pub routes: Arc<Mutex<dyn Holder>>,
     /// Lists the addresses of this host that have connections.
     pub connected: Connected,
+    /// Lists the addresses and listeners of this host.
+    pub look: Look,
 }
 
 impl Engine {
@@ -70,8 +73,15 @@ impl Engine {
         let chosen = choose(wanted, &options, begin.remembered.as_ref())?;
         keeper.remember(Remembered::new(wanted, &options, &chosen.outcomes));
         remove_leftovers(chosen.steering.back_end(), &options).context("remove what an earlier daemon left")?;
-        let kernel =
-            Kernel::new(Parts { chosen, routes, connected: host::connected_addresses, published, events }).await?;
+        let kernel = Kernel::new(Parts {
+            chosen,
+            routes,
+            connected: host::connected_addresses,
+            look: host::look,
+            published,
+            events,
+        })
+        .await?;
         let begun = Self::begin(config, (store, kernel), initial, workers, keeper, begin.is_successor);
         let mut engine = Box::pin(begun).await?;
         engine.start_announcing();
@@ -85,13 +95,13 @@ impl Engine {
     pub async fn simulated(
         config: &Config,
         (store, state): (Store, State),
-        Simulation { steering, routes, connected }: Simulation,
+        Simulation { steering, routes, connected, look }: Simulation,
         workers: WorkerHandles,
     ) -> anyhow::Result<Self> {
         let initial = initial(config, state)?;
         let chosen = Chosen { steering, outcomes: Vec::new() };
         let (routes, published, events) = (Routes::held_by(routes)?, Arc::default(), Arc::default());
-        let kernel = Kernel::new(Parts { chosen, routes, connected, published, events }).await?;
+        let kernel = Kernel::new(Parts { chosen, routes, connected, look, published, events }).await?;
         Box::pin(Self::begin(config, (store, kernel), initial, workers, Link::default(), false)).await
     }
 
@@ -112,6 +122,8 @@ impl Engine {
             unconfirmed: None,
             served: Served::default(),
             dropping: Dropping::default(),
+            shadow: Shadow::default(),
+            unanswered_before: Unanswered::now().unwrap_or_default(),
             decisions: Decisions::default(),
             fleet: config.fleet_view().map(|view| Arc::new(FleetBoard::new(view, &fleet_state))),
             complaints: Vec::new(),
@@ -146,7 +158,13 @@ impl Engine {
         let registered = self.kept.registered(&boot_id());
         self.services.restore_registered(registered, |cookie| self.kernel.can_adopt(cookie));
         let added = rules.prefixes().map(|(prefix, rules)| (*prefix, rules.clone())).collect();
-        let transition = self.desired.begin(Change { removed: Vec::new(), added })?;
+        let change = Change { removed: Vec::new(), added };
+        // Nobody could be asked, so nothing is refused.
+        match self.objections(&change).await {
+            Ok(objections) => objections.iter().for_each(|it| warn!("the rules that are there at the start: {it}")),
+            Err(error) => error!("look what the rules take from the host: {error:#}"),
+        }
+        let transition = self.desired.begin(change)?;
         self.kernel.begin(&self.desired, &self.services, transition.steps()).await?;
         self.services.let_go_of_registered();
         self.services.context().keeper.forget_rest();

@@ -8,6 +8,7 @@ use super::{Engine, past::add};
 use crate::{
     api::{BackEndView, ServiceView, StatusView, Totals},
     complaint::Complaint,
+    host::Unanswered,
     rules::{Decision, RuleRef, RuleSet, ServiceName, decide},
 };
 
@@ -29,6 +30,7 @@ impl Engine {
                 owners: config.owners,
                 fallback: config.fallback,
                 limits: config.limits,
+                mark: config.mark,
                 source_allow: config.sources.allow().to_vec(),
                 source_deny: config.sources.deny().to_vec(),
                 origin: running.origin(),
@@ -47,6 +49,7 @@ impl Engine {
             stats += service.stats;
         }
         let descriptors = &self.services.context().descriptors;
+        let unanswered = Unanswered::now().unwrap_or_default().since(self.unanswered_before);
         StatusView {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             pid: std::process::id(),
@@ -76,6 +79,8 @@ impl Engine {
                 refused: stats.refused(),
                 listen_drops: stats.listen_drops,
                 receive_drops: stats.receive_drops,
+                queue_full: unanswered.queue_full,
+                no_route: unanswered.no_route,
             },
             unconfirmed: self.unconfirmed_for(),
             mended: self.kernel.repairs(),
@@ -103,7 +108,11 @@ impl Engine {
             .chain(self.services.lost_sockets(self.desired.rules()))
             .chain(dropping);
         let others = self.complaints.iter().filter_map(Complaint::get).chain(self.shadowed_metrics());
-        all.chain(self.kept.complaint()).chain(others).chain(self.served.degraded()).collect()
+        all.chain(self.kept.complaint())
+            .chain(others)
+            .chain(self.shadow.found().map(str::to_owned))
+            .chain(self.served.degraded())
+            .collect()
     }
 
     /// Whether a rule takes what is meant for the address of the metrics.

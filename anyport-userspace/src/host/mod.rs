@@ -4,6 +4,7 @@ mod dump;
 mod links;
 mod peers;
 mod sockets;
+mod unanswered;
 
 use std::{
     collections::{BTreeSet, HashMap, HashSet},
@@ -16,10 +17,12 @@ use anyhow::Context as _;
 use anyport_common::flow::Transport;
 use nix::{net::if_::InterfaceFlags, sys::socket::SockaddrStorage};
 
+pub(crate) use self::unanswered::of_table;
 pub use self::{
     links::{Link, links},
     peers::{Peer, Role, peers},
-    sockets::{connected_addresses, for_each_connection, listeners, listeners_of},
+    sockets::{Held, connected_addresses, for_each_connection, held, listeners, listeners_of},
+    unanswered::Unanswered,
 };
 use crate::{
     rules::{Prefix, Rule, special},
@@ -37,6 +40,8 @@ pub struct Listener {
     pub is_ipv6_only: bool,
     /// Its inode, by which processes hold it.
     pub inode: u64,
+    /// The kernel's name for it.
+    pub cookie: u64,
     /// With TCP, how many connections wait to be accepted.
     pub waiting: u32,
 }
@@ -181,7 +186,8 @@ pub(crate) fn is_own(listener: &Listener, owner: Option<&Owner>) -> bool {
         && (listener.local.ip().is_loopback() || listener.transport == Transport::Udp)
 }
 
-fn show(listener: &Listener, owner: Option<&Owner>) -> String {
+/// A socket and who holds it, in words.
+pub(crate) fn show(listener: &Listener, owner: Option<&Owner>) -> String {
     show_socket(listener.transport, listener.local, owner)
 }
 
@@ -211,6 +217,14 @@ fn show_peer(Peer { address, role }: &Peer, owners: &HashMap<u64, Owner>) -> Str
         Role::Neighbour(interface) => format!("the neighbour {address} on {interface}"),
         Role::Needed(what) => format!("{what} {address}"),
     }
+}
+
+/// The addresses of the thread's network namespace and its sockets that wait for any client.
+///
+/// # Errors
+/// The kernel does not list them.
+pub fn look() -> anyhow::Result<Host> {
+    Ok(Host { addresses: addresses()?, listeners: listeners()?, ..Host::default() })
 }
 
 /// The configured addresses of the thread's network namespace, each with its interface.

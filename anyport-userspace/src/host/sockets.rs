@@ -46,6 +46,7 @@ pub fn listeners_of(transport: Transport) -> anyhow::Result<Vec<Listener>> {
             // The kernel reports this of IPv6 sockets in these states.
             is_ipv6_only: socket.nlas.contains(&Nla::SkV6Only(true)),
             inode: socket.header.inode.into(),
+            cookie: u64::from_ne_bytes(socket.header.socket_id.cookie),
             // Of UDP sockets these are bytes.
             waiting: if transport == Transport::Tcp { socket.header.recv_queue } else { 0 },
         });
@@ -84,17 +85,63 @@ pub fn for_each_connection(mut see: impl FnMut(Connection)) -> anyhow::Result<()
     Ok(())
 }
 
+/// Sockets of one port that wait for nobody new, as those that serve clients.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Held {
+    /// Connections, and connected sockets of UDP.
+    pub connected: usize,
+    /// Connections that are over and in `TIME_WAIT`.
+    pub time_wait: usize,
+    /// Sockets of UDP that are not connected.
+    pub unconnected: usize,
+}
+
+/// The sockets that are at this port of the addresses that `are_meant`. The kernel filters by the port.
+///
+/// # Errors
+/// As [`listeners`].
+pub fn held(transport: Transport, port: u16, are_meant: impl Fn(IpAddr) -> bool) -> anyhow::Result<Held> {
+    let mut held = Held::default();
+    let count = |states: StateFlags| {
+        let mut count = 0;
+        list_at(transport, &states, port, |socket| count += usize::from(are_meant(local(socket))))?;
+        anyhow::Ok(count)
+    };
+    match transport {
+        Transport::Tcp => {
+            held.connected = count((StateFlags::TIME_WAIT | StateFlags::CLOSE | StateFlags::LISTEN).complement())?;
+            held.time_wait = count(StateFlags::TIME_WAIT)?;
+        }
+        Transport::Udp => {
+            held.connected = count(StateFlags::ESTABLISHED)?;
+            held.unconnected = count(StateFlags::CLOSE)?;
+        }
+    }
+    Ok(held)
+}
+
 fn local(socket: &InetResponse) -> IpAddr {
     socket.header.socket_id.source_address.to_canonical()
 }
 
 /// Hands over the sockets that are in one of these states.
-fn list(transport: Transport, states: &StateFlags, mut found: impl FnMut(&InetResponse)) -> anyhow::Result<()> {
+fn list(transport: Transport, states: &StateFlags, found: impl FnMut(&InetResponse)) -> anyhow::Result<()> {
+    list_at(transport, states, 0, found)
+}
+
+/// As [`list`], at one port, or at all of them if it is 0.
+fn list_at(
+    transport: Transport,
+    states: &StateFlags,
+    port: u16,
+    mut found: impl FnMut(&InetResponse),
+) -> anyhow::Result<()> {
     let (protocol, option) = match transport {
         Transport::Tcp => (IPPROTO_TCP, "CONFIG_INET_TCP_DIAG"),
         Transport::Udp => (IPPROTO_UDP, "CONFIG_INET_UDP_DIAG"),
     };
-    for (family, socket_id) in [(AF_INET, SocketId::new_v4()), (AF_INET6, SocketId::new_v6())] {
+    for (family, of_any_port) in [(AF_INET, SocketId::new_v4()), (AF_INET6, SocketId::new_v6())] {
+        let socket_id = SocketId { source_port: port, ..of_any_port };
         let request =
             InetRequest { family, protocol, extensions: ExtensionFlags::empty(), states: states.clone(), socket_id };
         let socket = |message| {

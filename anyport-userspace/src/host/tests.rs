@@ -21,7 +21,7 @@ fn rule(prefix: &str, ports: &str, except: &str) -> Rule {
 }
 
 fn listener(transport: Transport, local: &str, inode: u64) -> Listener {
-    Listener { transport, local: local.parse().unwrap(), is_ipv6_only: false, inode, waiting: 0 }
+    Listener { transport, local: local.parse().unwrap(), is_ipv6_only: false, inode, cookie: 0, waiting: 0 }
 }
 
 fn peers() -> Vec<Peer> {

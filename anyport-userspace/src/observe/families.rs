@@ -221,6 +221,18 @@ pub(super) static FAMILIES: &[Family] = &[
         Values::One(|it| Some(it.sample.observed.descriptors.into())),
     ),
     counter(
+        "anyport_no_route_total",
+        &[],
+        "Packets of the host, answers among them, to which there was no route",
+        Values::One(|it| Some(Number::Whole(it.sample.observed.status.totals.no_route))),
+    ),
+    counter(
+        "anyport_queue_full_total",
+        &[],
+        "Attempts to connect that found a queue full, of any server of the host",
+        Values::One(|it| Some(Number::Whole(it.sample.observed.status.totals.queue_full))),
+    ),
+    counter(
         "anyport_unmatched_packets_total",
         &[],
         "Packets that the back end has seen and no rule matched",
@@ -384,7 +396,7 @@ pub(super) static FAMILIES: &[Family] = &[
     counter(
         "anyport_service_listen_drops_total",
         SERVICE,
-        "Attempts to connect that the kernel dropped, mostly since the queue of those that wait was full",
+        "Attempts to connect that the kernel dropped, mostly since the queue of those that wait was full, or since there was no route to the client (anyport_no_route_total)",
         Values::Service(|it| it.view.stats.listen_drops),
     ),
     counter(

@@ -16,7 +16,10 @@ use std::{
 };
 
 use anyhow::Context as _;
-use nix::{errno::Errno, net::if_::if_indextoname};
+use nix::{
+    errno::Errno,
+    net::if_::{if_indextoname, if_nametoindex},
+};
 
 use self::{
     coverage::position,
@@ -55,6 +58,20 @@ pub struct LocalTable {
     pub refused: Vec<Prefix>,
     /// Tables besides `local` in which every IPv4 address is local, as set-ups with packet marks have them.
     pub all_local_tables: usize,
+}
+
+/// The way of an answer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum AnswerWay {
+    /// It leaves by an interface, by the route to a block.
+    By {
+        /// The interface, where the route names one.
+        interface: Option<String>,
+        /// Where the route leads.
+        block: Prefix,
+    },
+    /// It does not leave: why.
+    Stopped(&'static str),
 }
 
 /// What holds local routes: the kernel, or what stands in for it in tests and simulations.
@@ -170,13 +187,51 @@ impl Routes {
     /// The route that packets to this address take.
     pub async fn to(&self, address: IpAddr) -> anyhow::Result<Option<Route>> {
         self.with(move |netlink| {
-            let lookup = Lookup { to: address, arriving: None };
-            let found = netlink.find(lookup).with_context(|| format!("looking up the route to {address}"))?;
-            Ok(found.map(|Found { block, route, .. }| Route {
+            let found = netlink.find(Lookup::sent(address));
+            let found = found.with_context(|| format!("looking up the route to {address}"))?;
+            Ok(found.ok().map(|Found { block, route, .. }| Route {
                 block,
                 is_local: route.kind == libc::RTN_LOCAL,
                 protocol: route.protocol,
             }))
+        })
+        .await
+    }
+
+    /// The way of an answer to a client; `from` is where the client has sent its packet, if that is local.
+    ///
+    /// # Errors
+    /// The kernel does not tell.
+    pub async fn of_answer(&self, client: IpAddr, from: Option<IpAddr>, mark: u32) -> anyhow::Result<AnswerWay> {
+        self.with(move |netlink| {
+            let found = netlink.find(Lookup { from, mark, ..Lookup::sent(client) });
+            Ok(match found.with_context(|| format!("looking up the way of an answer to {client}"))? {
+                Ok(Found { block, interface, .. }) => {
+                    let name = interface.and_then(|index| if_indextoname(index).ok());
+                    AnswerWay::By { interface: name.map(|it| it.to_string_lossy().into_owned()), block }
+                }
+                Err(why) => AnswerWay::Stopped(match why {
+                    Errno::EACCES => "a route of the type prohibit stops it",
+                    Errno::EHOSTUNREACH => "a route of the type unreachable stops it",
+                    Errno::EINVAL => "a route of the type blackhole drops it",
+                    _ => "there is no route to the client",
+                }),
+            })
+        })
+        .await
+    }
+
+    /// Whether the kernel refuses what a client sends there by this interface for its source: mostly the filter of reverse paths.
+    ///
+    /// # Errors
+    /// There is no such interface, or the kernel does not tell.
+    pub async fn is_filtered(&self, client: IpAddr, to: IpAddr, interface: &str) -> anyhow::Result<bool> {
+        let by = if_nametoindex(interface).with_context(|| format!("there is no interface {interface}"))?;
+        self.with(move |netlink| {
+            let found = netlink.find(Lookup { from: Some(client), by: Some(by), ..Lookup::sent(to) });
+            let found = found.context("looking up the way of a packet that arrives")?;
+            // Since Linux 6.13 every reason to refuse the source is EINVAL.
+            Ok(found.is_err_and(|why| matches!(why, Errno::EXDEV | Errno::EINVAL)))
         })
         .await
     }
@@ -310,10 +365,10 @@ fn list(
 pub async fn way_back(peer: IpAddr, address: IpAddr) -> anyhow::Result<Option<String>> {
     let routes = Routes::open()?;
     let look = move |netlink: &mut Netlink| {
-        let there = netlink.find(Lookup { to: peer, arriving: None })?;
-        let interface = there.and_then(|there| there.interface).context("there is no route to the upstream")?;
-        let back = netlink.find(Lookup { to: address, arriving: Some((peer, interface)) })?;
-        if back.is_some_and(|back| back.route.kind == libc::RTN_LOCAL) {
+        let there = netlink.find(Lookup::sent(peer))?;
+        let interface = there.ok().and_then(|there| there.interface).context("there is no route to the upstream")?;
+        let back = netlink.find(Lookup { from: Some(peer), by: Some(interface), ..Lookup::sent(address) })?;
+        if back.is_ok_and(|back| back.route.kind == libc::RTN_LOCAL) {
             return Ok(None);
         }
         let name = if_indextoname(interface).context("name the interface")?;

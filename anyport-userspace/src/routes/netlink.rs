@@ -126,8 +126,8 @@ impl Netlink {
         }
     }
 
-    /// The route that a packet takes, if there is one.
-    pub(super) fn find(&mut self, lookup: Lookup) -> Result<Option<Found>, Errno> {
+    /// The route that a packet takes, or why it takes none.
+    pub(super) fn find(&mut self, lookup: Lookup) -> Result<Result<Found, Errno>, Errno> {
         let query = self.sequence;
         self.sequence = self.sequence.wrapping_add(1);
         self.requests.clear();
@@ -138,18 +138,19 @@ impl Netlink {
                 match message {
                     Message::Route(route, attributes) if sequence == query => {
                         let interface = interface(attributes.clone());
-                        return Ok(destination(&route, attributes).map(|block| Found { block, route, interface }));
+                        let block = destination(&route, attributes).ok_or(Errno::EBADMSG)?;
+                        return Ok(Ok(Found { block, route, interface }));
                     }
                     // The answers of routes of the types unreachable, prohibit and blackhole, too.
                     Message::Outcome(Err(
-                        Errno::ENETUNREACH
+                        why @ (Errno::ENETUNREACH
                         | Errno::EHOSTUNREACH
                         | Errno::EACCES
                         | Errno::EINVAL
                         | Errno::EAFNOSUPPORT
                         // The source does not belong to the interface (rp_filter).
-                        | Errno::EXDEV,
-                    )) if sequence == query => return Ok(None),
+                        | Errno::EXDEV),
+                    )) if sequence == query => return Ok(Err(why)),
                     Message::Outcome(Err(errno)) if sequence == query => return Err(errno),
                     _ => {}
                 }

@@ -116,8 +116,18 @@ pub(super) fn put_query(buffer: &mut Vec<u8>, like: &RouteHeader, sequence: u32)
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Lookup {
     pub(super) to: IpAddr,
-    /// The source and the interface of one that arrives; one that the host itself sends if there is none.
-    pub(super) arriving: Option<(IpAddr, u32)>,
+    pub(super) from: Option<IpAddr>,
+    /// The interface of one that arrives; one that the host itself sends if there is none.
+    pub(super) by: Option<u32>,
+    /// 0 for none.
+    pub(super) mark: u32,
+}
+
+impl Lookup {
+    /// One that the host sends.
+    pub(super) fn sent(to: IpAddr) -> Self {
+        Self { to, from: None, by: None, mark: 0 }
+    }
 }
 
 /// Writes the request for the one route that a packet takes, as it stands in its table.
@@ -129,14 +139,19 @@ pub(super) fn put_lookup(buffer: &mut Vec<u8>, lookup: &Lookup, sequence: u32) {
         buffer.extend_from_slice(bytes_of(&RouteHeader {
             family: family(host.is_ipv4()),
             destination_len: host.len(),
-            source_len: lookup.arriving.map_or(0, |_| host.len()),
+            source_len: lookup.from.map_or(0, |_| host.len()),
             flags: FIB_MATCH,
             ..RouteHeader::default()
         }));
         put_address(buffer, libc::RTA_DST, lookup.to);
-        if let Some((source, interface)) = lookup.arriving {
+        if let Some(source) = lookup.from {
             put_address(buffer, libc::RTA_SRC, source);
+        }
+        if let Some(interface) = lookup.by {
             put_attribute(buffer, libc::RTA_IIF, &interface.to_ne_bytes());
+        }
+        if lookup.mark != 0 {
+            put_attribute(buffer, libc::RTA_MARK, &lookup.mark.to_ne_bytes());
         }
     });
 }

@@ -19,6 +19,8 @@ pub enum Origin {
     /// `anyportctl add-prefix` or `add-service`.
     #[default]
     Added,
+    /// The daemon itself, which leaves an address of the host to the host, see the setting `own-addresses`.
+    Host,
 }
 
 impl Origin {
@@ -29,6 +31,7 @@ impl Origin {
             Self::Fleet => "fleet",
             Self::Applied => "applied",
             Self::Added => "added",
+            Self::Host => "host",
         }
     }
 }
@@ -78,7 +81,7 @@ impl Origins {
 
     /// The one that is shown: configuration before fleet before `apply` before what was added by hand.
     pub fn first(self) -> Origin {
-        let all = [Origin::Config, Origin::Fleet, Origin::Applied, Origin::Added];
+        let all = [Origin::Config, Origin::Fleet, Origin::Applied, Origin::Added, Origin::Host];
         all.into_iter().find(|it| self.contains(*it)).unwrap_or_default()
     }
 }
@@ -165,6 +168,16 @@ impl RuleSpec {
             ))),
             _ => Ok(()),
         }
+    }
+
+    /// What leaves an address to the host.
+    pub fn left_to_host() -> Self {
+        Self { protocol: Protocol::Both, except: PortSet::all(), route: false, ..Self::default() }
+    }
+
+    /// Whether the rule steers this port, rather than to leave it to the host or to say nothing of it; nothing for the latter.
+    pub fn steers(&self, port: u16) -> Option<bool> {
+        self.target(port).map(|target| matches!(target, Target::Service(_)))
     }
 
     /// Whether the rule matches clients at this address.

@@ -123,6 +123,7 @@ impl PrefixRules {
     /// The rule contradicts one that is there; nothing has changed.
     pub fn insert(&mut self, rule: &Rule) -> Result<bool, Conflict> {
         let Rule { prefix, terms, origins } = rule;
+        self.give_way(*origins);
         let at = self.rules.partition_point(|old| old.terms.precedence() < terms.precedence());
         if let Some(old) = self.rules.get_mut(at)
             && old.terms.precedence() == terms.precedence()
@@ -145,12 +146,23 @@ impl PrefixRules {
         Ok(true)
     }
 
+    /// An address is left to the host only where nobody else has a rule about it.
+    fn give_way(&mut self, to: Origins) {
+        let host = Origins::from(Origin::Host);
+        if to != host {
+            self.rules.retain(|held| held.origins != host);
+        }
+    }
+
     /// Adds many rules of this prefix, as [`Self::insert`] would one after the other.
     ///
     /// # Errors
     /// A rule contradicts another one, and what is here is of no use any more.
     pub fn extend(&mut self, prefix: Prefix, rules: impl Iterator<Item = RuleEntry>) -> Result<(), Conflict> {
-        self.rules.extend(rules);
+        for held in rules {
+            self.give_way(held.origins);
+            self.rules.push(held);
+        }
         // Stable, so that what was here stays where the same comes again.
         self.rules.sort_by(|a, b| a.terms.precedence().cmp(&b.terms.precedence()));
         let to_rule =

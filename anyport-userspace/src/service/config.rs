@@ -9,7 +9,7 @@ use super::forward::config::{
     Balance, Ejection, ForwardConfig, HealthCheck, Host, OnDown, ProxyVersion, TcpOptions, UdpOptions, UpstreamAddress,
     table_of_words,
 };
-use super::{Limits, Rate, Registrant};
+use super::{Limits, Rate, Registrant, mark::Mark};
 use crate::{
     human_duration::HumanDuration,
     rules::{InvalidText, Prefix, ServiceName, SourceLists},
@@ -66,6 +66,8 @@ pub struct ServiceConfig {
     pub limits: Limits,
     /// Whose connections and datagrams it takes.
     pub sources: Arc<SourceLists>,
+    /// The mark of what it answers.
+    pub mark: Option<Mark>,
     /// The settings of `forward`.
     pub forward: Option<Box<ForwardConfig>>,
 }
@@ -91,6 +93,7 @@ impl ServiceConfig {
             connection_log: None,
             limits: Limits::default(),
             sources: Arc::default(),
+            mark: None,
             forward: None,
         }
     }
@@ -123,7 +126,7 @@ impl ServiceConfig {
 
     /// Whether the settings fit each other.
     pub fn validate(&self) -> Result<(), InvalidText> {
-        let Self { name, handler, banner, owners, fallback, connection_log, limits, sources, forward } = self;
+        let Self { name, handler, banner, owners, fallback, connection_log, limits, sources, mark, forward } = self;
         let is_registered = *handler == HandlerKind::Registered || (owners.is_empty() && fallback.is_none());
         let checked = check_banner(*handler, banner.as_deref()).and_then(|()| sources.validate());
         let checked = checked.and_then(|()| match (handler, forward) {
@@ -137,6 +140,9 @@ impl ServiceConfig {
                 "connections to registered sockets are their owner's to limit; leave max-connections, \
                  max-connections-per-source and accept-rate-per-source out"
                     .into(),
+            )),
+            _ if *handler == HandlerKind::Registered && mark.is_some() => Err(InvalidText(
+                "registered sockets have the mark that their owner gives them (SO_MARK); leave mark out".into(),
             )),
             _ if fallback.as_ref() == Some(name) => Err(InvalidText("it can't be its own fallback".into())),
             (HandlerKind::Forward, Some(forward)) => forward.validate(),
@@ -209,6 +215,10 @@ pub(crate) struct ServiceTable {
     #[arg(long, value_name = "PREFIX", value_delimiter = ',')]
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     source_deny: Vec<Prefix>,
+    /// Mark its answers for policy routing and firewalls, such as 0x10
+    #[arg(long, value_name = "MARK")]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    mark: Option<Mark>,
     /// Where forward connects to: ADDR:PORT, NAME:PORT, or with * for the port that was dialled; may be repeated
     #[arg(long = "upstream", value_name = "ADDR:PORT")]
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -309,6 +319,7 @@ impl From<ServiceTable> for ServiceConfig {
                 accept_rate_per_source: table.accept_rate_per_source,
             },
             sources: Arc::new(SourceLists::new(table.source_allow, table.source_deny)),
+            mark: table.mark,
             forward,
         }
     }
@@ -320,7 +331,7 @@ impl From<ServiceConfig> for ServiceTable {
         fn unless<T: PartialEq>(value: T, default: &T) -> Option<T> {
             (value != *default).then_some(value)
         }
-        let ServiceConfig { name, handler, banner, owners, fallback, connection_log, limits, sources, forward } =
+        let ServiceConfig { name, handler, banner, owners, fallback, connection_log, limits, sources, mark, forward } =
             config;
         let default = ForwardConfig::default();
         let forward = forward.map_or_else(|| default.clone(), |it| *it);
@@ -336,6 +347,7 @@ impl From<ServiceConfig> for ServiceTable {
             accept_rate_per_source: limits.accept_rate_per_source,
             source_allow: sources.allow().to_vec(),
             source_deny: sources.deny().to_vec(),
+            mark,
             upstreams: forward.upstreams,
             balance: unless(forward.balance, &default.balance),
             proxy_protocol: forward.proxy_protocol,

@@ -11,6 +11,7 @@ mod handlers;
 mod histogram;
 mod limits;
 mod log;
+mod mark;
 mod raw;
 mod registrant;
 mod reply;
@@ -42,6 +43,7 @@ pub use descriptors::DescriptorPool;
 pub use forward::{Lineages, UpstreamState, UpstreamView};
 pub use histogram::{ConnectionTimes, Distribution};
 pub use limits::{Capacity, Limits, Rate};
+pub use mark::Mark;
 pub use registrant::Registrant;
 pub use sockets::SocketInfo;
 pub use stats::ServiceStats;
@@ -66,6 +68,7 @@ use crate::{
     datagram::{self, Ends},
     events::EventPublisher,
     keeper::Link,
+    privileges,
     steering::GroupSocket,
     sys,
 };
@@ -339,7 +342,7 @@ impl<'a> Start<'a> {
         }
         if self.config.handler == HandlerKind::Registered {
             // Nobody of us receives, but owners have their answers sent.
-            self.udp.push(Arc::new(UdpWorker::new(self.commons.descriptors.clone(), Arc::clone(&self.reply_opened))));
+            self.udp.push(self.answering_worker());
         }
         let ageing = reply::age_replies(self.udp.clone(), self.reply_opened);
         self.tasks.spawn_on(ageing, self.commons.workers.first());
@@ -351,7 +354,19 @@ impl<'a> Start<'a> {
         Ok(Service { config, groups, sockets, tcp, udp, forwarder, listeners, receivers, keeper, tasks, answering })
     }
 
+    fn answering_worker(&self) -> Arc<UdpWorker> {
+        let (descriptors, reply_opened) = (self.commons.descriptors.clone(), Arc::clone(&self.reply_opened));
+        Arc::new(UdpWorker::new(descriptors, reply_opened, self.config.mark))
+    }
+
+    /// What it accepts inherits the mark.
+    fn mark(&self, socket: &Socket) -> anyhow::Result<()> {
+        let _raised = privileges::raise(privileges::NET_ADMIN);
+        Mark::put_on(self.config.mark, socket).context("give a listening socket the service's mark (CAP_NET_ADMIN)")
+    }
+
     fn accept(&mut self, socket: Socket, worker: &Handle) -> anyhow::Result<()> {
+        self.mark(&socket)?;
         if let Some(forward) = &self.config.forward {
             socket_options::set_up_listener(&socket, &forward.tcp).context("set up a listening socket")?;
         }
@@ -375,7 +390,7 @@ impl<'a> Start<'a> {
     fn receive(&mut self, socket: Socket, bound: SocketAddr, worker: &Handle) -> anyhow::Result<()> {
         let socket = Arc::new(UdpSocket::from_std(socket.into()).context("watch a UDP socket")?);
         self.receivers.push(Arc::clone(&socket));
-        let shared = Arc::new(UdpWorker::new(self.commons.descriptors.clone(), Arc::clone(&self.reply_opened)));
+        let shared = self.answering_worker();
         let workers = self.commons.workers.count().get();
         let log = ConnectionLog::of(&self.config);
         let gate = Arc::clone(&self.flow_gate);

@@ -6,15 +6,16 @@
 
 use std::{io, net::SocketAddr};
 
-use super::socket_options;
+use super::{mark::Mark, socket_options};
 use crate::{hops::set_hops, rules::Family};
 
 const UDP: u8 = 17;
 const HEADER: usize = 8;
 
 /// Sends one datagram with this hop limit. The socket is not kept: while it is open, it gets a copy of each datagram of the host.
-pub(super) fn send(from: SocketAddr, to: SocketAddr, data: &[u8], hops: u8) -> io::Result<()> {
+pub(super) fn send((from, to): (SocketAddr, SocketAddr), data: &[u8], hops: u8, mark: Option<Mark>) -> io::Result<()> {
     let socket = socket_options::raw(from)?;
+    Mark::put_on(mark, &socket)?;
     set_hops(&socket, if to.is_ipv4() { Family::Ipv4 } else { Family::Ipv6 }, hops)?;
     // Where there is a port, raw sockets want 0.
     let address_of = |end: SocketAddr| SocketAddr::new(end.ip(), 0).into();
@@ -73,7 +74,7 @@ mod tests {
             client.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
             // Odd and even lengths, all zeros and all ones, and what has to be fragmented even on loopback.
             for data in [&b"odd"[..], b"even", &[], &[0; 64], &[0xff; 64], vec![7; 65_000].as_slice()] {
-                send(from, client.local_addr().unwrap(), data, 64).unwrap();
+                send((from, client.local_addr().unwrap()), data, 64, None).unwrap();
                 let mut buffer = vec![0; 65_535];
                 let (length, seen) = client.recv_from(&mut buffer).unwrap();
                 assert_eq!((&buffer[..length], seen), (data, from));

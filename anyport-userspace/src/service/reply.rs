@@ -13,7 +13,9 @@ use tokio::{sync::Notify, time::sleep};
 
 use super::{
     descriptors::{DescriptorPool, Descriptors},
-    lock, raw, socket_options,
+    lock,
+    mark::Mark,
+    raw, socket_options,
     stats::UdpCounts,
 };
 use crate::{datagram::Ends, hops::send_with_hops, log_limit::LogLimit};
@@ -34,9 +36,9 @@ pub(super) struct UdpWorker {
 }
 
 impl UdpWorker {
-    pub(super) fn new(descriptors: DescriptorPool, reply_opened: Arc<Notify>) -> Self {
+    pub(super) fn new(descriptors: DescriptorPool, reply_opened: Arc<Notify>, mark: Option<Mark>) -> Self {
         let counts = Arc::default();
-        let replies = Mutex::new(ReplySockets::new(descriptors, Arc::clone(&counts)));
+        let replies = Mutex::new(ReplySockets::new(descriptors, Arc::clone(&counts), mark));
         Self { counts, replies, reply_opened }
     }
 
@@ -77,6 +79,7 @@ pub(super) struct ReplySockets {
     old: Generation,
     descriptors: DescriptorPool,
     counts: Arc<UdpCounts>,
+    mark: Option<Mark>,
     log_limit: LogLimit,
 }
 
@@ -86,12 +89,13 @@ pub(super) struct ReplySockets {
 pub(super) struct Retired(#[expect(dead_code, reason = "held for its drop")] [Generation; 2]);
 
 impl ReplySockets {
-    pub(super) fn new(descriptors: DescriptorPool, counts: Arc<UdpCounts>) -> Self {
+    pub(super) fn new(descriptors: DescriptorPool, counts: Arc<UdpCounts>, mark: Option<Mark>) -> Self {
         Self {
             young: Generation::new(),
             old: Generation::new(),
             descriptors,
             counts,
+            mark,
             log_limit: LogLimit::of_counted(),
         }
     }
@@ -106,7 +110,8 @@ impl ReplySockets {
             None => match self.open(from) {
                 // Another socket has the port exclusively.
                 Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
-                    return raw::send(from, to, answer, hops).inspect_err(|error| self.complain(from, error));
+                    return raw::send((from, to), answer, hops, self.mark)
+                        .inspect_err(|error| self.complain(from, error));
                 }
                 opened => opened.inspect_err(|error| self.complain(from, error))?,
             },
@@ -138,7 +143,9 @@ impl ReplySockets {
     }
 
     fn open(&self, from: SocketAddr) -> io::Result<Reply> {
-        Reply::open(from, self.descriptors.try_take(1), Arc::clone(&self.counts))
+        let reply = Reply::open(from, self.descriptors.try_take(1), Arc::clone(&self.counts))?;
+        Mark::put_on(self.mark, &reply.socket)?;
+        Ok(reply)
     }
 
     fn complain(&self, from: SocketAddr, error: &io::Error) {
@@ -151,7 +158,8 @@ impl ReplySockets {
 fn advice(error: &io::Error) -> &'static str {
     match error.raw_os_error() {
         Some(libc::EPERM) => {
-            "; to answer from addresses and ports that are not its own, anyportd needs CAP_NET_RAW: grant it"
+            "; to answer from addresses and ports that are not its own, anyportd needs CAP_NET_RAW: grant it; and a mark takes \
+             CAP_NET_ADMIN before Linux 5.17"
         }
         Some(libc::EACCES) => "; to answer from a port below 1024, anyportd needs CAP_NET_BIND_SERVICE: grant it",
         Some(libc::EMFILE | libc::ENFILE) => "; raise the limit of open files",
@@ -206,7 +214,7 @@ mod tests {
 
     fn replies(descriptors: usize) -> (ReplySockets, Arc<UdpCounts>) {
         let counts = Arc::new(UdpCounts::default());
-        (ReplySockets::new(DescriptorPool::new(descriptors), Arc::clone(&counts)), counts)
+        (ReplySockets::new(DescriptorPool::new(descriptors), Arc::clone(&counts), None), counts)
     }
 
     fn client(address: &str) -> (UdpSocket, SocketAddr) {

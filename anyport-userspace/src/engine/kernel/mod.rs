@@ -27,7 +27,7 @@ use super::{
 use crate::{
     events::EventBus,
     host::{self, Host},
-    routes::{Coverage, Route, Routes, Watch},
+    routes::{AnswerWay, Coverage, Route, Routes, Watch},
     rules::{Overlay, Prefix, SourceLists},
     steering::{
         BackEnd, Decided, Plan, SharedCounters, Steering,
@@ -38,6 +38,9 @@ use crate::{
 
 /// See [`crate::host::connected_addresses`].
 pub type Connected = fn() -> anyhow::Result<HashSet<IpAddr>>;
+
+/// See [`crate::host::look`].
+pub type Look = fn() -> anyhow::Result<Host>;
 
 /// What the kernel holds, and what holds it.
 #[derive(Debug)]
@@ -54,6 +57,8 @@ pub(super) struct Kernel {
     routes: Routes,
     /// Lists the addresses of this host that have connections.
     connected: Connected,
+    /// Lists the addresses and listeners of this host.
+    look: Look,
     /// What our routes make local.
     coverage: Coverage,
     /// Blocks whose local route was there before us.
@@ -79,6 +84,7 @@ pub(super) struct Parts {
     pub(super) chosen: Chosen,
     pub(super) routes: Routes,
     pub(super) connected: Connected,
+    pub(super) look: Look,
     /// The back end's table, for readers in this process.
     pub(super) published: Arc<Published>,
     /// The event bus and its subscribers.
@@ -88,7 +94,7 @@ pub(super) struct Parts {
 impl Kernel {
     /// A hold on a kernel that has what an earlier daemon left.
     pub(super) async fn new(parts: Parts) -> anyhow::Result<Self> {
-        let Parts { chosen, routes, connected, published, events } = parts;
+        let Parts { chosen, routes, connected, look, published, events } = parts;
         let has_no_table = chosen.steering.back_end() == BackEnd::Tproxy;
         let own_segments = || OwnSegments { readers: Arc::clone(&published) };
         Ok(Self {
@@ -102,6 +108,7 @@ impl Kernel {
             coverage: routes.ours().await?.into_iter().collect(),
             routes,
             connected,
+            look,
             foreign_routes: Vec::new(),
             draining: HashSet::new(),
             broken: None,
@@ -292,6 +299,21 @@ impl Kernel {
         self.routes.to(address).await
     }
 
+    /// The way of an answer to a client, from where that has dialled, if it is local.
+    pub(super) async fn way_of_answer(
+        &self,
+        client: IpAddr,
+        from: Option<IpAddr>,
+        mark: u32,
+    ) -> anyhow::Result<AnswerWay> {
+        self.routes.of_answer(client, from, mark).await
+    }
+
+    /// Whether the filter of reverse paths drops what a client sends there by this interface.
+    pub(super) async fn is_filtered(&self, client: IpAddr, to: IpAddr, interface: &str) -> anyhow::Result<bool> {
+        self.routes.is_filtered(client, to, interface).await
+    }
+
     /// Whether routes of ours make all of a prefix local.
     pub(super) fn covers(&self, prefix: &Prefix) -> bool {
         self.coverage.covers(prefix)
@@ -306,6 +328,11 @@ impl Kernel {
     /// The host's addresses and gateways.
     pub(super) async fn host(&self) -> anyhow::Result<Host> {
         Ok(Host { addresses: host::addresses()?, gateways: self.routes.gateways().await?, ..Host::default() })
+    }
+
+    /// The host's addresses and listeners.
+    pub(super) fn look_at_host(&self) -> anyhow::Result<Host> {
+        (self.look)()
     }
 
     /// What the last change left as it was found.

@@ -39,7 +39,7 @@ impl Services {
                         Origin::Config => "in the configuration",
                         Origin::Fleet => "in the fleet's set",
                         Origin::Applied => "applied from a file",
-                        Origin::Added => "added by hand",
+                        Origin::Added | Origin::Host => "added by hand",
                     };
                     return Err(Problem::new(
                         ProblemKind::Conflict,

@@ -34,6 +34,7 @@ use crate::{
         start::{Initial, initial},
     },
     fleet::delta::Delta,
+    host::Host,
     rule_file::RuleFile,
     rules::{Origin, Prefix, RuleSpec},
     service::{HandlerKind, ServiceConfig, Workers},
@@ -53,6 +54,11 @@ thread_local! {
 fn connected() -> anyhow::Result<HashSet<IpAddr>> {
     let all = ["192.0.2.5", "192.0.2.33", "2001:db8:0:7::7"].map(|it| it.parse().unwrap());
     Ok(all.into_iter().filter(|_| IS_CONNECTED.get()).collect())
+}
+
+#[expect(clippy::unnecessary_wraps, reason = "so it is in the real world")]
+fn look() -> anyhow::Result<Host> {
+    Ok(Host::default())
 }
 
 /// A daemon and its world.
@@ -117,7 +123,7 @@ impl Scene {
     async fn try_to_start(&self) -> anyhow::Result<Engine> {
         let kept = Store::of(Box::new(self.disk.clone()))?;
         let routes = Arc::new(Mutex::new(SimulatedRoutes(Arc::clone(&self.world))));
-        let simulation = Simulation { steering: Box::new(Simulated::new(&self.world)), routes, connected };
+        let simulation = Simulation { steering: Box::new(Simulated::new(&self.world)), routes, connected, look };
         let engine = Engine::simulated(&self.config, kept, simulation, self.workers.handles()).await?;
         // Nobody asks etcd here, which would be said to be silent.
         engine.fleet_board().into_iter().for_each(|board| board.heard(Instant::now()));

@@ -18,6 +18,7 @@ use crate::{
         kernel::{Kernel, Parts},
         services::Services,
     },
+    host::Host,
     keeper::Link,
     routes::Routes,
     rules::{Change, Draft, Origin, Rule, RuleText},
@@ -50,6 +51,7 @@ impl Fixture {
             routes: Routes::held_by(Arc::new(Mutex::new(SimulatedRoutes(Arc::clone(&world))))).unwrap(),
             connected,
             published: Arc::default(),
+            look: || Ok(Host::default()),
             events: Arc::default(),
         };
         let kernel = Kernel::new(parts).await.unwrap();

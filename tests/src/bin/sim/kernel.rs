@@ -10,6 +10,7 @@ use std::{
 use anyhow::{Result, bail};
 use anyport::{
     engine::Simulation,
+    host::Host,
     routes::{Holder, Local},
     rules::Prefix,
     steering::{BackEnd, Decided, Drift, Plan, Steering},
@@ -18,12 +19,17 @@ use anyport_common::{flow::Flow, maps::Counters};
 
 /// One of its own for each node.
 pub(crate) fn kernel() -> Simulation {
-    Simulation { steering: Box::new(Idle), routes: Arc::new(Mutex::new(Routes::default())), connected }
+    Simulation { steering: Box::new(Idle), routes: Arc::new(Mutex::new(Routes::default())), connected, look }
 }
 
 #[expect(clippy::unnecessary_wraps, reason = "so it is in the real world")]
 fn connected() -> Result<HashSet<IpAddr>> {
     Ok(HashSet::new())
+}
+
+#[expect(clippy::unnecessary_wraps, reason = "so it is in the real world")]
+fn look() -> Result<Host> {
+    Ok(Host::default())
 }
 
 #[derive(Debug)]
