@@ -15,6 +15,7 @@ use super::{Engine, kept::Keep};
 use crate::{
     config::Winner,
     host::{self, Host, Listener},
+    log_limit::LogLimit,
     rules::{Change, Draft, Origin, Prefix, Rule, RuleRef, RuleSet, RuleSpec},
 };
 
@@ -24,6 +25,9 @@ const INTERVAL: Duration = Duration::from_secs(2);
 const SHARE: u32 = 50;
 /// So much of it is told.
 const MOST: usize = 64;
+
+/// Programs may open many sockets for a moment.
+static SEEN: LogLimit = LogLimit::new();
 
 /// What was seen last.
 #[derive(Debug, Default)]
@@ -59,12 +63,14 @@ impl Shadow {
         for (what, text) in &mut seen {
             if let Some(known) = self.found.remove(what) {
                 *text = known;
-            } else {
-                warn!("{text}");
+            } else if let Some(left_out) = SEEN.next() {
+                warn!("{text}{left_out}");
             }
         }
         for gone in std::mem::replace(&mut self.found, seen).into_values() {
-            info!("no more: {gone}");
+            if let Some(left_out) = SEEN.next() {
+                info!("no more: {gone}{left_out}");
+            }
         }
     }
 
@@ -150,20 +156,25 @@ impl Engine {
         if self.unconfirmed.is_some() {
             return;
         }
-        let change = self.left_addresses(host);
+        let (change, wanted) = self.left_addresses(host);
         if change.is_empty() {
+            self.shadow.left = wanted;
             return;
         }
         let list =
             |side: &[(Prefix, _)]| side.iter().map(|(prefix, _)| prefix.to_string()).collect::<Vec<_>>().join(", ");
         let (came, went) = (list(&change.added), list(&change.removed));
         match self.change(change, Keep::InMemory).await {
-            Ok(_) => info!("addresses left to the host (own-addresses): [{came}], no more: [{went}]"),
+            Ok(_) => {
+                self.shadow.left = wanted;
+                info!("addresses left to the host (own-addresses): [{came}], no more: [{went}]");
+            }
             Err(problem) => error!("leave addresses to the host (own-addresses): {}", problem.error),
         }
     }
 
-    fn left_addresses(&mut self, host: &Host) -> Change {
+    /// The rules that come and go for that, and which addresses are left.
+    fn left_addresses(&mut self, host: &Host) -> (Change, BTreeSet<Prefix>) {
         let wanted: BTreeSet<Prefix> = match self.config().own_addresses {
             Winner::Rule => BTreeSet::new(),
             Winner::Host => inside(self.desired.rules(), host).map(|(address, ..)| Prefix::host(address)).collect(),
@@ -181,9 +192,7 @@ impl Engine {
                 let _ = draft.prefix(*prefix).insert(&rule);
             }
         }
-        let change = draft.finish();
-        self.shadow.left = wanted;
-        change
+        (draft.finish(), wanted)
     }
 }
 

@@ -2,8 +2,9 @@
 //! looks one up.
 //!
 //! The tools of iptables do the work, so it comes out right in the nft flavour and in the legacy one. Our chains
-//! stand in the table mangle, and one that refuses in the table filter; each change is one transaction a family. Where there are many prefixes of which the
-//! same is said, a set of the tool `ipset` stands in the place of a line for each.
+//! stand in the table mangle, and one that refuses in the table filter; each change is one transaction a family.
+//! Where there are many prefixes of which the same is said, a set of the tool `ipset` stands in the place of a line
+//! for each.
 
 mod chain_rules;
 mod chains;
