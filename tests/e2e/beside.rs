@@ -87,7 +87,7 @@ fn servers_start(backend: &'static str) {
         ECHOED.map(|address| tcp(at(address, PORT)).expect("a connection"))
     });
     // What is in the way of one that does not share is named.
-    for (protocol, part) in [("tcp", "1 connections"), ("udp", "sockets for answers")] {
+    for (protocol, part) in [("tcp", "2 connections"), ("udp", "sockets for answers")] {
         let held = lab.daemon.json(&format!("explain {protocol} {}", at(ECHOED[0], PORT)))["held"].to_string();
         assert!(held.contains(part) && held.contains("SO_REUSEADDR"), "{protocol}: {held}");
     }
