@@ -170,7 +170,7 @@ mod tests {
             (format!("{plain}colour = 1"), ["line 4, column 1", "colour"]),
             (format!("{plain}node = \"\""), ["line 4", "name"]),
             (format!("{plain}max-removal = 101"), ["line 4, column 15", "percentage"]),
-            (format!("{plain}max-removal = 0"), ["line 4", "nonzero"]),
+            (format!("{plain}max-removal = 0"), ["line 4", "from 1 to 255"]),
             (format!("{plain}user = \"u\""), ["line 1, column 1", "password"]),
             (format!("{plain}user = \"u\"\npassword-file = \"/none\""), ["line 1, column 1", "read /none"]),
             (format!("{plain}public-key = \"/none\""), ["line 4, column 14", "read /none"]),

@@ -81,7 +81,7 @@ fn what_is_announced_can_change_and_where_takes_a_restart() {
 #[test]
 fn says_where_and_what() {
     for (text, wanted) in [
-        ("[daemon]\nworkers = 0", ["line 2", "nonzero"]),
+        ("[daemon]\nworkers = 0", ["line 2", "from 1 on"]),
         ("[daemon]\nworkers = 9999", ["line 2, column 11: workers = 9999", "1024"]),
         ("[daemon]\nmetrics = \"localhost:9464\"", ["line 2", "socket address"]),
         ("[daemon]\nworker = 1", ["line 2, column 1", "worker"]),

@@ -302,7 +302,7 @@ mod tests {
             terms: RuleSpec::left_to_host().into(),
             origins: Origin::Host.into(),
         };
-        left.terms.validate(&left.prefix).unwrap();
+        assert!(left.terms.validate(&left.prefix).is_err(), "only the daemon makes rules that leave all to the host");
         set.insert(&left).unwrap();
         let host = host(&[("192.0.2.1", "eth0")]);
         assert!(addresses(&set, &host).is_empty());
