@@ -4,7 +4,10 @@
 use std::{collections::BTreeMap, env, fs, io::Write, path::PathBuf};
 
 use anyhow::Context as _;
-use anyport::{cli::Cli, config::Options};
+use anyport::{
+    cli::{Cli, scripts},
+    config::Options,
+};
 use clap::{Command, CommandFactory as _};
 use clap_complete::Shell;
 use clap_mangen::Man;
@@ -51,10 +54,15 @@ fn main() -> anyhow::Result<()> {
             let text = page_of(page, &name).with_context(|| format!("write {}", path.display()))?;
             fs::write(&path, text).with_context(|| format!("write {}", path.display()))?;
         }
-        for shell in [Shell::Bash, Shell::Zsh, Shell::Fish] {
-            clap_complete::generate_to(shell, &mut command.clone(), &name, &completions)
-                .with_context(|| format!("write the completions of {name} for {shell}"))?;
-        }
+    }
+    for shell in [Shell::Bash, Shell::Zsh, Shell::Fish] {
+        clap_complete::generate_to(shell, &mut Options::command(), "anyportd", &completions)
+            .with_context(|| format!("write the completions of anyportd for {shell}"))?;
+    }
+    // Those of the client ask it, since it knows the daemon's names.
+    for (file, script) in scripts().context("write the completions of anyportctl")? {
+        let path = completions.join(file);
+        fs::write(&path, script).with_context(|| format!("write {}", path.display()))?;
     }
     Ok(())
 }

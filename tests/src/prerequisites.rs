@@ -71,6 +71,9 @@ pub fn missing() -> Vec<String> {
         "xtables-legacy-multi",
         "systemctl",
         "dbus-daemon",
+        "bash",
+        "zsh",
+        "fish",
     ] {
         if !search.iter().any(|directory| directory.join(tool).is_file()) {
             missing.push(format!("the program `{tool}`"));

@@ -5,12 +5,13 @@ use std::{env, io::stdout, process::ExitCode};
 
 use anyport::{
     api::{Problem, ProblemKind},
-    cli::{Cli, text_of},
+    cli::{Cli, complete, text_of},
     usage,
 };
 use clap::{CommandFactory as _, Parser as _};
 
 fn main() -> ExitCode {
+    complete();
     let cli: Cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => return wrong(&error),

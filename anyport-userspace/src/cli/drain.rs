@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::Output;
+use super::{Output, completion};
 use crate::{
     api::{Changed, Client, DrainRequest, DrainState, DrainView, Problem, ProblemKind, Undrain},
     rules::{Prefix, ServiceName},
@@ -22,10 +22,10 @@ const PATIENCE: Duration = Duration::from_secs(5);
 #[derive(Debug, clap::Args)]
 pub(super) struct Drain {
     /// What to take out of service: the rules inside of these; the whole node if nothing is named
-    #[arg(value_name = "PREFIX")]
+    #[arg(value_name = "PREFIX", add = completion::prefixes())]
     prefixes: Vec<Prefix>,
     /// The rules that steer to this service
-    #[arg(long, value_name = "NAME")]
+    #[arg(long, value_name = "NAME", add = completion::services())]
     service: Option<ServiceName>,
     /// From the withdrawal to the first new connection that is refused, such as 30s or 2m. With 0s the router is not waited for either
     #[arg(long, value_name = "TIME", value_parser = crate::human_duration::parse, default_value = "30s")]
@@ -65,10 +65,10 @@ impl Drain {
 #[derive(Debug, clap::Args)]
 pub(super) struct UndrainOptions {
     /// As they were drained; everything if nothing is named
-    #[arg(value_name = "PREFIX")]
+    #[arg(value_name = "PREFIX", add = completion::prefixes())]
     prefixes: Vec<Prefix>,
     /// As it was drained
-    #[arg(long, value_name = "NAME")]
+    #[arg(long, value_name = "NAME", add = completion::services())]
     service: Option<ServiceName>,
 }
 

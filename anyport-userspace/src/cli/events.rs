@@ -6,7 +6,7 @@ use std::{
     ops::ControlFlow,
 };
 
-use super::{Output, Reader, path};
+use super::{Output, Reader, completion, path};
 use crate::{
     api::{Client, EventLine, EventView, Listen, Outcome, Problem, Wanted},
     rules::{Prefix, Protocol, ServiceName},
@@ -18,7 +18,7 @@ use crate::{
 #[derive(Debug, clap::Args)]
 pub(super) struct Events {
     /// Only those to addresses of this prefix
-    #[arg(long, value_name = "PREFIX")]
+    #[arg(long, value_name = "PREFIX", add = completion::prefixes())]
     prefix: Option<Prefix>,
     /// Only those of clients with such an address
     #[arg(long, value_name = "PREFIX")]
@@ -30,7 +30,7 @@ pub(super) struct Events {
     #[arg(long)]
     port: Option<NonZeroU16>,
     /// Only those that rules steer to this service
-    #[arg(long, value_name = "NAME")]
+    #[arg(long, value_name = "NAME", add = completion::services())]
     service: Option<ServiceName>,
     /// Only those of which this became
     #[arg(long, value_enum)]

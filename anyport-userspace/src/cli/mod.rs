@@ -1,6 +1,7 @@
 //! `anyportctl`: one file a verb.
 
 mod apply;
+mod completion;
 mod doctor;
 mod drain;
 mod events;
@@ -14,6 +15,7 @@ mod prefixes;
 mod register;
 mod reload;
 mod services;
+mod shells;
 mod show;
 mod status;
 mod table;
@@ -25,6 +27,7 @@ use std::{io::Write, path::PathBuf};
 use clap::{Parser, Subcommand};
 use serde::Serialize;
 
+pub use self::completion::{complete, scripts};
 use self::output::{Format, Output, Reader};
 use crate::{
     api::{Client, Problem, ProblemKind},

@@ -5,7 +5,7 @@ use std::{borrow::Cow, num::NonZeroU16, str::FromStr};
 use serde_json::value::RawValue;
 
 use super::{
-    Output,
+    Output, completion,
     lists::Source,
     path,
     show::count,
@@ -41,7 +41,7 @@ pub(super) struct Add {
     #[arg(long, value_name = "PREFIX")]
     source: Option<Prefix>,
     /// Who receives
-    #[arg(long, default_value = "default", value_name = "NAME")]
+    #[arg(long, default_value = "default", value_name = "NAME", add = completion::services())]
     service: ServiceName,
     /// Leave the routing of the prefixes alone
     #[arg(long)]
@@ -89,7 +89,7 @@ impl Add {
 #[derive(Debug, clap::Args)]
 pub(super) struct Remove {
     /// The prefixes, as they were added
-    #[arg(required = true, value_name = "PREFIX")]
+    #[arg(required = true, value_name = "PREFIX", add = completion::prefixes())]
     prefixes: Vec<Prefix>,
     /// Only rules with this protocol
     #[arg(long, value_enum)]
@@ -104,7 +104,7 @@ pub(super) struct Remove {
     #[arg(long, value_name = "PREFIX")]
     source: Option<Prefix>,
     /// Only rules that steer to this service
-    #[arg(long, value_name = "NAME")]
+    #[arg(long, value_name = "NAME", add = completion::services())]
     service: Option<ServiceName>,
 }
 
@@ -122,16 +122,16 @@ impl Remove {
 #[derive(Debug, clap::Args)]
 pub(super) struct List {
     /// Only rules of prefixes inside of this one, itself included
-    #[arg(long, value_name = "PREFIX")]
+    #[arg(long, value_name = "PREFIX", add = completion::prefixes())]
     within: Option<Prefix>,
     /// Only rules that steer to this service
-    #[arg(long, value_name = "NAME")]
+    #[arg(long, value_name = "NAME", add = completion::services())]
     service: Option<ServiceName>,
     /// Only rules that steer this port or leave it to the host
     #[arg(long, value_name = "PORT")]
     port: Option<NonZeroU16>,
     /// Only rules of prefixes that come after this one in the list
-    #[arg(long, value_name = "PREFIX")]
+    #[arg(long, value_name = "PREFIX", add = completion::prefixes())]
     after: Option<Prefix>,
     /// No more rules than this
     #[arg(long, value_name = "N")]

@@ -8,7 +8,7 @@ use std::{
 
 use nix::sys::stat::fstat;
 
-use super::Output;
+use super::{Output, completion};
 use crate::{
     api::{Client, Problem, ProblemKind},
     register::{Listen, Process, Register, Request, Unregister, holders, send, socket_beside},
@@ -26,6 +26,7 @@ const LISTEN_FDS_START: i32 = 3;
 #[derive(Debug, clap::Args)]
 pub(super) struct Add {
     /// The service that they are for
+    #[arg(add = completion::services())]
     service: ServiceName,
     /// The process whose sockets they are
     #[arg(long)]
@@ -96,6 +97,7 @@ fn passed() -> Result<Vec<OwnedFd>, Problem> {
 #[derive(Debug, clap::Args)]
 pub(super) struct Remove {
     /// The service that they are for
+    #[arg(add = completion::services())]
     service: ServiceName,
     /// Only those for this transport
     #[arg(long)]

@@ -3,7 +3,7 @@
 use std::{borrow::Cow, collections::BTreeSet};
 
 use super::{
-    Output,
+    Output, completion,
     show::ago,
     table::{Column, Row, number, table, text},
     tone::Tone,
@@ -34,6 +34,7 @@ impl Add {
 #[derive(Debug, clap::Args)]
 pub(super) struct Remove {
     /// Its name
+    #[arg(add = completion::services())]
     name: ServiceName,
 }
 
