@@ -378,7 +378,7 @@ fn http_address() {
         assert!(p99(times.clone()) <= P99, "beside those who said {said:?}: {times:?}");
     }
     assert!(memory(daemon.pid()).saturating_sub(idle) <= GROWTH);
-    for path in ["/", "/metrics", "/live.json"] {
+    for path in ["/", "/metrics", "/live.json", "/history.json"] {
         assert!(ask("site.example:9464", path).starts_with("HTTP/1.1 421"), "{path} for a page of another site");
         assert!(ask("localhost:9464", path).starts_with("HTTP/1.1 200"), "{path}");
     }

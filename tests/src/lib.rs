@@ -8,6 +8,7 @@
 //! panicked is the best message.
 
 pub mod backbone;
+pub mod browser;
 pub mod daemon;
 pub mod dial;
 pub mod driver;

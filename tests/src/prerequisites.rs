@@ -36,48 +36,53 @@ pub const GROUP: u32 = 64_999;
 /// The number of the user `anyport` after [`isolate`]. Daemons run as this user unless a test wants something else.
 pub const USER: u32 = 64_998;
 
+/// Programs that tests start.
+const TOOLS: [&str; 27] = [
+    "ip",
+    "ss",
+    "tc",
+    "haproxy",
+    "dig",
+    "dnsmasq",
+    "etcd",
+    "etcdctl",
+    "nginx",
+    "setpriv",
+    "sh",
+    "sysctl",
+    "prlimit",
+    "script",
+    "python3",
+    "bpftool",
+    "nft",
+    "ipset",
+    "iptables-save",
+    "iptables-restore",
+    "ip6tables-restore",
+    "bird",
+    "birdc",
+    "xtables-nft-multi",
+    "xtables-legacy-multi",
+    "systemctl",
+    "dbus-daemon",
+];
+
+fn programs_missing(tools: &[&str]) -> Vec<String> {
+    let search: Vec<PathBuf> = env::split_paths(&env::var_os("PATH").unwrap_or_default()).collect();
+    let lacks = |tool: &&&str| !search.iter().any(|directory| directory.join(tool).is_file());
+    tools.iter().filter(lacks).map(|tool| format!("the program `{tool}`")).collect()
+}
+
 /// What the tests need and this machine lacks, a line each.
 pub fn missing() -> Vec<String> {
     let mut missing = Vec::new();
     for name in ["anyportd", "anyportctl"] {
         missing.extend(program(name).err());
     }
-    let search: Vec<PathBuf> = env::split_paths(&env::var_os("PATH").unwrap_or_default()).collect();
-    for tool in [
-        "ip",
-        "ss",
-        "tc",
-        "haproxy",
-        "dig",
-        "dnsmasq",
-        "etcd",
-        "etcdctl",
-        "nginx",
-        "setpriv",
-        "sh",
-        "sysctl",
-        "prlimit",
-        "script",
-        "python3",
-        "bpftool",
-        "nft",
-        "ipset",
-        "iptables-save",
-        "iptables-restore",
-        "ip6tables-restore",
-        "bird",
-        "birdc",
-        "xtables-nft-multi",
-        "xtables-legacy-multi",
-        "systemctl",
-        "dbus-daemon",
-        "bash",
-        "zsh",
-        "fish",
-    ] {
-        if !search.iter().any(|directory| directory.join(tool).is_file()) {
-            missing.push(format!("the program `{tool}`"));
-        }
+    missing.extend(programs_missing(&TOOLS));
+    // On other kernels there are no tests with them.
+    if env::var_os("ANYPORT_TEST_KERNEL").is_none() {
+        missing.extend(programs_missing(&["bash", "zsh", "fish", "chromium"]));
     }
     if !geteuid().is_root() {
         missing.push("root: namespaces, mounts and BPF programs are made".to_owned());

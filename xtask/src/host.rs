@@ -62,7 +62,7 @@ pub(crate) const LINTIAN: Tool =
 pub(crate) const RPMLINT: Tool =
     Tool { program: "rpmlint", debian: "rpmlint", fedora: "rpmlint", purpose: "judging RPM packages" };
 /// The rest of what the tests use.
-pub(crate) const FOR_TESTS: [Tool; 18] = [
+pub(crate) const FOR_TESTS: [Tool; 16] = [
     tests("bird", "bird2", "bird"),
     tests("ss", "iproute2", "iproute"),
     IPSET,
@@ -79,9 +79,10 @@ pub(crate) const FOR_TESTS: [Tool; 18] = [
     tests("systemctl", "systemd", "systemd"),
     tests("sysctl", "procps", "procps-ng"),
     tests("nsenter", "util-linux", "util-linux"),
-    tests("zsh", "zsh", "zsh"),
-    tests("fish", "fish", "fish"),
 ];
+/// What those tests use that do not run on other kernels.
+pub(crate) const FOR_TESTS_HERE: [Tool; 3] =
+    [tests("chromium", "chromium", "chromium-headless"), tests("zsh", "zsh", "zsh"), tests("fish", "fish", "fish")];
 /// Programs whose Debian packages start a service, of which the tests have no use: its name.
 const SERVICES: [(&str, &str); 5] =
     [("bird", "bird"), ("etcd", "etcd"), ("haproxy", "haproxy"), ("nginx", "nginx"), ("promtool", "prometheus")];

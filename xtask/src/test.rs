@@ -35,7 +35,7 @@ pub(crate) fn run(options: &Options) -> Result<ExitCode> {
         return Ok(session.finish());
     }
     let tools = [host::IP, host::IPTABLES, host::BPFTOOL, host::DPKG_DEB, host::RPMBUILD, host::PROMTOOL];
-    let packages = [&tools[..], &host::FOR_TESTS].concat();
+    let packages = [&tools[..], &host::FOR_TESTS, &host::FOR_TESTS_HERE].concat();
     if let Err(error) = host::require(&packages) {
         session.check("programs that the tests use", || Err(error));
     }

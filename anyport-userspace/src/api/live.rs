@@ -2,11 +2,15 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::{AnnounceState, AnnounceView, AnnouncedPrefix, DrainView, FleetView, StatusView, Totals, advice};
 use crate::{
     back_end::BackEnd,
     rules::{Protocol, ServiceName},
     service::{HandlerKind, UpstreamState},
 };
+
+/// How many drains and announced prefixes are named.
+const NAMED: usize = 100;
 
 /// Answer of `GET /v1/live`: counts, and rates since they were counted before.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -36,6 +40,92 @@ pub struct LiveView {
     pub prefixes: Vec<LivePrefix>,
     /// How many prefixes are left out.
     pub prefixes_omitted: usize,
+    /// What else `status` tells that is worth watching.
+    #[serde(flatten)]
+    pub node: LiveNode,
+}
+
+/// The state of the node beside what is steered, for [`LiveView`].
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct LiveNode {
+    /// The host's name.
+    pub host: String,
+    /// What to do about each of what is degraded.
+    pub advice: Vec<LiveAdvice>,
+    /// How many rules there may be.
+    pub max_rules: usize,
+    /// File descriptors that clients may take.
+    pub client_descriptors: usize,
+    /// How many of them they take.
+    pub client_descriptors_in_use: usize,
+    /// Seconds until what was applied is rolled back, if it waits to be confirmed.
+    pub unconfirmed: Option<u64>,
+    /// Sums since the daemon's start.
+    pub totals: Totals,
+    /// What is drained.
+    pub drained: Vec<DrainView>,
+    /// Where this node stands in its fleet, if it belongs to one.
+    pub fleet: Option<FleetView>,
+    /// What is announced, where something is to be.
+    pub announce: Option<LiveAnnounce>,
+}
+
+/// What to do about something, for [`LiveNode`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LiveAdvice {
+    /// In a few words.
+    pub action: String,
+    /// The document that has more.
+    pub document: String,
+}
+
+/// What is announced, for [`LiveNode`].
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct LiveAnnounce {
+    /// Whether the router knows.
+    pub told: bool,
+    /// How many prefixes are announced.
+    pub announced: usize,
+    /// How many prefixes may be.
+    pub all: usize,
+    /// The first of those that are not announced, then of the others.
+    pub prefixes: Vec<AnnouncedPrefix>,
+}
+
+impl LiveNode {
+    /// Of a host with this name.
+    pub(crate) fn new(host: String, status: &StatusView) -> Self {
+        let advice = status.degraded.iter().map(|it| {
+            let (action, document) = advice(it);
+            LiveAdvice { action: action.to_owned(), document: document.to_owned() }
+        });
+        Self {
+            host,
+            advice: advice.collect(),
+            max_rules: status.max_rules,
+            client_descriptors: status.client_descriptors,
+            client_descriptors_in_use: status.client_descriptors_in_use,
+            unconfirmed: status.unconfirmed,
+            totals: status.totals,
+            drained: status.drained.iter().take(NAMED).cloned().collect(),
+            fleet: status.fleet.clone(),
+            announce: status.announce.as_ref().map(LiveAnnounce::new),
+        }
+    }
+}
+
+impl LiveAnnounce {
+    fn new(view: &AnnounceView) -> Self {
+        let (announced, others): (Vec<_>, Vec<_>) =
+            view.prefixes.iter().partition(|it| it.state == AnnounceState::Announced);
+        Self {
+            told: view.told,
+            announced: announced.len(),
+            all: view.prefixes.len(),
+            prefixes: others.into_iter().chain(announced).take(NAMED).cloned().collect(),
+        }
+    }
 }
 
 /// A service, for [`LiveView`].
@@ -67,8 +157,17 @@ pub struct LiveUpstream {
     pub address: String,
     /// Whether clients are connected to it.
     pub state: UpstreamState,
+    /// Why it is not up.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub why: Option<String>,
     /// Connections that are open.
     pub active: u64,
+    /// Connections that came to be.
+    #[serde(default)]
+    pub connections: u64,
+    /// Connections that did not.
+    #[serde(default)]
+    pub failures: u64,
 }
 
 /// A prefix, as far as its rules steer a protocol to a service.

@@ -1,6 +1,8 @@
 //! The control API, HTTP and JSON on a Unix socket: requests, answers, and the client.
 
 #[cfg(feature = "daemon")]
+mod advice;
+#[cfg(feature = "daemon")]
 mod announce;
 #[cfg(feature = "daemon")]
 mod client;
@@ -17,6 +19,7 @@ mod types;
 
 #[cfg(feature = "daemon")]
 pub use self::{
+    advice::advice,
     announce::{AnnounceState, AnnounceView, AnnouncedPrefix, DrainRequest, DrainState, DrainView, Undrain},
     client::Client,
     events::{EventLine, EventView, Listen, Outcome, Wanted},
@@ -24,7 +27,10 @@ pub use self::{
         AnswerView, Considered, Endpoint, Explain, Explanation, ListenerView, Reason, RouteView, RuleView, SocketView,
         Verdict,
     },
-    live::{LivePrefix, LiveService, LiveUpstream, LiveView, PrefixCounts, ServiceCounts},
+    live::{
+        LiveAdvice, LiveAnnounce, LiveNode, LivePrefix, LiveService, LiveUpstream, LiveView, PrefixCounts,
+        ServiceCounts,
+    },
     peer::{Peer, Readers},
     types::{
         AddPrefixes, Applied, Apply, BackEndView, FleetView, ListPrefixes, PrefixView, ProgressView, RefusedView,

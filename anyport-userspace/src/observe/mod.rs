@@ -6,7 +6,9 @@
 
 mod connections;
 mod families;
+mod history;
 mod metrics;
+mod page;
 mod process;
 mod ranking;
 mod sample;

@@ -2,17 +2,26 @@
 
 use std::{
     collections::HashMap,
-    sync::{Arc, Mutex as StdMutex, PoisonError, RwLock},
+    sync::{Arc, Mutex as StdMutex, MutexGuard, PoisonError, RwLock},
     time::{Duration, Instant},
 };
 
 use hyper::body::Bytes;
-use tokio::{runtime::Handle, sync::Mutex, time::timeout};
+use nix::unistd::gethostname;
+use tokio::{
+    runtime::Handle,
+    sync::Mutex,
+    time::{sleep, timeout},
+};
 use tokio_util::task::AbortOnDropHandle;
+use tracing::debug;
 
-use super::ranking::{Counts, Ranked, Ranking};
+use super::{
+    history::{self, History},
+    ranking::{Counts, Ranked, Ranking},
+};
 use crate::{
-    api::{LivePrefix, LiveService, LiveUpstream, LiveView, Problem, ProblemKind, ServiceCounts},
+    api::{LiveNode, LivePrefix, LiveService, LiveUpstream, LiveView, Problem, ProblemKind, ServiceCounts},
     engine::{Engine, Observed, ObservedService, Progress, Shared},
     rules::ServiceName,
 };
@@ -49,6 +58,7 @@ pub struct Observer {
     /// Where the threads of control work: what is asked of them passes through them.
     control: Handle,
     state: Mutex<State>,
+    history: StdMutex<History>,
     limits: Limits,
     /// How far a long command is, once the engine has started.
     progress: RwLock<Option<Arc<Progress>>>,
@@ -119,7 +129,16 @@ impl Observer {
     /// Of this engine, as soon as it is there. Must be called within the runtime of control.
     pub fn new(engine: Shared, servers: Servers) -> Self {
         let (state, progress, stuck) = (Mutex::default(), RwLock::default(), RwLock::default());
-        Self { engine, control: Handle::current(), state, limits: LIMITS, progress, stuck, servers }
+        Self {
+            engine,
+            control: Handle::current(),
+            state,
+            history: StdMutex::default(),
+            limits: LIMITS,
+            progress,
+            stuck,
+            servers,
+        }
     }
 
     /// As [`Self::sample`], taken by the threads of control: reading counters takes capabilities that others do not have.
@@ -171,6 +190,39 @@ impl Observer {
         });
         *state = State { latest: Some(Arc::clone(&sample)), counts: counted };
         Ok(sample)
+    }
+
+    /// Adds to the history for as long as this is polled.
+    pub(super) async fn keep_history(self: &Arc<Self>) {
+        let mut pause = history::PERIOD;
+        loop {
+            sleep(pause).await;
+            let this = Arc::clone(self);
+            let took = AbortOnDropHandle::new(self.control.spawn(async move { this.record().await })).await;
+            pause = history::PERIOD.max(took.unwrap_or_default() * history::REST);
+        }
+    }
+
+    /// Adds a point to the history, and says how long reading the counters took, where somebody has not just had them read. There is
+    /// none while a command is under way.
+    async fn record(&self) -> Duration {
+        if let Some(latest) = self.state.lock().await.latest.as_ref().filter(|it| it.age() < history::PERIOD / 2) {
+            self.history().record(latest.taken, &latest.observed.services);
+            return Duration::ZERO;
+        }
+        let Ok(engine) = timeout(PATIENCE, self.engine.lock()).await else { return Duration::ZERO };
+        let Some(engine) = engine.as_ref() else { return Duration::ZERO };
+        let begun = Instant::now();
+        match engine.observe(|_| {}) {
+            Ok(observed) => self.history().record(begun, &observed.services),
+            Err(problem) => debug!("add to the history: {problem}"),
+        }
+        begun.elapsed()
+    }
+
+    /// What was counted in the last hour.
+    pub(super) fn history(&self) -> MutexGuard<'_, History> {
+        self.history.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Whether control is alive: what it does if it is, what is wrong if not. One that is busy with a command is alive as long as the
@@ -234,7 +286,13 @@ fn view(
         services: services.iter().map(|it| service(it, before.get(&it.view.name), window)).collect(),
         prefixes_omitted: all - prefixes.len(),
         prefixes,
+        node: LiveNode::new(host_name(), status),
     }
+}
+
+/// Nothing where it is not text.
+pub(super) fn host_name() -> String {
+    gethostname().ok().and_then(|name| name.into_string().ok()).unwrap_or_default()
 }
 
 fn service(observed: &ObservedService, before: Option<&ServiceCounts<u64>>, window: Option<f64>) -> LiveService {
@@ -242,7 +300,10 @@ fn service(observed: &ObservedService, before: Option<&ServiceCounts<u64>>, wind
     let upstreams = view.upstreams.iter().map(|it| LiveUpstream {
         address: it.address.clone(),
         state: it.state,
+        why: it.why.clone(),
         active: it.active,
+        connections: it.connections,
+        failures: it.failures,
     });
     let counts = counts(observed);
     LiveService {
@@ -258,7 +319,7 @@ fn service(observed: &ObservedService, before: Option<&ServiceCounts<u64>>, wind
     }
 }
 
-fn counts(ObservedService { view, counters, denied, .. }: &ObservedService) -> ServiceCounts<u64> {
+pub(super) fn counts(ObservedService { view, counters, denied, .. }: &ObservedService) -> ServiceCounts<u64> {
     let stats = &view.stats;
     ServiceCounts {
         steered: view.steered,

@@ -2,7 +2,6 @@
 
 use std::{
     convert::Infallible,
-    fmt::Write as _,
     net::{IpAddr, SocketAddr, TcpListener as StdListener},
     sync::Arc,
     thread::JoinHandle,
@@ -12,7 +11,7 @@ use std::{
 use anyhow::Context as _;
 use http_body_util::Full;
 use hyper::{
-    Method, Request, Response, StatusCode,
+    Method, Request, Response, StatusCode, Uri,
     body::{Bytes, Incoming},
     header::{
         ALLOW, CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE, HOST, HeaderName, HeaderValue, REFERRER_POLICY,
@@ -23,7 +22,6 @@ use hyper::{
     service::service_fn,
 };
 use hyper_util::rt::{TokioIo, TokioTimer};
-use nix::unistd::gethostname;
 use tokio::{
     net::{TcpListener, TcpStream},
     runtime::Builder,
@@ -34,8 +32,8 @@ use tracing::{debug, info, warn};
 
 use super::{
     connections::{Admitted, Connections},
-    metrics,
-    sample::{Observer, Sample},
+    history, metrics, page,
+    sample::{Observer, Sample, host_name},
 };
 use crate::{api::Problem, complaint::Complaint, privileges, write_timeout::WriteTimeout};
 
@@ -54,9 +52,6 @@ const TEXT: &str = "text/plain; charset=utf-8";
 const METRICS: &str = "text/plain; version=0.0.4; charset=utf-8";
 const JSON: &str = "application/json";
 const HTML: &str = "text/html; charset=utf-8";
-const PAGE: &str = include_str!("page.html");
-/// What the page has in place of a nonce.
-const NONCE: &str = "{nonce}";
 
 /// Serves until it is dropped; then nobody listens there any more.
 #[derive(Debug)]
@@ -92,7 +87,8 @@ impl Server {
             };
             runtime.block_on(async {
                 tokio::select! {
-                    () = serve(listener, address, &complaint_of_thread, observer) => {}
+                    () = serve(listener, address, &complaint_of_thread, Arc::clone(&observer)) => {}
+                    () = observer.keep_history() => {}
                     // An error says that the sender is gone, which is what is waited for.
                     _ = stopped.changed() => {}
                 }
@@ -191,7 +187,7 @@ async fn converse(
             if is_loopback && !is_known(request.headers().get(HOST)) {
                 return Ok::<_, Infallible>(plain(StatusCode::MISDIRECTED_REQUEST, UNKNOWN_HOST.into()));
             }
-            Ok(answer(request.method(), request.uri().path(), &observer).await)
+            Ok(answer(request.method(), request.uri(), &observer).await)
         }
     });
     http1::Builder::new()
@@ -215,13 +211,13 @@ fn is_known(host: Option<&HeaderValue>) -> bool {
 }
 
 fn is_name_of_host(name: &str) -> bool {
-    let own = gethostname().ok().and_then(|own| own.into_string().ok());
-    own.is_some_and(|own| name.eq_ignore_ascii_case(&own))
+    let own = host_name();
+    !own.is_empty() && name.eq_ignore_ascii_case(&own)
 }
 
 type Answer = Response<Full<Bytes>>;
 
-async fn answer(method: &Method, path: &str, observer: &Arc<Observer>) -> Answer {
+async fn answer(method: &Method, target: &Uri, observer: &Arc<Observer>) -> Answer {
     if !matches!(*method, Method::GET | Method::HEAD) {
         let refusal = plain(StatusCode::METHOD_NOT_ALLOWED, "only GET and HEAD\n".into());
         return with(refusal, ALLOW, "GET, HEAD");
@@ -230,21 +226,38 @@ async fn answer(method: &Method, path: &str, observer: &Arc<Observer>) -> Answer
         Ok(sample) => make(&sample),
         Err(problem) => unavailable(&problem),
     };
-    match path {
+    match target.path() {
         "/" => page(),
         "/metrics" => sampled(|sample| of(StatusCode::OK, METRICS, sample.text(metrics::text))).await,
         "/live.json" => sampled(live).await,
+        "/history.json" => past(target.query().unwrap_or_default(), observer),
         "/healthz" => match observer.alive().await {
             Ok(how) => plain(StatusCode::OK, format!("{how}\n")),
             Err(why) => plain(StatusCode::SERVICE_UNAVAILABLE, format!("{why}\n")),
         },
         "/readyz" => sampled(readiness).await,
-        _ => plain(StatusCode::NOT_FOUND, "there is /, /live.json, /metrics, /healthz and /readyz\n".into()),
+        _ => plain(
+            StatusCode::NOT_FOUND,
+            "there is /, /live.json, /history.json, /metrics, /healthz and /readyz\n".into(),
+        ),
     }
 }
 
 fn live(sample: &Sample) -> Answer {
-    match serde_json::to_string(&sample.live()) {
+    json(serde_json::to_string(&sample.live()))
+}
+
+fn past(query: &str, observer: &Observer) -> Answer {
+    let query: history::Query = match serde_urlencoded::from_str(query) {
+        Ok(query) => query,
+        Err(error) => return plain(StatusCode::BAD_REQUEST, format!("read the query: {error}; docs/api.md has it\n")),
+    };
+    let told = observer.history().json(&query);
+    told.map_or_else(|| plain(StatusCode::NOT_FOUND, "nothing is kept of this service\n".into()), json)
+}
+
+fn json(text: serde_json::Result<String>) -> Answer {
+    match text {
         Ok(json) => of(StatusCode::OK, JSON, json),
         Err(error) => plain(StatusCode::INTERNAL_SERVER_ERROR, format!("write the answer as JSON: {error}\n")),
     }
@@ -257,22 +270,11 @@ fn readiness(sample: &Sample) -> Answer {
     }
 }
 
-/// The page with a nonce of its own: nothing but what it came with is run or shown.
 fn page() -> Answer {
-    let mut bytes = [0_u8; 16];
-    if let Err(error) = rustix::rand::getrandom(bytes.as_mut_slice(), rustix::rand::GetRandomFlags::empty()) {
-        return plain(StatusCode::INTERNAL_SERVER_ERROR, format!("get random bytes: {error}\n"));
+    match page::fresh() {
+        Ok((text, policy)) => with(of(StatusCode::OK, HTML, text), CONTENT_SECURITY_POLICY, &policy),
+        Err(error) => plain(StatusCode::INTERNAL_SERVER_ERROR, format!("get random bytes: {error}\n")),
     }
-    let nonce = bytes.iter().fold(String::new(), |mut text, byte| {
-        // Writing to a string does not fail.
-        write!(text, "{byte:02x}").ok();
-        text
-    });
-    let policy = format!(
-        "default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; connect-src 'self'; \
-         base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    );
-    with(of(StatusCode::OK, HTML, PAGE.replace(NONCE, &nonce)), CONTENT_SECURITY_POLICY, &policy)
 }
 
 fn unavailable(problem: &Problem) -> Answer {

@@ -21,7 +21,7 @@ modprobe -a xt_TPROXY xt_socket xt_mark ipt_REJECT ip6t_REJECT xt_set ip_set_has
 echo "anyport: $(uname -r) $(uname -v), up after $(cut -d' ' -f1 /proc/uptime) s"
 { uname -r; uname -v; } >/tmp/results/kernel
 export ANYPORTD=/under-test/debug/anyportd ANYPORTCTL=/under-test/debug/anyportctl
-export ANYPORT_REQUIRE=all ANYPORT_TEST_CASES=/tmp/cases ANYPORT_TEST_PATIENCE=8 RUST_BACKTRACE=0
+export ANYPORT_TEST_KERNEL=1 ANYPORT_REQUIRE=all ANYPORT_TEST_CASES=/tmp/cases ANYPORT_TEST_PATIENCE=8 RUST_BACKTRACE=0
 cd /tmp
 # What tests complain goes to the console alone: it would tear the runner's lines apart.
 {
