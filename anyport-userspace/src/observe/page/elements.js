@@ -34,6 +34,7 @@ function reveal(element, isShown) {
 
 function short(number, unit) {
   if (number == null) return "–";
+  if (number > 0 && number < .05) return "< 0.1" + (unit ? " " + unit : "");
   const base = unit === "B" ? 1024 : 1000, units = ["", "k", "M", "G", "T"];
   let step = 0;
   while (number >= base - .5 && step < 4) { number /= base; step++; }

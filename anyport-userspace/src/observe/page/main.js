@@ -104,7 +104,10 @@ async function look() {
     if (!document.hidden) {
       const { kind, name } = route();
       const isDue = Date.now() - asked > 4500;
-      const [view] = await Promise.all([get("live.json"), isDue && extend(""), kind === "service" && extend(name)]);
+      const view = await get("live.json");
+      if (isDue) await extend("");
+      const isKept = kind === "service" && name in (histories.get("") || { services: {} }).services;
+      if (isKept && (isDue || !histories.has(name))) await extend(name);
       if (isDue) asked = Date.now();
       latest = view;
       remember(view.prefixes);
