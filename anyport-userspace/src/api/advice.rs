@@ -63,7 +63,7 @@ const ADVICE: [(&[&str], &str, &str); 19] = [
     (&["configuration"], "correct the file, then: anyportctl reload", "docs/configuration.md"),
 ];
 /// Where nothing is known of a message.
-const GENERAL: (&str, &str) = ("see what this host lacks: anyportctl doctor", "docs/operations.md");
+const GENERAL: (&str, &str) = ("see whether it is gone in a minute, and what the log says of it", "docs/operations.md");
 
 /// What to do about something that `status` lists as degraded, and the document that has more.
 pub fn advice(degraded: &str) -> (&'static str, &'static str) {

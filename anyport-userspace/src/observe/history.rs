@@ -20,8 +20,10 @@ const POINTS: usize = 720;
 /// How many services have points of their own.
 const SERVICES: usize = 64;
 
-/// What is kept, each with its name.
-const SERIES: [(&str, fn(&Moment) -> f64); 11] = [
+/// A name, and how its values are found.
+type Series = (&'static str, fn(&Moment) -> f64);
+/// What is kept.
+const SERIES: [Series; 11] = [
     ("active", |it| it.active),
     ("steered", |it| it.rates.steered),
     ("no_socket", |it| it.rates.no_socket),
@@ -111,7 +113,6 @@ impl History {
     fn push(&mut self, time: f64, rows: Vec<(&ServiceName, Row)>) {
         let sum = rows.iter().fold(Row::default(), |sum, (_, row)| std::array::from_fn(|at| sum[at] + row[at]));
         add(&mut self.totals, sum);
-        let points = self.times.len().min(POINTS - 1);
         let rows: HashMap<_, _> = self.make_room(rows).into_iter().collect();
         for name in rows.keys() {
             if !self.services.contains_key(*name) {
@@ -124,9 +125,8 @@ impl History {
             add(series, rows.get(name).copied().unwrap_or(ABSENT));
         }
         add(&mut self.times, (time * 10.0).round() / 10.0);
-        debug_assert_eq!(self.times.len(), points + 1);
         // One that has gone stays as long as it has a point.
-        self.services.retain(|_, series| series.iter().any(|row| !row[0].is_nan()));
+        self.services.retain(|_, series| series.iter().rev().any(|row| !row[0].is_nan()));
     }
 
     /// The rows of services that have, or get, points of their own. Those that have gone make room for others.

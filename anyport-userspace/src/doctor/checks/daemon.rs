@@ -1,6 +1,7 @@
 //! What the daemon itself finds wrong, or what it left behind when it was killed.
 
 use crate::{
+    api::advice,
     doctor::{Finding, Host, host::known},
     routes::ROUTE_PROTOCOL,
     text::list_of,
@@ -9,8 +10,9 @@ use crate::{
 pub(super) fn look(host: &Host) -> anyhow::Result<Vec<Finding>> {
     let Ok(daemon) = &host.daemon else { return left_behind(host) };
     let degraded = daemon.status.degraded.iter().map(|what| {
+        let (action, document) = advice(what);
         Finding::broken(what, "The daemon says so itself; `anyportctl status` lists it as degraded.")
-            .by_hand("docs/operations.md says what to do about each")
+            .by_hand(format!("{action}; {document} has more"))
     });
     Ok(degraded.collect())
 }
