@@ -138,9 +138,9 @@ fn past() {
 fn draw(lab: &Lab, browser: &mut Browser, begin: Instant) {
     lab.daemon.ok("remove-prefix 203.0.113.128/25");
     lab.daemon.ok("remove-service proxy");
-    for turn in 0_u8.. {
-        dial(lab, 20 + turn % 7 * 20);
-        if begin.elapsed() > Duration::from_mins(4) {
+    for connections in [20, 80, 40, 120, 60].into_iter().cycle() {
+        dial(lab, connections);
+        if begin.elapsed() > Duration::from_mins(2) {
             break;
         }
     }
