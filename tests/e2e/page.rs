@@ -140,7 +140,7 @@ fn draw(lab: &Lab, browser: &mut Browser, begin: Instant) {
     lab.daemon.ok("remove-service proxy");
     for connections in [20, 80, 40, 120, 60].into_iter().cycle() {
         dial(lab, connections);
-        if begin.elapsed() > Duration::from_mins(2) {
+        if begin.elapsed() > Duration::from_secs(90) {
             break;
         }
     }

@@ -88,7 +88,7 @@ mod tests {
         assert_eq!(advice("the moon is full"), GENERAL);
     }
 
-    /// The words of this list are those of messages: whoever changes one of these finds it here.
+    /// The words of this list are those of messages: a change of one of these belongs here, too.
     #[test]
     fn documents_that_are_named_have_what_is_meant() {
         let root = concat!(env!("CARGO_MANIFEST_DIR"), "/..");

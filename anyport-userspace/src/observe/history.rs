@@ -13,7 +13,7 @@ use crate::{api::ServiceCounts, engine::ObservedService, rules::ServiceName};
 /// How often there is a point, at most.
 pub(super) const PERIOD: Duration = Duration::from_secs(5);
 /// After reading counters for a point there is a pause of so many times what it took. Nobody may ever look at the points, so this
-/// is less of a CPU than samples may take that somebody has asked for.
+/// is less of a CPU than samples may take that a client has asked for.
 pub(super) const REST: u32 = 200;
 /// An hour of points.
 const POINTS: usize = 720;

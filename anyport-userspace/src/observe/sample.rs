@@ -203,7 +203,7 @@ impl Observer {
         }
     }
 
-    /// Adds a point to the history, and says how long reading the counters took, where somebody has not just had them read. There is
+    /// Adds a point to the history, and says how long reading the counters took, where no client has just had them read. There is
     /// none while a command is under way.
     async fn record(&self) -> Duration {
         if let Some(latest) = self.state.lock().await.latest.as_ref().filter(|it| it.age() < history::PERIOD / 2) {
