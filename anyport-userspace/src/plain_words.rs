@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 
 /// What serde, toml, `serde_json` and Rust's own types say, and what is said instead. Longer ones come before those that they contain.
-const SAID: [(&str, &str); 32] = [
+const SAID: [(&str, &str); 31] = [
     // What was expected.
     ("expected a nonzero u8", "expected a whole number from 1 to 255"),
     ("expected a nonzero u16", "expected a whole number from 1 to 65535"),
@@ -19,22 +19,21 @@ const SAID: [(&str, &str); 32] = [
     ("expected a boolean", "expected true or false, without quotes"),
     ("expected a sequence", "expected a list"),
     ("expected a map", "expected a table"),
-    ("expected a borrowed string", "expected a text"),
-    ("expected a string", "expected a text"),
+    ("expected a borrowed string", "expected a string"),
     (
         "string values must be quoted, expected literal string",
-        "a text must stand in quotes; true, false and numbers stand without",
+        "a string must stand in quotes; true, false and numbers stand without",
     ),
     // What was found.
     ("invalid type: integer", "wrong kind of value: the number"),
     ("invalid type: floating point", "wrong kind of value: the number"),
     ("invalid type: boolean", "wrong kind of value:"),
-    ("invalid type: string", "wrong kind of value: the text"),
+    ("invalid type: string", "wrong kind of value: the string"),
     ("invalid type: sequence", "wrong kind of value: a list"),
     ("invalid type: map", "wrong kind of value: a table"),
     ("invalid type: null", "wrong kind of value: null"),
     ("invalid value: integer", "wrong value: the number"),
-    ("invalid value: string", "wrong value: the text"),
+    ("invalid value: string", "wrong value: the string"),
     ("unknown variant", "unknown value"),
     // Texts that are no numbers.
     ("number would be zero for non-zero type", "it must be a whole number from 1 on"),

@@ -83,7 +83,7 @@ fn says_where_and_what() {
     for (text, wanted) in [
         ("[daemon]\nworkers = 0", ["line 2", "from 1 on"]),
         ("[daemon]\nworkers = 9999", ["line 2, column 11: workers = 9999", "1024"]),
-        ("[daemon]\nmetrics = \"localhost:9464\"", ["line 2", "socket address"]),
+        ("[daemon]\nmetrics = \"localhost:9464\"", ["line 2", "such as 127.0.0.1"]),
         ("[daemon]\nworker = 1", ["line 2, column 1", "worker"]),
         ("[daemon]\nsteering = \"ebpf\"", ["line 2", "sk-lookup"]),
         ("[daemons]", ["line 1", "daemons"]),

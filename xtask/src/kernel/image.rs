@@ -59,7 +59,7 @@ pub(crate) fn root(store: &Path) -> Result<PathBuf> {
     for mount_point in ["under-test", "lib/modules"] {
         fs::create_dir_all(directory.join(mount_point))?;
     }
-    from_directory(&directory, &image, "4G")?;
+    from_directory(&directory, &image, "3G")?;
     fs::remove_dir_all(&directory).context("remove what is in the image now")?;
     fs::write(&made_of, wanted)?;
     Ok(image)
