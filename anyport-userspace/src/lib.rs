@@ -59,6 +59,8 @@ pub mod observe;
 #[cfg(feature = "daemon")]
 pub mod paths;
 #[cfg(feature = "daemon")]
+mod plain_words;
+#[cfg(feature = "daemon")]
 pub mod privileges;
 #[cfg(feature = "daemon")]
 pub mod routes;
@@ -87,7 +89,6 @@ pub mod api;
 mod as_text;
 mod datagram;
 mod owner;
-mod plain_words;
 mod problem;
 pub mod register;
 pub mod rules;

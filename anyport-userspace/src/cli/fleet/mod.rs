@@ -2,6 +2,7 @@
 
 mod bar;
 mod change;
+mod examples;
 mod history;
 mod metrics;
 mod nodes;
@@ -18,7 +19,7 @@ use std::{
 use clap::Subcommand;
 use serde::Deserialize;
 
-use super::{GLOBAL, Output, examples};
+use super::{GLOBAL, Output};
 use crate::{
     api::{Problem, ProblemKind},
     config::DEFAULT_FILE,
