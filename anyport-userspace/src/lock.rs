@@ -40,6 +40,8 @@ use crate::{
 /// the process however it ends (unix(7), since Linux 2.2; by namespace since 2.6.29).
 const NAME: &str = "anyportd";
 const ATTEMPTS: u32 = 40;
+/// The same before anything is made.
+const ATTEMPTS_OF_KEEPER: u32 = 10;
 const PAUSE: Duration = Duration::from_millis(50);
 /// In the state directory.
 const LOCK_FILE: &str = "lock";
@@ -81,12 +83,16 @@ impl Lock {
     /// # Errors
     /// There is one: names its pid.
     pub fn expect_free() -> anyhow::Result<()> {
-        match holder_of_lock().filter(is_daemon) {
-            Some(holder) if !is_gone(holder.pid()) && !is_orphan(holder.pid()) => {
-                Err(already_running(&holder.pid().to_string()))
+        let at_work =
+            || holder_of_lock().filter(is_daemon).map(|it| it.pid()).filter(|it| !is_gone(*it) && !is_orphan(*it));
+        for _ in 0..ATTEMPTS_OF_KEEPER {
+            if at_work().is_none() {
+                return Ok(());
             }
-            _ => Ok(()),
+            // Its keeper may have been killed a moment ago.
+            thread::sleep(PAUSE);
         }
+        at_work().map_or(Ok(()), |pid| Err(already_running(&pid.to_string())))
     }
 
     fn take_namespace() -> anyhow::Result<Self> {
