@@ -215,7 +215,7 @@ fn readers() {
         }
         let before = daemon.pid();
         let (status, answer) = http::request(&daemon.socket(), "GET", "/v1/takeover", b"{}");
-        assert!(status == 404 && daemon.pid() == before, "{answer}");
+        assert!(status == 405 && daemon.pid() == before, "{answer}");
         assert_eq!(daemon.rules().len(), 1);
     }
 }
