@@ -188,7 +188,7 @@ fn rollout() {
     );
     let view = fleet.wait_for("main", "current", 3);
     assert_eq!(view["nodes"][0]["report"]["set"], view["pointer"]["set"]);
-    contains(&fleet.driver.ok("status"), &["ring main: sequence 2", "3 nodes: 3 current", "m1    current  2"]);
+    contains(&fleet.driver.ok("status"), &["ring main: sequence 2", "3 nodes: 3 current", "m1    current         2"]);
     // Without a file, the rings behind get what the first one has.
     fleet.driver.ok(&format!("publish {} --ring canary", fleet.set("192.0.2.0/24")));
     fleet.driver.ok("rollout --rings canary,main --gate 0s");
