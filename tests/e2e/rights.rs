@@ -5,13 +5,14 @@ use std::{
     fs,
     os::unix::fs::{MetadataExt as _, PermissionsExt as _, chown},
     path::Path,
+    process::Command,
     time::Duration,
 };
 
 use anyport_tests::{
     daemon::{Daemon, Setup},
     dial::{PATIENCE, expect_tcp_hello, expect_udp_hello, tcp_text, tcp_within, udp},
-    host::wait_for,
+    host::{Outcome, wait_for},
     netns::Netns,
     owners::Owner,
     prerequisites::{GROUP, USER, program, public_copy, scratch},
@@ -234,13 +235,14 @@ fn closed_way() {
     });
     lab.daemon.ok(&format!("add-prefix {PREFIXES} --protocol both"));
     serve(&lab.topology);
-    let root = format!("/proc/{}/root/sys/fs/bpf", lab.daemon.pid());
     let names = |path: &str| {
-        let entries = fs::read_dir(path).unwrap_or_else(|error| panic!("{path}: {error}")).flatten();
-        entries.map(|it| it.file_name().to_string_lossy().into_owned()).collect::<Vec<_>>()
+        let target = lab.daemon.pid().to_string();
+        let outcome = Outcome::of(Command::new("nsenter").args(["--target", &target, "--mount", "ls", "-A", path]));
+        assert!(outcome.status == 0, "{path}: {outcome}");
+        outcome.stdout.lines().map(str::to_owned).collect::<Vec<_>>()
     };
-    assert_eq!(names(&root), ["anyport"], "all that it sees of what is pinned");
-    assert!(names(&format!("{root}/anyport")).contains(&"rules".to_owned()));
+    assert_eq!(names("/sys/fs/bpf"), ["anyport"], "all that it sees of what is pinned");
+    assert!(names("/sys/fs/bpf/anyport").contains(&"rules".to_owned()));
 }
 
 /// Before Linux 5.11 maps count against the limit of locked memory, which is raised before the daemon becomes its user.
