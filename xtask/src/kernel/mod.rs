@@ -162,8 +162,8 @@ impl Lab {
         fs::write(&exchange, &cases).with_context(|| format!("write {}", exchange.display()))?;
         fs::File::options().write(true).open(&exchange)?.set_len(EXCHANGE)?;
         let disks = Disks { root: &self.root, programs: &self.programs, exchange: &exchange };
-        let run = machine::boot(name, linux, &disks, accelerator, LIMITS[usize::from(!selection.brief)])?;
-        println!("{name}: the machine ran for {} s.", run.time.as_secs());
+        let limit = LIMITS[usize::from(!selection.brief)];
+        let run = machine::until_begun(name, || machine::boot(name, linux, &disks, accelerator, limit))?;
         let outcome = Outcome::read(&run, &exchange, &self.store.join("results").join(release))?;
         fs::remove_file(&exchange)?;
         Ok(outcome)
