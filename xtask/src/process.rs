@@ -25,7 +25,16 @@ pub(crate) fn target_dir(root: &Path) -> PathBuf {
 pub(crate) fn cargo(root: &Path, subcommand: &str) -> Command {
     let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     command.current_dir(root).args([subcommand, "--locked"]);
+    for (name, _) in env::vars_os().filter(|(name, _)| name.to_str().is_some_and(is_about_xtask)) {
+        command.env_remove(name);
+    }
     command
+}
+
+/// Whether a variable tells xtask who it is. A build script that looks at it (that of `ring` does) would run again whenever
+/// `cargo xtask` follows another cargo or the other way round, and most of the workspace would be built once more.
+fn is_about_xtask(variable: &str) -> bool {
+    ["CARGO_PKG_", "CARGO_MANIFEST_"].iter().any(|prefix| variable.starts_with(prefix))
 }
 
 /// Runs a command to its end; the error shows the whole of it.
@@ -97,9 +106,19 @@ pub(crate) fn host_target() -> Result<String> {
 
 #[cfg(test)]
 mod tests {
-    use std::process::Command;
+    use std::{path::Path, process::Command};
 
-    use super::{dying_with_us, stdout};
+    use super::{cargo, dying_with_us, is_about_xtask, stdout};
+
+    #[test]
+    fn cargo_hears_nothing_of_xtask() {
+        assert!(
+            is_about_xtask("CARGO_MANIFEST_DIR") && !is_about_xtask("CARGO_TARGET_DIR") && !is_about_xtask("CARGO")
+        );
+        // Set by the cargo that runs this test.
+        let cargo = cargo(Path::new("/"), "build");
+        assert!(cargo.get_envs().any(|(name, value)| name == "CARGO_PKG_NAME" && value.is_none()), "{cargo:?}");
+    }
 
     #[test]
     fn dying_with_us_keeps_arguments_environment_and_directory() {
