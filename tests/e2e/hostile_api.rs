@@ -16,6 +16,7 @@ use anyport_tests::{
     host::wait_for,
     http,
     netns::Netns,
+    promptness::{self, Times, expect_prompt},
 };
 use libtest_mimic::Trial;
 use nix::{
@@ -24,19 +25,19 @@ use nix::{
 };
 use serde_json::Value;
 
-use crate::cases::{alone, trial};
+use crate::cases::{alone, at, trial};
 
 /// Rules whose list nobody reads.
 const RULES: u32 = 200_000;
 /// What memory may grow by under attack, in bytes.
 const GROWTH: u64 = 64 << 20;
-/// How long 99 of 100 answers may take. A build that is not optimized shares its processors with attackers that are.
-const P99: Duration = Duration::from_millis(if cfg!(debug_assertions) { 300 } else { 100 });
 /// Answers that are measured.
 const ASKED: usize = 100;
 /// Commands at a time.
 const COMMANDS: usize = 120;
 const METRICS: &str = "127.0.0.1:9464";
+/// What is dialled meanwhile.
+const STEERED: &str = "198.51.100.0/24";
 
 /// As a user without privileges, asks over and over as it is told.
 const ATTACKERS: &str = "
@@ -122,25 +123,6 @@ fn descriptors(pid: Pid) -> usize {
     fs::read_dir(format!("/proc/{pid}/fd")).expect("descriptors").count()
 }
 
-/// How long 99 of 100 took.
-fn p99(mut times: Vec<Duration>) -> Duration {
-    times.sort_unstable();
-    times[(times.len() * 99).div_ceil(100) - 1]
-}
-
-/// How long root waits for `status`, without the start of a process.
-fn statuses(daemon: &Daemon, go_on: impl Fn(usize) -> bool) -> Vec<Duration> {
-    let mut times = Vec::new();
-    while go_on(times.len()) {
-        let begun = Instant::now();
-        let (status, answer) = http::request(&daemon.socket(), "GET", "/v1/status", b"");
-        times.push(begun.elapsed());
-        assert_eq!(status, 200, "{answer}");
-        thread::sleep(Duration::from_millis(10));
-    }
-    times
-}
-
 fn rules(count: u32) -> String {
     let address = |number: u32| {
         let [_, a, b, c] = number.to_be_bytes();
@@ -161,20 +143,25 @@ fn start(backend: &str, adapt: impl FnOnce(Setup) -> Setup) -> Daemon {
     adapt(Setup::new(&namespace, backend).args(["--readers", "all"])).start()
 }
 
+/// A client on the same host.
+fn client(daemon: &Daemon) -> Option<(&Netns, SocketAddr)> {
+    Some((daemon.namespace(), at("198.51.100.7", 80)))
+}
+
 fn unread() {
     let daemon = start("sk-lookup", |setup| setup);
     apply(&daemon, RULES);
-    statuses(&daemon, |done| done < 3);
+    daemon.ok(&format!("add-prefix {STEERED}"));
+    expect_prompt(&daemon, client(&daemon), "before any attack", |asked| asked < ASKED);
     let idle = memory(daemon.pid());
     let before = descriptors(daemon.pid());
     for kind in ["unread", "pipelined", "half", "dribble", "churn"] {
         let attackers = Attackers::new(&daemon, kind);
         thread::sleep(Duration::from_secs(2));
-        let times = statuses(&daemon, |done| done < ASKED);
+        expect_prompt(&daemon, client(&daemon), kind, |asked| asked < ASKED);
         let grown = memory(daemon.pid()).saturating_sub(idle);
-        eprintln!("{kind}: status p99 {:?}, {} MiB above idle", p99(times.clone()), grown >> 20);
+        eprintln!("{kind}: {} MiB above idle", grown >> 20);
         assert!(grown <= GROWTH, "{kind}: {} MiB above idle", grown >> 20);
-        assert!(p99(times.clone()) <= P99, "{kind}: status took {times:?}");
         drop(attackers);
     }
     wait_for("connections that are closed", Duration::from_secs(20), || {
@@ -186,16 +173,14 @@ fn unread() {
 fn during_apply() {
     for backend in ["sk-lookup", "tproxy"] {
         let daemon = start(backend, |setup| setup);
-        daemon.ok("add-prefix 198.51.100.0/24");
+        daemon.ok(&format!("add-prefix {STEERED}"));
         let _attackers = ["unread", "explain"].map(|kind| Attackers::new(&daemon, kind));
-        let times = thread::scope(|scope| {
+        thread::scope(|scope| {
             let applied = scope.spawn(|| apply(&daemon, 100_000));
-            let times = statuses(&daemon, |done| done < ASKED || !applied.is_finished());
+            let what = format!("{backend}, during an apply");
+            expect_prompt(&daemon, client(&daemon), &what, |asked| asked < ASKED || !applied.is_finished());
             applied.join().expect("the rules are applied");
-            times
         });
-        eprintln!("{backend}: {} times status during apply, p99 {:?}", times.len(), p99(times.clone()));
-        assert!(p99(times.clone()) <= P99, "{backend}: status took {times:?}");
         assert_eq!(daemon.json("status")["rules"], 100_001);
     }
 }
@@ -366,16 +351,13 @@ fn http_address() {
     };
     for said in [&b""[..], b"GET /met", b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n"] {
         let _silent: Vec<_> = (0..300).map(|_| connect(said)).collect();
-        let mut times = Vec::new();
+        let mut times = Times::default();
         for _ in 0..ASKED {
-            let begun = Instant::now();
-            let answer = ask(METRICS, "/metrics");
-            times.push(begun.elapsed());
+            let answer = times.measure(|| ask(METRICS, "/metrics"));
             assert!(answer.starts_with("HTTP/1.1 200") && answer.contains("anyport_"), "{answer}");
         }
         let said = String::from_utf8_lossy(said).into_owned();
-        eprintln!("{said:?}: p99 of scrapes {:?}", p99(times.clone()));
-        assert!(p99(times.clone()) <= P99, "beside those who said {said:?}: {times:?}");
+        times.expect_within(promptness::STATUS, &format!("beside those who said {said:?}: a scrape"));
     }
     assert!(memory(daemon.pid()).saturating_sub(idle) <= GROWTH);
     for path in ["/", "/metrics", "/live.json", "/history.json"] {

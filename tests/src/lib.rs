@@ -26,6 +26,7 @@ pub mod packet;
 pub mod plot;
 pub mod prefixes;
 pub mod prerequisites;
+pub mod promptness;
 pub mod random;
 pub mod servers;
 pub mod steady;

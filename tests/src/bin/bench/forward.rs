@@ -8,16 +8,18 @@ use std::{
 
 use anyhow::Result;
 use anyport_tests::{
-    numbers::{median, percentile},
+    numbers::{count, percentile},
     random::Random,
 };
 
 use super::{
     micros,
-    proxies::{Kind, Lab, target},
+    proxies::{Kind, Lab, Others, Proxy, Way},
+    samples::{Meter, Subject},
     traffic::{
-        CpuTime, leave_first_cpu,
+        leave_first_cpu,
         load::{self, Load},
+        upstream::{ECHO, SOURCE},
     },
 };
 
@@ -36,6 +38,8 @@ pub(crate) struct Options {
     /// Connections whose memory is measured.
     #[arg(long, default_value_t = 4_000)]
     idle: usize,
+    #[command(flatten)]
+    others: Others,
 }
 
 /// Bytes of a request, and of its answer.
@@ -46,16 +50,14 @@ const CONCURRENT: usize = 64;
 const READERS: usize = 4;
 /// Requests of which the time is taken in a round.
 const TIMED: usize = 500;
+/// Bytes of a MiB, by which downloads are counted.
+const MIB: f64 = 1_048_576.0;
 
 /// What was measured of a proxy by one way, with or without PROXY header.
 #[derive(Debug)]
-struct Subject {
-    kind: Kind,
+struct Measured {
+    subject: Subject<3>,
     has_header: bool,
-    /// By [`Load`]: what is counted in a second, for each round.
-    rates: [Vec<f64>; 3],
-    /// By [`Load`]: microseconds of processor time of the proxy for one of what is counted, or for a MiB.
-    costs: [Vec<f64>; 3],
     latencies: Vec<Duration>,
     /// Bytes for an idle connection.
     memory: f64,
@@ -64,137 +66,149 @@ struct Subject {
 /// The benchmark.
 pub(crate) fn forward(options: &Options) -> Result<()> {
     leave_first_cpu()?;
-    let lab = Lab::start()?;
-    let kinds = Kind::ALL.into_iter().flat_map(|kind| [false, true].map(|has_header| (kind, has_header)));
-    let mut subjects: Vec<Subject> = kinds
-        .filter(|it| *it != (Kind::Direct, true))
-        .map(|(kind, has_header)| Subject {
-            kind,
-            has_header,
-            rates: Default::default(),
-            costs: Default::default(),
-            latencies: Vec::new(),
-            memory: 0.0,
-        })
-        .collect();
+    let proxies = options.others.proxies(&[Kind::HaProxy, Kind::Nginx])?;
+    let labs: Vec<Lab> = proxies.iter().map(Lab::start).collect::<Result<_>>()?;
+    let mut all: Vec<(usize, Measured)> = Vec::new();
+    for (number, proxy) in proxies.iter().enumerate() {
+        let ways = [false, true].into_iter().take(if proxy.kind == Kind::Direct { 1 } else { 2 });
+        all.extend(ways.map(|has_header| (number, Measured::new(proxy, has_header))));
+    }
     let mut random = Random::new("forward");
-    let mut order: Vec<usize> = (0..subjects.len()).collect();
+    let mut order: Vec<usize> = (0..all.len()).collect();
     // The first round warms up and is forgotten.
     for round in 0..=options.rounds {
         random.shuffle(&mut order);
         for &index in &order {
-            measure(&lab, &mut subjects[index], Duration::from_millis(options.slice), round > 0)?;
+            let (lab, measured) = &mut all[index];
+            measured.measure(&labs[*lab], Duration::from_millis(options.slice), round > 0)?;
         }
         if stderr().is_terminal() {
             eprint!("\rround {round} of {} ", options.rounds);
         }
     }
-    drop(lab);
-    for subject in subjects.iter_mut().filter(|it| it.kind != Kind::Direct) {
+    drop(labs);
+    let mut all: Vec<Measured> = all.into_iter().map(|(_, measured)| measured).collect();
+    for measured in all.iter_mut().filter(|it| it.subject.proxy.kind != Kind::Direct) {
         // A proxy that has had as many connections before has memory for them.
-        subject.memory = idle_memory(&Lab::start()?, subject, options.idle)?;
+        measured.memory = idle_memory(&Lab::start(&measured.subject.proxy)?, measured.has_header, options.idle)?;
     }
-    print(&mut subjects, options);
+    print_rates(&all);
+    print_costs(&mut all);
+    print_ratios(&all);
+    explain(&mut all, options);
     Ok(())
 }
 
-fn measure(lab: &Lab, subject: &mut Subject, slice: Duration, counts: bool) -> Result<()> {
-    let Subject { kind, has_header, rates, costs, latencies, .. } = subject;
-    for load in LOADS {
-        let to = target(*kind, load, *has_header);
-        let clients = if load == Load::Bulk { READERS } else { CONCURRENT };
-        let time = CpuTime::of(lab.process(*kind))?;
-        let rate = lab.topology.client.enter(|| load::rate(load, to, REQUEST, clients, slice))?;
-        let used = time.used()?;
+impl Measured {
+    fn new(proxy: &Proxy, has_header: bool) -> Self {
+        Self { subject: Subject::new(proxy.clone()), has_header, latencies: Vec::new(), memory: 0.0 }
+    }
+
+    fn measure(&mut self, lab: &Lab, slice: Duration, counts: bool) -> Result<()> {
+        for (load, samples) in LOADS.into_iter().zip(&mut self.subject.samples) {
+            let (port, clients, unit) =
+                if load == Load::Bulk { (SOURCE, READERS, MIB) } else { (ECHO, CONCURRENT, 1.0) };
+            let to = lab.target(Way::Tcp { port, has_header: self.has_header });
+            let meter = Meter::start(lab.process())?;
+            let rate = lab.topology.client.enter(|| load::rate(load, to, REQUEST, clients, slice))? / unit;
+            if counts {
+                meter.stop(samples, rate, rate * (slice + load::WARM_UP).as_secs_f64())?;
+            }
+        }
+        let to = lab.target(Way::Tcp { port: ECHO, has_header: self.has_header });
+        let times = lab.topology.client.enter(|| load::latencies(to, REQUEST, TIMED))?;
         if counts {
-            let unit = if load == Load::Bulk { 1_048_576.0 } else { 1.0 };
-            rates[load as usize].push(rate);
-            costs[load as usize].push(used / (rate * (slice + load::WARM_UP).as_secs_f64() / unit));
+            self.latencies.extend(times);
+        }
+        Ok(())
+    }
+
+    fn header(&self) -> &'static str {
+        match (self.has_header, self.subject.proxy.kind) {
+            (false, _) => "–",
+            (true, Kind::Nginx) => "v1",
+            (true, _) => "v2",
         }
     }
-    let to = target(*kind, Load::Requests, *has_header);
-    let times = lab.topology.client.enter(|| load::latencies(to, REQUEST, TIMED))?;
-    if counts {
-        latencies.extend(times);
-    }
-    Ok(())
 }
 
-fn idle_memory(lab: &Lab, subject: &Subject, count: usize) -> Result<f64> {
-    let to = target(subject.kind, Load::Requests, subject.has_header);
-    let before = lab.memory(subject.kind)?;
-    let idle = lab.topology.client.enter(|| load::idle(to, REQUEST, count))?;
+fn idle_memory(lab: &Lab, has_header: bool, many: usize) -> Result<f64> {
+    let to = lab.target(Way::Tcp { port: ECHO, has_header });
+    let before = lab.memory()?;
+    let idle = lab.topology.client.enter(|| load::idle(to, REQUEST, many))?;
     // What was taken for the last requests is given back.
     thread::sleep(Duration::from_secs(1));
-    let now = lab.memory(subject.kind)?;
+    let now = lab.memory()?;
     drop(idle);
     #[expect(clippy::cast_precision_loss, reason = "far below 2^52")]
-    Ok(now.saturating_sub(before) as f64 / count as f64)
+    Ok(now.saturating_sub(before) as f64 / count(many))
 }
 
-/// The median of the rounds' ratios to the better of HAProxy and nginx in the same round.
-fn ratio(subjects: &[Subject], subject: &Subject, load: Load) -> Option<f64> {
-    let rates = |kind| {
-        let other = subjects.iter().find(|it| it.kind == kind && it.has_header == subject.has_header)?;
-        Some(&other.rates[load as usize])
-    };
-    let (haproxy, nginx) = (rates(Kind::HaProxy)?, rates(Kind::Nginx)?);
-    let better = haproxy.iter().zip(nginx).map(|(haproxy, nginx)| haproxy.max(*nginx));
-    let own = &subject.rates[load as usize];
-    Some(median(own.iter().zip(better).map(|(own, better)| own / better)))
-}
-
-fn print(subjects: &mut [Subject], options: &Options) {
-    println!("| proxy | PROXY header | connections/s | ratio | requests/s | ratio | Gbit/s | ratio |");
-    println!("|---|---|---:|---:|---:|---:|---:|---:|");
-    for subject in &*subjects {
-        let [connections, requests, bulk] = LOADS.map(|load| median(subject.rates[load as usize].iter().copied()));
-        let [r0, r1, r2] = LOADS.map(|load| match ratio(subjects, subject, load) {
-            Some(ratio) if subject.kind != Kind::Direct => format!("{ratio:.2}"),
-            _ => "–".to_owned(),
-        });
-        let (kind, header) = (subject.kind, header(subject));
-        let gbit = bulk * 8.0 / 1e9;
-        println!("| {kind} | {header} | {connections:.0} | {r0} | {requests:.0} | {r1} | {gbit:.1} | {r2} |");
+fn print_rates(all: &[Measured]) {
+    println!("| proxy | PROXY header | connections/s | requests/s | Gbit/s |");
+    println!("|---|---|---:|---:|---:|");
+    for measured in all {
+        let [connections, requests, bulk] = measured.subject.medians(|it| &it.rates);
+        let (proxy, header, gbit) = (&measured.subject.proxy, measured.header(), bulk * MIB * 8.0 / 1e9);
+        println!("| {proxy} | {header} | {connections:.0} | {requests:.0} | {gbit:.1} |");
     }
     println!();
+}
+
+fn print_costs(all: &mut [Measured]) {
     println!(
-        "| proxy | PROXY header | CPU µs a connection | CPU µs a request | CPU µs a MiB | added p50 µs | added p99 µs | \
-         bytes an idle connection |"
+        "| CPU µs | PROXY header | a connection, all | threads | a request, all | threads | a MiB, all | threads | \
+         added p50 µs | added p99 µs | bytes idle |"
+    );
+    println!("|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|");
+    let [direct_p50, direct_p99] = direct_latencies(all);
+    for measured in all {
+        let (subject, header) = (&measured.subject, measured.header());
+        let ([c0, r0, m0], [c1, r1, m1]) = (subject.medians(|it| &it.system), subject.medians(|it| &it.own));
+        print!("| {} | {header} | {c0:.1} | {c1:.1} | {r0:.1} | {r1:.1} | {m0:.0} | {m1:.0} |", subject.proxy);
+        if subject.proxy.kind == Kind::Direct {
+            println!(" – | – | – |");
+            continue;
+        }
+        let [p50, p99] = [50, 99].map(|part| micros(percentile(&mut measured.latencies, part)));
+        println!(" {:.1} | {:.1} | {:.0} |", p50 - direct_p50, p99 - direct_p99, measured.memory);
+    }
+    println!();
+}
+
+fn direct_latencies(all: &mut [Measured]) -> [f64; 2] {
+    let direct = all.iter_mut().find(|it| it.subject.proxy.kind == Kind::Direct);
+    direct.map_or([0.0; 2], |it| [50, 99].map(|part| micros(percentile(&mut it.latencies, part))))
+}
+
+fn print_ratios(all: &[Measured]) {
+    println!(
+        "| anyport to | PROXY header | connections/s | requests/s | bytes/s | CPU a connection | CPU a request | CPU a MiB |"
     );
     println!("|---|---|---:|---:|---:|---:|---:|---:|");
-    let mut direct =
-        subjects.iter().find(|it| it.kind == Kind::Direct).map(|it| it.latencies.clone()).unwrap_or_default();
-    let [direct_p50, direct_p99] = [50, 99].map(|part| micros(percentile(&mut direct, part)));
-    for subject in subjects.iter_mut().filter(|it| it.kind != Kind::Direct) {
-        let [connection, request, mib] = LOADS.map(|load| median(subject.costs[load as usize].iter().copied()));
-        let [p50, p99] = [50, 99].map(|part| micros(percentile(&mut subject.latencies, part)));
-        println!(
-            "| {} | {} | {connection:.1} | {request:.1} | {mib:.0} | {:.1} | {:.1} | {:.0} |",
-            subject.kind,
-            header(subject),
-            p50 - direct_p50,
-            p99 - direct_p99,
-            subject.memory
-        );
+    for rival in all.iter().filter(|it| it.subject.proxy.is_rival()) {
+        let is_anyport = |it: &&Measured| it.subject.proxy.kind == Kind::Anyport && !it.subject.proxy.is_rival();
+        let own = all.iter().filter(is_anyport).find(|it| it.has_header == rival.has_header);
+        let Some(own) = own else { continue };
+        let [connection, request, bulk] = own.subject.ratios(&rival.subject);
+        let [rates, costs] = [0, 1].map(|at| [connection[at], request[at], bulk[at]]);
+        let cells: Vec<String> = rates.iter().chain(&costs).map(|it| format!("{it:.2}")).collect();
+        println!("| {} | {} | {} |", rival.subject.proxy, rival.header(), cells.join(" | "));
     }
     println!();
+}
+
+fn explain(all: &mut [Measured], options: &Options) {
+    let [p50, p99] = direct_latencies(all);
     println!(
         "One thread for each proxy, all of them on the first CPU; clients and upstream share the other one. {} rounds, in each of \
-         which every proxy has every load for {} ms, in random order. Rates are medians of the rounds; a ratio is the \
-         median of the rounds' ratios to the better of HAProxy and nginx. Requests have 100 bytes, and so do their answers: \
-         64 clients at a time, for connections/s with a new connection for each request. Gbit/s: four downloads. Added latency: \
-         of single requests over one connection, {TIMED} in a round, less what they take without proxy (p50 {direct_p50:.1} µs, \
-         p99 {direct_p99:.1} µs). CPU: time of the proxy's threads. Memory: private pages of the proxy's processes, with \
-         {} connections more than before.",
+         which every proxy has every load for {} ms, in random order. Rates and times are medians of the rounds; a ratio is the \
+         median of the rounds' ratios. Requests have {REQUEST} bytes, and so do their answers: {CONCURRENT} clients at a time, \
+         for connections/s with a new connection for each request. Gbit/s: {READERS} downloads. CPU, all: time that the \
+         processors of the machine work, by clients, upstream and the kernel's work for packets, too; threads: time of the \
+         proxy's threads. Added latency: of single requests over one connection, {TIMED} in a round, less what they take \
+         without proxy (p50 {p50:.1} µs, p99 {p99:.1} µs). Idle: private pages of the proxy's processes, with {} connections \
+         more than before.",
         options.rounds, options.slice, options.idle
     );
-}
-
-fn header(subject: &Subject) -> &'static str {
-    match (subject.has_header, subject.kind) {
-        (false, _) => "–",
-        (true, Kind::Nginx) => "v1",
-        (true, _) => "v2",
-    }
 }

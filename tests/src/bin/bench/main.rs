@@ -12,6 +12,7 @@ mod lookup;
 mod memory;
 mod proxies;
 mod relay;
+mod samples;
 mod subjects;
 mod traffic;
 mod udp;

@@ -6,11 +6,8 @@ use anyhow::{Context as _, Result};
 use anyport_tests::holdings::Holdings;
 
 use super::{
-    proxies::{Kind, Lab, target},
-    traffic::{
-        leave_first_cpu,
-        load::{self, Load},
-    },
+    proxies::{Kind, Lab, Proxy, Way},
+    traffic::{leave_first_cpu, load, upstream::ECHO},
 };
 
 /// Bytes of a request, and of its answer.
@@ -31,8 +28,8 @@ pub(crate) struct Options {
 /// The benchmark.
 pub(crate) fn memory(options: &Options) -> Result<()> {
     leave_first_cpu()?;
-    let lab = Lab::start()?;
-    let to = target(Kind::Anyport, Load::Connections, false);
+    let lab = Lab::start(&Proxy::new(Kind::Anyport, None)?)?;
+    let to = lab.target(Way::Tcp { port: ECHO, has_header: false });
     println!("| connections so far | private memory, KiB | BPF maps, KiB | descriptors |");
     println!("|---:|---:|---:|---:|");
     print(&lab, 0)?;
@@ -54,7 +51,7 @@ pub(crate) fn memory(options: &Options) -> Result<()> {
 }
 
 fn print(lab: &Lab, done: u64) -> Result<()> {
-    let pid = lab.process(Kind::Anyport).context("the daemon")?;
+    let pid = lab.process().context("the daemon")?;
     let Holdings { descriptors, memory, maps } = Holdings::of(pid)?;
     println!("| {done} | {memory} | {maps} | {descriptors} |");
     Ok(())

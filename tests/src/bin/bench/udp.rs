@@ -1,7 +1,6 @@
 //! `bench udp`: datagrams through the handler `forward` and through nginx.
 
 use std::{
-    fmt,
     io::{self, IsTerminal as _, stderr},
     net::{SocketAddr, UdpSocket},
     os::fd::AsFd as _,
@@ -10,21 +9,13 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 use anyport::sys::datagrams::Batch;
-use anyport_tests::{
-    daemon::{Daemon, Setup},
-    dial::receive,
-    host::wait_for,
-    numbers::median,
-    prerequisites,
-    random::Random,
-    topology::{HOST, SERVER, Topology},
-};
+use anyport_tests::{dial::receive, host::wait_for, random::Random};
 use nix::poll::{PollFd, PollFlags, poll};
-use tempfile::TempDir;
 
 use super::{
-    proxies::{nginx_config, write},
-    traffic::{CpuTime, Running, leave_first_cpu, on_first_cpu, separate, start_upstream, upstream::ECHO},
+    proxies::{Kind, Lab, Others, Way},
+    samples::{Meter, Subject},
+    traffic::leave_first_cpu,
 };
 
 /// Options of `bench udp`.
@@ -42,36 +33,16 @@ pub(crate) struct Options {
     /// Datagrams of each kept flow that are under way at the same time.
     #[arg(long, default_value_t = 4)]
     window: usize,
+    #[command(flatten)]
+    others: Others,
 }
 
 /// Bytes of a datagram.
 const LENGTH: usize = 100;
-/// Where nginx waits for flows that are kept, and for those of one question.
-const NGINX: [u16; 2] = [8_200, 8_201];
-/// What anyport answers for, in the same order.
-const DIALLED: [&str; 2] = ["192.0.2.1", "192.0.2.2"];
 /// Before anything counts.
 const WARM_UP: Duration = Duration::from_millis(200);
 /// After this, a datagram is taken for lost.
 const PATIENCE: Duration = Duration::from_millis(200);
-
-/// Who is between client and upstream.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
-    Direct,
-    Nginx,
-    Anyport,
-}
-
-impl fmt::Display for Kind {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Direct => "no proxy",
-            Self::Nginx => "nginx stream",
-            Self::Anyport => "anyport",
-        })
-    }
-}
 
 /// What clients do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -84,120 +55,71 @@ enum Load {
 
 const LOADS: [Load; 2] = [Load::Kept, Load::New];
 
-/// What was measured, by [`Load`], for each round.
-#[derive(Debug)]
-struct Subject {
-    kind: Kind,
-    /// Answers in a second.
-    rates: [Vec<f64>; 2],
-    /// Microseconds of the proxy's processor time for one answer.
-    costs: [Vec<f64>; 2],
-}
-
-/// Everybody at work.
-struct Lab {
-    topology: Topology,
-    nginx: Running,
-    daemon: Daemon,
-    _upstream: Running,
-    _directory: TempDir,
+impl Load {
+    fn way(self) -> Way {
+        Way::Udp { has_one_answer: self == Self::New }
+    }
 }
 
 /// The benchmark.
 pub(crate) fn udp(options: &Options) -> Result<()> {
     leave_first_cpu()?;
-    let lab = Lab::start()?;
-    let mut subjects = [Kind::Direct, Kind::Nginx, Kind::Anyport].map(|kind| Subject {
-        kind,
-        rates: Default::default(),
-        costs: Default::default(),
-    });
+    let mut subjects: Vec<(Lab, Subject<2>)> = Vec::new();
+    for proxy in options.others.proxies(&[Kind::Nginx])? {
+        let lab = Lab::start(&proxy)?;
+        expect_answers(&lab)?;
+        subjects.push((lab, Subject::new(proxy)));
+    }
     let mut random = Random::new("udp");
     let mut order: Vec<usize> = (0..subjects.len()).collect();
     // The first round warms up and is forgotten.
     for round in 0..=options.rounds {
         random.shuffle(&mut order);
         for &index in &order {
-            lab.measure(&mut subjects[index], options, round > 0)?;
+            let (lab, subject) = &mut subjects[index];
+            measure(lab, subject, options, round > 0)?;
         }
         if stderr().is_terminal() {
             eprint!("\rround {round} of {} ", options.rounds);
         }
     }
+    let subjects: Vec<_> = subjects.into_iter().map(|(_, subject)| subject).collect();
     print(&subjects, options);
     Ok(())
 }
 
-impl Lab {
-    fn start() -> Result<Self> {
-        let topology = Topology::new();
-        separate(&topology);
-        let directory = prerequisites::scratch();
-        let upstream = start_upstream(&topology)?;
-        let listen = |port: u16, more: &str| {
-            format!(" server {{ listen {}:{port} udp; proxy_pass {}:{ECHO}; {more} }}\n", HOST[0], SERVER[0])
+fn expect_answers(lab: &Lab) -> Result<()> {
+    for load in LOADS {
+        let to = lab.target(load.way());
+        let ask = || {
+            let socket = UdpSocket::bind("0.0.0.0:0")?;
+            socket.connect(to)?;
+            socket.set_read_timeout(Some(PATIENCE))?;
+            socket.send(b"?")?;
+            receive(&socket, &mut [0; 1])
         };
-        let servers = listen(NGINX[0], "") + &listen(NGINX[1], "proxy_requests 1; proxy_responses 1;");
-        let config = write(&directory, "nginx.conf", &nginx_config(&directory, &servers))?;
-        let nginx = Running::start(&topology.host, on_first_cpu("nginx").arg("-c").arg(config));
-        let daemon = Setup::new(&topology.host, "sk-lookup").through(["taskset", "--cpu-list", "0"]);
-        let daemon = daemon.args(["--workers", "1"]).start();
-        for (dialled, more) in DIALLED.iter().zip(["", "--udp responses=1"]) {
-            daemon.ok(&format!("add-service to-{dialled} --handler forward --upstream {}:{ECHO} {more}", SERVER[0]));
-            daemon.ok(&format!("add-prefix {dialled}/32 --protocol udp --service to-{dialled}"));
-        }
-        let lab = Self { topology, nginx, daemon, _upstream: upstream, _directory: directory };
-        for kind in [Kind::Direct, Kind::Nginx, Kind::Anyport] {
-            for load in LOADS {
-                let to = target(kind, load);
-                let ask = || {
-                    let socket = UdpSocket::bind("0.0.0.0:0")?;
-                    socket.connect(to)?;
-                    socket.set_read_timeout(Some(PATIENCE))?;
-                    socket.send(b"?")?;
-                    receive(&socket, &mut [0; 1])
-                };
-                wait_for("answer", Duration::from_secs(20), || {
-                    lab.topology.client.enter(ask).map_err(|error| format!("{kind} at {to}: {error}"))
-                });
-            }
-        }
-        Ok(lab)
+        wait_for("answer", Duration::from_secs(20), || {
+            lab.topology.client.enter(ask).map_err(|error| format!("{load:?} at {to}: {error}"))
+        });
     }
-
-    fn measure(&self, subject: &mut Subject, options: &Options, counts: bool) -> Result<()> {
-        let Subject { kind, rates, costs } = subject;
-        let process = match kind {
-            Kind::Direct => None,
-            Kind::Nginx => Some(self.nginx.id()),
-            Kind::Anyport => Some(self.daemon.pid().as_raw().unsigned_abs()),
-        };
-        for load in LOADS {
-            let to = target(*kind, load);
-            let slice = Duration::from_millis(options.slice);
-            let time = CpuTime::of(process)?;
-            let (all, rate) = self.topology.client.enter(|| match load {
-                Load::Kept => Clients::new(to, options.flows, options.window)?.keep_on(slice),
-                Load::New => Clients::new(to, options.flows, 1)?.begin_anew(slice),
-            })?;
-            let used = time.used()?;
-            ensure!(all > 0.0, "{kind} at {to} answers nothing");
-            if counts {
-                rates[load as usize].push(rate);
-                costs[load as usize].push(used / all);
-            }
-        }
-        Ok(())
-    }
+    Ok(())
 }
 
-fn target(kind: Kind, load: Load) -> SocketAddr {
-    let (address, port) = match kind {
-        Kind::Direct => (SERVER[0], ECHO),
-        Kind::Nginx => (HOST[0], NGINX[load as usize]),
-        Kind::Anyport => (DIALLED[load as usize], 7),
-    };
-    SocketAddr::new(address.parse().expect("an address"), port)
+fn measure(lab: &Lab, subject: &mut Subject<2>, options: &Options, counts: bool) -> Result<()> {
+    let slice = Duration::from_millis(options.slice);
+    for (load, samples) in LOADS.into_iter().zip(&mut subject.samples) {
+        let to = lab.target(load.way());
+        let meter = Meter::start(lab.process())?;
+        let (all, rate) = lab.topology.client.enter(|| match load {
+            Load::Kept => Clients::new(to, options.flows, options.window)?.keep_on(slice),
+            Load::New => Clients::new(to, options.flows, 1)?.begin_anew(slice),
+        })?;
+        ensure!(all > 0.0, "{} at {to} answers nothing", subject.proxy);
+        if counts {
+            meter.stop(samples, rate, all)?;
+        }
+    }
+    Ok(())
 }
 
 /// Clients that have asked and wait for answers.
@@ -312,31 +234,36 @@ fn connected(to: SocketAddr) -> Result<UdpSocket> {
     Ok(socket)
 }
 
-fn print(subjects: &[Subject; 3], options: &Options) {
-    let [_, nginx, _] = subjects;
-    println!("| proxy | datagrams/s, kept flows | ratio | CPU µs each | new flows/s | ratio | CPU µs each |");
+fn print(subjects: &[Subject<2>], options: &Options) {
+    println!(
+        "| proxy | datagrams/s, kept flows | CPU µs each, all | threads | new flows/s | CPU µs each, all | threads |"
+    );
     println!("|---|---:|---:|---:|---:|---:|---:|");
     for subject in subjects {
-        print!("| {} |", subject.kind);
-        for load in LOADS.map(|load| load as usize) {
-            let ratios = subject.rates[load].iter().zip(&nginx.rates[load]).map(|(own, nginx)| own / nginx);
-            let (rate, cost) = (&subject.rates[load], &subject.costs[load]);
-            let rate = median(rate.iter().copied());
-            match subject.kind {
-                Kind::Direct => print!(" {rate:.0} | – | – |"),
-                _ => print!(" {rate:.0} | {:.2} | {:.1} |", median(ratios), median(cost.iter().copied())),
-            }
+        let ([kept, new], [kept_all, new_all], [kept_own, new_own]) =
+            (subject.medians(|it| &it.rates), subject.medians(|it| &it.system), subject.medians(|it| &it.own));
+        println!(
+            "| {} | {kept:.0} | {kept_all:.1} | {kept_own:.1} | {new:.0} | {new_all:.1} | {new_own:.1} |",
+            subject.proxy
+        );
+    }
+    println!();
+    println!("| anyport to | datagrams/s, kept flows | CPU each | new flows/s | CPU each |");
+    println!("|---|---:|---:|---:|---:|");
+    if let Some((own, others)) = subjects.split_last() {
+        for other in others.iter().filter(|it| it.proxy.is_rival()) {
+            let [[kept, kept_cost], [new, new_cost]] = own.ratios(other);
+            println!("| {} | {kept:.2} | {kept_cost:.2} | {new:.2} | {new_cost:.2} |", other.proxy);
         }
-        println!();
     }
     println!();
     println!(
-        "One thread for each proxy, both on the first CPU; clients and upstream, an echo, share the other one. {} rounds, in each of \
-         which everybody has both loads for {} ms, in random order. Rates are medians of the rounds; a ratio is the median of the \
-         rounds' ratios to nginx. Datagrams have {LENGTH} bytes, and so have their answers. Kept flows: {}, each with {} datagrams \
-         under way. New flows: {} at a time, of one question and one answer each (nginx with `proxy_requests 1` and \
-         `proxy_responses 1`, anyport with `responses = 1`). CPU: time of the proxy's \
-         threads for one answer.",
+        "One thread for each proxy, all on the first CPU; clients and upstream, an echo, share the other one. {} rounds, in each of \
+         which everybody has both loads for {} ms, in random order. Rates and times are medians of the rounds; a ratio is the \
+         median of the rounds' ratios. Datagrams have {LENGTH} bytes, and so have their answers. Kept flows: {}, each with {} \
+         datagrams under way. New flows: {} at a time, of one question and one answer each (nginx with `proxy_requests 1` and \
+         `proxy_responses 1`, anyport with `responses = 1`). CPU, all: time that the processors of the machine work for one \
+         answer, by clients, upstream and the kernel's work for packets, too; threads: time of the proxy's threads.",
         options.rounds, options.slice, options.flows, options.window, options.flows
     );
 }
