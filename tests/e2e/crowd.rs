@@ -4,13 +4,13 @@ use std::{
     fs,
     io::{ErrorKind, Read as _, Write as _},
     os::unix::{fs::PermissionsExt as _, net::UnixStream},
-    process::{Child, Command, Stdio},
+    process::{Command, Stdio},
     time::Duration,
 };
 
 use anyport_tests::{
     daemon::{Daemon, Setup},
-    host::Outcome,
+    host::{Outcome, Running},
     http,
     netns::Netns,
     prerequisites::{program, public_copy, scratch},
@@ -77,32 +77,20 @@ fn idle() {
     assert!(descriptors < 300, "{descriptors} descriptors for {IDLE} clients");
 }
 
-/// Clients of another user, ended when dropped.
-struct Sitters(Child);
-
-impl Sitters {
-    fn new(daemon: &Daemon, number: usize, said: &str) -> Self {
-        let mut command = Command::new("python3");
-        command.args(["-c", SITTERS]).arg(daemon.socket()).arg(number.to_string()).arg(said);
-        let mut process = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("python3");
-        let mut line = [0; 6];
-        process.stdout.take().expect("its output").read_exact(&mut line).expect("clients that sit there");
-        Self(process)
-    }
-}
-
-impl Drop for Sitters {
-    fn drop(&mut self) {
-        drop(self.0.kill());
-        drop(self.0.wait());
-    }
+/// Clients of another user, who sit there until this is dropped.
+fn sitters(daemon: &Daemon, number: usize, said: &str) -> Running {
+    let mut command = Command::new("python3");
+    command.args(["-c", SITTERS]).arg(daemon.socket()).arg(number.to_string()).arg(said);
+    let mut process = Running(command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("python3"));
+    process.first_line();
+    process
 }
 
 fn idle_readers() {
     let daemon = start(|setup| setup.args(["--readers", "all"]));
     let request = "GET /v1/services HTTP/1.1\r\nHost: anyport\r\n\r\n".repeat(3);
     for said in ["", "GET / HT", &request] {
-        let _sitters = Sitters::new(&daemon, IDLE / 2, said);
+        let _sitters = sitters(&daemon, IDLE / 2, said);
         expect_commands_work(&daemon, &format!("clients that said {said:?}"));
     }
 }

@@ -3,10 +3,9 @@
 
 use std::{
     fs,
-    io::Read as _,
     os::unix::fs::{PermissionsExt as _, chown, symlink},
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    process::{Command, Stdio},
     thread::sleep,
     time::{Duration, Instant},
 };
@@ -14,7 +13,7 @@ use std::{
 use anyport_tests::{
     daemon::{Daemon, Setup},
     dial::expect_tcp_hello,
-    host::wait_for,
+    host::{Running, wait_for},
     http,
     netns::Netns,
     owners::register_socket,
@@ -58,16 +57,6 @@ pub(crate) fn trials() -> Vec<Trial> {
     trials
 }
 
-/// A process that is ended when this is dropped.
-struct Running(Child);
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        drop(self.0.kill());
-        drop(self.0.wait());
-    }
-}
-
 /// Passes sockets until it is dropped. They are in the daemon's hands when this returns.
 fn pass(daemon: &Daemon, door: &str, times: usize) -> Running {
     let path = if door == "control" { daemon.socket() } else { register_socket(daemon) };
@@ -75,9 +64,7 @@ fn pass(daemon: &Daemon, door: &str, times: usize) -> Running {
     command.args(["-c", PASSER, door]).arg(path).args([LINGER, &times.to_string()]);
     command.stdin(Stdio::piped()).stdout(Stdio::piped());
     let mut process = Running(daemon.namespace().spawn(command));
-    let mut said = [0; 6];
-    process.0.stdout.take().expect("its output").read_exact(&mut said).expect("sockets that are passed");
-    assert_eq!(&said, b"passed");
+    assert_eq!(process.first_line(), "passed\n");
     process
 }
 
@@ -170,14 +157,12 @@ fn names() {
     let script = "import ctypes, socket, sys\n\
         ctypes.CDLL(None).prctl(15, '\\u202egnp.x\\u200b'.encode())\n\
         s = socket.create_server(('0.0.0.0', 8080))\n\
-        print(f'{s.fileno():5}', flush=True)\n\
+        print(s.fileno(), flush=True)\n\
         sys.stdin.read()\n";
     let mut command = Command::new("python3");
     command.args(["-c", script]).stdin(Stdio::piped()).stdout(Stdio::piped());
     let mut process = Running(lab.topology.host.spawn(command));
-    let mut descriptor = [0; 5];
-    process.0.stdout.take().expect("its output").read_exact(&mut descriptor).expect("a server");
-    let (pid, descriptor) = (process.0.id(), String::from_utf8_lossy(&descriptor));
+    let (pid, descriptor) = (process.0.id(), process.first_line());
     lab.daemon.ok(&format!("register web --pid {pid} --fd {}", descriptor.trim()));
     for arguments in ["explain tcp 192.0.2.3:80", "explain tcp 192.0.2.3:80 --json"] {
         let text = lab.daemon.ok(arguments);

@@ -3,17 +3,17 @@
 
 use std::{
     fs,
-    io::{BufRead as _, BufReader, Read as _, Write as _},
+    io::{Read as _, Write as _},
     net::{SocketAddr, TcpStream},
     os::unix::net::UnixStream,
-    process::{Child, ChildStdout, Command, Stdio},
+    process::{Command, Stdio},
     thread,
     time::{Duration, Instant},
 };
 
 use anyport_tests::{
     daemon::{Daemon, Setup},
-    host::wait_for,
+    host::{Running, wait_for},
     http,
     netns::Netns,
     promptness::{self, Times, expect_prompt},
@@ -92,25 +92,13 @@ pub(crate) fn trials() -> Vec<Trial> {
     ]
 }
 
-/// Attackers, ended when dropped.
-struct Attackers(Child);
-
-impl Attackers {
-    fn new(daemon: &Daemon, kind: &str) -> Self {
-        let mut command = Command::new("python3");
-        command.args(["-c", ATTACKERS]).arg(daemon.socket()).arg(kind).stdout(Stdio::piped());
-        let mut process = command.spawn().expect("python3");
-        let mut lines: BufReader<ChildStdout> = BufReader::new(process.stdout.take().expect("its output"));
-        lines.read_line(&mut String::new()).expect("attackers that have begun");
-        Self(process)
-    }
-}
-
-impl Drop for Attackers {
-    fn drop(&mut self) {
-        drop(self.0.kill());
-        drop(self.0.wait());
-    }
+/// They attack until this is dropped.
+fn attackers(daemon: &Daemon, kind: &str) -> Running {
+    let mut command = Command::new("python3");
+    command.args(["-c", ATTACKERS]).arg(daemon.socket()).arg(kind).stdout(Stdio::piped());
+    let mut process = Running(command.spawn().expect("python3"));
+    assert_eq!(process.first_line(), "begun\n");
+    process
 }
 
 fn memory(pid: Pid) -> u64 {
@@ -144,25 +132,25 @@ fn start(backend: &str, adapt: impl FnOnce(Setup) -> Setup) -> Daemon {
 }
 
 /// A client on the same host.
-fn client(daemon: &Daemon) -> Option<(&Netns, SocketAddr)> {
-    Some((daemon.namespace(), at("198.51.100.7", 80)))
+fn client(daemon: &Daemon) -> (&Netns, SocketAddr) {
+    (daemon.namespace(), at("198.51.100.7", 80))
 }
 
 fn unread() {
     let daemon = start("sk-lookup", |setup| setup);
     apply(&daemon, RULES);
     daemon.ok(&format!("add-prefix {STEERED}"));
-    expect_prompt(&daemon, client(&daemon), "before any attack", |asked| asked < ASKED);
+    expect_prompt(&daemon, Some(client(&daemon)), "before any attack", |asked| asked < ASKED);
     let idle = memory(daemon.pid());
     let before = descriptors(daemon.pid());
     for kind in ["unread", "pipelined", "half", "dribble", "churn"] {
-        let attackers = Attackers::new(&daemon, kind);
+        let attack = attackers(&daemon, kind);
         thread::sleep(Duration::from_secs(2));
-        expect_prompt(&daemon, client(&daemon), kind, |asked| asked < ASKED);
+        expect_prompt(&daemon, Some(client(&daemon)), kind, |asked| asked < ASKED);
         let grown = memory(daemon.pid()).saturating_sub(idle);
         eprintln!("{kind}: {} MiB above idle", grown >> 20);
         assert!(grown <= GROWTH, "{kind}: {} MiB above idle", grown >> 20);
-        drop(attackers);
+        drop(attack);
     }
     wait_for("connections that are closed", Duration::from_secs(20), || {
         let descriptors = descriptors(daemon.pid());
@@ -174,11 +162,11 @@ fn during_apply() {
     for backend in ["sk-lookup", "tproxy"] {
         let daemon = start(backend, |setup| setup);
         daemon.ok(&format!("add-prefix {STEERED}"));
-        let _attackers = ["unread", "explain"].map(|kind| Attackers::new(&daemon, kind));
+        let _attackers = ["unread", "explain"].map(|kind| attackers(&daemon, kind));
         thread::scope(|scope| {
             let applied = scope.spawn(|| apply(&daemon, 100_000));
             let what = format!("{backend}, during an apply");
-            expect_prompt(&daemon, client(&daemon), &what, |asked| asked < ASKED || !applied.is_finished());
+            expect_prompt(&daemon, Some(client(&daemon)), &what, |asked| asked < ASKED || !applied.is_finished());
             applied.join().expect("the rules are applied");
         });
         assert_eq!(daemon.json("status")["rules"], 100_001);

@@ -3,7 +3,7 @@
 use std::{
     ffi::{OsStr, OsString},
     fs,
-    io::{self, BufRead as _, BufReader, Write as _},
+    io::{self, Write as _},
     net::Shutdown,
     os::{
         linux::net::SocketAddrExt as _,
@@ -22,7 +22,7 @@ use std::{
 use anyport_tests::{
     daemon::{Daemon, Setup},
     dial::{expect_tcp_hello, expect_tcp_refused, read_text, tcp, tcp_server, tcp_text},
-    host::wait_for,
+    host::{Running, wait_for},
     netns::Netns,
     prerequisites::{program, public_copy, scratch},
     topology::Topology,
@@ -247,7 +247,7 @@ fn name_taken(backend: &'static str) {
     let holder = public.path().join("holder");
     public_copy(&std::env::current_exe().expect("this program"), &holder);
     fs::set_permissions(public.path(), fs::Permissions::from_mode(0o755)).expect("changing a mode");
-    let _holding = Holding::new(&namespace, &holder, "anyportd");
+    let _holding = holding(&namespace, &holder, "anyportd");
     let mut daemon = Daemon::start(&namespace, backend);
     daemon.ok("add-prefix 192.0.2.0/24");
     namespace.enter(|| expect_tcp_hello(at("192.0.2.3", 3)));
@@ -259,26 +259,12 @@ fn name_taken(backend: &'static str) {
 }
 
 /// A process of nobody's that has the name for as long as the value lives.
-struct Holding(std::process::Child);
-
-impl Holding {
-    fn new(namespace: &Netns, program: &Path, name: &str) -> Self {
-        let mut command = Command::new(program);
-        command.env(HOLD, name).uid(65_534).gid(65_534).stdin(Stdio::piped()).stdout(Stdio::piped());
-        let mut process = namespace.spawn(command);
-        let mut line = String::new();
-        BufReader::new(process.stdout.take().expect("its output")).read_line(&mut line).expect("a line of it");
-        assert_eq!(line, "held\n", "the process that takes the name @{name}");
-        Self(process)
-    }
-}
-
-impl Drop for Holding {
-    fn drop(&mut self) {
-        // One that is gone already is no failure.
-        drop(self.0.kill());
-        drop(self.0.wait());
-    }
+fn holding(namespace: &Netns, program: &Path, name: &str) -> Running {
+    let mut command = Command::new(program);
+    command.env(HOLD, name).uid(65_534).gid(65_534).stdin(Stdio::piped()).stdout(Stdio::piped());
+    let mut process = Running(namespace.spawn(command));
+    assert_eq!(process.first_line(), "held\n", "the process that takes the name @{name}");
+    process
 }
 
 /// The name that this process is to hold, if it is not to run tests.

@@ -2,7 +2,8 @@
 
 use std::{
     env, fmt,
-    process::{Command, Output, Stdio},
+    io::{BufRead as _, BufReader},
+    process::{Child, Command, Output, Stdio},
     sync::LazyLock,
     thread::sleep,
     time::{Duration, Instant},
@@ -48,6 +49,28 @@ impl fmt::Display for Outcome {
             }
         }
         Ok(())
+    }
+}
+
+/// A process that is killed when this is dropped.
+#[derive(Debug)]
+pub struct Running(pub Child);
+
+impl Running {
+    /// Waits for the first line that it prints, and listens to no other.
+    pub fn first_line(&mut self) -> String {
+        let mut line = String::new();
+        let output = self.0.stdout.take().expect("its standard output is a pipe that nobody has read yet");
+        BufReader::new(output).read_line(&mut line).expect("a first line");
+        line
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // One that has ended already is as good.
+        drop(self.0.kill());
+        drop(self.0.wait());
     }
 }
 

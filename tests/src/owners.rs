@@ -1,7 +1,6 @@
 //! Processes whose sockets are registered.
 
 use std::{
-    io::{BufRead as _, BufReader},
     os::fd::OwnedFd,
     path::PathBuf,
     process::{Child, Command, Stdio},
@@ -14,12 +13,16 @@ use nix::{
     unistd::Pid,
 };
 
-use crate::{daemon::Daemon, host::wait_for, netns::Netns};
+use crate::{
+    daemon::Daemon,
+    host::{Running, wait_for},
+    netns::Netns,
+};
 
 /// A process with a socket, killed when dropped.
 #[derive(Debug)]
 pub struct Owner {
-    process: Child,
+    process: Running,
     /// What it printed first.
     pub line: String,
 }
@@ -29,17 +32,15 @@ impl Owner {
     pub fn start(namespace: &Netns, program: &[&str]) -> Self {
         let mut command = Command::new("setpriv");
         command.args(["--pdeathsig", "KILL"]).args(program).stdin(Stdio::null()).stdout(Stdio::piped());
-        let mut process = namespace.spawn(command);
-        let mut line = String::new();
-        let output = process.stdout.take().expect("its standard output");
-        BufReader::new(output).read_line(&mut line).expect("a first line");
+        let mut process = Running(namespace.spawn(command));
+        let line = process.first_line();
         assert!(!line.is_empty(), "{program:?} ended at once");
         Self { process, line }
     }
 
     /// A process that prints nothing.
     pub fn of(process: Child) -> Self {
-        Self { process, line: String::new() }
+        Self { process: Running(process), line: String::new() }
     }
 
     /// The server that says `name`.
@@ -50,7 +51,7 @@ impl Owner {
 
     /// Its number.
     pub fn pid(&self) -> u32 {
-        self.process.id()
+        self.process.0.id()
     }
 
     fn number(&self, place: usize) -> u16 {
@@ -81,15 +82,8 @@ impl Owner {
     /// Waits until it has ended by itself.
     pub fn wait_for_end(mut self) {
         wait_for("end of a drained owner", Duration::from_secs(20), || {
-            self.process.try_wait().expect("its state").ok_or_else(|| "it runs".into())
+            self.process.0.try_wait().expect("its state").ok_or_else(|| "it runs".into())
         });
-    }
-}
-
-impl Drop for Owner {
-    fn drop(&mut self) {
-        drop(self.process.kill());
-        drop(self.process.wait());
     }
 }
 

@@ -41,6 +41,7 @@ impl Times {
     }
 
     /// Prints them, and panics where 99 of 100 are not within `limit`.
+    #[expect(clippy::print_stderr, reason = "shows how far from the limit it was")]
     pub fn expect_within(&self, limit: Duration, what: &str) {
         eprintln!("{what} took {self}");
         assert!(self.percentile(99) <= limit && self.percentile(100) <= LONGEST, "{what} took {self}: {:?}", self.0);

@@ -286,24 +286,23 @@ fn write(directory: &TempDir, name: &str, text: &str) -> Result<PathBuf> {
 /// HAProxy moves much by pipes if it is told to; `splice-auto` does not (2.6: no call of `splice` in a download). Small
 /// requests are cheaper without.
 fn haproxy() -> String {
-    let mut text =
-        "global\n nbthread 1\n maxconn 7000\ndefaults\n mode tcp\n timeout connect 5s\n timeout client 5m\n \
-                    timeout server 5m\n"
-            .to_owned();
-    for way in WAYS {
-        let Way::Tcp { port, has_header } = way else { continue };
+    let listener = |way: Way| {
+        let Way::Tcp { port, has_header } = way else { return String::new() };
         let header = if has_header { "send-proxy-v2" } else { "" };
         let splice = if port == SOURCE { " option splice-request\n option splice-response\n" } else { "" };
         let (own, upstream) = (way.listener(), way.upstream());
-        text += &format!("listen l{}\n bind {own} backlog 4096\n{splice} server up {upstream} {header}\n", own.port());
-    }
-    text
+        format!("listen l{}\n bind {own} backlog 4096\n{splice} server up {upstream} {header}\n", own.port())
+    };
+    let listeners: String = WAYS.into_iter().map(listener).collect();
+    format!(
+        "global\n nbthread 1\n maxconn 7000\ndefaults\n mode tcp\n timeout connect 5s\n timeout client 5m\n \
+         timeout server 5m\n{listeners}"
+    )
 }
 
 /// nginx with one thread, for streams. Downloads have a larger buffer than the 16 KiB that it has by default.
 fn nginx(directory: &TempDir, root: Option<&Path>) -> String {
-    let mut servers = String::new();
-    for way in WAYS {
+    let server = |way: Way| {
         let (listen, more) = match way {
             Way::Tcp { port, has_header } => {
                 let header = if has_header { "proxy_protocol on;" } else { "" };
@@ -314,8 +313,9 @@ fn nginx(directory: &TempDir, root: Option<&Path>) -> String {
             Way::Udp { has_one_answer: false } => ("udp", String::new()),
         };
         let (own, upstream) = (way.listener(), way.upstream());
-        servers += &format!(" server {{ listen {own} {listen}; proxy_pass {upstream}; {more} }}\n");
-    }
+        format!(" server {{ listen {own} {listen}; proxy_pass {upstream}; {more} }}\n")
+    };
+    let servers: String = WAYS.into_iter().map(server).collect();
     let directory = directory.path().display();
     let module = root.unwrap_or(Path::new("/")).join(STREAM_MODULE);
     let module = if module.exists() { format!("load_module {};\n", module.display()) } else { String::new() };

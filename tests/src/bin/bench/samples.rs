@@ -68,7 +68,7 @@ impl Meter {
         let whole = self.begin.elapsed() * idle.processors;
         samples.rates.push(rate);
         samples.own.push(own / units);
-        samples.system.push(micros(whole.saturating_sub(idle.time - self.idle.time)) / units);
+        samples.system.push(micros(whole.saturating_sub(idle.time.saturating_sub(self.idle.time))) / units);
         Ok(())
     }
 }
@@ -84,7 +84,7 @@ impl Idle {
     fn now() -> Result<Self> {
         /// Of a line of `/proc/stat` (`proc_stat(5)`): idle, waiting for disks, and taken by the hypervisor.
         const FIELDS: [usize; 3] = [4, 5, 8];
-        /// In a second (USER_HZ).
+        /// In a second (`USER_HZ`).
         const TICKS: f64 = 100.0;
         let stat = fs::read_to_string("/proc/stat").context("read /proc/stat")?;
         let all = stat.lines().next().context("/proc/stat is empty")?;
