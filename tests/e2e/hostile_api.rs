@@ -265,6 +265,9 @@ fn lost() {
         ("DELETE", "/v1/prefixes", r#"{"prefixes":["198.51.100.0/24"]}"#),
         ("DELETE", "/v1/services/web", ""),
         ("POST", "/v1/apply", "203.0.113.0/24 tcp 80 service=default route=no\n"),
+        ("POST", "/v1/apply?confirm=60", "203.0.113.0/24 tcp 81 service=default route=no\n"),
+        ("POST", "/v1/confirm", ""),
+        ("POST", "/v1/reload", ""),
     ];
     for (number, (method, target, body)) in verbs.into_iter().enumerate() {
         let id = format!("lost-{number}");
