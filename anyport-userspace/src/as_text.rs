@@ -1,8 +1,23 @@
 //! Types that stand in JSON, TOML and queries as the text that they display, and that are read from it.
 
-/// Has serde write types as what they display, and read them by [`FromStr`](std::str::FromStr).
+/// Has serde write a type as what it displays, and read it by [`FromStr`](std::str::FromStr). With an example, descriptions of the
+/// control API have it as a text such as that.
 macro_rules! as_text {
-    ($($type:ty),+ $(,)?) => { $(
+    ($type:ty, such as $example:literal) => {
+        $crate::as_text::as_text!($type);
+
+        #[cfg(feature = "daemon")]
+        impl schemars::JsonSchema for $type {
+            fn schema_name() -> std::borrow::Cow<'static, str> {
+                stringify!($type).into()
+            }
+
+            fn json_schema(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
+                schemars::json_schema!({"type": "string", "examples": [$example]})
+            }
+        }
+    };
+    ($type:ty) => {
         impl serde::Serialize for $type {
             fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
                 serializer.collect_str(self)
@@ -15,7 +30,7 @@ macro_rules! as_text {
                 text.parse().map_err(<D::Error as serde::de::Error>::custom)
             }
         }
-    )+ };
+    };
 }
 
 pub(crate) use as_text;

@@ -42,7 +42,7 @@ fn wrong(text: &str, why: &dyn fmt::Display) -> InvalidText {
     InvalidText(format!("{text:?} is not a time such as 3s, 500ms or 5m: {why}"))
 }
 
-as_text!(HumanDuration);
+as_text!(HumanDuration, such as "30s");
 
 impl From<HumanDuration> for Duration {
     fn from(duration: HumanDuration) -> Self {

@@ -77,6 +77,7 @@ impl ProblemKind {
 
 /// An error as the API sends it and as `anyportctl --json` prints it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+#[cfg_attr(feature = "daemon", derive(schemars::JsonSchema))]
 #[error("{error}")]
 pub struct Problem {
     /// Decides about the status codes.
@@ -122,6 +123,7 @@ impl From<anyhow::Error> for Problem {
 
 /// Answer to a change.
 #[derive(Clone, Debug, Serialize, Deserialize)]
+#[cfg_attr(feature = "daemon", derive(schemars::JsonSchema))]
 pub struct Changed {
     /// The generation that the kernel holds now.
     pub generation: u64,

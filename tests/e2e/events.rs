@@ -43,11 +43,11 @@ pub(crate) fn trials() -> Vec<Trial> {
 }
 
 /// A subscriber to events.
-struct Ear(BufReader<UnixStream>);
+pub(crate) struct Ear(BufReader<UnixStream>);
 
 impl Ear {
     /// Subscribes to what this query asks for. The subscription has begun when this returns.
-    fn new(daemon: &Daemon, query: &str) -> Self {
+    pub(crate) fn new(daemon: &Daemon, query: &str) -> Self {
         Self::open(daemon, query).unwrap_or_else(|answer| panic!("{query}: {answer}"))
     }
 
@@ -83,7 +83,7 @@ impl Ear {
     }
 
     /// The next line that is wanted. Pieces end where lines do, so what else there is are lengths.
-    fn next_with(&mut self, is_wanted: impl Fn(&str) -> bool) -> Value {
+    pub(crate) fn next_with(&mut self, is_wanted: impl Fn(&str) -> bool) -> Value {
         loop {
             let line = self.line();
             if line.starts_with('{') && is_wanted(&line) {

@@ -11,10 +11,28 @@ use crate::host::patience;
 
 /// Sends one request with `body` and returns the status code and the body of the answer.
 pub fn request(socket: &Path, method: &str, target: &str, body: &[u8]) -> (u16, String) {
-    let answer = raw(socket, &bytes(method, target, body));
+    let Answer { status, body, .. } = exchange(socket, &bytes(method, target, body));
+    (status, body)
+}
+
+/// An answer.
+#[derive(Debug)]
+pub struct Answer {
+    /// Its status code.
+    pub status: u16,
+    /// The lines before its body.
+    pub head: String,
+    /// Its body.
+    pub body: String,
+}
+
+/// Sends one request as it is.
+pub fn exchange(socket: &Path, request: &[u8]) -> Answer {
+    let answer = raw(socket, request);
     let status = answer.split(' ').nth(1).and_then(|code| code.parse().ok());
-    let (_, content) = answer.split_once("\r\n\r\n").unwrap_or_default();
-    (status.unwrap_or_else(|| panic!("no HTTP answer to {method} {target}, but {answer:?}")), content.to_owned())
+    let status = status.unwrap_or_else(|| panic!("no HTTP answer to {}, but {answer:?}", request.escape_ascii()));
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap_or_default();
+    Answer { status, head: head.to_owned(), body: body.to_owned() }
 }
 
 /// One request with `body`, as it is sent.

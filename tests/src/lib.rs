@@ -28,6 +28,7 @@ pub mod prefixes;
 pub mod prerequisites;
 pub mod promptness;
 pub mod random;
+pub mod schema;
 pub mod servers;
 pub mod steady;
 pub mod systemd;

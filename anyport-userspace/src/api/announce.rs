@@ -2,15 +2,17 @@
 
 use std::path::PathBuf;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::LONGEST_WAIT;
 use crate::rules::{Prefix, ServiceName};
 
 /// Seconds that a drain waits for the routers of others.
 const DEFAULT_WAIT: u64 = 30;
 
 /// What is announced, in [`super::StatusView`].
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 pub struct AnnounceView {
     /// The file that the router reads.
     pub file: PathBuf,
@@ -28,7 +30,7 @@ pub struct AnnounceView {
 }
 
 /// What becomes of a prefix.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 pub struct AnnouncedPrefix {
     /// Which one.
     pub prefix: Prefix,
@@ -42,7 +44,7 @@ pub struct AnnouncedPrefix {
 }
 
 /// What becomes of a prefix.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum AnnounceState {
     /// It is announced.
@@ -56,7 +58,7 @@ pub enum AnnounceState {
 }
 
 /// Body of `POST /v1/drain`: what is not to be served any more, which is the whole node if neither is given.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct DrainRequest {
     /// What steers to this service.
@@ -67,11 +69,12 @@ pub struct DrainRequest {
     pub prefixes: Vec<Prefix>,
     /// Seconds from the withdrawal until new connections are refused.
     #[serde(default = "default_wait")]
+    #[schemars(range(max = LONGEST_WAIT))]
     pub wait: u64,
 }
 
 /// Body of `DELETE /v1/drain`: what is to be served again, which is everything if neither is given.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, default)]
 pub struct Undrain {
     /// As it was drained.
@@ -83,7 +86,7 @@ pub struct Undrain {
 }
 
 /// Something that is drained: what steers to a service, what is steered inside of a prefix, or, without both, the whole node.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 pub struct DrainView {
     /// To which service.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -105,7 +108,7 @@ pub struct DrainView {
 }
 
 /// How far a drain is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum DrainState {
     /// The router has not been told yet.

@@ -6,6 +6,7 @@ use std::{
 };
 
 use anyport_common::event::{ASSIGN_ERROR, DENIED, NO_SOCKET, STEERED};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{Problem, ProblemKind};
@@ -15,7 +16,7 @@ use crate::{
 };
 
 /// Query of `GET /v1/events`: which connections and flows to publish.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Listen {
     /// Those to addresses of this prefix.
@@ -69,7 +70,7 @@ impl Listen {
 }
 
 /// Which outcomes to tell.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Wanted {
     /// What a socket got.
@@ -89,7 +90,7 @@ impl Wanted {
 }
 
 /// A connection or a flow of datagrams has begun, or was kept from that.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct EventView {
     /// When the packet was judged, by RFC 3339, in UTC.
     pub time: String,
@@ -108,7 +109,7 @@ pub struct EventView {
 }
 
 /// What becomes of a first packet.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Outcome {
     /// A socket of the service has it.
@@ -122,7 +123,7 @@ pub enum Outcome {
 }
 
 /// A line of `GET /v1/events`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(untagged)]
 pub enum EventLine {
     /// An event that the request asks for.

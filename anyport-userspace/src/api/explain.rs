@@ -2,6 +2,7 @@
 
 use std::{fmt, net::SocketAddr, str::FromStr};
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{Problem, ProblemKind};
@@ -43,14 +44,15 @@ impl FromStr for Endpoint {
     }
 }
 
-as_text!(Endpoint);
+as_text!(Endpoint, such as "192.0.2.7:80");
 
 /// Query of `GET /v1/explain`: the first packet of a connection, or a datagram.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Explain {
     /// Its transport, `tcp` or `udp`.
     #[serde(default)]
+    #[schemars(extend("enum" = ["tcp", "udp"]))]
     pub protocol: Protocol,
     /// Where it goes.
     pub to: Endpoint,
@@ -82,7 +84,7 @@ impl Explain {
 }
 
 /// Answer of `GET /v1/explain`.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 pub struct Explanation {
     /// What becomes of the packet, as the kernel decides.
     pub verdict: Verdict,
@@ -131,7 +133,7 @@ pub struct Explanation {
 }
 
 /// What becomes of a packet.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Verdict {
     /// It goes to a service.
@@ -143,7 +145,7 @@ pub enum Verdict {
 }
 
 /// Why that becomes of it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Reason {
     /// A rule steers it.
@@ -163,7 +165,7 @@ pub enum Reason {
 }
 
 /// A rule without its counters.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct RuleView {
     /// The prefix.
     pub prefix: Prefix,
@@ -199,7 +201,7 @@ impl fmt::Display for RuleView {
 }
 
 /// A rule around the address.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 pub struct Considered {
     /// The rule.
     #[serde(flatten)]
@@ -209,7 +211,7 @@ pub struct Considered {
 }
 
 /// The socket that a packet is steered to.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 pub struct SocketView {
     /// Its address family.
     pub family: Family,
@@ -228,7 +230,7 @@ pub struct SocketView {
 }
 
 /// Whether packets to an address arrive at the host's sockets.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 pub struct RouteView {
     /// Whether the address is local.
     pub local: bool,
@@ -241,7 +243,7 @@ pub struct RouteView {
 }
 
 /// The way of an answer.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct AnswerView {
     /// The interface by which it leaves; nothing if it does not leave.
     pub interface: Option<String>,
@@ -253,7 +255,7 @@ pub struct AnswerView {
 }
 
 /// A socket of the host that waits for strangers.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 pub struct ListenerView {
     /// Its transport.
     pub protocol: Protocol,

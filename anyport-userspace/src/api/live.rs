@@ -1,5 +1,6 @@
 //! What is watched while it happens.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{AnnounceState, AnnounceView, AnnouncedPrefix, DrainView, FleetView, StatusView, Totals, advice};
@@ -13,7 +14,7 @@ use crate::{
 const NAMED: usize = 100;
 
 /// Answer of `GET /v1/live`: counts, and rates since they were counted before.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 pub struct LiveView {
     /// The daemon's version.
     pub version: String,
@@ -46,7 +47,7 @@ pub struct LiveView {
 }
 
 /// The state of the node beside what is steered, for [`LiveView`].
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(default)]
 pub struct LiveNode {
     /// The host's name.
@@ -72,7 +73,7 @@ pub struct LiveNode {
 }
 
 /// What to do about something, for [`LiveNode`].
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct LiveAdvice {
     /// In a few words.
     pub action: String,
@@ -81,7 +82,7 @@ pub struct LiveAdvice {
 }
 
 /// What is announced, for [`LiveNode`].
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 pub struct LiveAnnounce {
     /// Whether the router knows.
     pub told: bool,
@@ -129,7 +130,7 @@ impl LiveAnnounce {
 }
 
 /// A service, for [`LiveView`].
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 pub struct LiveService {
     /// Its name.
     pub name: ServiceName,
@@ -151,7 +152,7 @@ pub struct LiveService {
 }
 
 /// An upstream, for [`LiveService`].
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 pub struct LiveUpstream {
     /// `ADDR:PORT`, or `ADDR:*`.
     pub address: String,
@@ -171,7 +172,7 @@ pub struct LiveUpstream {
 }
 
 /// A prefix, as far as its rules steer a protocol to a service.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 pub struct LivePrefix {
     /// The prefix.
     pub prefix: String,
@@ -186,7 +187,8 @@ pub struct LivePrefix {
 }
 
 /// What is counted for a service.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[schemars(rename = "ServiceCounts_{T}", bound = "T: JsonSchema + Default + Serialize")]
 pub struct ServiceCounts<T> {
     /// Packets that its rules handed to it: the first of each connection, and each datagram.
     pub steered: T,
@@ -217,7 +219,8 @@ pub struct ServiceCounts<T> {
 }
 
 /// What is counted for a prefix.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[schemars(rename = "PrefixCounts_{T}")]
 pub struct PrefixCounts<T> {
     /// Packets that its rules handed to the service.
     pub steered: T,

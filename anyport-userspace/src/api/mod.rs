@@ -40,6 +40,6 @@ pub use self::{
 #[cfg(feature = "daemon")]
 pub(crate) use self::{
     live::increase,
-    types::{FIRST_HEADER, ID_HEADER, MAX_BODY, MAX_FILE, since_boot, too_large},
+    types::{FIRST_HEADER, ID_HEADER, LONGEST_WAIT, MAX_BODY, MAX_FILE, since_boot, too_large},
 };
 pub use crate::problem::{Changed, Problem, ProblemKind};

@@ -3,6 +3,7 @@
 use std::{num::NonZeroU16, path::PathBuf, time::Duration};
 
 use nix::time::{ClockId, clock_gettime};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use super::{AnnounceView, DrainView, Problem, ProblemKind};
@@ -18,6 +19,9 @@ pub(crate) const MAX_BODY: usize = 1 << 20;
 
 /// Bytes of the largest file that can be applied.
 pub(crate) const MAX_FILE: usize = 256 << 20;
+
+/// Seconds that a request can have the daemon wait at most.
+pub(crate) const LONGEST_WAIT: u64 = 24 * 60 * 60;
 
 /// Header with the id that a client gives to a command, by which its outcome is remembered.
 pub(crate) const ID_HEADER: &str = "x-anyport-request";
@@ -40,16 +44,22 @@ pub(crate) fn too_large(error: String, limit: usize) -> Problem {
 /// # Errors
 /// The body is not JSON of that shape: says where and why.
 pub fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, Problem> {
-    serde_json::from_slice(body).map_err(|error| {
-        Problem::new(ProblemKind::Invalid, format!("read the body of the request: {}", plain(&error.to_string())))
+    let invalid = |why: &str| {
+        Problem::new(ProblemKind::Invalid, format!("read the body of the request: {why}"))
             .hint("docs/api.md describes the requests")
-    })
+    };
+    // serde reads the fields of a struct from a list, too: an empty one would be a request in which everything is left out.
+    if body.trim_ascii_start().starts_with(b"[") {
+        return Err(invalid("it is a list; requests are objects, in braces"));
+    }
+    serde_json::from_slice(body).map_err(|error| invalid(&plain(&error.to_string())))
 }
 
 with_terms! {
     /// Body of `POST /v1/prefixes`: one rule for each of the prefixes.
     pub struct AddPrefixes {
         /// All of them are added, or none.
+        #[schemars(length(min = 1))]
         pub prefixes: Vec<Prefix>,
         ..RuleSpec,
         /// Whether to go on although listening sockets are shadowed or the host may be cut off.
@@ -59,10 +69,11 @@ with_terms! {
 }
 
 /// Body of `DELETE /v1/prefixes`: every rule of exactly these prefixes that matches what else is given.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct RemovePrefixes {
     /// Each of them must have a rule that matches.
+    #[schemars(length(min = 1))]
     pub prefixes: Vec<Prefix>,
     /// Only rules with this protocol.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -93,13 +104,14 @@ impl RemovePrefixes {
 }
 
 /// Query of `POST /v1/apply`; its body is the file.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 pub struct Apply {
     /// Say what would change, and change nothing.
     pub dry_run: bool,
     /// Go back to what was before unless `POST /v1/confirm` follows within so many seconds.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(range(min = 1, max = LONGEST_WAIT))]
     pub confirm: Option<u64>,
     /// Remove the rules that were added by hand, too.
     pub prune: bool,
@@ -108,7 +120,7 @@ pub struct Apply {
 }
 
 /// Answer of `POST /v1/apply`.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize, JsonSchema)]
 pub struct Applied {
     /// Whether nothing has changed since only the difference was asked for.
     pub dry_run: bool,
@@ -140,7 +152,7 @@ pub struct Applied {
 }
 
 /// Query of `POST /v1/reload`, which reads the configuration file again.
-#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields, rename_all = "kebab-case", default)]
 pub struct Reload {
     /// Say what would change, and change nothing.
@@ -150,7 +162,7 @@ pub struct Reload {
 }
 
 /// Answer of `POST /v1/reload`.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize, JsonSchema)]
 pub struct Reloaded {
     /// As [`Applied::dry_run`].
     pub dry_run: bool,
@@ -176,7 +188,7 @@ pub struct Reloaded {
 }
 
 /// Answer of `GET /v1/progress`: what a long command is doing; all empty where none is under way.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize, JsonSchema)]
 pub struct ProgressView {
     /// In words.
     pub doing: String,
@@ -187,7 +199,7 @@ pub struct ProgressView {
 }
 
 /// A rule and what became of its packets, in texts of the JSON: there may be a million of them.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 pub struct PrefixView<'a> {
     /// The prefix.
     pub prefix: &'a str,
@@ -221,7 +233,7 @@ pub struct PrefixView<'a> {
 }
 
 /// Query of `GET /v1/prefixes`: which rules to list.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ListPrefixes {
     /// Only rules of prefixes inside of this one.
@@ -242,7 +254,7 @@ pub struct ListPrefixes {
 }
 
 /// A service, its sockets and what it did.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 pub struct ServiceView {
     /// Its name.
     pub name: ServiceName,
@@ -290,7 +302,7 @@ pub struct ServiceView {
 }
 
 /// Answer of `GET /v1/status`.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 pub struct StatusView {
     /// The daemon's version.
     pub version: String,
@@ -344,7 +356,7 @@ pub struct StatusView {
 }
 
 /// Where a node stands in its fleet.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct FleetView {
     /// The ring that it follows.
     pub ring: String,
@@ -378,7 +390,7 @@ pub struct FleetView {
 }
 
 /// A pointer that a node does not follow.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct RefusedView {
     /// Its sequence; nothing if it could not be read.
     pub sequence: Option<u64>,
@@ -391,7 +403,7 @@ pub struct RefusedView {
 }
 
 /// Things of one kind that others changed and that were put right.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 pub struct RepairView {
     /// Which kind.
     pub kind: steering::ObjectKind,
@@ -404,7 +416,7 @@ pub struct RepairView {
 }
 
 /// Sums for [`StatusView`].
-#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize, JsonSchema)]
 pub struct Totals {
     /// As [`PrefixView::steered`].
     pub steered: u64,
@@ -431,7 +443,7 @@ pub struct Totals {
 }
 
 /// Which program is to serve from now on.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct TakeOver {
     /// Its file, with the whole path.
@@ -439,14 +451,14 @@ pub struct TakeOver {
 }
 
 /// Answer to a takeover: another process serves from now on.
-#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Serialize, Deserialize, JsonSchema)]
 pub struct Taken {
     /// The process that has served so far.
     pub pid: u32,
 }
 
 /// A back end and why it is used or not.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize, JsonSchema)]
 pub struct BackEndView {
     /// Which one.
     pub name: BackEnd,
@@ -458,7 +470,15 @@ pub struct BackEndView {
 
 #[cfg(test)]
 mod tests {
-    use super::AddPrefixes;
+    use super::{AddPrefixes, parse};
+    use crate::api::Undrain;
+
+    #[test]
+    fn requests_are_objects() {
+        assert!(parse::<Undrain>(b" {}").is_ok());
+        let problem = parse::<Undrain>(b" []").unwrap_err();
+        assert!(problem.error.contains("requests are objects"), "{problem}");
+    }
 
     #[test]
     fn json_of_added_prefixes() {

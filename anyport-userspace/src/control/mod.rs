@@ -5,9 +5,11 @@ mod budget;
 mod clients;
 mod event_stream;
 mod handover;
+mod openapi;
 mod outcomes;
 mod read_limiter;
 pub mod registrar;
+mod requests;
 mod server;
 mod stream;
 

@@ -27,7 +27,7 @@ const REMEMBERED: usize = 256;
 /// Bytes of the answers to them.
 const BYTES: usize = 4 << 20;
 /// Bytes of an id at most.
-const LONGEST_ID: usize = 64;
+pub(super) const LONGEST_ID: usize = 64;
 
 /// How a command ended: its answer as JSON, or why it was not carried out.
 type Outcome = Result<Bytes, Problem>;
@@ -88,12 +88,17 @@ impl<S: Send + Sync> FromRequestParts<S> for Asked {
         let peer = parts.extensions.get::<ConnectInfo<Peer>>();
         let first = header(&parts.headers, FIRST_HEADER)?.map(|first| first.parse());
         let unreadable = |error| Problem::new(ProblemKind::Invalid, format!("read {FIRST_HEADER}: {error}"));
+        let id = header(&parts.headers, ID_HEADER)?;
+        if id.as_ref().is_some_and(|id| !(1..=LONGEST_ID).contains(&id.len())) {
+            let error = format!("the id of a request ({ID_HEADER}) has from 1 to {LONGEST_ID} characters");
+            return Err(Problem::new(ProblemKind::Invalid, error));
+        }
         Ok(Self {
             outcomes,
             uid: peer.map_or(Uid::from_raw(u32::MAX), |it| it.0.uid),
             author: peer.map_or_else(|| Author::other("an unknown process"), |it| it.0.author()),
             what: format!("{} {}", parts.method, parts.uri),
-            id: header(&parts.headers, ID_HEADER)?,
+            id,
             first: first.transpose().map_err(unreadable)?,
         })
     }
@@ -143,10 +148,6 @@ impl Asked {
         outcome: &watch::Receiver<Option<Outcome>>,
     ) -> Result<Option<watch::Receiver<Option<Outcome>>>, Problem> {
         let Some(id) = &self.id else { return Ok(None) };
-        if !(1..=LONGEST_ID).contains(&id.len()) {
-            let error = format!("the id of a request ({ID_HEADER}) has from 1 to {LONGEST_ID} characters");
-            return Err(Problem::new(ProblemKind::Invalid, error));
-        }
         let mut users = self.outcomes.users();
         let user = users.entry(self.uid).or_default();
         if let Some(known) = user.commands.iter().find(|it| it.id == *id) {

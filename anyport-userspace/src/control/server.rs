@@ -19,7 +19,7 @@ use std::{
 
 use anyhow::{Context as _, bail};
 use axum::{
-    Extension, Json, Router,
+    Extension, Json,
     body::Bytes,
     extract::{
         ConnectInfo, DefaultBodyLimit, FromRequest, Path as UrlPath, Query, Request, State,
@@ -28,7 +28,6 @@ use axum::{
     http::{Method, StatusCode, header::CONTENT_TYPE},
     middleware::{self, Next},
     response::{IntoResponse, Response},
-    routing::{delete, get, post},
 };
 use futures_util::{FutureExt as _, StreamExt as _, future::BoxFuture, stream};
 use hyper::body::Body as _;
@@ -54,6 +53,7 @@ use super::{
     clients::{Client, Clients},
     outcomes::{Asked, Outcomes},
     read_limiter::{Pace, ReadLimiter},
+    requests,
 };
 use crate::{
     api::{self, MAX_BODY, MAX_FILE, Peer, Problem, ProblemKind, Readers, TakeOver, Taken, parse, too_large},
@@ -201,9 +201,9 @@ fn adopt(socket: OwnedFd, path: &Path) -> anyhow::Result<UnixListener> {
 }
 
 /// The one request that only looks, and yet is not for [`Readers`].
-const EVENTS: &str = "/v1/events";
+pub(super) const EVENTS: &str = "/v1/events";
 /// The one request of readers that asks the engine itself, and waits for it.
-const EXPLAIN: &str = "/v1/explain";
+pub(super) const EXPLAIN: &str = "/v1/explain";
 
 /// Everybody who can connect can cause this line.
 static REFUSED: LogLimit = LogLimit::new();
@@ -226,20 +226,7 @@ pub async fn serve(
         budget: Budget::default(),
     };
     let how_far = engine.lock().await.as_ref().map(Engine::progress).unwrap_or_default();
-    let api = Router::new()
-        .route("/v1/status", get(status))
-        .route("/v1/live", get(live))
-        .route("/v1/prefixes", get(prefixes).post(add_prefixes).delete(remove_prefixes))
-        .route("/v1/apply", post(apply).layer(DefaultBodyLimit::max(MAX_FILE)))
-        .route("/v1/confirm", post(confirm))
-        .route("/v1/drain", get(drains).post(drain).delete(undrain))
-        .route("/v1/reload", post(reload))
-        .route("/v1/progress", get(progress))
-        .route(EVENTS, get(events))
-        .route(EXPLAIN, get(explain))
-        .route("/v1/takeover", post(take_over))
-        .route("/v1/services", get(services).post(add_service))
-        .route("/v1/services/{name}", delete(remove_service))
+    let api = requests::router()
         .fallback(no_such_thing)
         .method_not_allowed_fallback(wrong_method)
         .layer(DefaultBodyLimit::max(MAX_BODY))
@@ -335,7 +322,7 @@ impl IntoResponse for Problem {
 type Answer<T> = Result<Json<T>, Problem>;
 
 /// The body of a request, if it came in time.
-struct Body(Result<Bytes, BytesRejection>);
+pub(super) struct Body(Result<Bytes, BytesRejection>);
 
 impl<S: Send + Sync> FromRequest<S> for Body {
     type Rejection = Problem;
@@ -401,7 +388,7 @@ async fn wrong_method(request: Request) -> Problem {
         .hint("the header Allow of this answer names those that it takes; docs/api.md describes the requests")
 }
 
-async fn take_over(
+pub(super) async fn take_over(
     ConnectInfo(peer): ConnectInfo<Peer>,
     Extension(handover): Extension<Handover>,
     asked: Asked,
@@ -412,18 +399,18 @@ async fn take_over(
     asked.once::<Taken, _>(async move { handover.request(&peer, &executable).await }).await
 }
 
-async fn status(State(engine): State<Shared>, Extension(pace): Extension<Pace>) -> Answer<api::StatusView> {
+pub(super) async fn status(State(engine): State<Shared>, Extension(pace): Extension<Pace>) -> Answer<api::StatusView> {
     pace.take(engine.status()).await.map(Json)
 }
 
-async fn live(
+pub(super) async fn live(
     Extension(observer): Extension<Arc<Observer>>,
     Extension(pace): Extension<Pace>,
 ) -> Answer<api::LiveView> {
     pace.take(observer.sample()).await.map(|sample| Json(sample.live()))
 }
 
-async fn prefixes(
+pub(super) async fn prefixes(
     State(engine): State<Shared>,
     Extension(pace): Extension<Pace>,
     query: Result<Query<api::ListPrefixes>, QueryRejection>,
@@ -456,7 +443,7 @@ fn wrong_query(rejection: &QueryRejection) -> Problem {
     Problem::new(ProblemKind::Invalid, plain(&rejection.body_text())).hint("docs/api.md describes the requests")
 }
 
-async fn explain(
+pub(super) async fn explain(
     State(engine): State<Shared>,
     Extension(pace): Extension<Pace>,
     query: Result<Query<api::Explain>, QueryRejection>,
@@ -472,7 +459,7 @@ async fn explain(
     pace.take(explain).await.map(Json)
 }
 
-async fn events(
+pub(super) async fn events(
     State(engine): State<Shared>,
     query: Result<Query<api::Listen>, QueryRejection>,
 ) -> Result<Response, Problem> {
@@ -480,23 +467,30 @@ async fn events(
     super::event_stream::stream(engine, query)
 }
 
-async fn services(State(engine): State<Shared>, Extension(pace): Extension<Pace>) -> Answer<Vec<api::ServiceView>> {
+pub(super) async fn services(
+    State(engine): State<Shared>,
+    Extension(pace): Extension<Pace>,
+) -> Answer<Vec<api::ServiceView>> {
     pace.take(engine.services()).await.map(Json)
 }
 
-async fn add_prefixes(State(engine): State<Shared>, asked: Asked, body: Body) -> Result<Response, Problem> {
+pub(super) async fn add_prefixes(State(engine): State<Shared>, asked: Asked, body: Body) -> Result<Response, Problem> {
     let request = read(body)?;
     let verb = Verb::new("add-prefix", audit::rules(&request));
     command(engine, asked, verb, |engine| engine.add_prefixes(request).boxed()).await
 }
 
-async fn remove_prefixes(State(engine): State<Shared>, asked: Asked, body: Body) -> Result<Response, Problem> {
+pub(super) async fn remove_prefixes(
+    State(engine): State<Shared>,
+    asked: Asked,
+    body: Body,
+) -> Result<Response, Problem> {
     let request: api::RemovePrefixes = read(body)?;
     let verb = Verb::new("remove-prefix", list_of(&request.prefixes));
     command(engine, asked, verb, |engine| engine.remove_prefixes(request).boxed()).await
 }
 
-async fn apply(
+pub(super) async fn apply(
     State(engine): State<Shared>,
     asked: Asked,
     query: Result<Query<api::Apply>, QueryRejection>,
@@ -511,7 +505,7 @@ async fn apply(
     command(engine, asked, verb, move |engine| async move { engine.apply(text, &options).await }.boxed()).await
 }
 
-async fn reload(
+pub(super) async fn reload(
     State(engine): State<Shared>,
     asked: Asked,
     query: Result<Query<api::Reload>, QueryRejection>,
@@ -522,11 +516,14 @@ async fn reload(
     command(engine, asked, verb, move |engine| async move { engine.reload(&options).await }.boxed()).await
 }
 
-async fn confirm(State(engine): State<Shared>, asked: Asked) -> Result<Response, Problem> {
+pub(super) async fn confirm(State(engine): State<Shared>, asked: Asked) -> Result<Response, Problem> {
     command(engine, asked, Verb::new("confirm", "what was applied"), |engine| engine.confirm().boxed()).await
 }
 
-async fn drains(State(engine): State<Shared>, Extension(pace): Extension<Pace>) -> Answer<Vec<api::DrainView>> {
+pub(super) async fn drains(
+    State(engine): State<Shared>,
+    Extension(pace): Extension<Pace>,
+) -> Answer<Vec<api::DrainView>> {
     let drains = async {
         let snapshot = engine.look().await?;
         // There may be hundreds of thousands of connections.
@@ -536,30 +533,30 @@ async fn drains(State(engine): State<Shared>, Extension(pace): Extension<Pace>) 
     pace.take(drains).await.map(Json)
 }
 
-async fn drain(State(engine): State<Shared>, asked: Asked, body: Body) -> Result<Response, Problem> {
+pub(super) async fn drain(State(engine): State<Shared>, asked: Asked, body: Body) -> Result<Response, Problem> {
     let request: api::DrainRequest = read(body)?;
     let verb = Verb::new("drain", audit::scope(request.service.as_ref(), &request.prefixes));
     command(engine, asked, verb, |engine| engine.drain(request).boxed()).await
 }
 
-async fn undrain(State(engine): State<Shared>, asked: Asked, body: Body) -> Result<Response, Problem> {
+pub(super) async fn undrain(State(engine): State<Shared>, asked: Asked, body: Body) -> Result<Response, Problem> {
     let request: api::Undrain = read(body)?;
     let verb = Verb::new("undrain", audit::scope(request.service.as_ref(), &request.prefixes));
     command(engine, asked, verb, |engine| engine.undrain(request).boxed()).await
 }
 
 /// Answered without the engine, which is busy.
-async fn progress(Extension(progress): Extension<Arc<Progress>>) -> Json<api::ProgressView> {
+pub(super) async fn progress(Extension(progress): Extension<Arc<Progress>>) -> Json<api::ProgressView> {
     Json(progress.view())
 }
 
-async fn add_service(State(engine): State<Shared>, asked: Asked, body: Body) -> Result<Response, Problem> {
+pub(super) async fn add_service(State(engine): State<Shared>, asked: Asked, body: Body) -> Result<Response, Problem> {
     let request: ServiceConfig = read(body)?;
     let verb = Verb::new("add-service", format!("{} with the handler {}", request.name, request.handler));
     command(engine, asked, verb, |engine| engine.add_service(request).boxed()).await
 }
 
-async fn remove_service(
+pub(super) async fn remove_service(
     State(engine): State<Shared>,
     asked: Asked,
     UrlPath(name): UrlPath<String>,

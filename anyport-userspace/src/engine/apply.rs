@@ -15,15 +15,12 @@ use super::{
     services::{Running, expect_fallbacks},
 };
 use crate::{
-    api::{Applied, Apply, Changed, Problem, ProblemKind},
+    api::{Applied, Apply, Changed, LONGEST_WAIT, Problem, ProblemKind},
     events::Author,
     rule_file::RuleFile,
     rules::{Change, Origin, ServiceName},
     service::ServiceConfig,
 };
-
-/// Seconds for which something may wait to be confirmed: a day.
-const LONGEST_WAIT: u64 = 24 * 60 * 60;
 
 /// What an apply has done that rolls back by itself unless it is confirmed.
 #[derive(Debug)]

@@ -9,13 +9,11 @@ use super::{
     desired::{Drains, Scope, Steps},
 };
 use crate::{
-    api::{Changed, DrainRequest, DrainView, Problem, ProblemKind, Undrain},
+    api::{Changed, DrainRequest, DrainView, LONGEST_WAIT, Problem, ProblemKind, Undrain},
     host,
     rules::{Decision, Prefix, RuleSet, decide},
 };
 
-/// The longest wait: a day.
-const LONGEST_WAIT: u64 = 24 * 60 * 60;
 /// Before another try where new connections could not be refused.
 const PAUSE: Duration = Duration::from_secs(2);
 

@@ -4,12 +4,13 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use anyhow::bail;
 use anyport_common::flow::{Flow, Transport};
+use nix::net::if_::if_nametoindex;
 
 use super::Engine;
 use crate::{
     api::{
-        AnswerView, Considered, Endpoint, Explain, Explanation, ListenerView, Problem, Reason, RouteView, SocketView,
-        Verdict,
+        AnswerView, Considered, Endpoint, Explain, Explanation, ListenerView, Problem, ProblemKind, Reason, RouteView,
+        SocketView, Verdict,
     },
     host::{self, Owner},
     routes::{AnswerWay, ROUTE_PROTOCOL, Route},
@@ -31,6 +32,9 @@ impl Engine {
     pub async fn explain(&self, request: Explain) -> Result<Explanation, Problem> {
         request.validate()?;
         let Explain { protocol, to: Endpoint(to), from, via } = request;
+        if let Some(via) = &via {
+            expect_interface(via)?;
+        }
         let transport = if protocol == Protocol::Udp { Transport::Udp } else { Transport::Tcp };
         let from_assumed = from.is_none();
         let Endpoint(from) = from.unwrap_or_else(|| Endpoint((loopback(to.is_ipv4()), SOURCE_PORT).into()));
@@ -280,6 +284,12 @@ impl Engine {
             text,
         })
     }
+}
+
+/// Refuses an interface that this host lacks.
+fn expect_interface(name: &str) -> Result<(), Problem> {
+    let unknown = |errno| Problem::new(ProblemKind::NotFound, format!("there is no interface {name}: {errno}"));
+    if_nametoindex(name).map(drop).map_err(|errno| unknown(errno).hint("`ip link` lists the interfaces"))
 }
 
 /// Whether a socket that is bound to `local` is found at `at`: TPROXY finds one at a wildcard address by loopback's.

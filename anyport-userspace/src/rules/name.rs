@@ -58,7 +58,7 @@ impl FromStr for ServiceName {
     }
 }
 
-as_text!(ServiceName);
+as_text!(ServiceName, such as "default");
 
 #[cfg(test)]
 mod tests {

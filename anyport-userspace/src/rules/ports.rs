@@ -107,7 +107,7 @@ impl FromStr for PortSet {
     }
 }
 
-as_text!(PortSet);
+as_text!(PortSet, such as "80,443,8000-8999");
 
 #[cfg(test)]
 mod tests {

@@ -172,7 +172,7 @@ impl FromStr for Prefix {
     }
 }
 
-as_text!(Prefix);
+as_text!(Prefix, such as "192.0.2.0/24");
 
 #[cfg(test)]
 mod tests {

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 /// The transports that a rule matches.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
-#[cfg_attr(feature = "daemon", derive(clap::ValueEnum))]
+#[cfg_attr(feature = "daemon", derive(clap::ValueEnum, schemars::JsonSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum Protocol {
     /// TCP only.
@@ -61,7 +61,7 @@ impl fmt::Display for Protocol {
 
 /// An address family.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[cfg_attr(feature = "daemon", derive(clap::ValueEnum))]
+#[cfg_attr(feature = "daemon", derive(clap::ValueEnum, schemars::JsonSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum Family {
     /// IPv4.

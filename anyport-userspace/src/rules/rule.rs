@@ -8,6 +8,7 @@ use super::{InvalidText, PortSet, Prefix, Protocol, ServiceName, special::expect
 
 /// Where a rule or a service came from.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[cfg_attr(feature = "daemon", derive(schemars::JsonSchema))]
 #[serde(rename_all = "lowercase")]
 pub enum Origin {
     /// The configuration file.

@@ -3,6 +3,7 @@
 use std::{fmt, net::IpAddr, num::NonZeroU32, sync::Arc};
 
 use anyport_common::flow::Transport;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::forward::config::{
@@ -19,7 +20,7 @@ use crate::{
 const MAX_BANNER: usize = 1024;
 
 /// What the daemon does with what arrives at a service.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, clap::ValueEnum, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum HandlerKind {
     /// Tells clients who they are and what they dialled.
@@ -47,7 +48,7 @@ impl fmt::Display for HandlerKind {
 }
 
 /// A service as the operator describes it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(from = "ServiceTable", into = "ServiceTable")]
 pub struct ServiceConfig {
     /// Its name.
@@ -171,7 +172,7 @@ fn check_banner(handler: HandlerKind, banner: Option<&str>) -> Result<(), Invali
 }
 
 /// A service as it stands in files, requests and on the command line: all settings of all handlers side by side.
-#[derive(Clone, Debug, Serialize, Deserialize, clap::Args)]
+#[derive(Clone, Debug, Serialize, Deserialize, clap::Args, JsonSchema)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub(crate) struct ServiceTable {
     /// Its name: lower-case letters, digits, and . _ - inside

@@ -45,7 +45,7 @@ impl fmt::Display for Mark {
     }
 }
 
-as_text!(Mark);
+as_text!(Mark, such as "0x10");
 
 #[cfg(test)]
 mod tests {

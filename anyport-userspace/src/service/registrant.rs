@@ -55,7 +55,7 @@ impl std::str::FromStr for Registrant {
     }
 }
 
-as_text!(Registrant);
+as_text!(Registrant, such as "user:root");
 
 impl fmt::Display for Registrant {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

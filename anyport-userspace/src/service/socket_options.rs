@@ -10,6 +10,7 @@ use std::{
 
 use anyport_common::flow::Transport;
 use nix::sys::socket::{setsockopt, sockopt};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use socket2::{Domain, Protocol, SockFilter, Socket, TcpKeepalive, Type};
 
@@ -26,7 +27,7 @@ const KEEP_ALIVE: Duration = Duration::from_mins(5);
 const FAST_OPEN_QUEUE: u32 = 1024;
 
 /// Options of the sockets on both sides.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
 pub struct TcpOptions {
     /// Whether small pieces leave at once (`TCP_NODELAY`).

@@ -11,6 +11,7 @@ use std::{
 
 use anyhow::Context as _;
 use anyport_common::flow::Transport;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use socket2::Socket;
 
@@ -21,7 +22,7 @@ use crate::{
 };
 
 /// One of a service's sockets.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct SocketInfo {
     /// Its address family.
     pub family: Family,

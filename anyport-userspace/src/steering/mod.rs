@@ -17,6 +17,7 @@ use anyport_common::{
     flow::Flow,
     maps::{Counters, REFUSE, SOCKETS_PER_SERVICE},
 };
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 pub use crate::back_end::BackEnd;
@@ -148,7 +149,7 @@ pub struct Decided {
 }
 
 /// What others may take from us.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum ObjectKind {
     /// What attaches a BPF program to the network namespace or, by tcx, to an interface.

@@ -7,6 +7,7 @@ use std::{
     str::FromStr,
 };
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 pub use super::{super::socket_options::TcpOptions, header::ProxyVersion};
@@ -100,10 +101,10 @@ impl fmt::Display for UpstreamAddress {
     }
 }
 
-as_text!(UpstreamAddress);
+as_text!(UpstreamAddress, such as "198.51.100.5:80");
 
 /// Which of several upstreams gets the next connection.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum Balance {
     /// One after the other.
@@ -116,7 +117,7 @@ pub enum Balance {
 }
 
 /// What becomes of connections to an upstream that is down, or that is not among the upstreams any more.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum OnDown {
     /// They go on for as long as both sides do.
@@ -128,7 +129,7 @@ pub enum OnDown {
 
 /// What becomes of flows to an upstream that is down, or that is not among the upstreams any more, and of flows that are
 /// not steered here any more.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum OnDownUdp {
     /// They end, and the client's next datagram goes where new ones go.
@@ -139,7 +140,7 @@ pub enum OnDownUdp {
 }
 
 /// How upstreams are tried when nobody dials them.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
 pub struct HealthCheck {
     /// Time between two checks of an upstream.
@@ -169,7 +170,7 @@ impl Default for HealthCheck {
 }
 
 /// When an upstream that clients could not be connected to gets no more of them for a while.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
 pub struct Ejection {
     /// So many failures in a row; 0 for never.
@@ -185,7 +186,7 @@ impl Default for Ejection {
 }
 
 /// How datagrams are forwarded.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
 pub struct UdpOptions {
     /// A flow over which nothing was said for this long is forgotten. Two minutes are the least for NATs (RFC 4787, REQ-5).

@@ -8,6 +8,7 @@ use std::{
 };
 
 use anyport_common::flow::Transport;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::service::datagram::Ends;
@@ -37,7 +38,7 @@ const LAST_TRANSPORT: u8 = 0x02;
 const CHECKSUM: u8 = 0x03;
 
 /// A version of the protocol.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum ProxyVersion {
     /// A line of text.

@@ -11,6 +11,7 @@ use std::{
     time::Instant,
 };
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use smallvec::SmallVec;
 
@@ -51,7 +52,7 @@ struct Story {
 }
 
 /// Whether clients are connected to an upstream.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum UpstreamState {
     /// Yes.
@@ -76,7 +77,7 @@ impl fmt::Display for UpstreamState {
 }
 
 /// What is known of an upstream.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct UpstreamView {
     /// `ADDR:PORT`, or `ADDR:*`.
     pub address: String,

@@ -2,12 +2,13 @@
 
 use std::{fmt, num::NonZeroU32, str::FromStr, time::Duration};
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::{as_text::as_text, human_duration::HumanDuration, rules::InvalidText};
 
 /// Limits on connections, and on flows of datagrams, which count as such.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Limits {
     /// How many may be open.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -58,7 +59,7 @@ impl Rate {
     }
 }
 
-as_text!(Rate);
+as_text!(Rate, such as "100/s");
 
 impl fmt::Display for Rate {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
