@@ -1,11 +1,12 @@
 //! The host's own firewall, made by iptables and by nft.
 
-use std::process::Command;
+use std::{net::UdpSocket, process::Command, time::Duration};
 
+use anyport_tests::{dial, host::wait_for};
 use libtest_mimic::Trial;
 
 use super::{ADDRESSES, Report, V4, V6, expect_not_steered, expect_steered, steering, type_fixes};
-use crate::cases::{Lab, on_each_back_end, trial};
+use crate::cases::{Lab, at, on_each_back_end, trial};
 
 /// Firewalls that keep clients from `192.0.2.3`, port 80: what makes them, and what is found.
 const STOPPING: [(&str, &str, &str, &str); 8] = [
@@ -96,6 +97,7 @@ const PASSING: [(&str, &str, Option<&str>); 6] = [
 
 pub(super) fn trials() -> Vec<Trial> {
     let mut trials: Vec<Trial> = on_each_back_end("doctor::a firewall", on_back_end).collect();
+    trials.push(trial("tproxy::doctor::what lets packets in leaves refusals as they are", refused_as_before));
     for (name, script, severity, part) in STOPPING {
         trials.push(trial(format!("doctor::a firewall that stops {name}"), move || stopping(script, severity, part)));
     }
@@ -133,6 +135,43 @@ fn on_back_end(backend: &'static str) {
         expect_steered(&lab, addresses);
         Report::of(&lab.daemon).expect_fine("firewall");
     }
+}
+
+/// What is typed stands before the chain that refuses, until that is put back in front.
+fn refused_as_before() {
+    const REFUSED: [&str; 2] = ["192.0.2.77", "2001:db8:0:a::77"];
+    let lab = steering("tproxy");
+    lab.daemon.ok("add-service nobody --handler registered");
+    lab.daemon.ok(&format!("add-prefix {} --protocol both --service nobody", REFUSED.join(" ")));
+    let ask = |address| {
+        let limit = Duration::from_millis(500);
+        lab.topology.client.enter(|| {
+            let connected = dial::tcp_within(at(address, 80), limit).map(drop);
+            let socket = UdpSocket::bind(dial::any(at(address, 80).ip())).expect("a socket");
+            socket.connect(at(address, 80)).expect("a destination");
+            [connected, dial::udp_over(&socket, b"question", limit).map(drop)]
+        })
+    };
+    let expect_refused = || {
+        for address in REFUSED {
+            wait_for("refusals over TCP and UDP", Duration::from_secs(10), || {
+                let answers = ask(address);
+                let are_refused = answers.iter().all(|it| it.as_ref().is_err_and(dial::is_refusal));
+                if are_refused { Ok(()) } else { Err(format!("{address}: {answers:?}")) }
+            });
+        }
+    };
+    expect_refused();
+    run(&lab, "iptables -P INPUT DROP; ip6tables -P INPUT DROP; ip6tables -A INPUT -p ipv6-icmp -j ACCEPT");
+    allow(&lab, &Report::of(&lab.daemon));
+    expect_steered(&lab, &ADDRESSES);
+    expect_refused();
+    let log = lab.daemon.log();
+    assert!(log.contains("the jump to it, before all that accepts, from INPUT"), "{log}");
+    // As the documents have it.
+    run(&lab, "iptables -I INPUT -d 192.0.2.0/24 -j ACCEPT; ip6tables -I INPUT -d 2001:db8:0:a::/64 -j ACCEPT");
+    expect_refused();
+    expect_steered(&lab, &ADDRESSES);
 }
 
 fn stopping(script: &str, severity: &str, part: &str) {

@@ -76,7 +76,7 @@ impl Refusal {
             return Ok(None);
         }
         Ok(Some(format!(
-            "the chain {CHAIN} or the jump to it from {} of {:?} in the table filter",
+            "the chain {CHAIN} or the jump to it, before all that accepts, from {} of {:?} in the table filter",
             FILTER.hook, self.table.family
         )))
     }
@@ -107,15 +107,20 @@ fn lines(family: Family) -> [String; 2] {
     ["-p tcp -j REJECT --reject-with tcp-reset".to_owned(), format!("-p udp -j REJECT --reject-with {unreachable}")]
 }
 
-/// Whether the chain and the jump to it are as they were written, given what [`IpTable::save`] showed.
+/// Whether the chain and the jump to it are as they were written, given what [`IpTable::save`] showed. What is accepted before the
+/// jump would not be refused any more: administrators insert such lines at the top of the chain. Jumps to chains of others are left
+/// where they are, since some of those put theirs back at the top, too.
 fn is_complete(saved: &str) -> bool {
     let jump = format!("-A {} {}", FILTER.hook, FILTER.jump());
+    let of_hook = format!("-A {} ", FILTER.hook);
     let lines = || saved.lines().filter_map(|line| line.split_once("] ").map(|(_, line)| line));
+    let mut reached =
+        lines().filter(|line| line.starts_with(&of_hook)).take_while(|line| !line.ends_with(" -j ACCEPT"));
     let refusing = |protocol: &str| {
         let begin = format!("-A {CHAIN} -p {protocol} -j REJECT ");
         lines().filter(|line| line.starts_with(&begin)).count() == 1
     };
-    lines().any(|line| line == jump) && refusing("tcp") && refusing("udp")
+    reached.any(|line| line == jump) && refusing("tcp") && refusing("udp")
 }
 
 /// A socket that TPROXY finds and that drops whatever it is given.
@@ -160,6 +165,15 @@ mod tests {
             let mut left = lines.to_vec();
             left.remove(gone);
             assert!(!is_complete(&left.join("\n")), "{left:?}");
+        }
+        for (first, is_in_the_way) in [
+            ("[0:0] -A INPUT -d 192.0.2.0/24 -j ACCEPT", true),
+            ("[7:420] -A INPUT -i lo -m comment --comment \"-j ANYPORT-REFUSE\" -j ACCEPT", true),
+            ("[0:0] -A INPUT -j ufw-before-input", false),
+            ("[0:0] -A ufw-before-input -i lo -j ACCEPT", false),
+        ] {
+            let saved = [&[first][..], &lines].concat().join("\n");
+            assert_eq!(!is_complete(&saved), is_in_the_way, "{first}");
         }
     }
 }
