@@ -1,9 +1,12 @@
 //! The way of answers: what `explain` says of it, the mark of a service, and what is counted where there is no way.
 
-use std::{net::TcpStream, time::Duration};
+use std::{
+    net::{TcpStream, UdpSocket},
+    time::Duration,
+};
 
 use anyport_tests::{
-    dial::{expect_tcp_hello, expect_udp_hello},
+    dial::{any, expect_tcp_hello, expect_tcp_refused, expect_udp_hello, is_refusal, tcp_within, udp_over},
     host::wait_for,
 };
 use libtest_mimic::Trial;
@@ -18,6 +21,7 @@ const CLIENT: [&str; 2] = ["198.51.100.1", "2001:db8:c::1"];
 pub(crate) fn trials() -> Vec<Trial> {
     let mut trials: Vec<_> = on_each_back_end("answers::by mark, or not at all", by_mark).collect();
     trials.extend(on_each_back_end("answers::another way than packets come by", another_way));
+    trials.extend(on_each_back_end("answers::by the mark of the packet that is answered", by_packet));
     trials.push(trial("answers::tc and an interface that it does not watch", unwatched));
     trials
 }
@@ -55,6 +59,60 @@ fn by_mark(backend: &'static str) {
     assert!(status.contains("unanswered") && !status.contains("full queues"), "{status}");
     let errors = lab.daemon.refused("add-service other --handler registered --mark 0x10", 2);
     assert!(errors.contains("SO_MARK"), "{errors}");
+}
+
+/// The kernel keeps for answers the mark that the firewall has given the packet, as far as it is told to.
+fn by_packet(backend: &'static str) {
+    const REFUSED: u16 = 22;
+    let lab = Lab::new(backend);
+    let (host, client) = (&lab.topology.host, &lab.topology.client);
+    lab.daemon.ok("add-service marked --handler hello --mark 0x10");
+    lab.daemon.ok("add-prefix 192.0.2.0/25 2001:db8:0:a::/64 --protocol both --service marked --except 22");
+    lab.daemon.ok("add-prefix 192.0.2.128/25 2001:db8:0:b::/64 --protocol both --except 22");
+    for (ip, tables, to) in [("ip", "iptables", CLIENT[0]), ("ip -6", "ip6tables", CLIENT[1])] {
+        // In front of the jump to the chains of tproxy: what those take goes no further in that table.
+        let mark = format!("{tables} -t mangle -I PREROUTING -i client -j MARK --or-mark 0x20");
+        let prohibit = format!("{ip} rule add pref 100 to {to} fwmark 0/0x20 prohibit");
+        host.run("sh", ["-ec", &format!("{mark}; {prohibit}")]);
+    }
+    let limit = Duration::from_millis(500);
+    let connect = |address: &str, port: u16| client.enter(|| tcp_within(at(address, port), limit));
+    let expect_silence = |address: &str, port: u16| {
+        let connected = connect(address, port);
+        assert!(connected.as_ref().is_err_and(|it| !is_refusal(it)), "{address} port {port}: {connected:?}");
+    };
+    let is_datagram_refused = |address: &str| {
+        client.enter(|| {
+            let socket = UdpSocket::bind(any(at(address, 0).ip())).expect("a socket");
+            socket.connect(at(address, REFUSED)).expect("a destination");
+            udp_over(&socket, b"question", limit).is_err_and(|error| is_refusal(&error))
+        })
+    };
+    for address in UNMARKED {
+        expect_silence(address, 80);
+        expect_silence(address, REFUSED);
+        assert!(!is_datagram_refused(address), "{address}");
+    }
+    host.sysctl("net.ipv4.tcp_fwmark_accept", "1");
+    for (marked, unmarked) in MARKED.into_iter().zip(UNMARKED) {
+        client.enter(|| expect_tcp_hello(at(unmarked, 80)));
+        // A mark of the service's own comes first, and that is another one.
+        expect_silence(marked, 80);
+        expect_silence(unmarked, REFUSED);
+        let answer = client.enter(|| {
+            let socket = UdpSocket::bind(any(at(unmarked, 0).ip())).expect("a socket");
+            socket.connect(at(unmarked, 80)).expect("a destination");
+            udp_over(&socket, b"question", limit)
+        });
+        assert!(answer.is_err(), "{unmarked} answers a datagram");
+    }
+    for name in ["net.ipv4.fwmark_reflect", "net.ipv6.fwmark_reflect"] {
+        host.sysctl(name, "1");
+    }
+    for address in UNMARKED {
+        client.enter(|| expect_tcp_refused(at(address, REFUSED)));
+        assert!(is_datagram_refused(address), "{address}");
+    }
 }
 
 fn another_way(backend: &'static str) {
