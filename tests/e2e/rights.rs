@@ -16,7 +16,7 @@ use anyport_tests::{
     netns::Netns,
     owners::Owner,
     prerequisites::{GROUP, USER, program, public_copy, scratch},
-    topology::Topology,
+    topology::{CLIENT, Topology},
 };
 use libtest_mimic::Trial;
 use nix::unistd::Pid;
@@ -195,10 +195,29 @@ fn ordinary_user(backend: &'static str) {
     nix::sys::signal::kill(server, nix::sys::signal::Signal::SIGKILL).expect("SIGKILL to the process that serves");
     daemon.wait_for_successor(server);
     serve(&topology);
+    marked(&topology, &daemon);
     registered_anew(&topology, &mut daemon, backend);
     daemon.stop();
     let routes = topology.host.ip("route show table local proto 165");
     assert!(routes.is_empty(), "routes after the end: {routes}");
+}
+
+/// Answers have the mark of their service over TCP and UDP, without which they would not leave.
+fn marked(topology: &Topology, daemon: &Daemon) {
+    for (ip, client) in ["ip", "ip -6"].into_iter().zip(CLIENT) {
+        let prohibit = format!("{ip} rule add pref 100 to {client} fwmark 0/0x10 prohibit");
+        topology.host.run("sh", ["-ec", &prohibit]);
+    }
+    let unanswered = topology.client.enter(|| tcp_within(at(ADDRESSES[0], 80), Duration::from_millis(300)));
+    assert!(unanswered.is_err(), "an answer without a mark");
+    daemon.ok("add-service marked --handler hello --mark 0x10");
+    daemon.ok(&format!("add-prefix {} --protocol both --service marked", ADDRESSES.join(" ")));
+    serve(topology);
+    for ip in ["ip", "ip -6"] {
+        topology.host.run("sh", ["-ec", &format!("{ip} rule del pref 100")]);
+    }
+    daemon.ok(&format!("remove-prefix {}", ADDRESSES.join(" ")));
+    daemon.ok("remove-service marked");
 }
 
 /// Such a user may not fetch sockets of others by himself after a stop. He says so, and takes them when they are registered again. TPROXY finds
