@@ -1,7 +1,7 @@
 //! Debian and RPM packages, out of one tree of files.
 
 use std::{
-    env::consts::ARCH,
+    env::{self, consts::ARCH},
     ffi::OsStr,
     fs,
     os::unix::fs::PermissionsExt as _,
@@ -19,12 +19,10 @@ use crate::{
     programs::Programs,
 };
 
-const VERSION: &str = env!("CARGO_PKG_VERSION");
-const SUMMARY: &str = "One Linux socket that answers for every address and port of whole prefixes";
+pub(crate) const VERSION: &str = env!("CARGO_PKG_VERSION");
+pub(crate) const SUMMARY: &str = "One Linux socket that answers for every address and port of whole prefixes";
 /// Programs link the C library, whose version they need that was there when they were built.
 const DEBIAN_DEPENDS: &str = "libc6, libgcc-s1, systemd, iproute2";
-/// Packages have to have an address. There is none; see SECURITY.md and the site that hosts the repository.
-const MAINTAINER: &str = "The anyport founders <founders@anyport.example>";
 const DEBIAN: &str = "xtask/packaging/debian";
 const SCRIPTS: [&str; 3] = ["postinst", "prerm", "postrm"];
 
@@ -44,7 +42,7 @@ const COMPLETIONS: [(&str, &str, &str); 3] = [
     ("_", "", "usr/share/zsh/vendor-completions"),
     ("", ".fish", "usr/share/fish/vendor_completions.d"),
 ];
-const PROGRAMS: [&str; 2] = ["anyportd", "anyportctl"];
+pub(crate) const PROGRAMS: [&str; 2] = ["anyportd", "anyportctl"];
 
 /// How much time is spent on making packages small.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -104,38 +102,44 @@ pub(crate) fn documents(root: &Path) -> Result<Vec<(PathBuf, String)>> {
     Ok(files.into_iter().map(|path| (path.clone(), path.display().to_string())).collect())
 }
 
+/// Copies a file, into a directory that is made if need be.
+pub(crate) fn put(from: &Path, to: &Path, mode: u32) -> Result<()> {
+    let attempt = || format!("copy {} to {}", from.display(), to.display());
+    fs::create_dir_all(to.parent().unwrap_or(to)).with_context(attempt)?;
+    fs::copy(from, to).with_context(attempt)?;
+    fs::set_permissions(to, fs::Permissions::from_mode(mode)).with_context(attempt)
+}
+
+/// Copies a program, without what debuggers alone need.
+pub(crate) fn put_program(from: &Path, to: &Path) -> Result<()> {
+    put(from, to, 0o755)?;
+    exec(Command::new("strip").arg("--strip-unneeded").arg(to))
+}
+
 fn lay_out(root: &Path, dist: &Path, programs: &Programs, tree: &Path) -> Result<()> {
-    let put = |from: &Path, to: &str, mode: u32| {
-        let attempt = || format!("put {} at {to}", from.display());
-        let to = tree.join(to);
-        fs::create_dir_all(to.parent().unwrap_or(tree)).with_context(attempt)?;
-        fs::copy(from, &to).with_context(attempt)?;
-        fs::set_permissions(&to, fs::Permissions::from_mode(mode)).with_context(attempt)
-    };
+    let put = |from: &Path, to: &str| put(from, &tree.join(to), 0o644);
     for program in PROGRAMS {
-        let packaged = format!("usr/bin/{program}");
-        put(&programs.directory.join(program), &packaged, 0o755)?;
-        exec(Command::new("strip").arg("--strip-unneeded").arg(tree.join(packaged)))?;
+        put_program(&programs.directory.join(program), &tree.join("usr/bin").join(program))?;
         for (prefix, suffix, directory) in COMPLETIONS {
             let file = format!("{prefix}{program}{suffix}");
             // bash finds them by the name of the command alone.
             let name = file.strip_suffix(".bash").unwrap_or(&file);
-            put(&dist.join("completions").join(&file), &format!("{directory}/{name}"), 0o644)?;
+            put(&dist.join("completions").join(&file), &format!("{directory}/{name}"))?;
         }
     }
     for (from, to) in FILES {
-        put(&root.join(from), to, 0o644)?;
+        put(&root.join(from), to)?;
     }
     for (from, to) in documents(root)? {
-        put(&root.join(from), &format!("{DOCUMENTS}/{to}"), 0o644)?;
+        put(&root.join(from), &format!("{DOCUMENTS}/{to}"))?;
     }
-    put(&dist.join(licences::NOTICES), &format!("{DOCUMENTS}/{}", licences::NOTICES), 0o644)?;
+    put(&dist.join(licences::NOTICES), &format!("{DOCUMENTS}/{}", licences::NOTICES))?;
     let pages = dist.join("man8");
     for entry in fs::read_dir(&pages).with_context(|| format!("list {}", pages.display()))? {
         let path = entry?.path();
         let name = path.file_name().unwrap_or_default().to_string_lossy();
         if path.extension().is_some_and(|it| it == "8") {
-            put(&path, &format!("usr/share/man/man8/{name}"), 0o644)?;
+            put(&path, &format!("usr/share/man/man8/{name}"))?;
         }
     }
     fs::create_dir_all(tree.join("etc/anyport")).context("make etc/anyport")?;
@@ -143,19 +147,34 @@ fn lay_out(root: &Path, dist: &Path, programs: &Programs, tree: &Path) -> Result
     exec(Command::new("gzip").args(["-9", "--no-name"]).args(pages))
 }
 
-fn debian(root: &Path, dist: &Path, tree: &Path, effort: Effort) -> Result<PathBuf> {
-    let architecture = match ARCH {
+/// Who answers for the packages: those who have made the programs, unless who builds them for others says who he is, as he does
+/// to Debian's own tools (debchange(1)).
+fn maintainer() -> String {
+    match (env::var("DEBFULLNAME"), env::var("DEBEMAIL")) {
+        (Ok(name), Ok(address)) => format!("{name} <{address}>"),
+        _ => env!("CARGO_PKG_AUTHORS").to_owned(),
+    }
+}
+
+/// What Debian and container images call the architecture of this host.
+pub(crate) fn architecture() -> &'static str {
+    match ARCH {
         "x86_64" => "amd64",
         "aarch64" => "arm64",
         other => other,
-    };
+    }
+}
+
+fn debian(root: &Path, dist: &Path, tree: &Path, effort: Effort) -> Result<PathBuf> {
+    let architecture = architecture();
     let own = add_debian_files(root, tree)?;
     let size = stdout(Command::new("du").args(["--summarize", "--apparent-size", "--block-size=1K"]).arg(tree))?;
     let size = size.split_whitespace().next().unwrap_or_default();
     let control = tree.join("DEBIAN");
     fs::create_dir_all(&control)?;
+    let maintainer = maintainer();
     let fields = format!(
-        "Package: anyport\nVersion: {VERSION}\nArchitecture: {architecture}\nMaintainer: {MAINTAINER}\nSection: net\n\
+        "Package: anyport\nVersion: {VERSION}\nArchitecture: {architecture}\nMaintainer: {maintainer}\nSection: net\n\
          Priority: optional\nInstalled-Size: {size}\nDepends: {DEBIAN_DEPENDS}\nSuggests: iptables, ipset, bpftool\n\
          Description: {SUMMARY}\n \
          anyportd lets one transparent socket accept for each address and each port of\n whole prefixes, by eBPF or TPROXY.\n"
@@ -185,8 +204,8 @@ fn debian(root: &Path, dist: &Path, tree: &Path, effort: Effort) -> Result<PathB
 fn add_debian_files(root: &Path, tree: &Path) -> Result<[PathBuf; 2]> {
     let changelog = tree.join(DOCUMENTS).join("changelog");
     let date = date_of_last_change(root, "--rfc-email")?;
-    let text =
-        format!("anyport ({VERSION}) unstable; urgency=medium\n\n  * See CHANGELOG.md.\n\n -- {MAINTAINER}  {date}\n");
+    let by = maintainer();
+    let text = format!("anyport ({VERSION}) unstable; urgency=medium\n\n  * See CHANGELOG.md.\n\n -- {by}  {date}\n");
     fs::write(&changelog, text).context("write the changelog")?;
     exec(Command::new("gzip").args(["-9", "--no-name"]).arg(&changelog))?;
     let licence = fs::read_to_string(root.join("LICENSE")).context("read LICENSE")?;
@@ -200,7 +219,7 @@ fn add_debian_files(root: &Path, tree: &Path) -> Result<[PathBuf; 2]> {
 }
 
 /// The latest date in CHANGELOG.md, as `date` writes it by this option: the same sources make the same package.
-fn date_of_last_change(root: &Path, format: &str) -> Result<String> {
+pub(crate) fn date_of_last_change(root: &Path, format: &str) -> Result<String> {
     let text = fs::read_to_string(root.join("CHANGELOG.md")).context("read CHANGELOG.md")?;
     let is_date = |word: &&str| word.len() == "2026-11-30".len() && word.matches('-').count() == 2;
     let dates = text.split(|it: char| !it.is_ascii_digit() && it != '-').filter(is_date);
@@ -215,7 +234,7 @@ fn rpm(root: &Path, dist: &Path, tree: &Path, effort: Effort) -> Result<PathBuf>
     let tree = tree.display().to_string();
     for (name, value) in [
         ("@VERSION@", VERSION),
-        ("@MAINTAINER@", MAINTAINER),
+        ("@MAINTAINER@", &maintainer()),
         ("@SUMMARY@", SUMMARY),
         ("@DATE@", &date),
         ("@TREE@", &tree),
