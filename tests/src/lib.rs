@@ -9,6 +9,7 @@
 
 pub mod backbone;
 pub mod browser;
+pub mod container;
 pub mod daemon;
 pub mod dial;
 pub mod driver;

@@ -82,7 +82,7 @@ pub fn missing() -> Vec<String> {
     missing.extend(programs_missing(&TOOLS));
     // On other kernels there are no tests with them.
     if env::var_os("ANYPORT_TEST_KERNEL").is_none() {
-        missing.extend(programs_missing(&["bash", "zsh", "fish", "chromium"]));
+        missing.extend(programs_missing(&["bash", "zsh", "fish", "chromium", "crun"]));
     }
     if !geteuid().is_root() {
         missing.push("root: namespaces, mounts and BPF programs are made".to_owned());

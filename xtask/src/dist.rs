@@ -1,11 +1,11 @@
-//! `cargo xtask dist`: everything that a package is made of.
+//! `cargo xtask dist`: packages, a container image, and everything that they are made of.
 
 use std::{fs, path::Path, process::Command};
 
 use anyhow::{Context as _, Result};
 
 use crate::{
-    licences,
+    image, licences,
     packages::{self, Effort},
     process::{self, exec},
     programs::{PACKAGED, Programs},
@@ -30,9 +30,11 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         let programs = Programs::build(&root, PACKAGED)?;
         for program in [programs.daemon(), programs.client()] {
             let name = program.file_name().context("copy a program without a name")?;
-            copy(&program, &dist.join(name))?;
+            packages::put(&program, &dist.join(name), 0o755)?;
         }
         packages::build(&root, &dist, &programs, Effort::Full)?;
+        let licences = ["LICENSE", licences::NOTICES].map(|name| dist.join(name));
+        image::build(&root, &programs, &licences, &dist.join(image::file_name()), Effort::Full)?;
     }
     println!("{}", dist.display());
     Ok(())
@@ -45,19 +47,12 @@ pub(crate) fn fill(root: &Path, dist: &Path, pages: &mut Command) -> Result<()> 
     }
     fs::create_dir_all(dist).with_context(|| format!("make {}", dist.display()))?;
     for file in ["anyport.service", "anyport.socket", "anyport.sysusers", "anyport.tmpfiles"] {
-        copy(&root.join("xtask/packaging").join(file), &dist.join(file))?;
+        packages::put(&root.join("xtask/packaging").join(file), &dist.join(file), 0o644)?;
     }
-    copy(&root.join("LICENSE"), &dist.join("LICENSE"))?;
+    packages::put(&root.join("LICENSE"), &dist.join("LICENSE"), 0o644)?;
     for (from, to) in packages::documents(root)? {
-        copy(&root.join(from), &dist.join(to))?;
+        packages::put(&root.join(from), &dist.join(to), 0o644)?;
     }
     fs::write(dist.join(licences::NOTICES), licences::notices(root)?).context("write the notices of other crates")?;
     exec(pages.arg(dist))
-}
-
-/// Copies a file, into a directory that is made if need be.
-fn copy(from: &Path, to: &Path) -> Result<()> {
-    let attempt = || format!("copy {} to {}", from.display(), to.display());
-    fs::create_dir_all(to.parent().unwrap_or(to)).with_context(attempt)?;
-    fs::copy(from, to).with_context(attempt).map(drop)
 }

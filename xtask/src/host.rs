@@ -81,8 +81,12 @@ pub(crate) const FOR_TESTS: [Tool; 16] = [
     tests("nsenter", "util-linux", "util-linux"),
 ];
 /// What those tests use that do not run on other kernels.
-pub(crate) const FOR_TESTS_HERE: [Tool; 3] =
-    [tests("chromium", "chromium", "chromium-headless"), tests("zsh", "zsh", "zsh"), tests("fish", "fish", "fish")];
+pub(crate) const FOR_TESTS_HERE: [Tool; 4] = [
+    tests("chromium", "chromium", "chromium-headless"),
+    tests("crun", "crun", "crun"),
+    tests("zsh", "zsh", "zsh"),
+    tests("fish", "fish", "fish"),
+];
 /// Programs whose Debian packages start a service, of which the tests have no use: its name.
 const SERVICES: [(&str, &str); 5] =
     [("bird", "bird"), ("etcd", "etcd"), ("haproxy", "haproxy"), ("nginx", "nginx"), ("promtool", "prometheus")];

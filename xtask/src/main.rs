@@ -10,6 +10,7 @@ mod dist;
 mod documents;
 mod fuzz;
 mod host;
+mod image;
 mod kernel;
 mod layers;
 mod licences;
@@ -52,8 +53,10 @@ enum Command {
     Soak(programs::DemoOptions),
     /// Feed random input to everything that reads foreign bytes.
     Fuzz(fuzz::Options),
-    /// Make what packages are made of: programs, manual pages, shell completions, a sample configuration.
+    /// Make packages and a container image, and what they are made of: programs, manual pages, shell completions, documents.
     Dist(dist::Options),
+    /// Make a container image of programs that are built.
+    Image(image::Options),
     /// Build the BPF object that is kept in the repository.
     BuildEbpf(build_ebpf::Options),
 }
@@ -68,6 +71,7 @@ fn main() -> ExitCode {
         Command::Soak(options) => programs::soak(&options),
         Command::Fuzz(options) => fuzz::run(&options),
         Command::Dist(options) => dist::run(&options),
+        Command::Image(options) => image::run(options),
         Command::BuildEbpf(options) => build_ebpf::run(&options),
     };
     report(result.map(|()| ExitCode::SUCCESS))

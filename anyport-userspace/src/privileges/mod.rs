@@ -50,6 +50,11 @@ pub fn expect_for(back_end: BackEnd) -> anyhow::Result<()> {
         BackEnd::SkLookup | BackEnd::Tc => NET_ADMIN.union(PROGRAMS),
         BackEnd::Tproxy => NET_ADMIN,
     };
+    expect(needed)
+}
+
+/// Finds out whether these are permitted.
+fn expect(needed: CapabilitySet) -> anyhow::Result<()> {
     let permitted = capabilities(None).context("ask for the capabilities")?.permitted;
     // Before Linux 5.8 that one stood for the two of programs, and it still does.
     let implied = if permitted.contains(CapabilitySet::SYS_ADMIN) { PROGRAMS } else { CapabilitySet::empty() };
@@ -59,8 +64,8 @@ pub fn expect_for(back_end: BackEnd) -> anyhow::Result<()> {
     }
     let names: Vec<_> = missing.iter_names().map(|(name, _)| format!("CAP_{name}")).collect();
     bail!(
-        "it needs {}, which anyportd lacks: start it as root, or grant that (AmbientCapabilities= and CapabilityBoundingSet= in the \
-         unit)",
+        "it needs {}, which anyportd lacks: start it as root, or grant that (AmbientCapabilities= and CapabilityBoundingSet= in a \
+         unit of systemd, capabilities of a container)",
         names.join(" and ")
     )
 }

@@ -10,13 +10,13 @@ use std::{
     str::FromStr,
 };
 
-use super::ALL;
+use super::{ALL, expect};
 use crate::{
     as_text::as_text,
     back_end::Choice,
     paths::{DEFAULT_SOCKET, DEFAULT_STATE_DIR, Paths, make_private},
 };
-use anyhow::{Context as _, bail};
+use anyhow::{Context as _, anyhow, bail};
 use nix::{
     mount::{MsFlags, mount},
     sched::{CloneFlags, unshare},
@@ -33,6 +33,9 @@ pub const GROUP: &str = "anyport";
 pub const USER: &str = "anyport";
 /// What `iptables` of the older kind locks against others of its kind (`xtables.lock` in iptables(8)).
 const XTABLES_LOCK: (&str, &str) = ("XTABLES_LOCKFILE", "/run/xtables.lock");
+
+/// What root needs to become another user, and to give it directories before that.
+const TO_BECOME: CapabilitySet = CapabilitySet::CHOWN.union(CapabilitySet::SETGID).union(CapabilitySet::SETUID);
 
 /// A user by name, or by the numbers of user and group: `anyport` or `64998:64998`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -87,8 +90,13 @@ pub fn become_user(
         match account(wanted)? {
             Ok(account) => {
                 let pins = (choice != Choice::Tproxy && make_pin_directory(paths.bpffs).is_ok()).then_some(paths.bpffs);
-                prepare(paths, choice, pins, account).with_context(|| format!("make ready for {account}"))?;
-                switch(account).with_context(|| format!("become {account}"))?;
+                let became = prepare(paths, choice, pins, account).with_context(|| format!("make ready for {account}"));
+                let became = became.and_then(|()| switch(account).with_context(|| format!("become {account}")));
+                became.or_else(|refused| {
+                    // Root of a container may lack what it takes.
+                    expect(TO_BECOME).map_err(|lacking| anyhow!("{refused:#}; {lacking}"))?;
+                    Err(refused)
+                })?;
                 None
             }
             Err(why) => Some(why),

@@ -454,7 +454,9 @@ fn load(debug: bool) -> anyhow::Result<Ebpf> {
     EbpfLoader::new()
         .override_global(aya_log::LEVEL, &log_level, true)
         .load(OBJECT)
-        .context("load the BPF maps (needs CAP_BPF and CAP_NET_ADMIN, or root)")
+        .context(
+            "load the BPF maps (needs CAP_BPF and CAP_NET_ADMIN, or root, and no seccomp filter that forbids bpf(2))",
+        )
         .map_err(load::with_memory_limit)
 }
 
