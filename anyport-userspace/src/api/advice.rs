@@ -79,7 +79,7 @@ mod tests {
     fn what_is_known_has_advice_of_its_own() {
         for (degraded, document) in [
             ("service web gets nothing: the last 12 packets steered to it were dropped", "docs/operations.md"),
-            ("service web: the upstream 192.0.2.1:80 is down since 3 s: timed out", "docs/services-and-forwarding.md"),
+            ("service web: the upstream 192.0.2.1:80 is down for 3 s: timed out", "docs/services-and-forwarding.md"),
             ("announcing: no session", "docs/announce.md"),
         ] {
             assert_eq!(advice(degraded).1, document, "{degraded}");

@@ -17,6 +17,8 @@ mod reload;
 mod services;
 mod shells;
 mod show;
+#[cfg(test)]
+mod snapshots;
 mod status;
 mod table;
 mod tone;

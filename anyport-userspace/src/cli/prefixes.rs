@@ -1,6 +1,6 @@
 //! `anyportctl add-prefix`, `remove-prefix` and `prefixes`: the rules.
 
-use std::{borrow::Cow, num::NonZeroU16, str::FromStr};
+use std::{num::NonZeroU16, str::FromStr};
 
 use serde_json::value::RawValue;
 
@@ -9,7 +9,8 @@ use super::{
     lists::Source,
     path,
     show::count,
-    table::{Column, number, table, text},
+    table::{Column, Row, number, table, text},
+    tone::Tone,
 };
 use crate::{
     api::{AddPrefixes, Changed, Client, ListPrefixes, PrefixView, Problem, ProblemKind, RemovePrefixes},
@@ -119,7 +120,7 @@ impl Remove {
 }
 
 /// Lists the rules in order of precedence, with counters; the options narrow it to those that match.
-#[derive(Debug, clap::Args)]
+#[derive(Debug, Default, clap::Args)]
 pub(super) struct List {
     /// Only rules of prefixes inside of this one, itself included
     #[arg(long, value_name = "PREFIX", add = completion::prefixes())]
@@ -160,7 +161,7 @@ impl List {
     }
 
     /// For people. `views` may hold one more than they asked for.
-    fn text(&self, views: &[PrefixView<'_>], width: Option<usize>) -> String {
+    pub(super) fn text(&self, views: &[PrefixView<'_>], width: Option<usize>) -> String {
         let Self { within, service, port, after, limit } = self;
         if views.is_empty() {
             let is_narrowed = within.is_some() || service.is_some() || port.is_some() || after.is_some();
@@ -184,8 +185,8 @@ impl List {
 const COLUMNS: [Column; 11] = [
     text("PREFIX"),
     text("PROTOCOL").rank(4),
-    text("PORTS").rank(1),
-    text("EXCEPT").rank(3),
+    text("PORTS").rank(1).least(12),
+    text("EXCEPT").rank(3).least(12),
     text("SOURCE").rank(5),
     text("SERVICE"),
     text("DRAIN").rank(8),
@@ -195,12 +196,12 @@ const COLUMNS: [Column; 11] = [
     number("DROPPED").rank(2),
 ];
 
-fn row<'a>(view: &PrefixView<'a>) -> [Cow<'a, str>; 11] {
+fn row<'a>(view: &PrefixView<'a>) -> Row<'a, 11> {
     let PrefixView {
         prefix, protocol, ports, except, source, service, route, origin, steered, dropped, drained, ..
     } = *view;
     let or_dash = |text: &'a str| if text.is_empty() { "-" } else { text }.into();
-    [
+    let cells = [
         prefix.into(),
         protocol.as_str().into(),
         or_dash(ports),
@@ -212,5 +213,6 @@ fn row<'a>(view: &PrefixView<'a>) -> [Cow<'a, str>; 11] {
         origin.as_str().into(),
         steered.to_string().into(),
         dropped.to_string().into(),
-    ]
+    ];
+    Row { cells, tone: if drained { Tone::Dim } else { Tone::Plain } }
 }

@@ -48,15 +48,18 @@ impl Remove {
 pub(super) async fn list(client: &Client, out: &mut Output<'_>) -> Result<(), Problem> {
     let views: Vec<ServiceView> = client.get("/v1/services").await?;
     let width = out.width();
-    out.print(&views, |views| {
-        let mut text = table(&COLUMNS, views.iter().map(row), width);
-        let upstreams = || views.iter().flat_map(|view| view.upstreams.iter().map(move |it| (view, it)));
-        if upstreams().next().is_some() {
-            text.push_str("\n\n");
-            text.push_str(&table(&UPSTREAMS, upstreams().map(|(view, it)| upstream_row(view, it)), width));
-        }
-        text
-    })
+    out.print(&views, |views| lists(views, width))
+}
+
+/// The services, and the upstreams of all of them.
+pub(super) fn lists(views: &[ServiceView], width: Option<usize>) -> String {
+    let mut text = table(&COLUMNS, views.iter().map(row), width);
+    let upstreams = || views.iter().flat_map(|view| view.upstreams.iter().map(move |it| (view, it)));
+    if upstreams().next().is_some() {
+        text.push_str("\n\n");
+        text.push_str(&table(&UPSTREAMS, upstreams().map(|(view, it)| upstream_row(view, it)), width));
+    }
+    text
 }
 
 const COLUMNS: [Column; 15] = [
@@ -78,15 +81,15 @@ const COLUMNS: [Column; 15] = [
 ];
 
 const UPSTREAMS: [Column; 9] = [
-    text("SERVICE").rank(5),
+    text("SERVICE").rank(3),
     text("UPSTREAM"),
     text("STATE"),
     number("OPEN"),
-    number("TOTAL").rank(2),
-    number("FAILED").rank(1),
-    number("TO").rank(3),
-    number("FROM").rank(4),
-    text("NOTE").rank(6),
+    number("TOTAL").rank(4),
+    number("FAILED").rank(2),
+    number("BYTES-TO").rank(5),
+    number("BYTES-FROM").rank(6),
+    text("NOTE").rank(1).least(24),
 ];
 
 fn row(view: &ServiceView) -> Row<'_, 15> {
@@ -111,8 +114,8 @@ fn row(view: &ServiceView) -> Row<'_, 15> {
 }
 
 fn upstream_row<'a>(service: &ServiceView, view: &UpstreamView) -> Row<'a, 9> {
-    let since = view.since.map(|since| format!("since {}", ago(since)));
-    let note: Vec<String> = view.name.clone().into_iter().chain(since).chain(view.why.clone()).collect();
+    let how_long = view.since.map(|since| format!("for {}", ago(since)));
+    let note: Vec<String> = how_long.into_iter().chain(view.why.clone()).chain(view.name.clone()).collect();
     let tone = match view.state {
         UpstreamState::Up => Tone::Plain,
         UpstreamState::Down | UpstreamState::Ejected => Tone::Bad,

@@ -1,5 +1,7 @@
 //! What several verbs need for printing.
 
+use super::tone::apart;
+
 /// How long something has been so, in its two largest units.
 pub(super) fn ago(seconds: u64) -> String {
     const UNITS: [(u64, &str); 4] = [(86_400, "d"), (3_600, "h"), (60, "min"), (1, "s")];
@@ -48,9 +50,52 @@ pub(super) fn bytes(number: u64) -> String {
     format!("{}.{} {}", tenths / 10, tenths % 10, UNITS[unit])
 }
 
+/// Characters of a terminal. Names, addresses and numbers are ASCII; others count one each.
+pub(super) fn columns_of(text: &str) -> usize {
+    if text.is_ascii() { text.len() } else { text.chars().count() }
+}
+
+/// A line in lines of at most so many characters, as far as its words allow. Those behind the first are indented by so many, and
+/// have its mark.
+pub(super) fn wrapped(line: &str, width: usize, indent: usize) -> String {
+    let (mark, mut rest) = apart(line);
+    let mut text = mark.to_owned();
+    let mut used = 0;
+    while !rest.is_empty() {
+        // A word with the blanks before it.
+        let blanks = rest.len() - rest.trim_start_matches(' ').len();
+        let end = rest[blanks..].find(' ').map_or(rest.len(), |at| blanks + at);
+        let (word, after) = rest.split_at(end);
+        if used > indent && used + columns_of(word) > width {
+            let word = &word[blanks..];
+            text.extend(["\n", mark, &" ".repeat(indent), word]);
+            used = indent + columns_of(word);
+        } else {
+            text.push_str(word);
+            used += columns_of(word);
+        }
+        rest = after;
+    }
+    text
+}
+
 #[cfg(test)]
 mod tests {
-    use super::{ago, bytes, count, thousands};
+    use super::{ago, bytes, count, thousands, wrapped};
+    use crate::cli::tone::Tone;
+
+    #[test]
+    fn lines_are_wrapped_between_words() {
+        assert_eq!(wrapped("label    one two three", 17, 9), "label    one two\n         three");
+        assert_eq!(wrapped("label    a-word-that-is-longer b", 10, 4), "label\n    a-word-that-is-longer\n    b");
+        assert_eq!(
+            wrapped(&Tone::Bad.line("one two"), 3, 0),
+            [Tone::Bad.line("one"), Tone::Bad.line("two")].join("\n")
+        );
+        for text in ["", "one", "    one", "one  two"] {
+            assert_eq!(wrapped(text, 8, 4), text);
+        }
+    }
 
     #[test]
     fn numbers_are_for_people() {

@@ -3,7 +3,7 @@
 use super::{
     Output,
     drain::subject,
-    show::{bytes, count, thousands},
+    show::{bytes, count, thousands, wrapped},
     tone::Tone,
 };
 use crate::{
@@ -26,7 +26,8 @@ pub(super) struct Status {
 impl Status {
     pub(super) async fn run(self, client: &Client, out: &mut Output<'_>) -> Result<(), Problem> {
         let view: StatusView = client.get("/v1/status").await?;
-        out.print(&view, text)?;
+        let width = out.width();
+        out.print(&view, |view| text(view, width))?;
         match view.degraded.len() {
             count if self.exit_code && count > 0 => Err(Problem::new(
                 ProblemKind::Degraded,
@@ -37,7 +38,17 @@ impl Status {
     }
 }
 
-fn text(view: &StatusView) -> String {
+/// Where what a line says begins, behind its label.
+const INDENT: usize = 12;
+
+/// For people, in lines of at most so many characters.
+pub(super) fn text(view: &StatusView, width: Option<usize>) -> String {
+    let text = lines(view).join("\n");
+    let Some(width) = width else { return text };
+    text.split('\n').map(|line| wrapped(line, width, INDENT)).collect::<Vec<_>>().join("\n")
+}
+
+fn lines(view: &StatusView) -> Vec<String> {
     let mut lines =
         vec![format!("anyportd {}, pid {}", view.version, view.pid), format!("back end    {}", view.backend)];
     lines.extend(view.backends.iter().map(back_end));
@@ -55,7 +66,8 @@ fn text(view: &StatusView) -> String {
     lines.push(format!("workers     {}", view.workers));
     lines.push(format!(
         "descriptors {} of {} for clients in use",
-        view.client_descriptors_in_use, view.client_descriptors
+        thousands(view.client_descriptors_in_use as u64),
+        thousands(view.client_descriptors as u64)
     ));
     let totals = view.totals;
     lines.push(format!(
@@ -66,24 +78,28 @@ fn text(view: &StatusView) -> String {
         thousands(totals.active)
     ));
     if totals.denied > 0 {
-        lines.push(format!("denied      {} of sources that services do not take", totals.denied));
+        lines.push(format!("denied      {} of sources that services do not take", thousands(totals.denied)));
     }
     if totals.refused > 0 {
-        lines.push(format!("limits      {} connections and flows refused", totals.refused));
+        lines.push(format!("limits      {} connections and flows refused", thousands(totals.refused)));
     }
     // The kernel counts all that a listening socket drops as one.
     let full = totals.listen_drops.min(totals.queue_full);
     if full + totals.receive_drops > 0 {
-        lines.push(format!("full queues {full} attempts to connect and {} datagrams dropped", totals.receive_drops));
+        lines.push(format!(
+            "full queues {} attempts to connect and {} datagrams dropped",
+            thousands(full),
+            thousands(totals.receive_drops)
+        ));
     }
     if totals.listen_drops > full {
-        let others = totals.listen_drops - full;
+        let others = thousands(totals.listen_drops - full);
         lines.push(format!("unanswered  {others} attempts to connect, and not for a full queue: see no route"));
     }
     if totals.no_route > 0 {
         lines.push(format!(
             "no route    for {} packets of this host, answers among them: `explain --from CLIENT` shows the way of one",
-            totals.no_route
+            thousands(totals.no_route)
         ));
     }
     if !view.draining.is_empty() {
@@ -106,7 +122,7 @@ fn text(view: &StatusView) -> String {
         [] => lines.push(Tone::Good.line("all is well")),
         degraded => lines.extend(degraded.iter().map(|what| Tone::Bad.line(&format!("DEGRADED    {what}")))),
     }
-    lines.join("\n")
+    lines
 }
 
 fn fleet(view: &FleetView) -> String {

@@ -2,7 +2,10 @@
 
 use std::borrow::Cow;
 
-use super::tone::Tone;
+use super::{
+    show::{columns_of, wrapped},
+    tone::Tone,
+};
 
 /// Blanks between two columns.
 const GAP: usize = 2;
@@ -15,22 +18,28 @@ pub(super) struct Column {
     name: &'static str,
     is_number: bool,
     rank: u8,
+    least: usize,
 }
 
 /// A column of texts, which stand at its left.
 pub(super) const fn text(name: &'static str) -> Column {
-    Column { name, is_number: false, rank: 0 }
+    Column { name, is_number: false, rank: 0, least: usize::MAX }
 }
 
 /// A column of numbers, which stand at its right.
 pub(super) const fn number(name: &'static str) -> Column {
-    Column { name, is_number: true, rank: 0 }
+    Column { name, is_number: true, rank: 0, least: usize::MAX }
 }
 
 impl Column {
     /// Where the terminal is too narrow, the columns with the highest rank are left out first; those with 0 never are.
     pub(super) const fn rank(self, rank: u8) -> Self {
         Self { rank, ..self }
+    }
+
+    /// Where the terminal is too narrow, texts of this column are cut to so many characters before others are left out.
+    pub(super) const fn least(self, least: usize) -> Self {
+        Self { least, ..self }
     }
 }
 
@@ -60,8 +69,7 @@ pub(super) fn table<'a, const N: usize, R: Into<Row<'a, N>>>(
     if !left_out.is_empty() {
         let note = format!("left out for want of room, -o wide shows them: {}", left_out.join(", "));
         text.push('\n');
-        text.push_str(Tone::Dim.mark());
-        text.push_str(&wrapped(&note, width.unwrap_or(usize::MAX)));
+        text.push_str(&wrapped(&Tone::Dim.line(&note), width.unwrap_or(usize::MAX), 0));
     }
     text
 }
@@ -80,7 +88,7 @@ pub(super) fn rows_of<'a, const N: usize>(
             *width = columns_of(cell).max(*width);
         }
     }
-    let is_shown = width.map_or([true; N], |width| fit(columns, &mut widths, width));
+    let is_shown = width.map_or([true; N], |width| fit(columns, &says_nothing(&rows), &mut widths, width));
     let mut text = String::with_capacity(rows.len() * widths.iter().map(|width| width + GAP).sum::<usize>());
     for Row { cells, tone } in &rows {
         text.push_str(tone.mark());
@@ -107,6 +115,10 @@ fn push_cells<const N: usize>(
             continue;
         }
         let cell = cut(cell, *width);
+        if cell.is_empty() {
+            padding += width + GAP;
+            continue;
+        }
         let room = width - columns_of(&cell);
         let (before, after) = if column.is_number { (room, 0) } else { (0, room) };
         text.extend(std::iter::repeat_n(' ', padding + before));
@@ -115,17 +127,42 @@ fn push_cells<const N: usize>(
     }
 }
 
-/// Leaves columns out, and then cuts the widest texts, until a row fits. Which columns are shown.
-fn fit<const N: usize>(columns: &[Column; N], widths: &mut [usize; N], width: usize) -> [bool; N] {
+/// The columns in which no row has more than a dash: of a table that is too wide they go first.
+fn says_nothing<const N: usize>(rows: &[Row<'_, N>]) -> [bool; N] {
+    let mut says_nothing = [true; N];
+    // Behind the header.
+    for row in &rows[1..] {
+        for (says_nothing, cell) in says_nothing.iter_mut().zip(&row.cells) {
+            *says_nothing &= matches!(&**cell, "-" | "");
+        }
+    }
+    says_nothing
+}
+
+/// Cuts texts that may be cut, leaves columns out, and then cuts the widest texts, until a row fits. Which columns are shown.
+fn fit<const N: usize>(
+    columns: &[Column; N],
+    says_nothing: &[bool; N],
+    widths: &mut [usize; N],
+    width: usize,
+) -> [bool; N] {
     let mut is_shown = [true; N];
     let total = |widths: &[usize; N], is_shown: &[bool; N]| {
         let shown = || widths.iter().zip(is_shown).filter(|(_, is_shown)| **is_shown);
         shown().map(|(width, _)| width + GAP).sum::<usize>().saturating_sub(GAP)
     };
+    let whole = *widths;
+    for (width, column) in widths.iter_mut().zip(columns) {
+        *width = column.least.max(column.name.len()).min(*width);
+    }
     while total(widths, &is_shown) > width {
-        let last = (0..N).filter(|at| is_shown[*at] && columns[*at].rank > 0).max_by_key(|at| (columns[*at].rank, *at));
-        let Some(last) = last else { break };
+        let may_go = (0..N).filter(|at| is_shown[*at] && columns[*at].rank > 0);
+        let Some(last) = may_go.max_by_key(|at| (says_nothing[*at], columns[*at].rank, *at)) else { break };
         is_shown[last] = false;
+    }
+    for at in (0..N).filter(|at| is_shown[*at]) {
+        let spare = width.saturating_sub(total(widths, &is_shown));
+        widths[at] = whole[at].min(widths[at] + spare);
     }
     loop {
         let excess = total(widths, &is_shown).saturating_sub(width);
@@ -133,11 +170,6 @@ fn fit<const N: usize>(columns: &[Column; N], widths: &mut [usize; N], width: us
         let Some(widest) = texts.max_by_key(|at| widths[*at]).filter(|_| excess > 0) else { return is_shown };
         widths[widest] = widths[widest].saturating_sub(excess).max(NARROWEST);
     }
-}
-
-/// Characters of a terminal. Names, addresses and numbers are ASCII; others count one each.
-fn columns_of(text: &str) -> usize {
-    if text.is_ascii() { text.len() } else { text.chars().count() }
 }
 
 /// The beginning of a text that is too long, which its last character shows.
@@ -148,25 +180,10 @@ fn cut(text: &str, width: usize) -> Cow<'_, str> {
     text.chars().take(width.saturating_sub(1)).chain(['…']).collect::<String>().into()
 }
 
-/// A text in lines of at most so many characters, as far as its words allow.
-fn wrapped(text: &str, width: usize) -> String {
-    let mut lines = vec![String::new()];
-    for word in text.split(' ') {
-        let line = lines.last().map_or(0, |line| columns_of(line));
-        if line > 0 && line + 1 + columns_of(word) > width {
-            lines.push(String::new());
-        }
-        let Some(line) = lines.last_mut() else { continue };
-        if !line.is_empty() {
-            line.push(' ');
-        }
-        line.push_str(word);
-    }
-    lines.join(&format!("\n{}", Tone::Dim.mark()))
-}
-
 #[cfg(test)]
 mod tests {
+    use std::borrow::Cow;
+
     use super::{Column, Row, Tone, number, table, text};
     use crate::cli::tone::painted;
 
@@ -219,6 +236,24 @@ mod tests {
             let longest = text.lines().take(3).map(|line| line.chars().count()).max().unwrap();
             assert!(longest <= width.max(17), "{width}: {text}");
         }
+    }
+
+    #[test]
+    fn columns_without_content_go_first_and_lists_are_cut() {
+        let columns = [text("NAME"), text("LIST").rank(1).least(6), text("EXCEPT").rank(1), text("ORIGIN").rank(2)];
+        let rows = || [["a", "1,2,3,4,5,6,7", "-", "added"], ["b", "1", "-", "config"]].map(|it| it.map(Cow::from));
+        let at =
+            |width| table(&columns, rows().into_iter(), Some(width)).lines().take(2).collect::<Vec<_>>().join("\n");
+        assert_eq!(at(40), "NAME  LIST           EXCEPT  ORIGIN\na     1,2,3,4,5,6,7  -       added");
+        assert_eq!(at(30), "NAME  LIST    EXCEPT  ORIGIN\na     1,2,3…  -       added");
+        assert_eq!(at(27), "NAME  LIST           ORIGIN\na     1,2,3,4,5,6,7  added");
+        assert_eq!(at(20), "NAME  LIST    ORIGIN\na     1,2,3…  added");
+    }
+
+    #[test]
+    fn an_empty_cell_at_the_end_leaves_no_blanks() {
+        let rows = [["a", ""], ["b", "note"]].map(|it| it.map(Cow::from));
+        assert_eq!(table(&[text("NAME"), text("NOTE")], rows.into_iter(), None), "NAME  NOTE\na\nb     note");
     }
 
     #[test]

@@ -42,6 +42,12 @@ impl Tone {
     }
 }
 
+/// The mark of a line, if it has one, and the rest of it.
+pub(super) fn apart(line: &str) -> (&str, &str) {
+    let is_mark = |it: &char| ('\u{fdd0}'..='\u{fdef}').contains(it);
+    line.split_at(line.chars().next().filter(is_mark).map_or(0, char::len_utf8))
+}
+
 /// A text of lines with their marks, as a terminal is to get it.
 pub(super) fn painted(text: &str, in_colours: bool) -> String {
     let mut shown = String::with_capacity(text.len() + 16);

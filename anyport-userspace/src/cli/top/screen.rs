@@ -11,7 +11,10 @@ use tokio::{
     signal::unix::{Signal, SignalKind, signal},
 };
 
-use crate::{cli::tone::painted, sys};
+use crate::{
+    cli::tone::{apart, painted},
+    sys,
+};
 
 /// To the alternate screen, without cursor and without wrapping of lines; and back.
 const OPEN: &str = "\x1b[?1049h\x1b[?25l\x1b[?7l";
@@ -185,7 +188,7 @@ fn print(text: &str) -> io::Result<()> {
 
 /// The first so many characters, beside the mark of the line's tone, which takes none.
 fn cut(line: &str, columns: usize) -> &str {
-    let columns = columns + usize::from(line.starts_with(|it| ('\u{fdd0}'..='\u{fdef}').contains(&it)));
+    let columns = columns + apart(line).0.chars().count();
     line.char_indices().nth(columns).map_or(line, |(at, _)| &line[..at])
 }
 

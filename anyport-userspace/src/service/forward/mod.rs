@@ -249,7 +249,7 @@ impl Forwarder {
     pub(super) fn degraded(&self) -> Vec<String> {
         let of_upstream = |view: UpstreamView| {
             let why = view.why?;
-            Some(format!("the upstream {} is {} since {} s: {why}", view.address, view.state, view.since.unwrap_or(0)))
+            Some(format!("the upstream {} is {} for {} s: {why}", view.address, view.state, view.since.unwrap_or(0)))
         };
         let upstreams = self.views().into_iter().filter_map(of_upstream);
         let names = super::lock(&self.names).complaints();

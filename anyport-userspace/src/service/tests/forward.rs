@@ -191,7 +191,7 @@ fn tries_the_next_one() {
     assert_eq!((bad.state, bad.connections, bad.failures), (UpstreamState::Ejected, 0, 4));
     assert_eq!((good.state, good.connections, good.failures), (UpstreamState::Up, 20, 0));
     let degraded = scene.service.degraded();
-    assert!(degraded[0].contains("is ejected since 0 s: 4 failures in a row, the last one: Connection refused"));
+    assert!(degraded[0].contains("is ejected for 0 s: 4 failures in a row, the last one: Connection refused"));
 }
 
 #[test]
