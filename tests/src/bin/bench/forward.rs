@@ -156,10 +156,7 @@ fn print_rates(all: &[Measured]) {
 }
 
 fn print_costs(all: &mut [Measured]) {
-    println!(
-        "| CPU µs | PROXY header | a connection, all | threads | a request, all | threads | a MiB, all | threads | \
-         added p50 µs | added p99 µs | bytes idle |"
-    );
+    println!("| CPU µs | PROXY header | connection | threads | request | threads | MiB | threads | p50 | p99 | idle |");
     println!("|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|");
     let [direct_p50, direct_p99] = direct_latencies(all);
     for measured in all {
@@ -204,11 +201,11 @@ fn explain(all: &mut [Measured], options: &Options) {
         "One thread for each proxy, all of them on the first CPU; clients and upstream share the other one. {} rounds, in each of \
          which every proxy has every load for {} ms, in random order. Rates and times are medians of the rounds; a ratio is the \
          median of the rounds' ratios. Requests have {REQUEST} bytes, and so do their answers: {CONCURRENT} clients at a time, \
-         for connections/s with a new connection for each request. Gbit/s: {READERS} downloads. CPU, all: time that the \
+         for connections/s with a new connection for each request. Gbit/s: {READERS} downloads. CPU µs: time that the \
          processors of the machine work, by clients, upstream and the kernel's work for packets, too; threads: time of the \
-         proxy's threads. Added latency: of single requests over one connection, {TIMED} in a round, less what they take \
-         without proxy (p50 {p50:.1} µs, p99 {p99:.1} µs). Idle: private pages of the proxy's processes, with {} connections \
-         more than before.",
+         proxy's threads. p50 and p99: what is added to the µs of single requests over one connection, {TIMED} in a round, without \
+         proxy (p50 {p50:.1} µs, p99 {p99:.1} µs). Idle: bytes of private pages of the proxy's processes, for each of {} more \
+         connections.",
         options.rounds, options.slice, options.idle
     );
 }

@@ -213,7 +213,7 @@ impl Lab {
                 let config = write(&directory, "nginx.conf", &nginx(&directory, proxy.origin.as_deref()))?;
                 Between::Rival(start("nginx", proxy, "-c", &config, &topology))
             }
-            Kind::Anyport => Between::Anyport(Box::new(anyport(&topology, proxy.origin.as_deref()))),
+            Kind::Anyport => Between::Anyport(Box::new(anyport(&topology, proxy.origin.as_deref(), &directory)?)),
         };
         let lab = Self { topology, between, _upstream: upstream, _directory: directory };
         for way in WAYS.into_iter().filter(|way| matches!(way, Way::Tcp { .. })) {
@@ -257,24 +257,33 @@ fn start(name: &str, proxy: &Proxy, option: &str, config: &Path, topology: &Topo
     Running::start(&topology.host, on_first_cpu(&program[0]).args(&program[1..]).arg(option).arg(config))
 }
 
-fn anyport(topology: &Topology, executable: Option<&Path>) -> Daemon {
-    let mut setup = Setup::new(&topology.host, "sk-lookup").through(["taskset", "--cpu-list", "0"]);
-    if let Some(executable) = executable {
-        setup = setup.executable(executable);
-    }
-    let daemon = setup.args(["--workers", "1"]).start();
-    for way in WAYS {
+fn anyport(topology: &Topology, executable: Option<&Path>, directory: &TempDir) -> Result<Daemon> {
+    let setup =
+        Setup::new(&topology.host, "sk-lookup").through(["taskset", "--cpu-list", "0"]).args(["--workers", "1"]);
+    let setup = match executable {
+        Some(executable) => setup.executable(executable),
+        None => setup,
+    };
+    // In a file, which earlier versions read, too.
+    Ok(setup.config(write(directory, "ways.toml", &steered_ways())?).start())
+}
+
+fn steered_ways() -> String {
+    let way = |way: Way| {
         let (protocol, more) = match way {
-            Way::Tcp { has_header: true, .. } => ("tcp", "--proxy-protocol v2"),
+            Way::Tcp { has_header: true, .. } => ("tcp", "proxy-protocol = \"v2\""),
             Way::Tcp { has_header: false, .. } => ("tcp", ""),
-            Way::Udp { has_one_answer: true } => ("udp", "--udp responses=1"),
+            Way::Udp { has_one_answer: true } => ("udp", "udp = { responses = 1 }"),
             Way::Udp { has_one_answer: false } => ("udp", ""),
         };
         let (name, upstream) = (format!("way-{}", way.number()), way.upstream());
-        daemon.ok(&format!("add-service {name} --handler forward --upstream {upstream} {more}"));
-        daemon.ok(&format!("add-prefix {}/32 --protocol {protocol} --service {name}", way.steered()));
-    }
-    daemon
+        format!(
+            "[[service]]\nname = \"{name}\"\nhandler = \"forward\"\nupstreams = [\"{upstream}\"]\n{more}\n\
+             [[rule]]\nprefix = \"{}/32\"\nprotocol = \"{protocol}\"\nservice = \"{name}\"\n",
+            way.steered()
+        )
+    };
+    WAYS.into_iter().map(way).collect()
 }
 
 fn write(directory: &TempDir, name: &str, text: &str) -> Result<PathBuf> {
