@@ -280,8 +280,8 @@ fn queries() {
         }
         for (name, part) in &parts {
             let others = parts.iter().filter(|(it, part)| it != name && part["required"] == true);
-            let others: String =
-                others.map(|(name, part)| format!("{name}={}&", sample(&api, &part["schema"]))).collect();
+            let others = others.map(|(name, part)| format!("{name}={}&", sample(&api, &part["schema"])));
+            let others = others.collect::<Vec<_>>().concat();
             if part["required"] == true {
                 let error = invalid(&others);
                 assert!(error.contains("missing"), "{error}");

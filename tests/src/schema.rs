@@ -45,8 +45,7 @@ impl<'a> Schemas<'a> {
             "const" => of == value,
             "minimum" => value.as_f64().is_none_or(|it| it >= number(of)),
             "maximum" => value.as_f64().is_none_or(|it| it <= number(of)),
-            "minLength" => value.as_str().is_none_or(|it| it.chars().count() as f64 >= number(of)),
-            "minItems" => value.as_array().is_none_or(|it| it.len() as f64 >= number(of)),
+            "minItems" => value.as_array().is_none_or(|it| of.as_u64().is_some_and(|least| it.len() as u64 >= least)),
             "items" => return value.as_array().into_iter().flatten().try_for_each(|it| self.check(of, it)),
             "required" => {
                 let missing =

@@ -1,4 +1,4 @@
-//! The description of the control API by OpenAPI 3.1, made of the table of requests and of the types that these read and write.
+//! The description of the control API by `OpenAPI` 3.1, made of the table of requests and of the types that these read and write.
 
 use schemars::{Schema, SchemaGenerator, generate::SchemaSettings, transform::RecursiveTransform};
 use serde_json::{Map, Value, json};
@@ -45,7 +45,7 @@ fn document(routes: &[Route]) -> Value {
         json!({"get": {
             "operationId": "get_openapi_json",
             "summary": "This description",
-            "responses": responses(json!({"application/json": {"schema": {"type": "object"}}}), |kind| {
+            "responses": responses(&json!({"application/json": {"schema": {"type": "object"}}}), |kind| {
                 matches!(kind, ProblemKind::NotPermitted | ProblemKind::Stopping)
             }),
         }}),
@@ -93,7 +93,7 @@ impl Shapes {
         let mut operation = json!({
             "operationId": id_of(route),
             "summary": route.summary,
-            "responses": responses(content(route.answer, &mut self.answered), |kind| may_end_with(route, kind)),
+            "responses": responses(&content(route.answer, &mut self.answered), |kind| may_end_with(route, kind)),
         });
         let parameters = self.parameters(route);
         if !parameters.is_empty() {
@@ -146,7 +146,7 @@ fn may_end_with(route: &Route, kind: ProblemKind) -> bool {
     }
 }
 
-fn responses(content: Value, may_end_with: impl Fn(ProblemKind) -> bool) -> Value {
+fn responses(content: &Value, may_end_with: impl Fn(ProblemKind) -> bool) -> Value {
     let problems = PROBLEMS.into_iter().filter(|(kind, _)| may_end_with(*kind));
     let problems = problems
         .map(|(kind, _)| (kind.http_status().to_string(), json!({"$ref": format!("#/components/responses/{kind:?}")})));
@@ -184,7 +184,7 @@ fn never_null(schema: &mut Schema) {
     let required = schema.get("required").cloned().unwrap_or_default();
     let is_required = |name: &str| required.as_array().is_some_and(|all| all.iter().any(|it| it == name));
     let properties = schema.get_mut("properties").and_then(Value::as_object_mut);
-    for (name, schema) in properties.into_iter().flatten().filter(|(name, _)| !is_required(name)) {
+    for (_, schema) in properties.into_iter().flatten().filter(|(name, _)| !is_required(name)) {
         without_null(schema);
     }
 }
