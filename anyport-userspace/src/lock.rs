@@ -74,7 +74,14 @@ impl Lock {
     pub fn take(state_dir: &Path) -> anyhow::Result<Self> {
         let mut lock = Self::take_namespace()?;
         make_private(state_dir).with_context(|| format!("make {}", state_dir.display()))?;
-        lock.state = Some(lock_directory(state_dir)?);
+        let locked = lock_directory(state_dir)?;
+        let taken = || {
+            anyhow!(
+                "another anyportd uses the directory {}; give each daemon its own with --state-dir",
+                state_dir.display()
+            )
+        };
+        lock.state = Some(locked.ok_or_else(taken)?);
         Ok(lock)
     }
 
@@ -232,8 +239,12 @@ fn open_to_lock(path: &Path) -> io::Result<File> {
     Ok(file)
 }
 
-/// Locks a directory that no two daemons may share, by a file in it. One that was killed may not be quite gone.
-fn lock_directory(path: &Path) -> anyhow::Result<Flock<File>> {
+/// Locks a directory that no two daemons may share, by a file in it. One that was killed may not be quite gone. Nothing comes back
+/// where a daemon has it.
+///
+/// # Errors
+/// The directory can't be read.
+pub fn lock_directory(path: &Path) -> anyhow::Result<Option<Flock<File>>> {
     let attempt = || format!("lock the directory {}", path.display());
     let opened = open_to_lock(&path.join(LOCK_FILE)).and_then(|file| {
         let owner = fs::metadata(path)?;
@@ -253,13 +264,13 @@ fn lock_directory(path: &Path) -> anyhow::Result<Flock<File>> {
     };
     for _ in 0..ATTEMPTS {
         match Flock::lock(directory, FlockArg::LockExclusiveNonblock) {
-            Ok(lock) => return Ok(lock),
+            Ok(lock) => return Ok(Some(lock)),
             Err((unlocked, Errno::EWOULDBLOCK)) => directory = unlocked,
             Err((_, errno)) => return Err(io::Error::from(errno)).with_context(attempt),
         }
         thread::sleep(PAUSE);
     }
-    Err(anyhow!("another anyportd uses the directory {}; give each daemon its own with --state-dir", path.display()))
+    Ok(None)
 }
 
 fn already_running(pid: &str) -> anyhow::Error {

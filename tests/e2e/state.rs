@@ -1,6 +1,6 @@
 //! What the daemon keeps: rules and services over restarts, configuration, routes; many clients at once.
 
-use std::{ffi::OsStr, fs, thread, time::Duration};
+use std::{ffi::OsStr, fs, os::unix::fs::MetadataExt as _, thread, time::Duration};
 
 use anyport_tests::{
     daemon::{Daemon, Setup},
@@ -32,6 +32,7 @@ pub(crate) fn trials() -> Vec<Trial> {
         no_room("mount --bind", "mount -o remount,bind,ro", "Read-only");
     }));
     trials.push(trial("state::spoilt files", spoilt_state));
+    trials.push(trial("state::rules that contradict the configuration are taken out", contradicted));
     trials
 }
 
@@ -176,6 +177,50 @@ fn spoilt_state() {
     daemon.restart();
     let rules = daemon.rules();
     assert!(rules.len() == 1 && rules[0].contains("192.0.2.0/24"), "the rules of the state before: {rules:?}");
+}
+
+/// Rules that were added or applied, and that keep the daemon from starting, go by what the message says, typed as it stands.
+fn contradicted() {
+    let mut daemon = start();
+    let directory = scratch();
+    let rules = directory.path().join("rules");
+    fs::write(&rules, "203.0.113.0/24 tcp 22\n203.0.113.0/24 tcp 80\n").expect("a file of rules");
+    daemon.ok("add-service trap --handler echo");
+    daemon.ok("add-prefix 192.0.2.0/24 --ports 80,443 --except 443 --source 198.51.100.0/24 --service trap");
+    daemon.ok("add-prefix 192.0.2.0/24 --ports 25 --service trap");
+    daemon.ok(&format!("apply {}", rules.display()));
+    let (file, state) = (daemon.state().join("state.json"), daemon.state().display().to_string());
+    let kept = || (fs::read(&file).expect("the state"), fs::metadata(&file).expect("its owner").uid());
+    let offline = |words: &str, status| daemon.refused(&format!("--offline --state-dir {state} {words}"), status);
+    contains(&offline("remove-prefix 192.0.2.0/24", 1), &["an anyportd is at work", "leave --offline out"]);
+    daemon.stop();
+    let before = kept();
+    let offline = |words: &str, status| daemon.refused(&format!("--offline --state-dir {state} {words}"), status);
+    contains(&offline("remove-prefix 192.0.2.0/24 198.51.100.0/24", 1), &["198.51.100.0/24 has no such rule"]);
+    contains(&offline("remove-prefix 192.0.2.0/24 --ports 26", 1), &["192.0.2.0/24 has no such rule", "ports 25"]);
+    contains(&offline("remove-prefix 192.0.2.0/33", 2), &["192.0.2.0/33"]);
+    contains(&offline("prefixes", 2), &["remove-prefix alone"]);
+    contains(&daemon.refused("--offline --state-dir /none remove-prefix 192.0.2.0/24", 1), &["/none"]);
+    assert_eq!(kept(), before, "the state after what was refused");
+
+    let config = directory.path().join("anyport.toml");
+    let text = "[[rule]]\nprefix = \"192.0.2.0/24\"\nports = \"80,443\"\nexcept = \"443\"\nsource = \"198.51.100.0/24\"\n\
+        [[rule]]\nprefix = \"203.0.113.0/24\"\nports = \"80\"\nroute = false\n";
+    fs::write(&config, text).expect("a configuration");
+    let setup = || Setup::new(daemon.namespace(), "sk-lookup").config(&config).args(["--state-dir", &state]);
+    for (rule, note) in [("192.0.2.0/24 tcp ports 80,443", "\n"), ("203.0.113.0/24 tcp ports 80 ", "comes back")] {
+        let outcome = setup().run_to_end();
+        assert!(outcome.status == 1 && outcome.stderr.contains(rule), "a start that can't be: {outcome}");
+        let (_, command) = outcome.stderr.split_once("anyportctl --offline").expect("a way out");
+        let (command, _) = command.split_once(" (without").expect("its end");
+        let said = daemon.ok(&format!("--offline{command}"));
+        contains(&said, &["removed 1 rule from", rule, note]);
+    }
+    assert_eq!(kept().1, before.1, "the owner of the state");
+    let next = setup().start();
+    let rules = next.rules();
+    let from = |origin: &str| rules.iter().filter(|rule| rule.contains(&format!("\"origin\":\"{origin}\""))).count();
+    assert_eq!(["config", "added", "applied"].map(from), [2, 1, 1], "{rules:?}");
 }
 
 fn configuration() {

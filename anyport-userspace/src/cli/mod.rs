@@ -10,6 +10,7 @@ mod explain;
 #[cfg(feature = "fleet")]
 mod fleet;
 mod lists;
+mod offline;
 mod output;
 mod prefixes;
 mod register;
@@ -33,7 +34,7 @@ pub use self::completion::{complete, scripts};
 use self::output::{Format, Output, Reader};
 use crate::{
     api::{Client, Problem, ProblemKind},
-    paths::DEFAULT_SOCKET,
+    paths::{DEFAULT_SOCKET, DEFAULT_STATE_DIR},
     text::visible,
     usage::When,
 };
@@ -64,6 +65,12 @@ pub struct Cli {
     /// Print long lists at once, rather than through $PAGER
     #[arg(long, global = true, help_heading = GLOBAL)]
     no_pager: bool,
+    /// Have remove-prefix edit the state directory of an anyportd that does not run, such as one that a rule keeps from starting
+    #[arg(long, help_heading = GLOBAL)]
+    offline: bool,
+    /// That directory
+    #[arg(long, env = "ANYPORT_STATE_DIR", value_name = "DIR", default_value = DEFAULT_STATE_DIR, help_heading = GLOBAL)]
+    state_dir: PathBuf,
     #[command(subcommand)]
     verb: Verb,
 }
@@ -143,11 +150,14 @@ impl Cli {
     /// # Errors
     /// Why it was not carried out.
     pub async fn run(self, out: &mut dyn Write) -> Result<(), Problem> {
-        let Self { socket, json, output, color, no_pager, verb } = self;
+        let Self { socket, json, output, color, no_pager, offline, state_dir, verb } = self;
         let client = Client::new(socket);
         let format = if json { Format::Json } else { output };
         let out = &mut Output::new(out, format, color, !no_pager);
         match verb {
+            Verb::RemovePrefix(remove) if offline => offline::remove_prefixes(&state_dir, &remove.into(), out),
+            _ if offline => Err(Problem::new(ProblemKind::Invalid, "--offline is for remove-prefix alone")
+                .hint("leave it out; everything else is asked of the daemon")),
             Verb::AddPrefix(add) => add.run(&client, out).await,
             Verb::RemovePrefix(remove) => remove.run(&client, out).await,
             Verb::Prefixes(list) => list.run(&client, out).await,

@@ -109,13 +109,18 @@ pub(super) struct Remove {
     service: Option<ServiceName>,
 }
 
+impl From<Remove> for RemovePrefixes {
+    fn from(Remove { prefixes, protocol, ports, except, source, service }: Remove) -> Self {
+        Self { prefixes, protocol, ports, except, source, service }
+    }
+}
+
 impl Remove {
     pub(super) async fn run(self, client: &Client, out: &mut Output<'_>) -> Result<(), Problem> {
-        let Self { prefixes, protocol, ports, except, source, service } = self;
-        let prefixes_given = list_of(&prefixes);
-        let request = RemovePrefixes { prefixes, protocol, ports, except, source, service };
+        let request = RemovePrefixes::from(self);
         let answer: Changed = client.delete("/v1/prefixes", &request).await?;
-        out.print_change(&answer, format!("removed {} of {prefixes_given}", count(answer.changed, "rule")))
+        let prefixes = list_of(&request.prefixes);
+        out.print_change(&answer, format!("removed {} of {prefixes}", count(answer.changed, "rule")))
     }
 }
 

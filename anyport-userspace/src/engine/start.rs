@@ -2,6 +2,7 @@
 
 use std::{
     collections::HashSet,
+    path::Path,
     sync::{Arc, Mutex},
 };
 
@@ -26,8 +27,9 @@ use crate::{
     fleet::FleetBoard,
     host::{self, Unanswered},
     keeper::{Begin, Link},
+    paths::DEFAULT_STATE_DIR,
     routes::{Holder, Routes},
-    rules::{Change, Origin, RuleSet},
+    rules::{Change, Conflict, Origin, Rule, RuleSet, RuleSpec},
     service::{ServiceConfig, WorkerHandles},
     steering::{
         Steering, bpf,
@@ -219,17 +221,45 @@ pub(super) fn initial(config: &Config, state: State) -> anyhow::Result<Initial> 
     let names: HashSet<_> = services.iter().map(|(service, _)| &service.name).collect();
     let mut rules = config.rules.clone();
     for rule in fleet.rules.iter().chain(&state.applied_rules).chain(&state.rules) {
-        rule.terms.validate(&rule.prefix).context(ADVICE)?;
+        let is_of_fleet = rule.origins.contains(Origin::Fleet);
+        let advice = || if is_of_fleet { ADVICE.to_owned() } else { way_out(config, rule) };
+        rule.terms.validate(&rule.prefix).with_context(advice)?;
         if !names.contains(&rule.terms.service) {
             bail!(
-                "there is no service {} any more, to which a rule that was {} steers: {rule}; {ADVICE}",
+                "there is no service {} any more, to which a rule that was {} steers: {rule}; {}",
                 rule.terms.service,
-                came(rule.origins.first())
+                came(rule.origins.first()),
+                advice()
             );
         }
     }
-    rules.extend(fleet.rules.into_iter().chain(state.applied_rules).chain(state.rules)).context(ADVICE)?;
+    rules.extend(fleet.rules.into_iter()).context(ADVICE)?;
+    if let Err(conflict) = rules.extend(state.applied_rules.into_iter().chain(state.rules)) {
+        let is_of_node = |rule: &Rule| [Origin::Added, Origin::Applied].iter().any(|it| rule.origins.contains(*it));
+        let rule = match &conflict {
+            Conflict::Targets { new, .. } if is_of_node(new) => new,
+            Conflict::Targets { old, .. } => old,
+            // It differs from the one of this node in nothing else.
+            Conflict::Route(rule) => rule,
+        };
+        bail!("{conflict}; {}", way_out(config, rule));
+    }
     Ok(Initial { services, rules, fleet_state: fleet.state })
+}
+
+/// What to do about a rule that was added or applied and that keeps the daemon from starting.
+fn way_out(config: &Config, rule: &Rule) -> String {
+    let Rule { prefix, terms, .. } = rule;
+    let RuleSpec { protocol, ports, except, source, service, route: _ } = &**terms;
+    let is_usual = config.state_dir == Path::new(DEFAULT_STATE_DIR);
+    let directory = if is_usual { String::new() } else { format!(" --state-dir {}", config.state_dir.display()) };
+    let except = if except.is_empty() { String::new() } else { format!(" --except {except}") };
+    let source = source.map(|it| format!(" --source {it}")).unwrap_or_default();
+    format!(
+        "change the configuration, or take the rule that was added or applied out of state.json: anyportctl --offline{directory} \
+         remove-prefix {prefix} --protocol {protocol} --ports {ports} --service {service}{except}{source} (without --offline \
+         while an anyportd runs)"
+    )
 }
 
 /// How something of this origin came to be there.

@@ -25,7 +25,7 @@ use rustix::thread::{
 
 pub use self::{
     sandbox::{confine, narrow},
-    user::{GROUP, USER, User, become_user, expect_user},
+    user::{GROUP, USER, User, act_as_owner_of, become_user, expect_user},
 };
 use crate::back_end::{BackEnd, Choice};
 

@@ -20,7 +20,7 @@ use anyhow::{Context as _, anyhow, bail};
 use nix::{
     mount::{MsFlags, mount},
     sched::{CloneFlags, unshare},
-    unistd::{self, Gid, Group, Uid, getgrouplist, setgroups, setresgid, setresuid},
+    unistd::{self, Gid, Group, Uid, getgrouplist, setegid, seteuid, setgroups, setresgid, setresuid},
 };
 use rustix::thread::{
     CapabilitySet, CapabilitySets, capabilities, configure_capability_in_ambient_set,
@@ -123,6 +123,25 @@ pub fn become_user(
 /// There is none of that name.
 pub fn expect_user(wanted: Option<&User>) -> anyhow::Result<()> {
     account(wanted).map(drop)
+}
+
+/// Where this process is root, has it act as the owner of a directory from now on: what it makes there is that user's, and it gets no
+/// further than that user by what stands there.
+///
+/// # Errors
+/// There is no such directory, or the kernel refuses.
+pub fn act_as_owner_of(directory: &Path) -> anyhow::Result<()> {
+    let attempt = || format!("act as the owner of {}", directory.display());
+    let owner = fs::metadata(directory).with_context(attempt)?;
+    if Uid::effective().is_root() && owner.uid() != 0 {
+        let act = || {
+            setgroups(&[])?;
+            setegid(Gid::from_raw(owner.gid()))?;
+            seteuid(Uid::from_raw(owner.uid()))
+        };
+        act().with_context(attempt)?;
+    }
+    Ok(())
 }
 
 impl fmt::Display for Account {
