@@ -42,6 +42,8 @@ const COMPLETIONS: [(&str, &str, &str); 3] = [
     ("_", "", "usr/share/zsh/vendor-completions"),
     ("", ".fish", "usr/share/fish/vendor_completions.d"),
 ];
+/// Sections of the manual, as directories.
+const SECTIONS: [&str; 2] = ["man5", "man8"];
 pub(crate) const PROGRAMS: [&str; 2] = ["anyportd", "anyportctl"];
 
 /// How much time is spent on making packages small.
@@ -74,7 +76,9 @@ pub(crate) fn check(root: &Path, dist: &Path) -> Result<()> {
     expected.extend(documents(root)?.into_iter().map(|(_, to)| format!("{DOCUMENTS}/{to}")));
     expected.push(format!("{DOCUMENTS}/{}", licences::NOTICES));
     expected.extend(PROGRAMS.map(|program| format!("usr/bin/{program}")));
-    expected.extend(["usr/share/man/man8/anyportctl-add-prefix.8.gz", "etc/anyport"].map(ToOwned::to_owned));
+    let pages = ["man5/anyport.toml.5.gz", "man5/anyport-rules.5.gz", "man8/anyportctl-add-prefix.8.gz"];
+    expected.extend(pages.map(|page| format!("usr/share/man/{page}")));
+    expected.push("etc/anyport".to_owned());
     for (extension, list) in [("deb", ["dpkg-deb", "--contents"]), ("rpm", ["rpm", "-qlp"])] {
         let packages = fs::read_dir(dist)?.flatten().map(|entry| entry.path());
         let package = packages.into_iter().find(|path| path.extension() == Some(OsStr::new(extension)));
@@ -134,17 +138,19 @@ fn lay_out(root: &Path, dist: &Path, programs: &Programs, tree: &Path) -> Result
         put(&root.join(from), &format!("{DOCUMENTS}/{to}"))?;
     }
     put(&dist.join(licences::NOTICES), &format!("{DOCUMENTS}/{}", licences::NOTICES))?;
-    let pages = dist.join("man8");
-    for entry in fs::read_dir(&pages).with_context(|| format!("list {}", pages.display()))? {
-        let path = entry?.path();
-        let name = path.file_name().unwrap_or_default().to_string_lossy();
-        if path.extension().is_some_and(|it| it == "8") {
-            put(&path, &format!("usr/share/man/man8/{name}"))?;
+    let mut gzip = Command::new("gzip");
+    gzip.args(["-9", "--no-name"]);
+    for section in SECTIONS {
+        let pages = dist.join(section);
+        for entry in fs::read_dir(&pages).with_context(|| format!("list {}", pages.display()))? {
+            let path = entry?.path();
+            let to = format!("usr/share/man/{section}/{}", path.file_name().unwrap_or_default().to_string_lossy());
+            put(&path, &to)?;
+            gzip.arg(tree.join(to));
         }
     }
     fs::create_dir_all(tree.join("etc/anyport")).context("make etc/anyport")?;
-    let pages = fs::read_dir(tree.join("usr/share/man/man8"))?.flatten().map(|entry| entry.path());
-    exec(Command::new("gzip").args(["-9", "--no-name"]).args(pages))
+    exec(&mut gzip)
 }
 
 /// Who answers for the packages: those who have made the programs, unless who builds them for others says who he is, as he does

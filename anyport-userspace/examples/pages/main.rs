@@ -1,5 +1,8 @@
-//! Writes the manual pages and the shell completions of both programs, for `cargo xtask dist`: `pages DIRECTORY` fills
-//! `DIRECTORY/man8` and `DIRECTORY/completions`.
+//! Writes the manual pages of the programs and their files, and the shell completions, for `cargo xtask dist`: `pages DIRECTORY` fills
+//! `DIRECTORY/man5`, `DIRECTORY/man8` and `DIRECTORY/completions`.
+
+mod files;
+mod roff;
 
 use std::{collections::BTreeMap, env, fs, io::Write, path::PathBuf};
 
@@ -11,6 +14,8 @@ use anyport::{
 use clap::{Command, CommandFactory as _};
 use clap_complete::Shell;
 use clap_mangen::Man;
+
+use self::roff::{escaped, reference};
 
 /// How the examples of a verb begin in its help.
 const EXAMPLES: &str = "Examples:\n";
@@ -40,8 +45,8 @@ const EXIT_STATUS_OF_DAEMON: [(&str, &str); 3] = [
 
 fn main() -> anyhow::Result<()> {
     let directory = PathBuf::from(env::args_os().nth(1).context("say where to write to")?);
-    let (manual, completions) = (directory.join("man8"), directory.join("completions"));
-    for directory in [&manual, &completions] {
+    let [of_files, manual, completions] = ["man5", "man8", "completions"].map(|name| directory.join(name));
+    for directory in [&of_files, &manual, &completions] {
         fs::create_dir_all(directory).with_context(|| format!("make {}", directory.display()))?;
     }
     for command in [Options::command(), Cli::command()] {
@@ -54,6 +59,10 @@ fn main() -> anyhow::Result<()> {
             let text = page_of(page, &name).with_context(|| format!("write {}", path.display()))?;
             fs::write(&path, text).with_context(|| format!("write {}", path.display()))?;
         }
+    }
+    for (name, text) in [("anyport.toml.5", files::configuration()?), ("anyport-rules.5", files::rules()?)] {
+        let path = of_files.join(name);
+        fs::write(&path, text).with_context(|| format!("write {}", path.display()))?;
     }
     for shell in [Shell::Bash, Shell::Zsh, Shell::Fish] {
         clap_complete::generate_to(shell, &mut Options::command(), "anyportd", &completions)
@@ -129,12 +138,8 @@ fn see_also(command: &Command, program: &str) -> String {
     let mut names: Vec<String> = names.filter(|name| Some(name.as_str()) != command.get_display_name()).collect();
     names.sort();
     names.dedup();
-    let pages = names.iter().map(|name| format!("\\fB{}\\fR(8)", escaped(name)));
-    pages.chain(["\\fBbpftool\\fR(8)".to_owned(), "\\fBip\\-route\\fR(8)".into()]).collect::<Vec<_>>().join(", ")
-}
-
-/// A text that roff(7) takes as it is.
-fn escaped(text: &str) -> String {
-    let text = text.replace('\\', "\\e").replace('-', "\\-");
-    if text.starts_with(['.', '\'']) { format!("\\&{text}") } else { text }
+    let files = ["anyport.toml", "anyport-rules"].map(|name| reference(name, "5"));
+    let pages = names.iter().map(|name| reference(name, "8"));
+    let others = [("bpftool", "8"), ("ip-route", "8")].map(|(name, section)| reference(name, section));
+    files.into_iter().chain(pages).chain(others).collect::<Vec<_>>().join(", ")
 }
