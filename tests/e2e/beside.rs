@@ -91,6 +91,25 @@ fn servers_start(backend: &'static str) {
         let held = lab.daemon.json(&format!("explain {protocol} {}", at(ECHOED[0], PORT)))["held"].to_string();
         assert!(held.contains(part) && held.contains("SO_REUSEADDR"), "{protocol}: {held}");
     }
+    // That one is kept from starting, indeed, and doctor says by which process.
+    lab.topology.host.enter(|| {
+        for kind in [Type::STREAM, Type::DGRAM] {
+            let socket = Socket::new(Domain::IPV4, kind, None::<Protocol>).expect("a socket");
+            let bound = socket.bind(&SocketAddr::from((Ipv4Addr::UNSPECIFIED, PORT)).into());
+            assert_eq!(bound.expect_err("a port that is held").kind(), io::ErrorKind::AddrInUse, "{kind:?}");
+        }
+    });
+    let doctor = |arguments: &str| {
+        let mut report = lab.daemon.json(&format!("doctor {arguments}"));
+        let findings = report["findings"].as_array_mut().expect("findings");
+        findings.retain(|it| it["check"] == "held-port");
+        findings.iter().map(ToString::to_string).collect::<Vec<_>>()
+    };
+    let found = doctor(&format!("--port {PORT}"));
+    let pid = format!("anyportd (pid {})", lab.daemon.pid());
+    assert!(found.len() == 2 && found.iter().all(|it| it.contains(&pid) && it.contains("\"warning\"")), "{found:?}");
+    assert!(found[0].contains("2 connections") && found[1].contains("sockets for answers"), "{found:?}");
+    assert_eq!([doctor(""), doctor("--port 9")], [[""; 0]; 2]);
     // A process that another test starts has this one's sockets for a moment, closed ones too. What is held here stays.
     wait_for("start of all servers", Duration::from_secs(2), || {
         let failures = failures(&lab);

@@ -1,6 +1,6 @@
 //! `anyportctl doctor`: checks the host, and fixes what is wrong on request.
 
-use std::path::PathBuf;
+use std::{num::NonZeroU16, path::PathBuf};
 
 use serde::Serialize;
 
@@ -28,6 +28,9 @@ pub(super) struct Doctor {
     /// Put back what --fix has changed since the last boot
     #[arg(long, conflicts_with = "fix")]
     undo: bool,
+    /// Tell what keeps a server of this host from starting at this port of the wildcard address, too
+    #[arg(long)]
+    port: Option<NonZeroU16>,
     /// Name the checks that found nothing, too
     #[arg(long, short)]
     verbose: bool,
@@ -44,12 +47,12 @@ struct Answer {
 
 impl Doctor {
     pub(super) async fn run(self, client: &Client, out: &mut Output<'_>) -> Result<(), Problem> {
-        let Self { fix, undo, verbose } = self;
+        let Self { fix, undo, port, verbose } = self;
         let mut changed = Vec::new();
         if undo {
             changed = Journal::open(journal(client))?.undo().await?;
         }
-        let mut report = Report::of(&Host::look(client).await?);
+        let mut report = Report::of(&Host::look(client, port).await?);
         if fix {
             let mut journal = Journal::open(journal(client))?;
             for _ in 0..ROUNDS {
@@ -62,7 +65,7 @@ impl Doctor {
                     journal.make(&change).await?;
                     changed.push(change.to_string());
                 }
-                report = Report::of(&Host::look(client).await?);
+                report = Report::of(&Host::look(client, port).await?);
             }
         }
         let answer = Answer { report, changed };

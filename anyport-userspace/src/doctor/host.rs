@@ -1,7 +1,7 @@
 //! Everything that the checks look at, as it is in this network namespace.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs,
     path::{Path, PathBuf},
 };
@@ -79,6 +79,17 @@ pub(super) struct Tried {
     pub(super) failure: Option<String>,
 }
 
+/// What is in the way of a server of the host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct HeldPort {
+    /// The port.
+    pub(super) port: u16,
+    /// What there is, in words.
+    pub(super) text: String,
+    /// The processes that hold it.
+    pub(super) owners: BTreeSet<String>,
+}
+
 /// What the checks look at.
 #[derive(Debug)]
 pub struct Host {
@@ -100,6 +111,8 @@ pub struct Host {
     pub(super) leftovers: Fact<Vec<Prefix>>,
     /// The addresses of interfaces.
     pub(super) addresses: Fact<Vec<InterfaceAddress>>,
+    /// What holds the port of a server that can't start, if it was asked for.
+    pub(super) held: Fact<Vec<HeldPort>>,
     /// Where releases of the kernel have their modules.
     pub(super) modules: PathBuf,
     pub(super) firewall: Fact<firewall::Ruleset>,
@@ -206,6 +219,7 @@ impl Host {
             back_ends: Err(unknown()),
             leftovers: Err(unknown()),
             addresses: Err(unknown()),
+            held: Err(unknown()),
             modules: proc.join("lib/modules"),
             firewall: Err(unknown()),
             path: Vec::new(),

@@ -4,10 +4,12 @@ use std::{
     collections::{BTreeMap, HashMap},
     env,
     fs::{self, File},
+    num::NonZeroU16,
     process::Command,
 };
 
 use anyhow::{Context as _, anyhow};
+use anyport_common::flow::Transport;
 use aya::programs::{SchedClassifier, loaded_programs, tc::TcAttachType};
 use futures_util::TryStreamExt as _;
 use netlink_packet_route::{
@@ -19,13 +21,13 @@ use serde_json::value::RawValue;
 
 use super::{
     firewall,
-    host::{Daemon, Fact, Host, Link, PolicyRule, Steered, Tried},
+    host::{Daemon, Fact, HeldPort, Host, Link, PolicyRule, Steered, Tried},
 };
 use crate::{
     api::{Client, PrefixView, Problem, ProblemKind, StatusView},
-    host::interface_addresses,
+    host::{self, Owner, interface_addresses},
     privileges,
-    routes::{Route, Routes},
+    routes::{Coverage, Route, Routes},
     rules::Prefix,
     steering::{BackEnd, bpf, tproxy},
     sys,
@@ -35,11 +37,11 @@ use crate::{
 const LOOKED_UP: usize = 64;
 
 impl Host {
-    /// Looks at everything.
+    /// Looks at everything, and at what keeps a server of the host from a port if that is given.
     ///
     /// # Errors
     /// The daemon is in another network namespace, so that this is about another host.
-    pub async fn look(client: &Client) -> Result<Self, Problem> {
+    pub async fn look(client: &Client, port: Option<NonZeroU16>) -> Result<Self, Problem> {
         let daemon = match Daemon::ask(client).await {
             Ok(daemon) => {
                 same_namespace(daemon.status.pid)?;
@@ -58,6 +60,7 @@ impl Host {
             back_ends: fact(if daemon.is_ok() { Err(anyhow!("the daemon tells")) } else { back_ends() }),
             leftovers: fact(leftovers(daemon.is_ok()).await),
             addresses: fact(interface_addresses()),
+            held: fact(held(daemon.as_ref().map_or(&[][..], |daemon| &daemon.steered), port)),
             modules: "/lib/modules".into(),
             firewall: fact(firewall::Ruleset::read()),
             path: env::split_paths(&env::var_os("PATH").unwrap_or_default()).collect(),
@@ -100,6 +103,19 @@ fn same_namespace(pid: u32) -> Result<(), Problem> {
 
 fn fact<T>(looked: anyhow::Result<T>) -> Fact<T> {
     looked.map_err(|error| format!("{error:#}"))
+}
+
+/// What is at steered addresses and this port, by transport.
+fn held(steered: &[Steered], port: Option<NonZeroU16>) -> anyhow::Result<Vec<HeldPort>> {
+    let Some(port) = port.map(NonZeroU16::get) else { return Ok(Vec::new()) };
+    let covered: Coverage = steered.iter().map(|it| it.prefix).collect();
+    let held = |transport| {
+        let held = host::held(transport, port, |address| covered.covers(&Prefix::host(address)))?;
+        let owners = host::owners(&held.inodes);
+        let owners = owners.values().map(|Owner { pid, name }| format!("{name} (pid {pid})")).collect();
+        Ok(held.in_the_way(transport, port).map(|text| HeldPort { port, text, owners }))
+    };
+    [Transport::Tcp, Transport::Udp].into_iter().filter_map(|transport| held(transport).transpose()).collect()
 }
 
 async fn links() -> anyhow::Result<Vec<Link>> {

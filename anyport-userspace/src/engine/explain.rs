@@ -196,18 +196,7 @@ impl Engine {
     fn held(&self, transport: Transport, port: u16) -> anyhow::Result<Option<String>> {
         let rules = self.desired.rules();
         let is_steered = |address| rules.around(Prefix::host(address)).next().is_some();
-        let host::Held { connected, time_wait, unconnected } = host::held(transport, port, is_steered)?;
-        Ok(match transport {
-            _ if connected + time_wait + unconnected == 0 => None,
-            Transport::Tcp => Some(format!(
-                "{connected} connections and {time_wait} in TIME_WAIT at steered addresses: a server of the host that wants \
-                 port {port} of the wildcard address has to set SO_REUSEADDR, as servers do"
-            )),
-            Transport::Udp => Some(format!(
-                "{connected} flows and {unconnected} sockets for answers at steered addresses: a server of the host that wants \
-                 port {port} of the wildcard address has to set SO_REUSEADDR, or come two seconds after the last answer"
-            )),
-        })
+        Ok(host::held(transport, port, is_steered)?.in_the_way(transport, port))
     }
 
     /// The way of an answer of a service, or of the host.

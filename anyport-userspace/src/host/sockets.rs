@@ -86,7 +86,7 @@ pub fn for_each_connection(mut see: impl FnMut(Connection)) -> anyhow::Result<()
 }
 
 /// Sockets of one port that wait for nobody new, as those that serve clients.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Held {
     /// Connections, and connected sockets of UDP.
     pub connected: usize,
@@ -94,6 +94,26 @@ pub struct Held {
     pub time_wait: usize,
     /// Sockets of UDP that are not connected.
     pub unconnected: usize,
+    /// The inodes of all that processes hold.
+    pub inodes: HashSet<u64>,
+}
+
+impl Held {
+    /// What is in the way of a server that is bound to the wildcard address and this port, if these are at steered addresses.
+    pub fn in_the_way(&self, transport: Transport, port: u16) -> Option<String> {
+        let Self { connected, time_wait, unconnected, .. } = self;
+        match transport {
+            _ if connected + time_wait + unconnected == 0 => None,
+            Transport::Tcp => Some(format!(
+                "{connected} connections and {time_wait} in TIME_WAIT at steered addresses: a server of the host that wants \
+                 port {port} of the wildcard address has to set SO_REUSEADDR, as servers do"
+            )),
+            Transport::Udp => Some(format!(
+                "{connected} flows and {unconnected} sockets for answers at steered addresses: a server of the host that wants \
+                 port {port} of the wildcard address has to set SO_REUSEADDR, or come two seconds after the last answer"
+            )),
+        }
+    }
 }
 
 /// The sockets that are at this port of the addresses that `are_meant`. The kernel filters by the port.
@@ -102,9 +122,15 @@ pub struct Held {
 /// As [`listeners`].
 pub fn held(transport: Transport, port: u16, are_meant: impl Fn(IpAddr) -> bool) -> anyhow::Result<Held> {
     let mut held = Held::default();
-    let count = |states: StateFlags| {
+    let inodes = &mut held.inodes;
+    let mut count = |states: StateFlags| {
         let mut count = 0;
-        list_at(transport, &states, port, |socket| count += usize::from(are_meant(local(socket))))?;
+        list_at(transport, &states, port, |socket| {
+            if are_meant(local(socket)) {
+                count += 1;
+                inodes.extend(Some(u64::from(socket.header.inode)).filter(|it| *it != 0));
+            }
+        })?;
         anyhow::Ok(count)
     };
     match transport {

@@ -8,6 +8,7 @@ mod conntrack;
 mod daemon;
 mod descriptors;
 mod firewall;
+mod held_port;
 mod ipv6;
 mod local_routes;
 mod loopback;
@@ -43,6 +44,7 @@ pub(super) const ALL: &[Check] = &[
     Check { name: "src-valid-mark", look: src_valid_mark::look },
     Check { name: "bridge-netfilter", look: bridge_netfilter::look },
     Check { name: "firewall", look: firewall::look },
+    Check { name: "held-port", look: held_port::look },
     Check { name: "sk-lookup-programs", look: sk_lookup_programs::look },
     Check { name: "tc-order", look: tc_order::look },
     Check { name: "netkit", look: netkit::look },
