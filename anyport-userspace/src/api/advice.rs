@@ -1,7 +1,7 @@
 //! What to do about what is degraded, as far as that is known.
 
 /// Words of a message, what to do where a message has all of them, and where more is written. The first that fits counts.
-const ADVICE: [(&[&str], &str, &str); 19] = [
+const ADVICE: [(&[&str], &str, &str); 22] = [
     (
         &["gets nothing: the last"],
         "have the owner register its sockets again, or restart anyportd where the service has its own",
@@ -54,6 +54,17 @@ const ADVICE: [(&[&str], &str, &str); 19] = [
         "docs/configuration.md",
     ),
     (&["not followed"], "publish a set that this node can take, or remove the reason that is named", "docs/fleet.md"),
+    (
+        &["is inside of the steered prefix", "stays here"],
+        "type what it names, or steer smaller prefixes; a rule about this very address says that it is meant",
+        "docs/real-hosts.md#what-comes-later",
+    ),
+    (
+        &["is inside of the steered prefix", "whose rules take its packets"],
+        "set own-addresses to host, or add a rule about this very address, which says that it is meant",
+        "docs/real-hosts.md#what-comes-later",
+    ),
+    (&["is not reached at"], "type what it names", "docs/real-hosts.md#what-comes-later"),
     (&["etcd has no pointer"], "publish again with --sequence", "docs/fleet.md"),
     (&["can't report to the fleet"], "look at the node's rights in etcd and at its space", "docs/fleet.md"),
     (&["etcd has not answered"], "bring etcd back, or the way to it; steering goes on", "docs/fleet.md"),

@@ -196,7 +196,7 @@ daemon! {{
         default: Winner::Rule,
         changes_by: Reload,
         sample: r#""rule""#,
-        see: "[Addresses that come later](real-hosts.md#addresses-and-servers-that-come-later)",
+        see: "[What comes later](real-hosts.md#what-comes-later)",
     }
 
     /// How much to log; from debug on, the BPF programs log too

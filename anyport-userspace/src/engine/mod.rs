@@ -48,7 +48,7 @@ use self::{
     reload::Settings, served::Served, services::Services, shadow::Shadow,
 };
 pub use self::{
-    kernel::{Connected, Look},
+    kernel::{Connected, Look, Peers},
     listing::Listing,
     observed::{Observed, ObservedService},
     progress::Progress,

@@ -19,10 +19,10 @@ impl Engine {
         let own: BTreeSet<IpAddr> = host.addresses.iter().map(|(address, _)| *address).collect();
         // Only a new local route keeps from others what this host sends them. To list connections takes tens of milliseconds.
         if change.added.iter().any(|(prefix, rules)| rules.is_routed() && !self.kernel.covers(prefix)) {
-            host.peers = host::peers(&own)?;
-            host.peers.extend(self.needed());
             // What is steered to this host already is not cut off by more of the same.
-            host.peers.retain(|peer| !self.kernel.covers(&Prefix::host(peer.address)));
+            let is_in_reach = |address| !self.kernel.covers(&Prefix::host(address));
+            host.peers = host::peers(&own, &is_in_reach)?;
+            host.peers.extend(self.needed().filter(|peer| is_in_reach(peer.address)));
         }
         let peers = host.peers.iter().map(|peer| peer.address);
         let addresses = own.iter().copied().chain(host.gateways.iter().copied()).chain(peers).collect();

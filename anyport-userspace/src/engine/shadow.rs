@@ -1,6 +1,9 @@
-//! What rules take from the host itself: addresses that it gets and servers that start while the rules are there, and what the
-//! configuration takes from the first moment on. Commands are refused for that ([`super::safety`]); here it can only be said, or an
-//! address be left to the host by a rule of its own.
+//! What rules take from the host itself: addresses that it gets, servers that start and others that it comes to talk to while the
+//! rules are there, and what the configuration takes from the first moment on. Commands are refused for that ([`super::safety`]);
+//! here it can only be said, or an address be left to the host by a rule of its own.
+
+mod peers;
+mod seen;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashSet},
@@ -8,74 +11,65 @@ use std::{
     time::{Duration, Instant},
 };
 
+use anyhow::Context as _;
 use anyport_common::flow::Transport;
-use tracing::{error, info, warn};
+use tracing::{error, info};
 
+use self::seen::Seen;
 use super::{Engine, kept::Keep};
 use crate::{
     config::Winner,
     host::{self, Host, Listener},
-    log_limit::LogLimit,
     rules::{Change, Draft, Origin, Prefix, Rule, RuleRef, RuleSet, RuleSpec},
 };
 
-/// How often the host is looked at.
+/// How often it is looked what of the host's own rules take.
 const INTERVAL: Duration = Duration::from_secs(2);
-/// How many times longer than a look is the pause until the next one at least: with many sockets a look takes long.
-const SHARE: u32 = 50;
+/// How often others are looked for that the host talks to. Even on an idle host the kernel goes through its whole table of connections.
+const INTERVAL_OF_PEERS: Duration = Duration::from_secs(10);
 /// So much of it is told.
 const MOST: usize = 64;
 
-/// Programs may open many sockets for a moment.
-static SEEN: LogLimit = LogLimit::new();
-
 /// What was seen last.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Shadow {
-    at: Option<Instant>,
-    took: Duration,
+    /// Of what is the host's own.
+    own_things: Seen,
+    /// Of others that it talks to.
+    peers: Seen,
     /// Sockets of this process that lie at steered addresses, such as those that answer datagrams.
     own: HashSet<u64>,
-    found: BTreeMap<Shadowed, String>,
     /// The addresses that are left to the host, as far as others have no rules about them.
     left: BTreeSet<Prefix>,
 }
 
-/// Something of the host's that a rule takes packets from.
+/// Something of the host's that a rule takes packets from, or another host that gets no packets of this one.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Shadowed {
     Address { address: IpAddr, interface: String, prefix: Prefix },
     Listener { is_udp: bool, local: SocketAddr, at: IpAddr, inode: u64 },
+    Peer { address: IpAddr, role: String },
+}
+
+impl Default for Shadow {
+    fn default() -> Self {
+        Self {
+            own_things: Seen::every(INTERVAL),
+            peers: Seen::every(INTERVAL_OF_PEERS),
+            own: HashSet::new(),
+            left: BTreeSet::new(),
+        }
+    }
 }
 
 impl Shadow {
     /// In words.
     pub(super) fn found(&self) -> impl Iterator<Item = &str> {
-        self.found.values().take(MOST).map(String::as_str)
-    }
-
-    fn is_due(&self) -> bool {
-        self.at.is_none_or(|at| at.elapsed() >= INTERVAL.max(self.took * SHARE))
-    }
-
-    /// Takes a look into account: what is new is logged.
-    fn note(&mut self, mut seen: BTreeMap<Shadowed, String>) {
-        for (what, text) in &mut seen {
-            if let Some(known) = self.found.remove(what) {
-                *text = known;
-            } else if let Some(left_out) = SEEN.next() {
-                warn!("{text}{left_out}");
-            }
-        }
-        for gone in std::mem::replace(&mut self.found, seen).into_values() {
-            if let Some(left_out) = SEEN.next() {
-                info!("no more: {gone}{left_out}");
-            }
-        }
+        self.own_things.found().chain(self.peers.found()).take(MOST)
     }
 
     fn knows(&self, inode: u64) -> bool {
-        self.found.keys().any(|it| matches!(it, Shadowed::Listener { inode: known, .. } if *known == inode))
+        self.own_things.all().any(|it| matches!(it, Shadowed::Listener { inode: known, .. } if *known == inode))
     }
 
     /// Those of the sockets that are not this process's.
@@ -94,22 +88,23 @@ impl Shadow {
 }
 
 impl Engine {
-    /// Looks which of the host's addresses and listeners rules take packets from.
+    /// Looks what rules take from the host, and what they keep it from.
     pub(super) async fn look_for_shadowed(&mut self) {
-        if !self.shadow.is_due() {
-            return;
+        if self.shadow.own_things.is_due() {
+            let begun = Instant::now();
+            let seen = self.see_shadowed().await;
+            self.shadow.own_things.note(begun, seen.context("look whether rules take from the host what is its own"));
         }
-        let begun = Instant::now();
-        if let Err(error) = self.see_shadowed().await {
-            error!("look whether rules take from the host what is its own: {error:#}");
+        if self.shadow.peers.is_due() {
+            let begun = Instant::now();
+            let seen = self.see_peers().await;
+            self.shadow.peers.note(begun, seen.context("look whether routes of rules cut the host off from others"));
         }
-        (self.shadow.at, self.shadow.took) = (Some(Instant::now()), begun.elapsed());
     }
 
-    async fn see_shadowed(&mut self) -> anyhow::Result<()> {
+    async fn see_shadowed(&mut self) -> anyhow::Result<BTreeMap<Shadowed, String>> {
         if self.desired.rules().is_empty() {
-            self.shadow.note(BTreeMap::new());
-            return Ok(());
+            return Ok(BTreeMap::new());
         }
         let host = self.kernel.look_at_host()?;
         self.leave_addresses(&host).await;
@@ -146,8 +141,7 @@ impl Engine {
                 ),
             );
         }
-        self.shadow.note(seen);
-        Ok(())
+        Ok(seen)
     }
 
     /// Leaves the host's addresses to the host by rules of their own, or not, as the setting demands.
@@ -261,7 +255,7 @@ fn taking(rules: &RuleSet, transport: Transport, at: IpAddr, port: u16) -> Optio
 mod tests {
     use anyport_common::flow::Transport;
 
-    use super::{Host, Listener, Shadow, addresses, steered_addresses, taken_from};
+    use super::{Host, Listener, addresses, steered_addresses, taken_from};
     use crate::rules::{Origin, RuleSet, RuleSpec, RuleText};
 
     fn rules(rules: &[&str]) -> RuleSet {
@@ -337,17 +331,5 @@ mod tests {
             let taken = taken_from(&set, &listener, &own).map(|(_, at, _)| at.to_string());
             assert_eq!(taken.as_deref(), taken_at, "{transport:?} {local} {is_ipv6_only}");
         }
-    }
-
-    #[test]
-    fn what_is_seen_again_is_no_news() {
-        let mut shadow = Shadow::default();
-        let set = rules(&[r#"{"prefix": "192.0.2.0/24"}"#]);
-        let look = || addresses(&set, &host(&[("192.0.2.1", "eth0")]));
-        shadow.note(look());
-        shadow.note(look());
-        assert_eq!(shadow.found().count(), 1);
-        shadow.note(std::collections::BTreeMap::new());
-        assert_eq!(shadow.found().count(), 0);
     }
 }

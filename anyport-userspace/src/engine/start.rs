@@ -10,7 +10,7 @@ use anyhow::{Context as _, bail};
 use tracing::{error, warn};
 
 use super::{
-    Connected, Engine, Look,
+    Connected, Engine, Look, Peers,
     decisions::Decisions,
     desired::{Desired, Drains},
     dropping::Dropping,
@@ -50,6 +50,8 @@ pub struct Simulation {
     pub connected: Connected,
     /// Lists the addresses and listeners of this host.
     pub look: Look,
+    /// Lists others that this host talks to.
+    pub peers: Peers,
 }
 
 impl Engine {
@@ -80,6 +82,7 @@ impl Engine {
             routes,
             connected: host::connected_addresses,
             look: host::look,
+            peers: host::peers,
             published,
             events,
         })
@@ -97,13 +100,13 @@ impl Engine {
     pub async fn simulated(
         config: &Config,
         (store, state): (Store, State),
-        Simulation { steering, routes, connected, look }: Simulation,
+        Simulation { steering, routes, connected, look, peers }: Simulation,
         workers: WorkerHandles,
     ) -> anyhow::Result<Self> {
         let initial = initial(config, state)?;
         let chosen = Chosen { steering, outcomes: Vec::new() };
         let (routes, published, events) = (Routes::held_by(routes)?, Arc::default(), Arc::default());
-        let kernel = Kernel::new(Parts { chosen, routes, connected, look, published, events }).await?;
+        let kernel = Kernel::new(Parts { chosen, routes, connected, look, peers, published, events }).await?;
         Box::pin(Self::begin(config, (store, kernel), initial, workers, Link::default(), false)).await
     }
 

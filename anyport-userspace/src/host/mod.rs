@@ -207,14 +207,16 @@ fn cut_off<'a>(rule: &'a Rule, host: &'a Host) -> impl Iterator<Item = &'a Peer>
     host.peers.iter().filter(|peer| rule.terms.route && rule.prefix.contains(peer.address))
 }
 
-fn show_peer(Peer { address, role }: &Peer, owners: &HashMap<u64, Owner>) -> String {
+/// A peer in words, with the process that holds a connection to it.
+pub(crate) fn show_peer(Peer { address, role }: &Peer, owners: &HashMap<u64, Owner>) -> String {
     match role {
         Role::Connected(Connection { transport, remote, inode, .. }) => {
             format!("the other end of the connection {}", show_socket(*transport, *remote, owners.get(inode)))
         }
+        Role::Gateway => format!("the gateway {address}"),
         Role::Resolver => format!("the resolver {address}"),
         Role::Broadcast(interface) => format!("all hosts of a network of {interface} by {address}"),
-        Role::Neighbour(interface) => format!("the neighbour {address} on {interface}"),
+        Role::Neighbour { interface, .. } => format!("the neighbour {address} on {interface}"),
         Role::Needed(what) => format!("{what} {address}"),
     }
 }

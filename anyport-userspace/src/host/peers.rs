@@ -1,7 +1,7 @@
 //! Others that the host talks to. A local route to them would end that: what it sends them would stay here.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeSet, HashSet},
     fs,
     net::{IpAddr, Ipv4Addr},
 };
@@ -13,7 +13,7 @@ use netlink_packet_route::{
 };
 use netlink_sys::protocols::NETLINK_ROUTE;
 
-use super::{Connection, InterfaceAddress, dump::dump, for_each_connection, interface_addresses, links};
+use super::{Connection, InterfaceAddress, dump::dump, interface_addresses, links, sockets::for_each_established};
 
 /// Where the host's resolver finds the servers that it asks, see `resolv.conf(5)`.
 const RESOLVERS: &str = "/etc/resolv.conf";
@@ -32,33 +32,53 @@ pub struct Peer {
 pub enum Role {
     /// The other end of a connection of one of the host's own addresses.
     Connected(Connection),
+    /// What is for others goes by it.
+    Gateway,
     /// It answers for names.
     Resolver,
-    /// It is on the same link, and was seen there lately.
-    Neighbour(String),
+    /// It is on the same link, and was seen there.
+    Neighbour {
+        /// By this interface.
+        interface: String,
+        /// Whether that was half a minute ago or more.
+        is_stale: bool,
+    },
     /// All hosts of a network that an interface is in.
     Broadcast(String),
     /// Something that the daemon is configured to reach.
     Needed(String),
 }
 
-/// The peers of the thread's network namespace: of connections from one of these addresses, resolvers, and neighbours, each
-/// by itself and all of a network.
+/// The peers of the thread's network namespace at addresses that `are_meant`: of connections from one of the host's `own` addresses,
+/// resolvers, and neighbours, each by itself and all of a network.
 ///
 /// # Errors
 /// The kernel does not list them.
-pub fn peers(own: &BTreeSet<IpAddr>) -> anyhow::Result<Vec<Peer>> {
+pub fn peers(own: &BTreeSet<IpAddr>, are_meant: &dyn Fn(IpAddr) -> bool) -> anyhow::Result<Vec<Peer>> {
     let mut peers = neighbours()?;
     peers.extend(broadcasts()?);
     let resolvers = fs::read_to_string(RESOLVERS).unwrap_or_default();
     peers.extend(resolvers_of(&resolvers).map(|address| Peer { address, role: Role::Resolver }));
-    for_each_connection(|connection| {
-        if own.contains(&connection.local.ip()) {
-            peers.push(Peer { address: connection.remote.ip(), role: Role::Connected(connection) });
-        }
-    })?;
+    peers.retain(|peer| are_meant(peer.address));
+    peers.extend(connected(own, are_meant)?);
     peers.retain(|peer| !peer.address.is_loopback() && !own.contains(&peer.address));
     Ok(peers)
+}
+
+/// The other ends of connections that are no connections of this host with itself.
+fn connected(own: &BTreeSet<IpAddr>, are_meant: &dyn Fn(IpAddr) -> bool) -> anyhow::Result<impl Iterator<Item = Peer>> {
+    let is_own = |address: IpAddr| own.contains(&address) && !address.is_loopback();
+    let (mut outgoing, mut other_ends) = (Vec::new(), HashSet::new());
+    for_each_established(|connection| {
+        let (local, remote) = (connection.local.ip(), connection.remote.ip());
+        if is_own(local) && are_meant(remote) {
+            outgoing.push(connection);
+        } else if is_own(remote) && are_meant(local) {
+            other_ends.insert((connection.remote, connection.local));
+        }
+    })?;
+    let with_others = outgoing.into_iter().filter(move |it| !other_ends.contains(&(it.local, it.remote)));
+    Ok(with_others.map(|it| Peer { address: it.remote.ip(), role: Role::Connected(it) }))
 }
 
 fn resolvers_of(text: &str) -> impl Iterator<Item = IpAddr> {
@@ -87,7 +107,8 @@ fn neighbours() -> anyhow::Result<Vec<Peer>> {
         });
         if let Some(address) = address.filter(|it| is_live && !it.is_multicast()) {
             let interface = names.iter().find(|link| link.index == header.ifindex);
-            let role = Role::Neighbour(interface.map(|link| link.name.clone()).unwrap_or_default());
+            let interface = interface.map(|link| link.name.clone()).unwrap_or_default();
+            let role = Role::Neighbour { interface, is_stale: header.state == NeighbourState::Stale };
             peers.push(Peer { address, role });
         }
     })
@@ -110,7 +131,7 @@ fn broadcasts() -> anyhow::Result<impl Iterator<Item = Peer>> {
 #[cfg(test)]
 mod tests {
     use std::{
-        net::{IpAddr, TcpListener, TcpStream},
+        net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket},
         process::Command,
         thread,
     };
@@ -142,23 +163,28 @@ mod tests {
             ] {
                 assert!(Command::new("ip").args(line.split(' ')).status().unwrap().success(), "{line}");
             }
-            // Both ends are here; without the second address, the host would have that of another one.
+            // Both ends of one are here, also without the second address: as of a client on the host that is steered.
             let listener = TcpListener::bind("203.0.113.9:0").unwrap();
             let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
             let [first, second] = ["203.0.113.1", "203.0.113.9"].map(|it| it.parse::<IpAddr>().unwrap());
             assert_eq!(client.local_addr().unwrap().ip(), first);
+            let elsewhere: SocketAddr = "203.0.113.77:53".parse().unwrap();
+            let resolving = UdpSocket::bind((first, 0)).unwrap();
+            resolving.connect(elsewhere).unwrap();
             let found = |own: &[IpAddr]| {
-                let peers = peers(&own.iter().copied().collect()).unwrap().into_iter();
+                let peers = peers(&own.iter().copied().collect(), &|_| true).unwrap().into_iter();
                 peers.filter(|it| it.role != Role::Resolver).collect::<Vec<Peer>>()
             };
             let broadcast = Peer { address: "203.0.113.255".parse().unwrap(), role: Role::Broadcast("eth0".into()) };
-            let neighbour = Peer { address: "203.0.113.7".parse().unwrap(), role: Role::Neighbour("eth0".into()) };
+            let role = Role::Neighbour { interface: "eth0".into(), is_stale: false };
+            let neighbour = Peer { address: "203.0.113.7".parse().unwrap(), role };
             let before = [&neighbour, &broadcast, &broadcast];
-            assert_eq!(found(&[first, second]).iter().collect::<Vec<_>>(), before);
-            let all = found(&[first]);
-            assert_eq!((all.len(), all[..3].iter().collect::<Vec<_>>()), (4, before.to_vec()));
-            let Role::Connected(connection) = &all[3].role else { panic!("{all:?}") };
-            assert_eq!((connection.remote, connection.inode == 0), (listener.local_addr().unwrap(), false));
+            for own in [&[first][..], &[first, second]] {
+                let all = found(own);
+                assert_eq!((all.len(), all[..3].iter().collect::<Vec<_>>()), (4, before.to_vec()), "{own:?}");
+                let Role::Connected(connection) = &all[3].role else { panic!("{all:?}") };
+                assert_eq!((connection.remote, connection.inode == 0), (elsewhere, false));
+            }
         };
         thread::spawn(in_namespace).join().unwrap();
     }

@@ -71,10 +71,20 @@ pub fn connected_addresses() -> anyhow::Result<HashSet<IpAddr>> {
 ///
 /// # Errors
 /// As [`listeners`].
-pub fn for_each_connection(mut see: impl FnMut(Connection)) -> anyhow::Result<()> {
-    let no_connection = StateFlags::TIME_WAIT | StateFlags::CLOSE | StateFlags::LISTEN;
-    for (transport, states) in [(Transport::Tcp, no_connection.complement()), (Transport::Udp, StateFlags::ESTABLISHED)]
-    {
+pub fn for_each_connection(see: impl FnMut(Connection)) -> anyhow::Result<()> {
+    list_connections((StateFlags::TIME_WAIT | StateFlags::CLOSE | StateFlags::LISTEN).complement(), see)
+}
+
+/// Of those, the ones that neither side has begun to close.
+///
+/// # Errors
+/// As [`listeners`].
+pub(super) fn for_each_established(see: impl FnMut(Connection)) -> anyhow::Result<()> {
+    list_connections(StateFlags::ESTABLISHED, see)
+}
+
+fn list_connections(of_tcp: StateFlags, mut see: impl FnMut(Connection)) -> anyhow::Result<()> {
+    for (transport, states) in [(Transport::Tcp, of_tcp), (Transport::Udp, StateFlags::ESTABLISHED)] {
         list(transport, &states, |socket| {
             let id = &socket.header.socket_id;
             let remote = SocketAddr::new(id.destination_address.to_canonical(), id.destination_port);

@@ -33,7 +33,7 @@ fn peers() -> Vec<Peer> {
         ("198.18.0.7", connection("198.18.0.7:50000", 20)),
         ("198.18.0.7", connection("198.18.0.7:50001", 21)),
         ("198.18.1.53", Role::Resolver),
-        ("198.18.2.3", Role::Neighbour("eth0".into())),
+        ("198.18.2.3", Role::Neighbour { interface: "eth0".into(), is_stale: true }),
         ("198.18.3.4", Role::Needed("the upstream of service web".into())),
     ];
     roles.map(|(address, role)| Peer { address: address.parse().unwrap(), role }).into()

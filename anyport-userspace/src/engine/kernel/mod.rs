@@ -9,7 +9,7 @@ mod tests;
 mod transition;
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::{BTreeSet, HashMap, HashSet},
     net::IpAddr,
     ops::Range,
     sync::Arc,
@@ -26,7 +26,7 @@ use super::{
 };
 use crate::{
     events::EventBus,
-    host::{self, Host},
+    host::{self, Host, Peer, Role},
     routes::{AnswerWay, Coverage, Route, Routes, Watch},
     rules::{Overlay, Prefix, SourceLists},
     steering::{
@@ -41,6 +41,9 @@ pub type Connected = fn() -> anyhow::Result<HashSet<IpAddr>>;
 
 /// See [`crate::host::look`].
 pub type Look = fn() -> anyhow::Result<Host>;
+
+/// See [`crate::host::peers`].
+pub type Peers = fn(&BTreeSet<IpAddr>, &dyn Fn(IpAddr) -> bool) -> anyhow::Result<Vec<Peer>>;
 
 /// What the kernel holds, and what holds it.
 #[derive(Debug)]
@@ -59,6 +62,8 @@ pub(super) struct Kernel {
     connected: Connected,
     /// Lists the addresses and listeners of this host.
     look: Look,
+    /// Lists others that this host talks to.
+    peers: Peers,
     /// What our routes make local.
     coverage: Coverage,
     /// Blocks whose local route was there before us.
@@ -85,6 +90,7 @@ pub(super) struct Parts {
     pub(super) routes: Routes,
     pub(super) connected: Connected,
     pub(super) look: Look,
+    pub(super) peers: Peers,
     /// The back end's table, for readers in this process.
     pub(super) published: Arc<Published>,
     /// The event bus and its subscribers.
@@ -94,7 +100,7 @@ pub(super) struct Parts {
 impl Kernel {
     /// A hold on a kernel that has what an earlier daemon left.
     pub(super) async fn new(parts: Parts) -> anyhow::Result<Self> {
-        let Parts { chosen, routes, connected, look, published, events } = parts;
+        let Parts { chosen, routes, connected, look, peers, published, events } = parts;
         let has_no_table = chosen.steering.back_end() == BackEnd::Tproxy;
         let own_segments = || OwnSegments { readers: Arc::clone(&published) };
         Ok(Self {
@@ -109,6 +115,7 @@ impl Kernel {
             routes,
             connected,
             look,
+            peers,
             foreign_routes: Vec::new(),
             draining: HashSet::new(),
             broken: None,
@@ -333,6 +340,18 @@ impl Kernel {
     /// The host's addresses and listeners.
     pub(super) fn look_at_host(&self) -> anyhow::Result<Host> {
         (self.look)()
+    }
+
+    /// Others that this host talks to, gateways among them, at addresses that routes of ours make local.
+    pub(super) async fn peers_inside(&self, own: &BTreeSet<IpAddr>) -> anyhow::Result<Vec<Peer>> {
+        if self.coverage.blocks().next().is_none() {
+            return Ok(Vec::new());
+        }
+        let is_inside = |address: IpAddr| !own.contains(&address) && self.covers(&Prefix::host(address));
+        let gateways = self.routes.gateways().await?.into_iter().filter(|it| is_inside(*it));
+        let mut inside: Vec<Peer> = gateways.map(|address| Peer { address, role: Role::Gateway }).collect();
+        inside.extend((self.peers)(own, &is_inside)?);
+        Ok(inside)
     }
 
     /// What the last change left as it was found.

@@ -123,7 +123,13 @@ impl Scene {
     async fn try_to_start(&self) -> anyhow::Result<Engine> {
         let kept = Store::of(Box::new(self.disk.clone()))?;
         let routes = Arc::new(Mutex::new(SimulatedRoutes(Arc::clone(&self.world))));
-        let simulation = Simulation { steering: Box::new(Simulated::new(&self.world)), routes, connected, look };
+        let simulation = Simulation {
+            steering: Box::new(Simulated::new(&self.world)),
+            routes,
+            connected,
+            look,
+            peers: |_, _| Ok(Vec::new()),
+        };
         let engine = Engine::simulated(&self.config, kept, simulation, self.workers.handles()).await?;
         // Nobody asks etcd here, which would be said to be silent.
         engine.fleet_board().into_iter().for_each(|board| board.heard(Instant::now()));

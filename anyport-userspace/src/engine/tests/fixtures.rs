@@ -52,6 +52,7 @@ impl Fixture {
             connected,
             published: Arc::default(),
             look: || Ok(Host::default()),
+            peers: |_, _| Ok(Vec::new()),
             events: Arc::default(),
         };
         let kernel = Kernel::new(parts).await.unwrap();

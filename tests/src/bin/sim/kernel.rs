@@ -19,7 +19,8 @@ use anyport_common::{flow::Flow, maps::Counters};
 
 /// One of its own for each node.
 pub(crate) fn kernel() -> Simulation {
-    Simulation { steering: Box::new(Idle), routes: Arc::new(Mutex::new(Routes::default())), connected, look }
+    let routes = Arc::new(Mutex::new(Routes::default()));
+    Simulation { steering: Box::new(Idle), routes, connected, look, peers: |_, _| Ok(Vec::new()) }
 }
 
 #[expect(clippy::unnecessary_wraps, reason = "so it is in the real world")]
