@@ -1,7 +1,9 @@
 //! The way of answers: what `explain` says of it, the mark of a service, and what is counted where there is no way.
 
 use std::{
+    io::ErrorKind,
     net::{TcpStream, UdpSocket},
+    thread::sleep,
     time::Duration,
 };
 
@@ -57,6 +59,24 @@ fn by_mark(backend: &'static str) {
         if status.contains("no route    for ") { Ok(status) } else { Err(status) }
     });
     assert!(status.contains("unanswered") && !status.contains("full queues"), "{status}");
+    let wait_for_degraded = |is_there: bool| {
+        wait_for("answers that get lost, or their end", Duration::from_secs(20), || {
+            let degraded = lab.daemon.json("status")["degraded"].to_string();
+            if degraded.contains("clients get no answers") == is_there { Ok(()) } else { Err(degraded) }
+        });
+    };
+    wait_for_degraded(true);
+    let doctor = lab.daemon.ctl(&["doctor"]).stdout;
+    assert!(doctor.contains("clients get no answers") && doctor.contains("real-hosts.md#answers"), "{doctor}");
+    wait_for_degraded(false);
+    // Another program of the host has no route.
+    let before = lab.daemon.json("status")["totals"]["no_route"].as_u64().expect("a count");
+    let refused = host.enter(|| TcpStream::connect(at("198.18.0.1", 80)));
+    assert!(refused.is_err_and(|error| error.kind() == ErrorKind::NetworkUnreachable));
+    sleep(Duration::from_secs(3));
+    let status = lab.daemon.json("status");
+    assert!(status["totals"]["no_route"].as_u64().expect("a count") > before, "{status}");
+    assert_eq!(status["degraded"].to_string(), "[]");
     let errors = lab.daemon.refused("add-service other --handler registered --mark 0x10", 2);
     assert!(errors.contains("SO_MARK"), "{errors}");
 }

@@ -90,6 +90,7 @@ const LAYERS: &[Layers] = &[
             "decisions",
             "served",
             "dropping",
+            "answers",
             "record",
             "safety",
             "reload",

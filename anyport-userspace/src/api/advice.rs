@@ -1,7 +1,7 @@
 //! What to do about what is degraded, as far as that is known.
 
 /// Words of a message, what to do where a message has all of them, and where more is written. The first that fits counts.
-const ADVICE: [(&[&str], &str, &str); 22] = [
+const ADVICE: [(&[&str], &str, &str); 23] = [
     (
         &["gets nothing: the last"],
         "have the owner register its sockets again, or restart anyportd where the service has its own",
@@ -65,6 +65,11 @@ const ADVICE: [(&[&str], &str, &str); 22] = [
         "docs/real-hosts.md#what-comes-later",
     ),
     (&["is not reached at"], "type what it names", "docs/real-hosts.md#what-comes-later"),
+    (
+        &["clients get no answers"],
+        "give the clients' networks a route, or correct the rule of policy routing that stops answers: ip rule",
+        "docs/real-hosts.md#answers",
+    ),
     (&["etcd has no pointer"], "publish again with --sequence", "docs/fleet.md"),
     (&["can't report to the fleet"], "look at the node's rights in etcd and at its space", "docs/fleet.md"),
     (&["etcd has not answered"], "bring etcd back, or the way to it; steering goes on", "docs/fleet.md"),

@@ -7,6 +7,7 @@
 //! it is the reverse. Every step makes the kernel equal to what is desired and can be repeated, so a failure is undone by
 //! applying the previous state again.
 
+mod answers;
 mod apply;
 mod change;
 mod commands;
@@ -44,8 +45,8 @@ use tokio::sync::Notify;
 use tracing::error;
 
 use self::{
-    apply::Unconfirmed, decisions::Decisions, desired::Desired, dropping::Dropping, kept::Kept, kernel::Kernel,
-    reload::Settings, served::Served, services::Services, shadow::Shadow,
+    answers::Answers, apply::Unconfirmed, decisions::Decisions, desired::Desired, dropping::Dropping, kept::Kept,
+    kernel::Kernel, reload::Settings, served::Served, services::Services, shadow::Shadow,
 };
 pub use self::{
     kernel::{Connected, Look, Peers},
@@ -59,10 +60,7 @@ pub use self::{
     start::Simulation,
     views::Counted,
 };
-use crate::{
-    complaint::Complaint, fleet::FleetBoard, host::Unanswered, routes::Watch, service::DescriptorPool,
-    steering::BackEnd,
-};
+use crate::{complaint::Complaint, fleet::FleetBoard, routes::Watch, service::DescriptorPool, steering::BackEnd};
 
 /// The daemon's state and its hold on the kernel.
 #[derive(Debug)]
@@ -80,8 +78,8 @@ pub struct Engine {
     dropping: Dropping,
     /// What rules take from the host.
     shadow: Shadow,
-    /// What of the host's packets had got no answer at the start.
-    unanswered_before: Unanswered,
+    /// Answers that don't reach clients.
+    answers: Answers,
     /// Which rules the programs are asked about next.
     decisions: Decisions,
     /// What the status says of the fleet, if this node belongs to one.
@@ -147,6 +145,7 @@ impl Engine {
         self.check_decisions();
         self.kernel.reconcile(&self.desired, &self.services, self.settings.config().mend).await;
         self.dropping.look(Facts { desired: &self.desired, services: &self.services, kernel: &self.kernel });
+        self.answers.look(&self.services);
         self.look_for_shadowed().await;
         self.judge();
         self.go_on_draining().await;

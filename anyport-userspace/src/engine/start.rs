@@ -11,6 +11,7 @@ use tracing::{error, warn};
 
 use super::{
     Connected, Engine, Look, Peers,
+    answers::Answers,
     decisions::Decisions,
     desired::{Desired, Drains},
     dropping::Dropping,
@@ -25,7 +26,7 @@ use crate::{
     config::Config,
     events::EventBus,
     fleet::FleetBoard,
-    host::{self, Unanswered},
+    host,
     keeper::{Begin, Link},
     paths::DEFAULT_STATE_DIR,
     routes::{Holder, Routes},
@@ -128,7 +129,7 @@ impl Engine {
             served: Served::default(),
             dropping: Dropping::default(),
             shadow: Shadow::default(),
-            unanswered_before: Unanswered::now().unwrap_or_default(),
+            answers: Answers::new(),
             decisions: Decisions::default(),
             fleet: config.fleet_view().map(|view| Arc::new(FleetBoard::new(view, &fleet_state))),
             complaints: Vec::new(),

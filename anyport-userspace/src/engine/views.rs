@@ -8,7 +8,6 @@ use super::{Engine, past::add};
 use crate::{
     api::{BackEndView, ServiceView, StatusView, Totals},
     complaint::Complaint,
-    host::Unanswered,
     rules::{Decision, RuleRef, RuleSet, ServiceName, decide},
 };
 
@@ -49,7 +48,7 @@ impl Engine {
             stats += service.stats;
         }
         let descriptors = &self.services.context().descriptors;
-        let unanswered = Unanswered::now().unwrap_or_default().since(self.unanswered_before);
+        let unanswered = self.answers.unanswered();
         StatusView {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             pid: std::process::id(),
@@ -111,6 +110,7 @@ impl Engine {
         all.chain(self.kept.complaint())
             .chain(others)
             .chain(self.shadow.found().map(str::to_owned))
+            .chain(self.answers.fault())
             .chain(self.served.degraded())
             .collect()
     }
