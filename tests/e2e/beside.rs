@@ -3,12 +3,15 @@
 use std::{
     io::{self, Read as _, Write as _},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener},
+    sync::atomic::{AtomicBool, Ordering::Relaxed},
+    thread::{scope, sleep},
     time::Duration,
 };
 
 use anyport_tests::{
     dial::{expect_tcp_echo, expect_tcp_hello, expect_udp_echo, expect_udp_hello, expect_udp_text, tcp, udp_server},
     host::wait_for,
+    steady::EndOfWork,
     topology::SERVER,
 };
 use libtest_mimic::Trial;
@@ -63,6 +66,48 @@ fn expect_service(lab: &Lab) {
     });
 }
 
+/// What is in the way of a server that does not share: `explain` names it, and doctor by which process. A client keeps asking, since
+/// sockets for answers are closed soon.
+fn expect_named(lab: &Lab) {
+    let is_over = AtomicBool::new(false);
+    scope(|scope| {
+        let _end = EndOfWork(&is_over);
+        scope.spawn(|| {
+            while !is_over.load(Relaxed) {
+                lab.topology.client.enter(|| expect_udp_echo(at(ECHOED[0], PORT), b"question"));
+                sleep(Duration::from_millis(200));
+            }
+        });
+        for (protocol, part) in [("tcp", "2 connections"), ("udp", "sockets for answers")] {
+            let held = lab.daemon.json(&format!("explain {protocol} {}", at(ECHOED[0], PORT)))["held"].to_string();
+            assert!(held.contains(part) && held.contains("SO_REUSEADDR"), "{protocol}: {held}");
+        }
+        lab.topology.host.enter(|| {
+            for kind in [Type::STREAM, Type::DGRAM] {
+                let socket = Socket::new(Domain::IPV4, kind, None::<Protocol>).expect("a socket");
+                let bound = socket.bind(&SocketAddr::from((Ipv4Addr::UNSPECIFIED, PORT)).into());
+                assert_eq!(bound.expect_err("a port that is held").kind(), io::ErrorKind::AddrInUse, "{kind:?}");
+            }
+        });
+        let found = held_ports(lab, &format!("--port {PORT}"));
+        let pid = format!("anyportd (pid {})", lab.daemon.pid());
+        assert!(
+            found.len() == 2 && found.iter().all(|it| it.contains(&pid) && it.contains("\"warning\"")),
+            "{found:?}"
+        );
+        assert!(found[0].contains("2 connections") && found[1].contains("sockets for answers"), "{found:?}");
+        assert_eq!(["", "--port 9"].map(|it| held_ports(lab, it)), [[""; 0]; 2]);
+    });
+}
+
+/// What doctor finds that is in the way.
+fn held_ports(lab: &Lab, options: &str) -> Vec<String> {
+    let mut report = lab.daemon.json(&format!("doctor {options}"));
+    let findings = report["findings"].as_array_mut().expect("findings");
+    findings.retain(|it| it["check"] == "held-port");
+    findings.iter().map(ToString::to_string).collect()
+}
+
 fn servers_start(backend: &'static str) {
     let lab = Lab::new(backend);
     let [upstream4, upstream6] = SERVER.map(|address| at(address, 80));
@@ -86,30 +131,7 @@ fn servers_start(backend: &'static str) {
         }
         ECHOED.map(|address| tcp(at(address, PORT)).expect("a connection"))
     });
-    // What is in the way of one that does not share is named.
-    for (protocol, part) in [("tcp", "2 connections"), ("udp", "sockets for answers")] {
-        let held = lab.daemon.json(&format!("explain {protocol} {}", at(ECHOED[0], PORT)))["held"].to_string();
-        assert!(held.contains(part) && held.contains("SO_REUSEADDR"), "{protocol}: {held}");
-    }
-    // That one is kept from starting, indeed, and doctor says by which process.
-    lab.topology.host.enter(|| {
-        for kind in [Type::STREAM, Type::DGRAM] {
-            let socket = Socket::new(Domain::IPV4, kind, None::<Protocol>).expect("a socket");
-            let bound = socket.bind(&SocketAddr::from((Ipv4Addr::UNSPECIFIED, PORT)).into());
-            assert_eq!(bound.expect_err("a port that is held").kind(), io::ErrorKind::AddrInUse, "{kind:?}");
-        }
-    });
-    let doctor = |arguments: &str| {
-        let mut report = lab.daemon.json(&format!("doctor {arguments}"));
-        let findings = report["findings"].as_array_mut().expect("findings");
-        findings.retain(|it| it["check"] == "held-port");
-        findings.iter().map(ToString::to_string).collect::<Vec<_>>()
-    };
-    let found = doctor(&format!("--port {PORT}"));
-    let pid = format!("anyportd (pid {})", lab.daemon.pid());
-    assert!(found.len() == 2 && found.iter().all(|it| it.contains(&pid) && it.contains("\"warning\"")), "{found:?}");
-    assert!(found[0].contains("2 connections") && found[1].contains("sockets for answers"), "{found:?}");
-    assert_eq!([doctor(""), doctor("--port 9")], [[""; 0]; 2]);
+    expect_named(&lab);
     // A process that another test starts has this one's sockets for a moment, closed ones too. What is held here stays.
     wait_for("start of all servers", Duration::from_secs(2), || {
         let failures = failures(&lab);
