@@ -36,7 +36,7 @@ macro_rules! suites {
 suites! {
     steer guards foreign beside udp hostile_udp forward resets flows departures upstreams connections queues limits lists rules apply differential selftests
     wire fuzzed
-    control described events explain state published malformed metrics page top completion register library crash changed reload nodes announce restarts
+    control described events explain state published malformed metrics page top pictures completion register library crash changed reload nodes announce restarts
     rights hostile hostile_api crowd interrupted starts load later answers backends doctor fleet kubernetes container
 }
 

@@ -1,11 +1,6 @@
 //! The page that the daemon serves, as a browser shows it.
 
-use std::{
-    env, fs,
-    io::Write as _,
-    process::{Command, Stdio},
-    time::{Duration, Instant},
-};
+use std::{fs, time::Duration};
 
 use anyport_tests::{
     browser::Browser,
@@ -21,8 +16,6 @@ const ADDRESS: &str = "127.0.0.1:9464";
 const URL: &str = "http://127.0.0.1:9464/";
 const DESK: (u32, u32) = (1280, 900);
 const PHONE: (u32, u32) = (390, 844);
-/// Made with `ANYPORT_WRITE_DOCS=1`.
-const PICTURE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/page.png");
 
 pub(crate) fn trials() -> Vec<Trial> {
     vec![
@@ -104,7 +97,6 @@ fn shown() {
 /// What the daemon keeps is there as soon as a page is opened, by all and by service.
 fn past() {
     let lab = lab();
-    let begin = Instant::now();
     wait_for("points", Duration::from_secs(40), || {
         dial(&lab, 10);
         let text = lab.topology.host.run("curl", ["--silent", &format!("{URL}history.json?service=web")]);
@@ -129,36 +121,6 @@ fn past() {
     let times = browser.value("[...document.querySelectorAll('#packets text')].map(it => it.textContent).join(' ')");
     assert!(times.as_str().is_some_and(|it| it.contains(':') && it.contains('0')), "axes: {times}");
     assert_eq!(browser.errors(), [""; 0]);
-    if env::var_os("ANYPORT_WRITE_DOCS").is_some() {
-        draw(&lab, &mut browser, begin);
-    }
-}
-
-/// The picture of the documents, after some minutes of traffic.
-fn draw(lab: &Lab, browser: &mut Browser, begin: Instant) {
-    lab.daemon.ok("remove-prefix 203.0.113.128/25");
-    lab.daemon.ok("remove-service proxy");
-    for connections in [20, 80, 40, 120, 60].into_iter().cycle() {
-        dial(lab, connections);
-        if begin.elapsed() > Duration::from_secs(90) {
-            break;
-        }
-    }
-    browser.value("location.hash = ''");
-    browser.value("document.querySelector('#spans button').click()");
-    browser.wait_until("document.querySelector('#packets polyline.c0')");
-    dial(lab, 100);
-    std::thread::sleep(Duration::from_secs(4));
-    let mut decode = Command::new("base64").arg("--decode").stdin(Stdio::piped()).stdout(Stdio::piped()).spawn();
-    let decode = decode.as_mut().expect("base64(1)");
-    let (picture, mut input) = (browser.picture(), decode.stdin.take().expect("a pipe"));
-    let writer = std::thread::spawn(move || input.write_all(picture.as_bytes()).expect("a program that reads"));
-    let mut png = Vec::new();
-    std::io::Read::read_to_end(decode.stdout.as_mut().expect("a pipe"), &mut png).expect("a picture");
-    writer.join().expect("all is written");
-    decode.wait().expect("its end");
-    assert!(png.len() < 200 << 10, "{} bytes", png.len());
-    fs::write(PICTURE, png).expect("a picture in docs/");
 }
 
 fn views() {

@@ -107,7 +107,7 @@ fn wrong() {
 }
 
 /// Runs a line of shell in a terminal of its own, to which is typed what `typed` tells; all that it shows.
-fn in_terminal(line: &str, typed: Receiver<&'static str>) -> String {
+pub(crate) fn in_terminal(line: &str, typed: Receiver<&'static str>) -> String {
     let mut command = Command::new("script");
     command.args(["--quiet", "--return", "--command", line, "/dev/null"]).env("SHELL", "/bin/sh");
     let mut process = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("script of util-linux");
@@ -128,13 +128,23 @@ fn in_terminal(line: &str, typed: Receiver<&'static str>) -> String {
     shown
 }
 
-fn top(lab: &Lab, options: &str) -> String {
+/// The command line of `top`.
+pub(crate) fn top(lab: &Lab, options: &str) -> String {
     let client = program("anyportctl").unwrap_or_else(|missing| panic!("{missing}"));
     format!("{} --socket {} top {options}", client.display(), lab.daemon.socket().display())
 }
 
+/// The screens that were drawn one after the other, in lines that begin and end with what orders their colour.
+pub(crate) fn frames(shown: &str) -> Vec<Vec<String>> {
+    let lines = |frame: &str| {
+        let text = frame.split("\x1b[J").next().unwrap_or_default().replace("\x1b[K", "");
+        text.lines().map(|line| line.trim_end().to_owned()).collect()
+    };
+    shown.split("\x1b[H").skip(1).map(lines).collect()
+}
+
 /// Types this after a while.
-fn after(delay: Duration, keys: &'static str) -> Receiver<&'static str> {
+pub(crate) fn after(delay: Duration, keys: &'static str) -> Receiver<&'static str> {
     let (sender, receiver) = channel();
     spawn(move || {
         sleep(delay);
@@ -173,16 +183,15 @@ fn resized() {
     let line =
         format!("stty rows 40 cols 132; (sleep 2; stty rows 12 cols 30 < /dev/tty) & {}", top(&lab, "--interval 1h"));
     let shown = in_terminal(&line, after(Duration::from_secs(4), "q"));
-    let frames: Vec<&str> = shown.split("\x1b[H").skip(1).collect();
+    let frames = frames(&shown);
     assert!(frames.len() >= 2, "{shown:?}");
-    let lines = |frame: &str| -> Vec<String> {
-        let mut text = frame.split("\x1b[J").next().expect("a frame").replace("\x1b[K", "");
-        for colour in ["\x1b[1m", "\x1b[2m", "\x1b[0m"] {
-            text = text.replace(colour, "");
-        }
-        text.lines().map(|line| line.trim_end().to_owned()).collect()
+    let lines = |frame: &[String]| -> Vec<String> {
+        let plain = |line: &String| {
+            ["\x1b[1m", "\x1b[2m", "\x1b[0m"].iter().fold(line.clone(), |it, tone| it.replace(tone, ""))
+        };
+        frame.iter().map(plain).collect()
     };
-    let (first, last) = (lines(frames[0]), lines(frames[frames.len() - 1]));
+    let (first, last) = (lines(&frames[0]), lines(&frames[frames.len() - 1]));
     assert!(first.iter().any(|line| line.contains("192.0.2.25/32")) && first.iter().any(|line| line.len() > 60));
     assert!(last.len() <= 12 && last.iter().all(|line| line.len() <= 30), "{last:?}");
     assert!(last.iter().any(|line| line.starts_with("and 28 more")), "{last:?}");

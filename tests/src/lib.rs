@@ -30,6 +30,7 @@ pub mod prerequisites;
 pub mod promptness;
 pub mod random;
 pub mod schema;
+pub mod screenshot;
 pub mod servers;
 pub mod steady;
 pub mod systemd;
