@@ -94,15 +94,25 @@ fn connect(client: &Netns, is_over: &AtomicBool) {
     });
 }
 
+/// Sends the clients home when it is dropped, also where drawing fails.
+struct Over<'a>(&'a AtomicBool);
+
+impl Drop for Over<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Relaxed);
+    }
+}
+
 fn draw() {
     let lab = lab();
     let is_over = AtomicBool::new(false);
     scope(|scope| {
         scope.spawn(|| connect(&lab.topology.client, &is_over));
+        let over = Over(&is_over);
         sleep(PAST);
         let page = page(&lab);
         let top = terminal(&lab);
-        is_over.store(true, Relaxed);
+        drop(over);
         assert!(page.len() < 200 << 10, "{} bytes", page.len());
         fs::write(format!("{DOCUMENTS}/page.png"), page).expect("a picture in docs/");
         fs::write(format!("{DOCUMENTS}/top.svg"), top).expect("a picture in docs/");
