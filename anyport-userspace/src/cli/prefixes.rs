@@ -189,16 +189,16 @@ impl List {
 
 const COLUMNS: [Column; 11] = [
     text("PREFIX"),
-    text("PROTOCOL").rank(4),
+    text("PROTOCOL").rank(5),
     text("PORTS").rank(1).least(12),
-    text("EXCEPT").rank(3).least(12),
-    text("SOURCE").rank(5),
+    text("EXCEPT").rank(4).least(12),
+    text("SOURCE").rank(6),
     text("SERVICE"),
-    text("DRAIN").rank(8),
-    text("ROUTE").rank(7),
-    text("ORIGIN").rank(6),
+    text("DRAIN").rank(2),
+    text("ROUTE").rank(8),
+    text("ORIGIN").rank(7),
     number("STEERED"),
-    number("DROPPED").rank(2),
+    number("DROPPED").rank(3),
 ];
 
 fn row<'a>(view: &PrefixView<'a>) -> Row<'a, 11> {
