@@ -14,8 +14,7 @@ Examples:
 pub(super) const REMOVE_PREFIX: &str = "\
 Examples:
   anyportctl remove-prefix 192.0.2.0/24
-  anyportctl remove-prefix 192.0.2.0/24 --protocol udp
-  anyportctl --offline remove-prefix 192.0.2.0/24";
+  anyportctl remove-prefix 192.0.2.0/24 --protocol udp";
 pub(super) const PREFIXES: &str = "\
 Examples:
   anyportctl prefixes
