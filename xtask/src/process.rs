@@ -117,7 +117,7 @@ mod tests {
         );
         // Set by the cargo that runs this test.
         let cargo = cargo(Path::new("/"), "build");
-        assert!(cargo.get_envs().any(|(name, value)| name == "CARGO_PKG_NAME" && value.is_none()), "{cargo:?}");
+        assert!(cargo.get_envs().any(|(name, value)| name == "CARGO_MANIFEST_DIR" && value.is_none()), "{cargo:?}");
     }
 
     #[test]
