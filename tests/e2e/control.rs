@@ -1,6 +1,6 @@
 //! The client's verbs: exit statuses, JSON shapes, what is refused and who may ask.
 
-use std::{fs, os::unix::fs::PermissionsExt as _, process::Command, time::Duration};
+use std::{fs, net::TcpListener, os::unix::fs::PermissionsExt as _, process::Command, time::Duration};
 
 use anyport_tests::{
     daemon::Daemon,
@@ -302,12 +302,13 @@ fn peers() {
     let topology = Topology::new();
     let daemon = Daemon::start(&topology.host, "sk-lookup");
     for (server, upstream) in SERVER.into_iter().zip(SECOND) {
-        let address = topology.server.enter(|| tcp_server(at(server, 2222), "here\n"));
+        let address = at(server, 2222);
+        let listener = topology.server.enter(|| TcpListener::bind(address).expect("a server"));
         let held = topology.host.enter(|| tcp(address).expect("a connection of the host"));
         let connection = format!("the other end of the connection tcp {address}");
         contains(&daemon.refused(&format!("add-prefix {server}"), 5), &[server, &connection, "--force"]);
         contains(&daemon.refused(&format!("add-prefix {server}"), 5), &[&format!("the neighbour {server} on ")]);
-        drop(held);
+        drop((held, listener));
         let service = if server.contains(':') { "six" } else { "four" };
         let to = at(upstream, 80);
         daemon.ok(&format!("add-service {service} --handler forward --upstream {to}"));

@@ -104,7 +104,10 @@ fn frames(backend: &'static str) {
     // The daemon is the same one, and does what it did.
     assert_eq!(lab.daemon.pid(), pid);
     let status = lab.daemon.json("status");
-    assert_eq!(status["degraded"], serde_json::json!([]), "{status}");
+    let degraded = status["degraded"].as_array().expect("a list");
+    // Many frames name a sender to whom no route leads.
+    let is_expected = |it: &serde_json::Value| it.as_str().is_some_and(|it| it.starts_with("clients get no answers"));
+    assert!(degraded.iter().all(is_expected), "{status}");
     lab.topology.client.enter(|| PREFIX.iter().for_each(|prefix| expect_tcp_hello(first_of(prefix))));
     let counted: u64 = PREFIX.iter().map(|prefix| lab.daemon.count(prefix, "steered")).sum();
     assert!(counted >= steered.len() as u64, "{} arrived, {counted} were counted", steered.len());

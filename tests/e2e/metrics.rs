@@ -189,7 +189,8 @@ fn unfallen(backend: &'static str) {
     // Also what rules counted that are gone is there after a restart.
     lab.daemon.stop();
     lab.daemon.restart();
-    assert!(steered(&Counts::of(&lab)) >= steered(&before), "{:?}", before.totals);
+    let after = Counts::of(&lab);
+    assert!(steered(&after) >= steered(&before), "{:?}, and after a restart {:?}", before.totals, after.totals);
 }
 
 fn counted(backend: &'static str) {
