@@ -105,7 +105,7 @@ fn frames(backend: &'static str) {
     assert_eq!(lab.daemon.pid(), pid);
     let status = lab.daemon.json("status");
     let degraded = status["degraded"].as_array().expect("a list");
-    // Many frames name a sender to whom no route leads.
+    // Many frames name a sender that no route leads to.
     let is_expected = |it: &serde_json::Value| it.as_str().is_some_and(|it| it.starts_with("clients get no answers"));
     assert!(degraded.iter().all(is_expected), "{status}");
     lab.topology.client.enter(|| PREFIX.iter().for_each(|prefix| expect_tcp_hello(first_of(prefix))));
