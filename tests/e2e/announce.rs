@@ -9,7 +9,7 @@ use std::{
         net::UnixListener,
     },
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    process::{Command, Stdio},
     thread::{scope, sleep},
     time::{Duration, Instant},
 };
@@ -19,7 +19,7 @@ use anyport_tests::{
     dial::{
         expect_tcp_echo, expect_tcp_hello, expect_tcp_refused, expect_udp_hello, expect_udp_unanswered, read_text, tcp,
     },
-    host::{Outcome, wait_for},
+    host::{Outcome, Running, wait_for},
     netns::Netns,
     owners::Owner,
     prerequisites::{GROUP, USER, program, scratch},
@@ -64,7 +64,7 @@ pub(crate) fn trials() -> Vec<Trial> {
 
 /// A BIRD. Killed when dropped.
 struct Bird {
-    process: Child,
+    _process: Running,
     directory: PathBuf,
 }
 
@@ -79,7 +79,7 @@ impl Bird {
         command.stdin(Stdio::null()).stdout(Stdio::null());
         let log = fs::File::options().create(true).append(true).open(directory.join("log")).expect("a log");
         command.stderr(log);
-        let bird = Self { process: namespace.spawn(command), directory: directory.to_owned() };
+        let bird = Self { _process: Running(namespace.spawn(command)), directory: directory.to_owned() };
         wait_for("BIRD that answers", LIMIT, || match bird.ask("show status") {
             outcome if outcome.status == 0 => Ok(()),
             outcome => Err(outcome.to_string()),
@@ -112,13 +112,6 @@ impl Bird {
             if is_so { Ok(()) } else { Err(routes.join("\n")) }
         });
         begin.elapsed()
-    }
-}
-
-impl Drop for Bird {
-    fn drop(&mut self) {
-        drop(self.process.kill());
-        drop(self.process.wait());
     }
 }
 

@@ -162,7 +162,7 @@ fn names() {
     let mut command = Command::new("python3");
     command.args(["-c", script]).stdin(Stdio::piped()).stdout(Stdio::piped());
     let mut process = Running(lab.topology.host.spawn(command));
-    let (pid, descriptor) = (process.0.id(), process.first_line());
+    let (pid, descriptor) = (process.id(), process.first_line());
     lab.daemon.ok(&format!("register web --pid {pid} --fd {}", descriptor.trim()));
     for arguments in ["explain tcp 192.0.2.3:80", "explain tcp 192.0.2.3:80 --json"] {
         let text = lab.daemon.ok(arguments);

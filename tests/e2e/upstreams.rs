@@ -4,13 +4,13 @@ use std::{
     fs, io,
     net::{SocketAddr, UdpSocket},
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    process::{Command, Stdio},
     time::Duration,
 };
 
 use anyport_tests::{
     dial::{SILENCE, any, expect_udp_text, first_words, tcp, tcp_server, tcp_text, udp_over, udp_server},
-    host::wait_for,
+    host::{Running, wait_for},
     netns::Netns,
     prerequisites::scratch,
     topology::{SECOND, SERVER},
@@ -37,7 +37,7 @@ pub(crate) fn trials() -> Vec<Trial> {
 
 /// A server of names that are in a file. Killed when dropped.
 struct Dns {
-    process: Child,
+    process: Running,
     hosts: PathBuf,
 }
 
@@ -52,20 +52,13 @@ impl Dns {
         command.arg(format!("--addn-hosts={}", hosts.display()));
         command.arg(format!("--pid-file={}", directory.join("pid").display()));
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-        Self { process: namespace.spawn(command), hosts }
+        Self { process: Running(namespace.spawn(command)), hosts }
     }
 
     /// Has a name mean this address from now on.
     fn say(&self, name: &str, address: &str) {
         fs::write(&self.hosts, format!("{address} {name}\n")).expect("a file of names");
         kill(Pid::from_raw(self.process.id().try_into().expect("a pid")), Signal::SIGHUP).expect("a signal to it");
-    }
-}
-
-impl Drop for Dns {
-    fn drop(&mut self) {
-        drop(self.process.kill());
-        drop(self.process.wait());
     }
 }
 

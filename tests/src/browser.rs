@@ -2,7 +2,7 @@
 
 use std::{
     io::{BufRead as _, BufReader, Write as _},
-    process::{Child, ChildStdin, Command, Stdio},
+    process::{ChildStdin, Command, Stdio},
     sync::mpsc::{Receiver, channel},
     thread,
     time::{Duration, Instant},
@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::{
-    host::{patience, wait_for},
+    host::{Running, patience, wait_for},
     netns::Netns,
     prerequisites::scratch,
 };
@@ -23,7 +23,7 @@ const PATIENCE: Duration = Duration::from_mins(1);
 /// A browser with one page, which ends with it.
 #[derive(Debug)]
 pub struct Browser {
-    process: Child,
+    _process: Running,
     requests: ChildStdin,
     messages: Receiver<Value>,
     session: Option<String>,
@@ -44,9 +44,9 @@ impl Browser {
         command.args(["--disable-background-networking", "--disable-extensions", "--force-color-profile=srgb"]);
         command.arg(format!("--user-data-dir={}", profile.path().display())).env("HOME", profile.path());
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null());
-        let mut process = namespace.spawn(command);
-        let requests = process.stdin.take().expect("a pipe");
-        let answers = BufReader::new(process.stdout.take().expect("a pipe"));
+        let mut process = Running(namespace.spawn(command));
+        let requests = process.0.stdin.take().expect("a pipe");
+        let answers = BufReader::new(process.0.stdout.take().expect("a pipe"));
         let (sender, messages) = channel();
         thread::spawn(move || {
             for message in answers.split(0).map_while(Result::ok) {
@@ -56,8 +56,15 @@ impl Browser {
                 }
             }
         });
-        let mut browser =
-            Self { process, requests, messages, session: None, next: 0, errors: Vec::new(), _profile: profile };
+        let mut browser = Self {
+            _process: process,
+            requests,
+            messages,
+            session: None,
+            next: 0,
+            errors: Vec::new(),
+            _profile: profile,
+        };
         let target = browser.call("Target.createTarget", &json!({"url": "about:blank"}));
         let attach = json!({"targetId": target["targetId"], "flatten": true});
         let attached = browser.call("Target.attachToTarget", &attach);
@@ -145,12 +152,4 @@ fn complaint(message: &Value) -> Option<String> {
         _ => false,
     };
     is_error.then(|| parameters.to_string())
-}
-
-impl Drop for Browser {
-    fn drop(&mut self) {
-        // It may have ended.
-        self.process.kill().ok();
-        self.process.wait().ok();
-    }
 }

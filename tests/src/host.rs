@@ -57,6 +57,11 @@ impl fmt::Display for Outcome {
 pub struct Running(pub Child);
 
 impl Running {
+    /// Its number.
+    pub fn id(&self) -> u32 {
+        self.0.id()
+    }
+
     /// Waits for the first line that it prints, and listens to no other.
     pub fn first_line(&mut self) -> String {
         let mut line = String::new();

@@ -51,7 +51,7 @@ impl Owner {
 
     /// Its number.
     pub fn pid(&self) -> u32 {
-        self.process.0.id()
+        self.process.id()
     }
 
     fn number(&self, place: usize) -> u16 {

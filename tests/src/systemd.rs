@@ -3,7 +3,7 @@
 use std::{
     fs,
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    process::{Command, Stdio},
     time::Duration,
 };
 
@@ -11,7 +11,7 @@ use nix::unistd::Pid;
 
 use crate::{
     daemon::children,
-    host::{Outcome, wait_for},
+    host::{Outcome, Running, wait_for},
     netns::Netns,
     prerequisites::public_copy,
 };
@@ -41,7 +41,7 @@ exec env container=other SYSTEMD_LOG_TARGET=console /lib/systemd/systemd --syste
 #[derive(Debug)]
 pub struct Systemd {
     namespace: Netns,
-    process: Child,
+    _process: Running,
     manager: Pid,
 }
 
@@ -52,12 +52,12 @@ impl Systemd {
         command.args(["--pdeathsig", "KILL", "--", "unshare", "--pid", "--fork", "--kill-child", "--mount", "--ipc"]);
         command.args(["--uts", "--cgroup", "bash", "-c", SCRIPT]);
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-        let process = namespace.spawn(command);
+        let process = Running(namespace.spawn(command));
         let parent = Pid::from_raw(process.id().try_into().expect("a pid"));
         let manager = wait_for("manager", Duration::from_secs(10), || {
             children(parent).first().copied().ok_or_else(|| "no process".to_owned())
         });
-        let this = Self { namespace: namespace.clone(), process, manager };
+        let this = Self { namespace: namespace.clone(), _process: process, manager };
         wait_for("manager that answers", Duration::from_secs(20), || {
             let outcome = this.run(&["systemctl", "is-active", "quiet.target"]);
             if outcome.status == 0 { Ok(()) } else { Err(outcome.to_string()) }
@@ -97,12 +97,5 @@ impl Systemd {
         let seen = Path::new("/proc").join(self.manager.to_string()).join("root").join(path.trim_start_matches('/'));
         fs::create_dir_all(seen.parent().expect("a directory")).expect("directories");
         seen
-    }
-}
-
-impl Drop for Systemd {
-    fn drop(&mut self) {
-        drop(self.process.kill());
-        drop(self.process.wait());
     }
 }

@@ -66,10 +66,17 @@ fn take_out(state: &mut State, request: &RemovePrefixes) -> Result<Vec<Rule>, Pr
 
 fn to_problem(error: anyhow::Error) -> Problem {
     let mut kinds = error.chain().filter_map(|it| it.downcast_ref::<io::Error>()).map(io::Error::kind);
-    if kinds.any(|it| it == io::ErrorKind::PermissionDenied) {
-        return Problem::new(ProblemKind::NotPermitted, format!("{error:#}")).hint("become root");
+    let known = kinds.find_map(|kind| match kind {
+        io::ErrorKind::PermissionDenied => Some((ProblemKind::NotPermitted, "become root")),
+        io::ErrorKind::NotFound => {
+            Some((ProblemKind::NotFound, "--state-dir names the directory of the daemon's state"))
+        }
+        _ => None,
+    });
+    match known {
+        Some((kind, hint)) => Problem::new(kind, format!("{error:#}")).hint(hint),
+        None => error.into(),
     }
-    error.into()
 }
 
 #[cfg(test)]

@@ -50,8 +50,8 @@ impl Run {
     }
 }
 
-/// Boots again where a kernel dies before anything of anyport has run: emulated processors sometimes trip over code that the
-/// kernel changes while it starts ("Oops: int3" after two seconds, once in some dozens of boots).
+/// Boots again where a kernel dies before anything of anyport has run, as Linux 7.2 once did in emulation, two seconds after its
+/// start ("Oops: int3").
 pub(crate) fn until_begun(name: &str, mut boot: impl FnMut() -> Result<Run>) -> Result<Run> {
     let mut boots_left = BOOTS;
     loop {

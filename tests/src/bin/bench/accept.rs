@@ -13,7 +13,7 @@ use anyhow::Result;
 use anyport_tests::{
     daemon::{Daemon, Setup},
     dial,
-    host::wait_for,
+    host::{Running, wait_for},
     numbers::median,
     random::Random,
     topology::Topology,
@@ -22,9 +22,9 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTime
 use socket2::{Domain, Socket, Type};
 
 use super::traffic::{
-    CpuTime, Running, leave_first_cpu,
+    CpuTime, leave_first_cpu,
     load::{self, Load},
-    on_first_cpu, separate,
+    on_first_cpu, separate, start,
 };
 
 /// Everything that any of them answers for.
@@ -95,7 +95,7 @@ impl Subject {
                 topology.host.ip(&format!("route add local {PREFIX} dev lo"));
                 let mut command = on_first_cpu(std::env::current_exe()?);
                 command.args(["loop", "--listen", &SocketAddr::from(TARGET).to_string()]);
-                Process::Loop(Running::start(&topology.host, &command))
+                Process::Loop(start(&topology.host, &command))
             }
             Kind::Anyport(prefixes) => {
                 let daemon = Setup::new(&topology.host, "sk-lookup").through(["taskset", "--cpu-list", "0"]);

@@ -5,7 +5,7 @@ use std::{
     io::{IsTerminal as _, stderr},
     net::{Ipv4Addr, SocketAddr},
     path::PathBuf,
-    process::{Child, Command, Stdio},
+    process::{Command, Stdio},
     thread,
     time::{Duration, Instant},
 };
@@ -14,7 +14,7 @@ use anyhow::{Context as _, Result};
 use anyport_tests::{
     daemon::{Daemon, Setup},
     dial::tcp,
-    host::wait_for,
+    host::{Running, wait_for},
     netns::Netns,
     numbers::percentile,
     prerequisites,
@@ -78,17 +78,7 @@ struct Variant {
 /// Who accepts.
 enum Accepting {
     Anyport { _daemon: Daemon },
-    Plain { process: Child, _listen: tempfile::TempDir },
-}
-
-impl Drop for Accepting {
-    fn drop(&mut self) {
-        if let Self::Plain { process, .. } = self {
-            // A process that has ended already is as good.
-            drop(process.kill());
-            drop(process.wait());
-        }
-    }
+    Plain { _process: Running, _listen: tempfile::TempDir },
 }
 
 /// A namespace in which [`PREFIX`] is local, as anyport's own route makes it.
@@ -112,7 +102,7 @@ fn plain(name: &str, namespace: Netns, listen: &[SocketAddr], targets: Vec<Socke
         command.arg("--original");
     }
     let process = namespace.spawn(command);
-    Ok(variant(name, namespace, targets, Accepting::Plain { process, _listen: directory }))
+    Ok(variant(name, namespace, targets, Accepting::Plain { _process: Running(process), _listen: directory }))
 }
 
 /// A variant, when its first and last target can be dialled.

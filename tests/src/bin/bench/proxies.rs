@@ -1,7 +1,7 @@
 //! The proxies that are compared: each with one thread, on a host of its own before an upstream of its own.
 
 use std::{
-    fmt, fs,
+    fmt, fs, iter,
     net::SocketAddr,
     path::{Path, PathBuf},
     process::Command,
@@ -13,14 +13,14 @@ use anyport_tests::{
     daemon::{Daemon, Setup},
     dial,
     holdings::Holdings,
-    host::wait_for,
+    host::{Running, wait_for},
     prerequisites,
     topology::{HOST, SERVER, Topology},
 };
 use tempfile::TempDir;
 
 use super::traffic::{
-    Running, on_first_cpu, separate, start_upstream,
+    on_first_cpu, separate, start, start_upstream,
     upstream::{ECHO, SOURCE, WITH_HEADER},
 };
 
@@ -44,7 +44,7 @@ impl Others {
     /// All that are measured, with the bare connection first and anyport last.
     pub(crate) fn proxies(&self, rivals: &[Kind]) -> Result<Vec<Proxy>> {
         let mut proxies = vec![Proxy::new(Kind::Direct, None)?];
-        for root in [None, self.newer.clone()].into_iter().take(1 + usize::from(self.newer.is_some())) {
+        for root in iter::once(None).chain(self.newer.clone().map(Some)) {
             for kind in rivals {
                 proxies.push(Proxy::new(*kind, root.clone())?);
             }
@@ -207,11 +207,11 @@ impl Lab {
             Kind::Direct => Between::Nobody,
             Kind::HaProxy => {
                 let config = write(&directory, "haproxy.cfg", &haproxy())?;
-                Between::Rival(start("haproxy", proxy, "-f", &config, &topology))
+                Between::Rival(rival("haproxy", proxy, "-f", &config, &topology))
             }
             Kind::Nginx => {
                 let config = write(&directory, "nginx.conf", &nginx(&directory, proxy.origin.as_deref()))?;
-                Between::Rival(start("nginx", proxy, "-c", &config, &topology))
+                Between::Rival(rival("nginx", proxy, "-c", &config, &topology))
             }
             Kind::Anyport => Between::Anyport(Box::new(anyport(&topology, proxy.origin.as_deref(), &directory)?)),
         };
@@ -252,9 +252,9 @@ impl Lab {
     }
 }
 
-fn start(name: &str, proxy: &Proxy, option: &str, config: &Path, topology: &Topology) -> Running {
+fn rival(name: &str, proxy: &Proxy, option: &str, config: &Path, topology: &Topology) -> Running {
     let program = program(name, proxy.origin.as_deref());
-    Running::start(&topology.host, on_first_cpu(&program[0]).args(&program[1..]).arg(option).arg(config))
+    start(&topology.host, on_first_cpu(&program[0]).args(&program[1..]).arg(option).arg(config))
 }
 
 fn anyport(topology: &Topology, executable: Option<&Path>, directory: &TempDir) -> Result<Daemon> {
@@ -292,8 +292,7 @@ fn write(directory: &TempDir, name: &str, text: &str) -> Result<PathBuf> {
     Ok(path)
 }
 
-/// HAProxy moves much by pipes if it is told to; `splice-auto` does not (2.6: no call of `splice` in a download). Small
-/// requests are cheaper without.
+/// HAProxy moves downloads by pipes if it is told to; `splice-auto` does not (2.6: no call of `splice` in a download).
 fn haproxy() -> String {
     let listener = |way: Way| {
         let Way::Tcp { port, has_header } = way else { return String::new() };

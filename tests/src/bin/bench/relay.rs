@@ -12,7 +12,7 @@ use std::{
 use anyhow::{Context as _, Result};
 use anyport_tests::{
     dial,
-    host::wait_for,
+    host::{Running, wait_for},
     numbers::median,
     random::Random,
     topology::{SERVER, Topology},
@@ -30,9 +30,9 @@ use nix::{
 };
 
 use super::traffic::{
-    CpuTime, Running, leave_first_cpu,
+    CpuTime, leave_first_cpu,
     load::{self, Load},
-    on_first_cpu, separate, start_upstream,
+    on_first_cpu, separate, start, start_upstream,
     upstream::{ECHO, SOURCE},
 };
 
@@ -126,7 +126,7 @@ pub(crate) fn relay(options: &Options) -> Result<()> {
             command.args(["relay-by", "--method", name.get_name()]);
             command.args(["--listen", &address(method, upstream).to_string()]);
             command.args(["--to", &format!("{}:{upstream}", SERVER[0])]);
-            processes.push(Running::start(&topology.host, &command));
+            processes.push(start(&topology.host, &command));
             wait_for("connection", Duration::from_secs(20), || {
                 let dial = || dial::tcp(address(method, upstream)).map_err(|error| format!("{method}: {error}"));
                 topology.client.enter(dial)

@@ -5,13 +5,14 @@ pub(crate) mod upstream;
 
 use std::{
     ffi::OsStr,
-    process::{Child, Command, Stdio},
+    process::{Command, Stdio},
     time::Duration,
 };
 
 use anyhow::{Context as _, Result};
 use anyport_tests::{
     holdings::cpu_time,
+    host::Running,
     netns::Netns,
     topology::{SERVER, Topology},
 };
@@ -57,7 +58,7 @@ pub(crate) fn separate(topology: &Topology) {
 pub(crate) fn start_upstream(topology: &Topology) -> Result<Running> {
     let mut command = Command::new("setpriv");
     command.args(["--pdeathsig", "KILL", "--"]).arg(std::env::current_exe()?);
-    Ok(Running::start(&topology.server, command.args(["upstream", "--address", SERVER[0]])))
+    Ok(start(&topology.server, command.args(["upstream", "--address", SERVER[0]])))
 }
 
 /// Processor time that is used from now on.
@@ -88,28 +89,10 @@ pub(crate) fn on_first_cpu(program: impl AsRef<OsStr>) -> Command {
     command
 }
 
-/// A process that is at work for as long as this is held.
-#[derive(Debug)]
-pub(crate) struct Running(Child);
-
-impl Running {
-    /// Starts a program, of which nobody wants to know what it says.
-    pub(crate) fn start(namespace: &Netns, command: &Command) -> Self {
-        let arguments: Vec<_> = command.get_args().collect();
-        let mut quiet = Command::new(command.get_program());
-        quiet.args(arguments).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-        Self(namespace.spawn(quiet))
-    }
-
-    pub(crate) fn id(&self) -> u32 {
-        self.0.id()
-    }
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        // A process that has ended already is as good.
-        drop(self.0.kill());
-        drop(self.0.wait());
-    }
+/// Starts a program, of which nobody wants to know what it says.
+pub(crate) fn start(namespace: &Netns, command: &Command) -> Running {
+    let arguments: Vec<_> = command.get_args().collect();
+    let mut quiet = Command::new(command.get_program());
+    quiet.args(arguments).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    Running(namespace.spawn(quiet))
 }
